@@ -1,0 +1,92 @@
+"""The packed tensor: quantized weights as plain arrays that carry their own type.
+
+``PackedTensor`` is what the converter makes and what every backend computes
+with. Its arrays are a re-arrangement of the bytes of the file: nothing is
+rounded, and :func:`convert.unpack.dequantize` gives back bit for bit what
+ggml's own dequantizer gives.
+
+Arrays of layout ``"rows"`` for a tensor of logical shape ``[..., N, K]`` (a
+matrix of N rows and K columns, under any leading axes such as experts):
+
+======  ==========================================================================
+type    arrays (name: dtype [shape])
+======  ==========================================================================
+F32     ``w``: float32 [..., N, K]
+F16     ``w``: float16 [..., N, K]
+BF16    ``w``: bfloat16 bits as uint16 [..., N, K]
+Q8_0    ``q``: int8 [..., N, K], ``d``: float16 [..., N, K/32]
+Q4_K    ``q``: uint8 [..., N, K/2], ``scales`` and ``mins``: uint8 [..., N, K/32],
+        ``d`` and ``dmin``: float16 [..., N, K/256]
+Q5_K    as Q4_K, and ``qh``: uint8 [..., N, K/8]
+Q6_K    ``ql``: uint8 [..., N, K/2], ``qh``: uint8 [..., N, K/4],
+        ``scales``: int8 [..., N, K/16], ``d``: float16 [..., N, K/256]
+======  ==========================================================================
+
+The bytes of ``q``, ``qh`` and ``ql`` keep the order of the file; only the
+twelve bytes of 6-bit scales and mins of Q4_K and Q5_K are spread to one byte
+each. That is 4 bytes a superblock: 2.8 % of a Q4_K tensor, nothing for Q6_K.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from convert.ggml_types import GGMLType
+
+Array = Any
+"""A NumPy or JAX array: this package only looks at ``shape``, ``dtype`` and indexing."""
+
+ROWS = "rows"
+
+_WEIGHTS_PER_ELEMENT = {
+    GGMLType.F32: ("w", 1),
+    GGMLType.F16: ("w", 1),
+    GGMLType.BF16: ("w", 1),
+    GGMLType.Q8_0: ("q", 1),
+    GGMLType.Q4_K: ("q", 2),
+    GGMLType.Q5_K: ("q", 2),
+    GGMLType.Q6_K: ("ql", 2),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class PackedTensor:
+    """Weights in their quantized form.
+
+    The logical shape follows from the arrays, so a PackedTensor that a
+    transformation has sliced or stacked along leading axes is still right.
+    ``kernels_pallas`` registers the class as a JAX pytree: ``arrays`` are its
+    leaves, ``type`` and ``layout`` are static.
+
+    Attributes:
+      arrays: named arrays; the module docstring lists names, dtypes, shapes.
+      type: the quantization type, one for the whole tensor.
+      layout: the arrangement of the arrays, settled when packing.
+    """
+
+    arrays: Mapping[str, Array]
+    type: GGMLType
+    layout: str = ROWS
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Logical shape ``[..., N, K]``, in weights."""
+        name, per_element = _WEIGHTS_PER_ELEMENT[self.type]
+        *leading, last = self.arrays[name].shape
+        return (*leading, last * per_element)
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the packed arrays take."""
+        return sum(a.size * a.dtype.itemsize for a in self.arrays.values())
+
+    def __getitem__(self, index: Any) -> "PackedTensor":
+        """Index leading axes (never K): ``w[expert]``, ``w[:, 3:7]``."""
+        return PackedTensor({k: a[index] for k, a in self.arrays.items()}, self.type, self.layout)
+
+    def __repr__(self) -> str:
+        return f"PackedTensor({self.type.name}, shape={self.shape}, layout={self.layout!r})"

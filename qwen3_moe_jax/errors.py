@@ -1,0 +1,21 @@
+"""The errors that a user meets. A bad file is ``convert.errors.ModelFileError``."""
+
+
+class ContextOverflowError(ValueError):
+    """The prompt does not fit the KV cache."""
+
+    def __init__(self, num_tokens: int, max_context: int):
+        self.num_tokens = num_tokens
+        self.max_context = max_context
+        super().__init__(
+            f"the prompt has {num_tokens} tokens and the context holds {max_context}: "
+            "shorten the prompt or raise the context length (--context)"
+        )
+
+
+class NumericalError(ArithmeticError):
+    """Logits were NaN or infinite, so no token can be chosen."""
+
+
+class BackendUnavailableError(RuntimeError):
+    """A backend cannot run on this machine; the message says why and what to do."""

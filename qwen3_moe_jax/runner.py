@@ -1,0 +1,80 @@
+"""The protocol that every backend speaks: jax, wgpu and reference are runners of the whole model."""
+
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+
+from convert.config import Qwen3MoeConfig
+from qwen3_moe_jax.sampling import Sampling
+from qwen3_moe_jax.stages import StageKey
+
+
+@dataclass(frozen=True)
+class Forward:
+    """What one forward pass over a prompt gives.
+
+    Attributes:
+      logits: float32 [T, V].
+      expert_ids: int32 [L, T, X], each token's experts in every layer, most probable first.
+      stages: the captured stages, each with the shape that ``stages.STAGES`` states.
+    """
+
+    logits: np.ndarray
+    expert_ids: np.ndarray
+    stages: dict[StageKey, np.ndarray] = field(default_factory=dict)
+
+
+class Runner(Protocol):
+    """A backend that holds one loaded model.
+
+    Attributes:
+      name: "jax", "wgpu" or "reference".
+      config: the model's hyper-parameters.
+      max_context: tokens that its KV cache holds.
+    """
+
+    name: str
+    config: Qwen3MoeConfig
+    max_context: int
+
+    def describe(self) -> dict[str, object]:
+        """Device, compute dtype and the implementation of each quantization type, for banner and receipts."""
+        ...
+
+    def forward(
+        self,
+        token_ids: Sequence[int],
+        *,
+        capture: Collection[str] = (),
+        expert_ids: np.ndarray | None = None,
+    ) -> Forward:
+        """Runs the prompt from an empty cache.
+
+        Args:
+          token_ids: T token ids.
+          capture: names of stages to return.
+          expert_ids: int32 [L, T, X]; forces these experts (router replay). Their
+            weights are still this runner's own router probabilities, renormalized.
+
+        Raises:
+          ContextOverflowError: T is more than max_context.
+        """
+        ...
+
+    def stream(
+        self,
+        token_ids: Sequence[int],
+        *,
+        max_tokens: int,
+        sampling: Sampling,
+        stop_ids: Collection[int] = (),
+    ) -> Iterator[int]:
+        """Yields new token ids as they come; ends after one of stop_ids (which it does not yield) or max_tokens.
+
+        Raises:
+          ContextOverflowError: the prompt leaves no room in the cache.
+          NumericalError: logits were not finite.
+        """
+        ...
