@@ -27,9 +27,12 @@ twelve bytes of 6-bit scales and mins of Q4_K and Q5_K are spread to one byte
 each. That is 4 bytes a superblock: 2.8 % of a Q4_K tensor, nothing for Q6_K.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 from convert.ggml_types import GGMLType
 
@@ -38,15 +41,52 @@ Array = Any
 
 ROWS = "rows"
 
-_WEIGHTS_PER_ELEMENT = {
-    GGMLType.F32: ("w", 1),
-    GGMLType.F16: ("w", 1),
-    GGMLType.BF16: ("w", 1),
-    GGMLType.Q8_0: ("q", 1),
-    GGMLType.Q4_K: ("q", 2),
-    GGMLType.Q5_K: ("q", 2),
-    GGMLType.Q6_K: ("ql", 2),
+LAYOUT_VERSION = 1
+"""Version of what the layouts below mean; a checkpoint records it."""
+
+
+@dataclass(frozen=True)
+class ArrayFormat:
+    """One array of a packed tensor: its NumPy dtype and how many weights one element stands for."""
+
+    dtype: str
+    weights: int
+
+
+_K_QUANT_SCALES = {
+    "scales": ArrayFormat("uint8", 32),
+    "mins": ArrayFormat("uint8", 32),
+    "d": ArrayFormat("float16", 256),
+    "dmin": ArrayFormat("float16", 256),
 }
+
+ARRAY_FORMATS: dict[GGMLType, dict[str, ArrayFormat]] = {
+    GGMLType.F32: {"w": ArrayFormat("float32", 1)},
+    GGMLType.F16: {"w": ArrayFormat("float16", 1)},
+    GGMLType.BF16: {"w": ArrayFormat("uint16", 1)},
+    GGMLType.Q8_0: {"q": ArrayFormat("int8", 1), "d": ArrayFormat("float16", 32)},
+    GGMLType.Q4_K: {"q": ArrayFormat("uint8", 2), **_K_QUANT_SCALES},
+    GGMLType.Q5_K: {"q": ArrayFormat("uint8", 2), "qh": ArrayFormat("uint8", 8), **_K_QUANT_SCALES},
+    GGMLType.Q6_K: {
+        "ql": ArrayFormat("uint8", 2),
+        "qh": ArrayFormat("uint8", 4),
+        "scales": ArrayFormat("int8", 16),
+        "d": ArrayFormat("float16", 256),
+    },
+}
+"""The arrays of layout ``"rows"``; the first of each type is the one that ``shape`` is read from."""
+
+
+def array_shapes(type: GGMLType, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+    """Shapes of the arrays that hold a tensor of ``type`` and logical ``shape`` in layout ``"rows"``."""
+    *leading, last = shape
+    return {name: (*leading, last // f.weights) for name, f in ARRAY_FORMATS[type].items()}
+
+
+def packed_nbytes(type: GGMLType, shape: tuple[int, ...]) -> int:
+    """Bytes that a packed tensor of ``type`` and logical ``shape`` takes in layout ``"rows"``."""
+    formats = ARRAY_FORMATS[type]
+    return sum(math.prod(s) * np.dtype(formats[name].dtype).itemsize for name, s in array_shapes(type, shape).items())
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,9 +111,9 @@ class PackedTensor:
     @property
     def shape(self) -> tuple[int, ...]:
         """Logical shape ``[..., N, K]``, in weights."""
-        name, per_element = _WEIGHTS_PER_ELEMENT[self.type]
+        name, array = next(iter(ARRAY_FORMATS[self.type].items()))
         *leading, last = self.arrays[name].shape
-        return (*leading, last * per_element)
+        return (*leading, last * array.weights)
 
     @property
     def ndim(self) -> int:
