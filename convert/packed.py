@@ -86,7 +86,9 @@ def array_shapes(type: GGMLType, shape: tuple[int, ...]) -> dict[str, tuple[int,
 def packed_nbytes(type: GGMLType, shape: tuple[int, ...]) -> int:
     """Bytes that a packed tensor of ``type`` and logical ``shape`` takes in layout ``"rows"``."""
     formats = ARRAY_FORMATS[type]
-    return sum(math.prod(s) * np.dtype(formats[name].dtype).itemsize for name, s in array_shapes(type, shape).items())
+    return sum(
+        math.prod(s) * np.dtype(formats[name].dtype).itemsize for name, s in array_shapes(type, shape).items()
+    )
 
 
 @dataclass(frozen=True, eq=False)

@@ -54,7 +54,9 @@ def empty_packed(type: GGMLType, shape: tuple[int, ...]) -> PackedTensor:
     """
     block = BLOCK_FORMATS[type]
     if not shape or shape[-1] % block.weights:
-        raise ValueError(f"shape {shape} of a {type.name} tensor: rows must be a multiple of {block.weights} weights")
+        raise ValueError(
+            f"shape {shape} of a {type.name} tensor: rows must be a multiple of {block.weights} weights"
+        )
     formats = ARRAY_FORMATS[type]
     arrays = {n: aligned_empty(s, formats[n].dtype) for n, s in array_shapes(type, shape).items()}
     return PackedTensor(arrays, type)
