@@ -1,0 +1,33 @@
+"""Ops on packed arrays, used inside ``jit``: what each means in plain jnp, and its fast kernels.
+
+Importing the package registers ``PackedTensor`` as a JAX pytree. Every op takes
+``implementation=None | "xla" | "pallas"``: None may fall back to what runs
+here, a named one runs or raises ``NotImplementedError``.
+"""
+
+from kernels_pallas import packed_pytree
+
+packed_pytree.register()
+
+from kernels_pallas.attention.api import attention  # noqa: E402
+from kernels_pallas.dequantize import dequantize  # noqa: E402
+from kernels_pallas.embedding_lookup.api import embedding_lookup  # noqa: E402
+from kernels_pallas.expert_matmul.api import expert_matmul  # noqa: E402
+from kernels_pallas.moe_mlp.api import moe_mlp  # noqa: E402
+from kernels_pallas.norm_rope import rms_norm, rope, rope_tables  # noqa: E402
+from kernels_pallas.quantized_matmul.api import quantized_matmul  # noqa: E402
+from kernels_pallas.router.api import Routing, router  # noqa: E402
+
+__all__ = [
+    "Routing",
+    "attention",
+    "dequantize",
+    "embedding_lookup",
+    "expert_matmul",
+    "moe_mlp",
+    "quantized_matmul",
+    "rms_norm",
+    "rope",
+    "rope_tables",
+    "router",
+]

@@ -1,0 +1,1 @@
+"""Matrix product of each token with the packed matrices of its chosen experts."""

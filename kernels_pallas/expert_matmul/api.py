@@ -1,0 +1,53 @@
+"""expert_matmul: each token times the packed matrices of its experts, the expert layer's building block."""
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from convert.packed import PackedTensor
+from kernels_pallas import implementations
+from kernels_pallas.expert_matmul import xla
+from kernels_pallas.implementations import Implementation
+from kernels_pallas.packed_pytree import to_device
+
+
+def expert_matmul(
+    x: jax.Array,
+    w: PackedTensor,
+    expert_ids: jax.Array,
+    *,
+    compute_dtype: DTypeLike = jnp.float32,
+    implementation: Implementation | None = None,
+) -> jax.Array:
+    """Multiplies every token by its experts' packed matrices.
+
+    Differentiable with respect to ``x``; weights get no gradient.
+
+    Args:
+      x: float32 or bfloat16 [T, K] (one row for all experts of a token) or [T, X, K].
+      w: packed [E, N, K].
+      expert_ids: int32 [T, X], each in [0, E).
+      compute_dtype: float32 or bfloat16, what both operands are rounded to; sums are float32.
+      implementation: None chooses; a named one runs or raises.
+
+    Returns:
+      float32 [T, X, N].
+
+    Raises:
+      ValueError: shapes do not match.
+      NotImplementedError: the named implementation does not take these arguments.
+    """
+    T, X = expert_ids.shape
+    if w.ndim != 3 or x.shape not in ((T, w.shape[-1]), (T, X, w.shape[-1])):
+        raise ValueError(
+            f"expert_matmul: x {x.shape}, w {w.shape} and expert_ids {expert_ids.shape} do not match"
+        )
+    return implementations.run(
+        "expert_matmul",
+        implementation,
+        {"xla": xla.expert_matmul},
+        jnp.asarray(x),
+        to_device(w),
+        jnp.asarray(expert_ids),
+        implementations.check_compute_dtype(compute_dtype),
+    )

@@ -1,0 +1,111 @@
+"""Loops over experts that touch only the packed rows of experts in use.
+
+Two forms, chosen by the static number of rows:
+
+- :func:`for_each_row` (decode): one step a (token, expert) pair, reading that expert's packed rows.
+- :func:`for_each_expert` (prefill): rows sorted by expert on the device, a loop over experts
+  that have rows, each dequantized once and applied to padded tiles of its rows.
+
+Neither ever holds more than one expert in float.
+"""
+
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from convert.packed import PackedTensor
+from kernels_pallas.dequantize import dequantize
+
+ROW_TILE = 32
+"""Rows of one expert that are multiplied at a time in the sorted form."""
+
+MAX_UNSORTED_ROWS = 32
+"""Up to this many (token, expert) pairs are looped over one by one."""
+
+TileFunction = Callable[[list[jax.Array], list[jax.Array]], list[jax.Array]]
+"""(dense matrices of one expert, tiles [rows, ...]) -> results [rows, ...]."""
+
+
+def over_rows(
+    stacks: Sequence[PackedTensor], ids: jax.Array, rows: Sequence[jax.Array], f: TileFunction
+) -> list[jax.Array]:
+    """Applies ``f`` to every row with its expert's matrices; chooses the form by the number of rows.
+
+    Args:
+      stacks: packed [E, N, K] each.
+      ids: int32 [R], the expert of each row.
+      rows: arrays [R, ...].
+      f: applied to ([N, K] float32 each, tiles [r, ...] each).
+
+    Returns:
+      float32 arrays [R, ...], one a result of ``f``.
+    """
+    form = for_each_row if ids.shape[0] <= MAX_UNSORTED_ROWS else for_each_expert
+    return form(stacks, ids, rows, f)
+
+
+def _results(stacks: Sequence[PackedTensor], rows: Sequence[jax.Array], tile: int, f: TileFunction) -> list:
+    dense = [jax.ShapeDtypeStruct(w.shape[1:], jnp.float32) for w in stacks]
+    tiles = [jax.ShapeDtypeStruct((tile, *r.shape[1:]), r.dtype) for r in rows]
+    return jax.eval_shape(f, dense, tiles)
+
+
+def _write(outputs: list[jax.Array], parts: list[jax.Array], start: jax.Array) -> list[jax.Array]:
+    return [lax.dynamic_update_slice_in_dim(o, p, start, axis=0) for o, p in zip(outputs, parts, strict=True)]
+
+
+def expert(w: PackedTensor, index: jax.Array) -> PackedTensor:
+    """One expert's packed matrix [N, K] out of a stack [E, N, K]."""
+    return jax.tree_util.tree_map(lambda a: lax.dynamic_index_in_dim(a, index, keepdims=False), w)
+
+
+def for_each_row(
+    stacks: Sequence[PackedTensor], ids: jax.Array, rows: Sequence[jax.Array], f: TileFunction
+) -> list[jax.Array]:
+    """One step a row: reads the packed matrices of that row's expert. Arguments as :func:`over_rows`."""
+    count = ids.shape[0]
+
+    def step(i: jax.Array, outputs: list[jax.Array]) -> list[jax.Array]:
+        dense = [dequantize(expert(w, ids[i])) for w in stacks]
+        parts = f(dense, [lax.dynamic_slice_in_dim(r, i, 1) for r in rows])
+        return _write(outputs, parts, i)
+
+    start = [jnp.zeros((count, *s.shape[1:]), s.dtype) for s in _results(stacks, rows, 1, f)]
+    return lax.fori_loop(0, count, step, start)
+
+
+def for_each_expert(
+    stacks: Sequence[PackedTensor], ids: jax.Array, rows: Sequence[jax.Array], f: TileFunction
+) -> list[jax.Array]:
+    """Sorted form: each expert in use is dequantized once. Arguments as :func:`over_rows`.
+
+    A tile's padding holds rows of later experts; what they give is overwritten
+    when their own expert's turn comes, and the end is cut off.
+    """
+    num_experts, count = stacks[0].shape[0], ids.shape[0]
+    order = jnp.argsort(ids, stable=True)
+    counts = jnp.zeros(num_experts, jnp.int32).at[ids].add(1)
+    starts = jnp.cumsum(counts) - counts
+    in_use = jnp.argsort(counts == 0, stable=True)  # experts with rows first, ascending
+    padding = jnp.zeros(ROW_TILE, order.dtype)
+    sorted_rows = [r[jnp.concatenate([order, padding])] for r in rows]
+
+    def one_expert(i: jax.Array, outputs: list[jax.Array]) -> list[jax.Array]:
+        e = in_use[i]
+        dense = [dequantize(expert(w, e)) for w in stacks]
+
+        def one_tile(j: jax.Array, outputs: list[jax.Array]) -> list[jax.Array]:
+            start = starts[e] + j * ROW_TILE
+            parts = f(dense, [lax.dynamic_slice_in_dim(r, start, ROW_TILE) for r in sorted_rows])
+            return _write(outputs, parts, start)
+
+        return lax.fori_loop(0, (counts[e] + ROW_TILE - 1) // ROW_TILE, one_tile, outputs)
+
+    start = [
+        jnp.zeros((count + ROW_TILE, *s.shape[1:]), s.dtype) for s in _results(stacks, rows, ROW_TILE, f)
+    ]
+    outputs = lax.fori_loop(0, jnp.sum(counts > 0), one_expert, start)
+    place = jnp.zeros(count, jnp.int32).at[order].set(jnp.arange(count, dtype=jnp.int32))
+    return [o[place] for o in outputs]

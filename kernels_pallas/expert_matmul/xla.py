@@ -1,0 +1,39 @@
+"""expert_matmul in plain jnp: loops over rows (few tokens) or over experts (many), see ``routing``."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from convert.packed import PackedTensor
+from kernels_pallas import dots
+from kernels_pallas.expert_matmul import routing
+
+
+@partial(jax.jit, static_argnums=3)
+def expert_matmul(x: jax.Array, w: PackedTensor, expert_ids: jax.Array, compute_dtype: np.dtype) -> jax.Array:
+    """See ``api.expert_matmul``."""
+    T, X = expert_ids.shape
+    if x.ndim == 2:
+        x = jnp.broadcast_to(x[:, None], (T, X, x.shape[-1]))
+    out = _matmul(compute_dtype, x.reshape(T * X, -1), w, expert_ids.reshape(-1))
+    return out.reshape(T, X, -1)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _matmul(compute_dtype: np.dtype, rows: jax.Array, w: PackedTensor, ids: jax.Array) -> jax.Array:
+    return routing.over_rows([w], ids, [rows], lambda m, t: [dots.matmul_nt(t[0], m[0], compute_dtype)])[0]
+
+
+def _forward(compute_dtype: np.dtype, rows: jax.Array, w: PackedTensor, ids: jax.Array) -> tuple:
+    return _matmul(compute_dtype, rows, w, ids), (rows[:0], w, ids)
+
+
+def _backward(compute_dtype: np.dtype, residuals: tuple, dy: jax.Array) -> tuple:
+    rows, w, ids = residuals
+    dx = routing.over_rows([w], ids, [dy], lambda m, t: [dots.matmul_nn(t[0], m[0], compute_dtype)])[0]
+    return dx.astype(rows.dtype), None, None
+
+
+_matmul.defvjp(_forward, _backward)

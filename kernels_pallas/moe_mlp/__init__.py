@@ -1,0 +1,1 @@
+"""The sparse expert layer: SwiGLU of the chosen experts, weighted and summed."""

@@ -1,0 +1,79 @@
+"""moe_mlp: the SwiGLU experts that each token chose, weighted after down_proj and summed in order."""
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from convert.packed import PackedTensor
+from kernels_pallas import implementations
+from kernels_pallas.implementations import Implementation
+from kernels_pallas.moe_mlp import xla
+from kernels_pallas.packed_pytree import to_device
+
+
+def moe_mlp(
+    x: jax.Array,
+    gate_proj: PackedTensor,
+    up_proj: PackedTensor,
+    down_proj: PackedTensor,
+    expert_ids: jax.Array,
+    expert_weights: jax.Array,
+    *,
+    compute_dtype: DTypeLike = jnp.float32,
+    implementation: Implementation | None = None,
+    return_stages: bool = False,
+) -> jax.Array | tuple[jax.Array, dict[str, jax.Array]]:
+    """Runs each token through its experts.
+
+    Differentiable with respect to ``x`` and ``expert_weights``; packed weights
+    get no gradient. Stages carry no gradient.
+
+    Args:
+      x: float32 or bfloat16 [T, D].
+      gate_proj: packed [E, F, D].
+      up_proj: packed [E, F, D].
+      down_proj: packed [E, D, F].
+      expert_ids: int32 [T, X], each in [0, E); their order is the order of the sum.
+      expert_weights: float32 [T, X].
+      compute_dtype: float32 or bfloat16, what operands of products are rounded to; sums are float32.
+      implementation: None chooses; a named one runs or raises.
+      return_stages: also return the intermediate stages.
+
+    Returns:
+      float32 [T, D]; with ``return_stages`` a pair of it and ``ffn_moe_gate``,
+      ``ffn_moe_up``, ``ffn_moe_swiglu`` [T, X, F] and ``ffn_moe_down`` [T, X, D] (before weighting).
+
+    Raises:
+      ValueError: shapes do not match.
+      NotImplementedError: the named implementation does not take these arguments.
+    """
+    E, F, D = gate_proj.shape
+    T = x.shape[0]
+    shapes_match = (
+        x.shape == (T, D)
+        and up_proj.shape == (E, F, D)
+        and down_proj.shape == (E, D, F)
+        and expert_ids.ndim == 2
+        and expert_ids.shape[0] == T
+        and expert_weights.shape == expert_ids.shape
+    )
+    if not shapes_match:
+        raise ValueError(
+            f"moe_mlp: shapes do not match: x {x.shape}, gate_proj {gate_proj.shape}, "
+            f"up_proj {up_proj.shape}, down_proj {down_proj.shape}, "
+            f"expert_ids {expert_ids.shape}, expert_weights {expert_weights.shape}"
+        )
+    out, stages = implementations.run(
+        "moe_mlp",
+        implementation,
+        {"xla": xla.moe_mlp},
+        jnp.asarray(x),
+        to_device(gate_proj),
+        to_device(up_proj),
+        to_device(down_proj),
+        jnp.asarray(expert_ids),
+        jnp.asarray(expert_weights),
+        implementations.check_compute_dtype(compute_dtype),
+        return_stages,
+    )
+    return (out, stages) if return_stages else out

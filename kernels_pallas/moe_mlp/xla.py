@@ -1,0 +1,101 @@
+"""moe_mlp in plain jnp, over the loops of ``expert_matmul.routing``."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from convert.packed import PackedTensor
+from kernels_pallas import dots
+from kernels_pallas.expert_matmul import routing
+
+Stacks = tuple[PackedTensor, PackedTensor, PackedTensor]
+
+
+@partial(jax.jit, static_argnums=(6, 7))
+def moe_mlp(
+    x: jax.Array,
+    gate_proj: PackedTensor,
+    up_proj: PackedTensor,
+    down_proj: PackedTensor,
+    expert_ids: jax.Array,
+    expert_weights: jax.Array,
+    compute_dtype: np.dtype,
+    return_stages: bool,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """See ``api.moe_mlp``; always returns a pair, with no stages unless asked."""
+    stacks = (gate_proj, up_proj, down_proj)
+    return _moe(compute_dtype, return_stages, x, expert_weights.astype(jnp.float32), stacks, expert_ids)
+
+
+def _per_token(x: jax.Array, num_experts_per_tok: int) -> jax.Array:
+    """[T, D] -> [T * X, D]: one row for each (token, expert) pair."""
+    T, D = x.shape
+    return jnp.broadcast_to(x[:, None], (T, num_experts_per_tok, D)).reshape(-1, D)
+
+
+def _combine(parts: jax.Array, weights: jax.Array) -> jax.Array:
+    """[T, X, D] and [T, X] -> [T, D], added in the order of X."""
+    total = parts[:, 0] * weights[:, :1]
+    for i in range(1, weights.shape[1]):
+        total = total + parts[:, i] * weights[:, i : i + 1]
+    return total
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _moe(
+    compute_dtype: np.dtype,
+    return_stages: bool,
+    x: jax.Array,
+    weights: jax.Array,
+    stacks: Stacks,
+    expert_ids: jax.Array,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    T, X = expert_ids.shape
+
+    def experts(dense: list[jax.Array], tiles: list[jax.Array]) -> list[jax.Array]:
+        gate = dots.matmul_nt(tiles[0], dense[0], compute_dtype)
+        up = dots.matmul_nt(tiles[0], dense[1], compute_dtype)
+        swiglu = jax.nn.silu(gate) * up
+        down = dots.matmul_nt(swiglu, dense[2], compute_dtype)
+        return [down, gate, up, swiglu] if return_stages else [down]
+
+    results = routing.over_rows(stacks, expert_ids.reshape(-1), [_per_token(x, X)], experts)
+    down, *others = [r.reshape(T, X, -1) for r in results]
+    names = ("ffn_moe_gate", "ffn_moe_up", "ffn_moe_swiglu", "ffn_moe_down")
+    stages = dict(zip(names, (*others, down), strict=True)) if return_stages else {}
+    return _combine(down, weights), stages
+
+
+def _forward(compute_dtype: np.dtype, return_stages: bool, x, weights, stacks, expert_ids) -> tuple:
+    return _moe(compute_dtype, return_stages, x, weights, stacks, expert_ids), (
+        x,
+        weights,
+        stacks,
+        expert_ids,
+    )
+
+
+def _backward(compute_dtype: np.dtype, return_stages: bool, residuals: tuple, cotangents: tuple) -> tuple:
+    x, weights, stacks, expert_ids = residuals
+    dy, _ = cotangents
+    T, X = expert_ids.shape
+
+    def experts(dense: list[jax.Array], tiles: list[jax.Array]) -> list[jax.Array]:
+        x_tile, dy_tile, weight = tiles
+        gate = dots.matmul_nt(x_tile, dense[0], compute_dtype)
+        up = dots.matmul_nt(x_tile, dense[1], compute_dtype)
+        swiglu, swiglu_vjp = jax.vjp(lambda g, u: jax.nn.silu(g) * u, gate, up)
+        down = dots.matmul_nt(swiglu, dense[2], compute_dtype)
+        d_swiglu = dots.matmul_nn(dy_tile * weight, dense[2], compute_dtype)
+        d_gate, d_up = swiglu_vjp(d_swiglu)
+        dx = dots.matmul_nn(d_gate, dense[0], compute_dtype) + dots.matmul_nn(d_up, dense[1], compute_dtype)
+        return [dx, jnp.sum(down * dy_tile, axis=1, keepdims=True)]
+
+    rows = [_per_token(x, X), _per_token(dy, X), weights.reshape(T * X, 1)]
+    dx, d_weights = routing.over_rows(stacks, expert_ids.reshape(-1), rows, experts)
+    return dx.reshape(T, X, -1).sum(axis=1).astype(x.dtype), d_weights.reshape(T, X), None, None
+
+
+_moe.defvjp(_forward, _backward)

@@ -1,0 +1,1 @@
+"""Matrix product of activations with one packed matrix."""

@@ -1,0 +1,66 @@
+"""quantized_matmul in plain jnp.
+
+Rows are dequantized a tile at a time, so that a large matrix (lm_head) never
+exists in float.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from convert.packed import PackedTensor
+from kernels_pallas import dots
+from kernels_pallas.dequantize import dequantize
+
+_TILE_WEIGHTS = 1 << 22
+"""Weights that one tile dequantizes: 16 MB of float32."""
+
+
+@partial(jax.jit, static_argnums=2)
+def quantized_matmul(x: jax.Array, w: PackedTensor, compute_dtype: np.dtype) -> jax.Array:
+    """See ``api.quantized_matmul``."""
+    return _matmul(compute_dtype, x, w)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _matmul(compute_dtype: np.dtype, x: jax.Array, w: PackedTensor) -> jax.Array:
+    rows, columns = w.shape
+    tile = min(rows, max(1, _TILE_WEIGHTS // columns))
+
+    def step(i: jax.Array, out: jax.Array) -> jax.Array:
+        start = jnp.minimum(i * tile, rows - tile)  # the last tile may overlap: it writes the same values
+        part = dots.matmul_nt(x, dequantize(_row_tile(w, start, tile)), compute_dtype)
+        return lax.dynamic_update_slice(out, part, (0, start))
+
+    if tile == rows:
+        return dots.matmul_nt(x, dequantize(w), compute_dtype)
+    return lax.fori_loop(0, -(-rows // tile), step, jnp.zeros((x.shape[0], rows), jnp.float32))
+
+
+def _row_tile(w: PackedTensor, start: jax.Array, rows: int) -> PackedTensor:
+    return jax.tree_util.tree_map(lambda a: lax.dynamic_slice_in_dim(a, start, rows), w)
+
+
+def _forward(compute_dtype: np.dtype, x: jax.Array, w: PackedTensor) -> tuple:
+    return _matmul(compute_dtype, x, w), (x[:0], w)
+
+
+def _backward(compute_dtype: np.dtype, residuals: tuple, dy: jax.Array) -> tuple:
+    x, w = residuals
+    rows, columns = w.shape
+    tile = min(rows, max(1, _TILE_WEIGHTS // columns))
+    full, rest = divmod(rows, tile)
+
+    def part(start: jax.Array | int, size: int) -> jax.Array:
+        dy_tile = lax.dynamic_slice_in_dim(dy, start, size, axis=1)
+        return dots.matmul_nn(dy_tile, dequantize(_row_tile(w, start, size)), compute_dtype)
+
+    dx = part(full * tile, rest) if rest else jnp.zeros((dy.shape[0], columns), jnp.float32)
+    dx = lax.fori_loop(0, full, lambda i, acc: acc + part(i * tile, tile), dx)
+    return dx.astype(x.dtype), None
+
+
+_matmul.defvjp(_forward, _backward)

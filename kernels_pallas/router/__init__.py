@@ -1,0 +1,1 @@
+"""The router: which experts a token goes to, and with what weights."""

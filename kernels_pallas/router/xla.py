@@ -1,0 +1,27 @@
+"""router in plain jnp."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from convert.packed import PackedTensor
+from kernels_pallas.quantized_matmul.xla import quantized_matmul
+
+MIN_WEIGHT_SUM = 6.103515625e-5
+"""The least sum of chosen probabilities that weights are divided by (the smallest normal float16)."""
+
+
+@partial(jax.jit, static_argnums=2)
+def router(
+    x: jax.Array, w: PackedTensor, num_experts_per_tok: int, expert_ids: jax.Array | None
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """See ``api.router``."""
+    logits = quantized_matmul(x.astype(jnp.float32), w, jnp.dtype(jnp.float32))
+    probs = jax.nn.softmax(logits, axis=-1)
+    if expert_ids is None:
+        expert_ids = lax.top_k(probs, num_experts_per_tok)[1]
+    chosen = jnp.take_along_axis(probs, expert_ids, axis=-1)
+    weights = chosen / jnp.maximum(jnp.sum(chosen, axis=-1, keepdims=True), MIN_WEIGHT_SUM)
+    return logits, probs, expert_ids, weights
