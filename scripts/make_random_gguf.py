@@ -1,0 +1,316 @@
+"""Writes a Qwen3-MoE GGUF file of any size with random weights.
+
+The file has the tensors, shapes and types of a real one (llama.cpp's Q4_K_M
+recipe by default), and scales chosen so that activations stay sane, so it
+measures what a real file measures. Blocks are drawn from a pool of random ones:
+the full size of Qwen3-30B-A3B (18.6 GB) takes about as long as the disk.
+
+    python scripts/make_random_gguf.py /tmp/random-30b.gguf --vocab vocab.gguf
+    python scripts/make_random_gguf.py /tmp/tiny.gguf --layers 2 --hidden 256 --heads 4 --kv 2 \\
+        --head-dim 64 --experts 8 --experts-per-token 2 --ff 256 --vocab-size 320 --mix all
+"""
+
+import argparse
+import os
+import struct
+import sys
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from convert.config import ARCHITECTURE, PRESETS, Qwen3MoeConfig
+from convert.ggml_types import BLOCK_FORMATS, SUPPORTED_TYPES, GGMLType
+from convert.gguf_file import GGUFFile
+from convert.tensor_names import TensorSpec, q4_k_m_types, tensor_specs
+
+ALIGNMENT = 32
+WEIGHT_STD = 0.02
+ROUTER_STD = 0.05
+NORM_STD = 0.1
+_POOL_BYTES = 32 << 20
+
+# GGUF value types: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+_UINT32, _INT32, _FLOAT32, _BOOL, _STRING, _ARRAY = 4, 5, 6, 7, 8, 9
+
+
+def write_random_gguf(
+    path: str | os.PathLike,
+    config: Qwen3MoeConfig,
+    *,
+    mix: str = "q4_k_m",
+    types: Mapping[str, GGMLType] | None = None,
+    tokenizer: Mapping[str, object] | None = None,
+    seed: int = 0,
+) -> None:
+    """Writes one file.
+
+    Args:
+      path: where; overwritten.
+      config: sizes; ``tie_word_embeddings`` leaves ``output.weight`` out.
+      mix: ``"q4_k_m"``, ``"all"`` (every supported type, in turn) or the name of
+        one type for all matrices.
+      types: types of single tensors by parameter path, over ``mix``.
+      tokenizer: the ``tokenizer.*`` metadata; None for a byte-level vocabulary.
+      seed: of every random number.
+    """
+    rng = np.random.default_rng(seed)
+    specs = tensor_specs(config)
+    chosen = {**_mix_types(mix, config), **(types or {})}
+    tokenizer = byte_level_tokenizer(config.vocab_size) if tokenizer is None else tokenizer
+    with open(path, "wb") as file:
+        file.write(_header(_metadata(config, tokenizer), specs, chosen))
+        pools: dict[GGMLType, np.ndarray] = {}
+        for spec in specs:
+            _pad(file)
+            _write_tensor(file, spec, chosen[spec.path], pools, rng)
+        _pad(file)
+
+
+def byte_level_tokenizer(vocab_size: int) -> dict[str, object]:
+    """A GPT-2 style vocabulary: 256 bytes, a few merges, three control tokens, padding.
+
+    Raises:
+      ValueError: ``vocab_size`` has no room for them.
+    """
+    merges = ["h e", "Ġ t", "i n", "Ġt he"]
+    tokens = [*_byte_characters(), *(merge.replace(" ", "") for merge in merges)]
+    control = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    padding = vocab_size - len(tokens) - len(control)
+    if padding < 0:
+        raise ValueError(
+            f"the vocabulary needs {len(tokens) + len(control)} tokens or more, not {vocab_size}"
+        )
+    first = len(tokens)
+    return {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "qwen2",
+        "tokenizer.ggml.tokens": [*tokens, *control, *(f"[PAD{i}]" for i in range(padding))],
+        "tokenizer.ggml.token_type": [1] * first + [3] * len(control) + [5] * padding,
+        "tokenizer.ggml.merges": merges,
+        "tokenizer.ggml.eos_token_id": first + 2,
+        "tokenizer.ggml.padding_token_id": first,
+        "tokenizer.ggml.add_bos_token": False,
+    }
+
+
+def tokenizer_of(path: str | os.PathLike) -> dict[str, object]:
+    """The ``tokenizer.*`` metadata of a GGUF file."""
+    with GGUFFile.open(path) as file:
+        return {key: value for key, value in file.metadata.items() if key.startswith("tokenizer.")}
+
+
+def _byte_characters() -> list[str]:
+    """GPT-2's printable stand-in for every byte (``bytes_to_unicode`` of its encoder)."""
+    plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    moved = [byte for byte in range(256) if byte not in plain]
+    table = {byte: chr(byte) for byte in plain} | {byte: chr(256 + i) for i, byte in enumerate(moved)}
+    return [table[byte] for byte in range(256)]
+
+
+def _mix_types(mix: str, config: Qwen3MoeConfig) -> dict[str, GGMLType]:
+    if mix == "q4_k_m":
+        return q4_k_m_types(config)
+    wanted = SUPPORTED_TYPES if mix == "all" else (GGMLType[mix.upper()],)
+    types = {}
+    for i, spec in enumerate(tensor_specs(config)):
+        fitting = [t for t in wanted if t in spec.types and spec.shape[-1] % BLOCK_FORMATS[t].weights == 0]
+        types[spec.path] = fitting[i % len(fitting)] if fitting else GGMLType.F32
+    return types
+
+
+def _metadata(config: Qwen3MoeConfig, tokenizer: Mapping[str, object]) -> dict[str, object]:
+    values = {
+        "block_count": config.num_hidden_layers,
+        "context_length": config.max_position_embeddings,
+        "embedding_length": config.hidden_size,
+        "feed_forward_length": config.moe_intermediate_size * config.num_experts_per_tok,
+        "expert_feed_forward_length": config.moe_intermediate_size,
+        "expert_count": config.num_experts,
+        "expert_used_count": config.num_experts_per_tok,
+        "attention.head_count": config.num_attention_heads,
+        "attention.head_count_kv": config.num_key_value_heads,
+        "attention.key_length": config.head_dim,
+        "attention.value_length": config.head_dim,
+        "attention.layer_norm_rms_epsilon": config.rms_norm_eps,
+        "rope.freq_base": config.rope_theta,
+    }
+    if config.rope_scaling is not None:
+        values["rope.scaling.type"] = config.rope_scaling.type
+        values["rope.scaling.factor"] = config.rope_scaling.factor
+        values["rope.scaling.original_context_length"] = config.rope_scaling.original_max_position_embeddings
+    return {
+        "general.architecture": ARCHITECTURE,
+        "general.name": "random-qwen3moe",
+        "general.alignment": ALIGNMENT,
+        **{f"{ARCHITECTURE}.{key}": value for key, value in values.items()},
+        **tokenizer,
+    }
+
+
+def _string(text: str) -> bytes:
+    encoded = text.encode()
+    return struct.pack("<Q", len(encoded)) + encoded
+
+
+def _value(value: object) -> tuple[int, bytes]:
+    """The GGUF type and the bytes of one metadata value."""
+    if isinstance(value, bool):
+        return _BOOL, struct.pack("<?", value)
+    if isinstance(value, int):
+        return (_UINT32, struct.pack("<I", value)) if value >= 0 else (_INT32, struct.pack("<i", value))
+    if isinstance(value, float):
+        return _FLOAT32, struct.pack("<f", value)
+    if isinstance(value, str):
+        return _STRING, _string(value)
+    if isinstance(value, list):
+        return _ARRAY, _array(value)
+    raise TypeError(f"no GGUF type for {type(value).__name__}")
+
+
+def _array(values: list) -> bytes:
+    if all(isinstance(v, str) for v in values):
+        return struct.pack("<IQ", _STRING, len(values)) + b"".join(map(_string, values))
+    if all(isinstance(v, int) for v in values):
+        return struct.pack("<IQ", _INT32, len(values)) + np.array(values, "<i4").tobytes()
+    return struct.pack("<IQ", _FLOAT32, len(values)) + np.array(values, "<f4").tobytes()
+
+
+def _header(metadata: Mapping[str, object], specs: list[TensorSpec], types: Mapping[str, GGMLType]) -> bytes:
+    parts = [struct.pack("<4sIQQ", b"GGUF", 3, len(specs), len(metadata))]
+    for key, value in metadata.items():
+        kind, data = _value(value)
+        parts += [_string(key), struct.pack("<I", kind), data]
+    offset = 0
+    for spec in specs:
+        kind = types[spec.path]
+        dims = spec.shape[::-1]
+        parts.append(_string(spec.gguf_name))
+        parts.append(struct.pack(f"<I{len(dims)}QIQ", len(dims), *dims, kind, offset))
+        offset += -(-tensor_nbytes(spec.shape, kind) // ALIGNMENT) * ALIGNMENT
+    return b"".join(parts)
+
+
+def tensor_nbytes(shape: tuple[int, ...], kind: GGMLType) -> int:
+    """Bytes of a tensor in a file."""
+    *rows, length = shape
+    return int(np.prod(rows, dtype=np.int64)) * BLOCK_FORMATS[kind].row_nbytes(length)
+
+
+def _pad(file: BinaryIO) -> None:
+    file.write(bytes(-file.tell() % ALIGNMENT))
+
+
+def _write_tensor(
+    file: BinaryIO,
+    spec: TensorSpec,
+    kind: GGMLType,
+    pools: dict[GGMLType, np.ndarray],
+    rng: np.random.Generator,
+) -> None:
+    if len(spec.shape) == 1:
+        file.write(_floats(1 + NORM_STD * rng.standard_normal(spec.shape), kind))
+        return
+    if spec.path.endswith("mlp.router") and kind == GGMLType.F32:
+        file.write(_floats(ROUTER_STD * rng.standard_normal(spec.shape), kind))
+        return
+    nbytes = BLOCK_FORMATS[kind].nbytes
+    remaining = tensor_nbytes(spec.shape, kind) // nbytes
+    size = min(_POOL_BYTES // nbytes, remaining)
+    if kind not in pools or len(pools[kind]) < size:
+        pools[kind] = random_blocks(kind, size, rng)
+    pool = pools[kind]
+    while remaining:
+        start = int(rng.integers(0, len(pool)))
+        count = min(len(pool) - start, remaining)
+        file.write(pool[start : start + count].data)
+        remaining -= count
+
+
+def random_blocks(
+    kind: GGMLType, count: int, rng: np.random.Generator, std: float = WEIGHT_STD
+) -> np.ndarray:
+    """Random blocks of one type whose weights have mean 0 and about the standard deviation ``std``.
+
+    Returns:
+      uint8 [count, bytes of one block].
+    """
+    fmt = BLOCK_FORMATS[kind]
+    if kind in (GGMLType.F32, GGMLType.F16, GGMLType.BF16):
+        values = std * rng.standard_normal(count, dtype=np.float32)
+        return np.frombuffer(_floats(values, kind), np.uint8).reshape(count, fmt.nbytes)
+    blocks = rng.integers(0, 256, (count, fmt.nbytes), dtype=np.uint8)
+    if kind == GGMLType.Q8_0:
+        _set(blocks, kind, "d", std / 73.9)  # the standard deviation of a uniform int8
+    elif kind == GGMLType.Q6_K:
+        _set(blocks, kind, "scales", rng.integers(20, 60, (count, 16)))
+        _set(blocks, kind, "d", std / (40 * 18.5))
+    else:
+        # Mins equal to scales, and dmin half the range of q: weights are centred on zero.
+        levels = 16 if kind == GGMLType.Q4_K else 32
+        _set(blocks, kind, "scales", _six_bit_scales(rng.integers(20, 60, (count, 8), dtype=np.uint8)))
+        d = np.float16(std / (40 * levels / 12**0.5))
+        _set(blocks, kind, "d", d)
+        _set(blocks, kind, "dmin", d * np.float16((levels - 1) / 2))
+    return blocks
+
+
+def _set(blocks: np.ndarray, kind: GGMLType, name: str, values: object) -> None:
+    field = BLOCK_FORMATS[kind].fields[name]
+    blocks[:, field.offset : field.offset + field.nbytes].view(field.dtype)[...] = values
+
+
+def _six_bit_scales(scales: np.ndarray) -> np.ndarray:
+    """The 12 bytes of Q4_K's scales and mins, both equal to ``scales`` [count, 8]."""
+    low = (scales[:, :4] & 0x3F) | (scales[:, 4:] >> 4 << 6)
+    high = (scales[:, 4:] & 0x0F) * np.uint8(0x11)
+    return np.concatenate([low, low, high], axis=1)
+
+
+def _floats(values: np.ndarray, kind: GGMLType) -> bytes:
+    if kind == GGMLType.BF16:
+        return (values.astype("<f4").view("<u4") >> 16).astype("<u2").tobytes()
+    return values.astype("<f2" if kind == GGMLType.F16 else "<f4").tobytes()
+
+
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    parser.add_argument("out", help="file to write")
+    parser.add_argument("--preset", choices=sorted(PRESETS), default="Qwen3-Coder-30B-A3B")
+    parser.add_argument("--layers", type=int, dest="num_hidden_layers")
+    parser.add_argument("--hidden", type=int, dest="hidden_size")
+    parser.add_argument("--heads", type=int, dest="num_attention_heads")
+    parser.add_argument("--kv", type=int, dest="num_key_value_heads")
+    parser.add_argument("--head-dim", type=int, dest="head_dim")
+    parser.add_argument("--experts", type=int, dest="num_experts")
+    parser.add_argument("--experts-per-token", type=int, dest="num_experts_per_tok")
+    parser.add_argument("--ff", type=int, dest="moe_intermediate_size")
+    parser.add_argument("--context", type=int, dest="max_position_embeddings")
+    parser.add_argument("--theta", type=float, dest="rope_theta")
+    parser.add_argument("--vocab-size", type=int, dest="vocab_size", help="of the byte-level vocabulary")
+    parser.add_argument("--tied", action="store_true", dest="tie_word_embeddings", help="no output.weight")
+    parser.add_argument("--vocab", help="a GGUF file to copy the tokenizer from")
+    parser.add_argument("--mix", default="q4_k_m", help="q4_k_m, all, or one type for all matrices")
+    parser.add_argument("--seed", type=int, default=0)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = _parse(argv)
+    given = {k: v for k, v in vars(args).items() if hasattr(PRESETS[args.preset], k) and v is not None}
+    tokenizer = None
+    if args.vocab:
+        tokenizer = tokenizer_of(args.vocab)
+        given["vocab_size"] = len(tokenizer["tokenizer.ggml.tokens"])
+    config = replace(PRESETS[args.preset], **given)
+    write_random_gguf(args.out, config, mix=args.mix, tokenizer=tokenizer, seed=args.seed)
+    print(f"{args.out}: {os.path.getsize(args.out) / 1e9:.3f} GB")
+
+
+if __name__ == "__main__":
+    main()
