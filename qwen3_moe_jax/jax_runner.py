@@ -1,0 +1,212 @@
+"""The jax backend: the Flax model, jitted as a whole, behind the ``Runner`` protocol."""
+
+import os
+import time
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from convert.model_source import ModelSource
+from convert.packed import PackedTensor
+from convert.progress import ProgressCallback
+from convert.unpack import dequantize
+from qwen3_moe_jax.errors import ContextOverflowError, NumericalError
+from qwen3_moe_jax.generate import (
+    PREFILL_CHUNKS,
+    DecodeState,
+    Params,
+    chunk_lengths,
+    generate,
+    prefill,
+)
+from qwen3_moe_jax.kv_cache import KVCache
+from qwen3_moe_jax.model import STAGES_COLLECTION, Intervention, Qwen3Moe, parameter_tree
+from qwen3_moe_jax.runner import Forward
+from qwen3_moe_jax.sampling import Sampling
+from qwen3_moe_jax.stages import StageKey
+from qwen3_moe_jax.token_choice import SamplingArrays
+
+SECONDS_A_DISPATCH = 0.05
+"""Streaming asks the device for as many tokens at once as take about this long."""
+
+MOST_TOKENS_A_DISPATCH = 32
+
+
+def enable_compilation_cache() -> None:
+    """Keeps compiled programs on disk between runs, unless the user has chosen a place already."""
+    if jax.config.jax_compilation_cache_dir is None:
+        root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        jax.config.update("jax_compilation_cache_dir", str(root / "qwen3_moe_jax" / "xla"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
+def load_params(
+    source: ModelSource, device: jax.Device | None = None, progress: ProgressCallback | None = None
+) -> Params:
+    """Every tensor of ``source`` on ``device``, as the model's parameter tree.
+
+    Norm weights become float32 vectors, everything else stays packed. On the
+    CPU the arrays are used where the reader put them, without a copy.
+    """
+
+    def place(tensor: PackedTensor) -> Any:
+        value = dequantize(tensor) if tensor.ndim == 1 else tensor
+        return jax.device_put(value, device, may_alias=True)
+
+    return parameter_tree({path: place(tensor) for path, tensor in source.tensors(progress)})
+
+
+class JaxRunner:
+    """The model on JAX's default device; see ``runner.Runner`` for the protocol.
+
+    Attributes:
+      model: the Flax module.
+      params: its parameters, packed.
+    """
+
+    name = "jax"
+
+    def __init__(
+        self,
+        source: ModelSource,
+        *,
+        max_context: int | None = None,
+        compute_dtype: Any = jnp.float32,
+        progress: ProgressCallback | None = None,
+    ):
+        """Args: source, an open model; compute_dtype, jnp.float32 or jnp.bfloat16, of matrix operands."""
+        enable_compilation_cache()
+        self.config = source.config
+        self.max_context = max_context or source.config.max_position_embeddings
+        self.compute_dtype = jnp.dtype(compute_dtype)
+        self.model = Qwen3Moe(source.config, dict(source.types), self.compute_dtype)
+        self.params = load_params(source, progress=progress)
+
+    def describe(self) -> dict[str, object]:
+        device = jax.devices()[0]
+        types = sorted({t.name for t in self.model.types.values()})
+        return {
+            "backend": self.name,
+            "device": f"{device.device_kind} ({device.platform})",
+            "compute_dtype": self.compute_dtype.name,
+            "implementations": dict.fromkeys(types, "xla"),
+        }
+
+    def forward(
+        self,
+        token_ids: Sequence[int],
+        *,
+        capture: Collection[str] = (),
+        expert_ids: np.ndarray | None = None,
+        interventions: Sequence[Intervention] = (),
+    ) -> Forward:
+        """As ``Runner.forward``; ``interventions`` change stages inside the jitted model."""
+        tokens = np.asarray(token_ids, np.int32)
+        if len(tokens) > self.max_context:
+            raise ContextOverflowError(len(tokens), self.max_context)
+        model = self.model.clone(capture=frozenset(capture), interventions=tuple(interventions))
+        cache = KVCache.create(self.config, 1, len(tokens) + PREFILL_CHUNKS[-1])
+        parts, start = [], 0
+        for chunk in chunk_lengths(len(tokens)):
+            part = slice(start, start + chunk)
+            forced = None if expert_ids is None else _padded(expert_ids[:, part], 1, chunk)[:, None]
+            outputs = _forward_chunk(
+                model, self.params, cache, _padded(tokens[part], 0, chunk)[None], jnp.full((1,), start), forced
+            )
+            cache = outputs.pop("cache")
+            real = min(chunk, len(tokens) - start)
+            parts.append(jax.tree.map(lambda x, n=real: np.asarray(x)[:n], outputs))
+            start += chunk
+        whole = jax.tree.map(lambda *p: np.concatenate(p), *parts)
+        return Forward(whole["logits"], np.moveaxis(whole["expert_ids"], 0, 1), whole["stages"])
+
+    def stream(
+        self,
+        token_ids: Sequence[int],
+        *,
+        max_tokens: int,
+        sampling: Sampling,
+        stop_ids: Collection[int] = (),
+    ) -> Iterator[int]:
+        num_prompt = len(token_ids)
+        if not 0 < num_prompt < self.max_context:
+            raise ContextOverflowError(num_prompt, self.max_context)
+        arrays = SamplingArrays.of([sampling])
+        stops = jnp.asarray(sorted(stop_ids), jnp.int32).reshape(-1)
+        state = self._start([token_ids])
+        state = prefill(self.model, self.params, state, arrays, stops, [num_prompt])
+        last = min(num_prompt + max_tokens, self.max_context)
+        seen, block = num_prompt, 1
+        while True:
+            length, finished, nonfinite = (int(x[0]) for x in (state.length, state.finished, state.nonfinite))
+            for token in np.asarray(state.tokens[0, seen:length]).tolist()[: last - seen]:
+                if token in stop_ids:
+                    return
+                yield token
+            seen = length
+            if nonfinite:
+                raise NumericalError(
+                    f"the jax backend's logits are not finite at position {length - 1}: "
+                    "run `qwen3-moe trace` to find the first stage that is not"
+                )
+            if finished or seen >= last:
+                return
+            began = time.perf_counter()
+            limit = jnp.asarray([min(seen + block, last)], jnp.int32)
+            state = jax.block_until_ready(generate(self.model, self.params, state, arrays, stops, limit))
+            if time.perf_counter() - began < SECONDS_A_DISPATCH / 2:
+                block = min(2 * block, MOST_TOKENS_A_DISPATCH)
+
+    def _start(self, prompts: Sequence[Sequence[int]]) -> DecodeState:
+        """The state of a batch before its prefill."""
+        tokens = np.zeros((len(prompts), self.max_context), np.int32)
+        for row, prompt in zip(tokens, prompts, strict=True):
+            row[: len(prompt)] = prompt
+        cache = KVCache.create(self.config, len(prompts), self.max_context + PREFILL_CHUNKS[-1])
+        lengths = jnp.asarray([len(p) for p in prompts], jnp.int32)
+        return DecodeState.start(cache, jnp.asarray(tokens), lengths, self.config.vocab_size)
+
+
+@partial(jax.jit, static_argnames="model", donate_argnames="cache")
+def _forward_chunk(
+    model: Qwen3Moe,
+    params: Params,
+    cache: KVCache,
+    token_ids: jax.Array,
+    start: jax.Array,
+    expert_ids: jax.Array | None,
+) -> dict[str, Any]:
+    """One chunk of a prompt: logits [T, V], expert_ids [T, L, X], stages with T first, and the cache."""
+
+    def whole(model: Qwen3Moe, *args: Any) -> dict[str, Any]:
+        output = model(*args)
+        logits = model.logits(output.hidden)
+        chosen = jnp.moveaxis(output.expert_ids[:, 0], 0, 1)
+        return {"logits": logits[0], "expert_ids": chosen, "cache": output.cache}
+
+    outputs, variables = model.apply(
+        {"params": params}, token_ids, cache, start, expert_ids, method=whole, mutable=[STAGES_COLLECTION]
+    )
+    return {**outputs, "stages": dict(_sown(variables.get(STAGES_COLLECTION, {})))}
+
+
+def _sown(tree: Mapping[str, Any], layer: int | None = None) -> Iterator[tuple[StageKey, jax.Array]]:
+    """Stages of one sequence out of Flax's collection: ((name, layer), value [T, ...])."""
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            inside = int(name.removeprefix("layers_")) if name.startswith("layers_") else layer
+            yield from _sown(value, inside)
+        else:
+            yield (name, layer), value[0]
+
+
+def _padded(values: np.ndarray, axis: int, length: int) -> np.ndarray:
+    """``values`` with zeros after them up to ``length`` along ``axis``."""
+    widths = [(0, 0)] * values.ndim
+    widths[axis] = (0, length - values.shape[axis])
+    return np.pad(values, widths)
