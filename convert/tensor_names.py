@@ -7,15 +7,11 @@ what is missing, extra or misshapen before any weight is read.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from convert.config import Qwen3MoeConfig
 from convert.errors import ModelFileError, printable, quote
 from convert.ggml_types import BLOCK_FORMATS, SUPPORTED_TYPES, GGMLType
-
-if TYPE_CHECKING:
-    from convert.gguf_file import GGUFFile
-
+from convert.gguf_file import GGUFFile
 
 NORM_TYPES: tuple[GGMLType, ...] = (GGMLType.F32, GGMLType.F16, GGMLType.BF16)
 MATRIX_TYPES: tuple[GGMLType, ...] = SUPPORTED_TYPES
@@ -143,7 +139,7 @@ def _q4_k_m_type(spec: TensorSpec, num_layers: int) -> GGMLType:
     return next(t for t in candidates if spec.shape[-1] % BLOCK_FORMATS[t].weights == 0)
 
 
-def check_tensors(gguf_file: "GGUFFile", config: Qwen3MoeConfig) -> None:
+def check_tensors(gguf_file: GGUFFile, config: Qwen3MoeConfig) -> None:
     """Hold the tensors of a file against the model's: names, shapes, types.
 
     Reads no weights.
