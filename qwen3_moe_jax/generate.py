@@ -72,7 +72,9 @@ def chunk_lengths(num_tokens: int) -> list[int]:
     """Chunks that cover a prompt: the longest while they fit, then the shortest that holds the rest."""
     lengths, largest = [], PREFILL_CHUNKS[-1]
     while num_tokens > 0:
-        lengths.append(largest if num_tokens >= largest else min(c for c in PREFILL_CHUNKS if c >= num_tokens))
+        lengths.append(
+            largest if num_tokens >= largest else min(c for c in PREFILL_CHUNKS if c >= num_tokens)
+        )
         num_tokens -= lengths[-1]
     return lengths
 
@@ -127,7 +129,9 @@ def generate(
 
     def step(state: DecodeState) -> DecodeState:
         paused = ~state.finished & (state.length >= limit)
-        after = decode_step(model, params, state.replace(finished=state.finished | paused), sampling, stop_ids)
+        after = decode_step(
+            model, params, state.replace(finished=state.finished | paused), sampling, stop_ids
+        )
         return after.replace(finished=after.finished & ~paused)
 
     return jax.lax.while_loop(unfinished, step, state)

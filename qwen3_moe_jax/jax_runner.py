@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.core import FrozenDict
 
 from convert.model_source import ModelSource
 from convert.packed import PackedTensor
@@ -84,7 +85,7 @@ class JaxRunner:
         self.config = source.config
         self.max_context = max_context or source.config.max_position_embeddings
         self.compute_dtype = jnp.dtype(compute_dtype)
-        self.model = Qwen3Moe(source.config, dict(source.types), self.compute_dtype)
+        self.model = Qwen3Moe(source.config, FrozenDict(source.types), self.compute_dtype)
         self.params = load_params(source, progress=progress)
 
     def describe(self) -> dict[str, object]:
@@ -116,7 +117,12 @@ class JaxRunner:
             part = slice(start, start + chunk)
             forced = None if expert_ids is None else _padded(expert_ids[:, part], 1, chunk)[:, None]
             outputs = _forward_chunk(
-                model, self.params, cache, _padded(tokens[part], 0, chunk)[None], jnp.full((1,), start), forced
+                model,
+                self.params,
+                cache,
+                _padded(tokens[part], 0, chunk)[None],
+                jnp.full((1,), start),
+                forced,
             )
             cache = outputs.pop("cache")
             real = min(chunk, len(tokens) - start)

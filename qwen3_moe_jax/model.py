@@ -19,6 +19,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import struct
+from flax.core import FrozenDict
 
 import kernels_pallas as ops
 from convert.config import Qwen3MoeConfig
@@ -78,7 +79,7 @@ class _Part(nn.Module):
     """
 
     config: Qwen3MoeConfig
-    types: Mapping[str, GGMLType]
+    types: FrozenDict[str, GGMLType]
     compute_dtype: Any = jnp.float32
     interventions: tuple[Intervention, ...] = ()
     capture: frozenset[str] = frozenset()

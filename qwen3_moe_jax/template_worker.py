@@ -1,4 +1,4 @@
-"""Renders chat templates in a process of its own; started by ``chat_template``, never imported.
+"""Renders chat templates in a process of its own; started by ``chat_template``.
 
 A template comes out of an untrusted file. Jinja's immutable sandbox keeps it from
 running code, but not from burning time or memory, and a loop inside one C call
@@ -8,7 +8,7 @@ an address-space limit turns a memory bomb into MemoryError. Only the standard
 library and Jinja are imported, so that a start takes about 0.1 s.
 
 Protocol, on stdin and stdout: frames of a 4-byte big-endian length and JSON.
-Request: ``{"template", "context", "mask", "max_output"}``. Answer: ``{"text"}`` or
+Request: ``{"template", "chat" (JSON text), "settings", "mask", "max_output"}``. Answer: ``{"text"}`` or
 ``{"error", "line", "fatal"}``; after a fatal one the process ends.
 """
 
@@ -29,7 +29,6 @@ CACHED_TEMPLATES = 8
 
 def make_environment():
     """Jinja as Hugging Face's ``apply_chat_template`` sets it up."""
-    import jinja2.debug  # noqa: F401  (Jinja imports it at the first error, when no file can be opened)
     import jinja2.ext
     from jinja2 import nodes
     from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -86,7 +85,8 @@ def render(environment, compiled, request):
             compiled.clear()
         compiled[source] = environment.from_string(source)
     pieces, size = [], 0
-    for piece in compiled[source].generate(request["context"]):
+    context = json.loads(request["chat"]) | request["settings"]
+    for piece in compiled[source].generate(context):
         size += len(piece)
         if size > request["max_output"]:
             raise OutputTooLongError(f"it writes more than {request['max_output']} characters")
@@ -112,10 +112,10 @@ def describe(error):
 
 
 def limit_process():
-    """Bounds memory, and takes away what a template could not need: files to write, to open, processes."""
+    """Bounds memory, and takes away what no template needs: writing files, starting processes."""
     if resource is None:
         return
-    limits = {"RLIMIT_AS": MEMORY_BYTES, "RLIMIT_CORE": 0, "RLIMIT_FSIZE": 0, "RLIMIT_NOFILE": 0, "RLIMIT_NPROC": 0}
+    limits = {"RLIMIT_AS": MEMORY_BYTES, "RLIMIT_CORE": 0, "RLIMIT_FSIZE": 0, "RLIMIT_NPROC": 0}
     for name, value in limits.items():
         if hasattr(resource, name):
             resource.setrlimit(getattr(resource, name), (value, value))

@@ -36,7 +36,7 @@ PRE_TOKENIZERS = {
         r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
     ),
 }
-"""Splitting pattern of each ``tokenizer.ggml.pre`` (llama.cpp's src/llama-vocab.cpp at 0c1e57098, line 383)."""
+"""Splitting pattern of each ``tokenizer.ggml.pre`` (llama.cpp at 0c1e57098, src/llama-vocab.cpp:383)."""
 
 END_OF_GENERATION = frozenset(
     {"<|im_end|>", "<|endoftext|>", "<|fim_pad|>", "<|repo_name|>", "<|file_sep|>", "<|eot_id|>", "</s>"}
