@@ -29,7 +29,7 @@ def check_tokenizer(metadata: Mapping[str, object], vocab_size: int | None = Non
 
     Args:
       metadata: keys and values of the file.
-      vocab_size: rows of the embedding; the tokens must be as many.
+      vocab_size: rows of the embedding; there may not be more tokens, and fewer are padding.
 
     Raises:
       ModelFileError: ``E_TOKENIZER``, its name the metadata key at fault.
@@ -75,8 +75,8 @@ def _check_tokens(metadata: Mapping[str, object], vocab_size: int | None) -> lis
     tokens = _array(metadata, key, str)
     if not tokens:
         raise _fail(key, "is empty")
-    if vocab_size is not None and len(tokens) != vocab_size:
-        raise _fail(key, f"holds {len(tokens)} tokens, but the embedding has {vocab_size} rows")
+    if vocab_size is not None and len(tokens) > vocab_size:
+        raise _fail(key, f"holds {len(tokens)} tokens, but the embedding has only {vocab_size} rows")
     known: dict[str, int] = {}
     for i, token in enumerate(tokens):
         if not token:
