@@ -1,0 +1,48 @@
+"""Qwen3-MoE models straight from GGUF files in JAX, with a parity proof on your own machine.
+
+>>> import qwen3_moe_jax as q3
+>>> model = q3.load()                       # the embedded model; or a .gguf, or a packed checkpoint
+>>> model.generate("def fib(n):", max_tokens=16)
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from convert.errors import ModelFileError
+    from qwen3_moe_jax.api import Answer, Model
+    from qwen3_moe_jax.errors import BackendUnavailableError, ContextOverflowError, NumericalError
+    from qwen3_moe_jax.loader import load
+    from qwen3_moe_jax.model import Intervention
+    from qwen3_moe_jax.sampling import Sampling
+
+_HOMES = {
+    "Answer": "qwen3_moe_jax.api",
+    "BackendUnavailableError": "qwen3_moe_jax.errors",
+    "ContextOverflowError": "qwen3_moe_jax.errors",
+    "Intervention": "qwen3_moe_jax.model",
+    "Model": "qwen3_moe_jax.api",
+    "ModelFileError": "convert.errors",
+    "NumericalError": "qwen3_moe_jax.errors",
+    "Sampling": "qwen3_moe_jax.sampling",
+    "load": "qwen3_moe_jax.loader",
+}
+
+__all__ = [
+    "Answer",
+    "BackendUnavailableError",
+    "ContextOverflowError",
+    "Intervention",
+    "Model",
+    "ModelFileError",
+    "NumericalError",
+    "Sampling",
+    "load",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Imports a public name when it is first used: the wgpu and reference backends never load JAX."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'qwen3_moe_jax' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)

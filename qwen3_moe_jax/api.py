@@ -1,0 +1,178 @@
+"""The model as a Python object: text in, text out, logits, and its own proof."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from convert.model_source import ModelSource
+from qwen3_moe_jax.chat_template import RenderedChat, find_template, render_chat, special_tokens
+from qwen3_moe_jax.errors import ContextOverflowError
+from qwen3_moe_jax.runner import Forward, Runner
+from qwen3_moe_jax.sampling import Sampling, recommended_sampling
+from qwen3_moe_jax.text_stream import TextStream
+from qwen3_moe_jax.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from qwen3_moe_jax.parity import Report
+
+Messages = Sequence[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A finished generation.
+
+    Attributes:
+      text: what was written.
+      finish_reason: "stop" (an end token or a stop string) or "length".
+      prompt_tokens, new_tokens: how many.
+    """
+
+    text: str
+    finish_reason: str
+    prompt_tokens: int
+    new_tokens: int
+
+
+class Model:
+    """A loaded model. Use it as a context manager, or call ``close``.
+
+    Attributes:
+      source: the open file or checkpoint.
+      runner: the backend that holds the weights.
+      tokenizer: the file's own.
+      backend_reason: why this backend was chosen, in words.
+    """
+
+    def __init__(self, source: ModelSource, runner: Runner, *, backend_reason: str = "as asked"):
+        self.source = source
+        self.runner = runner
+        self.tokenizer = Tokenizer(source.metadata, vocab_size=source.config.vocab_size)
+        self.backend_reason = backend_reason
+
+    @property
+    def config(self):
+        """The model's hyper-parameters."""
+        return self.source.config
+
+    def prompt(
+        self,
+        prompt: str | Messages,
+        *,
+        tools: Sequence[dict[str, Any]] | None = None,
+        thinking: bool | None = None,
+    ) -> tuple[list[int], RenderedChat | None]:
+        """Token ids of a prompt; a list of messages goes through the file's chat template."""
+        if isinstance(prompt, str):
+            return self.tokenizer.encode(prompt), None
+        chat = render_chat(
+            find_template(self.source.metadata),
+            prompt,
+            tools,
+            enable_thinking=thinking,
+            special=special_tokens(self.source.metadata),
+        )
+        return self.tokenizer.encode_chat(chat), chat
+
+    def default_sampling(self, *, thinking: bool | None = None) -> tuple[Sampling, str]:
+        """The sampling that the file or its model family recommends, and where that comes from."""
+        return recommended_sampling(self.source.metadata, thinking=thinking)
+
+    def open_stream(
+        self,
+        prompt: str | Messages,
+        *,
+        max_tokens: int | None = None,
+        sampling: Sampling | None = None,
+        stop: Sequence[str] = (),
+        tools: Sequence[dict[str, Any]] | None = None,
+        thinking: bool | None = None,
+    ) -> TextStream:
+        """Text pieces as they come, with the reason of the end and token counts.
+
+        Args:
+          prompt: text, or messages (``[{"role": "user", "content": "hi"}]``).
+          max_tokens: at most this many new tokens; None fills the context.
+          sampling: None takes ``default_sampling``.
+          stop: strings that end the answer; they are not part of it.
+          tools: function definitions for the chat template.
+          thinking: the template's thinking switch; None leaves its default.
+
+        Raises:
+          ContextOverflowError: the prompt does not fit the context.
+          ValueError: max_tokens is below 1, or the prompt is empty.
+        """
+        if max_tokens is not None and max_tokens < 1:
+            raise ValueError(f"max_tokens is {max_tokens}; it must be at least 1")
+        token_ids, chat = self.prompt(prompt, tools=tools, thinking=thinking)
+        if not token_ids:
+            raise ValueError("the prompt is empty: give at least one character")
+        room = self.runner.max_context - len(token_ids)
+        if room < 1:
+            raise ContextOverflowError(len(token_ids), self.runner.max_context)
+        sampling = sampling or self.default_sampling(thinking=thinking)[0]
+        limit = room if max_tokens is None else min(max_tokens, room)
+        tokens = self.runner.stream(
+            token_ids, max_tokens=limit, sampling=sampling, stop_ids=self.tokenizer.stop_ids
+        )
+        return TextStream(
+            self.tokenizer,
+            tokens,
+            stop=stop,
+            max_tokens=limit,
+            prompt_tokens=len(token_ids),
+            starts_in_reasoning=chat is not None and chat.starts_in_reasoning,
+        )
+
+    def stream(self, prompt: str | Messages, **options: Any) -> Iterator[str]:
+        """Text pieces as they come; options as ``open_stream``."""
+        return iter(self.open_stream(prompt, **options))
+
+    def generate(self, prompt: str | Messages, **options: Any) -> str:
+        """The whole text; options as ``open_stream``."""
+        return self.answer(prompt, **options).text
+
+    def answer(self, prompt: str | Messages, **options: Any) -> Answer:
+        """The whole text with the reason of its end and token counts; options as ``open_stream``."""
+        stream = self.open_stream(prompt, **options)
+        text = "".join(stream)
+        return Answer(text, stream.finish_reason, stream.prompt_tokens, stream.new_tokens)
+
+    def forward(self, token_ids: Sequence[int], **options: Any) -> Forward:
+        """Logits, expert choices and captured stages of a prompt; options as ``Runner.forward``.
+
+        Raises:
+          ValueError: an id is not in the vocabulary, or there are none.
+        """
+        ids = np.asarray(token_ids)
+        if ids.ndim != 1 or not ids.size or not np.issubdtype(ids.dtype, np.integer):
+            raise ValueError("token_ids must be a non-empty list of integers")
+        if ids.min() < 0 or ids.max() >= self.config.vocab_size:
+            bad = int(ids.min() if ids.min() < 0 else ids.max())
+            raise ValueError(f"token id {bad} is not in 0..{self.config.vocab_size - 1}")
+        return self.runner.forward(ids.astype(np.int32), **options)
+
+    def logits(self, token_ids: Sequence[int]) -> np.ndarray:
+        """Logits of every position: float32 [T, V]."""
+        return self.forward(token_ids).logits
+
+    def verify(self, **options: Any) -> "Report":
+        """Runs the parity contract on this machine; options as ``parity.verify``."""
+        from qwen3_moe_jax.parity import verify
+
+        return verify(self.source, [self.runner], **options)
+
+    def close(self) -> None:
+        """Gives back the weights' memory and closes the file."""
+        close = getattr(self.runner, "close", None)
+        if close:
+            close()
+        self.source.close()
+
+    def __enter__(self) -> "Model":
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()

@@ -1,0 +1,177 @@
+"""From a path to a model that answers: which file, which backend, how much memory."""
+
+import os
+import subprocess
+from collections.abc import Callable
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from convert.model_source import ModelSource, open_model
+from convert.progress import ProgressCallback
+from qwen3_moe_jax.errors import BackendUnavailableError
+from qwen3_moe_jax.runner import Runner
+
+if TYPE_CHECKING:
+    from qwen3_moe_jax.api import Model
+
+BACKENDS = ("jax", "wgpu", "reference")
+DTYPES = ("float32", "bfloat16")
+
+DEFAULT_CONTEXT = 4096
+"""Tokens of KV cache when nothing else is asked for; a model with less takes its own."""
+
+
+def embedded_model() -> Path:
+    """The small real model that comes with the package."""
+    return Path(str(files("qwen3_moe_jax") / "assets" / "tiny-coder-Q4_K_M.gguf"))
+
+
+def choose_backend() -> tuple[str, str]:
+    """What ``backend="auto"`` means on this machine: (backend, the reason in words)."""
+    if _has_nvidia_gpu():
+        if _jax_sees_gpu():
+            return "jax", "JAX sees an NVIDIA GPU"
+        why = "there is an NVIDIA GPU but JAX has no plugin for it (pip install 'qwen3-moe-jax[cuda13]')"
+    else:
+        why = "no NVIDIA GPU"
+    from qwen3_moe_jax.wgpu_backend import find_hardware_adapter
+
+    adapter = find_hardware_adapter()
+    if adapter is not None:
+        return "wgpu", f"{why}; WebGPU adapter {adapter}"
+    return "jax", f"{why}, no WebGPU adapter but software: JAX on the CPU"
+
+
+def _has_nvidia_gpu() -> bool:
+    try:
+        found = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+    return found.returncode == 0 and "GPU" in found.stdout
+
+
+def _jax_sees_gpu() -> bool:
+    set_jax_memory_policy()
+    import jax
+
+    return any(d.platform == "gpu" for d in jax.devices())
+
+
+def set_jax_memory_policy() -> None:
+    """Keeps XLA from taking most of the card at start; a user's own setting stays."""
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
+
+def make_runner(
+    source: ModelSource,
+    backend: str,
+    *,
+    max_context: int | None = None,
+    dtype: str = "float32",
+    adapter: str | None = None,
+    progress: ProgressCallback | None = None,
+) -> Runner:
+    """The named backend with the model loaded.
+
+    Args:
+      source: an open model.
+      backend: one of BACKENDS.
+      max_context: tokens of KV cache; None is DEFAULT_CONTEXT or the model's own, if less.
+      dtype: matrix operands on jax, one of DTYPES; wgpu and reference compute in float32.
+      adapter: part of a WebGPU adapter's name.
+      progress: told how far loading is.
+
+    Raises:
+      ValueError: an unknown backend or dtype, or a context that the model does not have.
+      BackendUnavailableError: the backend cannot run here.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend {backend!r} is not one of auto, {', '.join(BACKENDS)}")
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+    most = source.config.max_position_embeddings
+    max_context = min(DEFAULT_CONTEXT, most) if max_context is None else max_context
+    if not 1 < max_context <= most:
+        raise ValueError(f"a context of {max_context} tokens: this model takes from 2 to {most}")
+    return _MAKERS[backend](source, max_context, dtype, adapter, progress)
+
+
+def _make_jax(source, max_context, dtype, _adapter, progress) -> Runner:
+    set_jax_memory_policy()
+    from qwen3_moe_jax.jax_runner import JaxRunner
+
+    return JaxRunner(source, max_context=max_context, compute_dtype=dtype, progress=progress)
+
+
+def _make_wgpu(source, max_context, dtype, adapter, progress) -> Runner:
+    _only_float32("wgpu", dtype)
+    from qwen3_moe_jax.wgpu_backend import WgpuRunner
+
+    return WgpuRunner(source, max_context=max_context, adapter=adapter, progress=progress)
+
+
+def _make_reference(source, max_context, dtype, _adapter, _progress) -> Runner:
+    _only_float32("reference", dtype)
+    from qwen3_moe_jax.reference import ReferenceRunner
+
+    return ReferenceRunner(source, max_context=max_context)
+
+
+def _only_float32(backend: str, dtype: str) -> None:
+    if dtype != "float32":
+        raise BackendUnavailableError(f"the {backend} backend computes in float32 only: leave out --dtype {dtype}")
+
+
+_MAKERS: dict[str, Callable[..., Runner]] = {
+    "jax": _make_jax,
+    "wgpu": _make_wgpu,
+    "reference": _make_reference,
+}
+
+
+def load(
+    path: str | os.PathLike | None = None,
+    *,
+    backend: str = "auto",
+    max_context: int | None = None,
+    dtype: str = "float32",
+    adapter: str | None = None,
+    gate: bool = True,
+    progress: ProgressCallback | None = None,
+) -> "Model":
+    """Loads a model.
+
+    Args:
+      path: a ``.gguf`` file (any shard of a split one), a packed checkpoint
+        folder, or None for the embedded model.
+      backend: "auto", "jax", "wgpu" or "reference". auto is JAX with an NVIDIA
+        GPU, else a hardware WebGPU adapter, else JAX on the CPU.
+      max_context: tokens of the KV cache.
+      dtype: "float32" or "bfloat16" operands (jax).
+      adapter: part of a WebGPU adapter's name (wgpu).
+      gate: check a few tokens against the reference when this backend first
+        meets this file (remembered afterwards).
+      progress: called with bytes done and bytes in all.
+
+    Raises:
+      ModelFileError: the file cannot be used.
+      BackendUnavailableError: the backend cannot run on this machine.
+      ParityError: the backend's logits are wrong on this machine.
+    """
+    from qwen3_moe_jax.api import Model
+
+    chosen, reason = choose_backend() if backend == "auto" else (backend, "as asked")
+    source = open_model(path or embedded_model())
+    try:
+        runner = make_runner(
+            source, chosen, max_context=max_context, dtype=dtype, adapter=adapter, progress=progress
+        )
+        if gate:
+            from qwen3_moe_jax.parity.gate import check_once
+
+            check_once(runner, source)
+        return Model(source, runner, backend_reason=reason)
+    except BaseException:
+        source.close()
+        raise
