@@ -36,7 +36,7 @@ DEFAULT_ALIGNMENT = 32
 
 _MIN_ENTRY = 8 + 1 + 4 + 1  # key length, key, type, value
 _MIN_TENSOR_INFO = 8 + 1 + 4 + 8 + 4 + 8  # name length, name, n_dims, one dim, type, offset
-_WINDOW = 256 * 1024
+_WINDOW = 128 * 1024
 _NUMBERS_AT_ONCE = 8192
 
 _BOOL, _STRING, _ARRAY = 7, 8, 9
@@ -161,6 +161,7 @@ class _Cursor:
         if count <= len(self._window) - self._at:
             return
         start = self.offset
+        self._window = b""  # never two at once
         self._window = self.file.read(min(max(count, _WINDOW), self.file.size - start), start)
         self._start, self._at = start, 0
 
@@ -334,24 +335,21 @@ class _HeaderParser:
         self._spend(8 * count, key)
         values: list[object] = []
         while len(values) < count:
-            for raw in self._cursor.take_strings(count - len(values), MAX_STRING, what, "E_METADATA"):
-                values.append(self._text(raw, key, len(values)))
+            raw = self._cursor.take_strings(count - len(values), MAX_STRING, what, "E_METADATA")
+            try:
+                texts = [one.decode() for one in raw]
+            except UnicodeDecodeError as error:
+                raise self._fail(
+                    "E_METADATA",
+                    f"{quote(key)} holds text that is not UTF-8: {error.object[:40]!r}",
+                    name=key,
+                ) from error
+            self._spend(sum(map(sys.getsizeof, texts)), key)
+            values += texts
         return values
 
-    def _text(self, raw: bytes, key: str, index: int) -> str:
-        try:
-            text = raw.decode()
-        except UnicodeDecodeError as error:
-            raise self._fail(
-                "E_METADATA", f"{quote(key)}, text {index}, is not UTF-8: {raw[:40]!r}", name=key
-            ) from error
-        self._memory += sys.getsizeof(text)
-        if self._memory > MAX_METADATA_MEMORY:
-            self._spend(0, key)
-        return text
-
     def _spend(self, nbytes: int, key: str) -> None:
-        """Count ``nbytes`` of decoded metadata; refuse before they are allocated."""
+        """Count ``nbytes`` of decoded metadata, before or right after they are allocated."""
         self._memory += nbytes
         if self._memory > MAX_METADATA_MEMORY:
             raise self._fail(
