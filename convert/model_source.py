@@ -11,6 +11,7 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from convert.ggml_types import BLOCK_FORMATS, GGMLType
 from convert.gguf_file import GGUFFile, TensorInfo
 from convert.packed import PackedTensor
 from convert.progress import ProgressCallback
+from convert.regular_file import RegularFile
 from convert.tensor_names import TensorSpec, check_tensors, tensor_specs
 from convert.unpack import aligned_empty, block_arrays, empty_packed, find_nonfinite_blocks, unpack_blocks
 
@@ -220,16 +222,23 @@ def refuse_nonfinite(
 
 
 def sha256_of_files(paths: list[Path], progress: ProgressCallback | None = None) -> str:
-    """SHA-256 of the bytes of all files, one after the other."""
+    """SHA-256 of the bytes of all files, one after the other.
+
+    Raises:
+      ModelFileError: ``E_OPEN`` or ``E_SHORT_READ`` if one cannot be read.
+    """
     digest = hashlib.sha256()
-    total = sum(os.stat(path).st_size for path in paths)
     done = 0
     buffer = memoryview(bytearray(READ_CHUNK_BYTES))
-    for path in paths:
-        with open(path, "rb", buffering=0) as file:
-            while count := file.readinto(buffer):
-                digest.update(buffer[:count])
-                done += count
+    with ExitStack() as stack:
+        files = [stack.enter_context(closing(RegularFile(path))) for path in paths]
+        total = sum(file.size for file in files)
+        for file in files:
+            for offset in range(0, file.size, READ_CHUNK_BYTES):
+                piece = buffer[: min(READ_CHUNK_BYTES, file.size - offset)]
+                file.read_into(piece, offset)
+                digest.update(piece)
+                done += len(piece)
                 if progress:
                     progress(done, total)
     return digest.hexdigest()
@@ -239,10 +248,9 @@ def _identity(paths: list[Path]) -> str:
     """Sizes, times of change and samples spread over the files: no two models share them in practice."""
     digest = hashlib.sha256()
     for path in paths:
-        with open(path, "rb", buffering=0) as file:
-            status = os.fstat(file.fileno())
-            digest.update(f"{status.st_size} {status.st_mtime_ns}\n".encode())
+        with closing(RegularFile(path)) as file:
+            digest.update(f"{file.size} {os.stat(path).st_mtime_ns}\n".encode())
+            count = min(_SAMPLE_BYTES, file.size)
             for i in range(_SAMPLES):
-                offset = (status.st_size - _SAMPLE_BYTES) * i // (_SAMPLES - 1)
-                digest.update(os.pread(file.fileno(), _SAMPLE_BYTES, max(0, offset)))
+                digest.update(file.read(count, (file.size - count) * i // (_SAMPLES - 1)))
     return digest.hexdigest()[:32]

@@ -83,12 +83,16 @@ def array_shapes(type: GGMLType, shape: tuple[int, ...]) -> dict[str, tuple[int,
     return {name: (*leading, last // f.weights) for name, f in ARRAY_FORMATS[type].items()}
 
 
+def array_nbytes(type: GGMLType, shape: tuple[int, ...]) -> dict[str, int]:
+    """Bytes of the arrays that hold a tensor of ``type`` and logical ``shape`` in layout ``"rows"``."""
+    formats = ARRAY_FORMATS[type]
+    shapes = array_shapes(type, shape)
+    return {name: math.prod(s) * np.dtype(formats[name].dtype).itemsize for name, s in shapes.items()}
+
+
 def packed_nbytes(type: GGMLType, shape: tuple[int, ...]) -> int:
     """Bytes that a packed tensor of ``type`` and logical ``shape`` takes in layout ``"rows"``."""
-    formats = ARRAY_FORMATS[type]
-    return sum(
-        math.prod(s) * np.dtype(formats[name].dtype).itemsize for name, s in array_shapes(type, shape).items()
-    )
+    return sum(array_nbytes(type, shape).values())
 
 
 @dataclass(frozen=True, eq=False)

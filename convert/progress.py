@@ -26,6 +26,11 @@ class ProgressCallback(Protocol):
         """``done`` of ``total`` bytes are finished."""
 
 
+def format_bytes(count: float) -> str:
+    """A number of bytes for people: ``"18.56 GB"``, ``"14.2 MB"``."""
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+
+
 @contextmanager
 def show_progress(label: str, stream: TextIO | None = None) -> Iterator[ProgressCallback]:
     """Shows the progress of one job on ``stream`` (standard error): a bar on a terminal, else lines."""
@@ -48,7 +53,7 @@ def _lines(label: str, stream: TextIO) -> Iterator[ProgressCallback]:
         last = now
         rate = done / (now - start)
         left = f", {(total - done) / rate:.0f} s left" if rate else ""
-        line = f"{label}: {done / 1e9:.2f} of {total / 1e9:.2f} GB, {rate / 1e9:.2f} GB/s{left}"
+        line = f"{label}: {format_bytes(done)} of {format_bytes(total)}, {format_bytes(rate)}/s{left}"
         print(line, file=stream, flush=True)
 
     yield report

@@ -1,0 +1,64 @@
+"""``python -m convert model.gguf out/``: a GGUF file to a packed checkpoint.
+
+Exit codes: 0 done, 1 the model cannot be used, 2 wrong arguments, 3 the folder
+cannot be written, 4 another process is writing it, 130 interrupted.
+"""
+
+import argparse
+import os
+import sys
+import time
+
+from convert.errors import ModelFileError
+from convert.model_source import open_model
+from convert.output_folder import OutputError
+from convert.progress import format_bytes, show_progress
+
+EXIT_MODEL = 1
+EXIT_OUTPUT = 3
+EXIT_BUSY = 4
+EXIT_INTERRUPTED = 130
+
+
+def convert_model(model: str | os.PathLike, out: str | os.PathLike) -> str:
+    """Converts with a progress bar on standard error; returns one line that says what was made.
+
+    Raises:
+      ModelFileError: the model cannot be used.
+      OutputError: the folder cannot be written.
+    """
+    # Orbax asks JAX for its devices; converting needs none, and a GPU's memory is not to be taken for it.
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    from convert.checkpoint_writer import write_checkpoint
+
+    start = time.monotonic()
+    with open_model(model) as source, show_progress(f"converting {os.path.basename(model)}") as progress:
+        nbytes = write_checkpoint(source, out, progress=progress)
+    seconds = time.monotonic() - start
+    return f"{out}: {format_bytes(nbytes)} in {seconds:.1f} s ({format_bytes(nbytes / seconds)}/s)"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m convert", description="GGUF file to packed checkpoint")
+    parser.add_argument("model", help="a .gguf file (any shard of a split one)")
+    parser.add_argument("out", help="folder to make; must not exist, or be empty")
+    args = parser.parse_args(argv)
+    try:
+        print(convert_model(args.model, args.out))
+    except ModelFileError as error:
+        return _fail(str(error), EXIT_MODEL)
+    except OutputError as error:
+        return _fail(str(error), EXIT_BUSY if error.code == "E_BUSY" else EXIT_OUTPUT)
+    except KeyboardInterrupt:
+        return _fail("interrupted; nothing was left behind", EXIT_INTERRUPTED)
+    return 0
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"convert: {message}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
