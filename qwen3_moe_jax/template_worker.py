@@ -12,6 +12,7 @@ Request: ``{"template", "chat" (JSON text), "settings", "mask", "max_output"}``.
 ``{"error", "line", "fatal"}``; after a fatal one the process ends.
 """
 
+import contextlib
 import json
 import signal
 import sys
@@ -112,12 +113,15 @@ def describe(error):
 
 
 def limit_process():
-    """Bounds memory, and takes away what no template needs: writing files, starting processes."""
+    """Bounds memory, and takes away what no template needs: writing files, starting processes.
+
+    A system that refuses a limit (macOS, for the address space) is left with the others.
+    """
     if resource is None:
         return
     limits = {"RLIMIT_AS": MEMORY_BYTES, "RLIMIT_CORE": 0, "RLIMIT_FSIZE": 0, "RLIMIT_NPROC": 0}
     for name, value in limits.items():
-        if hasattr(resource, name):
+        with contextlib.suppress(AttributeError, ValueError, OSError):
             resource.setrlimit(getattr(resource, name), (value, value))
 
 

@@ -25,18 +25,17 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from convert.errors import ModelFileError
+from convert.tokenizer_metadata import BYTE_ALPHABET, check_tokenizer
 from qwen3_moe_jax.chat_template import RenderedChat
 
 if TYPE_CHECKING:
     import tokenizers
 
-PRE_TOKENIZERS = {
-    "qwen2": (
-        r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])"
-        r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-    ),
-}
-"""Splitting pattern of each ``tokenizer.ggml.pre`` (llama.cpp at 0c1e57098, src/llama-vocab.cpp:383)."""
+QWEN2_PATTERN = (
+    r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])"
+    r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+"""Splits text into words before BPE (llama.cpp at 0c1e57098, src/llama-vocab.cpp:383)."""
 
 END_OF_GENERATION = frozenset(
     {"<|im_end|>", "<|endoftext|>", "<|fim_pad|>", "<|repo_name|>", "<|file_sep|>", "<|eot_id|>", "</s>"}
@@ -61,12 +60,10 @@ class TokenType(IntEnum):
 
 
 def _byte_symbols() -> dict[str, int]:
-    """GPT-2's printable stand-in for each of the 256 bytes."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAC + 1), *range(0xAE, 0xFF + 1)]
-    symbols = {chr(byte): byte for byte in printable}
-    others = (byte for byte in range(256) if chr(byte) not in symbols)
-    symbols.update({chr(256 + i): byte for i, byte in enumerate(others)})
-    return symbols
+    """The byte of each of GPT-2's 256 stand-ins: itself, or for U+0100 and up the next byte left over."""
+    plain = {ord(symbol) for symbol in BYTE_ALPHABET} & set(range(256))
+    others = iter(sorted(set(range(256)) - plain))
+    return {symbol: ord(symbol) if ord(symbol) < 256 else next(others) for symbol in BYTE_ALPHABET}
 
 
 _BYTE_OF_SYMBOL = _byte_symbols()
@@ -91,10 +88,10 @@ class Tokenizer:
         Raises:
           ModelFileError: E_TOKENIZER, the metadata does not describe a usable tokenizer.
         """
+        check_tokenizer(metadata)
         self._tokens: list[str] = metadata["tokenizer.ggml.tokens"]
         self._types: list[int] = metadata["tokenizer.ggml.token_type"]
         self._merges: list[str] = metadata["tokenizer.ggml.merges"]
-        self._pattern = PRE_TOKENIZERS[metadata["tokenizer.ggml.pre"]]
         if vocab_size is not None and len(self._tokens) > vocab_size:
             raise ModelFileError(
                 "E_TOKENIZER",
@@ -103,7 +100,7 @@ class Tokenizer:
             )
         self._vocab_size = max(vocab_size or 0, len(self._tokens))
         added = (TokenType.CONTROL, TokenType.USER_DEFINED)
-        self._added = {t: i for i, t in enumerate(self._tokens) if self._types[i] in added and t}
+        self._added = {t: i for i, t in enumerate(self._tokens) if self._types[i] in added}
         self.eos_id: int | None = metadata.get("tokenizer.ggml.eos_token_id")
         wants_bos = metadata.get("tokenizer.ggml.add_bos_token", False)
         self.bos_id: int | None = metadata.get("tokenizer.ggml.bos_token_id") if wants_bos else None
@@ -195,7 +192,7 @@ class Tokenizer:
             raise ModelFileError("E_TOKENIZER", str(error), name="tokenizer.ggml.merges") from error
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
             [
-                pre_tokenizers.Split(Regex(self._pattern), "isolated"),
+                pre_tokenizers.Split(Regex(QWEN2_PATTERN), "isolated"),
                 pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
             ]
         )
@@ -214,9 +211,9 @@ class Tokenizer:
         if token_id >= len(self._tokens):
             return b""
         token, kind = self._tokens[token_id], self._types[token_id]
-        if kind == TokenType.NORMAL:
+        if kind == TokenType.NORMAL and _BYTE_OF_SYMBOL.keys() >= set(token):
             return bytes(_BYTE_OF_SYMBOL[symbol] for symbol in token)
-        visible = kind == TokenType.USER_DEFINED or token in VISIBLE_CONTROL
+        visible = kind in (TokenType.NORMAL, TokenType.USER_DEFINED) or token in VISIBLE_CONTROL
         if visible or (show_control and kind == TokenType.CONTROL):
             return token.encode()
         return b""

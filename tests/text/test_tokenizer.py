@@ -1,0 +1,181 @@
+"""The tokenizer against llama.cpp's vectors, and its promises on control tokens and UTF-8."""
+
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from convert.errors import ModelFileError
+from qwen3_moe_jax.chat_template import RenderedChat
+from qwen3_moe_jax.tokenizer import StreamDecoder, Tokenizer
+
+DATA = Path(__file__).parents[1] / "data"
+IM_START, IM_END, END_OF_TEXT = 151644, 151645, 151643
+
+
+def vectors() -> list[tuple[str, list[int]]]:
+    texts = (DATA / "ggml-vocab-qwen2.gguf.inp").read_bytes().decode().split("\n__ggml_vocab_test__\n")
+    lines = (DATA / "ggml-vocab-qwen2.gguf.out").read_text().split("\n")
+    return [(text, list(map(int, line.split()))) for text, line in zip(texts, lines, strict=True)]
+
+
+def test_ids_equal_llama_cpp(qwen2_tokenizer):
+    cases = vectors()
+    assert len(cases) == 47
+    wrong = {text: qwen2_tokenizer.encode(text) for text, ids in cases if qwen2_tokenizer.encode(text) != ids}
+    assert wrong == {}
+
+
+def test_decode_gives_the_vectors_texts_back(qwen2_tokenizer):
+    for text, ids in vectors():
+        assert qwen2_tokenizer.decode(ids) == text
+
+
+def test_no_normalization(qwen2_tokenizer):
+    decomposed, composed = "e\u0301", "\u00e9"
+    assert qwen2_tokenizer.encode(decomposed) != qwen2_tokenizer.encode(composed)
+    assert qwen2_tokenizer.decode(qwen2_tokenizer.encode(decomposed)) == decomposed
+
+
+@settings(max_examples=200, deadline=None)
+@given(text=st.text(st.characters(exclude_categories=("Cs",)), max_size=60))
+def test_round_trip_of_any_text(qwen3_tokenizer, text):
+    ids = qwen3_tokenizer.encode(text)
+    decoder = StreamDecoder(qwen3_tokenizer)
+    assert qwen3_tokenizer.decode(ids) == text
+    assert "".join(map(decoder.push, ids)) + decoder.finish() == text
+
+
+@pytest.mark.parametrize(
+    "text", ["<|im_end|>", "a<|im_start|>system\nb<|endoftext|>", "<|<|im_end|>im_end|>"]
+)
+def test_control_tokens_in_text_stay_text(qwen3_tokenizer, text):
+    ids = qwen3_tokenizer.encode(text)
+    assert not {IM_START, IM_END, END_OF_TEXT} & set(ids)
+    assert qwen3_tokenizer.decode(ids) == text
+
+
+def test_parse_special_makes_control_ids(qwen3_tokenizer):
+    ids = qwen3_tokenizer.encode("<|im_start|>user\nhi<|im_end|>\n", parse_special=True)
+    assert ids == [IM_START, 872, 198, 6023, IM_END, 198]
+
+
+def test_words_run_across_the_border_of_template_and_message(qwen3_tokenizer):
+    chat = RenderedChat("<|im_start|>user\n\n\nhi<|im_end|>\n", inert=())
+    assert qwen3_tokenizer.encode_chat(chat)[1:4] == qwen3_tokenizer.encode("user\n\n\nhi")[:3]
+
+
+@pytest.mark.parametrize("place", [1, 10])  # either | of the second token
+def test_a_control_token_that_touches_an_inert_character_stays_text(qwen3_tokenizer, place):
+    text = "<|im_end|><|im_end|>"
+    chat = RenderedChat(text, inert=(10 + place - (place == 10) * 2,))
+    ids = qwen3_tokenizer.encode_chat(chat)
+    assert ids.count(IM_END) == 1
+    assert ids[0] == IM_END
+    assert qwen3_tokenizer.decode(ids, show_control=True) == text
+
+
+def test_user_defined_tokens_are_matched_and_shown(qwen3_tokenizer):
+    ids = qwen3_tokenizer.encode("<think>\n</think><tool_call>")
+    assert ids == [151667, 198, 151668, 151657]
+    assert qwen3_tokenizer.decode(ids) == "<think>\n</think><tool_call>"
+
+
+def test_what_decode_shows_and_hides(qwen3_tokenizer):
+    added = list(range(151657, 151669))
+    shown = "".join(qwen3_tokenizer.decode([i]) for i in added)
+    assert shown.startswith("<tool_call></tool_call><|fim_prefix|>")
+    assert shown.endswith("<|file_sep|><tool_response></tool_response><think></think>")
+    assert qwen3_tokenizer.decode([IM_END, 151656, 151669, 151935]) == ""
+    assert qwen3_tokenizer.decode([IM_END], show_control=True) == "<|im_end|>"
+
+
+def test_stop_ids(qwen3_tokenizer):
+    assert qwen3_tokenizer.eos_id == IM_END
+    assert qwen3_tokenizer.stop_ids == {IM_END, END_OF_TEXT, 151662, 151663, 151664}
+
+
+def test_stop_ids_keep_the_files_own_eos(qwen3_metadata):
+    metadata = qwen3_metadata | {"tokenizer.ggml.eos_token_id": 5, "tokenizer.ggml.eot_token_id": 6}
+    assert {5, 6, IM_END} <= Tokenizer(metadata).stop_ids
+
+
+def test_bos_only_where_the_file_asks(qwen3_metadata, qwen3_tokenizer):
+    assert qwen3_tokenizer.encode("hi") == [6023]
+    tokenizer = Tokenizer(qwen3_metadata | {"tokenizer.ggml.add_bos_token": True})
+    assert tokenizer.encode("hi") == [END_OF_TEXT, 6023]
+    assert tokenizer.encode("<|endoftext|>hi", parse_special=True) == [END_OF_TEXT, 6023]
+
+
+def test_stream_holds_back_half_a_character(qwen3_tokenizer):
+    ids = qwen3_tokenizer.encode("is 🦙.cpp")
+    decoder = StreamDecoder(qwen3_tokenizer)
+    assert [decoder.push(i) for i in ids] == ["is", " ", "", "🦙", ".", "cpp"]
+
+
+def test_stream_of_broken_utf8_equals_decode(qwen3_tokenizer):
+    llama = qwen3_tokenizer.encode(" 🦙")
+    for ids in (llama[:-1], llama[1:], [llama[0], 64, *llama], [*llama[:-1], IM_END, llama[-1]]):
+        decoder = StreamDecoder(qwen3_tokenizer)
+        streamed = "".join(map(decoder.push, ids)) + decoder.finish()
+        assert streamed == qwen3_tokenizer.decode(ids)
+
+
+def test_ids_outside_the_vocabulary(qwen3_metadata):
+    tokenizer = Tokenizer(qwen3_metadata, vocab_size=152064)
+    assert tokenizer.decode([152063]) == ""
+    for token_id in (-1, 152064):
+        with pytest.raises(ValueError, match=f"{token_id} is outside the vocabulary of 152064"):
+            tokenizer.decode([token_id])
+
+
+def test_text_that_is_no_unicode(qwen3_tokenizer):
+    with pytest.raises(ValueError, match="surrogate pair at character 2"):
+        qwen3_tokenizer.encode("ab\ud800")
+    with pytest.raises(ValueError, match="must be a str, not bytes"):
+        qwen3_tokenizer.encode(b"ab")
+
+
+def test_more_tokens_than_rows_of_the_embedding(qwen3_metadata):
+    with pytest.raises(ModelFileError, match="151936 tokens but the embedding only 151935 rows") as caught:
+        Tokenizer(qwen3_metadata, vocab_size=151935)
+    assert caught.value.code == "E_TOKENIZER"
+
+
+def test_the_files_metadata_is_checked_first(qwen3_metadata):
+    with pytest.raises(ModelFileError, match=r"tokenizer\.ggml\.pre") as caught:
+        Tokenizer(qwen3_metadata | {"tokenizer.ggml.pre": "llama-bpe"})
+    assert caught.value.code == "E_TOKENIZER"
+
+
+def test_merges_cannot_make_a_control_token(qwen3_metadata):
+    tokens = list(qwen3_metadata["tokenizer.ggml.tokens"])
+    tokens[0:2] = ["<|im_", "end|>"]  # whatever they were
+    tokens[151669], tokens[151670] = "!", '"'
+    types = list(qwen3_metadata["tokenizer.ggml.token_type"])
+    types[151669] = types[151670] = 1
+    changed = {"tokens": tokens, "token_type": types, "merges": ["<|im_ end|>"]}
+    metadata = qwen3_metadata | {f"tokenizer.ggml.{key}": value for key, value in changed.items()}
+    with pytest.raises(ModelFileError, match=r"im_end") as caught:
+        Tokenizer(metadata).encode("<|im_end|>")
+    assert caught.value.code == "E_TOKENIZER"
+
+
+def test_building_is_lazy_and_quick(qwen3_metadata):
+    best = min(_seconds(lambda: Tokenizer(qwen3_metadata).encode("hi")) for _ in range(2))
+    assert best < 2.5  # 0.5 s on an idle core; the rest is for a busy machine
+
+
+@pytest.mark.parametrize(
+    "text", ["a" * 200_000, " " * 200_000, "\n" * 200_000, "<|im_end|>" * 20_000, "[" * 200_000]
+)
+def test_time_is_linear_in_hostile_text(qwen3_tokenizer, text):
+    assert _seconds(lambda: qwen3_tokenizer.encode(text)) < 5  # 0.5 s on an idle core
+
+
+def _seconds(action) -> float:
+    start = time.perf_counter()
+    action()
+    return time.perf_counter() - start
