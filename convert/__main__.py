@@ -5,6 +5,7 @@ cannot be written, 4 another process is writing it, 130 interrupted.
 """
 
 import argparse
+import logging
 import os
 import sys
 import time
@@ -29,6 +30,8 @@ def convert_model(model: str | os.PathLike, out: str | os.PathLike) -> str:
     """
     # Orbax asks JAX for its devices; converting needs none, and a GPU's memory is not to be taken for it.
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    # When a disk is full, each of orbax's writes fails; one error is reported, asyncio would log the others.
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     from convert.checkpoint_writer import write_checkpoint
 
     start = time.monotonic()
@@ -41,9 +44,18 @@ def convert_model(model: str | os.PathLike, out: str | os.PathLike) -> str:
 def main(argv: list[str] | None = None) -> int:
     """The command; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m convert", description="GGUF file to packed checkpoint")
+    add_arguments(parser)
+    return run(parser.parse_args(argv))
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments that ``run`` reads."""
     parser.add_argument("model", help="a .gguf file (any shard of a split one)")
     parser.add_argument("out", help="folder to make; must not exist, or be empty")
-    args = parser.parse_args(argv)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Converts; returns the exit code."""
     try:
         print(convert_model(args.model, args.out))
     except ModelFileError as error:

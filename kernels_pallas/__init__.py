@@ -16,11 +16,12 @@ from kernels_pallas.expert_matmul.api import expert_matmul  # noqa: E402
 from kernels_pallas.moe_mlp.api import moe_mlp  # noqa: E402
 from kernels_pallas.norm_rope import rms_norm, rope, rope_tables  # noqa: E402
 from kernels_pallas.quantized_matmul.api import quantized_matmul  # noqa: E402
-from kernels_pallas.router.api import Routing, router  # noqa: E402
+from kernels_pallas.router.api import Routing, choose_experts, router  # noqa: E402
 
 __all__ = [
     "Routing",
     "attention",
+    "choose_experts",
     "dequantize",
     "embedding_lookup",
     "expert_matmul",

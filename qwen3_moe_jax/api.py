@@ -166,9 +166,7 @@ class Model:
 
     def close(self) -> None:
         """Gives back the weights' memory and closes the file."""
-        close = getattr(self.runner, "close", None)
-        if close:
-            close()
+        self.runner.close()
         self.source.close()
 
     def __enter__(self) -> "Model":

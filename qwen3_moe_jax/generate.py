@@ -147,7 +147,7 @@ def prefill_chunk(
     start: jax.Array,
     chunk: int,
 ) -> DecodeState:
-    """Puts prompt tokens start .. start + chunk - 1 into the cache; after the last, writes the first new token.
+    """Puts prompt tokens start .. start + chunk - 1 into the cache; the last one gives the first new token.
 
     Args:
       start: int32 scalar. Tokens after a sequence's end are padding: what they

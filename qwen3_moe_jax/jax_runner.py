@@ -96,7 +96,11 @@ class JaxRunner:
             "device": f"{device.device_kind} ({device.platform})",
             "compute_dtype": self.compute_dtype.name,
             "implementations": dict.fromkeys(types, "xla"),
+            "fallbacks": [],
         }
+
+    def close(self) -> None:
+        self.params = {}
 
     def forward(
         self,

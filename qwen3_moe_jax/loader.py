@@ -1,15 +1,15 @@
 """From a path to a model that answers: which file, which backend, how much memory."""
 
 import os
-import subprocess
 from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from convert.model_source import ModelSource, open_model
 from convert.progress import ProgressCallback
 from qwen3_moe_jax.errors import BackendUnavailableError
+from qwen3_moe_jax.machine import nvidia_gpus
 from qwen3_moe_jax.runner import Runner
 
 if TYPE_CHECKING:
@@ -27,28 +27,34 @@ def embedded_model() -> Path:
     return Path(str(files("qwen3_moe_jax") / "assets" / "tiny-coder-Q4_K_M.gguf"))
 
 
-def choose_backend() -> tuple[str, str]:
-    """What ``backend="auto"`` means on this machine: (backend, the reason in words)."""
-    if _has_nvidia_gpu():
+class Choice(NamedTuple):
+    """What ``backend="auto"`` means on a machine.
+
+    Attributes:
+      backend: one of BACKENDS.
+      reason: in words.
+      fallbacks: what is not used though it is there, one line each.
+    """
+
+    backend: str
+    reason: str
+    fallbacks: tuple[str, ...] = ()
+
+
+def choose_backend() -> Choice:
+    """An NVIDIA GPU through JAX; else a hardware WebGPU adapter; else JAX on the CPU."""
+    why, fallbacks = "no NVIDIA GPU", ()
+    if nvidia_gpus():
         if _jax_sees_gpu():
-            return "jax", "JAX sees an NVIDIA GPU"
-        why = "there is an NVIDIA GPU but JAX has no plugin for it (pip install 'qwen3-moe-jax[cuda13]')"
-    else:
-        why = "no NVIDIA GPU"
+            return Choice("jax", "JAX sees an NVIDIA GPU")
+        why = "JAX does not see the NVIDIA GPU"
+        fallbacks = (f"{why}: run `qwen3-moe doctor`",)
     from qwen3_moe_jax.wgpu_backend import find_hardware_adapter
 
     adapter = find_hardware_adapter()
     if adapter is not None:
-        return "wgpu", f"{why}; WebGPU adapter {adapter}"
-    return "jax", f"{why}, no WebGPU adapter but software: JAX on the CPU"
-
-
-def _has_nvidia_gpu() -> bool:
-    try:
-        found = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=20)
-    except (OSError, subprocess.TimeoutExpired):
-        return False
-    return found.returncode == 0 and "GPU" in found.stdout
+        return Choice("wgpu", f"{why}; WebGPU adapter {adapter}", fallbacks)
+    return Choice("jax", f"{why}, no WebGPU hardware", fallbacks)
 
 
 def _jax_sees_gpu() -> bool:
@@ -120,7 +126,9 @@ def _make_reference(source, max_context, dtype, _adapter, _progress) -> Runner:
 
 def _only_float32(backend: str, dtype: str) -> None:
     if dtype != "float32":
-        raise BackendUnavailableError(f"the {backend} backend computes in float32 only: leave out --dtype {dtype}")
+        raise BackendUnavailableError(
+            f"the {backend} backend computes in float32 only: leave out --dtype {dtype}"
+        )
 
 
 _MAKERS: dict[str, Callable[..., Runner]] = {
@@ -138,6 +146,7 @@ def load(
     dtype: str = "float32",
     adapter: str | None = None,
     gate: bool = True,
+    strict: bool = False,
     progress: ProgressCallback | None = None,
 ) -> "Model":
     """Loads a model.
@@ -152,21 +161,27 @@ def load(
       adapter: part of a WebGPU adapter's name (wgpu).
       gate: check a few tokens against the reference when this backend first
         meets this file (remembered afterwards).
+      strict: raise where something would fall back: a GPU that JAX cannot use,
+        a quantization type without a kernel on the GPU.
       progress: called with bytes done and bytes in all.
 
     Raises:
       ModelFileError: the file cannot be used.
-      BackendUnavailableError: the backend cannot run on this machine.
+      BackendUnavailableError: the backend cannot run on this machine, or (strict) only in part.
       ParityError: the backend's logits are wrong on this machine.
     """
     from qwen3_moe_jax.api import Model
 
-    chosen, reason = choose_backend() if backend == "auto" else (backend, "as asked")
+    chosen, reason, fallbacks = choose_backend() if backend == "auto" else (backend, "as asked", ())
+    if strict and fallbacks:
+        raise BackendUnavailableError(f"strict: {fallbacks[0]}")
     source = open_model(path or embedded_model())
     try:
         runner = make_runner(
             source, chosen, max_context=max_context, dtype=dtype, adapter=adapter, progress=progress
         )
+        if strict and runner.describe()["fallbacks"]:
+            raise BackendUnavailableError(f"strict: {runner.describe()['fallbacks'][0]}")
         if gate:
             from qwen3_moe_jax.parity.gate import check_once
 

@@ -304,7 +304,7 @@ class Qwen3Moe(_Part):
 
 
 def parameter_tree(parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """Nests parameters by their dotted paths into Flax's tree ("layers.3.mlp.router" -> layers_3/mlp/router)."""
+    """Nests parameters by their paths into Flax's tree: "layers.3.mlp.router" is layers_3 / mlp / router."""
     tree: dict[str, Any] = {}
     for path, value in parameters.items():
         *parents, name = path.replace("layers.", "layers_", 1).split(".")

@@ -40,7 +40,16 @@ class Runner(Protocol):
     max_context: int
 
     def describe(self) -> dict[str, object]:
-        """Device, compute dtype and the implementation of each quantization type, for banner and receipts."""
+        """What runs where, for the banner and for receipts.
+
+        Keys: backend, device, compute_dtype; implementations, one name for each
+        quantization type; fallbacks, a line for each part that runs on less than
+        this backend's best implementation.
+        """
+        ...
+
+    def close(self) -> None:
+        """Gives back the memory of weights and cache; the runner is of no use afterwards."""
         ...
 
     def forward(
@@ -71,7 +80,7 @@ class Runner(Protocol):
         sampling: Sampling,
         stop_ids: Collection[int] = (),
     ) -> Iterator[int]:
-        """Yields new token ids as they come; ends after one of stop_ids (which it does not yield) or max_tokens.
+        """Yields new token ids as they come; ends after max_tokens, or before one of stop_ids.
 
         Raises:
           ContextOverflowError: the prompt leaves no room in the cache.

@@ -1,7 +1,9 @@
-"""What every test runs under."""
+"""What every test runs under, and the models that many of them share."""
 
 import os
+from pathlib import Path
 
+import numpy as np
 import pytest
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -24,3 +26,37 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     if SKIPPED and os.environ.get("QWEN3_MOE_NO_SKIPS") == "1" and not hasattr(session.config, "workerinput"):
         print(f"\nQWEN3_MOE_NO_SKIPS: {len(SKIPPED)} skipped tests should have run:", *SKIPPED, sep="\n  ")
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+@pytest.fixture(scope="session")
+def source():
+    """The embedded model, open."""
+    from convert.model_source import open_model
+    from qwen3_moe_jax.loader import embedded_model
+
+    with open_model(embedded_model()) as opened:
+        yield opened
+
+
+@pytest.fixture(scope="session")
+def reference_runner(source):
+    """The embedded model in NumPy, float32."""
+    from qwen3_moe_jax.reference import ReferenceRunner
+
+    return ReferenceRunner(source)
+
+
+@pytest.fixture(scope="session")
+def jax_runner(source):
+    """The embedded model in JAX, float32."""
+    from qwen3_moe_jax.jax_runner import JaxRunner
+
+    return JaxRunner(source)
+
+
+@pytest.fixture(scope="session")
+def golden() -> dict[str, np.ndarray]:
+    """Recorded logits of the embedded model: idsN, float32_logitsN (Transformers), llamacpp_logitsN,
+    float32_greedyN (32 tokens), for three prompts N."""
+    with np.load(Path(__file__).parent / "data" / "tiny-coder-golden.npz") as arrays:
+        return dict(arrays)

@@ -72,3 +72,19 @@ def router(
         expert_ids,
     )
     return Routing(logits, probs, ids, weights)
+
+
+def choose_experts(
+    logits: jax.Array, num_experts_per_tok: int, expert_ids: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The second half of :func:`router`, for a caller that looks at or changes the logits.
+
+    Args:
+      logits: float32 [T, E].
+      num_experts_per_tok: X, at most E.
+      expert_ids: int32 [T, X] to force the choice, or None.
+
+    Returns:
+      probs [T, E], expert_ids [T, X] and weights [T, X] of a :class:`Routing`.
+    """
+    return xla.choose_experts(logits, num_experts_per_tok, expert_ids)

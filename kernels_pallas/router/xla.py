@@ -19,9 +19,16 @@ def router(
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """See ``api.router``."""
     logits = quantized_matmul(x.astype(jnp.float32), w, jnp.dtype(jnp.float32))
+    return logits, *choose_experts(logits, num_experts_per_tok, expert_ids)
+
+
+def choose_experts(
+    logits: jax.Array, num_experts_per_tok: int, expert_ids: jax.Array | None
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """See ``api.choose_experts``."""
     probs = jax.nn.softmax(logits, axis=-1)
     if expert_ids is None:
         expert_ids = lax.top_k(probs, num_experts_per_tok)[1]
     chosen = jnp.take_along_axis(probs, expert_ids, axis=-1)
     weights = chosen / jnp.maximum(jnp.sum(chosen, axis=-1, keepdims=True), MIN_WEIGHT_SUM)
-    return logits, probs, expert_ids, weights
+    return probs, expert_ids, weights

@@ -135,7 +135,11 @@ class ReferenceRunner:
             "device": "CPU (NumPy)",
             "compute_dtype": self.dtype.name,
             "implementations": dict.fromkeys(types, "numpy"),
+            "fallbacks": [],
         }
+
+    def close(self) -> None:
+        self.weights = {}
 
     def forward(
         self,

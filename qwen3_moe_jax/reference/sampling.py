@@ -8,7 +8,10 @@ from qwen3_moe_jax.sampling import Sampling
 
 
 def penalize(logits: np.ndarray, sampling: Sampling, seen: np.ndarray, written: np.ndarray) -> np.ndarray:
-    """Repetition penalty on tokens seen [V] (prompt or output), presence penalty on tokens written [V] (output)."""
+    """Penalties on logits [V]: repetition for tokens seen (prompt or output), presence for tokens written.
+
+    Both masks are bool [V].
+    """
     scaled = np.where(logits > 0, logits / sampling.repetition_penalty, logits * sampling.repetition_penalty)
     return np.where(seen, scaled, logits) - sampling.presence_penalty * written
 

@@ -1,0 +1,10 @@
+"""Every tolerance of the test suite, by what it bounds, with where the number comes from."""
+
+# --- the whole model, embedded file ---------------------------------------------------------------
+# Two float32 programs that sum in different orders differ by about sqrt(K) * 2^-24 a product; through
+# 6 layers 1 - cosine was measured at 2e-7 (which is float32's own resolution of a cosine near 1).
+GOLDEN_FLOAT32_COSINE = 0.999999
+# bfloat16 operands round to 2^-9 relative; averaged over K = 256 and 6 layers 1e-4 remains.
+GOLDEN_BFLOAT16_COSINE = 0.999
+# The recorded float32 logits' own distance from llama.cpp's, to a float32 cosine's resolution.
+GOLDEN_LLAMACPP_DIFFERENCE = 1e-5
