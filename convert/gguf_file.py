@@ -124,10 +124,12 @@ class GGUFFile:
 
 def _sibling_paths(file: RegularFile, header: Header) -> list[Path]:
     """Paths of all shards of the split model that ``file`` belongs to; empty if it is not split."""
-    if header.metadata.get("split.count") in (None, 0, 1):
+    if "split.count" not in header.metadata:
         return []
     count = _split_value(file, header, "split.count")
-    if not 2 <= count <= MAX_SHARDS:
+    if count < 2:
+        return []
+    if count > MAX_SHARDS:
         raise file.error("E_SPLIT", f"says it has {count} shards; at most {MAX_SHARDS} are allowed")
     number = _split_value(file, header, "split.no") + 1
     match = _SHARD_NAME.fullmatch(file.path.name)
