@@ -122,16 +122,16 @@ def _orbax() -> Iterator[_Save]:
     import orbax.checkpoint as ocp
 
     handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_zarr3=False, use_compression=False)
-    with ocp.Checkpointer(handler) as checkpointer, _only_errors_from("absl"):
+    with ocp.Checkpointer(handler) as checkpointer, _silenced("absl"):
         yield lambda folder, tree: checkpointer.save(folder, args=ocp.args.PyTreeSave(tree))
 
 
 @contextmanager
-def _only_errors_from(logger_name: str) -> Iterator[None]:
-    """Orbax warns at every save that there is nothing of OCDBT to merge; it was told not to use OCDBT."""
+def _silenced(logger_name: str) -> Iterator[None]:
+    """Orbax warns at every save of OCDBT, which it was told not to use, and logs what it raises as well."""
     logger = logging.getLogger(logger_name)
     level = logger.level
-    logger.setLevel(logging.ERROR)
+    logger.setLevel(logging.CRITICAL)
     try:
         yield
     finally:

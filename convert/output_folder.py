@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from convert.errors import printable
+from convert.errors import ModelFileError, printable
 
 SPACE_MARGIN = 1.1
 """A disk must have this many times the bytes that will be written."""
@@ -60,14 +60,13 @@ def output_folder(out: str | os.PathLike, need: int) -> Iterator[Path]:
             _remove_stale(out)
             _check_space(out, need)
             yield from _write(out)
-    except OutputError:
+    except (OutputError, ModelFileError):
         raise
-    except OSError as error:
-        raise _explained(error, out, need) from error
-    except ValueError as error:
-        if not any(text in str(error) for text in _NO_SPACE_TEXTS):
+    except Exception as error:
+        explained = _explained(error, out, need)
+        if explained is None:
             raise
-        raise _disk_full(out, need) from error
+        raise explained from error
 
 
 def _write(out: Path) -> Iterator[Path]:
@@ -148,18 +147,32 @@ def _disk_full(out: Path, need: int) -> OutputError:
     )
 
 
-def _explained(error: OSError, out: Path, need: int) -> OutputError:
-    if error.errno in _NO_SPACE:
+def _explained(error: Exception, out: Path, need: int) -> OutputError | None:
+    """What the system's error means for a person; None if it is no error of the system."""
+    if _means_disk_full(error):
         return _disk_full(out, need)
+    if not isinstance(error, OSError):
+        return None
     if error.errno in _NOT_ALLOWED:
         return OutputError(
             "E_READ_ONLY", f"cannot write in {out.parent}: {error.strerror}; name another folder"
         )
     if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
         return OutputError("E_EXISTS", f"the folder {out} was filled meanwhile; name another")
-    if error.errno in (errno.ENOENT, errno.ENOTDIR) and not out.parent.is_dir():
+    if not out.parent.is_dir():
         return OutputError("E_OUTPUT", f"there is no folder {out.parent}; make it first")
     return OutputError("E_OUTPUT", f"cannot write {out}: {error}")
+
+
+def _means_disk_full(error: BaseException | None) -> bool:
+    """Whether the error, or one that it was raised from, is a full disk or an exhausted quota."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in _NO_SPACE:
+            return True
+        if any(text in str(error) for text in _NO_SPACE_TEXTS):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def sync_tree(folder: Path) -> None:

@@ -14,8 +14,9 @@ import argparse
 import os
 import struct
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from itertools import cycle
 from pathlib import Path
 from typing import BinaryIO
 
@@ -116,11 +117,16 @@ def _mix_types(mix: str, config: Qwen3MoeConfig) -> dict[str, GGMLType]:
     if mix == "q4_k_m":
         return q4_k_m_types(config)
     wanted = SUPPORTED_TYPES if mix == "all" else (GGMLType[mix.upper()],)
+    turns: dict[tuple[GGMLType, ...], Iterator[GGMLType]] = {}
     types = {}
-    for i, spec in enumerate(tensor_specs(config)):
-        fitting = [t for t in wanted if t in spec.types and spec.shape[-1] % BLOCK_FORMATS[t].weights == 0]
-        types[spec.path] = fitting[i % len(fitting)] if fitting else GGMLType.F32
+    for spec in tensor_specs(config):
+        fitting = tuple(t for t in wanted if t in spec.types and _fits(t, spec)) or (GGMLType.F32,)
+        types[spec.path] = next(turns.setdefault(fitting, cycle(fitting)))
     return types
+
+
+def _fits(kind: GGMLType, spec: TensorSpec) -> bool:
+    return spec.shape[-1] % BLOCK_FORMATS[kind].weights == 0
 
 
 def _metadata(config: Qwen3MoeConfig, tokenizer: Mapping[str, object]) -> dict[str, object]:
