@@ -8,3 +8,13 @@ GOLDEN_FLOAT32_COSINE = 0.999999
 GOLDEN_BFLOAT16_COSINE = 0.999
 # The recorded float32 logits' own distance from llama.cpp's, to a float32 cosine's resolution.
 GOLDEN_LLAMACPP_DIFFERENCE = 1e-5
+# Chunks change the shapes of products and so the order of their sums: logits near 10 keep about 5 digits.
+CHUNKED_LOGITS = 1e-4
+
+# --- sampling -------------------------------------------------------------------------------------
+# Total variation of 20,000 draws over up to 300 tokens: about sqrt(300 / (2 pi 20000)) = 0.05 at worst.
+SAMPLING_TOTAL_VARIATION = 0.06
+
+# --- float32 arithmetic ---------------------------------------------------------------------------
+# A handful of roundings of 2^-24 each.
+FLOAT32_ROUNDINGS = 1e-6
