@@ -68,12 +68,12 @@ class DecodeState:
         )
 
 
-def chunk_lengths(num_tokens: int) -> list[int]:
+def chunk_lengths(num_tokens: int, sizes: Sequence[int] = PREFILL_CHUNKS) -> list[int]:
     """Chunks that cover a prompt: the longest while they fit, then the shortest that holds the rest."""
-    lengths, largest = [], PREFILL_CHUNKS[-1]
+    lengths, largest = [], max(sizes)
     while num_tokens > 0:
         lengths.append(
-            largest if num_tokens >= largest else min(c for c in PREFILL_CHUNKS if c >= num_tokens)
+            largest if num_tokens >= largest else min(c for c in sizes if c >= num_tokens)
         )
         num_tokens -= lengths[-1]
     return lengths

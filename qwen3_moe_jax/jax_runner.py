@@ -3,6 +3,7 @@
 import os
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,7 @@ class JaxRunner:
     """
 
     name = "jax"
+    forward_options = frozenset({"layers", "chunk_sizes", "interventions"})
 
     def __init__(
         self,
@@ -108,21 +110,28 @@ class JaxRunner:
         *,
         capture: Collection[str] = (),
         expert_ids: np.ndarray | None = None,
+        layers: Sequence[int] | None = None,
+        chunk_sizes: Sequence[int] = PREFILL_CHUNKS,
         interventions: Sequence[Intervention] = (),
     ) -> Forward:
         """As ``Runner.forward``; ``interventions`` change stages inside the jitted model."""
         tokens = np.asarray(token_ids, np.int32)
         if len(tokens) > self.max_context:
             raise ContextOverflowError(len(tokens), self.max_context)
-        model = self.model.clone(capture=frozenset(capture), interventions=tuple(interventions))
-        cache = KVCache.create(self.config, 1, len(tokens) + PREFILL_CHUNKS[-1])
+        chosen = tuple(range(self.config.num_hidden_layers) if layers is None else layers)
+        config = replace(self.config, num_hidden_layers=len(chosen))
+        model = self.model.clone(
+            config=config, capture=frozenset(capture), interventions=tuple(interventions)
+        )
+        params = _only_layers(self.params, chosen)
+        cache = KVCache.create(config, 1, len(tokens) + max(chunk_sizes))
         parts, start = [], 0
-        for chunk in chunk_lengths(len(tokens)):
+        for chunk in chunk_lengths(len(tokens), chunk_sizes):
             part = slice(start, start + chunk)
             forced = None if expert_ids is None else _padded(expert_ids[:, part], 1, chunk)[:, None]
             outputs = _forward_chunk(
                 model,
-                self.params,
+                params,
                 cache,
                 _padded(tokens[part], 0, chunk)[None],
                 jnp.full((1,), start),
@@ -133,7 +142,11 @@ class JaxRunner:
             parts.append(jax.tree.map(lambda x, n=real: np.asarray(x)[:n], outputs))
             start += chunk
         whole = jax.tree.map(lambda *p: np.concatenate(p), *parts)
-        return Forward(whole["logits"], np.moveaxis(whole["expert_ids"], 0, 1), whole["stages"])
+        stages = {
+            (name, None if index is None else chosen[index]): value
+            for (name, index), value in whole["stages"].items()
+        }
+        return Forward(whole["logits"], np.moveaxis(whole["expert_ids"], 0, 1), stages)
 
     def stream(
         self,
@@ -203,6 +216,12 @@ def _forward_chunk(
         {"params": params}, token_ids, cache, start, expert_ids, method=whole, mutable=[STAGES_COLLECTION]
     )
     return {**outputs, "stages": dict(_sown(variables.get(STAGES_COLLECTION, {})))}
+
+
+def _only_layers(params: Params, layers: Sequence[int]) -> Params:
+    """The parameters of a model that has these layers alone, one after the other."""
+    kept = {name: value for name, value in params.items() if not name.startswith("layers_")}
+    return {**kept, **{f"layers_{i}": params[f"layers_{layer}"] for i, layer in enumerate(layers)}}
 
 
 def _sown(tree: Mapping[str, Any], layer: int | None = None) -> Iterator[tuple[StageKey, jax.Array]]:

@@ -33,11 +33,14 @@ class Runner(Protocol):
       name: "jax", "wgpu" or "reference".
       config: the model's hyper-parameters.
       max_context: tokens that its KV cache holds.
+      forward_options: which of ``forward``'s optional arguments it takes, out of
+        "layers" and "chunk_sizes".
     """
 
     name: str
     config: Qwen3MoeConfig
     max_context: int
+    forward_options: frozenset[str]
 
     def describe(self) -> dict[str, object]:
         """What runs where, for the banner and for receipts.
@@ -58,6 +61,8 @@ class Runner(Protocol):
         *,
         capture: Collection[str] = (),
         expert_ids: np.ndarray | None = None,
+        layers: Sequence[int] | None = None,
+        chunk_sizes: Sequence[int] = (),
     ) -> Forward:
         """Runs the prompt from an empty cache.
 
@@ -66,6 +71,10 @@ class Runner(Protocol):
           capture: names of stages to return.
           expert_ids: int32 [L, T, X]; forces these experts (router replay). Their
             weights are still this runner's own router probabilities, renormalized.
+          layers: runs only these layers, one after the other, for a quick check of
+            a large model; L is then their number, and stages carry their own numbers.
+          chunk_sizes: lengths of the pieces in which the prompt is put into the
+            cache; (1,) takes the way of decoding. Each backend has its own default.
 
         Raises:
           ContextOverflowError: T is more than max_context.

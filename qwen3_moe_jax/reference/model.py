@@ -119,6 +119,7 @@ class ReferenceRunner:
     """The model on the CPU in NumPy; see ``runner.Runner`` for the protocol."""
 
     name = "reference"
+    forward_options = frozenset({"layers", "chunk_sizes"})
 
     def __init__(self, source: ModelSource, *, max_context: int | None = None, dtype: type = np.float32):
         """Args: source, an open model; dtype, np.float32 or np.float64."""
@@ -147,16 +148,27 @@ class ReferenceRunner:
         *,
         capture: Collection[str] = (),
         expert_ids: np.ndarray | None = None,
+        layers: Sequence[int] | None = None,
+        chunk_sizes: Sequence[int] = (),
     ) -> Forward:
-        stages: dict[StageKey, np.ndarray] = {}
+        stages: dict[StageKey, list[np.ndarray]] = {}
 
         def record(name: str, layer: int | None, value: np.ndarray) -> None:
             if name in capture:
-                stages[name, layer] = value
+                stages.setdefault((name, layer), []).append(value)
 
-        hidden, chosen, _ = self._layers(np.asarray(token_ids), self._empty_cache(), record, expert_ids)
-        logits = self._logits(hidden, record)
-        return Forward(logits.astype(np.float32), chosen, stages)
+        token_ids = np.asarray(token_ids)
+        layers = tuple(range(self.config.num_hidden_layers) if layers is None else layers)
+        cache, logits, chosen = self._empty_cache(), [], []
+        chunk = max(chunk_sizes, default=len(token_ids))
+        for start in range(0, len(token_ids), chunk):
+            part = slice(start, start + chunk)
+            forced = None if expert_ids is None else expert_ids[:, part]
+            hidden, ids, cache = self._layers(token_ids[part], cache, record, forced, layers)
+            logits.append(self._logits(hidden, record).astype(np.float32))
+            chosen.append(ids)
+        joined = {key: np.concatenate(values) for key, values in stages.items()}
+        return Forward(np.concatenate(logits), np.concatenate(chosen, axis=1), joined)
 
     def stream(
         self,
@@ -170,8 +182,9 @@ class ReferenceRunner:
             raise ContextOverflowError(len(token_ids), self.max_context)
         sampler = Sampler(sampling, token_ids)
         cache, new_ids = self._empty_cache(), np.asarray(token_ids)
+        every_layer = range(self.config.num_hidden_layers)
         for _ in range(min(max_tokens, self.max_context - len(token_ids))):
-            hidden, _, cache = self._layers(new_ids, cache, _ignore, None)
+            hidden, _, cache = self._layers(new_ids, cache, _ignore, None, every_layer)
             logits = self._logits(hidden[-1:], _ignore)[0]
             if not np.isfinite(logits).all():
                 raise NumericalError(
@@ -198,9 +211,8 @@ class ReferenceRunner:
     def _norm_weight(self, path: str) -> np.ndarray:
         return dequantize(self.weights[path], self.dtype)
 
-    def _layers(self, token_ids, cache, record, expert_ids):
-        """All decoder layers; returns hidden [T, D], the chosen experts [L, T, X] and the longer cache."""
-        config = self.config
+    def _layers(self, token_ids, cache, record, expert_ids, layers):
+        """These decoder layers; returns hidden [T, D], the chosen experts [L, T, X] and the longer cache."""
         start = cache[0][0].shape[0]
         if start + len(token_ids) > self.max_context:
             raise ContextOverflowError(start + len(token_ids), self.max_context)
@@ -208,9 +220,9 @@ class ReferenceRunner:
         x = dequantize(self.weights["embed_tokens"][token_ids], self.dtype)
         record("inp_embd", None, x)
         chosen, new_cache = [], []
-        for layer in range(config.num_hidden_layers):
-            forced = None if expert_ids is None else expert_ids[layer]
-            x, layer_cache = self._attention_block(layer, x, cache[layer], positions, record)
+        for index, layer in enumerate(layers):
+            forced = None if expert_ids is None else expert_ids[index]
+            x, layer_cache = self._attention_block(layer, x, cache[index], positions, record)
             x, ids = self._moe_block(layer, x, record, forced)
             chosen.append(ids)
             new_cache.append(layer_cache)
