@@ -119,12 +119,11 @@ class JaxRunner:
         if len(tokens) > self.max_context:
             raise ContextOverflowError(len(tokens), self.max_context)
         chosen = tuple(range(self.config.num_hidden_layers) if layers is None else layers)
-        config = replace(self.config, num_hidden_layers=len(chosen))
-        model = self.model.clone(
-            config=config, capture=frozenset(capture), interventions=tuple(interventions)
-        )
-        params = _only_layers(self.params, chosen)
-        cache = KVCache.create(config, 1, len(tokens) + max(chunk_sizes))
+        model = self.model.clone(capture=frozenset(capture), interventions=tuple(interventions))
+        params = self.params
+        if layers is not None:
+            model, params = _only_layers(model, params, chosen)
+        cache = KVCache.create(model.config, 1, len(tokens) + max(chunk_sizes))
         parts, start = [], 0
         for chunk in chunk_lengths(len(tokens), chunk_sizes):
             part = slice(start, start + chunk)
@@ -218,10 +217,20 @@ def _forward_chunk(
     return {**outputs, "stages": dict(_sown(variables.get(STAGES_COLLECTION, {})))}
 
 
-def _only_layers(params: Params, layers: Sequence[int]) -> Params:
-    """The parameters of a model that has these layers alone, one after the other."""
+def _only_layers(model: Qwen3Moe, params: Params, layers: Sequence[int]) -> tuple[Qwen3Moe, Params]:
+    """The model that has these layers alone, one after the other, and its parameters."""
+    types = {path: t for path, t in model.types.items() if not path.startswith("layers.")}
     kept = {name: value for name, value in params.items() if not name.startswith("layers_")}
-    return {**kept, **{f"layers_{i}": params[f"layers_{layer}"] for i, layer in enumerate(layers)}}
+    for i, layer in enumerate(layers):
+        kept[f"layers_{i}"] = params[f"layers_{layer}"]
+        old = f"layers.{layer}."
+        types |= {
+            f"layers.{i}.{path.removeprefix(old)}": t
+            for path, t in model.types.items()
+            if path.startswith(old)
+        }
+    config = replace(model.config, num_hidden_layers=len(layers))
+    return model.clone(config=config, types=FrozenDict(types)), kept
 
 
 def _sown(tree: Mapping[str, Any], layer: int | None = None) -> Iterator[tuple[StageKey, jax.Array]]:
