@@ -20,6 +20,7 @@ import contextlib
 import importlib.util
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -168,7 +169,7 @@ def render_chat(
             "max_output": MAX_EXTRA_OUTPUT + 2 * len(chat_json),
         }
     )
-    inert = tuple(i for i, character in enumerate(text) if character == mask) if mask in text else ()
+    inert = tuple(match.start() for match in re.finditer(mask, text))
     return RenderedChat(text.replace(mask, _MASKED), inert, notes)
 
 
@@ -295,9 +296,13 @@ class _Renderer:
     def _ask(self, content: bytes) -> dict:
         process = self._ensure_running()
         deadline = threading.Timer(DEADLINE_SECONDS, process.kill)
+        deadline.daemon = True
         deadline.start()
         try:
             frame = _exchange_frames(process, content)
+        except BaseException:  # Ctrl-C too: an answer left in the pipe would be taken for the next one
+            self._discard()
+            raise
         finally:
             deadline.cancel()
         if frame is None:
@@ -345,13 +350,17 @@ def _start_worker() -> subprocess.Popen:
     folders = sorted({str(Path(spec.origin).parent.parent) for spec in specs})
     worker = Path(__file__).with_name("template_worker.py")
     kept = ("TZ", "SYSTEMROOT", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH")
-    return subprocess.Popen(
-        [sys.executable, "-I", "-S", str(worker), *folders],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        env={name: os.environ[name] for name in kept if name in os.environ},
-    )
+    try:
+        return subprocess.Popen(
+            [sys.executable or "python3", "-I", "-S", str(worker), *folders],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env={name: os.environ[name] for name in kept if name in os.environ},
+            start_new_session=True,  # Ctrl-C in a terminal is not meant for it
+        )
+    except OSError as error:
+        raise TemplateError(f"the process that renders it cannot start: {error}") from error
 
 
 def _exchange_frames(process: subprocess.Popen, content: bytes) -> bytes | None:

@@ -130,6 +130,33 @@ def test_a_child_that_was_killed_is_replaced():
     assert render_chat("{{ messages[0].content }}", USER).text == "hi"
 
 
+def test_an_interrupted_request_does_not_answer_the_next_one(monkeypatch):
+    def interrupted(process, content):
+        process.stdin.write(len(content).to_bytes(4, "big") + content)
+        process.stdin.flush()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(chat_template, "_exchange_frames", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            render_chat("old", USER)
+    assert render_chat("new", USER).text == "new"
+
+
+def test_a_child_that_cannot_start(monkeypatch):
+    chat_template._renderer().close()
+    monkeypatch.setattr(chat_template.sys, "executable", "/nowhere/python")
+    with pytest.raises(TemplateError, match="cannot start"):
+        render_chat("x", USER)
+
+
+def test_a_child_that_dies_at_its_start(monkeypatch):
+    chat_template._renderer().close()
+    monkeypatch.setattr(chat_template.sys, "executable", "/bin/false")
+    with pytest.raises(TemplateError, match="ended with status 1"):
+        render_chat("x", USER)
+
+
 def test_the_deadline_ends_what_the_cpu_limit_does_not(monkeypatch):
     render_chat("x", USER)
     monkeypatch.setattr(chat_template, "DEADLINE_SECONDS", 0.3)
