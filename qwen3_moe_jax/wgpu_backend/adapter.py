@@ -1,0 +1,220 @@
+"""Which GPU WebGPU offers, and the settings that suit its kind.
+
+``python -m qwen3_moe_jax.wgpu_backend.adapter`` prints what was found.
+"""
+
+import os
+from dataclasses import dataclass, fields
+from typing import Any
+
+from qwen3_moe_jax.errors import BackendUnavailableError
+
+ADAPTER_VARIABLE = "QWEN3_MOE_WGPU_ADAPTER"
+"""Environment variable: part of the summary of the adapter to use."""
+
+INSTALL_HINT = (
+    "install a Vulkan driver (Debian and Ubuntu: `apt install mesa-vulkan-drivers libvulkan1` gives a software one)"
+)
+
+_KINDS = {
+    "DiscreteGPU": "discrete GPU",
+    "IntegratedGPU": "integrated GPU",
+    "CPU": "software (runs on the CPU)",
+    "Unknown": "unknown kind",
+}
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """Settings of the kernels.
+
+    Attributes:
+      workgroup: invocations a workgroup of the matrix kernels.
+      lanes: most invocations that share one row of weights; a power of two.
+      decode_rows: rows of weights that one group of lanes computes for one token.
+      prefill_rows, prefill_tokens: the same for a tile of tokens.
+      vector_workgroup: invocations a workgroup of norms, router, embedding and merge.
+      head_workgroup: invocations a workgroup of RoPE and attention.
+      sample_workgroup: invocations of the one workgroup that samples.
+      chunk: tokens of a prompt that are computed together.
+      decode_span, prefill_span: cache positions that one workgroup of attention reads.
+      tokens_per_submit: most tokens between two read-backs.
+      submits_in_flight: batches of tokens that are queued before the first is read back.
+    """
+
+    workgroup: int
+    lanes: int
+    decode_rows: int
+    prefill_rows: int
+    prefill_tokens: int
+    vector_workgroup: int
+    head_workgroup: int
+    sample_workgroup: int
+    chunk: int
+    decode_span: int
+    prefill_span: int
+    tokens_per_submit: int
+    submits_in_flight: int
+
+
+_GPU = Tuning(
+    workgroup=64,
+    lanes=32,
+    decode_rows=2,
+    prefill_rows=4,
+    prefill_tokens=8,
+    vector_workgroup=256,
+    head_workgroup=64,
+    sample_workgroup=256,
+    chunk=512,
+    decode_span=512,
+    prefill_span=1 << 20,
+    tokens_per_submit=16,
+    submits_in_flight=2,
+)
+
+# A software adapter runs a workgroup as SIMD vectors of 8 lanes. A lane a row needs no reduction,
+# and spans stay short enough for drivers that end an invocation's loops after 65,535 iterations.
+_SOFTWARE = Tuning(
+    workgroup=8,
+    lanes=1,
+    decode_rows=4,
+    prefill_rows=4,
+    prefill_tokens=8,
+    vector_workgroup=8,
+    head_workgroup=8,
+    sample_workgroup=256,
+    chunk=256,
+    decode_span=512,
+    prefill_span=4096,
+    tokens_per_submit=8,
+    submits_in_flight=1,
+)
+
+TUNINGS: dict[str, Tuning] = {"DiscreteGPU": _GPU, "IntegratedGPU": _GPU, "Unknown": _GPU, "CPU": _SOFTWARE}
+"""Settings by WebGPU's adapter type."""
+
+
+@dataclass(frozen=True)
+class AdapterReport:
+    """What is known of one adapter before a device is made.
+
+    Attributes:
+      name: the device's name.
+      summary: name, kind and API on one line; what ``ADAPTER_VARIABLE`` is matched with.
+      type: WebGPU's adapter type: "DiscreteGPU", "IntegratedGPU", "CPU" or "Unknown".
+      api: "Vulkan", "Metal", "D3D12" or "OpenGL".
+      driver: the driver's description.
+      software: whether it runs on the CPU.
+      limits: the limits that this backend looks at.
+      features: native and WebGPU features.
+    """
+
+    name: str
+    summary: str
+    type: str
+    api: str
+    driver: str
+    software: bool
+    limits: dict[str, int]
+    features: tuple[str, ...]
+
+    def __str__(self) -> str:
+        kind = _KINDS.get(self.type, self.type)
+        binding = self.limits["max-storage-buffer-binding-size"] / 2**20
+        return (
+            f"{self.name}: {kind}, {self.api}, driver {self.driver or 'unknown'}, "
+            f"bindings up to {binding:.0f} MiB, {self.limits['max-compute-workgroup-storage-size']} bytes shared"
+        )
+
+    def to_json(self) -> dict[str, object]:
+        """Plain values, for ``--json``."""
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
+
+_LIMITS = (
+    "max-storage-buffer-binding-size",
+    "max-buffer-size",
+    "max-storage-buffers-per-shader-stage",
+    "max-compute-workgroup-storage-size",
+    "max-compute-invocations-per-workgroup",
+    "max-compute-workgroups-per-dimension",
+    "min-storage-buffer-offset-alignment",
+)
+
+
+def report_on(adapter: Any) -> AdapterReport:
+    """Describes a ``wgpu.GPUAdapter``."""
+    info = adapter.info
+    return AdapterReport(
+        name=str(info["device"]),
+        summary=str(adapter.summary),
+        type=str(info["adapter_type"]),
+        api=str(info["backend_type"]),
+        driver=str(info["description"]),
+        software=info["adapter_type"] == "CPU",
+        limits={name: int(adapter.limits[name]) for name in _LIMITS},
+        features=tuple(sorted(adapter.features)),
+    )
+
+
+def list_adapters() -> list[AdapterReport]:
+    """Every adapter of this machine; empty where there is none or wgpu is missing."""
+    try:
+        return [report_on(a) for a in _wgpu().gpu.enumerate_adapters_sync()]
+    except (BackendUnavailableError, RuntimeError):
+        return []
+
+
+def probe(wanted: str | None = None) -> tuple[Any, AdapterReport]:
+    """Chooses an adapter.
+
+    Hardware comes before software, and among those Vulkan, Metal and DirectX 12 before OpenGL.
+
+    Args:
+      wanted: part of an adapter's summary, in any case; default the environment
+        variable ``QWEN3_MOE_WGPU_ADAPTER``.
+
+    Returns:
+      The ``wgpu.GPUAdapter`` and its description.
+
+    Raises:
+      BackendUnavailableError: there is no adapter, or none that matches ``wanted``.
+    """
+    wanted = wanted or os.environ.get(ADAPTER_VARIABLE) or ""
+    try:
+        adapters = _wgpu().gpu.enumerate_adapters_sync()
+    except RuntimeError as error:
+        raise BackendUnavailableError(f"WebGPU does not start here ({error}): {INSTALL_HINT}") from error
+    if not adapters:
+        raise BackendUnavailableError(f"WebGPU finds no graphics adapter: {INSTALL_HINT}")
+    found = [(a, report_on(a)) for a in adapters]
+    matching = [(a, r) for a, r in found if wanted.lower() in r.summary.lower()]
+    if not matching:
+        names = "; ".join(r.summary for _, r in found)
+        raise BackendUnavailableError(f"no graphics adapter matches {wanted!r}: choose one of {names}")
+    return min(matching, key=lambda pair: _preference(pair[1]))
+
+
+def _preference(report: AdapterReport) -> tuple[bool, bool, bool]:
+    return report.software, report.api.startswith("OpenGL"), report.type != "DiscreteGPU"
+
+
+def _wgpu() -> Any:
+    try:
+        import wgpu
+    except (ImportError, OSError) as error:
+        raise BackendUnavailableError(f"the package wgpu cannot be used ({error}): pip install wgpu") from error
+    return wgpu
+
+
+def _main() -> None:
+    reports = list_adapters()
+    for report in reports:
+        print(report)
+    if not reports:
+        print(f"no graphics adapter: {INSTALL_HINT}")
+
+
+if __name__ == "__main__":
+    _main()

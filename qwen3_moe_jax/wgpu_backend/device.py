@@ -1,0 +1,278 @@
+"""One WebGPU device: buffers, uploads, kernels and read-back.
+
+Everything is validated by wgpu when it is made or encoded. What it would only
+find at ``queue.submit`` ends the process, so it cannot be expressed here:
+buffers are never destroyed by hand (dropping the reference frees them), command
+buffers are made and submitted in one place, and a closed device refuses work.
+"""
+
+import re
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+
+from qwen3_moe_jax.errors import BackendUnavailableError
+from qwen3_moe_jax.wgpu_backend.adapter import TUNINGS, AdapterReport, Tuning, probe
+from qwen3_moe_jax.wgpu_backend.layout import WORD_FORMATS
+
+UPLOAD_CHUNK = 16 << 20
+"""Bytes a write; submitting after each bounds what waits in staging memory, and is twice as fast."""
+
+# What WebGPU guarantees everywhere; asking for no more keeps the kernels portable.
+_PORTABLE_LIMITS = {
+    "max-storage-buffers-per-shader-stage": 8,
+    "max-compute-workgroup-storage-size": 16384,
+    "max-compute-invocations-per-workgroup": 256,
+    "max-compute-workgroup-size-x": 256,
+    "max-compute-workgroups-per-dimension": 65535,
+}
+
+_BINDING = re.compile(r"@binding\((\d+)\) var<(uniform|storage, read|storage, read_write)>")
+
+_BUFFER_TYPES = {"uniform": "uniform", "storage, read": "read-only-storage", "storage, read_write": "storage"}
+
+
+@cache
+def _templates() -> jinja2.Environment:
+    return jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent / "shaders"),
+        line_statement_prefix="//%",
+        line_comment_prefix="//#",
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+        autoescape=False,  # noqa: S701 - the output is WGSL
+    )
+
+
+def render(name: str, **constants: Any) -> str:
+    """The WGSL source of ``shaders/<name>.wgsl`` with its constants filled in."""
+    kinds = {type.name: layout.kind for type, layout in WORD_FORMATS.items()}
+    return _templates().get_template(f"{name}.wgsl").render(KINDS=kinds, **constants)
+
+
+@dataclass(frozen=True, eq=False)
+class Kernel:
+    """A compiled kernel and the layout of its bindings (binding number to buffer type)."""
+
+    name: str
+    pipeline: Any
+    layout: Any
+    bindings: dict[int, str]
+
+
+@dataclass(frozen=True, eq=False)
+class Dispatch:
+    """A kernel with its resources; the grid is settled when it is encoded."""
+
+    kernel: Kernel
+    group: Any
+
+
+Launch = tuple[Dispatch, int, int, int]
+"""A dispatch and its grid."""
+
+
+class Device:
+    """A logical device on one adapter.
+
+    Attributes:
+      report: what the adapter is.
+      tuning: settings for its kind.
+      subgroups: lanes may exchange values directly: every subgroup has 32 of them.
+      most_bytes: the largest buffer that one binding can show.
+    """
+
+    def __init__(self, adapter: str | None = None, tuning: Tuning | None = None, subgroups: bool | None = None):
+        """Args: adapter, part of the wanted adapter's summary; tuning and subgroups, in place of the table's.
+
+        Raises:
+          BackendUnavailableError: no such adapter, or it lacks what every kernel needs.
+        """
+        gpu_adapter, self.report = probe(adapter)
+        self.tuning = tuning or TUNINGS.get(self.report.type, TUNINGS["Unknown"])
+        self.subgroups = _fixed_subgroups(gpu_adapter) if subgroups is None else subgroups
+        limits = _device_limits(self.report)
+        features = ["subgroup"] if self.subgroups else []
+        try:
+            self._device = gpu_adapter.request_device_sync(
+                label="qwen3-moe", required_features=features, required_limits=limits
+            )
+        except RuntimeError as error:
+            raise BackendUnavailableError(f"{self.report.summary} gives no device: {error}") from error
+        self.most_bytes = min(limits["max-storage-buffer-binding-size"], limits["max-buffer-size"]) & ~255
+        self._kernels: dict[tuple, Kernel] = {}
+        self._open = True
+
+    def close(self) -> None:
+        """Refuses further work; memory is freed with the last reference."""
+        self._open = False
+        self._kernels.clear()
+
+    def _check_open(self) -> None:
+        if not self._open:
+            raise RuntimeError("this wgpu runner is closed: load the model again")
+
+    def buffer(self, nbytes: int, label: str, *, uniform: bool = False) -> Any:
+        """A storage buffer of at least ``nbytes``, zeroed; ``uniform`` allows uniform bindings too.
+
+        Raises:
+          BackendUnavailableError: the device has no memory for it.
+        """
+        self._check_open()
+        import wgpu
+
+        usage = wgpu.BufferUsage.STORAGE | wgpu.BufferUsage.COPY_DST | wgpu.BufferUsage.COPY_SRC
+        if uniform:
+            usage |= wgpu.BufferUsage.UNIFORM
+        size = max(16, -(-nbytes // 16) * 16)
+        try:
+            return self._device.create_buffer(size=size, usage=usage, label=label)
+        except wgpu.GPUError as error:
+            raise BackendUnavailableError(
+                f"{self.report.name} has no memory left for {label} ({size / 2**20:.0f} MiB): {error}"
+            ) from error
+
+    def write(self, buffer: Any, data: np.ndarray, offset: int = 0) -> None:
+        """Copies an array (a multiple of 4 bytes) into a buffer."""
+        self._check_open()
+        raw = np.ascontiguousarray(data).reshape(-1).view(np.uint8)
+        queue = self._device.queue
+        for start in range(0, len(raw), UPLOAD_CHUNK):
+            queue.write_buffer(buffer, offset + start, raw[start : start + UPLOAD_CHUNK])
+            if len(raw) > UPLOAD_CHUNK:
+                queue.submit([])
+
+    def flush(self) -> None:
+        """Starts pending writes, so that their staging memory is freed."""
+        self._check_open()
+        self._device.queue.submit([])
+
+    def upload(self, data: np.ndarray, label: str) -> Any:
+        """A new storage buffer that holds ``data``."""
+        buffer = self.buffer(data.nbytes, label)
+        self.write(buffer, data)
+        return buffer
+
+    def uniform(self, *values: int | float, label: str = "params") -> Any:
+        """A uniform buffer of 32-bit values: ints as u32, floats as f32."""
+        words = b"".join(struct.pack("<f" if isinstance(v, float) else "<I", v) for v in values)
+        buffer = self.buffer(len(words), label, uniform=True)
+        self._device.queue.write_buffer(buffer, 0, words)
+        return buffer
+
+    def read(self, buffer: Any, dtype: Any, count: int, offset: int = 0) -> np.ndarray:
+        """Waits for all submitted work and copies ``count`` values out of a buffer."""
+        self._check_open()
+        dtype = np.dtype(dtype)
+        data = self._device.queue.read_buffer(buffer, offset, count * dtype.itemsize)
+        return np.frombuffer(data, dtype).copy()
+
+    def kernel(self, name: str, **constants: Any) -> Kernel:
+        """The kernel of one shader and one set of constants, compiled once."""
+        self._check_open()
+        key = (name, *sorted((k, str(v)) for k, v in constants.items()))
+        if key not in self._kernels:
+            self._kernels[key] = self._compile(name, constants)
+        return self._kernels[key]
+
+    def _compile(self, name: str, constants: dict[str, Any]) -> Kernel:
+        import wgpu
+
+        code = render(name, **constants)
+        bindings = {int(number): _BUFFER_TYPES[kind] for number, kind in _BINDING.findall(code)}
+        entries = [
+            {"binding": i, "visibility": wgpu.ShaderStage.COMPUTE, "buffer": {"type": type}}
+            for i, type in sorted(bindings.items())
+        ]
+        layout = self._device.create_bind_group_layout(entries=entries, label=name)
+        pipeline = self._device.create_compute_pipeline(
+            label=name,
+            layout=self._device.create_pipeline_layout(bind_group_layouts=[layout]),
+            compute={"module": self._device.create_shader_module(code=code, label=name), "entry_point": "main"},
+        )
+        return Kernel(name, pipeline, layout, bindings)
+
+    def bind(self, kernel: Kernel, resources: dict[int, Any]) -> Dispatch:
+        """A kernel with a buffer, or (buffer, offset, nbytes), for each of its bindings."""
+        self._check_open()
+        entries = []
+        for number in kernel.bindings:
+            found = resources[number]
+            buffer, offset, size = found if isinstance(found, tuple) else (found, 0, found.size)
+            entries.append({"binding": number, "resource": {"buffer": buffer, "offset": offset, "size": size}})
+        group = self._device.create_bind_group(layout=kernel.layout, entries=entries, label=kernel.name)
+        return Dispatch(kernel, group)
+
+    def run(self, launches: Sequence[Launch], readback: "Readback | None" = None) -> None:
+        """Encodes the launches, in order, into one command buffer and submits it."""
+        self._check_open()
+        encoder = self._device.create_command_encoder()
+        compute = encoder.begin_compute_pass()
+        pipeline = None
+        for dispatch, x, y, z in launches:
+            if dispatch.kernel.pipeline is not pipeline:
+                pipeline = dispatch.kernel.pipeline
+                compute.set_pipeline(pipeline)
+            compute.set_bind_group(0, dispatch.group)
+            compute.dispatch_workgroups(x, y, z)
+        compute.end()
+        if readback:
+            encoder.copy_buffer_to_buffer(readback.source, 0, readback.staging, 0, readback.staging.size)
+        self._device.queue.submit([encoder.finish()])
+        if readback:
+            readback.start()
+
+    def readback(self, source: Any, nbytes: int) -> "Readback":
+        """A small buffer that later submits copy ``source`` to."""
+        import wgpu
+
+        usage = wgpu.BufferUsage.MAP_READ | wgpu.BufferUsage.COPY_DST
+        return Readback(source, self._device.create_buffer(size=nbytes, usage=usage, label="readback"))
+
+
+class Readback:
+    """The start of a buffer, copied at the end of one submit and readable when that is done."""
+
+    def __init__(self, source: Any, staging: Any):
+        self.source = source
+        self.staging = staging
+        self._pending: Any = None
+
+    def start(self) -> None:
+        """Asks for the copy; called right after the submit."""
+        self._pending = self.staging.map_async("READ")
+
+    def wait(self) -> np.ndarray:
+        """The bytes, uint8, when the submit is done."""
+        self._pending.sync_wait()
+        data = np.frombuffer(self.staging.read_mapped(), np.uint8).copy()
+        self.staging.unmap()
+        return data
+
+
+def _device_limits(report: AdapterReport) -> dict[str, int]:
+    limits = dict(_PORTABLE_LIMITS)
+    for name, needed in limits.items():
+        if report.limits.get(name, needed) < needed:
+            raise BackendUnavailableError(
+                f"{report.summary} allows {name} {report.limits[name]}, and the kernels need {needed}: "
+                "choose another adapter"
+            )
+    for name in ("max-storage-buffer-binding-size", "max-buffer-size"):
+        limits[name] = report.limits[name]
+    return limits
+
+
+def _fixed_subgroups(adapter: Any) -> bool:
+    """Whether every subgroup is known to have 32 invocations (NVIDIA, Apple)."""
+    info = adapter.info
+    smallest = info.get("subgroup_min_size", info.get("stackgroup_min_size", 0))
+    largest = info.get("subgroup_max_size", info.get("stackgroup_max_size", 0))
+    return "subgroup" in adapter.features and smallest == largest == 32

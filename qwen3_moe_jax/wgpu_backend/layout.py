@@ -1,0 +1,181 @@
+"""The words in which packed weights lie on the device.
+
+Kernels read 16 bytes at a time, so every type becomes whole vectors of four
+32-bit words, with no padding but at a tensor's end:
+
+======  =====================================================================
+type    words
+======  =====================================================================
+Q4_K    9 vectors a superblock, ggml's own bytes: d, dmin and the 12 bytes of
+        six-bit scales and mins; 128 bytes of nibbles
+Q5_K    11 vectors, ggml's own bytes: the same with 32 bytes of high bits
+        before the nibbles
+Q6_K    105 vectors for eight superblocks: their eight d, then for each 128
+        bytes of ql, 64 of qh and 16 scales
+Q8_0    17 vectors for eight blocks: their eight d, then 32 int8 each
+F16,    one vector for eight weights
+BF16
+F32     one vector for four weights
+======  =====================================================================
+
+``shaders/formats.wgsl`` reads them.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from convert.ggml_types import GGMLType
+from convert.packed import PackedTensor
+
+
+@dataclass(frozen=True)
+class WordFormat:
+    """How a type's weights lie.
+
+    Attributes:
+      kind: the type's number in shaders.
+      block: weights that lie together and cannot be split.
+      unit: weights that an invocation decodes at a time.
+      group: blocks that share vectors.
+      group_vectors: 16-byte vectors of one group.
+    """
+
+    kind: int
+    block: int
+    unit: int
+    group: int
+    group_vectors: int
+
+    def vectors(self, num_blocks: int) -> int:
+        """Vectors of this many blocks in a row."""
+        return -(-num_blocks // self.group) * self.group_vectors
+
+
+WORD_FORMATS: dict[GGMLType, WordFormat] = {
+    GGMLType.F32: WordFormat(0, 4, 4, 1, 1),
+    GGMLType.F16: WordFormat(1, 8, 8, 1, 1),
+    GGMLType.BF16: WordFormat(2, 8, 8, 1, 1),
+    GGMLType.Q8_0: WordFormat(3, 32, 16, 8, 17),
+    GGMLType.Q4_K: WordFormat(4, 256, 64, 1, 9),
+    GGMLType.Q5_K: WordFormat(5, 256, 64, 1, 11),
+    GGMLType.Q6_K: WordFormat(6, 256, 64, 8, 105),
+}
+
+
+def device_nbytes(type: GGMLType, num_weights: int) -> int:
+    """Bytes that so many weights of whole rows take on the device."""
+    layout = WORD_FORMATS[type]
+    return 16 * layout.vectors(num_weights // layout.block)
+
+
+def granule(type: GGMLType, weights_per_item: int) -> int:
+    """Items (rows, or experts) after which a group of blocks ends, so that the next ones start on a vector."""
+    layout = WORD_FORMATS[type]
+    return layout.group // math.gcd(layout.group, weights_per_item // layout.block)
+
+
+def items_per_window(
+    type: GGMLType, items: int, weights_per_item: int, most_bytes: int, most_items: int, step: int = 1
+) -> int:
+    """How many items of a tensor one buffer takes: all of them, or a multiple of the granule and of ``step``.
+
+    Raises:
+      ValueError: not even the smallest number of items fits.
+    """
+    if device_nbytes(type, items * weights_per_item) <= most_bytes and items <= most_items:
+        return items
+    step = max(step, granule(type, weights_per_item))  # both are powers of two
+    count = min(most_bytes // device_nbytes(type, step * weights_per_item), most_items // step) * step
+    if count == 0:
+        raise ValueError(
+            f"{step} x {weights_per_item} weights of {type.name} exceed the {most_bytes} bytes that the adapter binds"
+        )
+    return count
+
+
+def device_words(rows: PackedTensor) -> np.ndarray:
+    """The bytes of packed rows as they lie on the device: uint8, contiguous.
+
+    Args:
+      rows: layout "rows"; leading axes are taken as one run of rows.
+    """
+    return _WRITERS[rows.type]({name: np.asarray(a) for name, a in rows.arrays.items()})
+
+
+def _plain(arrays: dict[str, np.ndarray]) -> np.ndarray:
+    words = np.ascontiguousarray(arrays["w"]).reshape(-1).view(np.uint8)
+    return np.pad(words, (0, -len(words) % 16))
+
+
+def _six_bit_scales(arrays: dict[str, np.ndarray]) -> np.ndarray:
+    """The 12 bytes of ``get_scale_min_k4`` (ggml-quants.c, llama.cpp at 0c1e57098) from spread scales and mins."""
+    scales, mins = arrays["scales"].reshape(-1, 8), arrays["mins"].reshape(-1, 8)
+    packed = np.empty((len(scales), 12), np.uint8)
+    packed[:, 0:4] = scales[:, :4] | (scales[:, 4:] >> 4 << 6)
+    packed[:, 4:8] = mins[:, :4] | (mins[:, 4:] >> 4 << 6)
+    packed[:, 8:12] = (scales[:, 4:] & 15) | (mins[:, 4:] << 4)
+    return packed
+
+
+def _k_block(arrays: dict[str, np.ndarray], nbytes: int) -> np.ndarray:
+    out = np.empty((arrays["d"].size, nbytes), np.uint8)
+    out[:, 0:2] = arrays["d"].reshape(-1, 1).view(np.uint8)
+    out[:, 2:4] = arrays["dmin"].reshape(-1, 1).view(np.uint8)
+    out[:, 4:16] = _six_bit_scales(arrays)
+    out[:, -128:] = arrays["q"].reshape(-1, 128)
+    return out
+
+
+def _q4_k(arrays: dict[str, np.ndarray]) -> np.ndarray:
+    return _k_block(arrays, 144).reshape(-1)
+
+
+def _q5_k(arrays: dict[str, np.ndarray]) -> np.ndarray:
+    out = _k_block(arrays, 176)
+    out[:, 16:48] = arrays["qh"].reshape(-1, 32)
+    return out.reshape(-1)
+
+
+def _grouped(scales: np.ndarray, *fields: np.ndarray) -> np.ndarray:
+    """Eight float16 scales, then the bytes of eight blocks; zeros after the last block."""
+    blocks = scales.size
+    width = sum(f.shape[-1] for f in fields)
+    out = np.zeros((-(-blocks // 8), 16 + 8 * width), np.uint8)
+    padded = np.zeros(len(out) * 8, np.float16)
+    padded[:blocks] = scales.reshape(-1)
+    out[:, :16] = padded.reshape(-1, 8).view(np.uint8)
+    body = out[:, 16:].reshape(len(out), 8, width)
+    whole, at = blocks // 8, 0
+    for field in fields:
+        end = at + field.shape[-1]
+        body[:whole, :, at:end] = field[: whole * 8].reshape(whole, 8, -1)
+        if blocks % 8:
+            body[whole, : blocks % 8, at:end] = field[whole * 8 :]
+        at = end
+    return out.reshape(-1)
+
+
+def _q6_k(arrays: dict[str, np.ndarray]) -> np.ndarray:
+    return _grouped(
+        arrays["d"],
+        arrays["ql"].reshape(-1, 128),
+        arrays["qh"].reshape(-1, 64),
+        arrays["scales"].reshape(-1, 16).view(np.uint8),
+    )
+
+
+def _q8_0(arrays: dict[str, np.ndarray]) -> np.ndarray:
+    return _grouped(arrays["d"], arrays["q"].reshape(-1, 32).view(np.uint8))
+
+
+_WRITERS = {
+    GGMLType.F32: _plain,
+    GGMLType.F16: _plain,
+    GGMLType.BF16: _plain,
+    GGMLType.Q8_0: _q8_0,
+    GGMLType.Q4_K: _q4_k,
+    GGMLType.Q5_K: _q5_k,
+    GGMLType.Q6_K: _q6_k,
+}

@@ -1,0 +1,206 @@
+"""What a model takes of a device's memory, worked out and checked before any upload."""
+
+import os
+import re
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from convert.config import Qwen3MoeConfig
+from convert.ggml_types import GGMLType
+from qwen3_moe_jax.errors import BackendUnavailableError
+from qwen3_moe_jax.wgpu_backend.adapter import AdapterReport, Tuning
+from qwen3_moe_jax.wgpu_backend.kernels import most_tiles
+from qwen3_moe_jax.wgpu_backend.weights import weight_nbytes
+
+MEMORY_VARIABLE = "QWEN3_MOE_WGPU_MEMORY"
+"""Environment variable: memory that the model may take, such as ``12GiB``, in place of what is found."""
+
+MOST_LOGIT_BYTES = 40 << 20
+SHARE_OF_MEMORY = 0.95
+"""Share of the free memory that a model may take."""
+
+_UNITS = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """Sizes of everything on the device but the weights.
+
+    Attributes:
+      chunk: tokens of a prompt that are computed together.
+      logit_rows: rows of logits that are computed together.
+      spans: spans of attention of one token at most.
+      nbytes: bytes by buffer name; "keys" and "values" are of one layer.
+    """
+
+    chunk: int
+    logit_rows: int
+    spans: int
+    nbytes: dict[str, int]
+
+
+def plan_workspace(
+    config: Qwen3MoeConfig, tuning: Tuning, max_context: int, most_bytes: int, *, f16_cache: bool
+) -> Workspace:
+    """Chooses the chunk so that every buffer fits one binding.
+
+    Raises:
+      BackendUnavailableError: one layer's cache, or the RoPE table, is larger than a binding.
+    """
+    chunk = min(tuning.chunk, -(-max_context // tuning.prefill_tokens) * tuning.prefill_tokens)
+    while True:
+        workspace = _sizes(config, tuning, max_context, chunk, f16_cache=f16_cache)
+        worst = max(workspace.nbytes, key=workspace.nbytes.__getitem__)
+        if workspace.nbytes[worst] <= most_bytes:
+            return workspace
+        if chunk <= tuning.prefill_tokens:
+            raise BackendUnavailableError(
+                f"a context of {max_context} tokens needs {workspace.nbytes[worst] / 2**20:.0f} MiB for {worst}, "
+                f"and the adapter binds at most {most_bytes / 2**20:.0f} MiB: lower the context length (--context)"
+            )
+        chunk //= 2
+
+
+def _sizes(
+    config: Qwen3MoeConfig, tuning: Tuning, max_context: int, chunk: int, *, f16_cache: bool
+) -> Workspace:
+    c = config
+    heads, kv_heads, head_dim = c.num_attention_heads, c.num_key_value_heads, c.head_dim
+    pairs = chunk * c.num_experts_per_tok
+    hidden = 4 * chunk * c.hidden_size
+    logit_rows = max(1, min(chunk, MOST_LOGIT_BYTES // (4 * c.vocab_size)))
+    decode_spans = -(-max_context // tuning.decode_span)
+    prefill_spans = -(-max_context // tuning.prefill_span)
+    parts = max(decode_spans if decode_spans > 1 else 0, chunk * prefill_spans if prefill_spans > 1 else 0)
+    cache = (2 if f16_cache else 4) * kv_heads * max_context * head_dim
+    nbytes = {
+        "x": hidden,
+        "h": hidden,
+        "sums": hidden,
+        "attn_out": hidden,
+        "qkv": 4 * chunk * (heads + 2 * kv_heads) * head_dim,
+        "roped": 4 * chunk * (heads + kv_heads) * head_dim,
+        "attended": 4 * chunk * heads * head_dim,
+        "parts": 4 * parts * heads * (head_dim + 4),
+        "router_logits": 4 * chunk * c.num_experts,
+        "probs": 4 * chunk * c.num_experts,
+        "ids": 4 * pairs * c.num_hidden_layers,
+        "replay": 4 * pairs * c.num_hidden_layers,
+        "expert_weights": 4 * pairs,
+        "act": 3 * 4 * pairs * c.moe_intermediate_size,
+        "down": 4 * pairs * c.hidden_size,
+        "tiles": 16 * (1 + most_tiles(pairs, c.num_experts, tuning.prefill_tokens)),
+        "order": 4 * pairs,
+        "tokens": 4 * chunk,
+        "logits": 4 * logit_rows * c.vocab_size,
+        "seen": 4 * c.vocab_size,
+        "rope_table": 4 * max_context * head_dim,
+        "keys": cache,
+        "values": cache,
+    }
+    return Workspace(chunk, logit_rows, decode_spans, nbytes)
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes that a model takes on the device."""
+
+    weights: int
+    cache: int
+    work: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.cache + self.work
+
+    def __str__(self) -> str:
+        return (
+            f"weights {self.weights / 1e9:.2f} GB + KV cache {self.cache / 1e9:.2f} GB + "
+            f"work {self.work / 1e9:.2f} GB = {self.total / 1e9:.2f} GB"
+        )
+
+
+def plan_memory(config: Qwen3MoeConfig, types: Mapping[str, GGMLType], workspace: Workspace) -> MemoryPlan:
+    """Adds up weights, cache and work space."""
+    layers = config.num_hidden_layers
+    cache = (workspace.nbytes["keys"] + workspace.nbytes["values"]) * layers
+    work = sum(n for name, n in workspace.nbytes.items() if name not in ("keys", "values"))
+    return MemoryPlan(weight_nbytes(config, types), cache, work)
+
+
+def check_memory(plan: MemoryPlan, report: AdapterReport) -> None:
+    """Refuses a model that the device cannot hold, before anything is uploaded.
+
+    Raises:
+      BackendUnavailableError: it does not fit; the message holds the plan.
+    """
+    free, where = free_memory(report)
+    if free is not None and plan.total > free:
+        raise BackendUnavailableError(
+            f"the model does not fit {report.name}: {plan}, and {free / 1e9:.2f} GB are free ({where}): "
+            f"lower the context length (--context), or set {MEMORY_VARIABLE} if that is wrong"
+        )
+
+
+def free_memory(report: AdapterReport) -> tuple[int | None, str]:
+    """Bytes that a model may take and where the figure is from; None where nobody says.
+
+    WebGPU does not tell. A software or integrated adapter uses the machine's memory; NVIDIA's
+    and AMD's drivers are asked on Linux.
+    """
+    wanted = os.environ.get(MEMORY_VARIABLE)
+    if wanted:
+        return parse_bytes(wanted), MEMORY_VARIABLE
+    if report.type in ("CPU", "IntegratedGPU"):
+        free = _machine_memory()
+        return (None if free is None else int(free * SHARE_OF_MEMORY)), "the machine's memory"
+    free = _nvidia_memory(report.name) or _amd_memory(report.driver)
+    return (None if free is None else int(free * SHARE_OF_MEMORY)), "the driver"
+
+
+def parse_bytes(text: str) -> int:
+    """``12GiB``, ``12G``, ``500 MB`` or plain bytes (units are powers of 1024).
+
+    Raises:
+      ValueError: not a size.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(?:i?b)?\s*", text.lower())
+    if match is None:
+        raise ValueError(f"{text!r} is no size: write for example 12GiB")
+    return int(float(match[1]) * _UNITS[match[2]])
+
+
+def _machine_memory() -> int | None:
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    for line in lines:
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return None
+
+
+def _nvidia_memory(name: str) -> int | None:
+    query = ["nvidia-smi", "--query-gpu=name,memory.free", "--format=csv,noheader,nounits"]
+    try:
+        lines = subprocess.run(query, capture_output=True, text=True, timeout=10, check=True).stdout.splitlines()
+    except (OSError, subprocess.SubprocessError):
+        return None
+    found = [line.rsplit(",", 1) for line in lines if line.count(",")]
+    return max((int(free) * 2**20 for gpu, free in found if gpu.strip() in name), default=None)
+
+
+def _amd_memory(driver: str) -> int | None:
+    if "radv" not in driver.lower() and "amd" not in driver.lower():
+        return None
+    best = None
+    for total in Path("/sys/class/drm").glob("card*/device/mem_info_vram_total"):
+        try:
+            free = int(total.read_text()) - int(total.with_name("mem_info_vram_used").read_text())
+        except (OSError, ValueError):
+            continue
+        best = max(best or 0, free)
+    return best

@@ -1,0 +1,321 @@
+"""The wgpu backend behind the ``Runner`` protocol."""
+
+import threading
+from collections import deque
+from collections.abc import Collection, Iterator, Sequence
+
+import numpy as np
+
+from convert.model_source import ModelSource
+from convert.progress import ProgressCallback
+from qwen3_moe_jax.errors import ContextOverflowError, NumericalError
+from qwen3_moe_jax.runner import Forward
+from qwen3_moe_jax.sampling import Sampling
+from qwen3_moe_jax.stages import STAGES, StageKey
+from qwen3_moe_jax.wgpu_backend import kernels
+from qwen3_moe_jax.wgpu_backend.adapter import Tuning
+from qwen3_moe_jax.wgpu_backend.device import Device, Launch, Readback
+from qwen3_moe_jax.wgpu_backend.plan import check_memory, plan_memory, plan_workspace
+from qwen3_moe_jax.wgpu_backend.program import STEP_WORDS, Buffers, Program
+from qwen3_moe_jax.wgpu_backend.weights import check_shapes, upload
+
+NONFINITE = 0xFFFFFFFF
+"""What sample.wgsl emits in place of a token."""
+
+_EMITTED_WORD = 4
+"""Index of ``emitted`` in ``Step``."""
+
+
+class WgpuRunner:
+    """The model on one WebGPU adapter; see ``runner.Runner`` for the protocol.
+
+    One request runs at a time: a new one ends what an older stream could still give.
+
+    Attributes:
+      plan: what the model takes of the device's memory.
+    """
+
+    name = "wgpu"
+
+    def __init__(
+        self,
+        source: ModelSource,
+        *,
+        max_context: int | None = None,
+        adapter: str | None = None,
+        f16_cache: bool = False,
+        tuning: Tuning | None = None,
+        progress: ProgressCallback | None = None,
+    ):
+        """Loads the model.
+
+        Args:
+          source: an open model; not needed afterwards.
+          max_context: tokens that the KV cache holds; default the model's own limit.
+          adapter: part of the wanted adapter's summary.
+          f16_cache: half the cache's memory, at an error of about 1e-4 in the logits.
+          tuning: settings in place of the table's.
+          progress: told of the bytes that are uploaded.
+
+        Raises:
+          BackendUnavailableError: no adapter, or the model does not fit it.
+        """
+        self.config = source.config
+        self.max_context = max_context or source.config.max_position_embeddings
+        check_shapes(self.config, source.types)
+        self._device = Device(adapter, tuning)
+        self._types = sorted({t.name for path, t in source.types.items() if "norm" not in path.split(".")[-1]})
+        self._f16 = f16_cache
+        workspace = plan_workspace(
+            self.config, self._device.tuning, self.max_context, self._device.most_bytes, f16_cache=f16_cache
+        )
+        self.plan = plan_memory(self.config, source.types, workspace)
+        check_memory(self.plan, self._device.report)
+        weights = upload(self._device, source, progress)
+        self._buffers = Buffers(self._device, self.config, workspace, self.max_context)
+        tile = self._device.tuning.prefill_tokens
+        self._prefill, self._decode = (
+            Program(self._device, self.config, weights, self._buffers, tokens=t, f16_cache=f16_cache)
+            for t in (tile, 1)
+        )
+        self._choice = self._device.buffer(48, "sampling", uniform=True)
+        self._sample = {
+            sampled: kernels.sample_site(
+                self._device, self._choice, self._buffers.step, self._buffers["logits"],
+                self._buffers["seen"], self._buffers["tokens"], self._buffers["emitted"], sampled=sampled,
+            )
+            for sampled in (False, True)
+        }
+        self._lock = threading.Lock()
+        self._request = 0
+
+    def close(self) -> None:
+        """Frees the device's memory; later calls raise a RuntimeError."""
+        with self._lock:
+            self._device.close()
+            for name in ("_buffers", "_prefill", "_decode", "_sample", "_choice"):
+                self.__dict__.pop(name, None)
+
+    def __enter__(self) -> "WgpuRunner":
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def describe(self) -> dict[str, object]:
+        report = self._device.report
+        return {
+            "backend": self.name,
+            "device": report.summary,
+            "software": report.software,
+            "driver": report.driver,
+            "compute_dtype": "float32",
+            "cache_dtype": "float16" if self._f16 else "float32",
+            "implementations": dict.fromkeys(self._types, "wgsl"),
+            "memory": str(self.plan),
+        }
+
+    def forward(
+        self,
+        token_ids: Sequence[int],
+        *,
+        capture: Collection[str] = (),
+        expert_ids: np.ndarray | None = None,
+    ) -> Forward:
+        """As ``Runner.forward``. Raises ValueError for a token or expert id out of range."""
+        tokens = self._checked(token_ids)
+        if len(tokens) > self.max_context:
+            raise ContextOverflowError(len(tokens), self.max_context)
+        unknown = sorted(set(capture) - STAGES.keys())
+        if unknown:
+            raise ValueError(f"no stage is named {unknown[0]!r}: choose from {', '.join(STAGES)}")
+        replay = None if expert_ids is None else self._checked_experts(expert_ids, len(tokens))
+        with self._lock:
+            self._request += 1
+            parts = [
+                self._forward_chunk(tokens[start:end], start, frozenset(capture), replay)
+                for start, end in self._chunks(len(tokens))
+            ]
+        logits = np.concatenate([p.logits for p in parts])
+        stages = {key: np.concatenate([p.stages[key] for p in parts]) for key in parts[0].stages}
+        return Forward(logits, np.concatenate([p.expert_ids for p in parts], axis=1), stages)
+
+    def stream(
+        self,
+        token_ids: Sequence[int],
+        *,
+        max_tokens: int,
+        sampling: Sampling,
+        stop_ids: Collection[int] = (),
+    ) -> Iterator[int]:
+        """As ``Runner.stream``. A newer request on this runner ends this one with a RuntimeError."""
+        tokens = self._checked(token_ids)
+        if not 0 < len(tokens) < self.max_context:
+            raise ContextOverflowError(len(tokens), self.max_context)
+        most = min(max_tokens, self.max_context - len(tokens))
+        return self._tokens(tokens, most, sampling, frozenset(stop_ids))
+
+    def _tokens(self, tokens: np.ndarray, most: int, sampling: Sampling, stop_ids: frozenset[int]) -> Iterator[int]:
+        if most <= 0:
+            return
+        with self._lock:
+            self._request += 1
+            request = self._request
+            batches = _Batches(self, len(tokens), most, sampling)
+            self._start(tokens, sampling)
+            batches.submit(1, self._prompt_launches(tokens, sampling))
+        emitted = 0
+        while emitted < most:
+            with self._lock:
+                if request != self._request:
+                    raise RuntimeError("a newer request has started on this wgpu runner: this stream has ended")
+                batches.fill()
+                chosen = batches.wait()
+            for token in chosen:
+                if token == NONFINITE:
+                    raise NumericalError(
+                        f"the wgpu backend's logits are not finite at position {len(tokens) + emitted - 1}: "
+                        "run `qwen3-moe trace` to find the first stage that is not"
+                    )
+                if token in stop_ids:
+                    return
+                yield token
+                emitted += 1
+
+    def _checked(self, token_ids: Sequence[int]) -> np.ndarray:
+        tokens = np.asarray(token_ids, np.int64).reshape(-1)
+        bad = tokens[(tokens < 0) | (tokens >= self.config.vocab_size)]
+        if bad.size:
+            raise ValueError(f"token id {bad[0]} is not in the vocabulary of {self.config.vocab_size}")
+        return tokens.astype(np.uint32)
+
+    def _checked_experts(self, expert_ids: np.ndarray, num_tokens: int) -> np.ndarray:
+        expected = (self.config.num_hidden_layers, num_tokens, self.config.num_experts_per_tok)
+        ids = np.asarray(expert_ids)
+        if ids.shape != expected:
+            raise ValueError(f"expert_ids has shape {ids.shape}, expected [L, T, X] = {expected}")
+        if ids.size and not 0 <= ids.min() <= ids.max() < self.config.num_experts:
+            raise ValueError(f"expert_ids must be 0 to {self.config.num_experts - 1}")
+        return ids.astype(np.uint32)
+
+    def _chunks(self, num_tokens: int) -> list[tuple[int, int]]:
+        chunk = self._buffers.workspace.chunk
+        return [(start, min(start + chunk, num_tokens)) for start in range(0, num_tokens, chunk)]
+
+    def _write_step(self, position: int, tokens: int, head_row: int, *, replay: bool = False, record: bool = False):
+        words = np.zeros(STEP_WORDS, np.uint32)
+        words[:6] = position, tokens, head_row, replay, 0, record
+        self._device.write(self._buffers.step, words)
+
+    def _forward_chunk(
+        self, tokens: np.ndarray, position: int, capture: frozenset[str], replay: np.ndarray | None
+    ) -> Forward:
+        device, buffers, program = self._device, self._buffers, self._prefill
+        count = len(tokens)
+        device.write(buffers["tokens"], tokens)
+        if replay is not None:
+            for layer, ids in enumerate(replay[:, position : position + count]):
+                device.write(buffers["replay"], ids, buffers.layer_offset(layer))
+        self._write_step(position, count, 0, replay=replay is not None, record=bool(capture))
+        stages: dict[StageKey, np.ndarray] = {}
+        if capture:
+            for site in program.body:
+                device.run(program.launches([site], position, count))
+                for tap in site.taps:
+                    if tap.key[0] in capture:
+                        stages[tap.key] = tap.read(device, count)
+        else:
+            device.run(program.launches(program.body, position, count))
+        logits = np.empty((count, self.config.vocab_size), np.float32)
+        rows = buffers.workspace.logit_rows
+        for first in range(0, count, rows):
+            part = logits[first : first + rows]
+            self._write_step(position, count, first, record=bool(capture))
+            device.run(program.launches(program.head, position, count, len(part)))
+            part[:] = device.read(buffers["logits"], np.float32, part.size).reshape(part.shape)
+        if "result_output" in capture:
+            stages["result_output", None] = logits
+        return Forward(logits, self._expert_ids(count), stages)
+
+    def _expert_ids(self, count: int) -> np.ndarray:
+        buffers, chosen = self._buffers, self.config.num_experts_per_tok
+        stride = buffers.layer_offset(1) // 4
+        ids = self._device.read(buffers["ids"], np.int32, stride * self.config.num_hidden_layers)
+        return ids.reshape(-1, stride)[:, : count * chosen].reshape(-1, count, chosen)
+
+    def _start(self, tokens: np.ndarray, sampling: Sampling) -> None:
+        """Sampling parameters and the prompt's tokens on the device."""
+        seed = sampling.seed % 2**64
+        ints = np.asarray([self.config.vocab_size, sampling.top_k, seed % 2**32, seed >> 32], np.uint32)
+        floats = np.asarray(
+            [
+                sampling.temperature,
+                sampling.top_p,
+                sampling.min_p,
+                sampling.repetition_penalty,
+                sampling.presence_penalty,
+                0.0, 0.0, 0.0,
+            ],
+            np.float32,
+        )
+        self._device.write(self._choice, np.concatenate([ints, floats.view(np.uint32)]))
+        seen = np.zeros(self.config.vocab_size, np.uint32)
+        seen[tokens] = 1
+        self._device.write(self._buffers["seen"], seen)
+
+    def _prompt_launches(self, tokens: np.ndarray, sampling: Sampling) -> list[Launch]:
+        """Runs all chunks of the prompt but the last; the launches of that one and of the first choice."""
+        program, chunks = self._prefill, self._chunks(len(tokens))
+        for start, end in chunks:
+            self._device.write(self._buffers["tokens"], tokens[start:end])
+            self._write_step(start, end - start, end - start - 1)
+            launches = program.launches(program.body, start, end - start)
+            if end < len(tokens):
+                self._device.run(launches)
+        return launches + self._choice_launches(sampling)
+
+    def _choice_launches(self, sampling: Sampling) -> list[Launch]:
+        sample = self._sample[sampling.temperature > 0]
+        return [*self._decode.launches(self._decode.head, 0, 1), (sample.dispatch, 1, 1, 1)]
+
+    def _decode_launches(self, position: int, sampling: Sampling) -> list[Launch]:
+        """One token at ``position``, and the choice of the next."""
+        return self._decode.launches(self._decode.body, position, 1) + self._choice_launches(sampling)
+
+
+class _Batches:
+    """Batches of tokens on their way: encoded, submitted, and read back in order."""
+
+    def __init__(self, runner: WgpuRunner, num_prompt: int, most: int, sampling: Sampling):
+        self._runner = runner
+        self._device = runner._device
+        self._sampling = sampling
+        self._position = num_prompt
+        self._left = most
+        self._size = 1
+        self._waiting: deque[tuple[Readback, int]] = deque()
+
+    def submit(self, count: int, launches: list[Launch]) -> None:
+        """Queues launches that choose ``count`` tokens."""
+        readback = self._device.readback(self._runner._buffers["emitted"], 4 * self._device.tuning.tokens_per_submit)
+        self._device.run(launches, readback)
+        self._waiting.append((readback, count))
+        self._left -= count
+
+    def fill(self) -> None:
+        """Queues batches, each twice as long as the last, until enough are in flight."""
+        tuning = self._device.tuning
+        while self._left > 0 and len(self._waiting) < max(1, tuning.submits_in_flight):
+            count = min(self._size, self._left)
+            launches: list[Launch] = []
+            for i in range(count):
+                launches += self._runner._decode_launches(self._position + i, self._sampling)
+            self._device.write(self._runner._buffers.step, np.zeros(1, np.uint32), 4 * _EMITTED_WORD)
+            self.submit(count, launches)
+            self._position += count
+            self._size = min(2 * self._size, tuning.tokens_per_submit)
+
+    def wait(self) -> list[int]:
+        """The tokens of the oldest batch, when they are there."""
+        readback, count = self._waiting.popleft()
+        return readback.wait().view(np.uint32)[:count].tolist()

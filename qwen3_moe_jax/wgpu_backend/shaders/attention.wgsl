@@ -1,0 +1,176 @@
+// Causal grouped-query attention over the cache, flash-style: softmax over TILE positions
+// at a time with a running maximum and sum, so that scores never leave the workgroup.
+//
+// One workgroup a (GROUP query heads of one KV head, token, span of positions). With one
+// span the output is final; with several each leaves its maximum, sum and weighted
+// values in `parts`, and merge.wgsl joins them.
+{% from "cache.wgsl" import cache_type, cache_unpack, cache_functions %}
+{% include "common.wgsl" %}
+
+struct Params {
+  heads: u32,
+  kv_heads: u32,
+  capacity: u32,
+  span: u32,      // positions a workgroup; a multiple of TILE
+  scale: f32,
+}
+
+@group(0) @binding(0) var<uniform> p: Params;
+@group(0) @binding(1) var<uniform> step: Step;
+@group(0) @binding(2) var<storage, read> roped: array<vec4<f32>>;
+@group(0) @binding(3) var<storage, read> keys: array<{{ cache_type(KV_F16) }}>;
+@group(0) @binding(4) var<storage, read> values: array<{{ cache_type(KV_F16) }}>;
+@group(0) @binding(5) var<storage, read_write> output: array<vec4<f32>>;
+@group(0) @binding(6) var<storage, read_write> parts: array<vec4<f32>>;
+
+{{ cache_functions(KV_F16) }}
+
+//% set H4 = HEAD_DIM // 4
+//% set DIMS = (H4 + WG - 1) // WG
+//% set SLICES = WG // H4 if WG > H4 else 1
+const LOWEST = -3.0e38;
+
+var<workgroup> query: array<vec4<f32>, {{ GROUP * H4 }}>;
+var<workgroup> scores: array<f32, {{ GROUP * TILE }}>;
+var<workgroup> lanes: array<f32, {{ GROUP * WG }}>;
+//% if SLICES > 1
+var<workgroup> slices: array<vec4<f32>, {{ SLICES * GROUP * H4 }}>;
+//% endif
+
+@compute @workgroup_size({{ WG }})
+fn main(
+    @builtin(workgroup_id) wg: vec3<u32>,
+    @builtin(num_workgroups) grid: vec3<u32>,
+    @builtin(local_invocation_index) lane: u32) {
+  let head = wg.x * {{ GROUP }}u;
+  let kv_head = head / (p.heads / p.kv_heads);
+  let length = step.position + wg.y + 1u;
+  let begin = wg.z * p.span;
+  let end = min(length, begin + p.span);
+  let cached = kv_head * p.capacity * {{ H4 }}u;
+  for (var i = lane; i < {{ GROUP * H4 }}u; i += {{ WG }}u) {
+    query[i] = roped[(wg.y * (p.heads + p.kv_heads) + head) * {{ H4 }}u + i] * p.scale;
+  }
+  //% for g in range(GROUP)
+  var high{{g}} = LOWEST;
+  var sum{{g}} = 0.0;
+  //% for d in range(DIMS)
+  var acc{{g}}_{{d}} = vec4<f32>(0.0);
+  //% endfor
+  //% endfor
+  workgroupBarrier();
+
+  for (var tile = begin; tile < end; tile += {{ TILE }}u) {
+    let stop = min(end - tile, {{ TILE }}u);
+    //% for g in range(GROUP)
+    var best{{g}} = LOWEST;
+    //% endfor
+    for (var i = lane; i < stop; i += {{ WG }}u) {
+      let at = cached + (tile + i) * {{ H4 }}u;
+      //% for g in range(GROUP)
+      var s{{g}} = 0.0;
+      //% endfor
+      for (var d = 0u; d < {{ H4 }}u; d++) {
+        let k = {{ cache_unpack("keys[at + d]", KV_F16) }};
+        //% for g in range(GROUP)
+        s{{g}} += dot(k, query[{{ g * H4 }}u + d]);
+        //% endfor
+      }
+      //% for g in range(GROUP)
+      scores[{{ g * TILE }}u + i] = s{{g}};
+      best{{g}} = max(best{{g}}, s{{g}});
+      //% endfor
+    }
+    //% for g in range(GROUP)
+    lanes[{{ g * WG }}u + lane] = best{{g}};
+    //% endfor
+    workgroupBarrier();
+    //% for g in range(GROUP)
+    let old{{g}} = high{{g}};
+    //% endfor
+    for (var i = 0u; i < {{ WG }}u; i++) {
+      //% for g in range(GROUP)
+      high{{g}} = max(high{{g}}, lanes[{{ g * WG }}u + i]);
+      //% endfor
+    }
+    for (var i = lane; i < stop; i += {{ WG }}u) {
+      //% for g in range(GROUP)
+      scores[{{ g * TILE }}u + i] = exp(scores[{{ g * TILE }}u + i] - high{{g}});
+      //% endfor
+    }
+    //% for g in range(GROUP)
+    let keep{{g}} = exp(old{{g}} - high{{g}});
+    sum{{g}} *= keep{{g}};
+    //% for d in range(DIMS)
+    acc{{g}}_{{d}} *= keep{{g}};
+    //% endfor
+    //% endfor
+    workgroupBarrier();
+    let slice = lane / {{ H4 }}u;
+    //% if SLICES > 1
+    if (slice < {{ SLICES }}u) {
+    //% endif
+    for (var i = {{ "slice" if SLICES > 1 else "0u" }}; i < stop; i += {{ SLICES }}u) {
+      let at = cached + (tile + i) * {{ H4 }}u + {{ "lane % " ~ H4 ~ "u" if SLICES > 1 else "lane" }};
+      //% for g in range(GROUP)
+      let e{{g}} = scores[{{ g * TILE }}u + i];
+      sum{{g}} += e{{g}};
+      //% endfor
+      //% for d in range(DIMS)
+      //% if (d + 1) * WG > H4 and SLICES == 1
+      if (lane + {{ d * WG }}u < {{ H4 }}u) {
+      //% else
+      {
+      //% endif
+        let v = {{ cache_unpack("values[at + %du]" % (d * WG), KV_F16) }};
+        //% for g in range(GROUP)
+        acc{{g}}_{{d}} += e{{g}} * v;
+        //% endfor
+      }
+      //% endfor
+    }
+    //% if SLICES > 1
+    }
+    //% endif
+    workgroupBarrier();
+  }
+
+  //% if SLICES > 1
+  // Lanes of other slices hold other positions of the same dimensions: lane order joins them.
+  let dim = lane % {{ H4 }}u;
+  if (lane < {{ SLICES * H4 }}u) {
+    //% for g in range(GROUP)
+    slices[(lane / {{ H4 }}u * {{ GROUP }}u + {{g}}u) * {{ H4 }}u + dim] = acc{{g}}_0;
+    lanes[{{ g * WG }}u + lane] = sum{{g}};
+    //% endfor
+  }
+  workgroupBarrier();
+  if (lane >= {{ H4 }}u) {
+    return;
+  }
+  //% for g in range(GROUP)
+  //% for s in range(1, SLICES)
+  acc{{g}}_0 += slices[{{ (s * GROUP + g) * H4 }}u + dim];
+  sum{{g}} += lanes[{{ g * WG + s * H4 }}u];
+  //% endfor
+  //% endfor
+  //% endif
+
+  //% for g in range(GROUP)
+  {
+    let row = wg.y * p.heads + head + {{g}}u;
+    //% for d in range(DIMS)
+    if (lane + {{ d * WG }}u < {{ H4 }}u) {
+      if (grid.z == 1u) {
+        output[row * {{ H4 }}u + lane + {{ d * WG }}u] = acc{{g}}_{{d}} / sum{{g}};
+      } else {
+        parts[(row * grid.z + wg.z) * {{ H4 + 1 }}u + lane + {{ d * WG }}u] = acc{{g}}_{{d}};
+      }
+    }
+    //% endfor
+    if (grid.z > 1u && lane == 0u) {
+      parts[(row * grid.z + wg.z) * {{ H4 + 1 }}u + {{ H4 }}u] = vec4<f32>(high{{g}}, sum{{g}}, 0.0, 0.0);
+    }
+  }
+  //% endfor
+}

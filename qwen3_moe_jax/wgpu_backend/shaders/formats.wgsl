@@ -1,0 +1,173 @@
+//# How one unit of weights of each type is read; layout.py writes these words.
+//#
+//# A unit is what one invocation decodes between two loop steps: 64 weights of a
+//# K-quant, 16 of Q8_0, 8 of F16 and BF16, 4 of F32. A macro unrolls the reading
+//# of unit `u` for several rows at once and hands its caller, four weights at a
+//# time, `w0`, `w1`, ... (one vec4 a row) with the index of the matching vec4 of x.
+//# `rows` is a list of (storage array, first vec4, first superblock or block of the row).
+//#
+//# Bit layouts: ggml-common.h and ggml-quants.c (dequantize_row_*) of llama.cpp at
+//# commit 0c1e57098. Six-bit scales are decoded four at a time inside a word.
+
+//% macro k_scales(r)
+let sc{{r}} = select(h{{r}}.y & 0x3f3f3f3fu, (h{{r}}.w & 0x0f0f0f0fu) | ((h{{r}}.y >> 2u) & 0x30303030u), j > 1u) >> ((j & 1u) * 16u);
+let mn{{r}} = select(h{{r}}.z & 0x3f3f3f3fu, ((h{{r}}.w >> 4u) & 0x0f0f0f0fu) | ((h{{r}}.z >> 2u) & 0x30303030u), j > 1u) >> ((j & 1u) * 16u);
+let d{{r}} = unpack2x16float(h{{r}}.x);
+let lo_scale{{r}} = d{{r}}.x * f32(sc{{r}} & 0xffu);
+let hi_scale{{r}} = d{{r}}.x * f32((sc{{r}} >> 8u) & 0xffu);
+let lo_min{{r}} = d{{r}}.y * f32(mn{{r}} & 0xffu);
+let hi_min{{r}} = d{{r}}.y * f32((mn{{r}} >> 8u) & 0xffu);
+//% endmacro
+
+//% macro unit_Q4_K(rows)
+let sb = u >> 2u;
+let j = u & 3u;
+//% for w, base, start in rows
+let a{{loop.index0}} = {{base}} + ({{start}} + sb) * 9u;
+let h{{loop.index0}} = {{w}}[a{{loop.index0}}];
+{{ k_scales(loop.index0) }}
+//% endfor
+for (var half = 0u; half < 2u; half++) {
+  //% for w, base, start in rows
+  let q{{loop.index0}} = {{w}}[a{{loop.index0}} + 1u + 2u * j + half];
+  //% endfor
+  let at = sb * 64u + j * 16u + half * 4u;
+  //% for c in "xyzw"
+  {
+    //% for _ in rows
+    let w{{loop.index0}} = lo_scale{{loop.index0}} * vec4<f32>(unpack4xU8(q{{loop.index0}}.{{c}} & 0x0f0f0f0fu)) - lo_min{{loop.index0}};
+    //% endfor
+    {{ caller("at + %du" % loop.index0) }}
+  }
+  {
+    //% for _ in rows
+    let w{{loop.index0}} = hi_scale{{loop.index0}} * vec4<f32>(unpack4xU8((q{{loop.index0}}.{{c}} >> 4u) & 0x0f0f0f0fu)) - hi_min{{loop.index0}};
+    //% endfor
+    {{ caller("at + %du" % (loop.index0 + 8)) }}
+  }
+  //% endfor
+}
+//% endmacro
+
+//% macro unit_Q5_K(rows)
+let sb = u >> 2u;
+let j = u & 3u;
+//% for w, base, start in rows
+let a{{loop.index0}} = {{base}} + ({{start}} + sb) * 11u;
+let h{{loop.index0}} = {{w}}[a{{loop.index0}}];
+{{ k_scales(loop.index0) }}
+//% endfor
+for (var half = 0u; half < 2u; half++) {
+  //% for w, base, start in rows
+  let b{{loop.index0}} = {{w}}[a{{loop.index0}} + 1u + half] >> vec4<u32>(2u * j);
+  let q{{loop.index0}} = {{w}}[a{{loop.index0}} + 3u + 2u * j + half];
+  //% endfor
+  let at = sb * 64u + j * 16u + half * 4u;
+  //% for c in "xyzw"
+  {
+    //% for _ in rows
+    let w{{loop.index0}} = lo_scale{{loop.index0}} * vec4<f32>(unpack4xU8((q{{loop.index0}}.{{c}} & 0x0f0f0f0fu) | ((b{{loop.index0}}.{{c}} & 0x01010101u) << 4u))) - lo_min{{loop.index0}};
+    //% endfor
+    {{ caller("at + %du" % loop.index0) }}
+  }
+  {
+    //% for _ in rows
+    let w{{loop.index0}} = hi_scale{{loop.index0}} * vec4<f32>(unpack4xU8(((q{{loop.index0}}.{{c}} >> 4u) & 0x0f0f0f0fu) | ((b{{loop.index0}}.{{c}} & 0x02020202u) << 3u))) - hi_min{{loop.index0}};
+    //% endfor
+    {{ caller("at + %du" % (loop.index0 + 8)) }}
+  }
+  //% endfor
+}
+//% endmacro
+
+//# Eight superblocks share one vec4 of eight superblock scales, so that nothing is padded.
+//% macro unit_Q6_K(rows)
+let sb = u >> 2u;
+let upper = (u >> 1u) & 1u;
+let part = u & 1u;
+//% for w, base, start in rows
+//% set r = loop.index0
+let s{{r}} = {{start}} + sb;
+let g{{r}} = {{base}} + (s{{r}} >> 3u) * 105u;
+let a{{r}} = g{{r}} + 1u + (s{{r}} & 7u) * 13u;
+let d{{r}} = unpack2x16float({{w}}[g{{r}}][(s{{r}} & 7u) >> 1u] >> ((s{{r}} & 1u) * 16u)).x;
+let sc{{r}} = bitcast<vec4<i32>>({{w}}[a{{r}} + 12u]);
+let sc_lo{{r}} = select(sc{{r}}.x, sc{{r}}.z, upper == 1u) >> (part * 8u);
+let sc_hi{{r}} = select(sc{{r}}.y, sc{{r}}.w, upper == 1u) >> (part * 8u);
+let scales{{r}} = d{{r}} * vec4<f32>(
+    f32((sc_lo{{r}} << 24u) >> 24u), f32((sc_lo{{r}} << 8u) >> 24u),
+    f32((sc_hi{{r}} << 24u) >> 24u), f32((sc_hi{{r}} << 8u) >> 24u));
+let l{{r}} = {{w}}[a{{r}} + upper * 4u + part];
+let m{{r}} = {{w}}[a{{r}} + upper * 4u + 2u + part];
+let b{{r}} = {{w}}[a{{r}} + 8u + upper * 2u + part];
+//% endfor
+let at = sb * 64u + upper * 32u + part * 4u;
+//% for c in "xyzw"
+//% set k = loop.index0
+//% for source, shift, high, scale in (("l", 0, 0, "x"), ("m", 0, 2, "y"), ("l", 4, 4, "z"), ("m", 4, 6, "w"))
+{
+  //% for _ in rows
+  //% set r = loop.index0
+  let w{{r}} = scales{{r}}.{{scale}} * (vec4<f32>(unpack4xU8((({{source}}{{r}}.{{c}} >> {{shift}}u) & 0x0f0f0f0fu) | (((b{{r}}.{{c}} >> {{high}}u) & 0x03030303u) << 4u))) - 32.0);
+  //% endfor
+  {{ caller("at + %du" % (k + 8 * loop.index0)) }}
+}
+//% endfor
+//% endfor
+//% endmacro
+
+//# Eight blocks share one vec4 of eight scales.
+//% macro unit_Q8_0(rows)
+//% for w, base, start in rows
+//% set r = loop.index0
+let s{{r}} = {{start}} + (u >> 1u);
+let g{{r}} = {{base}} + (s{{r}} >> 3u) * 17u;
+let d{{r}} = unpack2x16float({{w}}[g{{r}}][(s{{r}} & 7u) >> 1u] >> ((s{{r}} & 1u) * 16u)).x;
+let q{{r}} = {{w}}[g{{r}} + 1u + (s{{r}} & 7u) * 2u + (u & 1u)];
+//% endfor
+//% for c in "xyzw"
+{
+  //% for _ in rows
+  let w{{loop.index0}} = d{{loop.index0}} * vec4<f32>(unpack4xI8(q{{loop.index0}}.{{c}}));
+  //% endfor
+  {{ caller("u * 4u + %du" % loop.index0) }}
+}
+//% endfor
+//% endmacro
+
+//% macro unit_F16(rows)
+//% for w, base, start in rows
+let q{{loop.index0}} = {{w}}[{{base}} + {{start}} + u];
+//% endfor
+//% for first, second in ("xy", "zw")
+{
+  //% for _ in rows
+  let w{{loop.index0}} = vec4<f32>(unpack2x16float(q{{loop.index0}}.{{first}}), unpack2x16float(q{{loop.index0}}.{{second}}));
+  //% endfor
+  {{ caller("u * 2u + %du" % loop.index0) }}
+}
+//% endfor
+//% endmacro
+
+//% macro unit_BF16(rows)
+//% for w, base, start in rows
+let q{{loop.index0}} = {{w}}[{{base}} + {{start}} + u];
+//% endfor
+//% for first, second in ("xy", "zw")
+{
+  //% for _ in rows
+  let w{{loop.index0}} = bitcast<vec4<f32>>(vec4<u32>(q{{loop.index0}}.{{first}} << 16u, q{{loop.index0}}.{{first}} & 0xffff0000u, q{{loop.index0}}.{{second}} << 16u, q{{loop.index0}}.{{second}} & 0xffff0000u));
+  //% endfor
+  {{ caller("u * 2u + %du" % loop.index0) }}
+}
+//% endfor
+//% endmacro
+
+//% macro unit_F32(rows)
+//% for w, base, start in rows
+let w{{loop.index0}} = bitcast<vec4<f32>>({{w}}[{{base}} + {{start}} + u]);
+//% endfor
+{{ caller("u") }}
+//% endmacro
+
+//% set units = {"Q4_K": unit_Q4_K, "Q5_K": unit_Q5_K, "Q6_K": unit_Q6_K, "Q8_0": unit_Q8_0, "F16": unit_F16, "BF16": unit_BF16, "F32": unit_F32}

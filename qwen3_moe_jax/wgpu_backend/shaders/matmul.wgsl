@@ -1,0 +1,230 @@
+//% from "formats.wgsl" import units with context
+// Rows of packed weights times rows of activations, in float32.
+//
+// MODE "dense":   y[t] = W x[t] for up to three matrices of one buffer (q, k and v).
+// MODE "indexed": one row of x a (token, choice) pair: y[pair] = W[ids[pair]] x[pair / x_div].
+// MODE "grouped": the same for TOKENS pairs that chose the same expert, by the tiles of group.wgsl.
+// DUAL: two weight buffers, gate and up; y = silu(gate x) * (up x).
+//
+// A workgroup holds WG / LANES groups of LANES invocations. A group computes ROWS rows
+// times TOKENS activations: its lanes share the units of a row between them, every
+// weight is decoded once for all TOKENS and every activation loaded once for all ROWS.
+// The order of a sum depends on LANES alone, so prefill and decode agree bit for bit.
+
+{% include "common.wgsl" %}
+
+struct Segment {
+  kind: u32,
+  rows: u32,
+  group_begin: u32,   // first workgroup of this matrix
+  y_begin: u32,
+  base: u32,          // first vec4 of this matrix in the buffer
+  row_blocks: u32,
+  row_units: u32,
+  expert_blocks: u32,
+}
+
+struct Params {
+  x_stride: u32,      // vec4 a row of x
+  y_stride: u32,
+  x_head: u32,        // 1: x starts at row step.head_row
+  x_div: u32,         // pairs a row of x
+  expert_begin: u32,  // experts in this window
+  expert_end: u32,
+  plane: u32,         // floats between y and, when recording, gate and up
+  segments: u32,
+  segs: array<Segment, 3>,
+}
+
+@group(0) @binding(0) var<uniform> p: Params;
+@group(0) @binding(1) var<uniform> step: Step;
+@group(0) @binding(2) var<storage, read> w: array<vec4<u32>>;
+@group(0) @binding(3) var<storage, read> x: array<vec4<f32>>;
+@group(0) @binding(4) var<storage, read_write> y: array<f32>;
+//% if MODE == "indexed"
+@group(0) @binding(5) var<storage, read> ids: array<u32>;
+//% elif MODE == "grouped"
+@group(0) @binding(5) var<storage, read> tiles: array<vec4<u32>>;
+@group(0) @binding(6) var<storage, read> order: array<u32>;
+//% endif
+//% if DUAL
+@group(0) @binding(7) var<storage, read> w_up: array<vec4<u32>>;
+//% endif
+
+//% set R = ROWS * (2 if DUAL else 1)
+//% set GROUPS = WG // LANES
+//% if LANES > 1 and not SUBGROUPS
+var<workgroup> partial: array<f32, {{ WG * R * TOKENS }}>;
+//% endif
+
+//% macro accumulate(type, rows, first, units_a_row="seg.row_units")
+for (var u = lane; u < {{ units_a_row }}; u += {{ LANES }}u) {
+  //% call(at) units[type](rows)
+  //% for t in range(TOKENS)
+  let v{{t}} = x[x{{t}} + {{at}}];
+  //% for _ in rows
+  acc{{first + loop.index0}}_{{t}} += dot(w{{loop.index0}}, v{{t}});
+  //% endfor
+  //% endfor
+  //% endcall
+}
+//% endmacro
+
+@compute @workgroup_size({{ WG }})
+fn main(@builtin(workgroup_id) wg: vec3<u32>, @builtin(local_invocation_index) local: u32) {
+  //% if MODE == "dense"
+  //% if TOKENS == 1
+  let count = 1u;
+  let first = 0u;
+  //% else
+  let first = wg.y * {{ TOKENS }}u;
+  let count = min(step.tokens - p.x_head * step.head_row - first, {{ TOKENS }}u);
+  //% endif
+  //% for t in range(TOKENS)
+  let y{{t}} = first + min({{t}}u, count - 1u);
+  let x{{t}} = (y{{t}} + p.x_head * step.head_row) * p.x_stride;
+  //% endfor
+  var seg = p.segs[0];
+  if (p.segments > 1u && wg.x >= p.segs[1].group_begin) {
+    seg = p.segs[1];
+  }
+  if (p.segments > 2u && wg.x >= p.segs[2].group_begin) {
+    seg = p.segs[2];
+  }
+  let expert = 0u;
+  //% else
+  //% if MODE == "indexed"
+  let count = 1u;
+  let y0 = wg.y;
+  let chosen = ids[y0];
+  //% else
+  if (wg.y >= tiles[0].x) {
+    return;
+  }
+  let tile = tiles[wg.y + 1u];
+  let chosen = tile.x;
+  let count = tile.z;
+  //% for t in range(TOKENS)
+  let y{{t}} = order[tile.y + min({{t}}u, count - 1u)];
+  //% endfor
+  //% endif
+  if (chosen < p.expert_begin || chosen >= p.expert_end) {
+    return;
+  }
+  let expert = chosen - p.expert_begin;
+  //% for t in range(TOKENS)
+  let x{{t}} = (y{{t}} / p.x_div) * p.x_stride;
+  //% endfor
+  let seg = p.segs[0];
+  //% endif
+
+  let lane = local % {{ LANES }}u;
+  let row = ((wg.x - seg.group_begin) * {{ GROUPS }}u + local / {{ LANES }}u) * {{ ROWS }}u;
+  let last = seg.rows - 1u;
+  //% for r in range(ROWS)
+  let row{{r}} = min(row + {{r}}u, last);
+  let start{{r}} = expert * seg.expert_blocks + row{{r}} * seg.row_blocks;
+  //% if DUAL
+  let up_start{{r}} = expert * p.segs[1].expert_blocks + row{{r}} * p.segs[1].row_blocks;
+  //% endif
+  //% endfor
+  //% for r in range(R)
+  //% for t in range(TOKENS)
+  var acc{{r}}_{{t}} = 0.0;
+  //% endfor
+  //% endfor
+
+  //% set ns = namespace(rows=[], up=[])
+  //% for r in range(ROWS)
+  //% set _ = ns.rows.append(("w", "seg.base", "start%d" % r))
+  //% set _ = ns.up.append(("w_up", "0u", "up_start%d" % r))
+  //% endfor
+  //% if DUAL and TYPES[0] == TYPES[1]
+  {{ accumulate(TYPES[0], ns.rows + ns.up, 0) }}
+  //% elif DUAL
+  {{ accumulate(TYPES[0], ns.rows, 0) }}
+  {{ accumulate(TYPES[1], ns.up, ROWS, "p.segs[1].row_units") }}
+  //% elif TYPES | length == 1
+  {{ accumulate(TYPES[0], ns.rows, 0) }}
+  //% else
+  //% for type in TYPES
+  if (seg.kind == {{ KINDS[type] }}u) {
+    {{ accumulate(type, ns.rows, 0) }}
+  }
+  //% endfor
+  //% endif
+
+  //% if LANES == 1
+  //% for t in range(TOKENS)
+  if ({{t}}u < count) {
+    let at = y{{t}} * p.y_stride + seg.y_begin;
+    //% for r in range(ROWS)
+    if (row + {{r}}u <= last) {
+      {% if DUAL %}finish(at + row{{r}}, acc{{r}}_{{t}}, acc{{r + ROWS}}_{{t}}){% else %}y[at + row{{r}}] = acc{{r}}_{{t}}{% endif %};
+    }
+    //% endfor
+  }
+  //% endfor
+  //% else
+  //% if SUBGROUPS
+  //% for r in range(R)
+  //% for t in range(TOKENS)
+  //% for power in range(8) if 2 ** power < LANES
+  acc{{r}}_{{t}} += subgroupShuffleXor(acc{{r}}_{{t}}, {{ 2 ** power }}u);
+  //% endfor
+  //% endfor
+  //% endfor
+  if (lane == 0u) {
+    //% for t in range(TOKENS)
+    if ({{t}}u < count) {
+      let at = y{{t}} * p.y_stride + seg.y_begin;
+      //% for r in range(ROWS)
+      if (row + {{r}}u <= last) {
+        {% if DUAL %}finish(at + row{{r}}, acc{{r}}_{{t}}, acc{{r + ROWS}}_{{t}}){% else %}y[at + row{{r}}] = acc{{r}}_{{t}}{% endif %};
+      }
+      //% endfor
+    }
+    //% endfor
+  }
+  //% else
+  //% for r in range(R)
+  //% for t in range(TOKENS)
+  partial[{{ (r * TOKENS + t) * WG }}u + local] = acc{{r}}_{{t}};
+  //% endfor
+  //% endfor
+  workgroupBarrier();
+  //% for t in range(TOKENS)
+  //% for r in range(ROWS)
+  if (lane == {{ (t * ROWS + r) % LANES }}u && {{t}}u < count && row + {{r}}u <= last) {
+    let at = y{{t}} * p.y_stride + seg.y_begin + row{{r}};
+    //% if DUAL
+    finish(at, total({{ (r * TOKENS + t) * WG }}u + local - lane), total({{ ((r + ROWS) * TOKENS + t) * WG }}u + local - lane));
+    //% else
+    y[at] = total({{ (r * TOKENS + t) * WG }}u + local - lane);
+    //% endif
+  }
+  //% endfor
+  //% endfor
+  //% endif
+  //% endif
+}
+
+//% if LANES > 1 and not SUBGROUPS
+fn total(begin: u32) -> f32 {
+  var sum = 0.0;
+  for (var i = 0u; i < {{ LANES }}u; i++) {
+    sum += partial[begin + i];
+  }
+  return sum;
+}
+//% endif
+
+//% if DUAL
+fn finish(at: u32, gate: f32, up: f32) {
+  y[at] = gate / (1.0 + exp(-gate)) * up;
+  if (step.record == 1u) {
+    y[p.plane + at] = gate;
+    y[2u * p.plane + at] = up;
+  }
+}
+//% endif

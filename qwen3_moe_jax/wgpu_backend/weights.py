@@ -1,0 +1,219 @@
+"""A model's tensors on the device: in one buffer each, or in as many as the adapter's bindings ask for."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from convert.config import Qwen3MoeConfig
+from convert.ggml_types import GGMLType
+from convert.model_source import ModelSource
+from convert.packed import PackedTensor
+from convert.progress import ProgressCallback
+from convert.tensor_names import tensor_specs
+from convert.unpack import dequantize
+from qwen3_moe_jax.errors import BackendUnavailableError
+from qwen3_moe_jax.wgpu_backend.device import UPLOAD_CHUNK, Device
+from qwen3_moe_jax.wgpu_backend.kernels import DenseBuffer, ExpertBuffer, Segment
+from qwen3_moe_jax.wgpu_backend.layout import (
+    WORD_FORMATS,
+    device_nbytes,
+    device_words,
+    granule,
+    items_per_window,
+)
+
+MOST_ROWS = 65535 * 8
+"""Rows of one dispatch: a grid has at most 65,535 workgroups a dimension, of at least 8 rows each."""
+
+SMALLEST_MULTIPLE = 8
+"""Every width of the model must be a multiple of this: kernels read vectors of four, two at a time."""
+
+
+@dataclass(frozen=True, eq=False)
+class LayerWeights:
+    """One decoder layer. ``qkv`` is one buffer of three matrices where a binding can show them together."""
+
+    input_layernorm: object
+    head_norms: object
+    post_attention_layernorm: object
+    qkv: list[DenseBuffer]
+    o_proj: list[DenseBuffer]
+    router: list[DenseBuffer]
+    gate_up: list[tuple[ExpertBuffer, ExpertBuffer]]
+    down: list[ExpertBuffer]
+
+
+@dataclass(frozen=True, eq=False)
+class ModelWeights:
+    """All of a model; ``embed_tokens`` are windows of rows, and with a tied output also ``lm_head``."""
+
+    embed_tokens: list[ExpertBuffer]
+    layers: list[LayerWeights]
+    norm: object
+    lm_head: list[DenseBuffer]
+
+
+def check_shapes(config: Qwen3MoeConfig, types: Mapping[str, GGMLType]) -> None:
+    """Refuses what the kernels cannot read.
+
+    Raises:
+      BackendUnavailableError: a width that vectors of weights do not divide.
+    """
+    for spec in tensor_specs(config):
+        if len(spec.shape) == 1:
+            continue
+        needed = max(SMALLEST_MULTIPLE, WORD_FORMATS[types[spec.path]].block)
+        if spec.shape[-1] % needed:
+            raise BackendUnavailableError(
+                f"{spec.path} has rows of {spec.shape[-1]} weights, and the wgpu backend reads "
+                f"{types[spec.path].name} in multiples of {needed}: use another backend"
+            )
+    if config.head_dim % SMALLEST_MULTIPLE:
+        raise BackendUnavailableError(f"head_dim is {config.head_dim}; the wgpu backend needs a multiple of 8")
+
+
+def weight_nbytes(config: Qwen3MoeConfig, types: Mapping[str, GGMLType]) -> int:
+    """Device bytes of all weights."""
+    total = 0
+    for spec in tensor_specs(config):
+        count = int(np.prod(spec.shape))
+        total += 4 * count if len(spec.shape) == 1 else device_nbytes(types[spec.path], count)
+    return total
+
+
+def upload(device: Device, source: ModelSource, progress: ProgressCallback | None = None) -> ModelWeights:
+    """Every tensor of ``source`` on the device, read one at a time.
+
+    Raises:
+      BackendUnavailableError: a tensor does not fit the device.
+    """
+    return _Uploader(device, source, progress).model()
+
+
+class _Uploader:
+    def __init__(self, device: Device, source: ModelSource, progress: ProgressCallback | None):
+        self._device = device
+        self._source = source
+        self._progress = progress
+        self._done = 0
+
+    def model(self) -> ModelWeights:
+        config = self._source.config
+        embed = self._stack("embed_tokens", config.vocab_size, 1, most_items=MOST_ROWS)
+        layers = [self._layer(f"layers.{i}") for i in range(config.num_hidden_layers)]
+        norm = self._norms("norm")
+        if config.tie_word_embeddings:
+            head = [
+                DenseBuffer(w.buffer, (Segment(w.type, w.end - w.begin, w.columns, 0, w.begin),)) for w in embed
+            ]
+        else:
+            head = self._dense("lm_head")
+        self._device.flush()
+        return ModelWeights(embed, layers, norm, head)
+
+    def _layer(self, prefix: str) -> LayerWeights:
+        attention, experts = f"{prefix}.self_attn", f"{prefix}.mlp.experts"
+        return LayerWeights(
+            self._norms(f"{prefix}.input_layernorm"),
+            self._norms(f"{attention}.q_norm", f"{attention}.k_norm"),
+            self._norms(f"{prefix}.post_attention_layernorm"),
+            self._dense(f"{attention}.q_proj", f"{attention}.k_proj", f"{attention}.v_proj"),
+            self._dense(f"{attention}.o_proj"),
+            self._dense(f"{prefix}.mlp.router"),
+            self._gate_up(f"{experts}.gate_proj", f"{experts}.up_proj"),
+            self._experts(f"{experts}.down_proj"),
+        )
+
+    def _tensor(self, path: str) -> PackedTensor:
+        tensor = self._source.tensor(path)
+        self._done += self._source.tensor_nbytes(path)
+        if self._progress:
+            self._progress(self._done, self._source.nbytes)
+        return tensor
+
+    def _norms(self, *paths: str) -> object:
+        return self._device.upload(np.concatenate([dequantize(self._tensor(p)) for p in paths]), paths[0])
+
+    def _dense(self, *paths: str) -> list[DenseBuffer]:
+        """Matrices side by side: in one buffer if that fits, else each in its own windows."""
+        specs, types = self._source.specs, self._source.types
+        sizes = [device_nbytes(types[p], int(np.prod(specs[p].shape))) for p in paths]
+        if sum(sizes) <= self._device.most_bytes and sum(specs[p].shape[0] for p in paths) <= MOST_ROWS:
+            return [self._side_by_side(paths, sizes)]
+        buffers, y = [], 0
+        for path in paths:
+            rows = specs[path].shape[0]
+            for window in self._stack(path, rows, 1, most_items=MOST_ROWS):
+                segment = Segment(window.type, window.end - window.begin, window.columns, 0, y + window.begin)
+                buffers.append(DenseBuffer(window.buffer, (segment,)))
+            y += rows
+        return buffers
+
+    def _side_by_side(self, paths: Sequence[str], sizes: Sequence[int]) -> DenseBuffer:
+        buffer = self._device.buffer(sum(sizes), paths[0])
+        segments, at, y = [], 0, 0
+        for path, size in zip(paths, sizes, strict=True):
+            tensor = self._tensor(path)
+            write_rows(self._device, buffer, tensor, at)
+            rows, columns = tensor.shape
+            segments.append(Segment(tensor.type, rows, columns, at // 16, y))
+            at += size
+            y += rows
+        return DenseBuffer(buffer, tuple(segments))
+
+    def _experts(self, path: str, step: int = 1, most_items: int = MOST_ROWS) -> list[ExpertBuffer]:
+        experts, rows, _ = self._source.specs[path].shape
+        return self._stack(path, experts, rows, step=step, most_items=most_items)
+
+    def _gate_up(self, gate: str, up: str) -> list[tuple[ExpertBuffer, ExpertBuffer]]:
+        """Both stacks, cut at the same experts."""
+        specs, types = self._source.specs, self._source.types
+        experts, rows, columns = specs[gate].shape
+        step = max(granule(types[p], rows * columns) for p in (gate, up))
+        count = min(
+            self._fit(p, types[p], experts, rows * columns, MOST_ROWS, step) for p in (gate, up)
+        )
+        pairs = zip(self._experts(gate, step, count), self._experts(up, step, count), strict=True)
+        return list(pairs)
+
+    def _fit(self, path: str, type: GGMLType, items: int, weights: int, most_items: int, step: int) -> int:
+        try:
+            return items_per_window(type, items, weights, self._device.most_bytes, most_items, step)
+        except ValueError as error:
+            raise BackendUnavailableError(f"{path} does not fit {self._device.report.name}: {error}") from error
+
+    def _stack(self, path: str, items: int, rows: int, *, most_items: int, step: int = 1) -> list[ExpertBuffer]:
+        """A tensor as windows of whole items of ``rows`` rows."""
+        type = self._source.types[path]
+        columns = self._source.specs[path].shape[-1]
+        count = self._fit(path, type, items, rows * columns, most_items, step)
+        tensor = self._tensor(path)
+        found = []
+        for begin in range(0, items, count):
+            end = min(begin + count, items)
+            buffer = self._device.buffer(device_nbytes(type, (end - begin) * rows * columns), path)
+            write_rows(self._device, buffer, tensor[begin:end], 0)
+            found.append(ExpertBuffer(buffer, type, begin, end, rows, columns))
+        return found
+
+
+def write_rows(device: Device, buffer: object, tensor: PackedTensor, offset: int) -> None:
+    """Copies packed rows into a buffer in chunks of about ``UPLOAD_CHUNK`` bytes."""
+    for part in _row_chunks(tensor):
+        words = device_words(part)
+        device.write(buffer, words, offset)
+        device.flush()
+        offset += len(words)
+
+
+def _row_chunks(tensor: PackedTensor) -> Iterator[PackedTensor]:
+    *leading, columns = tensor.shape
+    rows = int(np.prod(leading))
+    flat = PackedTensor(
+        {name: a.reshape(rows, a.shape[-1]) for name, a in tensor.arrays.items()}, tensor.type, tensor.layout
+    )
+    step = granule(tensor.type, columns)
+    count = max(1, UPLOAD_CHUNK // device_nbytes(tensor.type, step * columns)) * step
+    for begin in range(0, rows, count):
+        yield flat[begin : begin + count]
