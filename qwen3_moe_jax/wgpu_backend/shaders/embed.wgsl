@@ -19,14 +19,14 @@ struct Params {
 
 @compute @workgroup_size({{ WG }})
 fn main(@builtin(workgroup_id) wg: vec3<u32>, @builtin(local_invocation_index) lane: u32) {
-  let token = tokens[wg.x];
+  let token = tokens[wg.y];
   if (token < p.row_begin || token >= p.row_end) {
     return;
   }
   let start = (token - p.row_begin) * p.row_blocks;
   for (var u = lane; u < p.row_units; u += {{ WG }}u) {
     //% call(at) units[TYPE]([("table", "0u", "start")])
-    x[wg.x * p.x_stride + {{at}}] = w0;
+    x[wg.y * p.x_stride + {{at}}] = w0;
     //% endcall
   }
 }

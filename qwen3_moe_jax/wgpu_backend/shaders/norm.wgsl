@@ -24,14 +24,14 @@ var<workgroup> squares: array<f32, {{ WG }}>;
 
 @compute @workgroup_size({{ WG }})
 fn main(@builtin(workgroup_id) wg: vec3<u32>, @builtin(local_invocation_index) lane: u32) {
-  let row = wg.x * p.stride;
+  let row = wg.y * p.stride;
   var square = 0.0;
   for (var i = lane; i < p.stride; i += {{ WG }}u) {
     var v = x[row + i];
     if (p.deltas > 0u) {
       var sum = vec4<f32>(0.0);
       for (var s = 0u; s < p.deltas; s++) {
-        let pair = wg.x * p.deltas + s;
+        let pair = wg.y * p.deltas + s;
         sum += delta[pair * p.stride + i] * select(1.0, weights[pair], p.weighted == 1u);
       }
       v += sum;

@@ -25,7 +25,7 @@ var<workgroup> best_id: array<u32, {{ WG }}>;
 
 @compute @workgroup_size({{ WG }})
 fn main(@builtin(workgroup_id) wg: vec3<u32>, @builtin(local_invocation_index) lane: u32) {
-  let first = wg.x * p.experts;
+  let first = wg.y * p.experts;
   var high = -3.0e38;
   for (var e = lane; e < p.experts; e += {{ WG }}u) {
     high = max(high, logits[first + e]);
@@ -81,18 +81,18 @@ fn main(@builtin(workgroup_id) wg: vec3<u32>, @builtin(local_invocation_index) l
     }
     workgroupBarrier();
     if (step.replay == 1u) {
-      id = replay[wg.x * p.chosen + choice];
+      id = replay[wg.y * p.chosen + choice];
     }
     weight_sum += prob[id];
     if (lane == 0u) {
       taken[id] = 1u;
-      ids[wg.x * p.chosen + choice] = id;
+      ids[wg.y * p.chosen + choice] = id;
     }
     workgroupBarrier();
   }
   if (lane == 0u) {
     for (var choice = 0u; choice < p.chosen; choice++) {
-      let pair = wg.x * p.chosen + choice;
+      let pair = wg.y * p.chosen + choice;
       weights[pair] = prob[ids[pair]] / max(weight_sum, SMALLEST_WEIGHT_SUM);
     }
   }
