@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -120,12 +121,21 @@ def test_truncated_while_loading(tmp_path: Path):
     assert codes == ["E_CHANGED", "E_SHORT_READ"]
 
 
-def loaded_after(path: Path, change: object) -> ModelFileError:
+def loaded_after(path: Path, change: Callable[[], object]) -> ModelFileError:
     with GGUFFile.open(path) as file:
         change()
         with pytest.raises(ModelFileError) as caught:
             file.read(file.tensors["b"])
     return caught.value
+
+
+def test_cut_while_loading_says_how_long_the_file_was(tmp_path: Path):
+    path = tmp_path / "model.gguf"
+    path.write_bytes(small_file().build())
+    size = path.stat().st_size
+    error = loaded_after(path, lambda: os.truncate(path, 200))
+    assert error.code == "E_SHORT_READ"
+    assert f"it had {size} bytes" in str(error)
 
 
 def test_grown_while_loading(tmp_path: Path):
