@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, NamedTuple
 from convert.model_source import ModelSource, open_model
 from convert.progress import ProgressCallback
 from qwen3_moe_jax.errors import BackendUnavailableError
-from qwen3_moe_jax.machine import nvidia_gpus
+from qwen3_moe_jax.machine import nvidia_gpus, set_jax_memory_policy
 from qwen3_moe_jax.runner import Runner
+from qwen3_moe_jax.wgpu_backend.adapter import list_adapters
 
 if TYPE_CHECKING:
     from qwen3_moe_jax.api import Model
@@ -49,11 +50,9 @@ def choose_backend() -> Choice:
             return Choice("jax", "JAX sees an NVIDIA GPU")
         why = "JAX does not see the NVIDIA GPU"
         fallbacks = (f"{why}: run `qwen3-moe doctor`",)
-    from qwen3_moe_jax.wgpu_backend import find_hardware_adapter
-
-    adapter = find_hardware_adapter()
-    if adapter is not None:
-        return Choice("wgpu", f"{why}; WebGPU adapter {adapter}", fallbacks)
+    hardware = [adapter for adapter in list_adapters() if not adapter.software]
+    if hardware:
+        return Choice("wgpu", f"{why}; WebGPU adapter {hardware[0].summary}", fallbacks)
     return Choice("jax", f"{why}, no WebGPU hardware", fallbacks)
 
 
@@ -62,11 +61,6 @@ def _jax_sees_gpu() -> bool:
     import jax
 
     return any(d.platform == "gpu" for d in jax.devices())
-
-
-def set_jax_memory_policy() -> None:
-    """Keeps XLA from taking most of the card at start; a user's own setting stays."""
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 
 def make_runner(
@@ -112,7 +106,7 @@ def _make_jax(source, max_context, dtype, _adapter, progress) -> Runner:
 
 def _make_wgpu(source, max_context, dtype, adapter, progress) -> Runner:
     _only_float32("wgpu", dtype)
-    from qwen3_moe_jax.wgpu_backend import WgpuRunner
+    from qwen3_moe_jax.wgpu_backend.runner import WgpuRunner
 
     return WgpuRunner(source, max_context=max_context, adapter=adapter, progress=progress)
 

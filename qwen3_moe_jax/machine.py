@@ -6,6 +6,8 @@ import platform
 import subprocess
 from dataclasses import dataclass, field
 
+from qwen3_moe_jax.wgpu_backend.adapter import list_adapters
+
 KERNEL_JAX = (0, 11)
 """The Pallas kernels are written for the Mosaic GPU API of this JAX version and later."""
 
@@ -38,7 +40,6 @@ class Machine:
       jax_platforms: platforms of JAX's devices, or the error that JAX raised.
       wgpu_adapters: names of WebGPU adapters, hardware ones first.
       wgpu_hardware: whether the first is hardware.
-      wgpu_error: what wgpu raised, if anything.
     """
 
     python: tuple[int, ...]
@@ -49,7 +50,6 @@ class Machine:
     jax_error: str | None = None
     wgpu_adapters: tuple[str, ...] = ()
     wgpu_hardware: bool = False
-    wgpu_error: str | None = None
 
 
 @dataclass(frozen=True)
@@ -83,11 +83,9 @@ PACKAGES = (
 
 def detect() -> Machine:
     """Looks at this machine; never raises."""
-    from qwen3_moe_jax.loader import set_jax_memory_policy
-
     set_jax_memory_policy()
     platforms, jax_error = _jax_platforms()
-    adapters, hardware, wgpu_error = _wgpu_adapters()
+    adapters = sorted(list_adapters(), key=lambda a: a.software)
     return Machine(
         python=tuple(int(n) for n in platform.python_version_tuple()[:2]),
         packages={n: v for n in PACKAGES if (v := _version(n))},
@@ -95,10 +93,14 @@ def detect() -> Machine:
         nvidia_gpus=nvidia_gpus(),
         jax_platforms=platforms,
         jax_error=jax_error,
-        wgpu_adapters=adapters,
-        wgpu_hardware=hardware,
-        wgpu_error=wgpu_error,
+        wgpu_adapters=tuple(a.summary for a in adapters),
+        wgpu_hardware=any(not a.software for a in adapters),
     )
+
+
+def set_jax_memory_policy() -> None:
+    """Keeps XLA from taking most of a card at start; a user's own setting stays."""
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 
 def _version(package: str) -> str | None:
@@ -140,16 +142,6 @@ def _jax_platforms() -> tuple[tuple[str, ...], str | None]:
         return tuple(d.platform for d in jax.devices()), None
     except Exception as error:  # whatever a broken installation raises is the finding
         return (), _one_line(error)
-
-
-def _wgpu_adapters() -> tuple[tuple[str, ...], bool, str | None]:
-    try:
-        from qwen3_moe_jax.wgpu_backend import list_adapters
-
-        adapters = sorted(list_adapters(), key=lambda a: a.is_software)
-        return tuple(str(a) for a in adapters), bool(adapters) and not adapters[0].is_software, None
-    except Exception as error:  # as above
-        return (), False, _one_line(error)
 
 
 def _one_line(error: Exception) -> str:
@@ -231,19 +223,9 @@ def _judge_card(gpu: NvidiaGpu, what: str, plugins: list[str], machine: Machine)
 
 
 def _judge_wgpu(machine: Machine) -> Finding:
-    if machine.wgpu_error:
-        return Finding(
-            "note",
-            "WebGPU",
-            machine.wgpu_error,
-            "install a Vulkan driver (Debian: apt install mesa-vulkan-drivers)",
-        )
     if not machine.wgpu_adapters:
         return Finding(
-            "note",
-            "WebGPU",
-            "no adapter",
-            "install a Vulkan driver (Debian: apt install mesa-vulkan-drivers)",
+            "note", "WebGPU", "no adapter", "install a Vulkan driver (Debian: apt install mesa-vulkan-drivers)"
         )
     names = ", ".join(machine.wgpu_adapters)
     return Finding("ok", "WebGPU", names if machine.wgpu_hardware else f"software only: {names}")

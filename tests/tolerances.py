@@ -18,3 +18,6 @@ SAMPLING_TOTAL_VARIATION = 0.06
 # --- float32 arithmetic ---------------------------------------------------------------------------
 # A handful of roundings of 2^-24 each.
 FLOAT32_ROUNDINGS = 1e-6
+# cos and sin rounded to float32 once (2^-24), their angle to 2^-48 of a turn, times a magnitude up to 1.5;
+# the processor's float32 cos and sin are good to 2 units in the last place.
+ROPE_TABLES = 1e-6

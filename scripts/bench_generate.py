@@ -1,0 +1,109 @@
+"""Speed of generation on this machine: decode, prefill, and the first token of a new process.
+
+    python scripts/bench_generate.py [--model FILE] [--backend jax] [--prompt-tokens 512] [--new-tokens 256]
+
+Decode is the rate of the tokens after the first; prefill is the prompt's tokens over the
+time to the first token. Each is the median of --repeats runs after one that compiles. The
+first token of a cold process is the time from its start to its first byte of text, with the
+compilation cache of an earlier one on disk (and without, for the first run). The last line
+is one JSON object.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+
+import jax
+
+from qwen3_moe_jax import loader
+from qwen3_moe_jax.sampling import Sampling
+
+GREEDY = Sampling(temperature=0)
+TEXT = 'def quicksort(items):\n    """Sorts a list."""\n    if len(items) < 2:\n        return items\n'
+
+LLAMA_CPP_TOKENS_PER_S = {"decode": 1290, "prefill": 5035}
+"""llama.cpp (0c1e57098) on the embedded model, 4 cores of the machine the project was started on."""
+
+
+def measure(model, prompt: list[int], new_tokens: int) -> tuple[float, float]:
+    """(prefill, decode) tokens/s of one run."""
+    began = time.perf_counter()
+    tokens = model.runner.stream(prompt, max_tokens=new_tokens, sampling=GREEDY)
+    next(tokens)
+    first = time.perf_counter()
+    count = sum(1 for _ in tokens)
+    return len(prompt) / (first - began), count / (time.perf_counter() - first)
+
+
+def first_text_seconds(model: str | None, backend: str, cache: str) -> float:
+    """Seconds from the start of a new process to its first byte of text."""
+    command = [sys.executable, "-u", "-m", "qwen3_moe_jax.cli", "generate", TEXT, "-n", "8", "-q"]
+    command += ["--backend", backend, "--temperature", "0"] + (["-m", model] if model else [])
+    environment = dict(os.environ, XDG_CACHE_HOME=cache)
+    began = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, env=environment)
+    if not process.stdout.read(1):
+        raise RuntimeError(f"{' '.join(command)} wrote nothing")
+    seconds = time.perf_counter() - began
+    process.stdout.read()
+    process.wait()
+    return seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("-m", "--model")
+    parser.add_argument("--backend", choices=loader.BACKENDS, default="jax")
+    parser.add_argument("--dtype", choices=loader.DTYPES, default="float32")
+    parser.add_argument("--prompt-tokens", type=int, default=512)
+    parser.add_argument("--new-tokens", type=int, default=256)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--no-cold-start", action="store_true", help="do not time new processes")
+    args = parser.parse_args()
+
+    began = time.perf_counter()
+    with loader.load(args.model, backend=args.backend, dtype=args.dtype, gate=False) as model:
+        load_seconds = time.perf_counter() - began
+        ids = model.tokenizer.encode(TEXT)
+        prompt = (ids * (args.prompt_tokens // len(ids) + 1))[: args.prompt_tokens]
+        began = time.perf_counter()
+        measure(model, prompt, args.new_tokens)
+        first_run_seconds = time.perf_counter() - began
+        runs = [measure(model, prompt, args.new_tokens) for _ in range(args.repeats)]
+        facts = model.runner.describe()
+        name = model.source.metadata.get("general.name", model.source.path.name)
+    result = {
+        "model": name,
+        "load_s": load_seconds,
+        "first_run_s": first_run_seconds,
+        "prompt_tokens": args.prompt_tokens,
+        "new_tokens": args.new_tokens,
+        "prefill_tokens_per_s": statistics.median(r[0] for r in runs),
+        "decode_tokens_per_s": statistics.median(r[1] for r in runs),
+        "backend": facts,
+        "cpu_count": os.cpu_count(),
+        "python": platform.python_version(),
+        "jax": jax.__version__,
+    }
+    if not args.no_cold_start:
+        with tempfile.TemporaryDirectory() as cache:
+            result["first_text_cold_cache_s"] = first_text_seconds(args.model, args.backend, cache)
+            warm = [first_text_seconds(args.model, args.backend, cache) for _ in range(args.repeats)]
+            result["first_text_warm_cache_s"] = statistics.median(warm)
+    print(f"{name} on {facts['device']}, {facts['compute_dtype']}")
+    for what in ("decode", "prefill"):
+        rate = result[f"{what}_tokens_per_s"]
+        peer = LLAMA_CPP_TOKENS_PER_S[what]
+        beside = "" if args.model else f"  ({rate / peer:.0%} of llama.cpp's {peer})"
+        print(f"{what:8} {rate:10.1f} tokens/s{beside}")
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

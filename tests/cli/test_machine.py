@@ -1,0 +1,108 @@
+"""What the doctor says of machines that we do not have."""
+
+from dataclasses import replace
+
+import pytest
+
+from qwen3_moe_jax.machine import Machine, NvidiaGpu, detect, diagnose, judge_memory
+
+H100 = NvidiaGpu("NVIDIA H100 80GB HBM3", "580.159.04", "9.0", 80 << 30)
+GOOD = Machine(
+    python=(3, 12),
+    packages={"jax": "0.11.2", "jaxlib": "0.11.2", "jax-cuda13-plugin": "0.11.2"},
+    memory=128 << 30,
+    nvidia_gpus=(H100,),
+    jax_platforms=("gpu",),
+    wgpu_adapters=("NVIDIA H100 (DiscreteGPU) via Vulkan",),
+    wgpu_hardware=True,
+)
+CPU_ONLY = replace(GOOD, nvidia_gpus=(), jax_platforms=("cpu",), wgpu_adapters=(), wgpu_hardware=False)
+
+
+def finding(machine: Machine, subject: str):
+    return next(f for f in diagnose(machine) if f.subject == subject)
+
+
+def without(machine: Machine, package: str) -> Machine:
+    return replace(machine, packages={k: v for k, v in machine.packages.items() if k != package})
+
+
+def test_a_good_machine_has_no_problem():
+    assert {f.level for f in diagnose(GOOD)} == {"ok"}
+
+
+@pytest.mark.parametrize(
+    ("machine", "subject", "level", "text", "advice"),
+    [
+        (without(GOOD, "jax-cuda13-plugin"), "NVIDIA GPU", "problem", "no CUDA plugin", "[cuda13]"),
+        (
+            replace(without(GOOD, "jax-cuda13-plugin"), nvidia_gpus=(replace(H100, driver="550.1"),)),
+            "NVIDIA GPU",
+            "problem",
+            "no CUDA plugin",
+            "[cuda12]",
+        ),
+        (
+            replace(GOOD, nvidia_gpus=(replace(H100, driver="550.1"),)),
+            "NVIDIA GPU",
+            "problem",
+            "driver 580",
+            "update",
+        ),
+        (replace(GOOD, jax_platforms=("cpu",)), "NVIDIA GPU", "problem", "does not see it", "JAX_PLATFORMS"),
+        (
+            replace(GOOD, nvidia_gpus=(replace(H100, name="NVIDIA A100", capability="8.0"),)),
+            "NVIDIA GPU",
+            "note",
+            "sm_80",
+            "",
+        ),
+        (CPU_ONLY, "NVIDIA GPU", "note", "none found", ""),
+        (CPU_ONLY, "WebGPU", "note", "no adapter", "mesa-vulkan-drivers"),
+        (
+            replace(CPU_ONLY, wgpu_adapters=("llvmpipe (CPU) via Vulkan",)),
+            "WebGPU",
+            "ok",
+            "software only: llvmpipe",
+            "",
+        ),
+        (
+            replace(GOOD, python=(3, 11), packages={"jax": "0.10.2"}),
+            "JAX",
+            "note",
+            "everything runs but the Pallas GPU kernels",
+            "Python 3.12",
+        ),
+        (replace(GOOD, packages={}), "JAX", "problem", "not installed", "pip install"),
+        (replace(GOOD, jax_error="RuntimeError: no"), "JAX", "problem", "does not start", "pip install -U"),
+    ],
+)
+def test_each_fault_has_its_line_and_one_thing_to_do(machine, subject, level, text, advice):
+    found = finding(machine, subject)
+    assert found.level == level
+    assert text in found.text
+    assert advice in found.advice
+
+
+@pytest.mark.parametrize(
+    ("machine", "model_gb", "cache_gb", "level", "advice"),
+    [
+        (GOOD, 18.6, 3.2, "ok", ""),
+        (GOOD, 18.6, 80.0, "problem", "--context"),
+        (GOOD, 142.0, 1.0, "problem", "more memory"),
+        (replace(CPU_ONLY, memory=24 << 30), 18.6, 0.8, "ok", ""),
+        (replace(CPU_ONLY, memory=16 << 30), 18.6, 0.8, "problem", "more memory"),
+        (replace(CPU_ONLY, memory=None), 18.6, 0.8, "note", ""),
+    ],
+)
+def test_memory_plan(machine, model_gb, cache_gb, level, advice):
+    found = judge_memory(machine, int(model_gb * 1e9), int(cache_gb * 1e9))
+    assert found.level == level
+    assert advice in found.advice
+
+
+def test_detect_looks_at_the_real_machine():
+    machine = detect()
+    assert "cpu" in machine.jax_platforms
+    assert machine.memory
+    assert machine.packages["jax"]
