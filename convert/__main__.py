@@ -9,6 +9,7 @@ import logging
 import os
 import sys
 import time
+from typing import Any
 
 from convert.errors import ModelFileError
 from convert.model_source import open_model
@@ -30,8 +31,7 @@ def convert_model(model: str | os.PathLike, out: str | os.PathLike) -> str:
     """
     # Orbax asks JAX for its devices; converting needs none, and a GPU's memory is not to be taken for it.
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    # When a disk is full, each of orbax's writes fails; one error is reported, asyncio would log the others.
-    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    silence_orbax()
     from convert.checkpoint_writer import write_checkpoint
 
     start = time.monotonic()
@@ -39,6 +39,22 @@ def convert_model(model: str | os.PathLike, out: str | os.PathLike) -> str:
         nbytes = write_checkpoint(source, out, progress=progress)
     seconds = time.monotonic() - start
     return f"{out}: {format_bytes(nbytes)} in {seconds:.1f} s ({format_bytes(nbytes / seconds)}/s)"
+
+
+def silence_orbax() -> None:
+    """Keeps a full disk to one message: orbax has many writes under way, and every one of them fails.
+
+    The first failure is raised. The others are logged by asyncio, or reach a
+    loop that is closed by then, which is printed as if the program had died.
+    """
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    previous = sys.unraisablehook
+
+    def hook(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            previous(unraisable)
+
+    sys.unraisablehook = hook
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -25,8 +25,9 @@ SPACE_MARGIN = 1.1
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 _NOT_ALLOWED = (errno.EROFS, errno.EACCES, errno.EPERM)
-# tensorstore, which orbax writes with, reports a full disk as a ValueError with the system's text in it.
+# tensorstore, which orbax writes with, raises ValueErrors with the system's text in them.
 _NO_SPACE_TEXTS = ("RESOURCE_EXHAUSTED", os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT))
+_FAILED_WRITE_TEXT = "Error writing"
 
 
 class OutputError(RuntimeError):
@@ -151,6 +152,8 @@ def _explained(error: Exception, out: Path, need: int) -> OutputError | None:
     """What the system's error means for a person; None if it is no error of the system."""
     if _means_disk_full(error):
         return _disk_full(out, need)
+    if isinstance(error, ValueError) and _FAILED_WRITE_TEXT in str(error):
+        return OutputError("E_OUTPUT", f"cannot write {out}: {error}")
     if not isinstance(error, OSError):
         return None
     if error.errno in _NOT_ALLOWED:
@@ -193,6 +196,8 @@ def _sync(path: Path) -> None:
 
 def remove_tree(folder: Path) -> None:
     """Removes a folder if it is there, also while threads of a stopped writer still add files to it."""
+    if folder.is_symlink():
+        os.unlink(folder)
     for _ in range(100):
         shutil.rmtree(folder, ignore_errors=True)
         if not os.path.lexists(folder):
