@@ -40,6 +40,11 @@ Array = Any
 """A NumPy or JAX array: this package only looks at ``shape``, ``dtype`` and indexing."""
 
 ROWS = "rows"
+LANES16 = "lanes16"
+"""Sixteen rows side by side, see :mod:`convert.layouts`."""
+
+LANES = 16
+"""Rows side by side in layout ``LANES16``."""
 
 LAYOUT_VERSION = 1
 """Version of what the layouts below mean; a checkpoint records it."""
@@ -118,7 +123,11 @@ class PackedTensor:
     def shape(self) -> tuple[int, ...]:
         """Logical shape ``[..., N, K]``, in weights."""
         name, array = next(iter(ARRAY_FORMATS[self.type].items()))
-        *leading, last = self.arrays[name].shape
+        shape = self.arrays[name].shape
+        if self.layout == LANES16:
+            *leading, tiles, words, lanes = shape
+            return (*leading, tiles * lanes, words * 4 * array.weights)
+        *leading, last = shape
         return (*leading, last * array.weights)
 
     @property

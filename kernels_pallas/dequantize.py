@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from convert.ggml_types import GGMLType
-from convert.packed import ROWS, PackedTensor
+from convert.packed import LANES16, ROWS, PackedTensor
+from kernels_pallas import lanes
 
 _F32 = jnp.float32
 
@@ -23,6 +24,8 @@ def dequantize(w: PackedTensor, dtype: DTypeLike = jnp.float32) -> jax.Array:
     Raises:
       NotImplementedError: the layout has no jnp dequantizer.
     """
+    if w.layout == LANES16:
+        return lanes.dequantize_columns(w, dtype).mT
     if w.layout != ROWS:
         raise NotImplementedError(f"dequantize of layout={w.layout!r}")
     return _BY_TYPE[w.type](w).astype(dtype)

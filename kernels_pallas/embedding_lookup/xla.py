@@ -2,11 +2,12 @@
 
 import jax
 
-from convert.packed import PackedTensor
+from convert.packed import LANES16, PackedTensor
+from kernels_pallas import lanes
 from kernels_pallas.dequantize import dequantize
 
 
 @jax.jit
 def embedding_lookup(w: PackedTensor, token_ids: jax.Array) -> jax.Array:
     """See ``api.embedding_lookup``."""
-    return dequantize(w[token_ids])
+    return dequantize(lanes.rows(w, token_ids) if w.layout == LANES16 else w[token_ids])

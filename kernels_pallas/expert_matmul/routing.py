@@ -6,7 +6,8 @@ Two forms, chosen by the static number of rows:
 - :func:`for_each_expert` (prefill): rows sorted by expert on the device, a loop over experts
   that have rows, each dequantized once and applied to padded tiles of its rows.
 
-Neither ever holds more than one expert in float.
+Neither ever holds more than one expert in float. Few rows on layout "lanes16"
+take neither: ``lanes.matvec`` multiplies the packed words.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from convert.packed import PackedTensor
+from convert.packed import LANES16, PackedTensor
 from kernels_pallas.dequantize import dequantize
 
 ROW_TILE = 32
@@ -24,8 +25,21 @@ ROW_TILE = 32
 MAX_UNSORTED_ROWS = 32
 """Up to this many (token, expert) pairs are looped over one by one."""
 
+MAX_MATVEC_ROWS = 128
+"""Up to this many (token, expert) pairs, stacks of layout "lanes16" are multiplied in packed form ..."""
+
+MAX_MATVEC_ROWS_PER_EXPERT = 8
+"""... and up to this many times the number of experts."""
+
 TileFunction = Callable[[list[jax.Array], list[jax.Array]], list[jax.Array]]
 """(dense matrices of one expert, tiles [rows, ...]) -> results [rows, ...]."""
+
+
+def multiplies_packed(stacks: Sequence[PackedTensor], num_rows: int) -> bool:
+    """Whether ``lanes.matvec`` is the way for this many (token, expert) pairs."""
+    num_experts = stacks[0].shape[0]
+    few = num_rows <= min(MAX_MATVEC_ROWS, MAX_MATVEC_ROWS_PER_EXPERT * num_experts)
+    return few and all(w.layout == LANES16 for w in stacks)
 
 
 def over_rows(

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from convert.packed import PackedTensor
-from kernels_pallas import dots
+from kernels_pallas import dots, lanes
 from kernels_pallas.expert_matmul import routing
 
 
@@ -23,6 +23,8 @@ def expert_matmul(x: jax.Array, w: PackedTensor, expert_ids: jax.Array, compute_
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _matmul(compute_dtype: np.dtype, rows: jax.Array, w: PackedTensor, ids: jax.Array) -> jax.Array:
+    if routing.multiplies_packed([w], ids.shape[0]):
+        return lanes.matvec(rows.astype(compute_dtype), w, ids)
     return routing.over_rows([w], ids, [rows], lambda m, t: [dots.matmul_nt(t[0], m[0], compute_dtype)])[0]
 
 

@@ -1,5 +1,6 @@
 """moe_mlp in plain jnp, over the loops of ``expert_matmul.routing``."""
 
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -7,8 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from convert.packed import PackedTensor
-from kernels_pallas import dots
+from kernels_pallas import dots, lanes
 from kernels_pallas.expert_matmul import routing
+
+Multiply = Callable[[jax.Array, int], jax.Array]
+"""(rows, which of gate, up and down) -> products."""
 
 Stacks = tuple[PackedTensor, PackedTensor, PackedTensor]
 
@@ -53,15 +57,23 @@ def _moe(
     expert_ids: jax.Array,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     T, X = expert_ids.shape
+    ids, rows = expert_ids.reshape(-1), _per_token(x, X)
 
-    def experts(dense: list[jax.Array], tiles: list[jax.Array]) -> list[jax.Array]:
-        gate = dots.matmul_nt(tiles[0], dense[0], compute_dtype)
-        up = dots.matmul_nt(tiles[0], dense[1], compute_dtype)
+    def swiglu_experts(multiply: Multiply, rows: jax.Array) -> list[jax.Array]:
+        gate, up = multiply(rows, 0), multiply(rows, 1)
         swiglu = jax.nn.silu(gate) * up
-        down = dots.matmul_nt(swiglu, dense[2], compute_dtype)
+        down = multiply(swiglu, 2)
         return [down, gate, up, swiglu] if return_stages else [down]
 
-    results = routing.over_rows(stacks, expert_ids.reshape(-1), [_per_token(x, X)], experts)
+    def tile(dense: list[jax.Array], tiles: list[jax.Array]) -> list[jax.Array]:
+        return swiglu_experts(lambda rows, i: dots.matmul_nt(rows, dense[i], compute_dtype), tiles[0])
+
+    if routing.multiplies_packed(stacks, T * X):
+        results = swiglu_experts(
+            lambda rows, i: lanes.matvec(rows.astype(compute_dtype), stacks[i], ids), rows
+        )
+    else:
+        results = routing.over_rows(stacks, ids, [rows], tile)
     down, *others = [r.reshape(T, X, -1) for r in results]
     names = ("ffn_moe_gate", "ffn_moe_up", "ffn_moe_swiglu", "ffn_moe_down")
     stages = dict(zip(names, (*others, down), strict=True)) if return_stages else {}

@@ -1,7 +1,8 @@
 """quantized_matmul in plain jnp.
 
-Rows are dequantized a tile at a time, so that a large matrix (lm_head) never
-exists in float.
+Few tokens on layout "lanes16" multiply packed words directly. Else rows are
+dequantized a tile at a time, so that a large matrix (lm_head) never exists in
+float.
 """
 
 from functools import partial
@@ -11,9 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from convert.packed import PackedTensor
-from kernels_pallas import dots
+from convert.packed import LANES, LANES16, PackedTensor
+from kernels_pallas import dots, lanes
 from kernels_pallas.dequantize import dequantize
+
+MAX_MATVEC_ROWS = 8
+"""Up to this many rows of x, layout "lanes16" is multiplied in packed form."""
 
 _TILE_WEIGHTS = 1 << 22
 """Weights that one tile dequantizes: 16 MB of float32."""
@@ -27,8 +31,10 @@ def quantized_matmul(x: jax.Array, w: PackedTensor, compute_dtype: np.dtype) -> 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _matmul(compute_dtype: np.dtype, x: jax.Array, w: PackedTensor) -> jax.Array:
-    rows, columns = w.shape
-    tile = min(rows, max(1, _TILE_WEIGHTS // columns))
+    if w.layout == LANES16 and x.shape[0] <= MAX_MATVEC_ROWS:
+        return lanes.matvec(x.astype(compute_dtype), w)
+    rows = w.shape[0]
+    tile = _tile_rows(w)
 
     def step(i: jax.Array, out: jax.Array) -> jax.Array:
         start = jnp.minimum(i * tile, rows - tile)  # the last tile may overlap: it writes the same values
@@ -40,8 +46,21 @@ def _matmul(compute_dtype: np.dtype, x: jax.Array, w: PackedTensor) -> jax.Array
     return lax.fori_loop(0, -(-rows // tile), step, jnp.zeros((x.shape[0], rows), jnp.float32))
 
 
-def _row_tile(w: PackedTensor, start: jax.Array, rows: int) -> PackedTensor:
-    return jax.tree_util.tree_map(lambda a: lax.dynamic_slice_in_dim(a, start, rows), w)
+def _unit(w: PackedTensor) -> int:
+    """Rows that one index of the arrays' first axis stands for."""
+    return LANES if w.layout == LANES16 else 1
+
+
+def _tile_rows(w: PackedTensor) -> int:
+    rows, columns = w.shape
+    unit = _unit(w)
+    return min(rows, max(1, _TILE_WEIGHTS // (columns * unit)) * unit)
+
+
+def _row_tile(w: PackedTensor, start: jax.Array | int, rows: int) -> PackedTensor:
+    """Rows ``start`` to ``start + rows``, both whole units."""
+    unit = _unit(w)
+    return jax.tree_util.tree_map(lambda a: lax.dynamic_slice_in_dim(a, start // unit, rows // unit), w)
 
 
 def _forward(compute_dtype: np.dtype, x: jax.Array, w: PackedTensor) -> tuple:
@@ -51,7 +70,7 @@ def _forward(compute_dtype: np.dtype, x: jax.Array, w: PackedTensor) -> tuple:
 def _backward(compute_dtype: np.dtype, residuals: tuple, dy: jax.Array) -> tuple:
     x, w = residuals
     rows, columns = w.shape
-    tile = min(rows, max(1, _TILE_WEIGHTS // columns))
+    tile = _tile_rows(w)
     full, rest = divmod(rows, tile)
 
     def part(start: jax.Array | int, size: int) -> jax.Array:
