@@ -35,6 +35,7 @@ class Tuning:
       prefill_rows, prefill_tokens: the same for a tile of tokens.
       vector_workgroup: invocations a workgroup of norms, router, embedding and merge.
       head_workgroup: invocations a workgroup of RoPE and attention.
+      heads: most query heads of one KV head that a workgroup of attention computes together.
       sample_workgroup: invocations of the one workgroup that samples.
       chunk: tokens of a prompt that are computed together.
       decode_span, prefill_span: cache positions that one workgroup of attention reads.
@@ -49,6 +50,7 @@ class Tuning:
     prefill_tokens: int
     vector_workgroup: int
     head_workgroup: int
+    heads: int
     sample_workgroup: int
     chunk: int
     decode_span: int
@@ -65,9 +67,10 @@ _GPU = Tuning(
     prefill_tokens=8,
     vector_workgroup=256,
     head_workgroup=64,
+    heads=4,
     sample_workgroup=256,
     chunk=512,
-    decode_span=512,
+    decode_span=128,
     prefill_span=1 << 20,
     tokens_per_submit=16,
     submits_in_flight=2,
@@ -83,6 +86,7 @@ _SOFTWARE = Tuning(
     prefill_tokens=8,
     vector_workgroup=8,
     head_workgroup=8,
+    heads=2,
     sample_workgroup=256,
     chunk=256,
     decode_span=512,

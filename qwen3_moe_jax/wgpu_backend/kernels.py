@@ -13,7 +13,6 @@ from qwen3_moe_jax.wgpu_backend.device import Device, Dispatch, Launch
 from qwen3_moe_jax.wgpu_backend.layout import WORD_FORMATS
 
 ATTENTION_TILE = 128
-MOST_HEADS_A_GROUP = 4
 FULL_LANES = 0.75
 """Lanes are halved until at least this share of them has work."""
 
@@ -307,7 +306,7 @@ def attention_sites(
 ) -> list[Site]:
     """Attention over the cache, and the merge of its spans."""
     per_kv_head = heads // kv_heads
-    group = max(g for g in range(1, MOST_HEADS_A_GROUP + 1) if per_kv_head % g == 0)
+    group = max(g for g in range(1, device.tuning.heads + 1) if per_kv_head % g == 0)
     kernel = device.kernel(
         "attention",
         HEAD_DIM=head_dim,

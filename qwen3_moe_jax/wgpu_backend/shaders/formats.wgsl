@@ -101,19 +101,33 @@ let l{{r}} = {{w}}[a{{r}} + upper * 4u + part];
 let m{{r}} = {{w}}[a{{r}} + upper * 4u + 2u + part];
 let b{{r}} = {{w}}[a{{r}} + 8u + upper * 2u + part];
 //% endfor
-let at = sb * 64u + upper * 32u + part * 4u;
-//% for c in "xyzw"
-//% set k = loop.index0
-//% for source, shift, high, scale in (("l", 0, 0, "x"), ("m", 0, 2, "y"), ("l", 4, 4, "z"), ("m", 4, 6, "w"))
-{
-  //% for _ in rows
+for (var high = 0u; high < 2u; high++) {
+  //% for w, base, start in rows
   //% set r = loop.index0
-  let w{{r}} = scales{{r}}.{{scale}} * (vec4<f32>(unpack4xU8((({{source}}{{r}}.{{c}} >> {{shift}}u) & 0x0f0f0f0fu) | (((b{{r}}.{{c}} >> {{high}}u) & 0x03030303u) << 4u))) - 32.0);
+  let near{{r}} = select(scales{{r}}.x, scales{{r}}.z, high == 1u);
+  let far{{r}} = select(scales{{r}}.y, scales{{r}}.w, high == 1u);
+  let ln{{r}} = (l{{r}} >> vec4<u32>(high * 4u)) & vec4<u32>(0x0f0f0f0fu);
+  let mn{{r}} = (m{{r}} >> vec4<u32>(high * 4u)) & vec4<u32>(0x0f0f0f0fu);
+  let bn{{r}} = b{{r}} >> vec4<u32>(high * 4u);
   //% endfor
-  {{ caller("at + %du" % (k + 8 * loop.index0)) }}
+  let at = sb * 64u + upper * 32u + part * 4u + high * 16u;
+  //% for c in "xyzw"
+  {
+    //% for _ in rows
+    //% set r = loop.index0
+    let w{{r}} = near{{r}} * (vec4<f32>(unpack4xU8(ln{{r}}.{{c}} | ((bn{{r}}.{{c}} & 0x03030303u) << 4u))) - 32.0);
+    //% endfor
+    {{ caller("at + %du" % loop.index0) }}
+  }
+  {
+    //% for _ in rows
+    //% set r = loop.index0
+    let w{{r}} = far{{r}} * (vec4<f32>(unpack4xU8(mn{{r}}.{{c}} | ((bn{{r}}.{{c}} & 0x0c0c0c0cu) << 2u))) - 32.0);
+    //% endfor
+    {{ caller("at + %du" % (loop.index0 + 8)) }}
+  }
+  //% endfor
 }
-//% endfor
-//% endfor
 //% endmacro
 
 //# Eight blocks share one vec4 of eight scales.
