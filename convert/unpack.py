@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from convert.ggml_types import BLOCK_FORMATS, SUPERBLOCK, GGMLType
-from convert.packed import ARRAY_FORMATS, PackedTensor, array_shapes
+from convert.packed import ARRAY_FORMATS, ROWS, PackedTensor, array_shapes
 
 ALIGNMENT = 64
 """Byte alignment of packed arrays: JAX's CPU backend can use such memory without a copy."""
@@ -63,7 +63,13 @@ def empty_packed(type: GGMLType, shape: tuple[int, ...]) -> PackedTensor:
 
 
 def block_arrays(packed: PackedTensor) -> dict[str, np.ndarray]:
-    """The arrays as ``[blocks, elements of one block]``: views where the arrays are contiguous."""
+    """The arrays as ``[blocks, elements of one block]``: views where the arrays are contiguous.
+
+    Raises:
+      ValueError: a layout other than ``"rows"``, whose blocks do not lie one after the other.
+    """
+    if packed.layout != ROWS:
+        raise ValueError(f"{packed!r}: only layout {ROWS!r} can be taken apart; convert it first")
     weights = BLOCK_FORMATS[packed.type].weights
     return {
         name: np.asarray(packed.arrays[name]).reshape(-1, weights // array.weights)
@@ -349,6 +355,17 @@ _EXPONENT_MASKS = {"float16": 0x7C00, "uint16": 0x7F80, "float32": 0x7F800000}
 """A number is NaN or infinite when all bits of its exponent are set; uint16 holds bfloat16."""
 
 
+def _any_nonfinite(values: np.ndarray, mask: int) -> bool:
+    """Whether an exponent is all ones, in two passes without a temporary array.
+
+    As signed integers, positive infinity and NaNs are the largest of all
+    numbers; as unsigned ones, negative infinity and NaNs are.
+    """
+    width = values.dtype.itemsize
+    sign = 1 << (8 * width - 1)
+    return bool(values.view(f"i{width}").max() >= mask or values.view(f"u{width}").max() >= (mask | sign))
+
+
 def find_nonfinite(packed: PackedTensor) -> Nonfinite | None:
     """The first NaN or infinite scale (or weight, in types without scales), or None."""
     return find_nonfinite_blocks(packed.type, block_arrays(packed), 0, None)
@@ -362,7 +379,7 @@ def find_nonfinite_blocks(type: GGMLType, arrays: Arrays, start: int, stop: int 
             continue
         mask = _EXPONENT_MASKS[array.dtype]
         part = np.ascontiguousarray(arrays[name][start:stop]).reshape(-1)
-        exponents = part.view(f"u{part.dtype.itemsize}") & mask
-        if part.size and exponents.max() == mask:
+        if part.size and _any_nonfinite(part, mask):
+            exponents = part.view(f"u{part.dtype.itemsize}") & mask
             found.append(Nonfinite(name, start + int(np.argmax(exponents == mask))))
     return min(found, key=lambda bad: bad.block, default=None)

@@ -175,6 +175,14 @@ def test_other_dtypes_are_refused():
         dequantize(packed_of(GGMLType.Q8_0, (1, 32)), np.float16)
 
 
+def test_another_layout_is_refused_and_not_misread():
+    packed = packed_of(GGMLType.Q8_0, (16, 32))
+    other = PackedTensor(packed.arrays, packed.type, layout="unknown")
+    for function in (block_arrays, find_nonfinite):
+        with pytest.raises(ValueError, match="layout"):
+            function(other)
+
+
 def test_empty_tensor_has_no_nonfinite_number():
     assert find_nonfinite(empty_packed(GGMLType.F32, (0, 4))) is None
 
