@@ -11,6 +11,8 @@ import importlib
 import os
 import sys
 
+from qwen3_moe_jax.errors import MemoryPlanError
+
 PROGRAM = "qwen3-moe"
 
 COMMANDS = {
@@ -78,6 +80,8 @@ def _parser(argv: list[str]) -> argparse.ArgumentParser:
 def _explain(error: Exception) -> tuple[str | None, int]:
     """One line for a fault that a user can do something about, and its exit code; None for a bug of ours."""
     text = " ".join(str(error).split())
+    if isinstance(error, MemoryPlanError):
+        return text, 3
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in text or "Out of memory" in text:
         return f"out of memory: {text[:300]}; a smaller --context or another machine may do", 3
     if isinstance(error, ValueError | OSError | RuntimeError | ArithmeticError | NotImplementedError):

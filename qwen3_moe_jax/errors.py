@@ -19,3 +19,7 @@ class NumericalError(ArithmeticError):
 
 class BackendUnavailableError(RuntimeError):
     """A backend cannot run on this machine; the message says why and what to do."""
+
+
+class MemoryPlanError(RuntimeError):
+    """The model does not fit the device's memory; the message has the plan and what would fit."""

@@ -27,11 +27,14 @@ from qwen3_moe_jax.generate import (
     prefill,
 )
 from qwen3_moe_jax.kv_cache import KVCache
+from qwen3_moe_jax.memory_plan import MemoryPlan, available_main_memory
 from qwen3_moe_jax.model import STAGES_COLLECTION, Intervention, Qwen3Moe, parameter_tree
 from qwen3_moe_jax.runner import Forward
 from qwen3_moe_jax.sampling import Sampling
 from qwen3_moe_jax.stages import StageKey
 from qwen3_moe_jax.token_choice import SamplingArrays
+
+CACHE_DTYPE = jnp.float32
 
 SECONDS_A_DISPATCH = 0.05
 """Streaming asks the device for as many tokens at once as take about this long."""
@@ -45,6 +48,15 @@ def enable_compilation_cache() -> None:
         root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         jax.config.update("jax_compilation_cache_dir", str(root / "qwen3_moe_jax" / "xla"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
+def _available_memory(device: jax.Device) -> tuple[int | None, str]:
+    """Bytes that are free where ``device`` keeps its arrays, and that place's name."""
+    if device.platform == "cpu":
+        return available_main_memory(), "main memory"
+    stats = device.memory_stats() or {}
+    limit = stats.get("bytes_limit")
+    return limit and limit - stats.get("bytes_in_use", 0), device.device_kind
 
 
 def load_params(
@@ -88,7 +100,11 @@ class JaxRunner:
         self.max_context = max_context or source.config.max_position_embeddings
         self.compute_dtype = jnp.dtype(compute_dtype)
         self.model = Qwen3Moe(source.config, FrozenDict(source.types), self.compute_dtype)
+        itemsize = jnp.dtype(CACHE_DTYPE).itemsize
+        plan = MemoryPlan.of(source, self.max_context + PREFILL_CHUNKS[-1], itemsize)
+        plan.check(*_available_memory(jax.devices()[0]))
         self.params = load_params(source, progress=progress)
+        self._spare_cache: KVCache | None = None
 
     def describe(self) -> dict[str, object]:
         device = jax.devices()[0]
@@ -160,36 +176,51 @@ class JaxRunner:
             raise ContextOverflowError(num_prompt, self.max_context)
         arrays = SamplingArrays.of([sampling])
         stops = jnp.asarray(sorted(stop_ids), jnp.int32).reshape(-1)
-        state = self._start([token_ids])
-        state = prefill(self.model, self.params, state, arrays, stops, [num_prompt])
         last = min(num_prompt + max_tokens, self.max_context)
-        seen, block = num_prompt, 1
-        while True:
-            length, finished, nonfinite = (int(x[0]) for x in (state.length, state.finished, state.nonfinite))
-            for token in np.asarray(state.tokens[0, seen:length]).tolist()[: last - seen]:
-                if token in stop_ids:
+        state = self._start([token_ids])
+        try:
+            state = prefill(self.model, self.params, state, arrays, stops, [num_prompt])
+            seen, block = num_prompt, 1
+            while True:
+                length = int(state.length[0])
+                for token in np.asarray(state.tokens[0, seen:length]).tolist()[: last - seen]:
+                    if token in stop_ids:
+                        return
+                    yield token
+                seen = length
+                if state.nonfinite[0]:
+                    raise NumericalError(
+                        f"the jax backend's logits are not finite at position {length - 1}: "
+                        "run `qwen3-moe trace` to find the first stage that is not"
+                    )
+                if state.finished[0] or seen >= last:
                     return
-                yield token
-            seen = length
-            if nonfinite:
-                raise NumericalError(
-                    f"the jax backend's logits are not finite at position {length - 1}: "
-                    "run `qwen3-moe trace` to find the first stage that is not"
-                )
-            if finished or seen >= last:
-                return
-            began = time.perf_counter()
-            limit = jnp.asarray([min(seen + block, last)], jnp.int32)
-            state = jax.block_until_ready(generate(self.model, self.params, state, arrays, stops, limit))
-            if time.perf_counter() - began < SECONDS_A_DISPATCH / 2:
-                block = min(2 * block, MOST_TOKENS_A_DISPATCH)
+                began = time.perf_counter()
+                limit = jnp.asarray([min(seen + block, last)], jnp.int32)
+                state = jax.block_until_ready(generate(self.model, self.params, state, arrays, stops, limit))
+                if time.perf_counter() - began < SECONDS_A_DISPATCH / 2:
+                    block = min(2 * block, MOST_TOKENS_A_DISPATCH)
+        finally:
+            self._keep_cache(state)
+
+    def _keep_cache(self, state: DecodeState) -> None:
+        """Lets the next request use this one's buffers.
+
+        What they hold is overwritten before it is seen; NaN would not be. After a
+        failed step (out of memory, say) the buffers are gone and new ones are made.
+        """
+        is_whole = not any(x.is_deleted() for x in jax.tree.leaves(state))
+        self._spare_cache = state.cache if is_whole and not state.nonfinite[0] else None
 
     def _start(self, prompts: Sequence[Sequence[int]]) -> DecodeState:
         """The state of a batch before its prefill."""
         tokens = np.zeros((len(prompts), self.max_context), np.int32)
         for row, prompt in zip(tokens, prompts, strict=True):
             row[: len(prompt)] = prompt
-        cache = KVCache.create(self.config, len(prompts), self.max_context + PREFILL_CHUNKS[-1])
+        cache, self._spare_cache = self._spare_cache, None
+        if cache is None:
+            length = self.max_context + PREFILL_CHUNKS[-1]
+            cache = KVCache.create(self.config, len(prompts), length, CACHE_DTYPE)
         lengths = jnp.asarray([len(p) for p in prompts], jnp.int32)
         return DecodeState.start(cache, jnp.asarray(tokens), lengths, self.config.vocab_size)
 

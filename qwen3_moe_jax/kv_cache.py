@@ -39,12 +39,6 @@ class KVCache:
         return self.k[0].shape[1]
 
 
-def cache_nbytes(config: Qwen3MoeConfig, batch: int, length: int, itemsize: int) -> int:
-    """Bytes of a cache, for memory plans."""
-    per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * itemsize
-    return batch * length * per_token
-
-
 def write_positions(cache: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
     """Writes new [B, T, K, H] into cache [B, S, K, H] from position start [B] on.
 

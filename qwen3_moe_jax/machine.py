@@ -6,6 +6,8 @@ import platform
 import subprocess
 from dataclasses import dataclass, field
 
+from qwen3_moe_jax.errors import MemoryPlanError
+from qwen3_moe_jax.memory_plan import MemoryPlan, total_main_memory
 from qwen3_moe_jax.wgpu_backend.adapter import list_adapters
 
 KERNEL_JAX = (0, 11)
@@ -89,7 +91,7 @@ def detect() -> Machine:
     return Machine(
         python=tuple(int(n) for n in platform.python_version_tuple()[:2]),
         packages={n: v for n in PACKAGES if (v := _version(n))},
-        memory=total_memory(),
+        memory=total_main_memory(),
         nvidia_gpus=nvidia_gpus(),
         jax_platforms=platforms,
         jax_error=jax_error,
@@ -107,14 +109,6 @@ def _version(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def total_memory() -> int | None:
-    """Bytes of main memory, or None where the system does not say."""
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, OSError, ValueError):
         return None
 
 
@@ -225,26 +219,25 @@ def _judge_card(gpu: NvidiaGpu, what: str, plugins: list[str], machine: Machine)
 def _judge_wgpu(machine: Machine) -> Finding:
     if not machine.wgpu_adapters:
         return Finding(
-            "note", "WebGPU", "no adapter", "install a Vulkan driver (Debian: apt install mesa-vulkan-drivers)"
+            "note",
+            "WebGPU",
+            "no adapter",
+            "install a Vulkan driver (Debian: apt install mesa-vulkan-drivers)",
         )
     names = ", ".join(machine.wgpu_adapters)
     return Finding("ok", "WebGPU", names if machine.wgpu_hardware else f"software only: {names}")
 
 
-def judge_memory(machine: Machine, model_nbytes: int, cache_nbytes: int) -> Finding:
-    """Whether weights and KV cache fit: the GPU's memory where JAX uses one, else main memory."""
-    need = int(model_nbytes * 1.03) + cache_nbytes
+def judge_memory(machine: Machine, plan: MemoryPlan) -> Finding:
+    """Whether a model fits: the GPU's memory where JAX uses one, else main memory."""
     on_gpu = "gpu" in machine.jax_platforms and machine.nvidia_gpus
     have = machine.nvidia_gpus[0].memory if on_gpu else machine.memory
-    plan = f"weights {model_nbytes / 1e9:.2f} GB + KV cache {cache_nbytes / 1e9:.2f} GB"
+    where = machine.nvidia_gpus[0].name if on_gpu else "main memory"
+    try:
+        plan.check(have, where)
+    except MemoryPlanError as error:
+        what, advice = str(error).rsplit(": ", 1)
+        return Finding("problem", "memory", what, advice)
     if have is None:
         return Finding("note", "memory", f"{plan}; this system does not say how much it has")
-    where = machine.nvidia_gpus[0].name if on_gpu else "main memory"
-    if need > 0.95 * have:
-        advice = (
-            "choose a smaller --context"
-            if model_nbytes * 1.03 < 0.9 * have
-            else "use a machine with more memory"
-        )
-        return Finding("problem", "memory", f"{plan} do not fit {where} of {have / 1e9:.1f} GB", advice)
     return Finding("ok", "memory", f"{plan} fit {where} of {have / 1e9:.1f} GB")

@@ -8,6 +8,7 @@ from convert.errors import ModelFileError
 from convert.model_source import open_model
 from qwen3_moe_jax import loader, machine
 from qwen3_moe_jax.machine import Finding, Machine
+from qwen3_moe_jax.memory_plan import MemoryPlan
 
 MARKS = {"ok": "ok     ", "note": "note   ", "problem": "PROBLEM"}
 
@@ -42,9 +43,7 @@ def judge_model(path, context: int, facts: Machine) -> list[Finding]:
         with open_model(path) as source:
             kinds = ", ".join(sorted({t.name for t in source.types.values()}))
             what = f"{path}: {len(source.types)} tensors ({kinds}), {source.nbytes / 1e9:.2f} GB"
-            c = source.config
-            tokens = min(context, c.max_position_embeddings)
-            cache = 8 * tokens * c.num_hidden_layers * c.num_key_value_heads * c.head_dim
-            return [Finding("ok", "model", what), machine.judge_memory(facts, source.nbytes, cache)]
+            plan = MemoryPlan.of(source, min(context, source.config.max_position_embeddings), itemsize=4)
+            return [Finding("ok", "model", what), machine.judge_memory(facts, plan)]
     except ModelFileError as error:
         return [Finding("problem", "model", f"{path}: {error}", "download or convert the file again")]

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 
 from qwen3_moe_jax.machine import Machine, NvidiaGpu, detect, diagnose, judge_memory
+from qwen3_moe_jax.memory_plan import MemoryPlan
 
 H100 = NvidiaGpu("NVIDIA H100 80GB HBM3", "580.159.04", "9.0", 80 << 30)
 GOOD = Machine(
@@ -96,7 +97,8 @@ def test_each_fault_has_its_line_and_one_thing_to_do(machine, subject, level, te
     ],
 )
 def test_memory_plan(machine, model_gb, cache_gb, level, advice):
-    found = judge_memory(machine, int(model_gb * 1e9), int(cache_gb * 1e9))
+    plan = MemoryPlan(weights=int(model_gb * 1e9), cache=int(cache_gb * 1e9), context=4096)
+    found = judge_memory(machine, plan)
     assert found.level == level
     assert advice in found.advice
 

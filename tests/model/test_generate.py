@@ -131,3 +131,49 @@ def test_decode_is_compiled_once_whatever_the_prompt(source, golden):
         list(runner.stream(prompt, max_tokens=5, sampling=GREEDY))
     assert generate._cache_size() == before
     jax.block_until_ready(runner.params)
+
+
+def test_two_streams_at_once_and_one_given_up_do_not_disturb_each_other(jax_runner, golden):
+    first = jax_runner.stream(golden["ids0"], max_tokens=32, sampling=GREEDY)
+    second = jax_runner.stream(golden["ids1"], max_tokens=32, sampling=GREEDY)
+    given_up = jax_runner.stream(golden["ids2"], max_tokens=32, sampling=GREEDY)
+    next(given_up)
+    pairs = list(zip(first, second, strict=True))
+    given_up.close()
+    assert [a for a, _ in pairs] == golden["float32_greedy0"].tolist()
+    assert [b for _, b in pairs] == golden["float32_greedy1"].tolist()
+    assert list(jax_runner.stream(golden["ids2"], max_tokens=32, sampling=GREEDY)) == (
+        golden["float32_greedy2"].tolist()
+    )
+
+
+def test_after_a_step_that_ran_out_of_memory_the_next_request_works(source, golden, monkeypatch):
+    from qwen3_moe_jax import jax_runner as module
+
+    runner = JaxRunner(source)
+    real = module.generate
+
+    def fail_after_donation(model, params, state, *rest):
+        jax.block_until_ready(real(model, params, state, *rest))  # the state's buffers are gone now
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1 bytes")
+
+    monkeypatch.setattr(module, "generate", fail_after_donation)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED"):
+        list(runner.stream(golden["ids0"], max_tokens=8, sampling=GREEDY))
+    monkeypatch.setattr(module, "generate", real)
+    tokens = list(runner.stream(golden["ids0"], max_tokens=32, sampling=GREEDY))
+    assert tokens == golden["float32_greedy0"].tolist()
+
+
+def test_a_model_that_does_not_fit_says_the_plan_and_what_would(source, monkeypatch):
+    from qwen3_moe_jax import jax_runner as module
+    from qwen3_moe_jax.errors import MemoryPlanError
+
+    monkeypatch.setattr(module, "available_main_memory", lambda: 450 << 20)
+    with pytest.raises(
+        MemoryPlanError, match=r"weights 0\.01 GB .* main memory, 0\.47 GB free: --context \d+ would fit"
+    ):
+        JaxRunner(source, max_context=4096 * 4)
+    monkeypatch.setattr(module, "available_main_memory", lambda: 1 << 20)
+    with pytest.raises(MemoryPlanError, match="use a machine with more memory"):
+        JaxRunner(source)

@@ -10,7 +10,8 @@ from flax.core import FrozenDict
 from convert.config import PRESETS
 from convert.packed import PackedTensor
 from convert.tensor_names import q4_k_m_types, tensor_specs
-from qwen3_moe_jax.kv_cache import KVCache, cache_nbytes
+from qwen3_moe_jax.kv_cache import KVCache
+from qwen3_moe_jax.memory_plan import cache_nbytes
 from qwen3_moe_jax.model import Qwen3Moe, parameter_tree
 
 FILE_GB = {"Qwen3-30B-A3B": 18.55, "Qwen3-235B-A22B": 142.2, "Qwen3-Coder-480B-A35B": 290.1}
@@ -53,4 +54,4 @@ def test_cache_size_is_what_a_plan_says():
     config = PRESETS["Qwen3-30B-A3B"]
     cache = jax.eval_shape(lambda: KVCache.create(config, 1, 4096, jnp.float16))
     nbytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache))
-    assert nbytes == cache_nbytes(config, 1, 4096, itemsize=2) == 4096 * 96 * 1024
+    assert nbytes == cache_nbytes(config, 4096, itemsize=2) == 4096 * 96 * 1024
