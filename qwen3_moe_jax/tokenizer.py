@@ -88,16 +88,10 @@ class Tokenizer:
         Raises:
           ModelFileError: E_TOKENIZER, the metadata does not describe a usable tokenizer.
         """
-        check_tokenizer(metadata)
+        check_tokenizer(metadata, vocab_size)
         self._tokens: list[str] = metadata["tokenizer.ggml.tokens"]
         self._types: list[int] = metadata["tokenizer.ggml.token_type"]
         self._merges: list[str] = metadata["tokenizer.ggml.merges"]
-        if vocab_size is not None and len(self._tokens) > vocab_size:
-            raise ModelFileError(
-                "E_TOKENIZER",
-                f"the tokenizer has {len(self._tokens)} tokens but the embedding only {vocab_size} rows",
-                name="tokenizer.ggml.tokens",
-            )
         self._vocab_size = max(vocab_size or 0, len(self._tokens))
         added = (TokenType.CONTROL, TokenType.USER_DEFINED)
         self._added = {t: i for i, t in enumerate(self._tokens) if self._types[i] in added}
@@ -115,10 +109,6 @@ class Tokenizer:
     def vocab_size(self) -> int:
         """Ids are 0 to vocab_size - 1, padding rows of the embedding included."""
         return self._vocab_size
-
-    def id_of(self, token: str) -> int | None:
-        """The id of a control or user-defined token, or None where the file has no such token."""
-        return self._added.get(token)
 
     def encode(self, text: str, *, parse_special: bool = False) -> list[int]:
         """Token ids of a text.
@@ -162,13 +152,9 @@ class Tokenizer:
     def _added_tokens(
         self, text: str, accept_control: Callable[[re.Match[str]], bool]
     ) -> Iterator[re.Match[str]]:
-        position = 0
-        while self._added and (match := self._added_pattern.search(text, position)):
+        for match in self._added_pattern.finditer(text) if self._added else ():
             is_control = self._types[self._added[match.group()]] == TokenType.CONTROL
-            if is_control and not accept_control(match):
-                position = match.start() + 1
-            else:
-                position = match.end()
+            if not is_control or accept_control(match):
                 yield match
 
     def _encode_plain(self, text: str) -> list[int]:

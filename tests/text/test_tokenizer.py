@@ -1,5 +1,6 @@
 """The tokenizer against llama.cpp's vectors, and its promises on control tokens and UTF-8."""
 
+import json
 import random
 import time
 from pathlib import Path
@@ -30,6 +31,11 @@ def test_ids_equal_llama_cpp(qwen2_tokenizer):
 def test_decode_gives_the_vectors_texts_back(qwen2_tokenizer):
     for text, ids in vectors():
         assert qwen2_tokenizer.decode(ids) == text
+
+
+def test_ids_equal_hugging_face(qwen2_tokenizer):
+    expected = json.loads((DATA / "qwen2_hf_ids.json").read_text())
+    assert {text: qwen2_tokenizer.encode(text) for text in expected} == expected
 
 
 def test_no_normalization(qwen2_tokenizer):
@@ -79,6 +85,25 @@ def test_a_control_token_that_touches_an_inert_character_stays_text(qwen3_tokeni
     assert ids.count(IM_END) == 1
     assert ids[0] == IM_END
     assert qwen3_tokenizer.decode(ids, show_control=True) == text
+
+
+def with_added_tokens(metadata: dict[str, object], added: dict[str, int]) -> Tokenizer:
+    """A tokenizer whose unused ids from 151700 on are these tokens, of these types."""
+    tokens, types = (list(metadata[f"tokenizer.ggml.{key}"]) for key in ("tokens", "token_type"))
+    tokens[151700 : 151700 + len(added)] = added
+    types[151700 : 151700 + len(added)] = added.values()
+    return Tokenizer(metadata | {"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": types})
+
+
+def test_a_control_token_without_a_pipe_in_a_chat_stays_text(qwen3_metadata):
+    tokenizer = with_added_tokens(qwen3_metadata, {"[[s]]": 3})
+    assert tokenizer.encode("[[s]]", parse_special=True) == [151700]
+    assert 151700 not in tokenizer.encode_chat(RenderedChat("[[s]]"))
+
+
+def test_the_longest_added_token_wins(qwen3_metadata):
+    tokenizer = with_added_tokens(qwen3_metadata, {"[[a": 4, "[[a]][[b]]": 4, "[[a]]": 4})
+    assert tokenizer.encode("[[a]][[b]][[a]][[a") == [151701, 151702, 151700]
 
 
 def test_user_defined_tokens_are_matched_and_shown(qwen3_tokenizer):
@@ -143,7 +168,9 @@ def test_text_that_is_no_unicode(qwen3_tokenizer):
 
 
 def test_more_tokens_than_rows_of_the_embedding(qwen3_metadata):
-    with pytest.raises(ModelFileError, match="151936 tokens but the embedding only 151935 rows") as caught:
+    with pytest.raises(
+        ModelFileError, match="151936 tokens, but the embedding has only 151935 rows"
+    ) as caught:
         Tokenizer(qwen3_metadata, vocab_size=151935)
     assert caught.value.code == "E_TOKENIZER"
 
