@@ -91,7 +91,7 @@ def _check_integer(key: str, value: object, low: int, high: int) -> int:
 def _check_float(key: str, value: object, above: float, most: float) -> float:
     if not isinstance(value, float):
         raise _hparam_error(key, f"must be one float, found {_describe(value)}")
-    if not (math.isfinite(value) and above < value <= most):
+    if not above < value <= most:  # NaN is refused too
         raise _hparam_error(key, f"is {value:g}; it must be finite, above {above:g}, at most {most:g}")
     return value
 

@@ -3,6 +3,7 @@
 import os
 import random
 import struct
+import sys
 import time
 import tracemalloc
 from collections.abc import Callable
@@ -245,6 +246,15 @@ def test_decoded_metadata_has_a_budget(
     assert "for its metadata" in str(error)
 
 
+def test_the_list_itself_counts_against_the_budget(
+    write: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+):
+    count = 1000
+    path = write(GGUFBuilder(raw_metadata=[entry("k", ARRAY, array(STRING, count, bytes(8 * count)))]))
+    monkeypatch.setattr(gguf_header, "MAX_METADATA_MEMORY", count * sys.getsizeof("") + 1000)
+    assert refusal(path).name == "k"
+
+
 def test_keys_count_against_the_budget(write: Callable[..., Path], monkeypatch: pytest.MonkeyPatch):
     path = write(GGUFBuilder({"k" * 1000 + str(i): True for i in range(8)}))
     monkeypatch.setattr(gguf_header, "MAX_METADATA_MEMORY", 4096)
@@ -279,6 +289,20 @@ def test_short_read_says_both_sizes(write: Callable[..., Path]):
     error = refusal(write(content[:-10]))
     assert f"has {len(content) - 10} bytes" in str(error)
     assert f"ends at {len(content)}" in str(error)
+
+
+@pytest.mark.parametrize(
+    ("builder", "message"),
+    [
+        (GGUFBuilder(n_kv=60_000), "the list of 60000 metadata entries needs 840000 bytes and 0 of"),
+        (GGUFBuilder(n_tensors=60_000), "the list of 60000 tensors needs 1980000 bytes and 8 of"),
+        (GGUFBuilder(raw_metadata=[entry("k", ARRAY, array(ARRAY, 1))]), "'k' is an array of arrays"),
+        (GGUFBuilder({"k": [1, 2]}, version=0), "has GGUF version 0; supported: 2 and 3"),
+        (GGUFBuilder(raw_metadata=[entry("k", ARRAY, array(U8, 2**24 + 1))]), "at most 16777216 are allowed"),
+    ],
+)
+def test_refusals_say_what_is_wrong(write: Callable[..., Path], builder: GGUFBuilder, message: str):
+    assert message in str(refusal(write(builder)))
 
 
 # What is no file
