@@ -13,7 +13,8 @@ ADAPTER_VARIABLE = "QWEN3_MOE_WGPU_ADAPTER"
 """Environment variable: part of the summary of the adapter to use."""
 
 INSTALL_HINT = (
-    "install a Vulkan driver (Debian and Ubuntu: `apt install mesa-vulkan-drivers libvulkan1` gives a software one)"
+    "install a Vulkan driver (on Debian and Ubuntu "
+    "`apt install mesa-vulkan-drivers libvulkan1` gives one in software)"
 )
 
 _KINDS = {
@@ -128,7 +129,8 @@ class AdapterReport:
         binding = self.limits["max-storage-buffer-binding-size"] / 2**20
         return (
             f"{self.name}: {kind}, {self.api}, driver {self.driver or 'unknown'}, "
-            f"bindings up to {binding:.0f} MiB, {self.limits['max-compute-workgroup-storage-size']} bytes shared"
+            f"bindings up to {binding:.0f} MiB, "
+            f"{self.limits['max-compute-workgroup-storage-size']} bytes of shared memory"
         )
 
     def to_json(self) -> dict[str, object]:
@@ -163,9 +165,9 @@ def report_on(adapter: Any) -> AdapterReport:
 
 
 def list_adapters() -> list[AdapterReport]:
-    """Every adapter of this machine; empty where there is none or wgpu is missing."""
+    """Every adapter of this machine, the one to prefer first; empty where there is none or wgpu is missing."""
     try:
-        return [report_on(a) for a in _wgpu().gpu.enumerate_adapters_sync()]
+        return sorted((report_on(a) for a in _wgpu().gpu.enumerate_adapters_sync()), key=_preference)
     except (BackendUnavailableError, RuntimeError):
         return []
 
@@ -208,7 +210,9 @@ def _wgpu() -> Any:
     try:
         import wgpu
     except (ImportError, OSError) as error:
-        raise BackendUnavailableError(f"the package wgpu cannot be used ({error}): pip install wgpu") from error
+        raise BackendUnavailableError(
+            f"the package wgpu cannot be used ({error}): pip install wgpu"
+        ) from error
     return wgpu
 
 

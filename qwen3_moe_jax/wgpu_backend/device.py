@@ -17,7 +17,7 @@ from typing import Any
 import jinja2
 import numpy as np
 
-from qwen3_moe_jax.errors import BackendUnavailableError
+from qwen3_moe_jax.errors import BackendUnavailableError, MemoryPlanError
 from qwen3_moe_jax.wgpu_backend.adapter import TUNINGS, AdapterReport, Tuning, probe
 from qwen3_moe_jax.wgpu_backend.layout import WORD_FORMATS
 
@@ -47,7 +47,7 @@ def _templates() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
-        autoescape=False,  # noqa: S701 - the output is WGSL
+        autoescape=False,  # the output is WGSL
     )
 
 
@@ -89,7 +89,9 @@ class Device:
       most_bytes: the largest buffer that one binding can show.
     """
 
-    def __init__(self, adapter: str | None = None, tuning: Tuning | None = None, subgroups: bool | None = None):
+    def __init__(
+        self, adapter: str | None = None, tuning: Tuning | None = None, subgroups: bool | None = None
+    ):
         """Args: adapter, part of the wanted adapter's summary; tuning and subgroups, in place of the table's.
 
         Raises:
@@ -106,7 +108,8 @@ class Device:
             )
         except RuntimeError as error:
             raise BackendUnavailableError(f"{self.report.summary} gives no device: {error}") from error
-        self.most_bytes = min(limits["max-storage-buffer-binding-size"], limits["max-buffer-size"]) & ~255
+        largest = min(limits["max-storage-buffer-binding-size"], limits["max-buffer-size"])
+        self.most_bytes = min(most_bytes or largest, largest) & ~255
         self._kernels: dict[tuple, Kernel] = {}
         self._open = True
 
@@ -123,7 +126,7 @@ class Device:
         """A storage buffer of at least ``nbytes``, zeroed; ``uniform`` allows uniform bindings too.
 
         Raises:
-          BackendUnavailableError: the device has no memory for it.
+          MemoryPlanError: the device has no memory for it.
         """
         self._check_open()
         import wgpu
@@ -135,7 +138,7 @@ class Device:
         try:
             return self._device.create_buffer(size=size, usage=usage, label=label)
         except wgpu.GPUError as error:
-            raise BackendUnavailableError(
+            raise MemoryPlanError(
                 f"{self.report.name} has no memory left for {label} ({size / 2**20:.0f} MiB): {error}"
             ) from error
 
@@ -195,7 +198,10 @@ class Device:
         pipeline = self._device.create_compute_pipeline(
             label=name,
             layout=self._device.create_pipeline_layout(bind_group_layouts=[layout]),
-            compute={"module": self._device.create_shader_module(code=code, label=name), "entry_point": "main"},
+            compute={
+                "module": self._device.create_shader_module(code=code, label=name),
+                "entry_point": "main",
+            },
         )
         return Kernel(name, pipeline, layout, bindings)
 
@@ -206,7 +212,9 @@ class Device:
         for number in kernel.bindings:
             found = resources[number]
             buffer, offset, size = found if isinstance(found, tuple) else (found, 0, found.size)
-            entries.append({"binding": number, "resource": {"buffer": buffer, "offset": offset, "size": size}})
+            entries.append(
+                {"binding": number, "resource": {"buffer": buffer, "offset": offset, "size": size}}
+            )
         group = self._device.create_bind_group(layout=kernel.layout, entries=entries, label=kernel.name)
         return Dispatch(kernel, group)
 

@@ -160,9 +160,7 @@ def dense_site(
     constants = _matmul_constants(device, segments[0].type, columns, tokens)
     rows_a_group = constants["WG"] // constants["LANES"] * constants["ROWS"]
     types = sorted({s.type for s in segments})
-    kernel = device.kernel(
-        "matmul", MODE="dense", DUAL=False, TYPES=[t.name for t in types], **constants
-    )
+    kernel = device.kernel("matmul", MODE="dense", DUAL=False, TYPES=[t.name for t in types], **constants)
     words, groups = [], 0
     for segment in segments:
         words += _segment_words(segment, groups)
@@ -280,7 +278,7 @@ def rope_site(
     f16: bool,
     taps: tuple[Any, ...] = (),
 ) -> Site:
-    """Head norms, RoPE and cache write; ``buffers``: qkv, norms, table, roped, keys, values as bindings 2 to 7."""
+    """Head norms, RoPE and cache write; ``buffers``: qkv, norms, table, roped, keys, values as 2 to 7."""
     kernel = device.kernel("rope", HEAD_DIM=head_dim, WG=device.tuning.head_workgroup, KV_F16=f16)
     params = device.uniform(heads, kv_heads, capacity, eps)
     dispatch = device.bind(kernel, {0: params, 1: step, **buffers})
@@ -359,7 +357,15 @@ def group_site(
 
 
 def sample_site(
-    device: Device, choice: Any, step: Any, logits: Any, seen: Any, tokens: Any, emitted: Any, *, sampled: bool
+    device: Device,
+    choice: Any,
+    step: Any,
+    logits: Any,
+    seen: Any,
+    tokens: Any,
+    emitted: Any,
+    *,
+    sampled: bool,
 ) -> Site:
     """The next token; ``choice`` is the uniform buffer of sampling parameters."""
     kernel = device.kernel("sample", SAMPLED=sampled, WG=device.tuning.sample_workgroup)

@@ -71,7 +71,7 @@ def device_nbytes(type: GGMLType, num_weights: int) -> int:
 
 
 def granule(type: GGMLType, weights_per_item: int) -> int:
-    """Items (rows, or experts) after which a group of blocks ends, so that the next ones start on a vector."""
+    """Items (rows, or experts) after which a group of blocks ends, so that the next start on a vector."""
     layout = WORD_FORMATS[type]
     return layout.group // math.gcd(layout.group, weights_per_item // layout.block)
 
@@ -90,7 +90,8 @@ def items_per_window(
     count = min(most_bytes // device_nbytes(type, step * weights_per_item), most_items // step) * step
     if count == 0:
         raise ValueError(
-            f"{step} x {weights_per_item} weights of {type.name} exceed the {most_bytes} bytes that the adapter binds"
+            f"{step} x {weights_per_item} weights of {type.name} exceed the {most_bytes} bytes "
+            "that the adapter binds at once"
         )
     return count
 
@@ -110,7 +111,7 @@ def _plain(arrays: dict[str, np.ndarray]) -> np.ndarray:
 
 
 def _six_bit_scales(arrays: dict[str, np.ndarray]) -> np.ndarray:
-    """The 12 bytes of ``get_scale_min_k4`` (ggml-quants.c, llama.cpp at 0c1e57098) from spread scales and mins."""
+    """The 12 bytes that ``get_scale_min_k4`` reads (ggml-quants.c of llama.cpp at 0c1e57098)."""
     scales, mins = arrays["scales"].reshape(-1, 8), arrays["mins"].reshape(-1, 8)
     packed = np.empty((len(scales), 12), np.uint8)
     packed[:, 0:4] = scales[:, :4] | (scales[:, 4:] >> 4 << 6)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from convert.config import Qwen3MoeConfig
 from convert.ggml_types import GGMLType
-from qwen3_moe_jax.errors import BackendUnavailableError
+from qwen3_moe_jax.errors import MemoryPlanError
 from qwen3_moe_jax.wgpu_backend.adapter import AdapterReport, Tuning
 from qwen3_moe_jax.wgpu_backend.kernels import most_tiles
 from qwen3_moe_jax.wgpu_backend.weights import weight_nbytes
@@ -47,7 +47,7 @@ def plan_workspace(
     """Chooses the chunk so that every buffer fits one binding.
 
     Raises:
-      BackendUnavailableError: one layer's cache, or the RoPE table, is larger than a binding.
+      MemoryPlanError: one layer's cache, or the RoPE table, is larger than a binding.
     """
     chunk = min(tuning.chunk, -(-max_context // tuning.prefill_tokens) * tuning.prefill_tokens)
     while True:
@@ -56,9 +56,10 @@ def plan_workspace(
         if workspace.nbytes[worst] <= most_bytes:
             return workspace
         if chunk <= tuning.prefill_tokens:
-            raise BackendUnavailableError(
-                f"a context of {max_context} tokens needs {workspace.nbytes[worst] / 2**20:.0f} MiB for {worst}, "
-                f"and the adapter binds at most {most_bytes / 2**20:.0f} MiB: lower the context length (--context)"
+            raise MemoryPlanError(
+                f"a context of {max_context} tokens needs {workspace.nbytes[worst] / 2**20:.0f} MiB for "
+                f"{worst}, and the adapter binds at most {most_bytes / 2**20:.0f} MiB: "
+                "lower the context length (--context)"
             )
         chunk //= 2
 
@@ -134,11 +135,11 @@ def check_memory(plan: MemoryPlan, report: AdapterReport) -> None:
     """Refuses a model that the device cannot hold, before anything is uploaded.
 
     Raises:
-      BackendUnavailableError: it does not fit; the message holds the plan.
+      MemoryPlanError: it does not fit; the message holds the plan.
     """
     free, where = free_memory(report)
     if free is not None and plan.total > free:
-        raise BackendUnavailableError(
+        raise MemoryPlanError(
             f"the model does not fit {report.name}: {plan}, and {free / 1e9:.2f} GB are free ({where}): "
             f"lower the context length (--context), or set {MEMORY_VARIABLE} if that is wrong"
         )
@@ -186,7 +187,9 @@ def _machine_memory() -> int | None:
 def _nvidia_memory(name: str) -> int | None:
     query = ["nvidia-smi", "--query-gpu=name,memory.free", "--format=csv,noheader,nounits"]
     try:
-        lines = subprocess.run(query, capture_output=True, text=True, timeout=10, check=True).stdout.splitlines()
+        lines = subprocess.run(
+            query, capture_output=True, text=True, timeout=10, check=True
+        ).stdout.splitlines()
     except (OSError, subprocess.SubprocessError):
         return None
     found = [line.rsplit(",", 1) for line in lines if line.count(",")]

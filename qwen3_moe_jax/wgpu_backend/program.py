@@ -21,11 +21,18 @@ from qwen3_moe_jax.wgpu_backend.kernels import Shape, Site
 from qwen3_moe_jax.wgpu_backend.plan import Workspace
 from qwen3_moe_jax.wgpu_backend.weights import LayerWeights, ModelWeights
 
-STEP_WORDS = 8
-"""Words of ``Step`` in common.wgsl, padded."""
+EMITTED_WORD = 4
+"""Index of ``emitted`` in ``Step`` of common.wgsl."""
 
 OFFSET_ALIGNMENT = 256
 """What every adapter accepts as the offset of a binding."""
+
+
+def step_words(
+    position: int = 0, tokens: int = 1, head_row: int = 0, *, replay: bool = False, record: bool = False
+) -> np.ndarray:
+    """``Step`` of common.wgsl before a pass: uint32 [8], padded."""
+    return np.asarray([position, tokens, head_row, replay, 0, record, 0, 0], np.uint32)
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,7 +58,9 @@ class Buffers:
     def __init__(self, device: Device, config: Qwen3MoeConfig, workspace: Workspace, max_context: int):
         self.workspace = workspace
         layers = config.num_hidden_layers
-        self._layer_ids = -(-4 * workspace.chunk * config.num_experts_per_tok // OFFSET_ALIGNMENT) * OFFSET_ALIGNMENT
+        self._layer_ids = (
+            -(-4 * workspace.chunk * config.num_experts_per_tok // OFFSET_ALIGNMENT) * OFFSET_ALIGNMENT
+        )
         sizes = dict(workspace.nbytes)
         sizes["ids"] = sizes["replay"] = self._layer_ids * layers
         key_bytes, value_bytes = sizes.pop("keys"), sizes.pop("values")
@@ -59,7 +68,7 @@ class Buffers:
         self.named = {name: device.buffer(size, name) for name, size in sizes.items()}
         self.keys = [device.buffer(key_bytes, f"keys of layer {i}") for i in range(layers)]
         self.values = [device.buffer(value_bytes, f"values of layer {i}") for i in range(layers)]
-        self.step = device.buffer(4 * STEP_WORDS, "step", uniform=True)
+        self.step = device.buffer(step_words().nbytes, "step", uniform=True)
         cos, sin = rope_tables(config, max_context)
         device.write(self.named["rope_table"], np.concatenate([cos, sin], axis=1))
 
@@ -83,8 +92,16 @@ class Program:
       head: logits, for the rows from the step's head_row.
     """
 
-    def __init__(self, device: Device, config: Qwen3MoeConfig, weights: ModelWeights, buffers: Buffers, *,
-                 tokens: int, f16_cache: bool):
+    def __init__(
+        self,
+        device: Device,
+        config: Qwen3MoeConfig,
+        weights: ModelWeights,
+        buffers: Buffers,
+        *,
+        tokens: int,
+        f16_cache: bool,
+    ):
         """Args: tokens, a tile: 1 for decode."""
         self._device = device
         self._config = config
@@ -95,8 +112,14 @@ class Program:
         self.body = list(self._body(weights))
         self.head = [
             kernels.dense_site(
-                device, w, buffers["h"], buffers["logits"], buffers.step,
-                tokens=tokens, y_stride=config.vocab_size, head=True,
+                device,
+                w,
+                buffers["h"],
+                buffers["logits"],
+                buffers.step,
+                tokens=tokens,
+                y_stride=config.vocab_size,
+                head=True,
             )
             for w in weights.lm_head
         ]
@@ -111,7 +134,9 @@ class Program:
         for window in weights.embed_tokens:
             yield kernels.embed_site(self._device, window, b["tokens"], b["x"])
         yield self._norm(
-            b["attn_out"], weights.layers[0].input_layernorm, 0,
+            b["attn_out"],
+            weights.layers[0].input_layernorm,
+            0,
             (Tap(("inp_embd", None), b["x"], (width,)), Tap(("attn_norm", 0), b["h"], (width,))),
         )
         for i, layer in enumerate(weights.layers):
@@ -121,7 +146,9 @@ class Program:
             after = weights.norm if last else weights.layers[i + 1].input_layernorm
             normed = ("result_norm", None) if last else ("attn_norm", i + 1)
             yield self._norm(
-                b["down"], after, self._config.num_experts_per_tok,
+                b["down"],
+                after,
+                self._config.num_experts_per_tok,
                 (
                     Tap(("ffn_moe_out", i), b["sums"], (width,)),
                     Tap(("l_out", i), b["x"], (width,)),
@@ -132,16 +159,34 @@ class Program:
     def _norm(self, delta: Any, norm: Any, deltas: int, taps: tuple[Tap, ...]) -> Site:
         b, c = self._buffers, self._config
         return kernels.norm_site(
-            self._device, b.step, b["x"], delta, b["expert_weights"], norm, b["h"], b["sums"],
-            deltas=deltas, weighted=deltas > 1 or delta is b["down"], width=c.hidden_size, eps=c.rms_norm_eps,
+            self._device,
+            b.step,
+            b["x"],
+            delta,
+            b["expert_weights"],
+            norm,
+            b["h"],
+            b["sums"],
+            deltas=deltas,
+            weighted=deltas > 1 or delta is b["down"],
+            width=c.hidden_size,
+            eps=c.rms_norm_eps,
             taps=taps,
         )
 
-    def _dense(self, weights: list, x: Any, y: Any, y_stride: int, taps: tuple[Tap, ...] = ()) -> Iterator[Site]:
+    def _dense(
+        self, weights: list, x: Any, y: Any, y_stride: int, taps: tuple[Tap, ...] = ()
+    ) -> Iterator[Site]:
         for i, buffer in enumerate(weights):
             yield kernels.dense_site(
-                self._device, buffer, x, y, self._buffers.step,
-                tokens=self._tokens, y_stride=y_stride, taps=taps if i + 1 == len(weights) else (),
+                self._device,
+                buffer,
+                x,
+                y,
+                self._buffers.step,
+                tokens=self._tokens,
+                y_stride=y_stride,
+                taps=taps if i + 1 == len(weights) else (),
             )
 
     def _attention(self, i: int, layer: LayerWeights) -> Iterator[Site]:
@@ -150,15 +195,30 @@ class Program:
         qkv = (heads + 2 * kv_heads, head_dim)
         q, k, v = slice(heads), slice(heads, heads + kv_heads), slice(heads + kv_heads, None)
         yield from self._dense(
-            layer.qkv, b["h"], b["qkv"], qkv[0] * head_dim,
+            layer.qkv,
+            b["h"],
+            b["qkv"],
+            qkv[0] * head_dim,
             tuple(Tap((f"{n}cur", i), b["qkv"], qkv, p) for n, p in (("Q", q), ("K", k), ("V", v))),
         )
         both = (heads + kv_heads, head_dim)
         yield kernels.rope_site(
-            self._device, b.step,
-            {2: b["qkv"], 3: layer.head_norms, 4: b["rope_table"], 5: b["roped"], 6: b.keys[i], 7: b.values[i]},
-            heads=heads, kv_heads=kv_heads, head_dim=head_dim, capacity=self._capacity,
-            eps=c.rms_norm_eps, f16=self._f16,
+            self._device,
+            b.step,
+            {
+                2: b["qkv"],
+                3: layer.head_norms,
+                4: b["rope_table"],
+                5: b["roped"],
+                6: b.keys[i],
+                7: b.values[i],
+            },
+            heads=heads,
+            kv_heads=kv_heads,
+            head_dim=head_dim,
+            capacity=self._capacity,
+            eps=c.rms_norm_eps,
+            f16=self._f16,
             taps=(
                 Tap(("Qcur_normed", i), b["qkv"], qkv, q),
                 Tap(("Kcur_normed", i), b["qkv"], qkv, k),
@@ -168,17 +228,33 @@ class Program:
         )
         tuning = self._device.tuning
         yield from kernels.attention_sites(
-            self._device, b.step, b["roped"], b.keys[i], b.values[i], b["attended"], b["parts"],
-            heads=heads, kv_heads=kv_heads, head_dim=head_dim, capacity=self._capacity,
-            span=tuning.decode_span if self._tokens == 1 else tuning.prefill_span, f16=self._f16,
+            self._device,
+            b.step,
+            b["roped"],
+            b.keys[i],
+            b.values[i],
+            b["attended"],
+            b["parts"],
+            heads=heads,
+            kv_heads=kv_heads,
+            head_dim=head_dim,
+            capacity=self._capacity,
+            span=tuning.decode_span if self._tokens == 1 else tuning.prefill_span,
+            f16=self._f16,
             taps=(Tap(("kqv_out", i), b["attended"], (heads, head_dim)),),
         )
         width = c.hidden_size
         yield from self._dense(
-            layer.o_proj, b["attended"], b["attn_out"], width, (Tap(("attn_out", i), b["attn_out"], (width,)),)
+            layer.o_proj,
+            b["attended"],
+            b["attn_out"],
+            width,
+            (Tap(("attn_out", i), b["attn_out"], (width,)),),
         )
         yield self._norm(
-            b["attn_out"], layer.post_attention_layernorm, 1,
+            b["attn_out"],
+            layer.post_attention_layernorm,
+            1,
             (Tap(("ffn_inp", i), b["x"], (width,)), Tap(("ffn_norm", i), b["h"], (width,))),
         )
 
@@ -189,15 +265,28 @@ class Program:
     def _experts(self, i: int, layer: LayerWeights) -> Iterator[Site]:
         b, c = self._buffers, self._config
         experts, chosen, width, inner = (
-            c.num_experts, c.num_experts_per_tok, c.hidden_size, c.moe_intermediate_size,
+            c.num_experts,
+            c.num_experts_per_tok,
+            c.hidden_size,
+            c.moe_intermediate_size,
         )
         yield from self._dense(
-            layer.router, b["h"], b["router_logits"], experts,
+            layer.router,
+            b["h"],
+            b["router_logits"],
+            experts,
             (Tap(("ffn_moe_logits", i), b["router_logits"], (experts,)),),
         )
         yield kernels.router_site(
-            self._device, b.step, b["router_logits"], b["probs"], b.of_layer("ids", i), b["expert_weights"],
-            b.of_layer("replay", i), experts=experts, chosen=chosen,
+            self._device,
+            b.step,
+            b["router_logits"],
+            b["probs"],
+            b.of_layer("ids", i),
+            b["expert_weights"],
+            b.of_layer("replay", i),
+            experts=experts,
+            chosen=chosen,
             taps=(
                 Tap(("ffn_moe_probs", i), b["probs"], (experts,)),
                 Tap(("ffn_moe_topk", i), b["ids"], (chosen,), dtype=np.int32, offset=b.layer_offset(i)),
@@ -207,8 +296,14 @@ class Program:
         routing = {"ids": b.of_layer("ids", i), "tiles": b["tiles"], "order": b["order"]}
         if self._tokens > 1:
             yield kernels.group_site(
-                self._device, b.step, routing["ids"], b["tiles"], b["order"],
-                experts=experts, chosen=chosen, tokens=self._tokens,
+                self._device,
+                b.step,
+                routing["ids"],
+                b["tiles"],
+                b["order"],
+                experts=experts,
+                chosen=chosen,
+                tokens=self._tokens,
             )
         plane = b.workspace.nbytes["act"] // 12
         gated = tuple(
@@ -217,12 +312,27 @@ class Program:
         )
         for n, pair in enumerate(layer.gate_up):
             yield kernels.expert_site(
-                self._device, pair, b["h"], b["act"], b.step, routing,
-                tokens=self._tokens, x_div=chosen, plane=plane, taps=gated if n + 1 == len(layer.gate_up) else (),
+                self._device,
+                pair,
+                b["h"],
+                b["act"],
+                b.step,
+                routing,
+                tokens=self._tokens,
+                x_div=chosen,
+                plane=plane,
+                taps=gated if n + 1 == len(layer.gate_up) else (),
             )
         down = (Tap(("ffn_moe_down", i), b["down"], (chosen, width)),)
         for n, stack in enumerate(layer.down):
             yield kernels.expert_site(
-                self._device, [stack], b["act"], b["down"], b.step, routing,
-                tokens=self._tokens, x_div=1, taps=down if n + 1 == len(layer.down) else (),
+                self._device,
+                [stack],
+                b["act"],
+                b["down"],
+                b.step,
+                routing,
+                tokens=self._tokens,
+                x_div=1,
+                taps=down if n + 1 == len(layer.down) else (),
             )

@@ -13,17 +13,28 @@ from qwen3_moe_jax.runner import Forward
 from qwen3_moe_jax.sampling import Sampling
 from qwen3_moe_jax.stages import STAGES, StageKey
 from qwen3_moe_jax.wgpu_backend import kernels
-from qwen3_moe_jax.wgpu_backend.adapter import Tuning
 from qwen3_moe_jax.wgpu_backend.device import Device, Launch, Readback
 from qwen3_moe_jax.wgpu_backend.plan import check_memory, plan_memory, plan_workspace
-from qwen3_moe_jax.wgpu_backend.program import STEP_WORDS, Buffers, Program
+from qwen3_moe_jax.wgpu_backend.program import EMITTED_WORD, Buffers, Program, step_words
 from qwen3_moe_jax.wgpu_backend.weights import check_shapes, upload
 
 NONFINITE = 0xFFFFFFFF
 """What sample.wgsl emits in place of a token."""
 
-_EMITTED_WORD = 4
-"""Index of ``emitted`` in ``Step``."""
+
+def sampling_words(sampling: Sampling, vocab_size: int) -> np.ndarray:
+    """``Choice`` of sample.wgsl: uint32 [12], padded."""
+    seed = sampling.seed % 2**64
+    ints = np.asarray([vocab_size, sampling.top_k, seed % 2**32, seed >> 32], np.uint32)
+    floats = np.zeros(8, np.float32)
+    floats[:5] = (
+        sampling.temperature,
+        sampling.top_p,
+        sampling.min_p,
+        sampling.repetition_penalty,
+        sampling.presence_penalty,
+    )
+    return np.concatenate([ints, floats.view(np.uint32)])
 
 
 class WgpuRunner:
@@ -44,7 +55,7 @@ class WgpuRunner:
         max_context: int | None = None,
         adapter: str | None = None,
         f16_cache: bool = False,
-        tuning: Tuning | None = None,
+        device: Device | None = None,
         progress: ProgressCallback | None = None,
     ):
         """Loads the model.
@@ -54,17 +65,20 @@ class WgpuRunner:
           max_context: tokens that the KV cache holds; default the model's own limit.
           adapter: part of the wanted adapter's summary.
           f16_cache: half the cache's memory, at an error of about 1e-4 in the logits.
-          tuning: settings in place of the table's.
+          device: an open device, in place of a new one on ``adapter``.
           progress: told of the bytes that are uploaded.
 
         Raises:
-          BackendUnavailableError: no adapter, or the model does not fit it.
+          BackendUnavailableError: no adapter, or one that lacks something.
+          MemoryPlanError: the model does not fit its memory.
         """
         self.config = source.config
         self.max_context = max_context or source.config.max_position_embeddings
         check_shapes(self.config, source.types)
-        self._device = Device(adapter, tuning)
-        self._types = sorted({t.name for path, t in source.types.items() if "norm" not in path.split(".")[-1]})
+        self._device = device or Device(adapter)
+        self._types = sorted(
+            {t.name for path, t in source.types.items() if "norm" not in path.split(".")[-1]}
+        )
         self._f16 = f16_cache
         workspace = plan_workspace(
             self.config, self._device.tuning, self.max_context, self._device.most_bytes, f16_cache=f16_cache
@@ -81,8 +95,14 @@ class WgpuRunner:
         self._choice = self._device.buffer(48, "sampling", uniform=True)
         self._sample = {
             sampled: kernels.sample_site(
-                self._device, self._choice, self._buffers.step, self._buffers["logits"],
-                self._buffers["seen"], self._buffers["tokens"], self._buffers["emitted"], sampled=sampled,
+                self._device,
+                self._choice,
+                self._buffers.step,
+                self._buffers["logits"],
+                self._buffers["seen"],
+                self._buffers["tokens"],
+                self._buffers["emitted"],
+                sampled=sampled,
             )
             for sampled in (False, True)
         }
@@ -155,7 +175,9 @@ class WgpuRunner:
         most = min(max_tokens, self.max_context - len(tokens))
         return self._tokens(tokens, most, sampling, frozenset(stop_ids))
 
-    def _tokens(self, tokens: np.ndarray, most: int, sampling: Sampling, stop_ids: frozenset[int]) -> Iterator[int]:
+    def _tokens(
+        self, tokens: np.ndarray, most: int, sampling: Sampling, stop_ids: frozenset[int]
+    ) -> Iterator[int]:
         if most <= 0:
             return
         with self._lock:
@@ -168,7 +190,9 @@ class WgpuRunner:
         while emitted < most:
             with self._lock:
                 if request != self._request:
-                    raise RuntimeError("a newer request has started on this wgpu runner: this stream has ended")
+                    raise RuntimeError(
+                        "a newer request has started on this wgpu runner: this stream has ended"
+                    )
                 batches.fill()
                 chosen = batches.wait()
             for token in chosen:
@@ -202,10 +226,8 @@ class WgpuRunner:
         chunk = self._buffers.workspace.chunk
         return [(start, min(start + chunk, num_tokens)) for start in range(0, num_tokens, chunk)]
 
-    def _write_step(self, position: int, tokens: int, head_row: int, *, replay: bool = False, record: bool = False):
-        words = np.zeros(STEP_WORDS, np.uint32)
-        words[:6] = position, tokens, head_row, replay, 0, record
-        self._device.write(self._buffers.step, words)
+    def _write_step(self, *words: int, replay: bool = False, record: bool = False) -> None:
+        self._device.write(self._buffers.step, step_words(*words, replay=replay, record=record))
 
     def _forward_chunk(
         self, tokens: np.ndarray, position: int, capture: frozenset[str], replay: np.ndarray | None
@@ -245,20 +267,7 @@ class WgpuRunner:
 
     def _start(self, tokens: np.ndarray, sampling: Sampling) -> None:
         """Sampling parameters and the prompt's tokens on the device."""
-        seed = sampling.seed % 2**64
-        ints = np.asarray([self.config.vocab_size, sampling.top_k, seed % 2**32, seed >> 32], np.uint32)
-        floats = np.asarray(
-            [
-                sampling.temperature,
-                sampling.top_p,
-                sampling.min_p,
-                sampling.repetition_penalty,
-                sampling.presence_penalty,
-                0.0, 0.0, 0.0,
-            ],
-            np.float32,
-        )
-        self._device.write(self._choice, np.concatenate([ints, floats.view(np.uint32)]))
+        self._device.write(self._choice, sampling_words(sampling, self.config.vocab_size))
         seen = np.zeros(self.config.vocab_size, np.uint32)
         seen[tokens] = 1
         self._device.write(self._buffers["seen"], seen)
@@ -297,7 +306,9 @@ class _Batches:
 
     def submit(self, count: int, launches: list[Launch]) -> None:
         """Queues launches that choose ``count`` tokens."""
-        readback = self._device.readback(self._runner._buffers["emitted"], 4 * self._device.tuning.tokens_per_submit)
+        readback = self._device.readback(
+            self._runner._buffers["emitted"], 4 * self._device.tuning.tokens_per_submit
+        )
         self._device.run(launches, readback)
         self._waiting.append((readback, count))
         self._left -= count
@@ -310,7 +321,7 @@ class _Batches:
             launches: list[Launch] = []
             for i in range(count):
                 launches += self._runner._decode_launches(self._position + i, self._sampling)
-            self._device.write(self._runner._buffers.step, np.zeros(1, np.uint32), 4 * _EMITTED_WORD)
+            self._device.write(self._runner._buffers.step, np.zeros(1, np.uint32), 4 * EMITTED_WORD)
             self.submit(count, launches)
             self._position += count
             self._size = min(2 * self._size, tuning.tokens_per_submit)

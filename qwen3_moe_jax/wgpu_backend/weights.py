@@ -12,7 +12,7 @@ from convert.packed import PackedTensor
 from convert.progress import ProgressCallback
 from convert.tensor_names import tensor_specs
 from convert.unpack import dequantize
-from qwen3_moe_jax.errors import BackendUnavailableError
+from qwen3_moe_jax.errors import BackendUnavailableError, MemoryPlanError
 from qwen3_moe_jax.wgpu_backend.device import UPLOAD_CHUNK, Device
 from qwen3_moe_jax.wgpu_backend.kernels import DenseBuffer, ExpertBuffer, Segment
 from qwen3_moe_jax.wgpu_backend.layout import (
@@ -70,7 +70,9 @@ def check_shapes(config: Qwen3MoeConfig, types: Mapping[str, GGMLType]) -> None:
                 f"{types[spec.path].name} in multiples of {needed}: use another backend"
             )
     if config.head_dim % SMALLEST_MULTIPLE:
-        raise BackendUnavailableError(f"head_dim is {config.head_dim}; the wgpu backend needs a multiple of 8")
+        raise BackendUnavailableError(
+            f"head_dim is {config.head_dim}; the wgpu backend needs a multiple of 8"
+        )
 
 
 def weight_nbytes(config: Qwen3MoeConfig, types: Mapping[str, GGMLType]) -> int:
@@ -86,7 +88,7 @@ def upload(device: Device, source: ModelSource, progress: ProgressCallback | Non
     """Every tensor of ``source`` on the device, read one at a time.
 
     Raises:
-      BackendUnavailableError: a tensor does not fit the device.
+      MemoryPlanError: a tensor does not fit the device.
     """
     return _Uploader(device, source, progress).model()
 
@@ -105,7 +107,8 @@ class _Uploader:
         norm = self._norms("norm")
         if config.tie_word_embeddings:
             head = [
-                DenseBuffer(w.buffer, (Segment(w.type, w.end - w.begin, w.columns, 0, w.begin),)) for w in embed
+                DenseBuffer(w.buffer, (Segment(w.type, w.end - w.begin, w.columns, 0, w.begin),))
+                for w in embed
             ]
         else:
             head = self._dense("lm_head")
@@ -171,9 +174,7 @@ class _Uploader:
         specs, types = self._source.specs, self._source.types
         experts, rows, columns = specs[gate].shape
         step = max(granule(types[p], rows * columns) for p in (gate, up))
-        count = min(
-            self._fit(p, types[p], experts, rows * columns, MOST_ROWS, step) for p in (gate, up)
-        )
+        count = min(self._fit(p, types[p], experts, rows * columns, MOST_ROWS, step) for p in (gate, up))
         pairs = zip(self._experts(gate, step, count), self._experts(up, step, count), strict=True)
         return list(pairs)
 
@@ -181,9 +182,13 @@ class _Uploader:
         try:
             return items_per_window(type, items, weights, self._device.most_bytes, most_items, step)
         except ValueError as error:
-            raise BackendUnavailableError(f"{path} does not fit {self._device.report.name}: {error}") from error
+            raise BackendUnavailableError(
+                f"{path} does not fit {self._device.report.name}: {error}"
+            ) from error
 
-    def _stack(self, path: str, items: int, rows: int, *, most_items: int, step: int = 1) -> list[ExpertBuffer]:
+    def _stack(
+        self, path: str, items: int, rows: int, *, most_items: int, step: int = 1
+    ) -> list[ExpertBuffer]:
         """A tensor as windows of whole items of ``rows`` rows."""
         type = self._source.types[path]
         columns = self._source.specs[path].shape[-1]
