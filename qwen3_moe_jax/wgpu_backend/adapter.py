@@ -165,7 +165,7 @@ def report_on(adapter: Any) -> AdapterReport:
 
 
 def list_adapters() -> list[AdapterReport]:
-    """Every adapter of this machine, the one to prefer first; empty where there is none or wgpu is missing."""
+    """Every adapter of this machine, the preferred one first; empty where there is none, or no wgpu."""
     try:
         return sorted((report_on(a) for a in _wgpu().gpu.enumerate_adapters_sync()), key=_preference)
     except (BackendUnavailableError, RuntimeError):

@@ -90,9 +90,19 @@ class Device:
     """
 
     def __init__(
-        self, adapter: str | None = None, tuning: Tuning | None = None, subgroups: bool | None = None
+        self,
+        adapter: str | None = None,
+        *,
+        tuning: Tuning | None = None,
+        subgroups: bool | None = None,
+        most_bytes: int | None = None,
     ):
-        """Args: adapter, part of the wanted adapter's summary; tuning and subgroups, in place of the table's.
+        """Opens an adapter.
+
+        Args:
+          adapter: part of the wanted adapter's summary.
+          tuning, subgroups: in place of what suits the adapter.
+          most_bytes: largest binding, in place of the adapter's limit.
 
         Raises:
           BackendUnavailableError: no such adapter, or it lacks what every kernel needs.

@@ -182,9 +182,7 @@ class _Uploader:
         try:
             return items_per_window(type, items, weights, self._device.most_bytes, most_items, step)
         except ValueError as error:
-            raise BackendUnavailableError(
-                f"{path} does not fit {self._device.report.name}: {error}"
-            ) from error
+            raise MemoryPlanError(f"{path} does not fit {self._device.report.name}: {error}") from error
 
     def _stack(
         self, path: str, items: int, rows: int, *, most_items: int, step: int = 1
