@@ -59,8 +59,11 @@ def matvec(x: jax.Array, w: PackedTensor, ids: jax.Array | None = None) -> jax.A
     def take(a: jax.Array) -> jax.Array:
         return a[None] if ids is None else a.at[ids].get(mode="clip")
 
-    partial_sums = _GROUPS[w.type](x.astype(_F32), w, take)  # [R, N/16, groups, 16]
-    return _sum_groups(partial_sums).reshape(x.shape[0], -1)
+    # Without the barriers XLA fuses the passes with each other and with what follows, and so
+    # computes every group several times.
+    x = lax.optimization_barrier(x.astype(_F32))
+    partial_sums = lax.optimization_barrier(_GROUPS[w.type](x, w, take))  # [R, N/16, groups, 16]
+    return lax.optimization_barrier(_sum_groups(partial_sums).reshape(x.shape[0], -1))
 
 
 def _sum_groups(partial_sums: jax.Array) -> jax.Array:
