@@ -13,10 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax.core import FrozenDict
 
+from convert.layouts import supports, to_layout
 from convert.model_source import ModelSource
-from convert.packed import PackedTensor
+from convert.packed import LANES16, ROWS, PackedTensor
 from convert.progress import ProgressCallback
 from convert.unpack import dequantize
+from kernels_pallas import dequantize as dequantize_on_device
 from qwen3_moe_jax.errors import ContextOverflowError, NumericalError
 from qwen3_moe_jax.generate import (
     PREFILL_CHUNKS,
@@ -26,13 +28,16 @@ from qwen3_moe_jax.generate import (
     generate,
     prefill,
 )
-from qwen3_moe_jax.kv_cache import KVCache
+from qwen3_moe_jax.kv_cache import KVCache, cache_nbytes
 from qwen3_moe_jax.memory_plan import MemoryPlan, available_main_memory
 from qwen3_moe_jax.model import STAGES_COLLECTION, Intervention, Qwen3Moe, parameter_tree
 from qwen3_moe_jax.runner import Forward
 from qwen3_moe_jax.sampling import Sampling
 from qwen3_moe_jax.stages import StageKey
 from qwen3_moe_jax.token_choice import SamplingArrays
+
+LAYOUTS = {"cpu": LANES16}
+"""Layout of packed tensors by platform; others keep the file's order."""
 
 CACHE_DTYPE = jnp.float32
 
@@ -68,9 +73,15 @@ def load_params(
     CPU the arrays are used where the reader put them, without a copy.
     """
 
+    device = device or jax.devices()[0]
+    layout = LAYOUTS.get(device.platform, ROWS)
+
     def place(tensor: PackedTensor) -> Any:
-        value = dequantize(tensor) if tensor.ndim == 1 else tensor
-        return jax.device_put(value, device, may_alias=True)
+        if tensor.ndim == 1:
+            return jax.device_put(dequantize(tensor), device)
+        if supports(layout, tensor.type, tensor.shape):
+            tensor = to_layout(tensor, layout)
+        return jax.device_put(tensor, device, may_alias=True)
 
     return parameter_tree({path: place(tensor) for path, tensor in source.tensors(progress)})
 
@@ -120,6 +131,28 @@ class JaxRunner:
     def close(self) -> None:
         self.params = {}
 
+    def dequantized(self, path: str, rows: np.ndarray) -> np.ndarray:
+        """Rows of a parameter as this backend's own code unpacks them on the device: float32 [..., rows, K]."""
+        value: Any = self.params
+        for name in path.replace("layers.", "layers_", 1).split("."):
+            value = value[name]
+        if not isinstance(value, PackedTensor):
+            return np.asarray(value)[rows]
+        return np.asarray(jax.jit(dequantize_on_device)(value[..., rows, :]))
+
+    def memory(self) -> dict[str, int] | None:
+        """Bytes of the device's memory at the peak, and of what has to be there; None where JAX cannot say."""
+        stats = jax.devices()[0].memory_stats()
+        if not stats:
+            return None
+        leaves = jax.tree.leaves(self.params)
+        cache = cache_nbytes(self.config, 1, self.max_context + PREFILL_CHUNKS[-1], 4)
+        return {
+            "peak": stats["peak_bytes_in_use"],
+            "weights": sum(a.nbytes for a in leaves),
+            "cache": cache,
+        }
+
     def forward(
         self,
         token_ids: Sequence[int],
@@ -139,9 +172,10 @@ class JaxRunner:
         params = self.params
         if layers is not None:
             model, params = _only_layers(model, params, chosen)
-        cache = KVCache.create(model.config, 1, len(tokens) + max(chunk_sizes))
+        chunks = chunk_lengths(len(tokens), chunk_sizes)
+        cache = KVCache.create(model.config, 1, sum(chunks))  # prompts of nearby lengths share a program
         parts, start = [], 0
-        for chunk in chunk_lengths(len(tokens), chunk_sizes):
+        for chunk in chunks:
             part = slice(start, start + chunk)
             forced = None if expert_ids is None else _padded(expert_ids[:, part], 1, chunk)[:, None]
             outputs = _forward_chunk(
