@@ -1,6 +1,5 @@
 """How the next token is chosen from logits, and what a model's makers recommend."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from numbers import Integral, Real
@@ -59,8 +58,6 @@ def _check_number(name: str, value: object, kind: type) -> None:
     if isinstance(value, bool) or not isinstance(value, kind):
         wanted = "an integer" if kind is Integral else "a number"
         raise ValueError(f"{name} must be {wanted}, not {value!r}")
-    if not math.isfinite(value):
-        raise ValueError(f"{name} must be finite, not {value!r}")
 
 
 def _check(sampling: Sampling, name: str, is_right: bool, wanted: str) -> None:

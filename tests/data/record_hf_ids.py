@@ -16,6 +16,7 @@ FIRST_ADDED = 151643
 
 TEXTS = [
     "x'tabc don'tdo 'Twas HE'SAID we'reed WE'VEnt I'mpossible you'LLama they'dx 'sS",
+    "x'She x'the x'The x'rering x'RES x'vethe x'VETO x'MTHE x'ms x'llop x'LLOP x'DTHE x'dring",
     "a1b22c333 4,444.55 1e-9 ٣٤٥ ½ Ⅻ ²³",
     "tabs\t\tand  spaces   at    the     end     ",
     "line\nline\r\nline\r\n\r\n\n  indented\n\n\n\t\tdeep\n \n  \n",

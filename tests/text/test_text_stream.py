@@ -171,5 +171,7 @@ def test_pieces(qwen3_tokenizer):
     assert "".join(p.text for p in pieces if p.kind == "reasoning") == "Two."
     assert "".join(p.text for p in pieces if p.kind == "content") == "Four."
     assert stream.finish_reason == "stop"
+    cut = TextStream(qwen3_tokenizer, qwen3_tokenizer.encode("<think>a\n"))
+    assert list(cut.pieces()) == [Piece("reasoning", "a"), Piece("reasoning", "\n")]
     open_already = TextStream(qwen3_tokenizer, qwen3_tokenizer.encode("a</think>b"), starts_in_reasoning=True)
     assert list(open_already.pieces()) == [Piece("reasoning", "a"), Piece("content", "b")]
