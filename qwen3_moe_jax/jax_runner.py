@@ -15,7 +15,7 @@ from flax.core import FrozenDict
 
 from convert.layouts import supports, to_layout
 from convert.model_source import ModelSource
-from convert.packed import LANES16, ROWS, PackedTensor
+from convert.packed import LANES, LANES16, ROWS, PackedTensor
 from convert.progress import ProgressCallback
 from convert.unpack import dequantize
 from kernels_pallas import dequantize as dequantize_on_device
@@ -28,7 +28,7 @@ from qwen3_moe_jax.generate import (
     generate,
     prefill,
 )
-from qwen3_moe_jax.kv_cache import KVCache, cache_nbytes
+from qwen3_moe_jax.kv_cache import KVCache
 from qwen3_moe_jax.memory_plan import MemoryPlan, available_main_memory
 from qwen3_moe_jax.model import STAGES_COLLECTION, Intervention, Qwen3Moe, parameter_tree
 from qwen3_moe_jax.runner import Forward
@@ -92,6 +92,7 @@ class JaxRunner:
     Attributes:
       model: the Flax module.
       params: its parameters, packed.
+      plan: the memory that it is expected to take.
     """
 
     name = "jax"
@@ -112,8 +113,8 @@ class JaxRunner:
         self.compute_dtype = jnp.dtype(compute_dtype)
         self.model = Qwen3Moe(source.config, FrozenDict(source.types), self.compute_dtype)
         itemsize = jnp.dtype(CACHE_DTYPE).itemsize
-        plan = MemoryPlan.of(source, self.max_context + PREFILL_CHUNKS[-1], itemsize)
-        plan.check(*_available_memory(jax.devices()[0]))
+        self.plan = MemoryPlan.of(source, self.max_context + PREFILL_CHUNKS[-1], itemsize)
+        self.plan.check(*_available_memory(jax.devices()[0]))
         self.params = load_params(source, progress=progress)
         self._spare_cache: KVCache | None = None
 
@@ -131,27 +132,25 @@ class JaxRunner:
     def close(self) -> None:
         self.params = {}
 
-    def dequantized(self, path: str, rows: np.ndarray) -> np.ndarray:
-        """Rows of a parameter as this backend's own code unpacks them on the device: float32 [..., rows, K]."""
+    def dequantized(self, path: str, tile: int, expert: int | None = None) -> np.ndarray:
+        """Sixteen rows of a matrix as this backend's own code unpacks them on the device: float32 [16, K].
+
+        Args:
+          path: of the parameter.
+          tile: rows 16 tile to 16 tile + 15 are wanted.
+          expert: which matrix of an expert stack.
+        """
         value: Any = self.params
         for name in path.replace("layers.", "layers_", 1).split("."):
             value = value[name]
-        if not isinstance(value, PackedTensor):
-            return np.asarray(value)[rows]
-        return np.asarray(jax.jit(dequantize_on_device)(value[..., rows, :]))
+        rows = slice(tile, tile + 1) if value.layout == LANES16 else slice(LANES * tile, LANES * (tile + 1))
+        part = value[rows] if expert is None else value[expert, rows]
+        return np.asarray(jax.jit(dequantize_on_device)(part))
 
     def memory(self) -> dict[str, int] | None:
-        """Bytes of the device's memory at the peak, and of what has to be there; None where JAX cannot say."""
+        """Bytes of device memory at the peak and as planned; None where JAX cannot say."""
         stats = jax.devices()[0].memory_stats()
-        if not stats:
-            return None
-        leaves = jax.tree.leaves(self.params)
-        cache = cache_nbytes(self.config, 1, self.max_context + PREFILL_CHUNKS[-1], 4)
-        return {
-            "peak": stats["peak_bytes_in_use"],
-            "weights": sum(a.nbytes for a in leaves),
-            "cache": cache,
-        }
+        return stats and {"peak": stats["peak_bytes_in_use"], "planned": self.plan.total}
 
     def forward(
         self,
