@@ -1,0 +1,220 @@
+"""A whole decoded token on an NVIDIA Hopper GPU: one kernel, and many tokens in one dispatch.
+
+This is an alternative to the model's decode step that runs op by op. ``prepare`` builds the
+weights once, ``decode_step`` makes logits and updates the cache in place, ``generate`` loops
+on the device. What the kernel does not support raises ``NotImplementedError`` that names it.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from convert.ggml_types import GGMLType
+from kernels_pallas.decode_step import step_mosaic_gpu as kernel
+from kernels_pallas.decode_step.tile_formats_mosaic_gpu import TILE_FORMATS
+from kernels_pallas.decode_step.weights import DecodeWeights
+from kernels_pallas.embedding_lookup.api import embedding_lookup
+from kernels_pallas.norm_rope import rope_tables
+
+MAX_BATCH = 16
+
+
+class KVCache(NamedTuple):
+    """Keys (after RoPE) and values: bfloat16 or float16 [L, B, S, K, H], S a multiple of 64."""
+
+    k: jax.Array
+    v: jax.Array
+
+
+class StepOutput(NamedTuple):
+    """logits: float32 [B, V]; cache: the updated cache; expert_ids: int32 [L, B, X], most probable first."""
+
+    logits: jax.Array
+    cache: KVCache
+    expert_ids: jax.Array
+
+
+@dataclass(frozen=True)
+class Device:
+    """What the kernel is compiled for. The defaults are an H100's; tests use one emulated block."""
+
+    blocks: int = 132
+    splits: int = 66
+    emulate: bool = False
+    interpret: Any = None
+
+
+def empty_cache(config: Any, batch: int, length: int, dtype: Any = jnp.bfloat16) -> KVCache:
+    """A cache of zeros for ``length`` tokens (rounded up to whole tiles of 64)."""
+    length = -(-length // kernel.KV_TILE) * kernel.KV_TILE
+    shape = (config.num_hidden_layers, batch, length, config.num_key_value_heads, config.head_dim)
+    return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+
+
+def _require(ok: bool, name: str, value: Any, need: str) -> None:
+    if not ok:
+        raise NotImplementedError(f"GPU decode step: {name} {value} is not supported; {need}")
+
+
+def check_supported(config: Any, types: dict[str, tuple[GGMLType, ...]], batch: int) -> None:
+    """Raises NotImplementedError naming the first value that the kernel does not support."""
+    step = kernel.STEP
+    width = config.num_attention_heads * config.head_dim
+    group = config.num_attention_heads // config.num_key_value_heads
+    _require(1 <= batch <= MAX_BATCH, "batch", batch, f"it must be 1 to {MAX_BATCH}")
+    _require(config.hidden_size % step == 0, "hidden_size", config.hidden_size, f"need a multiple of {step}")
+    _require(width % step == 0, "num_attention_heads * head_dim", width, f"need a multiple of {step}")
+    _require(config.head_dim == 128, "head_dim", config.head_dim, "need 128")
+    _require(group in (8, 16), "query heads per KV head", group, "need 8 or 16")
+    _require(
+        config.moe_intermediate_size % 256 == 0,
+        "moe_intermediate_size",
+        config.moe_intermediate_size,
+        "need a multiple of 256",
+    )
+    _require(
+        config.num_experts_per_tok % 4 == 0 and config.num_experts_per_tok <= 16,
+        "num_experts_per_tok",
+        config.num_experts_per_tok,
+        "need 4, 8, 12 or 16",
+    )
+    _require(config.vocab_size % 8 == 0, "vocab_size", config.vocab_size, "need a multiple of 8")
+    for role, used in types.items():
+        for type in used:
+            _require(type in TILE_FORMATS, f"type of {role}", type.name, "need Q4_K, Q5_K, Q6_K or Q8_0")
+
+
+def step_config(
+    weights: DecodeWeights, config: Any, batch: int, cache: KVCache, device: Device, *, replay: bool = False
+) -> kernel.StepConfig:
+    """The kernel's static configuration for these weights and shapes."""
+    types = dict(weights.types)
+    check_supported(config, types, batch)
+    length = cache.k.shape[2]
+    _require(length % kernel.KV_TILE == 0, "cache length", length, f"need a multiple of {kernel.KV_TILE}")
+    return kernel.StepConfig(
+        batch=batch,
+        layers=config.num_hidden_layers,
+        hidden=config.hidden_size,
+        heads=config.num_attention_heads,
+        kv_heads=config.num_key_value_heads,
+        head_dim=config.head_dim,
+        experts=config.num_experts,
+        experts_per_token=config.num_experts_per_tok,
+        moe_width=config.moe_intermediate_size,
+        vocab=config.vocab_size,
+        cache_length=length,
+        eps=config.rms_norm_eps,
+        qkv_types=types["qkv"],
+        qkv_always=weights.qkv_always,
+        o_types=types["o"],
+        gate_up_types=types["gate"],
+        down_types=types["down"],
+        lm_head_type=types["lm_head"][0],
+        cache_dtype=cache.k.dtype,
+        blocks=device.blocks,
+        splits=device.splits,
+        replay=replay,
+        emulate=device.emulate,
+    )
+
+
+def decode_step(
+    weights: DecodeWeights,
+    config: Any,
+    token_ids: jax.Array,
+    positions: jax.Array,
+    cache: KVCache,
+    *,
+    expert_ids: jax.Array | None = None,
+    device: Device | None = None,
+) -> StepOutput:
+    """Decodes one token of every sequence. Call inside ``jit``, with the cache donated.
+
+    Args:
+      weights: from ``prepare``.
+      config: the model's ``Qwen3MoeConfig``.
+      token_ids: int32 [B].
+      positions: int32 [B], the tokens already in each sequence's cache; less than S.
+      cache: keys and values of the earlier tokens; the token's own are written at ``positions``.
+      expert_ids: int32 [L, B, X] forces these experts; their weights are still the model's own.
+
+    Raises:
+      NotImplementedError: a shape or type that the kernel does not support.
+    """
+    device = device or Device()
+    (batch,) = token_ids.shape
+    c = step_config(weights, config, batch, cache, device, replay=expert_ids is not None)
+    x = embedding_lookup(weights.embed_tokens, token_ids)
+    shape = kernel.state_shape(c)
+    state = jnp.zeros(shape, jnp.float32)
+    state = lax.dynamic_update_slice(state, x.reshape(1, batch, -1, *shape[3:]), (0,) * len(shape))
+    cos, sin = rope_tables(positions, c.head_dim, config.rope_theta, config.rope_scaling)
+    if expert_ids is None:
+        expert_ids = jnp.zeros((1, 1, 1), jnp.int32)
+    split = lambda a: a.reshape(*a.shape[:-1], -1, 2, 4, 4)
+    operands = {
+        "table": weights.table,
+        "cos": cos,
+        "sin": sin,
+        "positions": positions.astype(jnp.int32),
+        "replay_ids": expert_ids.astype(jnp.int32),
+        "input_norm": split(weights.input_norm),
+        "post_norm": split(weights.post_norm),
+        "q_norm": weights.q_norm,
+        "k_norm": weights.k_norm,
+        "final_norm": split(weights.final_norm),
+        "router": split(weights.router),
+        "weights": weights.stacks,
+        "state": jax.new_ref(state),
+        "k_cache": jax.new_ref(cache.k),
+        "v_cache": jax.new_ref(cache.v),
+    }
+    out = kernel.decode_step(c, operands, interpret=device.interpret)
+    cache = KVCache(jax.freeze(operands["k_cache"]), jax.freeze(operands["v_cache"]))
+    logits = out["logits"].reshape(batch, -1)[:, : config.vocab_size]
+    return StepOutput(logits, cache, out["expert_ids"])
+
+
+def greedy(logits: jax.Array, key: jax.Array) -> jax.Array:
+    """The most probable token of every sequence."""
+    del key
+    return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+
+def generate(
+    weights: DecodeWeights,
+    config: Any,
+    token_ids: jax.Array,
+    positions: jax.Array,
+    cache: KVCache,
+    steps: int,
+    key: jax.Array,
+    *,
+    choose: Callable[[jax.Array, jax.Array], jax.Array] = greedy,
+    device: Device | None = None,
+) -> tuple[jax.Array, KVCache]:
+    """Decodes ``steps`` tokens of every sequence in one dispatch. Call inside ``jit``, cache donated.
+
+    Args:
+      token_ids, positions, cache: as for :func:`decode_step`.
+      choose: picks int32 [B] tokens from logits [B, V] and a key; it runs on the device.
+
+    Returns:
+      The tokens, int32 [steps, B], and the cache.
+    """
+    batch = token_ids.shape[0]
+
+    def one(i, carry):
+        tokens, last, cache = carry
+        out = decode_step(weights, config, last, positions + i, cache, device=device)
+        last = choose(out.logits, jax.random.fold_in(key, i))
+        return lax.dynamic_update_slice(tokens, last[None], (i, 0)), last, out.cache
+
+    start = (jnp.zeros((steps, batch), jnp.int32), token_ids.astype(jnp.int32), cache)
+    tokens, _, cache = lax.fori_loop(0, steps, one, start)
+    return tokens, cache

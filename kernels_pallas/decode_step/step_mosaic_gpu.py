@@ -1,0 +1,1011 @@
+"""One decoded token of Qwen3-MoE as a single persistent Pallas:Mosaic GPU kernel.
+
+A block of two warpgroups runs on every multiprocessor and walks through the layers. A layer
+is six phases with a grid-wide barrier between them (a seventh where a long context is split):
+norm + q/k/v, attention with q/k-norm, RoPE and cache write, output projection + residual,
+norm + router, top-k + gate + up + SwiGLU, down + weighting. Final norm and lm_head follow.
+
+Every phase begins by issuing the loads of weights that do not depend on earlier phases, and
+only then waits for the barrier. Matrix rows are dealt out in tiles of 8 rows: block i takes
+tiles i, i + blocks, i + 2 blocks, ...; its warps split the columns, so a thread multiplies
+all its tiles with the same 64 activations, which stay in registers. All reductions have a
+fixed order that does not depend on the batch.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from convert.ggml_types import SUPERBLOCK, GGMLType
+from kernels_pallas.decode_step import primitives_mosaic_gpu as prim
+from kernels_pallas.decode_step.tile_formats_mosaic_gpu import TILE_FORMATS, Activations
+
+Array = Any
+WARPGROUPS = 2
+CHUNK = 1024
+"""Activations that one warpgroup quantizes at a time: four superblocks."""
+STEP = WARPGROUPS * CHUNK
+SLOTS = 16
+"""Tiles of 8 rows in one store of results: a row a lane."""
+KV_TILE = 64
+MAX_SPLITS = 128
+QUANT_MAX = 127 * 128
+LOG2E = 1.4426950408889634
+REDUCE_SITES = ("norm", "router", "largest", "sum", "split_largest", "split_sum")
+
+
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+@dataclass(frozen=True)
+class StepConfig:
+    """Everything that is fixed when the kernel is compiled.
+
+    Attributes:
+      qkv_types: the types that q, k and v have in any layer, the most frequent first;
+      qkv_always: 8-row tiles that have the first of them in every layer.
+      o_types, gate_up_types, down_types: the types of those tensors in any layer.
+      blocks: one for each multiprocessor; 1 in the interpreter, which has no grid barrier.
+      splits: parts that attention over one sequence and KV head is split into, at most.
+      replay: expert ids are given instead of chosen.
+    """
+
+    batch: int
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    experts: int
+    experts_per_token: int
+    moe_width: int
+    vocab: int
+    cache_length: int
+    eps: float
+    qkv_types: tuple[GGMLType, ...]
+    qkv_always: int
+    o_types: tuple[GGMLType, ...]
+    gate_up_types: tuple[GGMLType, ...]
+    down_types: tuple[GGMLType, ...]
+    lm_head_type: GGMLType
+    cache_dtype: Any = jnp.bfloat16
+    blocks: int = 132
+    splits: int = 66
+    replay: bool = False
+    emulate: bool = False
+
+    @property
+    def pairs(self) -> int:
+        return self.batch * self.experts_per_token
+
+    @property
+    def qkv_tiles(self) -> int:
+        return (self.heads + 2 * self.kv_heads) * self.head_dim // 8
+
+    @property
+    def padded_experts(self) -> int:
+        return ceil_div(self.experts, 128) * 128
+
+    @property
+    def down_parts(self) -> int:
+        """Into how many parts of its experts a token's down projection is split, to use all blocks."""
+        parts = 1
+        while self.hidden // 32 * parts * 2 <= self.blocks and self.experts_per_token % (4 * parts) == 0:
+            parts *= 2
+        return parts
+
+    def row_stride(self, rows: int) -> int:
+        """Rows to which a matrix of ``rows`` rows is padded so that blocks store whole groups of tiles."""
+        return ceil_div(ceil_div(rows // 8, self.blocks), SLOTS) * SLOTS * self.blocks * 8
+
+    def columns(self) -> dict[str, int]:
+        """Columns of the table of int32 [layers, ...] that says where a layer's weights lie in the stacks."""
+        names = []
+        for i in range(len(self.qkv_types)):
+            names += [f"qkv_offset{i}", f"qkv_count{i}"]
+        names += ["q_head", "k_head", "v_head", "o_type", "o_offset"]
+        names += ["gate_up_type", "gate_up_offset", "down_type", "down_offset"]
+        return {name: i for i, name in enumerate(names)}
+
+
+OPERANDS = (
+    "table", "cos", "sin", "positions", "replay_ids", "input_norm", "post_norm", "q_norm", "k_norm",
+    "final_norm", "router", "weights", "state", "k_cache", "v_cache",
+)  # fmt: skip
+
+
+def output_types(c: StepConfig) -> dict[str, jax.ShapeDtypeStruct]:
+    """Results and the buffers through which blocks hand over activations."""
+    f32 = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
+    rep = c.heads // c.kv_heads
+    act_slots = expert_slots(c)[0]
+    return {
+        "logits": f32(c.batch, c.row_stride(c.vocab) // (8 * c.blocks), c.blocks, 8),
+        "expert_ids": jax.ShapeDtypeStruct((c.layers, c.batch, c.experts_per_token), jnp.int32),
+        "qkv": f32(c.batch, c.row_stride(c.qkv_tiles * 8) // c.head_dim, 2, c.head_dim // 2),
+        "attention": f32(c.batch, c.heads, c.head_dim),
+        "part": f32(c.batch, c.kv_heads, c.splits, rep, c.head_dim),
+        "part_stats": f32(c.batch, c.kv_heads, 2, 64, MAX_SPLITS),
+        "router_logits": f32(WARPGROUPS, c.batch, c.padded_experts),
+        "swiglu": f32(act_slots, c.blocks, 8),
+    }
+
+
+def state_shape(c: StepConfig) -> tuple[int, ...]:
+    """Residual stream and the parts of the last down projection, as the kernel's state operand."""
+    return (1 + c.down_parts, c.batch, c.row_stride(c.hidden) // 32, 2, 4, 4)
+
+
+def expert_slots(c: StepConfig) -> tuple[int, int, int]:
+    """(padded slots in all, slots a chunk, chunks) of the gate and up projections."""
+    slots = ceil_div(c.pairs * c.moe_width // 8, c.blocks)
+    chunks = ceil_div(slots, SLOTS)
+    used = ceil_div(slots, chunks)
+    return chunks * used + SLOTS, used, chunks
+
+
+def scratch_types(c: StepConfig) -> dict[str, Any]:
+    superblocks = max(
+        c.hidden, c.heads * c.head_dim, ceil_div(c.experts_per_token // c.down_parts * c.moe_width, CHUNK) * CHUNK
+    ) // SUPERBLOCK
+    parts = 8 * max(c.hidden, c.heads * c.head_dim) // STEP
+    swizzled = lambda *shape: plgpu.SMEM(
+        shape, c.cache_dtype, transforms=(plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+    )
+    head = c.head_dim
+    tables = (WARPGROUPS, c.batch, c.experts_per_token)
+    return {
+        "x_words": plgpu.SMEM((c.batch, 2, superblocks, 4, 2, 2, 4), jnp.int32),
+        "x_scale": plgpu.SMEM((c.batch, superblocks, 4, 2), jnp.float32),
+        "x_sums": plgpu.SMEM((c.batch, superblocks, 4, 2, 2), jnp.int32),
+        "sums": plgpu.SMEM((max(2, c.batch), SLOTS, parts + 1, 8), jnp.float32),
+        "logit": plgpu.SMEM((WARPGROUPS, c.padded_experts), jnp.float32),
+        "ids": plgpu.SMEM(tables, jnp.int32),
+        "routing": plgpu.SMEM(tables, jnp.float32),
+        "q": plgpu.SMEM((WARPGROUPS, 64, head), c.cache_dtype),
+        "k0": swizzled(KV_TILE, head), "k1": swizzled(KV_TILE, head),
+        "v0": swizzled(KV_TILE, head), "v1": swizzled(KV_TILE, head),
+        "split_weight": plgpu.SMEM((WARPGROUPS, MAX_SPLITS), jnp.float32),
+        "reduce": plgpu.SMEM((WARPGROUPS, len(REDUCE_SITES), 2, 4), jnp.float32),
+        "barrier": plgpu.Barrier(num_arrivals=WARPGROUPS),
+    }  # fmt: skip
+
+
+class Step:
+    """The kernel's body. Methods are phases; attributes are its references and indices."""
+
+    def __init__(self, config: StepConfig, refs: dict[str, Any]):
+        self.c = config
+        self.r = refs
+        self.block = lax.axis_index("sm")
+        self.wg = lax.axis_index("wg")
+        self.col = config.columns()
+        self.prim = {"emulate": config.emulate}
+        # One block needs no grid barrier, and the interpreter has none.
+        self.semaphore = pl.get_global(plgpu.SemaphoreType.REGULAR) if config.blocks > 1 else None
+        self.state = refs["state"]
+        tiles = config.row_stride(config.hidden) // (8 * config.blocks)
+        self.state_rows = self.state.reshape(1 + config.down_parts, config.batch, tiles, config.blocks, 8)
+
+    # Small helpers
+
+    def table(self, layer, name: str):
+        return self.r["table"][layer, self.col[name]]
+
+    def signal(self) -> None:
+        prim.grid_signal(self.semaphore, **self.prim)
+
+    def wait(self, count) -> None:
+        """Waits until every warpgroup has signalled ``count`` times."""
+        target = count * (WARPGROUPS * self.c.blocks)
+        prim.grid_wait(self.semaphore, target, self.r["barrier"], **self.prim)
+
+    def sync_block(self) -> None:
+        prim.block_barrier(self.r["barrier"], **self.prim)
+
+    def sync_warpgroup(self) -> None:
+        prim.warpgroup_barrier(**self.prim)
+
+    def total(self, x, layout, operation: str, site: str, b):
+        """The sum or maximum of all of x in every lane; ``site`` names the place that asks, ``b`` its turn."""
+        scratch = self.r["reduce"].at[self.wg, REDUCE_SITES.index(site), b % 2]
+        return prim.warpgroup_reduce(x, layout, operation, scratch, **self.prim)
+
+    def for_batch(self, body) -> None:
+        prim.fori(self.c.batch, body)
+
+    # Activations
+
+    def residual(self, b, chunk, parts: int):
+        """float32 [32, 2, 4, 4]: 1,024 values of the residual stream, with ``parts`` parts to be added to it."""
+        total = None
+        for part in range(1 + parts):
+            ref = self.state.at[part, b, pl.ds(chunk * 32, 32)]
+            value = plgpu.load(ref, layout=prim.SUBBLOCKS, optimized=False)
+            total = value if total is None else total + value
+        return total
+
+    def normed(self, b, norm_ref, parts: int) -> list:
+        """RMSNorm of the residual stream: this warpgroup's chunks, one a step."""
+        chunks = self.c.hidden // CHUNK
+        x = [self.residual(b, i, parts) for i in range(chunks)]
+        mine = [self.residual(b, i + self.wg, parts) for i in range(0, chunks, WARPGROUPS)]
+        squares = self.total(sum(v * v for v in x), prim.SUBBLOCKS, "add", "norm", b)
+        scale = lax.rsqrt(squares / self.c.hidden + self.c.eps)
+        norms = [norm_ref.at[pl.ds((i + self.wg) * 32, 32)] for i in range(0, chunks, WARPGROUPS)]
+        norms = [plgpu.load(ref, layout=prim.SUBBLOCKS, optimized=False) for ref in norms]
+        return [v * scale * w for v, w in zip(mine, norms, strict=True)]
+
+    def quantize(self, b, chunk, x) -> None:
+        """Quantizes 1,024 values in two int8 parts, one scale for 32, into shared memory."""
+        superblocks = self.r["x_scale"].shape[1]
+        largest = jnp.max(jnp.max(jnp.max(jnp.abs(x), axis=3), axis=2), axis=1)
+        inverse = jnp.where(largest > 0, QUANT_MAX / largest, 0.0)
+        spread = lax.broadcast_in_dim(inverse, x.shape, (0,))
+        q = jnp.round(x * plgpu.layout_cast(spread, prim.SUBBLOCKS)).astype(jnp.int32)
+        high = (q + 64) >> 7
+        low = q - (high << 7)
+        shift = plgpu.broadcasted_iota(jnp.int32, x.shape, 3, layout=prim.SUBBLOCKS) * 8
+        rows = pl.ds(chunk * 32, 32)
+        for part, value in enumerate((high, low)):
+            words = jnp.sum((value & 0xFF) << shift, axis=3)
+            self.r["x_words"].at[b, part].reshape(superblocks * 8, 2, 4)[rows] = words
+        self.r["x_scale"].at[b].reshape(superblocks * 8)[rows] = largest * (1.0 / QUANT_MAX)
+        self.r["x_sums"].at[b].reshape(superblocks * 8, 2)[rows] = jnp.sum(jnp.sum(q, axis=3), axis=2)
+
+    def activations(self, b, superblock, *, shared: bool = False) -> Activations:
+        """This lane's activations of four superblocks, or of one for all warps (``shared``)."""
+        at = superblock if shared else pl.ds(superblock, 4)
+        layout = prim.TILE_WORDS.reduce((0, 1) if shared else 1)
+        value = prim.TILE_LANES.reduce((0, 1) if shared else 1)
+        load = lambda ref, layout: plgpu.load(ref, layout=layout, optimized=False)
+        words, scale, sums = self.r["x_words"], self.r["x_scale"], self.r["x_sums"]
+        return Activations(
+            words=[
+                [[load(words.at[b, p, at, :, s, h], layout) for h in range(2)] for s in range(2)]
+                for p in range(2)
+            ],
+            scale=[load(scale.at[b, at, :, s], value) for s in range(2)],
+            sums=[[load(sums.at[b, at, :, s, h], value) for h in range(2)] for s in range(2)],
+            layout=layout,
+            dimensions=(2,) if shared else (0, 2),
+        )
+
+    # Dense projections
+
+    def mine(self, superblock_step: int):
+        """This warpgroup's four superblocks of a step."""
+        return pl.ds(superblock_step * 8 + self.wg * 4, 4)
+
+    def multiply_into_sums(self, fmt, weights: list, slots: list, step: int) -> None:
+        """Multiplies loaded tiles for every sequence and leaves the sums of lanes in shared memory."""
+
+        def one(b):
+            x = self.activations(b, step * 8 + self.wg * 4)
+            for tile, slot in zip(weights, slots, strict=True):
+                self.store_sums(b, slot, step, fmt.multiply(tile, x, **self.prim))
+
+        self.for_batch(one)
+
+    def store_sums(self, b, slot, step: int, value) -> None:
+        rows = plgpu.layout_cast(jnp.sum(value, axis=2), prim.TILE_ROWS)
+        self.r["sums"][b, slot, pl.ds(step * 8 + self.wg * 4, 4)] = rows
+
+    def result_rows(self, b, steps: int):
+        """float32 [16 slots, 8 rows]: the finished rows of this block's tiles."""
+        total = None
+        for part in range(8 * steps):
+            ref = self.r["sums"].at[b, :, part]
+            value = plgpu.load(ref, layout=prim.OUTPUT_ROWS, optimized=False)
+            total = value if total is None else total + value
+        return total
+
+    def for_my_batch(self, body) -> None:
+        """Runs ``body(b)`` for every sequence on one of the two warpgroups."""
+
+        def one(b):
+            @pl.when(b % WARPGROUPS == self.wg)
+            def _():
+                body(b)
+
+        self.for_batch(one)
+
+    def one_type(self, types, selector, body) -> None:
+        """Runs ``body(index)`` for the type of this layer."""
+        if len(types) == 1:
+            body(0)
+            return
+        for i in range(len(types)):
+
+            @pl.when(selector == i)
+            def _(i=i):
+                body(i)
+
+    def qkv(self, layer, count) -> None:
+        c, w = self.c, self.r["weights"]["qkv"]
+        steps = c.hidden // STEP
+        slots = ceil_div(c.qkv_tiles, c.blocks)
+        static = slots <= SLOTS
+        always = c.qkv_always // c.blocks if static else 0
+        counts = [self.table(layer, f"qkv_count{i}") for i in range(len(c.qkv_types))]
+        offsets = [self.table(layer, f"qkv_offset{i}") for i in range(len(c.qkv_types))]
+        first = TILE_FORMATS[c.qkv_types[0]]
+
+        def load(slots, step):
+            return [
+                first.load(w[0], (offsets[0] + slot * c.blocks + self.block, self.mine(step)))
+                for slot in slots
+            ]
+
+        groups = [list(range(i, min(i + 5, always))) for i in range(0, always, 5)]
+        ahead = load(groups[0], 0) if groups else None
+        self.wait(count)
+
+        def prepare(b):
+            for step, x in enumerate(self.normed(b, self.r["input_norm"].at[layer], c.down_parts)):
+                self.quantize(b, 2 * step + self.wg, x)
+
+        self.for_batch(prepare)
+        self.sync_warpgroup()
+        for group in groups:
+            for step in range(steps):
+                tiles = ahead if group is groups[0] and step == 0 else load(group, step)
+                self.multiply_into_sums(first, tiles, group, step)
+
+        def any_type(slot, place):
+            tile = slot * c.blocks + self.block
+            start = 0
+            for i, type in enumerate(c.qkv_types):
+                fmt, begin = TILE_FORMATS[type], start
+
+                @pl.when((tile >= begin) & (tile < begin + counts[i]))
+                def _(i=i, fmt=fmt, begin=begin):
+                    for step in range(steps):
+                        tiles = [fmt.load(w[i], (offsets[i] + tile - begin, self.mine(step)))]
+                        self.multiply_into_sums(fmt, tiles, [place], step)
+
+                start = start + counts[i]
+
+        def store(b, chunk):
+            out = self.r["qkv"].reshape(c.batch, c.row_stride(c.qkv_tiles * 8) // (8 * c.blocks), c.blocks, 8)
+            out[b, pl.ds(chunk * SLOTS, SLOTS), self.block] = self.result_rows(b, steps)
+
+        if static:
+            for slot in range(always, slots):
+                any_type(slot, slot)
+            self.sync_block()
+            self.for_my_batch(lambda b: store(b, 0))
+        else:
+
+            def chunk(i):
+                prim.fori(SLOTS, lambda slot: any_type(i * SLOTS + slot, slot))
+                self.sync_block()
+                self.for_my_batch(lambda b: store(b, i))
+                self.sync_block()
+
+            prim.fori(ceil_div(slots, SLOTS), chunk)
+        self.signal()
+
+    def dense(self, fmt, stack, offset, tiles: int, steps: int, count, prepare, store, *, group: int) -> None:
+        """A projection whose matrix has one type: ``store(b, chunk)`` takes the finished rows."""
+        c = self.c
+        slots = ceil_div(tiles, c.blocks)
+
+        def load(slots, step):
+            return [
+                fmt.load(
+                    stack, (offset + jnp.minimum(slot * c.blocks + self.block, tiles - 1), self.mine(step))
+                )
+                for slot in slots
+            ]
+
+        chunks = ceil_div(slots, SLOTS)
+        here = list(range(min(slots, SLOTS)))
+        groups = [here[i : i + group] for i in range(0, len(here), group)]
+
+        def load_steps(slots, i=0):
+            return [load([slot + i * SLOTS for slot in slots], step) for step in range(steps)]
+
+        ahead = load_steps(groups[0]) if chunks == 1 else None
+        self.wait(count)
+        prepare()
+        self.sync_warpgroup()
+
+        def chunk(i):
+            current = ahead if chunks == 1 else load_steps(groups[0], i)
+            for index, slots in enumerate(groups):
+                following = load_steps(groups[index + 1], i) if index + 1 < len(groups) else None
+                for step in range(steps):
+                    self.multiply_into_sums(fmt, current[step], slots, step)
+                current = following
+            self.sync_block()
+            self.for_my_batch(lambda b: store(b, i))
+            if chunks > 1:
+                self.sync_block()
+
+        prim.fori(chunks, chunk)
+
+    # Attention
+
+    def splits_of(self, b):
+        """(tiles of the context, tiles a split, splits) of sequence b: functions of its length alone."""
+        tiles = self.r["positions"][b] // KV_TILE + 1
+        each = jnp.where(tiles <= 2, 2, (tiles + self.c.splits - 1) // self.c.splits)
+        return tiles, each, (tiles + each - 1) // each
+
+    def attention(self, layer, count) -> None:
+        c = self.c
+        workers = WARPGROUPS * c.blocks
+        items = c.kv_heads * c.splits
+        heads = [self.table(layer, f"{n}_head") for n in "qkv"]
+        self.wait(count)
+
+        def sequence(b):
+            tiles, each, splits = self.splits_of(b)
+
+            def one(i):
+                turn = (self.wg * c.blocks + self.block + b * (workers // c.batch)) % workers
+                item = i * workers + turn
+                head, split = item % c.kv_heads, item // c.kv_heads
+
+                @pl.when(split < splits)
+                def _():
+                    start = split * each
+                    stop = jnp.minimum(start + each, tiles)
+                    for wg in range(WARPGROUPS):
+
+                        @pl.when(self.wg == wg)
+                        def _(wg=wg):
+                            self.attend(layer, b, head, split, splits, start, stop, heads, wg)
+
+            prim.fori(ceil_div(items, workers), one)
+
+        self.for_batch(sequence)
+        self.signal()
+
+    def rotated(self, b, halves, norm_ref, scale: float, axis: int | None):
+        """q/k-norm and RoPE (pairs j, j + 64) of one KV head's halves [64], or of query heads' [8, 64]."""
+        half = self.c.head_dim // 2
+        layout = prim.HEAD_HALVES.reduce(0)
+        load = lambda ref: plgpu.load(ref, layout=layout, optimized=False)
+        norm = [load(norm_ref.at[pl.ds(i * half, half)]) for i in range(2)]
+        cos, sin = load(self.r["cos"].at[b]), load(self.r["sin"].at[b])
+        if axis is None:
+            # Stay in vectors: every lane group holds the whole of it.
+            mean = jnp.sum(halves[0] * halves[0] + halves[1] * halves[1], axis=0) / self.c.head_dim
+            inverse = lax.rsqrt(mean + self.c.eps)
+            spread = lambda v: v
+        else:
+            shape = halves[0].shape
+            mean = jnp.sum(halves[0] * halves[0] + halves[1] * halves[1], axis=1) / self.c.head_dim
+            inverse = lax.broadcast_in_dim(lax.rsqrt(mean + self.c.eps), shape, (0,))
+            inverse = plgpu.layout_cast(inverse, prim.HEAD_HALVES)
+            spread = lambda v: plgpu.layout_cast(lax.broadcast_in_dim(v, shape, (1,)), prim.HEAD_HALVES)
+        first, second = (h * inverse * spread(n) for h, n in zip(halves, norm, strict=True))
+        cos, sin = spread(cos * scale), spread(sin * scale)
+        return first * cos - second * sin, second * cos + first * sin
+
+    def attend(self, layer, b, head, split, splits, start, stop, heads, wg: int) -> None:
+        """One warpgroup's attention over tiles start..stop of one sequence and KV head."""
+        c, half = self.c, self.c.head_dim // 2
+        rep = c.heads // c.kv_heads
+        q_head, k_head, v_head = heads
+        q_s, k_s, v_s = self.r["q"].at[wg], self.r[f"k{wg}"], self.r[f"v{wg}"]
+        qkv, position = self.r["qkv"], self.r["positions"][b]
+        load = lambda ref, layout: plgpu.load(ref, layout=layout, optimized=False)
+        for i in range(rep // 8):
+            rows = pl.ds(q_head + head * rep + i * 8, 8)
+            q = [load(qkv.at[b, rows, j], prim.HEAD_HALVES) for j in range(2)]
+            q = self.rotated(b, q, self.r["q_norm"].at[layer], LOG2E * c.head_dim**-0.5, 1)
+            for j in range(2):
+                q_s[pl.ds(i * 8, 8), pl.ds(j * half, half)] = q[j].astype(c.cache_dtype)
+
+        @pl.when(stop * KV_TILE > position)
+        def _():
+            layout = prim.HEAD_HALVES.reduce(0)
+            k = [load(qkv.at[b, k_head + head, j], layout) for j in range(2)]
+            k = self.rotated(b, k, self.r["k_norm"].at[layer], 1.0, None)
+            for j in range(2):
+                at = (layer, b, position, head, pl.ds(j * half, half))
+                self.r["k_cache"][at] = k[j].astype(c.cache_dtype)
+                v = load(qkv.at[b, v_head + head, j], layout)
+                self.r["v_cache"][at] = v.astype(c.cache_dtype)
+
+        self.sync_warpgroup()
+        wgmma, row = plgpu.Layout.WGMMA, plgpu.Layout.WGMMA.reduce(1)
+        copy = plgpu.Layout.SMEM_GMEM_COPY((KV_TILE, c.head_dim), c.cache_dtype, 128)
+        spread = lambda v, n: plgpu.layout_cast(lax.broadcast_in_dim(v, (64, n), (0,)), wgmma)
+        q = load(q_s, wgmma)
+
+        def tile(i, carry):
+            largest, total, out = carry
+            rows = (layer, b, pl.ds(i * KV_TILE, KV_TILE), head)
+            k = load(self.r["k_cache"].at[rows], copy)
+            v = load(self.r["v_cache"].at[rows], copy)
+            self.sync_warpgroup()  # the last tile's products are done with k_s and v_s
+            k_s[...] = k
+            v_s[...] = v
+            plgpu.commit_smem()
+
+            def scores(acc):
+                plgpu.wgmma(acc, q, k_s.T)
+                return acc[...]
+
+            s = pl.run_scoped(scores, plgpu.ACC((64, KV_TILE)))
+            column = plgpu.broadcasted_iota(jnp.int32, (64, KV_TILE), 1, layout=wgmma)
+            s = jnp.where(column + i * KV_TILE <= position, s, -1e30)
+            new = jnp.maximum(largest, jnp.max(s, axis=1))
+            decay = jnp.exp2(largest - new)
+            p = jnp.exp2(s - spread(new, KV_TILE))
+            total = total * decay + jnp.sum(p, axis=1)
+
+            def weighted(acc):
+                plgpu.wgmma(acc, p.astype(c.cache_dtype), v_s)
+                return acc[...]
+
+            out = out * spread(decay, c.head_dim) + pl.run_scoped(weighted, plgpu.ACC((64, c.head_dim)))
+            return new, total, out
+
+        largest, total, out = lax.fori_loop(
+            start,
+            stop,
+            tile,
+            (
+                prim.full((64,), -1e30, jnp.float32, row),
+                prim.full((64,), 0.0, jnp.float32, row),
+                prim.full((64, c.head_dim), 0.0, jnp.float32, wgmma),
+            ),
+        )
+        out = out * spread(1.0 / total, c.head_dim)
+
+        @pl.when(splits == 1)
+        def _():
+            prim.store_first_rows(self.r["attention"].at[b, pl.ds(head * rep, rep)], out, **self.prim)
+
+        @pl.when(splits > 1)
+        def _():
+            prim.store_first_rows(self.r["part"].at[b, head, split], out, **self.prim)
+            self.r["part_stats"][b, head, 0, :, split] = largest
+            self.r["part_stats"][b, head, 1, :, split] = total
+
+    def combine(self, count) -> None:
+        """Joins the splits of long contexts, in their order."""
+        c = self.c
+        workers = WARPGROUPS * c.blocks
+        rep = c.heads // c.kv_heads
+        layout = prim.lanes(128)
+        load = lambda ref: plgpu.load(ref, layout=layout, optimized=False)
+        self.wait(count)
+
+        def one(i):
+            item = i * workers + self.wg * c.blocks + self.block
+            b, head = item // c.heads, item % c.heads
+            clipped = jnp.minimum(b, c.batch - 1)
+            _, _, splits = self.splits_of(clipped)
+
+            @pl.when((b < c.batch) & (splits > 1))
+            def _():
+                group, row = head // rep, head % rep
+                largest = load(self.r["part_stats"].at[b, group, 0, row])
+                total = load(self.r["part_stats"].at[b, group, 1, row])
+                used = plgpu.broadcasted_iota(jnp.int32, (MAX_SPLITS,), 0, layout=layout) < splits
+                largest = jnp.where(used, largest, -1e30)
+                shift = self.total(largest, layout, "max", "split_largest", i)
+                weight = jnp.where(used, total * jnp.exp2(largest - shift), 0.0)
+                total = self.total(weight, layout, "add", "split_sum", i)
+                self.r["split_weight"][self.wg] = weight / total
+                self.sync_warpgroup()
+
+                def add(split, acc):
+                    value = load(self.r["part"].at[b, group, split, row])
+                    return acc + value * self.r["split_weight"][self.wg, split]
+
+                out = lax.fori_loop(0, splits, add, prim.full((128,), 0.0, jnp.float32, layout))
+                self.r["attention"][b, head] = out
+                self.sync_warpgroup()
+
+        prim.fori(ceil_div(c.batch * c.heads, workers), one)
+        self.signal()
+
+    def output_projection(self, layer, count) -> None:
+        c = self.c
+        width = c.heads * c.head_dim
+        steps = width // STEP
+        tiles = c.hidden // 8
+        source = self.r["attention"].reshape(c.batch, width // 32, 2, 4, 4)
+
+        def prepare():
+            def one(b):
+                for step in range(steps):
+                    chunk = 2 * step + self.wg
+                    ref = source.at[b, pl.ds(chunk * 32, 32)]
+                    self.quantize(b, chunk, plgpu.load(ref, layout=prim.SUBBLOCKS, optimized=False))
+
+            self.for_batch(one)
+
+        def store(b, chunk):
+            at = (b, pl.ds(chunk * SLOTS, SLOTS), self.block)
+            total = self.result_rows(b, steps)
+            for part in range(1 + c.down_parts):
+                total += plgpu.load(
+                    self.state_rows.at[(part, *at)], layout=prim.OUTPUT_ROWS, optimized=False
+                )
+            self.state_rows[(0, *at)] = total
+
+        def run(i):
+            fmt = TILE_FORMATS[c.o_types[i]]
+            stack = self.r["weights"]["o"][i]
+            offset = self.table(layer, "o_offset")
+            self.dense(fmt, stack, offset, tiles, steps, count, prepare, store, group=2)
+
+        self.one_type(c.o_types, self.table(layer, "o_type"), run)
+        self.signal()
+
+    # Experts
+
+    def router(self, layer, count) -> None:
+        """Normed activations for the experts, and this block's rows of router logits."""
+        c = self.c
+        steps = c.hidden // STEP
+        rounds = ceil_div(c.experts, c.blocks)
+        self_rows = []
+        if rounds <= 2:
+            for i in range(rounds):
+                expert = jnp.minimum(i * c.blocks + self.block, c.experts - 1)
+                self_rows.append(self.router_row(layer, expert))
+        self.wait(count)
+
+        def one(b):
+            x = self.normed(b, self.r["post_norm"].at[layer], 0)
+            for step in range(steps):
+                self.quantize(b, 2 * step + self.wg, x[step])
+
+            def expert_round(i):
+                expert = jnp.minimum(i * c.blocks + self.block, c.experts - 1)
+                row = self_rows[i] if self_rows else self.router_row(layer, expert)
+                product = sum(v * r for v, r in zip(x, row, strict=True))
+                total = self.total(product, prim.SUBBLOCKS, "add", "router", b * rounds + i)
+                self.r["router_logits"][self.wg, b, expert] = total
+
+            if self_rows:
+                for i in range(rounds):
+                    expert_round(i)
+            else:
+                prim.fori(rounds, expert_round)
+
+        self.for_batch(one)
+        self.signal()
+
+    def router_row(self, layer, expert) -> list:
+        return [
+            plgpu.load(
+                self.r["router"].at[layer, expert, pl.ds((2 * step + self.wg) * 32, 32)],
+                layout=prim.SUBBLOCKS,
+                optimized=False,
+            )
+            for step in range(self.c.hidden // STEP)
+        ]
+
+    def choose(self, layer) -> Any:
+        """Top-k experts and their weights for every sequence; returns the warpgroup whose tables to read.
+
+        Softmax over all experts followed by renormalization over the chosen is a softmax over
+        the chosen: the common denominator cancels.
+        """
+        c = self.c
+        n, layout = c.padded_experts, prim.lanes(c.padded_experts)
+        alone = c.batch == 1
+
+        def one(b):
+            table = self.wg if alone else 0
+            logit = [
+                plgpu.load(self.r["router_logits"].at[i, b], layout=layout, optimized=False)
+                for i in range(WARPGROUPS)
+            ]
+            index = plgpu.broadcasted_iota(jnp.int32, (n,), 0, layout=layout)
+            logit = jnp.where(index < c.experts, logit[0] + logit[1], -1e30)
+            if c.replay:
+                rank = prim.full((n,), c.experts_per_token, jnp.int32, layout)
+                for i in range(c.experts_per_token):
+                    rank = jnp.where(index == self.r["replay_ids"][layer, b, i], i, rank)
+            else:
+                self.r["logit"][self.wg] = logit
+                self.sync_warpgroup()
+
+                def compare(i, rank):
+                    for j in range(8):
+                        other = self.r["logit"][self.wg, i * 8 + j]
+                        before = (other > logit) | ((other == logit) & (i * 8 + j < index))
+                        rank = rank + jnp.where(before, 1, 0)
+                    return rank
+
+                rank = lax.fori_loop(0, n // 8, compare, prim.full((n,), 0, jnp.int32, layout))
+            chosen = rank < c.experts_per_token
+            logit = jnp.where(chosen, logit, -1e30)
+            largest = self.total(logit, layout, "max", "largest", b)
+            p = jnp.where(chosen, jnp.exp2((logit - largest) * LOG2E), 0.0)
+            p = p / self.total(p, layout, "add", "sum", b)
+            prim.scatter(self.r["ids"].at[table, b], rank, index, layout, **self.prim)
+            prim.scatter(self.r["routing"].at[table, b], rank, p, layout, **self.prim)
+
+        if alone:
+            one(0)
+            self.sync_warpgroup()
+        else:
+            self.for_my_batch(one)
+            self.sync_block()
+        table = self.wg if alone else 0
+
+        @pl.when((self.block == 0) & (self.wg == 0))
+        def _():
+            def copy(b):
+                for i in range(c.experts_per_token):
+                    self.r["expert_ids"][layer, b, i] = self.r["ids"][table, b, i]
+
+            self.for_batch(copy)
+
+        return table
+
+    def gate_up(self, layer, count):
+        """SwiGLU of every chosen expert; returns what ``choose`` returns."""
+        c = self.c
+        self.wait(count)
+        table = self.choose(layer)
+        self.one_type(
+            c.gate_up_types,
+            self.table(layer, "gate_up_type"),
+            lambda i: self.gate_up_type(layer, table, i),
+        )
+        self.signal()
+        return table
+
+    def gate_up_type(self, layer, table, type_index: int) -> None:
+        c = self.c
+        fmt = TILE_FORMATS[c.gate_up_types[type_index]]
+        stacks = [self.r["weights"][n][type_index] for n in ("gate", "up")]
+        offset = self.table(layer, "gate_up_offset")
+        per_expert = c.moe_width // 8
+        items = c.pairs * per_expert
+        _, used, chunks = expert_slots(c)
+        group = next(n for n in (3, 4, 2, 5, 7, 1) if used % n == 0)
+        steps = c.hidden // STEP
+        alone = c.batch == 1
+        x = [self.activations(0, step * 8 + self.wg * 4) for step in range(steps)] if alone and steps == 1 else None
+
+        def load(slots):
+            out = []
+            for slot in slots:
+                item = jnp.minimum(slot * c.blocks + self.block, items - 1)
+                pair, tile = item // per_expert, item % per_expert
+                b, k = (0, pair) if alone else (pair // c.experts_per_token, pair % c.experts_per_token)
+                tile = offset + self.r["ids"][table, b, k] * per_expert + tile
+                out.append(
+                    (b, [[fmt.load(s, (tile, self.mine(step))) for s in stacks] for step in range(steps)])
+                )
+            return out
+
+        def multiply(loaded, places):
+            for (b, tiles), place in zip(loaded, places, strict=True):
+                for step in range(steps):
+                    here = x[step] if x else self.activations(b, step * 8 + self.wg * 4)
+                    for which in range(2):
+                        value = fmt.multiply(tiles[step][which], here, **self.prim)
+                        self.store_sums(which, place, step, value)
+
+        def chunk(i):
+            if used // group <= 2 and steps == 1:
+                loaded = [
+                    load([i * used + g * group + j for j in range(group)]) for g in range(used // group)
+                ]
+                for g, tiles in enumerate(loaded):
+                    multiply(tiles, [g * group + j for j in range(group)])
+            else:
+
+                def one_group(g):
+                    tiles = load([i * used + g * group + j for j in range(group)])
+                    multiply(tiles, [g * group + j for j in range(group)])
+
+                prim.fori(used // group, one_group)
+            self.sync_block()
+
+            @pl.when(self.wg == 0)
+            def _():
+                gate, up = self.result_rows(0, steps), self.result_rows(1, steps)
+                value = gate / (1.0 + jnp.exp2(gate * -LOG2E)) * up
+                self.r["swiglu"][pl.ds(i * used, SLOTS), self.block] = value
+
+            self.sync_block()
+
+        prim.fori(chunks, chunk)
+
+    def down(self, layer, table, count) -> None:
+        self.one_type(
+            self.c.down_types,
+            self.table(layer, "down_type"),
+            lambda i: self.down_type(layer, table, count, i),
+        )
+        self.signal()
+
+    def down_type(self, layer, table, count, type_index: int) -> None:
+        """Block (tile of 32 rows, part): that part of each token's experts, summed in top-k order."""
+        c = self.c
+        fmt = TILE_FORMATS[c.down_types[type_index]]
+        stack = self.r["weights"]["down"][type_index]
+        offset = self.table(layer, "down_offset")
+        per_part = c.experts_per_token // c.down_parts
+        superblocks = c.moe_width // SUPERBLOCK
+        tiles = c.hidden // 32
+        mine = per_part // WARPGROUPS
+        chunks = ceil_div(per_part * c.moe_width, CHUNK)
+        slots = c.pairs
+        swiglu = self.r["swiglu"]
+        size = swiglu.shape[0] * swiglu.shape[1] * 8
+        source = swiglu.reshape(size // 32, 2, 4, 4)
+        del slots
+
+        def place(i):
+            item = i * c.blocks + self.block
+            return item // c.down_parts, item % c.down_parts
+
+        def load(b, tile, part):
+            out = []
+            for j in range(mine):
+                k = part * per_part + self.wg * mine + j
+                first = offset + self.r["ids"][table, b, k] * (c.hidden // 8) + tile * 4
+                out += [fmt.load(stack, (pl.ds(first, 4), s)) for s in range(superblocks)]
+            return out
+
+        rounds = ceil_div(tiles * c.down_parts, c.blocks)
+        early = rounds == 1 and c.batch == 1
+        tile, part = place(0)
+        last = jnp.minimum(tile, tiles - 1)
+        ahead = load(0, last, part) if early else None
+        self.wait(count)
+
+        def one_place(i):
+            tile, part = (last, place(0)[1]) if early else place(i)
+
+            def prepare(b):
+                for chunk in range(chunks):
+                    @pl.when(self.wg == chunk % WARPGROUPS)
+                    def _(chunk=chunk):
+                        start = (b * c.experts_per_token + part * per_part) * c.moe_width // 32 + chunk * 32
+                        ref = source.at[pl.ds(start, 32)]
+                        self.quantize(b, chunk, plgpu.load(ref, layout=prim.SUBBLOCKS, optimized=False))
+
+            self.for_batch(prepare)
+            self.sync_block()
+
+            def one(b):
+                weights = ahead if early else load(b, tile, part)
+                for j in range(mine):
+                    k = self.wg * mine + j
+                    total = None
+                    for s in range(superblocks):
+                        x = self.activations(b, k * superblocks + s, shared=True)
+                        value = fmt.multiply(weights[j * superblocks + s], x, **self.prim)
+                        total = value if total is None else total + value
+                    rows = plgpu.layout_cast(jnp.sum(total, axis=2), prim.TILE_ROWS)
+                    routing = self.r["routing"][table, b, part * per_part + k]
+                    self.r["sums"][b, k, pl.ds(0, 4)] = rows * routing
+
+            self.for_batch(one)
+            self.sync_block()
+
+            def store(b):
+                total = None
+                for k in range(per_part):
+                    ref = self.r["sums"].at[b, k, pl.ds(0, 4)]
+                    value = plgpu.load(ref, layout=prim.TILE_ROWS, optimized=False)
+                    total = value if total is None else total + value
+                out = self.state.reshape(1 + c.down_parts, c.batch, c.row_stride(c.hidden) // 32, 4, 8)
+                out[1 + part, b, tile] = total
+
+            self.for_my_batch(store)
+
+        def guarded(i):
+            @pl.when(place(i)[0] < tiles)
+            def _():
+                one_place(i)
+
+            if rounds > 1:
+                self.sync_block()
+
+        prim.fori(rounds, guarded)
+
+    def logits(self, count) -> None:
+        c = self.c
+
+        def prepare():
+            def one(b):
+                for step, x in enumerate(self.normed(b, self.r["final_norm"], c.down_parts)):
+                    self.quantize(b, 2 * step + self.wg, x)
+
+            self.for_batch(one)
+
+        def store(b, chunk):
+            rows = self.result_rows(b, c.hidden // STEP)
+            self.r["logits"][b, pl.ds(chunk * SLOTS, SLOTS), self.block] = rows
+
+        fmt, stack = TILE_FORMATS[c.lm_head_type], self.r["weights"]["lm_head"][0]
+        self.dense(fmt, stack, 0, c.vocab // 8, c.hidden // STEP, count, prepare, store, group=4)
+
+    def run(self) -> None:
+        c = self.c
+        self.r["q"][self.wg] = prim.full((64, c.head_dim), 0.0, c.cache_dtype, plgpu.Layout.WGMMA)
+        self.sync_block()
+        split = jnp.int32(0)
+        for b in range(c.batch):
+            split = jnp.where(self.splits_of(b)[2] > 1, 1, split)
+
+        def layer(i, count):
+            self.qkv(i, count)
+            self.attention(i, count + 1)
+
+            @pl.when(split > 0)
+            def _():
+                self.combine(count + 2)
+
+            count = count + split
+            self.output_projection(i, count + 2)
+            self.router(i, count + 3)
+            table = self.gate_up(i, count + 4)
+            self.down(i, table, count + 5)
+            return count + 6
+
+        count = lax.fori_loop(0, c.layers, layer, jnp.int32(0))
+        self.logits(count)
+        if self.semaphore is not None:
+            self.signal()
+
+            @pl.when((self.block == 0) & (self.wg == 0))
+            def _():
+                target = (count + 1) * (WARPGROUPS * c.blocks)
+                plgpu.semaphore_wait(self.semaphore, target, memory_scope="gpu")  # leaves zero behind
+
+
+def decode_step(config: StepConfig, operands: dict[str, Any], *, interpret: Any = None) -> dict[str, jax.Array]:
+    """Runs the kernel.
+
+    Args:
+      operands: as ``OPERANDS`` names; ``state``, ``k_cache`` and ``v_cache`` are ``jax.Ref``
+        and are updated in place.
+      interpret: Pallas' interpreter parameters (``emulate`` must be set too).
+
+    Returns:
+      The results and buffers that :func:`output_types` lists.
+    """
+    outputs, scratch = output_types(config), scratch_types(config)
+    leaves, tree = jax.tree.flatten([operands[name] for name in OPERANDS])
+
+    def body(*refs, **scratch_refs):
+        named = dict(zip(OPERANDS, jax.tree.unflatten(tree, refs[: len(leaves)]), strict=True))
+        named |= dict(zip(outputs, refs[len(leaves) :], strict=True)) | scratch_refs
+        Step(config, named).run()
+
+    kernel = plgpu.kernel(
+        body,
+        out_type=tuple(outputs.values()),
+        scratch_types=scratch,
+        grid=(config.blocks,),
+        grid_names=("sm",),
+        num_threads=WARPGROUPS,
+        thread_name="wg",
+        kernel_name="qwen3_moe_decode_step",
+        interpret=interpret,
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True,
+            unsafe_no_auto_barriers=True,
+            lowering_semantics=plgpu.LoweringSemantics.Lane,  # layouts are given, not searched for
+        ),
+    )
+    return dict(zip(outputs, kernel(*leaves), strict=True))
+
+
+__all__ = ["OPERANDS", "StepConfig", "decode_step", "output_types", "state_shape"]

@@ -1,0 +1,194 @@
+"""How the decode kernel reads and multiplies a weight tile, one class a quantization type.
+
+A tile format loads what one lane needs of four tiles (its row and 64 neighbouring columns:
+two subblocks of 32) and multiplies it with quantized activations. ``convert.gpu_tiles``
+documents the arrays. Dot products are exact integers; each is scaled once in float32.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from convert.ggml_types import GGMLType
+from kernels_pallas.decode_step import primitives_mosaic_gpu as prim
+
+Array = Any
+SHAPE = (4, 8, 4)
+"""[tiles, rows, column groups] of what a warpgroup multiplies at once, one value a lane."""
+
+
+@dataclass(frozen=True)
+class Activations:
+    """One lane's 64 activations, quantized in two int8 parts: value = scale * (128 * high + low).
+
+    Attributes:
+      words: ``words[part][subblock][half]``, int32 words of 4 int8, of layout ``layout``.
+      scale: ``scale[subblock]``, float32.
+      sums: ``sums[subblock][half]``, int32 sums of 16 integers 128 * high + low.
+      layout: the register layout of ``words``.
+      dimensions: where the axes of ``scale`` and ``sums`` lie in ``SHAPE``.
+    """
+
+    words: list
+    scale: list
+    sums: list
+    layout: Any
+    dimensions: tuple[int, ...]
+
+    def spread(self, value: Array) -> Array:
+        """Repeats a per-subblock value for all rows."""
+        return plgpu.layout_cast(lax.broadcast_in_dim(value, SHAPE, self.dimensions), prim.TILE_LANES)
+
+    def sum32(self, subblock: int) -> Array:
+        """Float32 sum of the subblock's 32 activations."""
+        first, second = self.sums[subblock]
+        return (first + second).astype(jnp.float32) * self.scale[subblock]
+
+
+def _load(ref, layout):
+    return plgpu.load(ref, layout=layout, optimized=False)
+
+
+def _nibbles(word: Array, subblock: int) -> Array:
+    return (word & 0x0F0F0F0F) if subblock == 0 else ((word >> 4) & 0x0F0F0F0F)
+
+
+def _dot(words: list, x: Activations, subblock: int, halves: tuple[int, ...], *, start=None, signed, emulate):
+    """Integer dot product of the halves of a subblock with both parts of the activations."""
+    zero = prim.full(SHAPE, 0, jnp.int32, prim.TILE_LANES)
+    parts = []
+    for part in range(2):
+        total = zero
+        for half in halves:
+            total = prim.dot16(
+                words[half], x.words[part][subblock][half], total, x.layout, signed=signed, emulate=emulate
+            )
+        parts.append(total)
+    total = parts[0] * 128 + parts[1]
+    return total if start is None else total + start
+
+
+def _byte(word: Array, index: int) -> Array:
+    return ((word >> (8 * index)) & 0xFF).astype(jnp.float32)
+
+
+def _signed_byte(word: Array, index: int) -> Array:
+    return ((word << (24 - 8 * index)) >> 24).astype(jnp.float32)
+
+
+def _row_scale(value: Array) -> Array:
+    return plgpu.layout_cast(
+        lax.broadcast_in_dim(value.astype(jnp.float32), SHAPE, (0, 1)), prim.TILE_LANES
+    )
+
+
+class Q4K:
+    """``q`` [.., 2, 8, 4, 4], ``scales`` [.., 8, 4], ``d`` and ``dmin`` [.., 8]."""
+
+    names = ("q", "scales", "d", "dmin")
+
+    @staticmethod
+    def load(stack: dict, index: tuple) -> tuple:
+        q = [_load(stack["q"].at[(*index, half)], prim.TILE_WORDS) for half in range(2)]
+        scales = _load(stack["scales"].at[index], prim.TILE_LANES)
+        d, dmin = (_load(stack[n].at[index], prim.TILE_ROWS) for n in ("d", "dmin"))
+        return (*q, scales, d, dmin)
+
+    @staticmethod
+    def words(weights: tuple, subblock: int) -> list:
+        return [_nibbles(weights[half], subblock) for half in range(2)]
+
+    @classmethod
+    def multiply(cls, weights: tuple, x: Activations, *, emulate: bool) -> Array:
+        scales, d, dmin = weights[-3:]
+        value, minimum = 0.0, 0.0
+        for s in range(2):
+            dot = _dot(cls.words(weights, s), x, s, (0, 1), signed=False, emulate=emulate)
+            value += dot.astype(jnp.float32) * (_byte(scales, s) * x.spread(x.scale[s]))
+            minimum += _byte(scales, 2 + s) * x.spread(x.sum32(s))
+        return value * _row_scale(d) - minimum * _row_scale(dmin)
+
+
+class Q5K(Q4K):
+    """As Q4K, and ``qh`` [.., 2, 8, 4]: bit j + 4 * subblock of a byte is the fifth bit of word j."""
+
+    names = ("q", "qh", "scales", "d", "dmin")
+
+    @staticmethod
+    def load(stack: dict, index: tuple) -> tuple:
+        high = [_load(stack["qh"].at[(*index, half)], prim.TILE_LANES) for half in range(2)]
+        return (*high, *Q4K.load(stack, index))
+
+    @staticmethod
+    def words(weights: tuple, subblock: int) -> list:
+        shift = plgpu.broadcasted_iota(jnp.int32, (4, 8, 4, 4), 3, layout=prim.TILE_WORDS) + 4 * subblock
+        out = []
+        for half in range(2):
+            high = lax.broadcast_in_dim(weights[half], (4, 8, 4, 4), (0, 1, 2))
+            high = plgpu.layout_cast(high, prim.TILE_WORDS)
+            out.append(_nibbles(weights[2 + half], subblock) | (((high >> shift) & 0x01010101) << 4))
+        return out
+
+
+class Q6K:
+    """``ql`` [.., 2, 8, 4, 4], ``qh`` [.., 8, 4, 4], ``scales`` [.., 8, 4], ``d`` [.., 8].
+
+    Bits 2 * (2 * half + subblock) of each byte of ``qh`` are the upper bits of that half's nibbles.
+    Scale 2 * subblock + half is one byte of the word.
+    """
+
+    names = ("ql", "qh", "scales", "d")
+
+    @staticmethod
+    def load(stack: dict, index: tuple) -> tuple:
+        q = [_load(stack["ql"].at[(*index, half)], prim.TILE_WORDS) for half in range(2)]
+        high = _load(stack["qh"].at[index], prim.TILE_WORDS)
+        scales = _load(stack["scales"].at[index], prim.TILE_LANES)
+        return (*q, high, scales, _load(stack["d"].at[index], prim.TILE_ROWS))
+
+    @staticmethod
+    def multiply(weights: tuple, x: Activations, *, emulate: bool) -> Array:
+        *q, high, scales, d = weights
+        value = 0.0
+        for s in range(2):
+            subblock = 0.0
+            for half in range(2):
+                upper = ((high >> (2 * (2 * half + s))) & 0x03030303) << 4
+                words = [None, None]
+                words[half] = _nibbles(q[half], s) | upper
+                start = x.spread(x.sums[s][half]) * -32  # the stored weight is 32 above the true one
+                dot = _dot(words, x, s, (half,), start=start, signed=False, emulate=emulate)
+                subblock += dot.astype(jnp.float32) * _signed_byte(scales, 2 * s + half)
+            value += subblock * x.spread(x.scale[s])
+        return value * _row_scale(d)
+
+
+class Q80:
+    """``q`` [.., 4, 8, 4, 4] (2 * subblock + half), ``d0`` and ``d1`` [.., 8, 4]: the scales of the subblocks."""
+
+    names = ("q", "d0", "d1")
+
+    @staticmethod
+    def load(stack: dict, index: tuple) -> tuple:
+        q = [_load(stack["q"].at[(*index, i)], prim.TILE_WORDS) for i in range(4)]
+        return (*q, *(_load(stack[n].at[index], prim.TILE_LANES) for n in ("d0", "d1")))
+
+    @staticmethod
+    def multiply(weights: tuple, x: Activations, *, emulate: bool) -> Array:
+        value = 0.0
+        for s in range(2):
+            words = list(weights[2 * s : 2 * s + 2])
+            dot = _dot(words, x, s, (0, 1), signed=True, emulate=emulate)
+            value += dot.astype(jnp.float32) * (weights[4 + s].astype(jnp.float32) * x.spread(x.scale[s]))
+        return value
+
+
+TILE_FORMATS: dict[GGMLType, Any] = {
+    GGMLType.Q4_K: Q4K,
+    GGMLType.Q5_K: Q5K,
+    GGMLType.Q6_K: Q6K,
+    GGMLType.Q8_0: Q80,
+}
