@@ -93,7 +93,9 @@ class _Part(nn.Module):
         )
 
     def packed(self, name: str, shape: tuple[int, ...]) -> PackedTensor:
-        """The parameter of this name, of logical ``shape``."""
+        """The parameter of this name, of logical ``shape``; its layout is whatever the loader chose."""
+        if self.has_variable("params", name):
+            return self.get_variable("params", name)
 
         def zeros(_key: jax.Array) -> PackedTensor:
             ggml_type = self.types[self.prefix + name]
