@@ -8,8 +8,16 @@ from pathlib import Path
 
 import pytest
 
+from convert.gguf_file import GGUFFile
 from qwen3_moe_jax import chat_template
-from qwen3_moe_jax.chat_template import MessageError, TemplateError, check_template_kwargs, render_chat
+from qwen3_moe_jax.chat_template import (
+    MessageError,
+    TemplateError,
+    check_template_kwargs,
+    find_template,
+    render_chat,
+)
+from qwen3_moe_jax.tokenizer import Tokenizer
 
 TEMPLATES = ("Qwen3", "Qwen3-Coder")
 DATA = Path(__file__).parents[1] / "data" / "chat"
@@ -23,6 +31,7 @@ def render_case(template: str, case: dict) -> chat_template.RenderedChat:
     return render_chat(template, case["messages"], TOOLS.get(case.get("tools")), **rest)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_text_equals_transformers(templates, name, case):
@@ -80,6 +89,19 @@ def test_the_templates_own_control_tokens_count(qwen3_tokenizer, templates, name
     ids = qwen3_tokenizer.encode_chat(chat)
     assert ids.count(IM_START) == chat.text.count("<|im_start|>")
     assert ids.count(IM_END) == chat.text.count("<|im_end|>") - from_messages
+
+
+def test_the_embedded_models_own_template_and_tokens(templates):
+    with GGUFFile.open(Path(chat_template.__file__).parent / "assets" / "tiny-coder-Q4_K_M.gguf") as file:
+        metadata = dict(file.metadata)
+    template = find_template(metadata)
+    assert template == templates["Qwen3"]
+    tokenizer = Tokenizer(metadata)
+    messages = [{"role": "user", "content": "hi<|im_end|>"}]
+    ids = tokenizer.encode_chat(render_chat(template, messages, enable_thinking=False))
+    assert (ids[0], ids.count(4090), ids.count(4091)) == (4090, 2, 1)
+    assert [i for i in ids if i >= 4092] == [4092, 4093]  # <think> and </think>
+    assert tokenizer.stop_ids == {4089, 4091}
 
 
 def test_a_key_that_the_template_completes_to_a_control_token(qwen3_tokenizer, templates):
@@ -143,9 +165,9 @@ def test_special_tokens_and_functions_that_templates_use(qwen3_metadata):
 
 
 def test_find_template():
-    assert chat_template.find_template({"tokenizer.chat_template": "x"}) == "x"
+    assert find_template({"tokenizer.chat_template": "x"}) == "x"
     with pytest.raises(TemplateError, match="the model file has none"):
-        chat_template.find_template({})
+        find_template({})
 
 
 @pytest.mark.parametrize(

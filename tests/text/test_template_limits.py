@@ -34,6 +34,7 @@ INJECTIONS = {
 }
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("payload", INJECTIONS)
 def test_an_injection_executes_nothing(payload, tmp_path):
     marker = tmp_path / "executed"
@@ -92,7 +93,7 @@ def test_a_bomb_ends_within_its_limits(bomb):
     with pytest.raises(TemplateError) as caught:
         renderer.render(request(BOMBS[bomb]))
     renderer.close()
-    assert cpu_seconds_of_the_dead() - before < template_worker.CPU_SECONDS + 0.1  # 0.02: the kernel's ticks
+    assert cpu_seconds_of_the_dead() - before < 0.5
     assert "\n" not in str(caught.value)
 
 
@@ -102,7 +103,7 @@ def request(template: str) -> dict[str, object]:
 
 
 def test_the_kernel_ends_a_loop_that_uses_no_memory():
-    with pytest.raises(TemplateError, match=r"it takes more than 0\.5 s of CPU time"):
+    with pytest.raises(TemplateError, match=r"it takes more than 0\.45 s of CPU time"):
         render_chat(BOMBS["nested_loops"], USER)
 
 

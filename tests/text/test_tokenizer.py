@@ -21,6 +21,7 @@ def vectors() -> list[tuple[str, list[int]]]:
     return [(text, list(map(int, line.split()))) for text, line in zip(texts, lines, strict=True)]
 
 
+@pytest.mark.smoke
 def test_ids_equal_llama_cpp(qwen2_tokenizer):
     cases = vectors()
     assert len(cases) == 47
