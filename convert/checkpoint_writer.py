@@ -83,11 +83,13 @@ def _write_tensors(
     done, total = 0, _tensors_nbytes(source)
     files: dict[str, FileRecord] = {}
     os.mkdir(folder / TENSORS_NAME)
-    with ThreadPoolExecutor(READ_THREADS) as pool, _orbax() as save:
+    # Orbax saves in a thread of the pool, which an interrupt waits for: a save that was torn out of its
+    # event loop would go on writing while the folder is being removed.
+    with _orbax() as save, ThreadPoolExecutor(READ_THREADS + 1) as pool:
         for item, paths in _items(source.paths()).items():
             tensors = {path: source.tensor(path) for path in paths}
             hashing = _start_hashing(pool, tensors)
-            save(folder / TENSORS_NAME / item, _tree(tensors))
+            pool.submit(save, folder / TENSORS_NAME / item, _tree(tensors)).result()
             for name, (nbytes, digests) in hashing.items():
                 files[name] = FileRecord(nbytes, tuple(digest.result() for digest in digests))
             done += sum(tensor.nbytes for tensor in tensors.values())

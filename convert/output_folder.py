@@ -14,6 +14,7 @@ import re
 import secrets
 import shutil
 import stat
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +24,8 @@ from convert.errors import ModelFileError, printable
 SPACE_MARGIN = 1.1
 """A disk must have this many times the bytes that will be written."""
 
+_QUIET_CHECKS = 5
+_QUIET_SECONDS = 0.02
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 _NOT_ALLOWED = (errno.EROFS, errno.EACCES, errno.EPERM)
 # tensorstore, which orbax writes with, raises ValueErrors with the system's text in them.
@@ -78,9 +81,18 @@ def _write(out: Path) -> Iterator[Path]:
         yield temporary
         sync_tree(temporary)
         os.rename(temporary, out)
-        _sync(out.parent)
-    finally:
-        remove_tree(temporary)
+    except BaseException:
+        _remove_for_good(temporary)
+        raise
+    _sync(out.parent)
+
+
+def _remove_for_good(folder: Path) -> None:
+    """Removes a folder that writes which failed late, in threads nobody can wait for, may make again."""
+    for _ in range(_QUIET_CHECKS):
+        remove_tree(folder)
+        time.sleep(_QUIET_SECONDS)
+    remove_tree(folder)
 
 
 @contextmanager

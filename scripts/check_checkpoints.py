@@ -321,6 +321,8 @@ def check_kills(work: Path, count: int, rng: random.Random) -> dict:
     for i in range(count):
         delay = rng.uniform(0, longest)
         state = kill_writer(model, out, delay)
+        # Follows how busy the machine is: about two of seven writers get to their end.
+        longest *= 0.95 if state == "verified" else 1.02
         states[state] = states.get(state, 0) + 1
         if state == "damaged":
             faults.append(f"kill {i} after {delay:.4f} s: damaged")
@@ -331,7 +333,7 @@ def check_kills(work: Path, count: int, rng: random.Random) -> dict:
         shutil.rmtree(out, ignore_errors=True)
     if fingerprint(older) != before:
         faults.append("a checkpoint beside was changed")
-    return {"kills": count, "within_seconds": round(longest, 3), "found": states, "faults": faults}
+    return {"kills": count, "found": states, "faults": faults}
 
 
 def check_full_disks(work: Path, count: int) -> dict:

@@ -17,9 +17,11 @@ from convert.__main__ import main
 from convert.checkpoint import array_files
 from convert.checkpoint_writer import checkpoint_nbytes, write_checkpoint
 from convert.errors import ModelFileError
+from convert.ggml_types import GGMLType
 from convert.manifest import CHECKSUM_NAME, MANIFEST_NAME, PIECE_BYTES, Manifest, checksum_file, piece_digest
 from convert.model_source import open_model
 from convert.output_folder import OutputError, output_folder
+from convert.packed import array_nbytes
 from convert.progress import format_bytes, show_progress
 from scripts.make_random_gguf import write_random_gguf
 
@@ -268,6 +270,22 @@ def nan_scale(folder: Path, data_file: Path) -> None:
     sign(folder, name, bytes(data))
 
 
+def key_of_a_real_file_outside(folder: Path, data_file: Path) -> None:
+    (folder.parent / "outside").write_bytes(b"secret")
+    record = {"nbytes": 6, "sha256": [piece_digest(b"secret")]}
+    name = "tensors/layers.0/../../../outside"
+    assert (folder / name).exists()
+    edit_json(folder, MANIFEST_NAME, lambda m: m["files"].update({name: record}))
+
+
+def whole_norm_of_a_quantized_type(folder: Path, data_file: Path) -> None:
+    sizes = array_nbytes(GGMLType.Q8_0, (256,))
+    for array, name in array_files("norm", GGMLType.Q8_0, (256,)).items():
+        (folder / name).parent.mkdir()
+        sign(folder, name, bytes(sizes[array]))
+    edit_json(folder, MANIFEST_NAME, lambda m: m["types"].update(norm="Q8_0"))
+
+
 def files_key(name: str) -> Callable[[dict], object]:
     digest = {"nbytes": 0, "sha256": []}
     return lambda manifest: manifest["files"].update({name: digest})
@@ -279,6 +297,8 @@ def first_file(**fields: object) -> Callable[[dict], object]:
 
 HOSTILE = {
     "absolute key": hostile_manifest(files_key("/etc/passwd")),
+    "key of a real file outside": key_of_a_real_file_outside,
+    "whole norm of a quantized type": whole_norm_of_a_quantized_type,
     "key with dots": hostile_manifest(files_key("tensors/layers.0/../../../../etc/passwd")),
     "key with dots inside tensors": hostile_manifest(files_key("tensors/../metadata.json")),
     "empty part in a key": hostile_manifest(files_key("tensors//etc/passwd")),

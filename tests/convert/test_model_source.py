@@ -100,6 +100,7 @@ def test_progress_reaches_the_total(small_gguf):
         assert calls[-1] == (source.nbytes, source.nbytes)
 
 
+@pytest.mark.parametrize("chunk_bytes", [1000, 1 << 22])
 @pytest.mark.parametrize(
     ("path", "block", "field", "where"),
     [
@@ -110,8 +111,9 @@ def test_progress_reaches_the_total(small_gguf):
     ],
 )
 def test_nonfinite_number_is_refused_by_default(
-    small_gguf, small_config, tmp_path, path, block, field, where
+    small_config, tmp_path, monkeypatch, path, block, field, where, chunk_bytes
 ):
+    monkeypatch.setattr("convert.model_source.READ_CHUNK_BYTES", chunk_bytes)
     model = tmp_path / "model.gguf"
     types = dict.fromkeys(("layers.0.mlp.experts.up_proj", "layers.1.mlp.experts.down_proj"), GGMLType.Q4_K)
     write_random_gguf(model, small_config, types=types)
