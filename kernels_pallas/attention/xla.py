@@ -16,16 +16,20 @@ KEY_BLOCK = 256
 
 
 @jax.jit
-def attention(q: jax.Array, k_cache: jax.Array, v_cache: jax.Array, positions: jax.Array) -> jax.Array:
-    """See ``api.attention``."""
-    return _attention(q, k_cache, v_cache, positions)
+def attention(
+    q: jax.Array, k_cache: jax.Array, v_cache: jax.Array, positions: jax.Array, layer: jax.Array
+) -> jax.Array:
+    """See ``api.attention``; the caches are those of all layers."""
+    return _attention(q, k_cache, v_cache, positions, layer)
 
 
 @jax.custom_vjp
-def _attention(q: jax.Array, k_cache: jax.Array, v_cache: jax.Array, positions: jax.Array) -> jax.Array:
+def _attention(
+    q: jax.Array, k_cache: jax.Array, v_cache: jax.Array, positions: jax.Array, layer: jax.Array
+) -> jax.Array:
     T = q.shape[1]
     if T <= QUERY_TILE:
-        return _query_tile(q, k_cache, v_cache, positions)
+        return _query_tile(q, k_cache, v_cache, positions, layer)
     tiles = -(-T // QUERY_TILE)
 
     def step(i: jax.Array, out: jax.Array) -> jax.Array:
@@ -35,6 +39,7 @@ def _attention(q: jax.Array, k_cache: jax.Array, v_cache: jax.Array, positions: 
             k_cache,
             v_cache,
             lax.dynamic_slice_in_dim(positions, start, QUERY_TILE, axis=1),
+            layer,
         )
         return lax.dynamic_update_slice_in_dim(out, part, start, axis=1)
 
@@ -50,9 +55,11 @@ def _einsum(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.einsum(equation, a.astype(jnp.float32), b.astype(jnp.float32), precision=lax.Precision.HIGHEST)
 
 
-def _query_tile(q: jax.Array, k_cache: jax.Array, v_cache: jax.Array, positions: jax.Array) -> jax.Array:
+def _query_tile(
+    q: jax.Array, k_cache: jax.Array, v_cache: jax.Array, positions: jax.Array, layer: jax.Array
+) -> jax.Array:
     B, T, N, H = q.shape
-    S, K = k_cache.shape[1:3]
+    S, K = k_cache.shape[2:4]
     block = min(KEY_BLOCK, S)
     grouped = q.reshape(B, T, K, N // K, H)
 
@@ -60,8 +67,8 @@ def _query_tile(q: jax.Array, k_cache: jax.Array, v_cache: jax.Array, positions:
         peak, total, out = state
         start = jnp.minimum(i * block, S - block)
         slots = start + jnp.arange(block)
-        k = lax.dynamic_slice_in_dim(k_cache, start, block, axis=1)
-        v = lax.dynamic_slice_in_dim(v_cache, start, block, axis=1)
+        corner, size = (layer, 0, start, 0, 0), (1, B, block, K, H)
+        k, v = (lax.dynamic_slice(cache, corner, size)[0] for cache in (k_cache, v_cache))
         # slots below i * block were seen by the step before, when the last block overlaps
         visible = (slots <= positions[..., None]) & (slots >= i * block)
         scores = jnp.where(visible[:, None, None], _scores(grouped, k), -jnp.inf)
@@ -80,23 +87,27 @@ def _query_tile(q: jax.Array, k_cache: jax.Array, v_cache: jax.Array, positions:
     return jnp.transpose(out, (0, 3, 1, 2, 4)).reshape(q.shape)
 
 
-def _plain(q: jax.Array, k_cache: jax.Array, v_cache: jax.Array, positions: jax.Array) -> jax.Array:
+def _plain(
+    q: jax.Array, k_cache: jax.Array, v_cache: jax.Array, positions: jax.Array, layer: jax.Array
+) -> jax.Array:
     """The same in one piece, which autodiff can reverse."""
     B, T, N, H = q.shape
-    S, K = k_cache.shape[1:3]
-    scores = _scores(q.reshape(B, T, K, N // K, H), k_cache)
+    S, K = k_cache.shape[2:4]
+    k, v = (lax.dynamic_index_in_dim(cache, layer, keepdims=False) for cache in (k_cache, v_cache))
+    scores = _scores(q.reshape(B, T, K, N // K, H), k)
     visible = (jnp.arange(S) <= positions[..., None])[:, None, None]
     weights = jax.nn.softmax(jnp.where(visible, scores, -jnp.inf), axis=-1, where=visible)
-    return _einsum("bkgts,bskh->btkgh", weights, v_cache).reshape(q.shape)
+    return _einsum("bkgts,bskh->btkgh", weights, v).reshape(q.shape)
 
 
-def _forward(q, k_cache, v_cache, positions) -> tuple:
-    return _attention(q, k_cache, v_cache, positions), (q, k_cache, v_cache, positions)
+def _forward(q, k_cache, v_cache, positions, layer) -> tuple:
+    return _attention(q, k_cache, v_cache, positions, layer), (q, k_cache, v_cache, positions, layer)
 
 
 def _backward(residuals: tuple, dy: jax.Array) -> tuple:
-    q, k_cache, v_cache, positions = residuals
-    return *jax.vjp(partial(_plain, positions=positions), q, k_cache, v_cache)[1](dy), None
+    q, k_cache, v_cache, positions, layer = residuals
+    plain = partial(_plain, positions=positions, layer=layer)
+    return *jax.vjp(plain, q, k_cache, v_cache)[1](dy), None, None
 
 
 _attention.defvjp(_forward, _backward)

@@ -18,7 +18,7 @@ def router(
     x: jax.Array, w: PackedTensor, num_experts_per_tok: int, expert_ids: jax.Array | None
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """See ``api.router``."""
-    logits = quantized_matmul(x.astype(jnp.float32), w, jnp.dtype(jnp.float32))
+    logits = quantized_matmul(x.astype(jnp.float32), w, None, jnp.dtype(jnp.float32))
     return logits, *choose_experts(logits, num_experts_per_tok, expert_ids)
 
 
