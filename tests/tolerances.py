@@ -21,3 +21,37 @@ FLOAT32_ROUNDINGS = 1e-6
 # cos and sin rounded to float32 once (2^-24), their angle to 2^-48 of a turn, times a magnitude up to 1.5;
 # the processor's float32 cos and sin are good to 2 units in the last place.
 ROPE_TABLES = 1e-6
+
+# --- wgpu -----------------------------------------------------------------------------------------
+# Float32 sums of K products: NMSE near K * 2^-50 if roundings were independent, 1e-12 at K = 4096;
+# measured up to 3e-13 (5e-13 with heavy tails). The bar leaves room for other drivers' contractions.
+WGPU_NMSE = 1e-10
+WGPU_ATTENTION_NMSE = 1e-10
+# exp to a few units in the last place, and a sum of up to 288 of them.
+WGPU_ROUTER_WEIGHTS = 1e-5
+# The whole embedded model in float32: measured 1 - cosine 2e-12 and NMSE 1e-12.
+WGPU_COSINE = 0.99999
+WGPU_LOGITS_NMSE = 1e-9
+WGPU_STAGE_NMSE = 1e-9
+# float16 keeps 11 bits: 2^-24 NMSE of one value, a little more after the softmax.
+WGPU_FLOAT16_CACHE_NMSE = 1e-5
+WGPU_FLOAT16_CACHE_COSINE = 0.9999
+# 2,000 draws over up to 300 tokens: about sqrt(300 / (2 pi 2000)) = 0.155 at worst.
+WGPU_TOTAL_VARIATION = 0.16
+
+# --- ops, normalized mean squared error against float64 -------------------------------------------
+# Sums of K float32 products round to about sqrt(K) * 2^-24 at worst: NMSE 1e-12 for K = 4096.
+MATMUL_FLOAT32_NMSE = 1e-10
+# Each bfloat16 operand rounds by 2^-9 at most, 1.6e-3 rms: two operands give an NMSE of about 6e-6.
+MATMUL_BFLOAT16_NMSE = 2e-5
+# Three products in a row, and silu of the first.
+MOE_FLOAT32_NMSE = 1e-10
+MOE_BFLOAT16_NMSE = 5e-5
+# Gradients are compared with another float32 program: twice the noise, through cancelling sums.
+GRADIENT_NMSE = 1e-9
+# Central differences in float64 with a step of 1e-5, against float32 gradients.
+GRADIENT_RELATIVE = 1e-4
+# Softmax and two short sums in float32.
+ATTENTION_NMSE = 1e-9
+# Probabilities below 1, a few roundings of 2^-24 relative.
+ROUTER_WEIGHTS = 1e-6

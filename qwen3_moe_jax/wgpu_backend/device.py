@@ -130,7 +130,7 @@ class Device:
 
     def _check_open(self) -> None:
         if not self._open:
-            raise RuntimeError("this wgpu runner is closed: load the model again")
+            raise RuntimeError("this wgpu device is closed: open the model again")
 
     def buffer(self, nbytes: int, label: str, *, uniform: bool = False) -> Any:
         """A storage buffer of at least ``nbytes``, zeroed; ``uniform`` allows uniform bindings too.

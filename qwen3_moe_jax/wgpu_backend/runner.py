@@ -23,18 +23,16 @@ NONFINITE = 0xFFFFFFFF
 
 
 def sampling_words(sampling: Sampling, vocab_size: int) -> np.ndarray:
-    """``Choice`` of sample.wgsl: uint32 [12], padded."""
-    seed = sampling.seed % 2**64
-    ints = np.asarray([vocab_size, sampling.top_k, seed % 2**32, seed >> 32], np.uint32)
-    floats = np.zeros(8, np.float32)
-    floats[:5] = (
+    """``Choice`` of sample.wgsl: uint32 [8]."""
+    ints = np.asarray([vocab_size, sampling.top_k, sampling.seed], np.uint32)
+    floats = (
         sampling.temperature,
         sampling.top_p,
         sampling.min_p,
         sampling.repetition_penalty,
         sampling.presence_penalty,
     )
-    return np.concatenate([ints, floats.view(np.uint32)])
+    return np.concatenate([ints, np.asarray(floats, np.float32).view(np.uint32)])
 
 
 class WgpuRunner:
@@ -75,6 +73,7 @@ class WgpuRunner:
         self.config = source.config
         self.max_context = max_context or source.config.max_position_embeddings
         check_shapes(self.config, source.types)
+        self._owns_device = device is None
         self._device = device or Device(adapter)
         self._types = sorted(
             {t.name for path, t in source.types.items() if "norm" not in path.split(".")[-1]}
@@ -92,7 +91,7 @@ class WgpuRunner:
             Program(self._device, self.config, weights, self._buffers, tokens=t, f16_cache=f16_cache)
             for t in (tile, 1)
         )
-        self._choice = self._device.buffer(48, "sampling", uniform=True)
+        self._choice = self._device.buffer(32, "sampling", uniform=True)
         self._sample = {
             sampled: kernels.sample_site(
                 self._device,
@@ -106,13 +105,17 @@ class WgpuRunner:
             )
             for sampled in (False, True)
         }
+        self._closed = False
         self._lock = threading.Lock()
         self._request = 0
 
     def close(self) -> None:
         """Frees the device's memory; later calls raise a RuntimeError."""
         with self._lock:
-            self._device.close()
+            self._closed = True
+            self._request += 1
+            if self._owns_device:
+                self._device.close()
             for name in ("_buffers", "_prefill", "_decode", "_sample", "_choice"):
                 self.__dict__.pop(name, None)
 
@@ -151,7 +154,7 @@ class WgpuRunner:
             raise ValueError(f"no stage is named {unknown[0]!r}: choose from {', '.join(STAGES)}")
         replay = None if expert_ids is None else self._checked_experts(expert_ids, len(tokens))
         with self._lock:
-            self._request += 1
+            self._begin()
             parts = [
                 self._forward_chunk(tokens[start:end], start, frozenset(capture), replay)
                 for start, end in self._chunks(len(tokens))
@@ -181,14 +184,14 @@ class WgpuRunner:
         if most <= 0:
             return
         with self._lock:
-            self._request += 1
-            request = self._request
+            request = self._begin()
             batches = _Batches(self, len(tokens), most, sampling)
             self._start(tokens, sampling)
             batches.submit(1, self._prompt_launches(tokens, sampling))
         emitted = 0
         while emitted < most:
             with self._lock:
+                self._check_open()
                 if request != self._request:
                     raise RuntimeError(
                         "a newer request has started on this wgpu runner: this stream has ended"
@@ -205,6 +208,16 @@ class WgpuRunner:
                     return
                 yield token
                 emitted += 1
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise RuntimeError("this wgpu runner is closed: load the model again")
+
+    def _begin(self) -> int:
+        """The number of a new request."""
+        self._check_open()
+        self._request += 1
+        return self._request
 
     def _checked(self, token_ids: Sequence[int]) -> np.ndarray:
         tokens = np.asarray(token_ids, np.int64).reshape(-1)

@@ -11,7 +11,6 @@ struct Choice {
   vocabulary: u32,
   top_k: u32,
   seed: u32,
-  seed_high: u32,
   temperature: f32,
   top_p: f32,
   min_p: f32,
@@ -57,6 +56,10 @@ fn key_of(value: f32) -> u32 {
   return select(bits | 0x80000000u, ~bits, bits >> 31u == 1u);
 }
 
+fn value_of(key: u32) -> f32 {
+  return bitcast<f32>(select(~key, key & 0x7fffffffu, key >> 31u == 1u));
+}
+
 struct Cut {
   key: u32,  // keep tokens with a higher key,
   id: u32,   // and those with this key up to this id
@@ -70,16 +73,29 @@ fn mass(value: f32, high: f32) -> f32 {
   return exp((value - high) / p.temperature);
 }
 
-fn sum_seven(lane: u32) {
-  for (var width = WG / 2u; width > 0u; width >>= 1u) {
-    workgroupBarrier();
-    if (lane < width) {
-      for (var i = 0u; i < 7u; i++) {
-        sums[i * WG + lane] += sums[i * WG + lane + width];
-      }
+// Adds up `count` columns of sums, each WG long, in three steps with few barriers.
+fn add_up(count: u32, lane: u32) {
+  workgroupBarrier();
+  var part = 0.0;
+  let busy = lane < count * {{ WG // 16 }}u;
+  if (busy) {
+    for (var i = 0u; i < 16u; i++) {
+      part += sums[lane * 16u + i];
     }
   }
   workgroupBarrier();
+  if (busy) {
+    sums[lane] = part;
+  }
+  workgroupBarrier();
+}
+
+fn column(i: u32) -> f32 {
+  var sum = 0.0;
+  for (var j = 0u; j < {{ WG // 16 }}u; j++) {
+    sum += sums[i * {{ WG // 16 }}u + j];
+  }
+  return sum;
 }
 
 // Cuts after the token with which the sum of what is kept reaches `wanted`: the sum of
@@ -89,7 +105,7 @@ fn cut_at(before: Cut, wanted: f32, by_mass: bool, high: f32, lane: u32) -> Cut 
   var key = 0u;
   for (var turn = 0u; turn < 11u; turn++) {
     let shift = 30u - 3u * turn;
-    var local: array<f32, 7>;
+    var local = array<f32, 7>();
     for (var token = lane; token < p.vocabulary; token += WG) {
       let value = logits[token];
       let k = key_of(value);
@@ -104,12 +120,12 @@ fn cut_at(before: Cut, wanted: f32, by_mass: bool, high: f32, lane: u32) -> Cut 
     for (var i = 0u; i < 7u; i++) {
       sums[i * WG + lane] = local[i];
     }
-    sum_seven(lane);
+    add_up(7u, lane);
     if (lane == 0u) {
       var digit = 0u;
       let most = select(7u, 3u, turn == 0u);
       for (var i = 0u; i < most; i++) {
-        if (sums[i * WG] >= wanted) {
+        if (column(i) >= wanted) {
           digit = i + 1u;
         }
       }
@@ -117,27 +133,34 @@ fn cut_at(before: Cut, wanted: f32, by_mass: bool, high: f32, lane: u32) -> Cut 
     }
     key = workgroupUniformLoad(&answer);
   }
-  // How many of those that tie at this key belong to the front.
+  // How many of those that tie at this key belong to the front; 0 stands for all.
   var above = 0.0;
-  var tie = 0.0;
+  var equal = 0.0;
   for (var token = lane; token < p.vocabulary; token += WG) {
     let value = logits[token];
     let k = key_of(value);
     if (kept(before, k, token)) {
       let amount = select(1.0, mass(value, high), by_mass);
       above += select(0.0, amount, k > key);
-      tie = select(tie, amount, k == key);
+      equal += select(0.0, 1.0, k == key);
     }
   }
   sums[lane] = above;
-  sums[WG + lane] = tie;
-  sum_seven_max(lane);
-  let ties = max(ceil((wanted - sums[0]) / sums[WG]), 1.0);
+  sums[WG + lane] = equal;
+  add_up(2u, lane);
+  if (lane == 0u) {
+    let needed = max(ceil((wanted - column(0u)) / select(1.0, mass(value_of(key), high), by_mass)), 1.0);
+    rest = select(needed, 0.0, needed >= column(1u));
+  }
+  let ties = workgroupUniformLoad(&rest);
+  if (ties == 0.0) {
+    return Cut(key, NONFINITE);
+  }
   // The last id that belongs: the highest j such that fewer than `ties` of them are below j.
   var id = 0u;
   for (var turn = 0u; turn < 8u; turn++) {
     let shift = 21u - 3u * turn;
-    var local: array<f32, 7>;
+    var local = array<f32, 7>();
     for (var token = lane; token < p.vocabulary; token += WG) {
       let k = key_of(logits[token]);
       if (k == key && kept(before, k, token)) {
@@ -150,11 +173,11 @@ fn cut_at(before: Cut, wanted: f32, by_mass: bool, high: f32, lane: u32) -> Cut 
     for (var i = 0u; i < 7u; i++) {
       sums[i * WG + lane] = local[i];
     }
-    sum_seven(lane);
+    add_up(7u, lane);
     if (lane == 0u) {
       var digit = 0u;
       for (var i = 0u; i < 7u; i++) {
-        if (sums[i * WG] < ties) {
+        if (column(i) < ties) {
           digit = i + 1u;
         }
       }
@@ -165,21 +188,9 @@ fn cut_at(before: Cut, wanted: f32, by_mass: bool, high: f32, lane: u32) -> Cut 
   return Cut(key, id);
 }
 
-// sums[0] becomes a sum, sums[WG] a maximum.
-fn sum_seven_max(lane: u32) {
-  for (var width = WG / 2u; width > 0u; width >>= 1u) {
-    workgroupBarrier();
-    if (lane < width) {
-      sums[lane] += sums[lane + width];
-      sums[WG + lane] = max(sums[WG + lane], sums[WG + lane + width]);
-    }
-  }
-  workgroupBarrier();
-}
-
 // PCG hash of four words (Jarzynski and Olano, "Hash Functions for GPU Rendering", JCGT 2020).
 fn random(position: u32) -> f32 {
-  var v = vec4<u32>(p.seed, p.seed_high, position, 0x9e3779b9u) * 1664525u + 1013904223u;
+  var v = vec4<u32>(p.seed, position, 0x9e3779b9u, 0x85ebca6bu) * 1664525u + 1013904223u;
   v += v.yzxy * v.wxyz;
   v ^= v >> vec4<u32>(16u);
   v += v.yzxy * v.wxyz;
@@ -199,10 +210,9 @@ fn draw(high: f32, lane: u32) -> u32 {
     }
     workgroupBarrier();
     sums[lane] = total;
-    sums[WG + lane] = 0.0;
-    sum_seven_max(lane);
+    add_up(1u, lane);
     if (lane == 0u) {
-      rest = sums[0];
+      rest = column(0u);
     }
     let wanted = workgroupUniformLoad(&rest) * p.top_p;
     cut = cut_at(cut, wanted, true, high, lane);

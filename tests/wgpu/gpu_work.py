@@ -1,0 +1,203 @@
+"""What the tests do on a GPU: every function here runs in the spawned process, on kept devices and models."""
+
+import sys
+from collections.abc import Collection, Sequence
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from convert.model_source import ModelSource, open_model
+from convert.packed import PackedTensor
+from qwen3_moe_jax.errors import BackendUnavailableError
+from qwen3_moe_jax.runner import Forward
+from qwen3_moe_jax.sampling import Sampling
+from qwen3_moe_jax.wgpu_backend.adapter import TUNINGS, probe
+from qwen3_moe_jax.wgpu_backend.device import Device
+from qwen3_moe_jax.wgpu_backend.ops import Ops
+from qwen3_moe_jax.wgpu_backend.runner import WgpuRunner
+
+EMBEDDED = Path(__file__).parents[2] / "qwen3_moe_jax" / "assets" / "tiny-coder-Q4_K_M.gguf"
+CONTEXT = 1024
+
+_HARDWARE = replace(TUNINGS["DiscreteGPU"], chunk=64, prefill_span=256)
+
+DEVICES: dict[str, dict[str, Any]] = {
+    # What the adapter asks for by itself.
+    "own": {},
+    # Settings of hardware: lanes share a row and sum through shared memory; many spans of attention.
+    "hardware": {"tuning": _HARDWARE, "subgroups": False},
+    # The same with values exchanged inside a subgroup; llvmpipe's have 8 lanes.
+    "subgroups": {"tuning": replace(_HARDWARE, lanes=8), "subgroups": True},
+    # A binding limit so small that every large tensor is cut into windows.
+    "small bindings": {"most_bytes": 300 << 10},
+}
+
+
+def no_adapter_reason() -> str | None:
+    """Why nothing can run here."""
+    try:
+        probe()
+    except BackendUnavailableError as error:
+        return str(error)
+    return None
+
+
+def jax_is_loaded() -> bool:
+    return "jax" in sys.modules
+
+
+def device_facts() -> tuple[str, bool]:
+    report = device("own").report
+    return report.summary, report.software
+
+
+@cache
+def device(name: str) -> Device:
+    return Device(**DEVICES[name])
+
+
+@cache
+def ops(name: str = "own") -> Ops:
+    return Ops(device(name))
+
+
+def op(method: str, *args: Any, on: str = "own", **kwargs: Any) -> Any:
+    """Calls one method of ``Ops``."""
+    return getattr(ops(on), method)(*args, **kwargs)
+
+
+@cache
+def runner(model: str, on: str, f16_cache: bool = False) -> WgpuRunner:
+    with open_model(model) as source:
+        return WgpuRunner(source, max_context=CONTEXT, device=device(on), f16_cache=f16_cache)
+
+
+def forward(
+    model: str,
+    tokens: Sequence[int],
+    *,
+    on: str = "own",
+    f16_cache: bool = False,
+    capture: Collection[str] = (),
+    expert_ids: np.ndarray | None = None,
+) -> Forward:
+    return runner(model, on, f16_cache).forward(tokens, capture=capture, expert_ids=expert_ids)
+
+
+def stream(
+    model: str,
+    tokens: Sequence[int],
+    max_tokens: int,
+    sampling: Sampling,
+    stop_ids: Collection[int] = (),
+    on="own",
+) -> list[int]:
+    return list(runner(model, on).stream(tokens, max_tokens=max_tokens, sampling=sampling, stop_ids=stop_ids))
+
+
+def decode_logits(
+    model: str, prompt: Sequence[int], count: int, on: str = "own"
+) -> tuple[list[int], np.ndarray]:
+    """Greedy tokens, and the logits that chose the last of them, as the decode kernels left them."""
+    loaded = runner(model, on)
+    tokens = list(loaded.stream(prompt, max_tokens=count, sampling=Sampling()))
+    logits = loaded._device.read(loaded._buffers["logits"], np.float32, loaded.config.vocab_size)
+    return tokens, logits
+
+
+class Spoilt:
+    """A model source with one tensor replaced."""
+
+    def __init__(self, source: ModelSource, path: str, value: float):
+        self._source = source
+        self._path = path
+        self._value = value
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._source, name)
+
+    def tensor(self, path: str) -> PackedTensor:
+        tensor = self._source.tensor(path)
+        if path == self._path:
+            tensor.arrays["w"][...] = self._value
+        return tensor
+
+
+def raised(action: str, *args: Any) -> tuple[str, str]:
+    """Type and message of the error that ``action`` ends with."""
+    try:
+        globals()[f"_{action}"](*args)
+    except Exception as error:
+        return type(error).__name__, str(error)
+    return "nothing", ""
+
+
+def _load(**kwargs: Any) -> WgpuRunner:
+    with open_model(EMBEDDED) as source:
+        return WgpuRunner(source, **{"max_context": 64, **kwargs})
+
+
+def _nonfinite_stream(path: str, value: float) -> None:
+    with open_model(EMBEDDED) as source:
+        loaded = WgpuRunner(Spoilt(source, path, value), max_context=64, device=device("own"))
+    list(loaded.stream([1, 2, 3], max_tokens=4, sampling=Sampling()))
+
+
+def _overlong_forward() -> None:
+    runner(str(EMBEDDED), "own").forward(np.ones(CONTEXT + 1, int))
+
+
+def _full_prompt() -> None:
+    runner(str(EMBEDDED), "own").stream(np.ones(CONTEXT, int), max_tokens=1, sampling=Sampling())
+
+
+def _empty_prompt() -> None:
+    runner(str(EMBEDDED), "own").stream([], max_tokens=1, sampling=Sampling())
+
+
+def _bad_token() -> None:
+    runner(str(EMBEDDED), "own").forward([1, 4096])
+
+
+def _bad_expert() -> None:
+    runner(str(EMBEDDED), "own").forward([1], expert_ids=np.full((6, 1, 4), 16))
+
+
+def _bad_stage() -> None:
+    runner(str(EMBEDDED), "own").forward([1], capture=["ffn_mope"])
+
+
+def _closed(call: str) -> None:
+    loaded = _load()
+    waiting = loaded.stream([1, 2], max_tokens=8, sampling=Sampling())
+    next(waiting)
+    loaded.close()
+    if call == "forward":
+        loaded.forward([1])
+    elif call == "stream":
+        list(loaded.stream([1], max_tokens=1, sampling=Sampling()))
+    else:
+        list(waiting)
+
+
+def _overtaken() -> None:
+    loaded = runner(str(EMBEDDED), "own")
+    older = loaded.stream([1, 2], max_tokens=8, sampling=Sampling())
+    next(older)
+    loaded.forward([5])
+    list(older)
+
+
+def _plan_too_large() -> None:
+    _load(max_context=4096)
+
+
+def _context_larger_than_a_binding() -> None:
+    _load(max_context=1 << 20)
+
+
+def _wrong_adapter() -> None:
+    _load(adapter="Voodoo 2")

@@ -1,0 +1,126 @@
+"""Every fault is a clean error that names what to do; none of them ends the GPU process."""
+
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from qwen3_moe_jax.errors import BackendUnavailableError
+from qwen3_moe_jax.wgpu_backend import adapter
+from qwen3_moe_jax.wgpu_backend.plan import MEMORY_VARIABLE, parse_bytes
+from tests.wgpu import gpu_work
+
+
+@pytest.mark.parametrize(
+    ("action", "args", "error", "words"),
+    [
+        ("nonfinite_stream", ("norm", float("nan")), "NumericalError", ["position 2", "trace"]),
+        ("nonfinite_stream", ("layers.3.input_layernorm", float("inf")), "NumericalError", ["trace"]),
+        ("overlong_forward", (), "ContextOverflowError", ["1025", "1024", "--context"]),
+        ("full_prompt", (), "ContextOverflowError", ["1024"]),
+        ("empty_prompt", (), "ContextOverflowError", ["0 tokens"]),
+        ("bad_token", (), "ValueError", ["4096"]),
+        ("bad_expert", (), "ValueError", ["0 to 15"]),
+        ("bad_stage", (), "ValueError", ["ffn_mope"]),
+        ("closed", ("forward",), "RuntimeError", ["closed", "load the model again"]),
+        ("closed", ("stream",), "RuntimeError", ["closed"]),
+        ("closed", ("waiting",), "RuntimeError", ["closed"]),
+        ("overtaken", (), "RuntimeError", ["newer request"]),
+        ("context_larger_than_a_binding", (), "MemoryPlanError", ["keys", "--context"]),
+        ("wrong_adapter", (), "BackendUnavailableError", ["Voodoo 2", "choose one of"]),
+    ],
+)
+def test_errors(gpu, action, args, error, words):
+    found, message = gpu(gpu_work.raised, action, *args)
+    assert found == error, message
+    for word in words:
+        assert word in message
+    assert "\n" not in message
+
+
+def test_a_plan_that_does_not_fit_is_refused_before_any_upload():
+    """In a process of its own, where the environment says that there is little memory."""
+    code = "from tests.wgpu import gpu_work; print(*gpu_work.raised('plan_too_large'))"
+    environment = dict(os.environ, **{MEMORY_VARIABLE: "20MB"})
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        env=environment | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if "no graphics adapter" in run.stdout:
+        pytest.skip(run.stdout)
+    assert run.stdout.startswith("MemoryPlanError"), run.stdout + run.stderr
+    for words in ("weights 0.01 GB + KV cache", "0.02 GB are free", MEMORY_VARIABLE, "--context"):
+        assert words in run.stdout
+
+
+def test_sizes_of_memory():
+    assert [parse_bytes(t) for t in ("12GiB", "1.5G", "500 MB", "4096")] == [
+        12 << 30,
+        3 << 29,
+        500 << 20,
+        4096,
+    ]
+    with pytest.raises(ValueError, match="12GiB"):
+        parse_bytes("a lot")
+
+
+class FakeAdapter:
+    """As much of ``wgpu.GPUAdapter`` as is looked at before a device is made."""
+
+    def __init__(self, device: str, type: str, backend: str):
+        self.info = {"device": device, "adapter_type": type, "backend_type": backend, "description": ""}
+        self.summary = f"{device} ({type}) via {backend}"
+        self.limits = dict.fromkeys(adapter._LIMITS, 1 << 28)
+        self.features = {"shader-f16"}
+
+
+FOUND = [
+    FakeAdapter("llvmpipe", "CPU", "Vulkan"),
+    FakeAdapter("Iris", "IntegratedGPU", "Vulkan"),
+    FakeAdapter("Radeon", "DiscreteGPU", "OpenGL"),
+    FakeAdapter("Radeon", "DiscreteGPU", "Vulkan"),
+]
+
+
+@pytest.fixture
+def adapters(monkeypatch):
+    """Replaces the adapters that wgpu finds."""
+
+    def replace(found: list) -> None:
+        gpu = SimpleNamespace(enumerate_adapters_sync=lambda: found)
+        monkeypatch.setattr(adapter, "_wgpu", lambda: SimpleNamespace(gpu=gpu))
+
+    monkeypatch.delenv(adapter.ADAPTER_VARIABLE, raising=False)
+    return replace
+
+
+def test_hardware_comes_first(adapters):
+    adapters(FOUND)
+    assert [r.summary for r in adapter.list_adapters()] == [
+        "Radeon (DiscreteGPU) via Vulkan",
+        "Iris (IntegratedGPU) via Vulkan",
+        "Radeon (DiscreteGPU) via OpenGL",
+        "llvmpipe (CPU) via Vulkan",
+    ]
+    assert adapter.probe()[0] is FOUND[3]
+    assert "software" in str(adapter.list_adapters()[-1])
+
+
+def test_an_adapter_is_chosen_by_argument_and_environment(adapters, monkeypatch):
+    adapters(FOUND)
+    assert adapter.probe("opengl")[0] is FOUND[2]
+    monkeypatch.setenv(adapter.ADAPTER_VARIABLE, "IRIS")
+    assert adapter.probe()[0] is FOUND[1]
+    assert adapter.probe("llvm")[0] is FOUND[0]
+
+
+def test_no_adapter_is_one_readable_line(adapters):
+    adapters([])
+    assert adapter.list_adapters() == []
+    with pytest.raises(BackendUnavailableError, match=r"^WebGPU finds no graphics adapter: install .*$"):
+        adapter.probe()
