@@ -85,7 +85,7 @@ def array_files(path: str, type: GGMLType, shape: tuple[int, ...]) -> dict[str, 
 class CheckpointSource(ModelSource):
     """A model in a packed checkpoint; see :func:`convert.model_source.open_model`."""
 
-    def __init__(self, path: str | os.PathLike, *, check: bool = True):
+    def __init__(self, path: str | os.PathLike, *, check: bool = True, threads: int = READ_THREADS):
         self.path = Path(path)
         self._check = check
         self._folder = _Folder(self.path)
@@ -94,7 +94,7 @@ class CheckpointSource(ModelSource):
         except BaseException:
             self._folder.close()
             raise
-        self._pool = ThreadPoolExecutor(READ_THREADS, thread_name_prefix="read")
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="read")
 
     def _read_manifest(self) -> None:
         data = self._folder.read(MANIFEST_NAME, MAX_MANIFEST_BYTES)

@@ -98,29 +98,30 @@ class ModelSource(ABC):
         self.close()
 
 
-def open_model(path: str | os.PathLike, *, check: bool = True) -> ModelSource:
+def open_model(path: str | os.PathLike, *, check: bool = True, threads: int = READ_THREADS) -> ModelSource:
     """Opens a ``.gguf`` file (any shard of a split one) or a packed checkpoint folder.
 
     Args:
       path: file or folder.
       check: refuse NaN and infinite scales and weights; for a checkpoint also
         verify the SHA-256 of everything that is read.
+      threads: read and unpack on this many.
 
     Raises:
       ModelFileError: the file or folder cannot be used; the message says why.
     """
     path = Path(path)
     if not path.is_dir():
-        return GGUFSource(path, check=check)
+        return GGUFSource(path, check=check, threads=threads)
     from convert.checkpoint import CheckpointSource
 
-    return CheckpointSource(path, check=check)
+    return CheckpointSource(path, check=check, threads=threads)
 
 
 class GGUFSource(ModelSource):
     """A model in a GGUF file."""
 
-    def __init__(self, path: str | os.PathLike, *, check: bool = True):
+    def __init__(self, path: str | os.PathLike, *, check: bool = True, threads: int = READ_THREADS):
         self.path = Path(path)
         self._check = check
         self._file = GGUFFile.open(self.path)
@@ -130,7 +131,7 @@ class GGUFSource(ModelSource):
             self._file.close()
             raise
         self._local = threading.local()
-        self._pool = ThreadPoolExecutor(READ_THREADS, thread_name_prefix="read")
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="read")
 
     def _read_header(self) -> None:
         found = self._file.tensors
