@@ -3,7 +3,6 @@
 import os
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from convert.layouts import supports, to_layout
 from convert.model_source import ModelSource
 from convert.packed import LANES, LANES16, ROWS, PackedTensor
 from convert.progress import ProgressCallback
-from convert.unpack import dequantize
+from convert.unpack import aligned_empty, dequantize
 from kernels_pallas import dequantize as dequantize_on_device
 from qwen3_moe_jax.errors import ContextOverflowError, NumericalError
 from qwen3_moe_jax.generate import (
@@ -30,14 +29,24 @@ from qwen3_moe_jax.generate import (
 )
 from qwen3_moe_jax.kv_cache import KVCache
 from qwen3_moe_jax.memory_plan import MemoryPlan, available_main_memory
-from qwen3_moe_jax.model import STAGES_COLLECTION, Intervention, Qwen3Moe, parameter_tree
+from qwen3_moe_jax.model import (
+    STAGES_COLLECTION,
+    Intervention,
+    Qwen3Moe,
+    get_in,
+    layer_groups,
+    parameter_place,
+    set_in,
+)
 from qwen3_moe_jax.runner import Forward
 from qwen3_moe_jax.sampling import Sampling
-from qwen3_moe_jax.stages import StageKey
+from qwen3_moe_jax.stages import LAYER_STAGES, StageKey
 from qwen3_moe_jax.token_choice import SamplingArrays
 
 LAYOUTS = {"cpu": LANES16}
 """Layout of packed tensors by platform; others keep the file's order."""
+
+LAYER_STAGE_NAMES = frozenset(stage.name for stage in LAYER_STAGES)
 
 CACHE_DTYPE = jnp.float32
 
@@ -67,23 +76,66 @@ def _available_memory(device: jax.Device) -> tuple[int | None, str]:
 def load_params(
     source: ModelSource, device: jax.Device | None = None, progress: ProgressCallback | None = None
 ) -> Params:
-    """Every tensor of ``source`` on ``device``, as the model's parameter tree.
+    """Every tensor of ``source`` on ``device``, as the model's parameter tree (``model.zero_params``).
 
     Norm weights become float32 vectors, everything else stays packed. On the
-    CPU the arrays are used where the reader put them, without a copy.
+    CPU the arrays are used where they were read, without a copy.
     """
-
     device = device or jax.devices()[0]
+    groups = layer_groups(source.types, source.config.num_hidden_layers)
+    params: Params = {}
+    stacks: dict[tuple[str, ...], _Stack] = {}
+    for path, tensor in source.tensors(progress):
+        keys, slot = parameter_place(path, groups)
+        value = _arranged(tensor, device)
+        if slot is None:
+            set_in(params, keys, jax.device_put(value, device, may_alias=True))
+            continue
+        count = len(groups[int(keys[0].rpartition("_")[2])])
+        stack = stacks.setdefault(keys, _Stack(count, value, device))
+        stack.put(slot, value)
+        if slot == count - 1:
+            set_in(params, keys, stacks.pop(keys).finish())
+    return params
+
+
+def _arranged(tensor: PackedTensor, device: jax.Device) -> PackedTensor | np.ndarray:
+    """A tensor as the model takes it on ``device``: vectors in float32, matrices in the device's layout."""
+    if tensor.ndim == 1:
+        return dequantize(tensor)
     layout = LAYOUTS.get(device.platform, ROWS)
+    return to_layout(tensor, layout) if supports(layout, tensor.type, tensor.shape) else tensor
 
-    def place(tensor: PackedTensor) -> Any:
-        if tensor.ndim == 1:
-            return jax.device_put(dequantize(tensor), device)
-        if supports(layout, tensor.type, tensor.shape):
-            tensor = to_layout(tensor, layout)
-        return jax.device_put(tensor, device, may_alias=True)
 
-    return parameter_tree({path: place(tensor) for path, tensor in source.tensors(progress)})
+class _Stack:
+    """One tensor of all layers of a group, filled layer by layer; the model is never in memory twice."""
+
+    def __init__(self, count: int, like: PackedTensor | np.ndarray, device: jax.Device):
+        """Makes room for ``count`` tensors that look like ``like``."""
+        self._device = device
+        self._on_host = device.platform == "cpu"
+        self._stack = jax.tree.map(lambda a: self._room((count, *a.shape), a.dtype), like)
+
+    def _room(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray | jax.Array:
+        if self._on_host:
+            return aligned_empty(shape, dtype)
+        return jnp.zeros(shape, dtype, device=self._device)
+
+    def put(self, slot: int, value: PackedTensor | np.ndarray) -> None:
+        """Fills one slot."""
+        if self._on_host:
+            jax.tree.map(lambda stack, new: stack.__setitem__(slot, new), self._stack, value)
+        else:
+            self._stack = _put_slot(self._stack, value, slot)
+
+    def finish(self) -> PackedTensor | jax.Array:
+        """The filled stack, on the device."""
+        return jax.device_put(self._stack, self._device, may_alias=True)
+
+
+@partial(jax.jit, donate_argnums=0)
+def _put_slot(stack: Any, value: Any, slot: jax.Array) -> Any:
+    return jax.tree.map(lambda s, v: jax.lax.dynamic_update_index_in_dim(s, v, slot, 0), stack, value)
 
 
 class JaxRunner:
@@ -111,7 +163,7 @@ class JaxRunner:
         self.config = source.config
         self.max_context = max_context or source.config.max_position_embeddings
         self.compute_dtype = jnp.dtype(compute_dtype)
-        self.model = Qwen3Moe(source.config, FrozenDict(source.types), self.compute_dtype)
+        self.model = Qwen3Moe(source.config, self.compute_dtype, types=FrozenDict(source.types))
         itemsize = jnp.dtype(CACHE_DTYPE).itemsize
         self.plan = MemoryPlan.of(source, self.max_context + PREFILL_CHUNKS[-1], itemsize)
         self.plan.check(*_available_memory(jax.devices()[0]))
@@ -140,9 +192,10 @@ class JaxRunner:
           tile: rows 16 tile to 16 tile + 15 are wanted.
           expert: which matrix of an expert stack.
         """
-        value: Any = self.params
-        for name in path.replace("layers.", "layers_", 1).split("."):
-            value = value[name]
+        groups = layer_groups(self.model.types, self.config.num_hidden_layers)
+        keys, slot = parameter_place(path, groups)
+        value = get_in(self.params, keys)
+        value = value if slot is None else value[slot]
         rows = slice(tile, tile + 1) if value.layout == LANES16 else slice(LANES * tile, LANES * (tile + 1))
         part = value[rows] if expert is None else value[expert, rows]
         return np.asarray(jax.jit(dequantize_on_device)(part))
@@ -167,10 +220,11 @@ class JaxRunner:
         if len(tokens) > self.max_context:
             raise ContextOverflowError(len(tokens), self.max_context)
         chosen = tuple(range(self.config.num_hidden_layers) if layers is None else layers)
-        model = self.model.clone(capture=frozenset(capture), interventions=tuple(interventions))
-        params = self.params
-        if layers is not None:
-            model, params = _only_layers(model, params, chosen)
+        model = self.model.clone(
+            capture=frozenset(capture),
+            interventions=tuple(interventions),
+            layers=None if layers is None else chosen,
+        )
         chunks = chunk_lengths(len(tokens), chunk_sizes)
         cache = KVCache.create(model.config, 1, sum(chunks))  # prompts of nearby lengths share a program
         parts, start = [], 0
@@ -179,7 +233,7 @@ class JaxRunner:
             forced = None if expert_ids is None else _padded(expert_ids[:, part], 1, chunk)[:, None]
             outputs = _forward_chunk(
                 model,
-                params,
+                self.params,
                 cache,
                 _padded(tokens[part], 0, chunk)[None],
                 jnp.full((1,), start),
@@ -281,30 +335,13 @@ def _forward_chunk(
     return {**outputs, "stages": dict(_sown(variables.get(STAGES_COLLECTION, {})))}
 
 
-def _only_layers(model: Qwen3Moe, params: Params, layers: Sequence[int]) -> tuple[Qwen3Moe, Params]:
-    """The model that has these layers alone, one after the other, and its parameters."""
-    types = {path: t for path, t in model.types.items() if not path.startswith("layers.")}
-    kept = {name: value for name, value in params.items() if not name.startswith("layers_")}
-    for i, layer in enumerate(layers):
-        kept[f"layers_{i}"] = params[f"layers_{layer}"]
-        old = f"layers.{layer}."
-        types |= {
-            f"layers.{i}.{path.removeprefix(old)}": t
-            for path, t in model.types.items()
-            if path.startswith(old)
-        }
-    config = replace(model.config, num_hidden_layers=len(layers))
-    return model.clone(config=config, types=FrozenDict(types)), kept
-
-
-def _sown(tree: Mapping[str, Any], layer: int | None = None) -> Iterator[tuple[StageKey, jax.Array]]:
-    """Stages of one sequence out of Flax's collection: ((name, layer), value [T, ...])."""
-    for name, value in tree.items():
-        if isinstance(value, Mapping):
-            inside = int(name.removeprefix("layers_")) if name.startswith("layers_") else layer
-            yield from _sown(value, inside)
+def _sown(stages: Mapping[str, jax.Array]) -> Iterator[tuple[StageKey, jax.Array]]:
+    """Stages of one sequence out of Flax's collection: ((name, index of the layer), value [T, ...])."""
+    for name, value in stages.items():
+        if name in LAYER_STAGE_NAMES:
+            yield from (((name, i), layer[0]) for i, layer in enumerate(value))
         else:
-            yield (name, layer), value[0]
+            yield (name, None), value[0]
 
 
 def _padded(values: np.ndarray, axis: int, length: int) -> np.ndarray:

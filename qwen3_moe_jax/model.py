@@ -4,20 +4,26 @@ Every matrix is a ``PackedTensor`` parameter of its own quantization type, and
 the operations on it are ``kernels_pallas``'. Parameters have Hugging Face's
 names. Norms, router and softmax are float32 whatever the compute dtype.
 
-``stage`` names the values that ``qwen3-moe trace`` shows: it sows them when the
-collection "stages" is mutable, and it is where an intervention changes them.
+The layers are one loop. Layers whose tensors have the same types form a group
+(a Q4_K_M file has two), and a group's weights are stacked: a program holds the
+code of each group once, however many layers there are, and reads a layer's
+weights from the stack without a copy.
+
+``stage`` names the values that ``qwen3-moe trace`` shows: it sows those that
+are asked for, and it is where an intervention changes them.
 
 Equations: Qwen3 technical report (arXiv 2505.09388); Transformers'
 ``modeling_qwen3_moe.py``.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from flax.core import FrozenDict
 
@@ -25,13 +31,17 @@ import kernels_pallas as ops
 from convert.config import Qwen3MoeConfig
 from convert.ggml_types import GGMLType
 from convert.packed import ARRAY_FORMATS, PackedTensor, array_shapes
+from convert.tensor_names import tensor_specs
 from qwen3_moe_jax.kv_cache import KVCache, write_positions
 
 STAGES_COLLECTION = "stages"
-"""Flax collection that receives stages when it is mutable."""
+"""Flax collection that receives stages when it is mutable; those of layers have L as their first axis."""
 
 INSIDE_EXPERTS = frozenset({"ffn_moe_gate", "ffn_moe_up", "ffn_moe_swiglu", "ffn_moe_down"})
 """Stages between the fused operations of the sparse layer: to see them is to run it unfused."""
+
+Types = Mapping[str, GGMLType]
+"""Quantization type of each parameter, by its path ("layers.3.mlp.router")."""
 
 
 @dataclass(frozen=True)
@@ -65,209 +75,249 @@ class Output:
     expert_ids: jax.Array
 
 
+class At(NamedTuple):
+    """Where the loop is: ``layer`` counts all layers, ``slot`` those of the group; int32 scalars."""
+
+    layer: jax.Array
+    slot: jax.Array
+
+
+# Parameters
+
+
+def layer_groups(types: Types, num_layers: int) -> list[list[int]]:
+    """Layers with equal types of all their tensors, in the order of first appearance."""
+    groups: dict[tuple, list[int]] = {}
+    for layer in range(num_layers):
+        prefix = f"layers.{layer}."
+        signature = tuple((p[len(prefix) :], t) for p, t in sorted(types.items()) if p.startswith(prefix))
+        groups.setdefault(signature, []).append(layer)
+    return list(groups.values())
+
+
+def group_name(group: int) -> str:
+    """Key of a group's stacked weights in the parameter tree."""
+    return f"layer_group_{group}"
+
+
+def parameter_place(path: str, groups: list[list[int]]) -> tuple[tuple[str, ...], int | None]:
+    """Where a tensor is in the parameter tree: its keys, and its index in the stack (None outside layers)."""
+    if not path.startswith("layers."):
+        return (path,), None
+    _, layer, *names = path.split(".")
+    group = next(g for g, layers in enumerate(groups) if int(layer) in layers)
+    return (group_name(group), *names), groups[group].index(int(layer))
+
+
+def get_in(tree: Mapping[str, Any], keys: Sequence[str]) -> Any:
+    """The leaf at ``keys`` of a nested mapping."""
+    for key in keys:
+        tree = tree[key]
+    return tree
+
+
+def set_in(tree: dict[str, Any], keys: Sequence[str], value: Any) -> None:
+    """Puts a leaf at ``keys`` of nested dicts, making those that are missing."""
+    *parents, last = keys
+    for key in parents:
+        tree = tree.setdefault(key, {})
+    tree[last] = value
+
+
+def zero_params(config: Qwen3MoeConfig, types: Types) -> dict[str, Any]:
+    """The parameter tree with zeros in layout "rows": vectors float32, everything else packed."""
+    groups = layer_groups(types, config.num_hidden_layers)
+    tree: dict[str, Any] = {}
+    for spec in tensor_specs(config):
+        keys, slot = parameter_place(spec.path, groups)
+        if slot in (None, 0):
+            count = () if slot is None else (len(groups[int(keys[0].rpartition("_")[2])]),)
+            set_in(tree, keys, _zeros((*count, *spec.shape), len(spec.shape), types[spec.path]))
+    return tree
+
+
+def _zeros(shape: tuple[int, ...], ndim: int, ggml_type: GGMLType) -> PackedTensor | jax.Array:
+    if ndim == 1:
+        return jnp.zeros(shape, jnp.float32)
+    formats = ARRAY_FORMATS[ggml_type]
+    shapes = array_shapes(ggml_type, shape)
+    return PackedTensor({n: jnp.zeros(s, formats[n].dtype) for n, s in shapes.items()}, ggml_type)
+
+
+# The network
+
+
 class _Part(nn.Module):
     """What every part of the network needs.
 
     Attributes:
       config: hyper-parameters.
-      types: quantization type of each parameter, by its whole path; used by ``init`` alone.
       compute_dtype: operands of the matrix products; accumulation is float32.
       interventions: changes of stages, in the order in which they are applied.
-      capture: stages that may be sown; names that the fused operations hide make them unfused.
-      prefix: path of this part ("layers.3.self_attn.").
-      layer: number of the layer, or None outside.
+      capture: stages to sow; those inside the fused operations make them unfused.
     """
 
     config: Qwen3MoeConfig
-    types: FrozenDict[str, GGMLType]
     compute_dtype: Any = jnp.float32
     interventions: tuple[Intervention, ...] = ()
     capture: frozenset[str] = frozenset()
-    prefix: str = ""
-    layer: int | None = None
 
-    def part(self, cls: type["_Part"], prefix: str, layer: int | None) -> "_Part":
+    def part(self, cls: type["_Part"]) -> "_Part":
         """A sub-part with the same settings."""
-        return cls(
-            self.config, self.types, self.compute_dtype, self.interventions, self.capture, prefix, layer
-        )
+        return cls(self.config, self.compute_dtype, self.interventions, self.capture)
 
-    def packed(self, name: str, shape: tuple[int, ...]) -> PackedTensor:
-        """The parameter of this name, of logical ``shape``; its layout is whatever the loader chose."""
-        if self.has_variable("params", name):
-            return self.get_variable("params", name)
+    def weight(self, name: str) -> Any:
+        """This part's parameter: a PackedTensor, or float32 norm weights; stacked inside layers."""
+        return self.get_variable("params", name)
 
-        def zeros(_key: jax.Array) -> PackedTensor:
-            ggml_type = self.types[self.prefix + name]
-            formats = ARRAY_FORMATS[ggml_type]
-            shapes = array_shapes(ggml_type, shape)
-            return PackedTensor({n: jnp.zeros(s, formats[n].dtype) for n, s in shapes.items()}, ggml_type)
-
-        return self.param(name, zeros)
-
-    def norm_weight(self, name: str, size: int) -> jax.Array:
-        return self.param(name, lambda _key: jnp.ones((size,), jnp.float32))
-
-    def stage(self, name: str, value: jax.Array) -> jax.Array:
+    def stage(self, name: str, value: jax.Array, at: At | None = None) -> jax.Array:
         """Names a value of the forward pass: applies interventions, then shows it to a trace."""
         for intervention in self.interventions:
-            if intervention.stage == name and intervention.layer in (None, self.layer):
-                value = intervention.change(value)
+            if intervention.stage == name:
+                changed = intervention.change(value)
+                everywhere = at is None or intervention.layer is None
+                value = changed if everywhere else jnp.where(at.layer == intervention.layer, changed, value)
         if name in self.capture:
             self.sow(STAGES_COLLECTION, name, value, reduce_fn=lambda _, new: new, init_fn=lambda: None)
         return value
 
-    def token_stage(self, name: str, value: jax.Array, batch: tuple[int, int]) -> jax.Array:
-        """``stage`` for a value [B * T, ...], with ``batch`` = (B, T)."""
-        return self.stage(name, value.reshape(*batch, *value.shape[1:])).reshape(value.shape)
-
-    def matmul(self, x: jax.Array, weight: PackedTensor) -> jax.Array:
-        """x [B, T, K] times the transpose of weight [N, K]: float32 [B, T, N]."""
+    def matmul(self, x: jax.Array, name: str, at: At | None = None) -> jax.Array:
+        """x [B, T, K] times the transpose of the weight of this name [N, K]: float32 [B, T, N]."""
         flat = x.reshape(-1, x.shape[-1])
-        out = ops.quantized_matmul(flat, weight, compute_dtype=self.compute_dtype)
+        index = None if at is None else at.slot
+        out = ops.quantized_matmul(flat, self.weight(name), index=index, compute_dtype=self.compute_dtype)
         return out.reshape(*x.shape[:-1], -1)
+
+    def norm(self, x: jax.Array, name: str, at: At | None = None) -> jax.Array:
+        """RMS norm of the last axis with the weight of this name."""
+        weight = self.weight(name)
+        return ops.rms_norm(x, weight if at is None else weight[at.slot], self.config.rms_norm_eps)
 
 
 class Attention(_Part):
     """Grouped-query attention with normed queries and keys, over the KV cache."""
 
-    def setup(self) -> None:
-        c = self.config
-        self.q_proj = self.packed("q_proj", (c.num_attention_heads * c.head_dim, c.hidden_size))
-        self.k_proj = self.packed("k_proj", (c.num_key_value_heads * c.head_dim, c.hidden_size))
-        self.v_proj = self.packed("v_proj", (c.num_key_value_heads * c.head_dim, c.hidden_size))
-        self.o_proj = self.packed("o_proj", (c.hidden_size, c.num_attention_heads * c.head_dim))
-        self.q_norm = self.norm_weight("q_norm", c.head_dim)
-        self.k_norm = self.norm_weight("k_norm", c.head_dim)
-
     def __call__(
-        self,
-        x: jax.Array,
-        k_cache: jax.Array,
-        v_cache: jax.Array,
-        start: jax.Array,
-        cos: jax.Array,
-        sin: jax.Array,
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """x [B, T, D] at positions start [B] and following; returns the output and the written caches."""
-        c = self.config
-        heads = (*x.shape[:2], -1, c.head_dim)
-        q = self.stage("Qcur", self.matmul(x, self.q_proj).reshape(heads))
-        k = self.stage("Kcur", self.matmul(x, self.k_proj).reshape(heads))
-        v = self.stage("Vcur", self.matmul(x, self.v_proj).reshape(heads))
-        q = self.stage("Qcur_normed", ops.rms_norm(q, self.q_norm, c.rms_norm_eps))
-        k = self.stage("Kcur_normed", ops.rms_norm(k, self.k_norm, c.rms_norm_eps))
-        q = self.stage("Qcur_rope", ops.rope(q, cos, sin))
-        k = self.stage("Kcur_rope", ops.rope(k, cos, sin))
+        self, x: jax.Array, cache: KVCache, start: jax.Array, rope: tuple[jax.Array, jax.Array], at: At
+    ) -> tuple[jax.Array, KVCache]:
+        """x [B, T, D] at positions start [B] and following, rope's cos and sin [B, T, H / 2] of these."""
+        heads = (*x.shape[:2], -1, self.config.head_dim)
+        q = self.stage("Qcur", self.matmul(x, "q_proj", at).reshape(heads), at)
+        k = self.stage("Kcur", self.matmul(x, "k_proj", at).reshape(heads), at)
+        v = self.stage("Vcur", self.matmul(x, "v_proj", at).reshape(heads), at)
+        q = self.stage("Qcur_normed", self.norm(q, "q_norm", at), at)
+        k = self.stage("Kcur_normed", self.norm(k, "k_norm", at), at)
+        q = self.stage("Qcur_rope", ops.rope(q, *rope), at)
+        k = self.stage("Kcur_rope", ops.rope(k, *rope), at)
 
-        k_cache, v_cache = write_positions(k_cache, k, start), write_positions(v_cache, v, start)
+        cache = write_positions(cache, k, v, start, at.layer)
         positions = start[:, None] + jnp.arange(x.shape[1], dtype=start.dtype)
-        out = self.stage("kqv_out", ops.attention(q, k_cache, v_cache, positions))
-        out = self.stage("attn_out", self.matmul(out.reshape(*x.shape[:2], -1), self.o_proj))
-        return out, k_cache, v_cache
+        out = self.stage("kqv_out", ops.attention(q, cache.k, cache.v, positions, layer=at.layer), at)
+        return self.stage("attn_out", self.matmul(out.reshape(*x.shape[:2], -1), "o_proj", at), at), cache
 
 
 class Experts(_Part):
-    """The stacked weights of the experts."""
+    """The experts' feed-forward networks."""
 
-    def setup(self) -> None:
-        c = self.config
-        up = (c.num_experts, c.moe_intermediate_size, c.hidden_size)
-        down = (c.num_experts, c.hidden_size, c.moe_intermediate_size)
-        self.gate_proj = self.packed("gate_proj", up)
-        self.up_proj = self.packed("up_proj", up)
-        self.down_proj = self.packed("down_proj", down)
-
-    def __call__(
-        self, x: jax.Array, expert_ids: jax.Array, weights: jax.Array, batch: tuple[int, int]
-    ) -> jax.Array:
-        """x [B * T, D], expert_ids and weights [B * T, X]: the weighted sum of the experts' outputs, as x."""
+    def __call__(self, x: jax.Array, expert_ids: jax.Array, weights: jax.Array, at: At) -> jax.Array:
+        """x [B, T, D], expert_ids and weights [B, T, X]: the experts' weighted sum [B, T, D]."""
+        stacks = [self._all_layers(name) for name in ("gate_proj", "up_proj", "down_proj")]
+        ids = expert_ids.reshape(-1, expert_ids.shape[-1]) + at.slot * self.config.num_experts
+        flat, flat_weights = x.reshape(-1, x.shape[-1]), weights.reshape(ids.shape)
         if self._is_observed_inside():
-            return self._unfused(x, expert_ids, weights, batch)
-        return ops.moe_mlp(
-            x,
-            self.gate_proj,
-            self.up_proj,
-            self.down_proj,
-            expert_ids,
-            weights,
-            compute_dtype=self.compute_dtype,
-        )
+            return self._unfused(flat, stacks, ids, flat_weights, at, x.shape)
+        out = ops.moe_mlp(flat, *stacks, ids, flat_weights, compute_dtype=self.compute_dtype)
+        return out.reshape(x.shape)
+
+    def _all_layers(self, name: str) -> PackedTensor:
+        """The experts of the group's layers one after the other: [layers * E, N, K]."""
+        return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), self.weight(name))
 
     def _is_observed_inside(self) -> bool:
-        observed = self.capture | {i.stage for i in self.interventions if i.layer in (None, self.layer)}
-        return bool(observed & INSIDE_EXPERTS)
+        return bool((self.capture | {i.stage for i in self.interventions}) & INSIDE_EXPERTS)
 
-    def _unfused(
-        self, x: jax.Array, expert_ids: jax.Array, weights: jax.Array, batch: tuple[int, int]
-    ) -> jax.Array:
+    def _unfused(self, x, stacks, ids, weights, at: At, shape: tuple[int, ...]) -> jax.Array:
+        """As ``moe_mlp``, one operation after the other, each result a stage [B, T, X, ...]."""
+
         def project(value: jax.Array, weight: PackedTensor) -> jax.Array:
-            return ops.expert_matmul(value, weight, expert_ids, compute_dtype=self.compute_dtype)
+            return ops.expert_matmul(value, weight, ids, compute_dtype=self.compute_dtype)
 
-        gate = self.token_stage("ffn_moe_gate", project(x, self.gate_proj), batch)
-        up = self.token_stage("ffn_moe_up", project(x, self.up_proj), batch)
-        act = self.token_stage("ffn_moe_swiglu", jax.nn.silu(gate) * up, batch)
-        down = self.token_stage("ffn_moe_down", project(act, self.down_proj), batch)
+        def stage(name: str, value: jax.Array) -> jax.Array:
+            return self.stage(name, value.reshape(*shape[:2], *value.shape[1:]), at).reshape(value.shape)
+
+        gate = stage("ffn_moe_gate", project(x, stacks[0]))
+        up = stage("ffn_moe_up", project(x, stacks[1]))
+        act = stage("ffn_moe_swiglu", jax.nn.silu(gate) * up)
+        down = stage("ffn_moe_down", project(act, stacks[2]))
         out = jnp.zeros_like(down[:, 0])
-        for choice in range(expert_ids.shape[1]):  # the order of the sum is part of the definition
+        for choice in range(ids.shape[1]):  # the order of the sum is part of the definition
             out = out + down[:, choice] * weights[:, choice, None]
-        return out
+        return out.reshape(shape)
 
 
 class SparseMoeBlock(_Part):
     """Router and experts: every layer of the model is sparse, there is no dense FFN."""
 
     def setup(self) -> None:
-        c = self.config
-        self.router = self.packed("router", (c.num_experts, c.hidden_size))
-        self.experts = self.part(Experts, f"{self.prefix}experts.", self.layer)
+        self.experts = self.part(Experts)
 
-    def __call__(self, x: jax.Array, forced_ids: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    def __call__(self, x: jax.Array, forced_ids: jax.Array | None, at: At) -> tuple[jax.Array, jax.Array]:
         """x [B, T, D], forced_ids [B, T, X] or None: the output [B, T, D] and the experts [B, T, X]."""
-        flat, batch = x.reshape(-1, x.shape[-1]), x.shape[:2]
-        logits = self.token_stage("ffn_moe_logits", ops.quantized_matmul(flat, self.router), batch)
-        probs, expert_ids, weights = ops.choose_experts(
-            logits,
+        router = self.weight("router")
+        flat = x.reshape(-1, x.shape[-1])
+        logits = ops.quantized_matmul(flat, router, index=at.slot).reshape(*x.shape[:2], -1)
+        logits = self.stage("ffn_moe_logits", logits, at)
+        routing = ops.choose_experts(
+            logits.reshape(flat.shape[0], -1),
             self.config.num_experts_per_tok,
             None if forced_ids is None else forced_ids.reshape(-1, forced_ids.shape[-1]),
         )
-        self.token_stage("ffn_moe_probs", probs, batch)
-        expert_ids = self.token_stage("ffn_moe_topk", expert_ids, batch)
-        weights = self.token_stage("ffn_moe_weights_norm", weights, batch)
-        out = self.experts(flat, expert_ids, weights, batch)
-        return self.stage("ffn_moe_out", out.reshape(x.shape)), expert_ids.reshape(*batch, -1)
+        probs, expert_ids, weights = (value.reshape(*x.shape[:2], -1) for value in routing)
+        self.stage("ffn_moe_probs", probs, at)
+        expert_ids = self.stage("ffn_moe_topk", expert_ids, at)
+        weights = self.stage("ffn_moe_weights_norm", weights, at)
+        return self.stage("ffn_moe_out", self.experts(x, expert_ids, weights, at), at), expert_ids
 
 
 class DecoderLayer(_Part):
     """Attention and the sparse block, each after a norm and beside the residual."""
 
     def setup(self) -> None:
-        size = self.config.hidden_size
-        self.input_layernorm = self.norm_weight("input_layernorm", size)
-        self.self_attn = self.part(Attention, f"{self.prefix}self_attn.", self.layer)
-        self.post_attention_layernorm = self.norm_weight("post_attention_layernorm", size)
-        self.mlp = self.part(SparseMoeBlock, f"{self.prefix}mlp.", self.layer)
+        self.self_attn = self.part(Attention)
+        self.mlp = self.part(SparseMoeBlock)
 
-    def __call__(self, x, k_cache, v_cache, start, cos, sin, forced_ids):
-        eps = self.config.rms_norm_eps
-        h = self.stage("attn_norm", ops.rms_norm(x, self.input_layernorm, eps))
-        out, k_cache, v_cache = self.self_attn(h, k_cache, v_cache, start, cos, sin)
-        x = self.stage("ffn_inp", x + out)
-        h = self.stage("ffn_norm", ops.rms_norm(x, self.post_attention_layernorm, eps))
-        out, expert_ids = self.mlp(h, forced_ids)
-        return self.stage("l_out", x + out), k_cache, v_cache, expert_ids
+    def __call__(
+        self,
+        x: jax.Array,
+        cache: KVCache,
+        start: jax.Array,
+        rope: tuple[jax.Array, jax.Array],
+        forced_ids: jax.Array | None,
+        at: At,
+    ) -> tuple[jax.Array, KVCache, jax.Array]:
+        h = self.stage("attn_norm", self.norm(x, "input_layernorm", at), at)
+        out, cache = self.self_attn(h, cache, start, rope, at)
+        x = self.stage("ffn_inp", x + out, at)
+        h = self.stage("ffn_norm", self.norm(x, "post_attention_layernorm", at), at)
+        out, expert_ids = self.mlp(h, forced_ids, at)
+        return self.stage("l_out", x + out, at), cache, expert_ids
 
 
 class Qwen3Moe(_Part):
-    """The whole network: ``__call__`` runs the decoder layers, ``logits`` the head on chosen rows."""
+    """The whole network: ``__call__`` runs the decoder layers, ``logits`` the head on chosen rows.
+
+    Attributes:
+      types: quantization type of each parameter, by its path.
+      layers: the layers to run, or None for all.
+    """
+
+    types: FrozenDict[str, GGMLType] = FrozenDict()
+    layers: tuple[int, ...] | None = None
 
     def setup(self) -> None:
-        c = self.config
-        self.embed_tokens = self.packed("embed_tokens", (c.vocab_size, c.hidden_size))
-        self.layers = [self.part(DecoderLayer, f"layers.{i}.", i) for i in range(c.num_hidden_layers)]
-        self.norm = self.norm_weight("norm", c.hidden_size)
-        if not c.tie_word_embeddings:
-            self.lm_head = self.packed("lm_head", (c.vocab_size, c.hidden_size))
+        if self.is_initializing():
+            for name, value in zero_params(self.config, self.types).items():
+                self.put_variable("params", name, value)
 
     def __call__(
         self,
@@ -282,36 +332,54 @@ class Qwen3Moe(_Part):
           token_ids: int32 [B, T].
           cache: holds positions 0 .. start - 1 of each sequence, and room for T more.
           start: int32 [B], position of each sequence's first token.
-          expert_ids: int32 [L, B, T, X] to force the routing, or None.
+          expert_ids: int32 [L, B, T, X] to force the routing of the layers that run, or None.
         """
         c = self.config
-        x = ops.embedding_lookup(self.embed_tokens, token_ids.reshape(-1))
+        x = ops.embedding_lookup(self.weight("embed_tokens"), token_ids.reshape(-1))
         x = self.stage("inp_embd", x.reshape(*token_ids.shape, -1))
         positions = start[:, None] + jnp.arange(token_ids.shape[1], dtype=start.dtype)
-        cos, sin = ops.rope_tables(positions, c.head_dim, c.rope_theta, c.rope_scaling)
-        keys, values, chosen = [], [], []
-        for i, layer in enumerate(self.layers):
-            forced = None if expert_ids is None else expert_ids[i]
-            x, k, v, ids = layer(x, cache.k[i], cache.v[i], start, cos, sin, forced)
-            keys.append(k)
-            values.append(v)
-            chosen.append(ids)
-        return Output(x, KVCache(tuple(keys), tuple(values)), jnp.stack(chosen))
+        rope = ops.rope_tables(positions, c.head_dim, c.rope_theta, c.rope_scaling)
+
+        groups = layer_groups(self.types, c.num_hidden_layers)
+        branches = [self._layer_of_group(g, start, rope) for g in range(len(groups))]
+        place = {layer: (g, slot) for g, layers in enumerate(groups) for slot, layer in enumerate(layers)}
+        layers = np.asarray(range(c.num_hidden_layers) if self.layers is None else self.layers, np.int32)
+        group, slot = np.asarray([place[int(layer)] for layer in layers], np.int32).T
+
+        def step(carry: tuple, xs: tuple) -> tuple:
+            group, at, forced_ids = xs
+            x, cache, chosen, stages = jax.lax.switch(group, branches, *carry, forced_ids, at)
+            return (x, cache), (chosen, stages)
+
+        (x, cache), (chosen, stages) = jax.lax.scan(step, (x, cache), (group, At(layers, slot), expert_ids))
+        for name, value in stages.items():
+            self.sow(STAGES_COLLECTION, name, value, reduce_fn=lambda _, new: new, init_fn=lambda: None)
+        return Output(x, cache, chosen)
+
+    def _layer_of_group(self, group: int, start: jax.Array, rope: tuple[jax.Array, jax.Array]) -> Callable:
+        """The function of any layer of a group: returns x, cache, expert ids and the captured stages."""
+        layer = DecoderLayer(self.config, self.compute_dtype, self.interventions, self.capture, parent=None)
+        variables = {"params": self.weight(group_name(group))}
+
+        def run(x: jax.Array, cache: KVCache, forced_ids: jax.Array | None, at: At) -> tuple:
+            (x, cache, chosen), sown = layer.apply(
+                variables, x, cache, start, rope, forced_ids, at, mutable=[STAGES_COLLECTION]
+            )
+            return x, cache, chosen, dict(_leaves(sown.get(STAGES_COLLECTION, {})))
+
+        return run
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Logits float32 [B, T, V] of hidden [B, T, D]."""
-        h = self.stage("result_norm", ops.rms_norm(hidden, self.norm, self.config.rms_norm_eps))
-        head = self.embed_tokens if self.config.tie_word_embeddings else self.lm_head
+        h = self.stage("result_norm", self.norm(hidden, "norm"))
+        head = "embed_tokens" if self.config.tie_word_embeddings else "lm_head"
         return self.stage("result_output", self.matmul(h, head))
 
 
-def parameter_tree(parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """Nests parameters by their paths into Flax's tree: "layers.3.mlp.router" is layers_3 / mlp / router."""
-    tree: dict[str, Any] = {}
-    for path, value in parameters.items():
-        *parents, name = path.replace("layers.", "layers_", 1).split(".")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[name] = value
-    return tree
+def _leaves(tree: Mapping[str, Any]):
+    """(name, value) of every value in Flax's nested collection."""
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value)
+        else:
+            yield name, value

@@ -107,8 +107,7 @@ def test_a_nan_ends_only_its_own_sequence(jax_runner, golden):
     prompts = [golden["ids0"], golden["ids1"]]
     good = whole(jax_runner, prompts, new_tokens=8)
     state = whole(jax_runner, prompts, new_tokens=4)
-    poisoned = tuple(k.at[1, 0].set(jnp.nan) for k in state.cache.k)
-    state = state.replace(cache=state.cache.replace(k=poisoned))
+    state = state.replace(cache=state.cache.replace(k=state.cache.k.at[:, 1, 0].set(jnp.nan)))
     arrays = SamplingArrays.of([GREEDY] * 2)
     limit = jnp.asarray([len(p) + 8 for p in prompts])
     state = generate(jax_runner.model, jax_runner.params, state, arrays, NO_STOPS, limit)

@@ -8,11 +8,10 @@ import pytest
 from flax.core import FrozenDict
 
 from convert.config import PRESETS
-from convert.packed import PackedTensor
 from convert.tensor_names import q4_k_m_types, tensor_specs
 from qwen3_moe_jax.kv_cache import KVCache
 from qwen3_moe_jax.memory_plan import cache_nbytes
-from qwen3_moe_jax.model import Qwen3Moe, parameter_tree
+from qwen3_moe_jax.model import Qwen3Moe, get_in, layer_groups, parameter_place
 
 FILE_GB = {"Qwen3-30B-A3B": 18.55, "Qwen3-235B-A22B": 142.2, "Qwen3-Coder-480B-A35B": 290.1}
 """Sizes of the Q4_K_M files, from their tensor tables."""
@@ -22,7 +21,7 @@ PACKED_GROWTH = 1.04
 
 def abstract(config, types):
     """Parameters and one step of a model, as shapes."""
-    model = Qwen3Moe(config, FrozenDict(types))
+    model = Qwen3Moe(config, types=FrozenDict(types))
     cache = jax.eval_shape(lambda: KVCache.create(config, 2, 64))
     tokens, start = jnp.zeros((2, 3), jnp.int32), jnp.zeros((2,), jnp.int32)
     params = jax.eval_shape(model.init, jax.random.key(0), tokens, cache, start)["params"]
@@ -43,11 +42,26 @@ def test_full_size_model(name):
 
 
 def test_parameters_are_the_table_of_tensors():
-    config = replace(PRESETS["Qwen3-30B-A3B"], num_hidden_layers=2)
-    params, _, _ = abstract(config, q4_k_m_types(config))
-    expected = parameter_tree({s.path: s.shape for s in tensor_specs(config)})
-    is_leaf = lambda x: isinstance(x, PackedTensor)  # noqa: E731
-    assert jax.tree.map(lambda x: x.shape, params, is_leaf=is_leaf) == expected
+    config = replace(PRESETS["Qwen3-30B-A3B"], num_hidden_layers=8)
+    types = q4_k_m_types(config)
+    params, _, _ = abstract(config, types)
+    groups = layer_groups(types, config.num_hidden_layers)
+    assert sorted(layer for group in groups for layer in group) == list(range(8))
+    seen = set()
+    for spec in tensor_specs(config):
+        keys, slot = parameter_place(spec.path, groups)
+        leaf = get_in(params, keys)
+        assert leaf.shape[leaf.ndim - len(spec.shape) :] == spec.shape
+        assert len(spec.shape) == 1 or leaf.type == types[spec.path]
+        assert (keys, slot) not in seen
+        seen.add((keys, slot))
+
+
+def test_layers_of_equal_types_share_a_group():
+    config = PRESETS["Qwen3-30B-A3B"]
+    more_bits, fewer_bits = layer_groups(q4_k_m_types(config), config.num_hidden_layers)
+    assert more_bits[:8] == [0, 1, 2, 3, 4, 5, 8, 11]
+    assert len(more_bits) == len(fewer_bits) == 24
 
 
 def test_cache_size_is_what_a_plan_says():
