@@ -33,7 +33,11 @@ OUTPUT_ROWS = _TILED(plgpu.Tiling(((16, 8, 1), (4, 8, 1))), (-6,), (-3, -2), -1)
 HEAD_HALVES = _TILED(plgpu.Tiling(((8, 64), (2, 4))), warp_dims=(-4,), lane_dims=(-3, -2), vector_dim=-1)
 """float32 [8 heads, 64 of 128 dimensions]."""
 
+EXPERTS = _TILED(plgpu.Tiling(((4, 128), (4,))), warp_dims=(-3,), lane_dims=(-2,), vector_dim=-1)
+"""float32 [4 sequences, 128 n experts]: a sequence a warp."""
+
 WARPGROUP = 128
+LOG2E = 1.4426950408889634
 
 
 def lanes(n: int):
@@ -113,36 +117,87 @@ def block_barrier(barrier, *, emulate: bool) -> None:
     sync()
 
 
-def scatter(ref, index, values, layout, *, emulate: bool) -> None:
-    """``ref[index[i]] = values[i]`` where ``index[i] < ref.shape[0]``; indices are distinct there.
+def top_experts(logits, ids, routing, count: int, *, emulate: bool) -> None:
+    """The ``count`` largest of each row of logits and their softmax, a row a warp.
+
+    Equal logits are ordered by index. The exponentials are of differences to the largest and
+    their sum runs from the largest down, so a row's result depends on that row alone.
 
     Args:
-      ref: int32 or float32 [n] in shared memory.
-      index: int32 [m] of layout ``layout``; ``values``: [m].
+      logits: float32 [4, n] of layout ``EXPERTS``.
+      ids, routing: int32 and float32 [4, count] in shared memory, to be written.
     """
-    size = ref.shape[0]
     if emulate:
-        ref[...] = jnp.zeros(ref.shape, ref.dtype).at[index].set(values, mode="drop")
+        best, index = lax.top_k(logits, count)
+        p = jnp.exp2((best - best[:, :1]) * LOG2E)
+        ids[...] = index
+        routing[...] = p / jnp.sum(p, axis=1, keepdims=True)
         return
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), layout, layout))
-    def store(ctx, ref, index, values):
+    @plgpu.inline_mgpu(arg_types=(EXPERTS, plgpu.RefType(), plgpu.RefType()))
+    def choose(ctx, logits, ids, routing):
         del ctx
         from jaxlib.mlir import ir
         from jaxlib.mlir.dialects import arith, llvm, scf
 
-        i32 = ir.IntegerType.get_signless(32)
-        base = mgpu.utils.memref_ptr(ref)
-        zero = arith.constant(i32, 0)
-        for i, v in zip(index.registers.flat, values.registers.flat, strict=True):
-            i, v = llvm.extractelement(i, zero), llvm.extractelement(v, zero)
-            inside = arith.cmpi(arith.CmpIPredicate.ult, i, arith.constant(i32, size))
-            branch = scf.IfOp(inside)
-            with ir.InsertionPoint(branch.then_block):
-                llvm.store(v, mgpu.utils.getelementptr(base, [i], v.type))
-                scf.yield_([])
+        i32, f32 = ir.IntegerType.get_signless(32), ir.F32Type.get()
+        const = lambda v: arith.constant(i32, v)
+        lowest = const(-(2**31))
 
-    store(ref, index, values)
+        def over_warp(value, operation):
+            text = f"redux.sync.{operation}.u32 $0, $1, 0xffffffff;"
+            return llvm.inline_asm(i32, [value], text, "=r,r", has_side_effects=True)
+
+        def flip(bits):
+            """Maps float bits to unsigned integers of the same order; ``unflip`` is the way back."""
+            return arith.xori(bits, arith.ori(arith.shrsi(bits, const(31)), lowest))
+
+        def unflip(key):
+            return arith.xori(key, arith.ori(arith.shrsi(arith.xori(key, const(-1)), const(31)), lowest))
+
+        thread = arith.remui(mgpu.utils.thread_idx(), const(WARPGROUP))
+        lane, warp = arith.remui(thread, const(32)), arith.divui(thread, const(32))
+        keys, indices = [], []
+        for r, register in enumerate(logits.registers.flat):
+            for i in range(4):
+                keys.append(flip(arith.bitcast(i32, llvm.extractelement(register, const(i)))))
+                indices.append(arith.addi(arith.muli(lane, const(4)), const(r * 128 + i)))
+
+        def tree(join, values):
+            while len(values) > 1:
+                paired = [join(a, b) for a, b in zip(values[::2], values[1::2], strict=False)]
+                values = paired + values[len(values) // 2 * 2 :]
+            return values[0]
+
+        best, chosen = [], []
+        for _ in range(count):
+            key = over_warp(tree(arith.maxui, keys), "max")
+            equal = [arith.cmpi(arith.CmpIPredicate.eq, k, key) for k in keys]
+            places = [arith.select(e, i, const(-1)) for e, i in zip(equal, indices, strict=True)]
+            winner = over_warp(tree(arith.minui, places), "min")
+            same = [arith.cmpi(arith.CmpIPredicate.eq, i, winner) for i in indices]
+            keys = [arith.select(e, const(0), k) for e, k in zip(same, keys, strict=True)]
+            best.append(arith.bitcast(f32, unflip(key)))
+            chosen.append(winner)
+        log2e = arith.constant(f32, LOG2E)
+        powers = []
+        for value in best:
+            shifted = arith.mulf(arith.subf(value, best[0]), log2e)
+            powers.append(llvm.inline_asm(f32, [shifted], "ex2.approx.ftz.f32 $0, $1;", "=f,f"))
+        total = powers[0]
+        for power in powers[1:]:
+            total = arith.addf(total, power)
+        id_base, routing_base = mgpu.utils.memref_ptr(ids), mgpu.utils.memref_ptr(routing)
+        branch = scf.IfOp(arith.cmpi(arith.CmpIPredicate.eq, lane, const(0)))
+        with ir.InsertionPoint(branch.then_block):
+            for i, (winner, power) in enumerate(zip(chosen, powers, strict=True)):
+                at = arith.addi(arith.muli(warp, const(count)), const(i))
+                llvm.store(winner, mgpu.utils.getelementptr(id_base, [at], i32))
+                weight = arith.divf(power, total)
+                llvm.store(weight, mgpu.utils.getelementptr(routing_base, [at], f32))
+            scf.yield_([])
+
+    choose(logits, ids, routing)
 
 
 def warpgroup_reduce(x, layout, operation: str, scratch, *, emulate: bool):
@@ -238,15 +293,15 @@ def store_first_rows(ref, values, *, emulate: bool) -> None:
 
 
 def grid_signal(semaphore, *, emulate: bool) -> None:
-    """Says that this warpgroup's writes are done. With one block (the interpreter) there is no one to tell."""
+    """Says that this block's writes are done. With one block (the interpreter) there is no one to tell."""
     if semaphore is None:
         return
-    warpgroup_barrier(emulate=emulate)
+    warpgroup_barrier(emulate=emulate)  # all four warps have written
     plgpu.semaphore_signal(semaphore, memory_scope="gpu")
 
 
 def grid_wait(semaphore, target, barrier, *, emulate: bool) -> None:
-    """Waits until ``target`` warpgroups have signalled since the kernel began."""
+    """Waits until blocks have signalled ``target`` times since the kernel began."""
     if semaphore is None:
         block_barrier(barrier, emulate=emulate)
         return

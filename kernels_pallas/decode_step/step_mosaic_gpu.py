@@ -12,6 +12,7 @@ all its tiles with the same 64 activations, which stay in registers. All reducti
 fixed order that does not depend on the batch.
 """
 
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +24,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from convert.ggml_types import SUPERBLOCK, GGMLType
 from kernels_pallas.decode_step import primitives_mosaic_gpu as prim
-from kernels_pallas.decode_step.tile_formats_mosaic_gpu import TILE_FORMATS, Activations
+from kernels_pallas.decode_step.tile_formats_mosaic_gpu import TILE_FORMATS, WEIGHT_KINDS, Activations
 
 Array = Any
 WARPGROUPS = 2
@@ -35,8 +36,8 @@ SLOTS = 16
 KV_TILE = 64
 MAX_SPLITS = 128
 QUANT_MAX = 127 * 128
-LOG2E = 1.4426950408889634
-REDUCE_SITES = ("norm", "router", "largest", "sum", "split_largest", "split_sum")
+LOG2E = prim.LOG2E
+REDUCE_SITES = ("norm", "router", "split_largest", "split_sum")
 
 
 def ceil_div(a: int, b: int) -> int:
@@ -83,6 +84,10 @@ class StepConfig:
     @property
     def pairs(self) -> int:
         return self.batch * self.experts_per_token
+
+    @property
+    def padded_batch(self) -> int:
+        return ceil_div(self.batch, 4) * 4
 
     @property
     def qkv_tiles(self) -> int:
@@ -132,7 +137,7 @@ def output_types(c: StepConfig) -> dict[str, jax.ShapeDtypeStruct]:
         "attention": f32(c.batch, c.heads, c.head_dim),
         "part": f32(c.batch, c.kv_heads, c.splits, rep, c.head_dim),
         "part_stats": f32(c.batch, c.kv_heads, 2, 64, MAX_SPLITS),
-        "router_logits": f32(WARPGROUPS, c.batch, c.padded_experts),
+        "router_logits": f32(WARPGROUPS, c.padded_batch, c.padded_experts),
         "swiglu": f32(act_slots, c.blocks, 8),
     }
 
@@ -159,22 +164,58 @@ def scratch_types(c: StepConfig) -> dict[str, Any]:
         shape, c.cache_dtype, transforms=(plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
     )
     head = c.head_dim
-    tables = (WARPGROUPS, c.batch, c.experts_per_token)
+    tables = (c.padded_batch, c.experts_per_token)
     return {
         "x_words": plgpu.SMEM((c.batch, 2, superblocks, 4, 2, 2, 4), jnp.int32),
         "x_scale": plgpu.SMEM((c.batch, superblocks, 4, 2), jnp.float32),
         "x_sums": plgpu.SMEM((c.batch, superblocks, 4, 2, 2), jnp.int32),
-        "sums": plgpu.SMEM((max(2, c.batch), SLOTS, parts + 1, 8), jnp.float32),
-        "logit": plgpu.SMEM((WARPGROUPS, c.padded_experts), jnp.float32),
         "ids": plgpu.SMEM(tables, jnp.int32),
         "routing": plgpu.SMEM(tables, jnp.float32),
-        "q": plgpu.SMEM((WARPGROUPS, 64, head), c.cache_dtype),
-        "k0": swizzled(KV_TILE, head), "k1": swizzled(KV_TILE, head),
-        "v0": swizzled(KV_TILE, head), "v1": swizzled(KV_TILE, head),
+        "either": plgpu.RefUnion(
+            plgpu.SMEM((max(2, c.batch), SLOTS, parts + 1, 8), jnp.float32),
+            [plgpu.SMEM((WARPGROUPS, 64, head), c.cache_dtype), *(swizzled(KV_TILE, head) for _ in range(4))],
+        ),
         "split_weight": plgpu.SMEM((WARPGROUPS, MAX_SPLITS), jnp.float32),
         "reduce": plgpu.SMEM((WARPGROUPS, len(REDUCE_SITES), 2, 4), jnp.float32),
         "barrier": plgpu.Barrier(num_arrivals=WARPGROUPS),
     }  # fmt: skip
+
+
+def weight_kinds(formats: list) -> list:
+    """The kinds of register arrays that can hold a tile of any of the formats."""
+    kinds = []
+    for fmt in formats:
+        for kind in set(fmt.kinds):
+            missing = fmt.kinds.count(kind) - kinds.count(kind)
+            kinds += [kind] * max(missing, 0)
+    return kinds
+
+
+def pad_weights(fmt, weights: tuple, kinds: list) -> tuple:
+    """Puts a format's arrays into the places of ``kinds``, with zeros elsewhere."""
+    left = list(zip(fmt.kinds, weights, strict=True))
+    out = []
+    for kind in kinds:
+        found = next((item for item in left if item[0] == kind), None)
+        if found is None:
+            shape, dtype, layout = WEIGHT_KINDS[kind]
+            out.append(prim.full(shape, 0, dtype, layout))
+        else:
+            left = [item for item in left if item is not found]
+            out.append(found[1])
+    return tuple(out)
+
+
+def take_weights(fmt, padded: tuple) -> tuple:
+    """The inverse of :func:`pad_weights`."""
+    kinds, arrays = padded
+    left = list(zip(kinds, arrays, strict=True))
+    out = []
+    for kind in fmt.kinds:
+        found = next(item for item in left if item[0] == kind)
+        left = [item for item in left if item is not found]
+        out.append(found[1])
+    return tuple(out)
 
 
 class Step:
@@ -182,7 +223,8 @@ class Step:
 
     def __init__(self, config: StepConfig, refs: dict[str, Any]):
         self.c = config
-        self.r = refs
+        sums, (q, k0, k1, v0, v1) = refs["either"]  # attention needs no sums, and the rest no tiles
+        self.r = refs | {"sums": sums, "q": q, "k0": k0, "k1": k1, "v0": v0, "v1": v1}
         self.block = lax.axis_index("sm")
         self.wg = lax.axis_index("wg")
         self.col = config.columns()
@@ -198,13 +240,19 @@ class Step:
     def table(self, layer, name: str):
         return self.r["table"][layer, self.col[name]]
 
-    def signal(self) -> None:
-        prim.grid_signal(self.semaphore, **self.prim)
+    def signal(self, *, by_first: bool = False) -> None:
+        """Ends a phase: the block's results are written. ``by_first``: the first warpgroup alone wrote them."""
+        if not by_first:
+            self.sync_block()
 
+        @pl.when(self.wg == 0)
+        def _():
+            prim.grid_signal(self.semaphore, **self.prim)
+
+    @jax.named_scope("wait")
     def wait(self, count) -> None:
-        """Waits until every warpgroup has signalled ``count`` times."""
-        target = count * (WARPGROUPS * self.c.blocks)
-        prim.grid_wait(self.semaphore, target, self.r["barrier"], **self.prim)
+        """Waits until every block has signalled ``count`` times."""
+        prim.grid_wait(self.semaphore, count * self.c.blocks, self.r["barrier"], **self.prim)
 
     def sync_block(self) -> None:
         prim.block_barrier(self.r["barrier"], **self.prim)
@@ -327,6 +375,7 @@ class Step:
             def _(i=i):
                 body(i)
 
+    @jax.named_scope("qkv")
     def qkv(self, layer, count) -> None:
         c, w = self.c, self.r["weights"]["qkv"]
         steps = c.hidden // STEP
@@ -345,6 +394,8 @@ class Step:
 
         groups = [list(range(i, min(i + 5, always))) for i in range(0, always, 5)]
         ahead = load(groups[0], 0) if groups else None
+        mixed = list(range(always, slots)) if static else []
+        mixed_ahead = [self.load_mixed(w, slot, counts, offsets) for slot in mixed] if len(mixed) <= 2 else None
         self.wait(count)
 
         def prepare(b):
@@ -358,7 +409,7 @@ class Step:
                 tiles = ahead if group is groups[0] and step == 0 else load(group, step)
                 self.multiply_into_sums(first, tiles, group, step)
 
-        def any_type(slot, place):
+        def any_type(slot, place, loaded=None):
             tile = slot * c.blocks + self.block
             start = 0
             for i, type in enumerate(c.qkv_types):
@@ -367,8 +418,11 @@ class Step:
                 @pl.when((tile >= begin) & (tile < begin + counts[i]))
                 def _(i=i, fmt=fmt, begin=begin):
                     for step in range(steps):
-                        tiles = [fmt.load(w[i], (offsets[i] + tile - begin, self.mine(step)))]
-                        self.multiply_into_sums(fmt, tiles, [place], step)
+                        if loaded is None:
+                            tile_weights = fmt.load(w[i], (offsets[i] + tile - begin, self.mine(step)))
+                        else:
+                            tile_weights = take_weights(fmt, loaded[step])
+                        self.multiply_into_sums(fmt, [tile_weights], [place], step)
 
                 start = start + counts[i]
 
@@ -377,8 +431,8 @@ class Step:
             out[b, pl.ds(chunk * SLOTS, SLOTS), self.block] = self.result_rows(b, steps)
 
         if static:
-            for slot in range(always, slots):
-                any_type(slot, slot)
+            for i, slot in enumerate(mixed):
+                any_type(slot, slot, mixed_ahead and mixed_ahead[i])
             self.sync_block()
             self.for_my_batch(lambda b: store(b, 0))
         else:
@@ -390,7 +444,28 @@ class Step:
                 self.sync_block()
 
             prim.fori(ceil_div(slots, SLOTS), chunk)
-        self.signal()
+        self.signal(by_first=c.batch == 1)
+
+    def load_mixed(self, stacks: list, slot: int, counts: list, offsets: list) -> list:
+        """The weights of a tile of q, k or v whose type depends on the layer, one tuple a step."""
+        c = self.c
+        tile = slot * c.blocks + self.block
+        formats = [TILE_FORMATS[t] for t in c.qkv_types]
+        kinds = weight_kinds(formats)
+        starts = [sum(counts[:i]) for i in range(len(formats))]
+
+        def load(i, step):
+            index = jnp.clip(tile - starts[i], 0, counts[i] - 1) + offsets[i]
+            return pad_weights(formats[i], formats[i].load(stacks[i], (index, self.mine(step))), kinds)
+
+        def choose(i, step):
+            if i == len(formats) - 1:
+                return load(i, step)
+            return lax.cond(
+                tile < starts[i] + counts[i], lambda: load(i, step), lambda: choose(i + 1, step)
+            )
+
+        return [(kinds, choose(0, step)) for step in range(c.hidden // STEP)]
 
     def dense(self, fmt, stack, offset, tiles: int, steps: int, count, prepare, store, *, group: int) -> None:
         """A projection whose matrix has one type: ``store(b, chunk)`` takes the finished rows."""
@@ -439,6 +514,7 @@ class Step:
         each = jnp.where(tiles <= 2, 2, (tiles + self.c.splits - 1) // self.c.splits)
         return tiles, each, (tiles + each - 1) // each
 
+    @jax.named_scope("attention")
     def attention(self, layer, count) -> None:
         c = self.c
         workers = WARPGROUPS * c.blocks
@@ -574,6 +650,7 @@ class Step:
             self.r["part_stats"][b, head, 0, :, split] = largest
             self.r["part_stats"][b, head, 1, :, split] = total
 
+    @jax.named_scope("combine")
     def combine(self, count) -> None:
         """Joins the splits of long contexts, in their order."""
         c = self.c
@@ -613,6 +690,7 @@ class Step:
         prim.fori(ceil_div(c.batch * c.heads, workers), one)
         self.signal()
 
+    @jax.named_scope("output_projection")
     def output_projection(self, layer, count) -> None:
         c = self.c
         width = c.heads * c.head_dim
@@ -645,10 +723,11 @@ class Step:
             self.dense(fmt, stack, offset, tiles, steps, count, prepare, store, group=2)
 
         self.one_type(c.o_types, self.table(layer, "o_type"), run)
-        self.signal()
+        self.signal(by_first=c.batch == 1)
 
     # Experts
 
+    @jax.named_scope("router")
     def router(self, layer, count) -> None:
         """Normed activations for the experts, and this block's rows of router logits."""
         c = self.c
@@ -692,80 +771,72 @@ class Step:
             for step in range(self.c.hidden // STEP)
         ]
 
-    def choose(self, layer) -> Any:
-        """Top-k experts and their weights for every sequence; returns the warpgroup whose tables to read.
+    def choose(self, layer) -> None:
+        """Top-k experts and their weights for every sequence, into shared memory.
 
         Softmax over all experts followed by renormalization over the chosen is a softmax over
         the chosen: the common denominator cancels.
         """
         c = self.c
-        n, layout = c.padded_experts, prim.lanes(c.padded_experts)
-        alone = c.batch == 1
+        ids, routing = self.r["ids"], self.r["routing"]
+        for start in range(0, c.padded_batch, 4):
 
-        def one(b):
-            table = self.wg if alone else 0
-            logit = [
-                plgpu.load(self.r["router_logits"].at[i, b], layout=layout, optimized=False)
-                for i in range(WARPGROUPS)
-            ]
-            index = plgpu.broadcasted_iota(jnp.int32, (n,), 0, layout=layout)
-            logit = jnp.where(index < c.experts, logit[0] + logit[1], -1e30)
-            if c.replay:
-                rank = prim.full((n,), c.experts_per_token, jnp.int32, layout)
-                for i in range(c.experts_per_token):
-                    rank = jnp.where(index == self.r["replay_ids"][layer, b, i], i, rank)
-            else:
-                self.r["logit"][self.wg] = logit
-                self.sync_warpgroup()
+            @pl.when(self.wg == start // 4 % WARPGROUPS)
+            def _(start=start):
+                rows = pl.ds(start, 4)
+                logits = [
+                    plgpu.load(self.r["router_logits"].at[i, rows], layout=prim.EXPERTS, optimized=False)
+                    for i in range(WARPGROUPS)
+                ]
+                logits = logits[0] + logits[1]
+                if c.experts < c.padded_experts:
+                    index = plgpu.broadcasted_iota(jnp.int32, logits.shape, 1, layout=prim.EXPERTS)
+                    logits = jnp.where(index < c.experts, logits, -1e30)
+                prim.top_experts(logits, ids.at[rows], routing.at[rows], c.experts_per_token, **self.prim)
 
-                def compare(i, rank):
-                    for j in range(8):
-                        other = self.r["logit"][self.wg, i * 8 + j]
-                        before = (other > logit) | ((other == logit) & (i * 8 + j < index))
-                        rank = rank + jnp.where(before, 1, 0)
-                    return rank
+        self.sync_block()
+        if c.replay:
 
-                rank = lax.fori_loop(0, n // 8, compare, prim.full((n,), 0, jnp.int32, layout))
-            chosen = rank < c.experts_per_token
-            logit = jnp.where(chosen, logit, -1e30)
-            largest = self.total(logit, layout, "max", "largest", b)
-            p = jnp.where(chosen, jnp.exp2((logit - largest) * LOG2E), 0.0)
-            p = p / self.total(p, layout, "add", "sum", b)
-            prim.scatter(self.r["ids"].at[table, b], rank, index, layout, **self.prim)
-            prim.scatter(self.r["routing"].at[table, b], rank, p, layout, **self.prim)
+            @pl.when(self.wg == 0)
+            def _():
+                self.for_batch(lambda b: self.replay(layer, b))
 
-        if alone:
-            one(0)
-            self.sync_warpgroup()
-        else:
-            self.for_my_batch(one)
             self.sync_block()
-        table = self.wg if alone else 0
 
         @pl.when((self.block == 0) & (self.wg == 0))
         def _():
             def copy(b):
                 for i in range(c.experts_per_token):
-                    self.r["expert_ids"][layer, b, i] = self.r["ids"][table, b, i]
+                    self.r["expert_ids"][layer, b, i] = ids[b, i]
 
             self.for_batch(copy)
 
-        return table
+    def replay(self, layer, b) -> None:
+        """Overwrites the choice for sequence b by the given experts."""
+        chosen = [self.r["replay_ids"][layer, b, i] for i in range(self.c.experts_per_token)]
+        logits = [
+            self.r["router_logits"][0, b, e] + self.r["router_logits"][1, b, e] for e in chosen
+        ]
+        largest = logits[0]
+        for value in logits[1:]:
+            largest = jnp.maximum(largest, value)
+        powers = [jnp.exp2((value - largest) * LOG2E) for value in logits]
+        total = sum(powers)
+        for i, (expert, power) in enumerate(zip(chosen, powers, strict=True)):
+            self.r["ids"][b, i] = expert
+            self.r["routing"][b, i] = power / total
 
-    def gate_up(self, layer, count):
-        """SwiGLU of every chosen expert; returns what ``choose`` returns."""
+    @jax.named_scope("gate_up")
+    def gate_up(self, layer, count) -> None:
+        """The choice of experts, and SwiGLU of every chosen one."""
         c = self.c
         self.wait(count)
-        table = self.choose(layer)
-        self.one_type(
-            c.gate_up_types,
-            self.table(layer, "gate_up_type"),
-            lambda i: self.gate_up_type(layer, table, i),
-        )
-        self.signal()
-        return table
+        self.choose(layer)
+        selector = self.table(layer, "gate_up_type")
+        self.one_type(c.gate_up_types, selector, lambda i: self.gate_up_type(layer, i))
+        self.signal(by_first=True)
 
-    def gate_up_type(self, layer, table, type_index: int) -> None:
+    def gate_up_type(self, layer, type_index: int) -> None:
         c = self.c
         fmt = TILE_FORMATS[c.gate_up_types[type_index]]
         stacks = [self.r["weights"][n][type_index] for n in ("gate", "up")]
@@ -784,7 +855,7 @@ class Step:
                 item = jnp.minimum(slot * c.blocks + self.block, items - 1)
                 pair, tile = item // per_expert, item % per_expert
                 b, k = (0, pair) if alone else (pair // c.experts_per_token, pair % c.experts_per_token)
-                tile = offset + self.r["ids"][table, b, k] * per_expert + tile
+                tile = offset + self.r["ids"][b, k] * per_expert + tile
                 out.append(
                     (b, [[fmt.load(s, (tile, self.mine(step))) for s in stacks] for step in range(steps)])
                 )
@@ -824,15 +895,13 @@ class Step:
 
         prim.fori(chunks, chunk)
 
-    def down(self, layer, table, count) -> None:
-        self.one_type(
-            self.c.down_types,
-            self.table(layer, "down_type"),
-            lambda i: self.down_type(layer, table, count, i),
-        )
-        self.signal()
+    @jax.named_scope("down")
+    def down(self, layer, count) -> None:
+        selector = self.table(layer, "down_type")
+        self.one_type(self.c.down_types, selector, lambda i: self.down_type(layer, count, i))
+        self.signal(by_first=self.c.batch == 1)
 
-    def down_type(self, layer, table, count, type_index: int) -> None:
+    def down_type(self, layer, count, type_index: int) -> None:
         """Block (tile of 32 rows, part): that part of each token's experts, summed in top-k order."""
         c = self.c
         fmt = TILE_FORMATS[c.down_types[type_index]]
@@ -857,7 +926,7 @@ class Step:
             out = []
             for j in range(mine):
                 k = part * per_part + self.wg * mine + j
-                first = offset + self.r["ids"][table, b, k] * (c.hidden // 8) + tile * 4
+                first = offset + self.r["ids"][b, k] * (c.hidden // 8) + tile * 4
                 out += [fmt.load(stack, (pl.ds(first, 4), s)) for s in range(superblocks)]
             return out
 
@@ -892,7 +961,7 @@ class Step:
                         value = fmt.multiply(weights[j * superblocks + s], x, **self.prim)
                         total = value if total is None else total + value
                     rows = plgpu.layout_cast(jnp.sum(total, axis=2), prim.TILE_ROWS)
-                    routing = self.r["routing"][table, b, part * per_part + k]
+                    routing = self.r["routing"][b, part * per_part + k]
                     self.r["sums"][b, k, pl.ds(0, 4)] = rows * routing
 
             self.for_batch(one)
@@ -919,6 +988,7 @@ class Step:
 
         prim.fori(rounds, guarded)
 
+    @jax.named_scope("logits")
     def logits(self, count) -> None:
         c = self.c
 
@@ -938,8 +1008,6 @@ class Step:
 
     def run(self) -> None:
         c = self.c
-        self.r["q"][self.wg] = prim.full((64, c.head_dim), 0.0, c.cache_dtype, plgpu.Layout.WGMMA)
-        self.sync_block()
         split = jnp.int32(0)
         for b in range(c.batch):
             split = jnp.where(self.splits_of(b)[2] > 1, 1, split)
@@ -955,8 +1023,8 @@ class Step:
             count = count + split
             self.output_projection(i, count + 2)
             self.router(i, count + 3)
-            table = self.gate_up(i, count + 4)
-            self.down(i, table, count + 5)
+            self.gate_up(i, count + 4)
+            self.down(i, count + 5)
             return count + 6
 
         count = lax.fori_loop(0, c.layers, layer, jnp.int32(0))
@@ -966,7 +1034,7 @@ class Step:
 
             @pl.when((self.block == 0) & (self.wg == 0))
             def _():
-                target = (count + 1) * (WARPGROUPS * c.blocks)
+                target = (count + 1) * c.blocks
                 plgpu.semaphore_wait(self.semaphore, target, memory_scope="gpu")  # leaves zero behind
 
 
@@ -983,6 +1051,8 @@ def decode_step(config: StepConfig, operands: dict[str, Any], *, interpret: Any 
     """
     outputs, scratch = output_types(config), scratch_types(config)
     leaves, tree = jax.tree.flatten([operands[name] for name in OPERANDS])
+    folder = os.environ.get("QWEN3_MOE_DECODE_TRACE")
+    profile = {"profile_space": 64 * config.layers, "profile_dir": folder} if folder else {}
 
     def body(*refs, **scratch_refs):
         named = dict(zip(OPERANDS, jax.tree.unflatten(tree, refs[: len(leaves)]), strict=True))
@@ -1000,6 +1070,7 @@ def decode_step(config: StepConfig, operands: dict[str, Any], *, interpret: Any 
         kernel_name="qwen3_moe_decode_step",
         interpret=interpret,
         compiler_params=plgpu.CompilerParams(
+            **profile,
             approx_math=True,
             unsafe_no_auto_barriers=True,
             lowering_semantics=plgpu.LoweringSemantics.Lane,  # layouts are given, not searched for

@@ -20,6 +20,15 @@ SHAPE = (4, 8, 4)
 """[tiles, rows, column groups] of what a warpgroup multiplies at once, one value a lane."""
 
 
+WEIGHT_KINDS = {
+    "words": ((4, 8, 4, 4), jnp.int32, prim.TILE_WORDS),
+    "word": (SHAPE, jnp.int32, prim.TILE_LANES),
+    "half": (SHAPE, jnp.float16, prim.TILE_LANES),
+    "row_half": ((4, 8), jnp.float16, prim.TILE_ROWS),
+}
+"""Shape, dtype and layout of the register arrays that a format's ``kinds`` name, in order of ``load``."""
+
+
 @dataclass(frozen=True)
 class Activations:
     """One lane's 64 activations, quantized in two int8 parts: value = scale * (128 * high + low).
@@ -88,7 +97,7 @@ def _row_scale(value: Array) -> Array:
 class Q4K:
     """``q`` [.., 2, 8, 4, 4], ``scales`` [.., 8, 4], ``d`` and ``dmin`` [.., 8]."""
 
-    names = ("q", "scales", "d", "dmin")
+    kinds = ("words", "words", "word", "row_half", "row_half")
 
     @staticmethod
     def load(stack: dict, index: tuple) -> tuple:
@@ -115,7 +124,7 @@ class Q4K:
 class Q5K(Q4K):
     """As Q4K, and ``qh`` [.., 2, 8, 4]: bit j + 4 * subblock of a byte is the fifth bit of word j."""
 
-    names = ("q", "qh", "scales", "d", "dmin")
+    kinds = ("word", "word", *Q4K.kinds)
 
     @staticmethod
     def load(stack: dict, index: tuple) -> tuple:
@@ -140,7 +149,7 @@ class Q6K:
     Scale 2 * subblock + half is one byte of the word.
     """
 
-    names = ("ql", "qh", "scales", "d")
+    kinds = ("words", "words", "words", "word", "row_half")
 
     @staticmethod
     def load(stack: dict, index: tuple) -> tuple:
@@ -169,7 +178,7 @@ class Q6K:
 class Q80:
     """``q`` [.., 4, 8, 4, 4] (2 * subblock + half), ``d0`` and ``d1`` [.., 8, 4]: the scales of the subblocks."""
 
-    names = ("q", "d0", "d1")
+    kinds = ("words", "words", "words", "words", "half", "half")
 
     @staticmethod
     def load(stack: dict, index: tuple) -> tuple:
