@@ -23,3 +23,7 @@ class BackendUnavailableError(RuntimeError):
 
 class MemoryPlanError(RuntimeError):
     """The model does not fit the device's memory; the message has the plan and what would fit."""
+
+
+class ParityError(RuntimeError):
+    """A backend's results are not the reference's; the message names the first stage that departs."""

@@ -1,0 +1,410 @@
+"""The checks: one function a clause, from evidence to a finding."""
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from convert.ggml_types import BLOCK_FORMATS
+from convert.gguf_file import GGUFFile
+from convert.packed import LANES
+from convert.unpack import dequantize
+from qwen3_moe_jax.parity import metrics
+from qwen3_moe_jax.parity.bandwidth import bytes_per_token, peak_bandwidth
+from qwen3_moe_jax.parity.contract import Clause
+from qwen3_moe_jax.parity.evidence import PROMPT_TOKENS, STAGE_CHUNK, STAGE_TOKENS, Evidence, Oracle
+from qwen3_moe_jax.parity.judge import FUSED_STAGES
+from qwen3_moe_jax.parity.second_reading import read_blocks
+from qwen3_moe_jax.sampling import Sampling
+
+PASSED, FAILED, NOT_APPLICABLE = "passed", "failed", "not applicable"
+
+LEAST_TEXT_TOKENS = 2000
+ROWS_READ = 32
+TILES_READ = 2
+CAUSAL_TOLERANCE = 1e-3
+"""Logits of a position may differ this much with what comes after it (another order of sums)."""
+
+LEAST_DECIDED = 0.5
+"""Share of expert choices whose margin has to exceed the error, or agreement means nothing."""
+
+SPEED_TOKENS = 64
+LEAST_SPEED_BYTES = 200e6
+"""Bytes a token below which decoding is bound by launches, not by bandwidth."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What a clause came to for one subject.
+
+    Attributes:
+      clause: its id.
+      subject: "jax bfloat16", or "file" and "reference" for what no backend has a part in.
+      verdict: PASSED, FAILED or NOT_APPLICABLE.
+      figure, bound: what was measured and what was promised; None where not applicable.
+      note: one line for people.
+      figures: further figures for the receipt.
+    """
+
+    clause: str
+    subject: str
+    verdict: str
+    figure: float | None
+    bound: float | None
+    note: str
+    figures: Mapping[str, Any] = field(default_factory=dict)
+
+
+def conclude(
+    clause: Clause, subject: str, figure: float, note: str, dtype: str = "float32", **figures: Any
+) -> Finding:
+    """Holds a figure against the clause's bound."""
+    verdict = PASSED if clause.holds(figure, dtype) else FAILED
+    return Finding(clause.id, subject, verdict, float(figure), clause.bound(dtype), note, figures)
+
+
+def not_applicable(clause: Clause, subject: str, reason: str) -> Finding:
+    return Finding(clause.id, subject, NOT_APPLICABLE, None, None, reason)
+
+
+# The file
+
+
+def check_preload(clause: Clause, evidence: Evidence) -> Finding:
+    """PRELOAD-001: the runner is loaded; counts layers without their expert stacks."""
+    source = evidence.source
+    stacks = ("gate_proj", "up_proj", "down_proj")
+    incomplete = [
+        layer
+        for layer in range(source.config.num_hidden_layers)
+        if any(f"layers.{layer}.mlp.experts.{name}" not in source.types for name in stacks)
+    ]
+    dense = sum(".mlp." in path and ".mlp.experts." not in path for path in source.types)
+    dense -= source.config.num_hidden_layers  # the routers
+    note = f"{source.config.num_hidden_layers} sparse layers, {dense} dense FFN tensors"
+    return conclude(clause, evidence.label, len(incomplete) + max(dense, 0), note)
+
+
+def check_file_weights(clause: Clause, oracle: Oracle) -> Finding:
+    """QUANT-001 for the file: two readings of the same blocks."""
+    source = oracle.source
+    if source.path.is_dir():
+        return not_applicable(
+            clause, "file", "a packed checkpoint has no blocks; its SHA-256 is checked when it is read"
+        )
+    different = count = 0
+    with GGUFFile.open(source.path) as file:
+        for path, spec in source.specs.items():
+            info, packed = file.tensors[spec.gguf_name], source.tensor(path)
+            block = BLOCK_FORMATS[info.type]
+            columns = spec.shape[-1]
+            flat = {k: a.reshape(-1, a.shape[-1]) for k, a in packed.arrays.items()}
+            rows = int(np.prod(spec.shape[:-1]))
+            raw = np.empty(block.row_nbytes(columns), np.uint8)
+            for row in np.unique(np.linspace(0, rows - 1, ROWS_READ).astype(int)):
+                file.read_into(info, int(row) * raw.nbytes, raw)
+                one = type(packed)({k: a[row : row + 1] for k, a in flat.items()}, packed.type)
+                expected = read_blocks(raw, info.type).reshape(-1)
+                different += _differing_bits(dequantize(one).reshape(-1), expected)
+                count += columns
+    note = f"{count:,} weights of {len(source.specs)} tensors read twice"
+    return conclude(clause, "file", different, note, weights=count)
+
+
+def check_device_weights(clause: Clause, evidence: Evidence) -> Finding:
+    """QUANT-001 for a backend: what its device unpacks against what the file holds."""
+    runner, source = evidence.runner, evidence.source
+    if not hasattr(runner, "dequantized"):
+        return not_applicable(
+            clause, evidence.label, "this backend computes with the file's reading, or cannot be read back"
+        )
+    different = count = 0
+    for path, spec in source.specs.items():
+        if len(spec.shape) == 1:
+            continue
+        weight = source.tensor(path)
+        expert = spec.shape[0] - 1 if len(spec.shape) == 3 else None
+        matrix = weight if expert is None else weight[expert]
+        for tile in {0, (spec.shape[-2] - 1) // LANES}:
+            expected = dequantize(matrix[LANES * tile : LANES * (tile + 1)])
+            actual = runner.dequantized(path, tile, expert)
+            different += _differing_bits(actual, expected)
+            count += expected.size
+    return conclude(clause, evidence.label, different, f"{count:,} weights read back from the device")
+
+
+def _differing_bits(actual: np.ndarray, expected: np.ndarray) -> int:
+    if actual.shape != expected.shape:
+        return expected.size
+    return int(np.count_nonzero(actual.view(np.uint32) != expected.view(np.uint32)))
+
+
+def check_recorded(clause: Clause, oracle: Oracle) -> Finding:
+    """PARITY-002: the reference against logits that another program computed."""
+    if not oracle.recorded:
+        return not_applicable(clause, "reference", "no recorded logits for this file")
+    least = 1.0
+    for prompt in oracle.recorded:
+        logits = oracle.runner.forward(prompt.token_ids).logits[prompt.positions]
+        least = min(least, float(metrics.cosine(prompt.logits, logits).min()))
+    positions = sum(len(p.positions) for p in oracle.recorded)
+    return conclude(clause, "reference", least, f"{positions} positions of {len(oracle.recorded)} prompts")
+
+
+# A backend
+
+
+def check_invariants(clause: Clause, evidence: Evidence) -> Finding:
+    """INVARIANTS-001: shapes, finite numbers, experts; and a prompt's rows do not depend on what follows."""
+    broken: list[str] = []
+    ids = evidence.oracle.text_ids
+    most = min(3 * STAGE_CHUNK, len(ids))
+    lengths = [most - STAGE_CHUNK + 1, most - 1, most]
+    # With the stages of another check captured, so that one compiled program serves both.
+    runs = [evidence.runner.forward(ids[:n], capture=FUSED_STAGES, **evidence.chunks) for n in lengths]
+    lengths.append(len(ids))
+    runs.append(evidence.free)
+    for length, forward in zip(lengths, runs, strict=True):
+        broken += [f"{what} at length {length}" for what in _broken(evidence, forward, length)]
+    whole = runs[-2].logits
+    for length, forward in zip(lengths[:-2], runs[:-2], strict=True):
+        if forward.logits.shape == whole[:length].shape:
+            gap = np.abs(forward.logits - whole[:length]).max(initial=0)
+            scale = np.abs(whole).max()
+            if not gap <= CAUSAL_TOLERANCE * max(1.0, scale) and evidence.compute_dtype == "float32":
+                broken.append(f"logits of {length} tokens change with what follows them")
+    note = broken[0] if broken else f"lengths {', '.join(map(str, lengths))}"
+    return conclude(clause, evidence.label, len(broken), note, broken=broken)
+
+
+def _broken(evidence: Evidence, forward, length: int) -> list[str]:
+    config = evidence.source.config
+    shape = (length, config.vocab_size)
+    if forward.logits.shape != shape or forward.logits.dtype != np.float32:
+        return [f"logits are {forward.logits.dtype} {forward.logits.shape}, not float32 {shape}"]
+    broken = []
+    if not np.isfinite(forward.logits).all():
+        rows = np.flatnonzero(~np.isfinite(forward.logits).all(axis=-1))
+        broken.append(f"logits are not finite from position {rows[0]} on")
+    ids = forward.expert_ids
+    expected = (config.num_hidden_layers, length, config.num_experts_per_tok)
+    if ids.shape != expected:
+        return [*broken, f"expert ids are {ids.shape}, not {expected}"]
+    ordered = np.sort(ids, axis=-1)
+    if ids.min() < 0 or ids.max() >= config.num_experts or (np.diff(ordered, axis=-1) == 0).any():
+        broken.append("a token's experts are out of range or not distinct")
+    return broken
+
+
+def check_stages(clause: Clause, evidence: Evidence) -> Finding:
+    """STAGES-001: every stage from its own inputs."""
+    judged = evidence.judgements
+    run, worst = max(judged, key=lambda pair: (pair[1].departs, pair[1].sigmas))
+    departing = [(r, j) for r, j in judged if j.departs]
+    figure = worst.sigmas if not departing else max(worst.sigmas, np.nextafter(clause.bound(), np.inf))
+    note = f"{len(judged)} stages; the furthest is {worst.where} ({run}), NMSE {worst.nmse:.1e}"
+    if departing:
+        run, first = departing[0]
+        tensor = f", {first.tensor} ({first.type})" if first.tensor else ""
+        note = f"{len(departing)} of {len(judged)} stages depart, first {first.where}{tensor} ({run})"
+    worst_by_stage: dict[str, float] = {}
+    for _, j in judged:
+        worst_by_stage[j.stage] = max(worst_by_stage.get(j.stage, 0.0), j.sigmas)
+    return conclude(clause, evidence.label, figure, note, evidence.compute_dtype, sigmas=worst_by_stage)
+
+
+def check_logits(clause: Clause, evidence: Evidence) -> Finding:
+    """PARITY-001: replayed decides, free-running is stated beside it."""
+    replayed, free = evidence.replayed_distance, evidence.free_distance
+    missing = len(evidence.oracle.text_ids) - len(evidence.replayed.logits)
+    figure = metrics.WORST_COSINE if missing else float(replayed.cosine.min())
+    note = (
+        f"{len(replayed.cosine)} positions; least cosine {_nines(replayed.cosine.min())} replayed, "
+        f"{_nines(free.cosine.min())} free-running"
+    )
+    if missing:
+        note = f"{missing} of {len(evidence.oracle.text_ids)} positions are missing"
+    return conclude(
+        clause,
+        evidence.label,
+        figure,
+        note,
+        evidence.compute_dtype,
+        replayed=replayed.figures(),
+        free_running=free.figures(),
+    )
+
+
+def _nines(cosine: float) -> str:
+    return f"1 - {1 - cosine:.1e}" if cosine > 0.9 else f"{cosine:.4f}"
+
+
+def check_text(clause: Clause, evidence: Evidence) -> Finding:
+    """TEXT-001: KL divergence and top-1 agreement, free-running."""
+    free, tokens = evidence.free_distance, len(evidence.oracle.text_ids)
+    if tokens < LEAST_TEXT_TOKENS:
+        return not_applicable(
+            clause,
+            evidence.label,
+            f"only {tokens} tokens of text fit; the clause asks for {LEAST_TEXT_TOKENS}",
+        )
+    missing = tokens - len(evidence.free.logits)
+    figure = np.inf if missing else float(free.kl.mean())
+    note = f"{tokens} tokens; mean KL {free.kl.mean():.1e} nats, same best token {free.top1:.2%}"
+    return conclude(
+        clause,
+        evidence.label,
+        figure,
+        note,
+        evidence.compute_dtype,
+        replayed_kl_mean=float(evidence.replayed_distance.kl.mean()),
+        replayed_top1_agreement=evidence.replayed_distance.top1,
+        free_running_kl_mean=float(free.kl.mean()),
+        free_running_top1_agreement=free.top1,
+    )
+
+
+def check_routing(clause: Clause, evidence: Evidence) -> Finding:
+    """ROUTING-001: a choice may differ only where the margin is within the error, or after one that did."""
+    oracle = evidence.oracle
+    if evidence.free.expert_ids.shape != oracle.text.expert_ids.shape:
+        return conclude(clause, evidence.label, np.inf, "expert choices of some positions are missing")
+    overlap = metrics.expert_overlap(oracle.text.expert_ids, evidence.free.expert_ids)  # [L, T]
+    margin = metrics.router_margin(oracle.router_logits, oracle.source.config.num_experts_per_tok)
+    decided = margin > 2 * evidence.router_errors
+    flipped = overlap < 1
+    explained = flipped & (~decided | _after_a_flip(flipped))
+    unexplained = int((flipped & ~explained).sum())
+    share = float(decided.mean())
+    note = (
+        f"{int(flipped.sum())} of {flipped.size} choices differ, {unexplained} unexplained; "
+        f"the margin exceeds the error in {share:.2%}"
+    )
+    figure = unexplained if share >= LEAST_DECIDED else np.inf
+    if share < LEAST_DECIDED:
+        note = f"the router's error exceeds its margin in {1 - share:.0%} of choices"
+    return conclude(
+        clause,
+        evidence.label,
+        figure,
+        note,
+        evidence.compute_dtype,
+        choices=int(flipped.size),
+        differing=int(flipped.sum()),
+        unexplained=unexplained,
+        expert_overlap=float(overlap.mean()),
+        decided_share=share,
+        router_error_max=float(evidence.router_errors.max()),
+        router_margin_median=float(np.median(margin)),
+    )
+
+
+def _after_a_flip(flipped: np.ndarray) -> np.ndarray:
+    """Which choices [L, T] can be the consequence of a flip in a layer before, at this or an earlier token."""
+    so_far = np.logical_or.accumulate(np.logical_or.accumulate(flipped, axis=0), axis=1)
+    before = np.zeros_like(flipped)
+    before[1:] = so_far[:-1]
+    return before
+
+
+def check_decode(clause: Clause, evidence: Evidence) -> Finding:
+    """DECODE-001: every written token is the reference's best one, within twice the error of the logits."""
+    prompt, written = evidence.oracle.text_ids[:PROMPT_TOKENS], evidence.written
+    if not written:
+        return conclude(clause, evidence.label, np.inf, "nothing was written")
+    ids = np.concatenate([prompt, written])
+    logits = evidence.oracle.runner.forward(ids).logits[len(prompt) - 1 : -1].astype(np.float64)
+    gap = logits.max(axis=-1) - logits[np.arange(len(written)), written]
+    allowed = 2 * max(evidence.free_distance.largest, 1e-6)
+    wrong = np.flatnonzero(~(gap <= allowed))
+    same = float((logits.argmax(axis=-1) == written).mean())
+    note = f"{len(written)} tokens, {same:.0%} the reference's best"
+    if wrong.size:
+        note = f"token {wrong[0]} of {len(written)} is {gap[wrong[0]]:.2g} below the best logit"
+    return conclude(
+        clause, evidence.label, len(wrong), note, allowed_gap=allowed, largest_gap=float(gap.max())
+    )
+
+
+def check_determinism(clause: Clause, evidence: Evidence) -> Finding:
+    """DETERMINISM-001: logits and written tokens, twice."""
+    again = evidence.runner.forward(evidence.oracle.text_ids)
+    first, second = evidence.free.logits.view(np.uint32), again.logits.view(np.uint32)
+    same_shape = first.shape == second.shape
+    different = int((first != second).sum()) if same_shape else first.size
+    written = evidence.write()
+    different += sum(a != b for a, b in zip(evidence.written, written, strict=False))
+    different += abs(len(written) - len(evidence.written))
+    note = f"{first.size:,} logits and {len(written)} written tokens, twice; "
+    if evidence.single:
+        gap = float(
+            np.abs(evidence.single.logits - evidence.fused.logits[: len(evidence.single.logits)]).max()
+        )
+        note += "the same bits in other chunks" if gap == 0 else f"other chunks differ by {gap:.1e}"
+    return conclude(clause, evidence.label, different, note)
+
+
+def check_gate(clause: Clause, evidence: Evidence) -> Finding:
+    """LOADGATE-001: what the gate finds, whatever it remembers."""
+    gate = evidence.gate
+    note = f"layers {', '.join(map(str, gate.layers))}: {gate.stages} stages in {gate.seconds:.1f} s"
+    if gate.departures:
+        note += f"; {gate.departures[0].where} departs"
+    return conclude(clause, evidence.label, len(gate.departures), note, seconds=gate.seconds)
+
+
+def check_memory(clause: Clause, evidence: Evidence) -> Finding:
+    """VRAM-001."""
+    read = getattr(evidence.runner, "memory", None)
+    memory = read() if read else None
+    if not memory:
+        return not_applicable(clause, evidence.label, f"{evidence.facts['device']} reports no device memory")
+    note = f"peak {memory['peak'] / 1e9:.2f} GB, planned {memory['planned'] / 1e9:.2f} GB"
+    return conclude(clause, evidence.label, memory["peak"] / memory["planned"], note, **memory)
+
+
+def check_speed(clause: Clause, evidence: Evidence) -> Finding:
+    """SPEED-001."""
+    peak = peak_bandwidth(str(evidence.facts["device"]))
+    if peak is None:
+        return not_applicable(
+            clause, evidence.label, f"no bandwidth figure is known for {evidence.facts['device']}"
+        )
+    needed = bytes_per_token(evidence.source)
+    if needed < LEAST_SPEED_BYTES:
+        return not_applicable(
+            clause, evidence.label, f"{needed / 1e6:.0f} MB a token: launches are the limit, not bandwidth"
+        )
+    prompt = evidence.oracle.text_ids[:STAGE_TOKENS].tolist()
+    times = [
+        time.perf_counter()
+        for _ in evidence.runner.stream(prompt, max_tokens=SPEED_TOKENS, sampling=Sampling(temperature=0))
+    ]
+    rate = (len(times) - 1) / (times[-1] - times[0])
+    note = f"{rate:.1f} tokens/s of {peak / needed:.0f} that {peak / 1e12:.2f} TB/s allow"
+    return conclude(clause, evidence.label, rate * needed / peak, note, tokens_per_s=rate)
+
+
+FILE_CHECKS: dict[str, Callable[[Clause, Oracle], Finding]] = {
+    "QUANT-001": check_file_weights,
+    "PARITY-002": check_recorded,
+}
+"""Clauses of the file and the reference, checked once."""
+
+BACKEND_CHECKS: dict[str, Callable[[Clause, Evidence], Finding]] = {
+    "PRELOAD-001": check_preload,
+    "LOADGATE-001": check_gate,
+    "QUANT-001": check_device_weights,
+    "STAGES-001": check_stages,
+    "INVARIANTS-001": check_invariants,
+    "PARITY-001": check_logits,
+    "TEXT-001": check_text,
+    "ROUTING-001": check_routing,
+    "DECODE-001": check_decode,
+    "DETERMINISM-001": check_determinism,
+    "VRAM-001": check_memory,
+    "SPEED-001": check_speed,
+}
+"""Clauses checked for every backend, the cheap and telling ones first."""

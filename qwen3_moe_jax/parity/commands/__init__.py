@@ -1,0 +1,1 @@
+"""The commands that prove and explain: verify, trace, bisect, experts."""

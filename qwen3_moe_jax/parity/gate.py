@@ -1,0 +1,144 @@
+"""The load gate: a check of seconds when a backend first meets a file.
+
+A few tokens go through a few layers: the first of every mix of quantization
+types, and the last. Every stage is judged from its own inputs (``judge``), on a
+sample of each matrix's rows, so that the cost does not grow with the model.
+What passed is remembered by file, code, backend and device.
+"""
+
+import hashlib
+import json
+import os
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from convert.model_source import ModelSource
+from qwen3_moe_jax.errors import ParityError
+from qwen3_moe_jax.parity.code_version import code_version
+from qwen3_moe_jax.parity.judge import FUSED_STAGES, Judgement, StageJudge
+from qwen3_moe_jax.runner import Runner
+
+TOKENS = 4
+JUDGED_TOKENS = 2
+JUDGED_ROWS = 128
+
+CACHE_NAME = "gates.json"
+MOST_REMEMBERED = 1000
+
+
+@dataclass(frozen=True)
+class GateResult:
+    """What the check found.
+
+    Attributes:
+      layers: the layers that ran.
+      stages: how many stages were judged.
+      departures: the stages that were wrong, in the order of the forward pass.
+      seconds: how long it took, compilation included.
+    """
+
+    layers: tuple[int, ...]
+    stages: int
+    departures: tuple[Judgement, ...]
+    seconds: float
+
+
+def gate_layers(source: ModelSource) -> tuple[int, ...]:
+    """The first layer of every mix of quantization types, and the last layer."""
+    first: dict[tuple, int] = {}
+    for layer in range(source.config.num_hidden_layers):
+        prefix = f"layers.{layer}."
+        mix = tuple(t for path, t in source.types.items() if path.startswith(prefix))
+        first.setdefault(mix, layer)
+    return tuple(sorted({*first.values(), source.config.num_hidden_layers - 1}))
+
+
+def inspect(runner: Runner, source: ModelSource) -> GateResult:
+    """Runs the check, whatever is remembered."""
+    began = time.perf_counter()
+    alone = "layers" in runner.forward_options
+    layers = gate_layers(source) if alone else tuple(range(source.config.num_hidden_layers))
+    vocab = source.config.vocab_size
+    token_ids = np.arange(1, TOKENS + 1) * vocab // (2 * TOKENS)
+    options = {"layers": layers} if alone else {}
+    forward = runner.forward(token_ids, capture=FUSED_STAGES, **options)
+    judge = StageJudge(
+        source,
+        runner.describe(),
+        token_ids,
+        forward,
+        layers=layers,
+        most_rows=JUDGED_ROWS,
+        most_tokens=JUDGED_TOKENS,
+    )
+    judgements = list(judge.judgements())
+    departures = tuple(j for j in judgements if j.departs)
+    return GateResult(layers, len(judgements), departures, time.perf_counter() - began)
+
+
+def check_once(runner: Runner, source: ModelSource, cache_dir: Path | None = None) -> GateResult | None:
+    """Checks a backend that meets a file for the first time; returns None if it has passed before.
+
+    Args:
+      runner: the loaded backend.
+      source: the file that it was loaded from.
+      cache_dir: where to remember; None is the user's cache folder.
+
+    Raises:
+      ParityError: a stage departs; nothing is remembered.
+    """
+    path = (cache_dir or default_cache_dir()) / CACHE_NAME
+    key = gate_key(runner, source)
+    if key in _remembered(path):
+        return None
+    result = inspect(runner, source)
+    if result.departures:
+        raise ParityError(_explain(runner, result.departures[0]))
+    _remember(path, key)
+    return result
+
+
+def gate_key(runner: Runner, source: ModelSource) -> str:
+    """Changes with the file, this project's code, the backend's settings, its device and NumPy."""
+    facts = json.dumps(runner.describe(), sort_keys=True, default=str)
+    return hashlib.sha256(
+        f"{source.identity}\n{code_version()}\n{np.__version__}\n{facts}".encode()
+    ).hexdigest()
+
+
+def default_cache_dir() -> Path:
+    """``$XDG_CACHE_HOME/qwen3_moe_jax``, or the same under ``~/.cache``."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qwen3_moe_jax"
+
+
+def _explain(runner: Runner, departure: Judgement) -> str:
+    tensor = f" ({departure.tensor}, {departure.type})" if departure.tensor else ""
+    return (
+        f"the {runner.name} backend computes wrongly on this machine: {departure.where}{tensor} is the first "
+        "stage that departs from the reference; `qwen3-moe bisect` names the cause, --no-gate loads anyway"
+    )
+
+
+def _remembered(path: Path) -> list[str]:
+    """Keys that have passed; an unreadable file has none."""
+    try:
+        keys = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return []
+    return [k for k in keys if isinstance(k, str)] if isinstance(keys, list) else []
+
+
+def _remember(path: Path, key: str) -> None:
+    """Adds a key; a cache that cannot be written only means that the check runs again."""
+    keys = [*_remembered(path), key][-MOST_REMEMBERED:]
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
+            file.write(json.dumps(keys))
+        os.replace(file.name, path)
+    except OSError:
+        return

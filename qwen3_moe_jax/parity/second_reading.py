@@ -1,0 +1,98 @@
+"""A second, independent reading of quantized blocks, straight from a file's bytes.
+
+``convert.unpack`` spreads a block's fields over arrays and computes from those.
+Here one table says, for weight i of a block, in which byte and bits its parts
+are. Two programs that share nothing agree on every bit, or one of them is wrong.
+
+Offsets and formulas: ggml's ``dequantize_row_*`` at llama.cpp 0c1e57098,
+https://github.com/ggml-org/llama.cpp/blob/0c1e57098/ggml/src/ggml-quants.c
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+
+from convert.ggml_types import BLOCK_FORMATS, GGMLType
+
+_I = np.arange(256)
+_SUBBLOCK = _I // 32
+
+
+def read_blocks(raw: np.ndarray, type: GGMLType) -> np.ndarray:
+    """Weights float32 [blocks, weights of a block] of raw bytes uint8 [blocks * bytes of a block]."""
+    blocks = raw.reshape(-1, BLOCK_FORMATS[type].nbytes)
+    with np.errstate(invalid="ignore", over="ignore"):
+        return _READERS[type](blocks)
+
+
+def _half(blocks: np.ndarray, offset: int) -> np.ndarray:
+    """The float16 at a byte offset of each block, as float32 [blocks, 1]."""
+    bits = blocks[:, offset].astype(np.uint16) | blocks[:, offset + 1].astype(np.uint16) << 8
+    return bits.view(np.float16).astype(np.float32)[:, None]
+
+
+def _scale_and_min(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The 6-bit scale and min of every weight's subblock, out of bytes 4..15 (``get_scale_min_k4``)."""
+    table = blocks[:, 4:16]
+    scales, mins = [], []
+    for j in range(8):
+        if j < 4:
+            scales.append(table[:, j] & 63)
+            mins.append(table[:, j + 4] & 63)
+        else:
+            scales.append(table[:, j + 4] & 15 | table[:, j - 4] >> 6 << 4)
+            mins.append(table[:, j + 4] >> 4 | table[:, j] >> 6 << 4)
+    pick = lambda rows: np.stack(rows, axis=1)[:, _SUBBLOCK].astype(np.float32)  # noqa: E731
+    return pick(scales), pick(mins)
+
+
+def _nibbles(blocks: np.ndarray, offset: int) -> np.ndarray:
+    """Four bits of every weight: two subblocks of 32 share 32 bytes."""
+    shift = (4 * (_SUBBLOCK % 2)).astype(np.uint8)
+    return blocks[:, offset + 32 * (_I // 64) + _I % 32] >> shift & 15
+
+
+def _k_quant(blocks: np.ndarray, quants: np.ndarray) -> np.ndarray:
+    scale, least = _scale_and_min(blocks)
+    return _half(blocks, 0) * scale * quants.astype(np.float32) - _half(blocks, 2) * least
+
+
+def _q4_k(blocks: np.ndarray) -> np.ndarray:
+    return _k_quant(blocks, _nibbles(blocks, 16))
+
+
+def _q5_k(blocks: np.ndarray) -> np.ndarray:
+    fifth = blocks[:, 16 + _I % 32] >> _SUBBLOCK.astype(np.uint8) & 1
+    return _k_quant(blocks, _nibbles(blocks, 48) | fifth << 4)
+
+
+def _q6_k(blocks: np.ndarray) -> np.ndarray:
+    half, group, lane = _I // 128, _I % 128 // 32, _I % 32
+    low = blocks[:, 64 * half + 32 * (group % 2) + lane] >> (4 * (group // 2)).astype(np.uint8) & 15
+    high = blocks[:, 128 + 32 * half + lane] >> (2 * group).astype(np.uint8) & 3
+    scale = blocks[:, 192 + 8 * half + 2 * group + lane // 16].view(np.int8).astype(np.float32)
+    return _half(blocks, 208) * scale * ((low | high << 4).astype(np.float32) - 32)
+
+
+def _q8_0(blocks: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(blocks[:, 2:]).view(np.int8).astype(np.float32) * _half(blocks, 0)
+
+
+def _bf16(blocks: np.ndarray) -> np.ndarray:
+    bits = blocks[:, 0].astype(np.uint32) << 16 | blocks[:, 1].astype(np.uint32) << 24
+    return bits.view(np.float32)[:, None]
+
+
+def _f32(blocks: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(blocks).view("<f4").astype(np.float32)
+
+
+_READERS: dict[GGMLType, Callable[[np.ndarray], np.ndarray]] = {
+    GGMLType.F32: _f32,
+    GGMLType.F16: lambda blocks: _half(blocks, 0),
+    GGMLType.BF16: _bf16,
+    GGMLType.Q8_0: _q8_0,
+    GGMLType.Q4_K: _q4_k,
+    GGMLType.Q5_K: _q5_k,
+    GGMLType.Q6_K: _q6_k,
+}

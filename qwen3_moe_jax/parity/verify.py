@@ -1,0 +1,202 @@
+"""``verify``: runs the parity contract on one file, on this machine, for one or several backends."""
+
+import dataclasses
+import json
+import platform
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from typing import Any
+
+import numpy as np
+
+from convert.model_source import ModelSource
+from qwen3_moe_jax.errors import ContextOverflowError
+from qwen3_moe_jax.parity.clauses import BACKEND_CHECKS, FAILED, FILE_CHECKS, PASSED, Finding
+from qwen3_moe_jax.parity.code_version import code_version
+from qwen3_moe_jax.parity.contract import Clause, load_contract
+from qwen3_moe_jax.parity.evidence import Evidence, Oracle
+from qwen3_moe_jax.parity.receipt import RECEIPT_FORMAT, check_receipt
+from qwen3_moe_jax.parity.recorded import parity_text
+from qwen3_moe_jax.runner import Runner
+from qwen3_moe_jax.tokenizer import Tokenizer
+
+TEXT_TOKENS = 2048
+
+VERSIONS_OF = ("jax", "jaxlib", "flax", "numpy", "wgpu")
+
+Progress = Callable[[Finding], None]
+
+
+@dataclass(frozen=True)
+class Report:
+    """The verdict on a file and its backends.
+
+    Attributes:
+      facts: file, machine, versions and backends, as a receipt has them.
+      findings: in the order in which they were made.
+    """
+
+    facts: Mapping[str, Any]
+    findings: tuple[Finding, ...]
+
+    @property
+    def passed(self) -> bool:
+        """Whether no clause failed and at least one of each backend passed."""
+        subjects = {b["label"] for b in self.facts["backends"]}
+        proven = {f.subject for f in self.findings if f.verdict == PASSED}
+        return not self.failures and subjects <= proven
+
+    @property
+    def failures(self) -> tuple[Finding, ...]:
+        """The clauses that failed."""
+        return tuple(f for f in self.findings if f.verdict == FAILED)
+
+    def receipt(self) -> dict[str, Any]:
+        """Plain data for a JSON file, checked against the receipt's schema.
+
+        Raises:
+          ValueError: the report does not fit the schema (a bug).
+        """
+        data = {
+            **self.facts,
+            "verdict": "passed" if self.passed else "failed",
+            "findings": [_plain(dataclasses.asdict(f)) for f in self.findings],
+        }
+        check_receipt(data)
+        return data
+
+    def to_json(self) -> str:
+        """The receipt as text."""
+        return json.dumps(self.receipt(), indent=1, allow_nan=False)
+
+    def summary(self) -> str:
+        """The verdict in one line."""
+        counts = {v: sum(f.verdict == v for f in self.findings) for v in (PASSED, FAILED)}
+        if self.passed:
+            labels = ", ".join(b["label"] for b in self.facts["backends"])
+            return (
+                f"PASSED: {labels} compute{'s' if labels.count(',') == 0 else ''} this file rightly on this "
+                f"machine ({counts[PASSED]} checks, {self.facts['seconds']:.0f} s)"
+            )
+        if not self.failures:
+            return "FAILED: a backend passed no clause at all"
+        first = self.failures[0]
+        return f"FAILED: {counts[FAILED]} of {len(self.findings)} checks, first {first.clause} of {first.subject}"
+
+
+def verify(
+    source: ModelSource,
+    runners: Sequence[Runner],
+    *,
+    text_tokens: int = TEXT_TOKENS,
+    clauses: Sequence[str] | None = None,
+    progress: Progress | None = None,
+) -> Report:
+    """Runs the contract's clauses.
+
+    Args:
+      source: the open file or checkpoint that every runner was loaded from.
+      runners: backends to judge.
+      text_tokens: length of the text; less where a context does not hold it.
+      clauses: ids of the clauses to check; None is all.
+      progress: told each finding as it is made.
+
+    Raises:
+      ValueError: no runner, an unknown clause, or a context below 64 tokens.
+    """
+    contract = load_contract()
+    unknown = set(clauses or ()) - contract.clauses.keys()
+    if unknown or not runners:
+        raise ValueError(
+            f"unknown clauses: {', '.join(sorted(unknown))}" if unknown else "no backend to verify"
+        )
+    wanted = [c for c in contract.clauses if clauses is None or c in clauses]
+    began = time.perf_counter()
+    room = min(r.max_context for r in runners)
+    if room < 64:
+        raise ValueError(f"a context of {room} tokens is too short to verify: give at least 64")
+    oracle = Oracle(source, _text_ids(source, min(text_tokens, room)))
+    findings: list[Finding] = []
+
+    def found(finding: Finding) -> None:
+        findings.append(finding)
+        if progress:
+            progress(finding)
+
+    for id in wanted:
+        if id in FILE_CHECKS:
+            found(_checked(FILE_CHECKS[id], contract.clauses[id], oracle, "file"))
+    backends = []
+    for runner in runners:
+        evidence = Evidence(oracle, runner)
+        backends.append({"label": evidence.label, **_plain(evidence.facts)})
+        for id, check in BACKEND_CHECKS.items():
+            if id in wanted:
+                found(_checked(check, contract.clauses[id], evidence, evidence.label))
+    facts = _facts(source, backends, contract.version, len(oracle.text_ids), time.perf_counter() - began)
+    return Report(facts, tuple(findings))
+
+
+def _text_ids(source: ModelSource, count: int) -> list[int]:
+    tokenizer = Tokenizer(source.metadata, vocab_size=source.config.vocab_size)
+    return tokenizer.encode(parity_text())[:count]
+
+
+def _checked(check: Callable[[Clause, Any], Finding], clause: Clause, subject: Any, label: str) -> Finding:
+    """A check whose backend raises has failed; the rest of the contract is still run."""
+    try:
+        return check(clause, subject)
+    except (ArithmeticError, ValueError, RuntimeError, IndexError, ContextOverflowError) as error:
+        note = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        return Finding(clause.id, label, FAILED, None, clause.bound(), note)
+
+
+def _facts(
+    source: ModelSource, backends: list[dict], contract_version: int, text_tokens: int, seconds: float
+) -> dict[str, Any]:
+    """Everything about a run that is no finding."""
+    return {
+        "format": RECEIPT_FORMAT,
+        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "seconds": seconds,
+        "file": {
+            "name": source.path.name,
+            "sha256": source.sha256(),
+            "identity": source.identity,
+            "nbytes": source.nbytes,
+            "model": str(source.metadata.get("general.name", "")),
+            "types": sorted({t.name for t in source.types.values()}),
+        },
+        "code_version": code_version(),
+        "contract_version": contract_version,
+        "text_tokens": text_tokens,
+        "machine": {"system": platform.platform(), "processor": platform.machine()},
+        "versions": {"python": sys.version.split()[0], **_versions()},
+        "backends": backends,
+    }
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in VERSIONS_OF:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _plain(value: Any) -> Any:
+    """JSON data: NumPy scalars become numbers, and numbers that are not finite become their names."""
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_plain(v) for v in value]
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, float) and not np.isfinite(value):
+        return str(value)
+    return value if isinstance(value, str | int | float | bool | None) else str(value)
