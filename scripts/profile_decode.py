@@ -7,6 +7,7 @@ scripts/profile_decode.py`` checks the kernel against the reference and times it
 
 import argparse
 import json
+import os
 import sys
 import time
 import traceback
@@ -292,11 +293,25 @@ def speed(w, config, batch, depth, steps=64, repeats=4) -> dict:
     }  # fmt: skip
 
 
+def trace(w, config, batch, depth, folder) -> dict:
+    """Writes begin and end times of every phase in every block, for one step, into ``folder``."""
+    cache = random_cache(config, batch, depth + 64)
+    tokens, positions = jnp.full((batch,), 17, jnp.int32), jnp.full((batch,), depth, jnp.int32)
+    os.environ["QWEN3_MOE_DECODE_TRACE"] = folder
+    step = jax.jit(lambda w, t, p, c: api.decode_step(w, config, t, p, c))
+    step(w, tokens, positions, cache).logits.block_until_ready()
+    jax.effects_barrier()
+    del os.environ["QWEN3_MOE_DECODE_TRACE"]
+    return {"batch": batch, "depth": depth, "folder": folder}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--layers", type=int, default=48)
     parser.add_argument("--check", nargs="*", default=["1:100"], help="batch:depth")
     parser.add_argument("--speed", nargs="*", default=["1:0", "1:4096", "8:0"], help="batch:depth")
+    parser.add_argument("--trace", nargs="*", default=[], help="batch:depth")
+    parser.add_argument("--trace-folder", default="decode-trace")
     parser.add_argument("--vocab", type=int, default=151936)
     args = parser.parse_args()
     config = replace(PRESETS["Qwen3-30B-A3B"], num_hidden_layers=args.layers, vocab_size=args.vocab)
@@ -305,7 +320,8 @@ def main() -> None:
     jax.block_until_ready(w)
     results = {"device": jax.devices()[0].device_kind, "jax": jax.__version__, "bytes": w.nbytes}
     print("weights", w.nbytes, round(time.perf_counter() - start, 1), "s", flush=True)
-    for name, function in (("check", check), ("speed", speed)):
+    traced = partial(trace, folder=args.trace_folder)
+    for name, function in (("check", check), ("speed", speed), ("trace", traced)):
         for case in getattr(args, name):
             try:
                 result = function(w, config, *map(int, case.split(":")))

@@ -308,10 +308,11 @@ def grid_wait(semaphore, target, barrier, *, emulate: bool) -> None:
     plgpu.semaphore_wait(semaphore, target, decrement=False, memory_scope="gpu")
 
 
-def fori(n, body, *, unroll_one: bool = True) -> None:
-    """``for i in range(n): body(i)``, without a loop when ``n`` is the Python number 1."""
-    if unroll_one and isinstance(n, int) and n == 1:
-        body(0)
+def fori(n, body) -> None:
+    """``for i in range(n): body(i)``, without a loop when ``n`` is the Python number 0 or 1."""
+    if isinstance(n, int) and n <= 1:
+        for i in range(n):
+            body(i)
         return
     lax.fori_loop(0, n, lambda i, _: (body(i), None)[1], None)
 

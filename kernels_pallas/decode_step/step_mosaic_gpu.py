@@ -152,6 +152,8 @@ def expert_slots(c: StepConfig) -> tuple[int, int, int]:
     slots = ceil_div(c.pairs * c.moe_width // 8, c.blocks)
     chunks = ceil_div(slots, SLOTS)
     used = ceil_div(slots, chunks)
+    if c.batch > 1:
+        used += used % 2
     return chunks * used + SLOTS, used, chunks
 
 
@@ -173,8 +175,14 @@ def scratch_types(c: StepConfig) -> dict[str, Any]:
         "routing": plgpu.SMEM(tables, jnp.float32),
         "either": plgpu.RefUnion(
             plgpu.SMEM((max(2, c.batch), SLOTS, parts + 1, 8), jnp.float32),
-            [plgpu.SMEM((WARPGROUPS, 64, head), c.cache_dtype), *(swizzled(KV_TILE, head) for _ in range(4))],
+            [
+                plgpu.SMEM((WARPGROUPS, 64, head), c.cache_dtype),
+                swizzled(WARPGROUPS, KV_TILE, head),
+                swizzled(WARPGROUPS, KV_TILE, head),
+            ],
         ),
+        "new_score": plgpu.SMEM((WARPGROUPS, 64), jnp.float32),
+        "new_value": plgpu.SMEM((WARPGROUPS, head), jnp.float32),
         "split_weight": plgpu.SMEM((WARPGROUPS, MAX_SPLITS), jnp.float32),
         "reduce": plgpu.SMEM((WARPGROUPS, len(REDUCE_SITES), 2, 4), jnp.float32),
         "barrier": plgpu.Barrier(num_arrivals=WARPGROUPS),
@@ -223,8 +231,8 @@ class Step:
 
     def __init__(self, config: StepConfig, refs: dict[str, Any]):
         self.c = config
-        sums, (q, k0, k1, v0, v1) = refs["either"]  # attention needs no sums, and the rest no tiles
-        self.r = refs | {"sums": sums, "q": q, "k0": k0, "k1": k1, "v0": v0, "v1": v1}
+        sums, (q, k, v) = refs["either"]  # attention needs no sums, and the rest no tiles
+        self.r = refs | {"sums": sums, "q": q, "k": k, "v": v}
         self.block = lax.axis_index("sm")
         self.wg = lax.axis_index("wg")
         self.col = config.columns()
@@ -279,16 +287,35 @@ class Step:
             total = value if total is None else total + value
         return total
 
-    def normed(self, b, norm_ref, parts: int) -> list:
-        """RMSNorm of the residual stream: this warpgroup's chunks, one a step."""
-        chunks = self.c.hidden // CHUNK
-        x = [self.residual(b, i, parts) for i in range(chunks)]
-        mine = [self.residual(b, i + self.wg, parts) for i in range(0, chunks, WARPGROUPS)]
-        squares = self.total(sum(v * v for v in x), prim.SUBBLOCKS, "add", "norm", b)
-        scale = lax.rsqrt(squares / self.c.hidden + self.c.eps)
-        norms = [norm_ref.at[pl.ds((i + self.wg) * 32, 32)] for i in range(0, chunks, WARPGROUPS)]
-        norms = [plgpu.load(ref, layout=prim.SUBBLOCKS, optimized=False) for ref in norms]
-        return [v * scale * w for v, w in zip(mine, norms, strict=True)]
+    def norm_weights(self, norm_ref) -> list:
+        """This warpgroup's chunks of a norm's weights; load them before waiting for activations."""
+        chunks = range(0, self.c.hidden // CHUNK, WARPGROUPS)
+        refs = [norm_ref.at[pl.ds((i + self.wg) * 32, 32)] for i in chunks]
+        return [plgpu.load(ref, layout=prim.SUBBLOCKS, optimized=False) for ref in refs]
+
+    def for_normed(self, norms: list, parts: int, body) -> None:
+        """Runs ``body(b, chunks)`` with this warpgroup's chunks of the normed residual stream.
+
+        Several sequences are loaded at a time: one after the other, each would wait for memory.
+        """
+        c = self.c
+        chunks = c.hidden // CHUNK
+
+        def group(first, size):
+            sequences = [first + i for i in range(size)]
+            whole = [[self.residual(b, i, parts) for i in range(chunks)] for b in sequences]
+            mine = [
+                [self.residual(b, i + self.wg, parts) for i in range(0, chunks, WARPGROUPS)] for b in sequences
+            ]
+            for b, x, own in zip(sequences, whole, mine, strict=True):
+                squares = self.total(sum(v * v for v in x), prim.SUBBLOCKS, "add", "norm", b)
+                scale = lax.rsqrt(squares / c.hidden + c.eps)
+                body(b, [v * scale * w for v, w in zip(own, norms, strict=True)])
+
+        together = 4 if chunks <= 2 else 1
+        prim.fori(c.batch // together, lambda i: group(i * together, together))
+        if c.batch % together:
+            group(c.batch - c.batch % together, c.batch % together)
 
     def quantize(self, b, chunk, x) -> None:
         """Quantizes 1,024 values in two int8 parts, one scale for 32, into shared memory."""
@@ -306,6 +333,10 @@ class Step:
             self.r["x_words"].at[b, part].reshape(superblocks * 8, 2, 4)[rows] = words
         self.r["x_scale"].at[b].reshape(superblocks * 8)[rows] = largest * (1.0 / QUANT_MAX)
         self.r["x_sums"].at[b].reshape(superblocks * 8, 2)[rows] = jnp.sum(jnp.sum(q, axis=3), axis=2)
+
+    def quantize_chunks(self, b, chunks: list) -> None:
+        for step, x in enumerate(chunks):
+            self.quantize(b, WARPGROUPS * step + self.wg, x)
 
     def activations(self, b, superblock, *, shared: bool = False) -> Activations:
         """This lane's activations of four superblocks, or of one for all warps (``shared``)."""
@@ -396,13 +427,9 @@ class Step:
         ahead = load(groups[0], 0) if groups else None
         mixed = list(range(always, slots)) if static else []
         mixed_ahead = [self.load_mixed(w, slot, counts, offsets) for slot in mixed] if len(mixed) <= 2 else None
+        norms = self.norm_weights(self.r["input_norm"].at[layer])
         self.wait(count)
-
-        def prepare(b):
-            for step, x in enumerate(self.normed(b, self.r["input_norm"].at[layer], c.down_parts)):
-                self.quantize(b, 2 * step + self.wg, x)
-
-        self.for_batch(prepare)
+        self.for_normed(norms, c.down_parts, self.quantize_chunks)
         self.sync_warpgroup()
         for group in groups:
             for step in range(steps):
@@ -509,10 +536,10 @@ class Step:
     # Attention
 
     def splits_of(self, b):
-        """(tiles of the context, tiles a split, splits) of sequence b: functions of its length alone."""
-        tiles = self.r["positions"][b] // KV_TILE + 1
+        """(tiles of earlier tokens, tiles a split, splits) of sequence b: functions of its length alone."""
+        tiles = (self.r["positions"][b] + KV_TILE - 1) // KV_TILE
         each = jnp.where(tiles <= 2, 2, (tiles + self.c.splits - 1) // self.c.splits)
-        return tiles, each, (tiles + each - 1) // each
+        return tiles, each, jnp.maximum((tiles + each - 1) // each, 1)
 
     @jax.named_scope("attention")
     def attention(self, layer, count) -> None:
@@ -534,11 +561,7 @@ class Step:
                 def _():
                     start = split * each
                     stop = jnp.minimum(start + each, tiles)
-                    for wg in range(WARPGROUPS):
-
-                        @pl.when(self.wg == wg)
-                        def _(wg=wg):
-                            self.attend(layer, b, head, split, splits, start, stop, heads, wg)
+                    self.attend(layer, b, head, split, splits, start, stop, heads)
 
             prim.fori(ceil_div(items, workers), one)
 
@@ -567,55 +590,81 @@ class Step:
         cos, sin = spread(cos * scale), spread(sin * scale)
         return first * cos - second * sin, second * cos + first * sin
 
-    def attend(self, layer, b, head, split, splits, start, stop, heads, wg: int) -> None:
-        """One warpgroup's attention over tiles start..stop of one sequence and KV head."""
+    def attend(self, layer, b, head, split, splits, start, stop, heads) -> None:
+        """One warpgroup's attention over tiles start..stop of one sequence and KV head.
+
+        The last split also takes the new token, whose key and value never pass through the
+        cache: they are where its running softmax starts. Everything is loaded up front.
+        """
         c, half = self.c, self.c.head_dim // 2
         rep = c.heads // c.kv_heads
         q_head, k_head, v_head = heads
-        q_s, k_s, v_s = self.r["q"].at[wg], self.r[f"k{wg}"], self.r[f"v{wg}"]
+        q_s, k_s, v_s = (self.r[n].at[self.wg] for n in "qkv")
         qkv, position = self.r["qkv"], self.r["positions"][b]
         load = lambda ref, layout: plgpu.load(ref, layout=layout, optimized=False)
-        for i in range(rep // 8):
-            rows = pl.ds(q_head + head * rep + i * 8, 8)
-            q = [load(qkv.at[b, rows, j], prim.HEAD_HALVES) for j in range(2)]
-            q = self.rotated(b, q, self.r["q_norm"].at[layer], LOG2E * c.head_dim**-0.5, 1)
-            for j in range(2):
-                q_s[pl.ds(i * 8, 8), pl.ds(j * half, half)] = q[j].astype(c.cache_dtype)
+        copy = plgpu.Layout.SMEM_GMEM_COPY((KV_TILE, c.head_dim), c.cache_dtype, 128)
+        one_head = prim.HEAD_HALVES.reduce(0)
+        wgmma, row = plgpu.Layout.WGMMA, plgpu.Layout.WGMMA.reduce(1)
+        spread = lambda v, n: plgpu.layout_cast(lax.broadcast_in_dim(v, (64, n), (0,)), wgmma)
+        is_last = split == splits - 1
 
-        @pl.when(stop * KV_TILE > position)
+        def load_tile(i):
+            i = jnp.minimum(i, c.cache_length // KV_TILE - 1)
+            rows = (layer, b, pl.ds(i * KV_TILE, KV_TILE), head)
+            return load(self.r["k_cache"].at[rows], copy), load(self.r["v_cache"].at[rows], copy)
+
+        query = [
+            [load(qkv.at[b, pl.ds(q_head + head * rep + i * 8, 8), j], prim.HEAD_HALVES) for j in range(2)]
+            for i in range(rep // 8)
+        ]
+        key = [load(qkv.at[b, k_head + head, j], one_head) for j in range(2)]
+        value = [load(qkv.at[b, v_head + head, j], one_head) for j in range(2)]
+        first_tile = load_tile(start)
+        key = self.rotated(b, key, self.r["k_norm"].at[layer], 1.0, None)
+        key = [v.astype(c.cache_dtype) for v in key]
+        value = [v.astype(c.cache_dtype) for v in value]
+        self.sync_warpgroup()  # the last item is done with shared memory
+        for i, halves in enumerate(query):
+            halves = self.rotated(b, halves, self.r["q_norm"].at[layer], LOG2E * c.head_dim**-0.5, 1)
+            score = 0.0
+            for j in range(2):
+                rounded = halves[j].astype(c.cache_dtype)
+                q_s[pl.ds(i * 8, 8), pl.ds(j * half, half)] = rounded
+                other = lax.broadcast_in_dim(key[j].astype(jnp.float32), (8, half), (1,))
+                other = plgpu.layout_cast(other, prim.HEAD_HALVES)
+                score += rounded.astype(jnp.float32) * other
+            score = plgpu.layout_cast(jnp.sum(score, axis=1), prim.HEAD_HALVES.reduce(1))
+            self.r["new_score"][self.wg, pl.ds(i * 8, 8)] = score
+        for j in range(2):
+            self.r["new_value"][self.wg, pl.ds(j * half, half)] = value[j].astype(jnp.float32)
+
+        @pl.when(is_last)
         def _():
-            layout = prim.HEAD_HALVES.reduce(0)
-            k = [load(qkv.at[b, k_head + head, j], layout) for j in range(2)]
-            k = self.rotated(b, k, self.r["k_norm"].at[layer], 1.0, None)
             for j in range(2):
                 at = (layer, b, position, head, pl.ds(j * half, half))
-                self.r["k_cache"][at] = k[j].astype(c.cache_dtype)
-                v = load(qkv.at[b, v_head + head, j], layout)
-                self.r["v_cache"][at] = v.astype(c.cache_dtype)
+                self.r["k_cache"][at] = key[j]
+                self.r["v_cache"][at] = value[j]
 
         self.sync_warpgroup()
-        wgmma, row = plgpu.Layout.WGMMA, plgpu.Layout.WGMMA.reduce(1)
-        copy = plgpu.Layout.SMEM_GMEM_COPY((KV_TILE, c.head_dim), c.cache_dtype, 128)
-        spread = lambda v, n: plgpu.layout_cast(lax.broadcast_in_dim(v, (64, n), (0,)), wgmma)
-        q = load(q_s, wgmma)
+        new_score = load(self.r["new_score"].at[self.wg], row)
+        new_value = load(self.r["new_value"].at[self.wg], wgmma.reduce(0))
+        new_value = plgpu.layout_cast(lax.broadcast_in_dim(new_value, (64, c.head_dim), (1,)), wgmma)
 
         def tile(i, carry):
-            largest, total, out = carry
-            rows = (layer, b, pl.ds(i * KV_TILE, KV_TILE), head)
-            k = load(self.r["k_cache"].at[rows], copy)
-            v = load(self.r["v_cache"].at[rows], copy)
+            k, v, largest, total, out = carry
             self.sync_warpgroup()  # the last tile's products are done with k_s and v_s
             k_s[...] = k
             v_s[...] = v
             plgpu.commit_smem()
+            following = load_tile(i + 1)
 
             def scores(acc):
-                plgpu.wgmma(acc, q, k_s.T)
+                plgpu.wgmma(acc, load(q_s, wgmma), k_s.T)
                 return acc[...]
 
             s = pl.run_scoped(scores, plgpu.ACC((64, KV_TILE)))
             column = plgpu.broadcasted_iota(jnp.int32, (64, KV_TILE), 1, layout=wgmma)
-            s = jnp.where(column + i * KV_TILE <= position, s, -1e30)
+            s = jnp.where(column + i * KV_TILE < position, s, -1e30)
             new = jnp.maximum(largest, jnp.max(s, axis=1))
             decay = jnp.exp2(largest - new)
             p = jnp.exp2(s - spread(new, KV_TILE))
@@ -626,16 +675,18 @@ class Step:
                 return acc[...]
 
             out = out * spread(decay, c.head_dim) + pl.run_scoped(weighted, plgpu.ACC((64, c.head_dim)))
-            return new, total, out
+            return *following, new, total, out
 
-        largest, total, out = lax.fori_loop(
+        nothing = lambda shape, value, layout: prim.full(shape, value, jnp.float32, layout)
+        *_, largest, total, out = lax.fori_loop(
             start,
             stop,
             tile,
             (
-                prim.full((64,), -1e30, jnp.float32, row),
-                prim.full((64,), 0.0, jnp.float32, row),
-                prim.full((64, c.head_dim), 0.0, jnp.float32, wgmma),
+                *first_tile,
+                jnp.where(is_last, new_score, nothing((64,), -1e30, row)),
+                jnp.where(is_last, nothing((64,), 1.0, row), nothing((64,), 0.0, row)),
+                jnp.where(is_last, new_value, nothing((64, c.head_dim), 0.0, wgmma)),
             ),
         )
         out = out * spread(1.0 / total, c.head_dim)
@@ -697,24 +748,34 @@ class Step:
         steps = width // STEP
         tiles = c.hidden // 8
         source = self.r["attention"].reshape(c.batch, width // 32, 2, 4, 4)
+        early = c.batch == 1 and ceil_div(tiles, c.blocks) <= SLOTS
+        before = []
 
         def prepare():
-            def one(b):
-                for step in range(steps):
-                    chunk = 2 * step + self.wg
-                    ref = source.at[b, pl.ds(chunk * 32, 32)]
-                    self.quantize(b, chunk, plgpu.load(ref, layout=prim.SUBBLOCKS, optimized=False))
+            together = 2
 
-            self.for_batch(one)
+            def group(first, size):
+                chunks = [(first + i, 2 * step + self.wg) for i in range(size) for step in range(steps)]
+                refs = [source.at[b, pl.ds(chunk * 32, 32)] for b, chunk in chunks]
+                loaded = [plgpu.load(ref, layout=prim.SUBBLOCKS, optimized=False) for ref in refs]
+                for (b, chunk), x in zip(chunks, loaded, strict=True):
+                    self.quantize(b, chunk, x)
+
+            if early:
+                before.append(residual_rows(0, 0))
+            prim.fori(c.batch // together, lambda i: group(i * together, together))
+            if c.batch % together:
+                group(c.batch - c.batch % together, c.batch % together)
+
+        def residual_rows(b, chunk):
+            at = (b, pl.ds(chunk * SLOTS, SLOTS), self.block)
+            refs = [self.state_rows.at[(part, *at)] for part in range(1 + c.down_parts)]
+            return sum(plgpu.load(ref, layout=prim.OUTPUT_ROWS, optimized=False) for ref in refs)
 
         def store(b, chunk):
+            old = before[-1] if early else residual_rows(b, chunk)
             at = (b, pl.ds(chunk * SLOTS, SLOTS), self.block)
-            total = self.result_rows(b, steps)
-            for part in range(1 + c.down_parts):
-                total += plgpu.load(
-                    self.state_rows.at[(part, *at)], layout=prim.OUTPUT_ROWS, optimized=False
-                )
-            self.state_rows[(0, *at)] = total
+            self.state_rows[(0, *at)] = self.result_rows(b, steps) + old
 
         def run(i):
             fmt = TILE_FORMATS[c.o_types[i]]
@@ -731,35 +792,38 @@ class Step:
     def router(self, layer, count) -> None:
         """Normed activations for the experts, and this block's rows of router logits."""
         c = self.c
-        steps = c.hidden // STEP
         rounds = ceil_div(c.experts, c.blocks)
-        self_rows = []
+        norms = self.norm_weights(self.r["post_norm"].at[layer])
+        rows = None
         if rounds <= 2:
-            for i in range(rounds):
-                expert = jnp.minimum(i * c.blocks + self.block, c.experts - 1)
-                self_rows.append(self.router_row(layer, expert))
+            rows = [
+                self.router_row(layer, jnp.minimum(i * c.blocks + self.block, c.experts - 1)) for i in range(rounds)
+            ]
         self.wait(count)
+        kept = []
 
-        def one(b):
-            x = self.normed(b, self.r["post_norm"].at[layer], 0)
-            for step in range(steps):
-                self.quantize(b, 2 * step + self.wg, x[step])
-
+        def one(b, x):
             def expert_round(i):
                 expert = jnp.minimum(i * c.blocks + self.block, c.experts - 1)
-                row = self_rows[i] if self_rows else self.router_row(layer, expert)
+                row = rows[i] if rows else self.router_row(layer, expert)
                 product = sum(v * r for v, r in zip(x, row, strict=True))
                 total = self.total(product, prim.SUBBLOCKS, "add", "router", b * rounds + i)
                 self.r["router_logits"][self.wg, b, expert] = total
 
-            if self_rows:
+            if rows:
                 for i in range(rounds):
                     expert_round(i)
             else:
                 prim.fori(rounds, expert_round)
+            if c.batch == 1:
+                kept.append(x)
+            else:
+                self.quantize_chunks(b, x)
 
-        self.for_batch(one)
+        self.for_normed(norms, 0, one)
         self.signal()
+        for x in kept:  # nobody waits for this
+            self.quantize_chunks(0, x)
 
     def router_row(self, layer, expert) -> list:
         return [
@@ -803,14 +867,6 @@ class Step:
 
             self.sync_block()
 
-        @pl.when((self.block == 0) & (self.wg == 0))
-        def _():
-            def copy(b):
-                for i in range(c.experts_per_token):
-                    self.r["expert_ids"][layer, b, i] = ids[b, i]
-
-            self.for_batch(copy)
-
     def replay(self, layer, b) -> None:
         """Overwrites the choice for sequence b by the given experts."""
         chosen = [self.r["replay_ids"][layer, b, i] for i in range(self.c.experts_per_token)]
@@ -836,6 +892,14 @@ class Step:
         self.one_type(c.gate_up_types, selector, lambda i: self.gate_up_type(layer, i))
         self.signal(by_first=True)
 
+        @pl.when((self.block == c.blocks - 1) & (self.wg == 1 % WARPGROUPS))
+        def _():
+            def copy(b):
+                for i in range(c.experts_per_token):
+                    self.r["expert_ids"][layer, b, i] = self.r["ids"][b, i]
+
+            self.for_batch(copy)
+
     def gate_up_type(self, layer, type_index: int) -> None:
         c = self.c
         fmt = TILE_FORMATS[c.gate_up_types[type_index]]
@@ -844,7 +908,7 @@ class Step:
         per_expert = c.moe_width // 8
         items = c.pairs * per_expert
         _, used, chunks = expert_slots(c)
-        group = next(n for n in (3, 4, 2, 5, 7, 1) if used % n == 0)
+        group = 2 if used % 2 == 0 else 1
         steps = c.hidden // STEP
         alone = c.batch == 1
         x = [self.activations(0, step * 8 + self.wg * 4) for step in range(steps)] if alone and steps == 1 else None
@@ -869,20 +933,7 @@ class Step:
                         value = fmt.multiply(tiles[step][which], here, **self.prim)
                         self.store_sums(which, place, step, value)
 
-        def chunk(i):
-            if used // group <= 2 and steps == 1:
-                loaded = [
-                    load([i * used + g * group + j for j in range(group)]) for g in range(used // group)
-                ]
-                for g, tiles in enumerate(loaded):
-                    multiply(tiles, [g * group + j for j in range(group)])
-            else:
-
-                def one_group(g):
-                    tiles = load([i * used + g * group + j for j in range(group)])
-                    multiply(tiles, [g * group + j for j in range(group)])
-
-                prim.fori(used // group, one_group)
+        def finish(i):
             self.sync_block()
 
             @pl.when(self.wg == 0)
@@ -891,9 +942,26 @@ class Step:
                 value = gate / (1.0 + jnp.exp2(gate * -LOG2E)) * up
                 self.r["swiglu"][pl.ds(i * used, SLOTS), self.block] = value
 
-            self.sync_block()
+        if x is not None and chunks == 1 and used <= 6:
+            loaded = [load([slot]) for slot in range(used)]  # all in flight at once
+            for slot, tiles in enumerate(loaded):
+                multiply(tiles, [slot])
+            finish(0)
+            return
+        groups = used // group
 
-        prim.fori(chunks, chunk)
+        def chunk(i, current):
+            def one_group(g, current):
+                following = load([i * used + (g + 1) * group + j for j in range(group)])
+                multiply(current, [g * group + j for j in range(group)])
+                return following
+
+            current = lax.fori_loop(0, groups, one_group, current)
+            finish(i)
+            self.sync_block()
+            return current
+
+        lax.fori_loop(0, chunks, chunk, load(list(range(group))))
 
     @jax.named_scope("down")
     def down(self, layer, count) -> None:
@@ -912,59 +980,71 @@ class Step:
         tiles = c.hidden // 32
         mine = per_part // WARPGROUPS
         chunks = ceil_div(per_part * c.moe_width, CHUNK)
-        slots = c.pairs
         swiglu = self.r["swiglu"]
         size = swiglu.shape[0] * swiglu.shape[1] * 8
         source = swiglu.reshape(size // 32, 2, 4, 4)
-        del slots
 
         def place(i):
             item = i * c.blocks + self.block
             return item // c.down_parts, item % c.down_parts
 
-        def load(b, tile, part):
-            out = []
-            for j in range(mine):
-                k = part * per_part + self.wg * mine + j
-                first = offset + self.r["ids"][b, k] * (c.hidden // 8) + tile * 4
-                out += [fmt.load(stack, (pl.ds(first, 4), s)) for s in range(superblocks)]
-            return out
+        def load(step, tile, part):
+            """The tiles of this warpgroup's step-th (sequence, expert)."""
+            step = jnp.minimum(step, c.batch * mine - 1)
+            k = part * per_part + self.wg * mine + step % mine
+            first = offset + self.r["ids"][step // mine, k] * (c.hidden // 8) + tile * 4
+            return [fmt.load(stack, (pl.ds(first, 4), s)) for s in range(superblocks)]
+
+        def multiply(step, weights, part):
+            b, k = step // mine, self.wg * mine + step % mine
+            total = None
+            for s in range(superblocks):
+                x = self.activations(b, k * superblocks + s, shared=True)
+                value = fmt.multiply(weights[s], x, **self.prim)
+                total = value if total is None else total + value
+            rows = plgpu.layout_cast(jnp.sum(total, axis=2), prim.TILE_ROWS)
+            self.r["sums"][b, k, pl.ds(0, 4)] = rows * self.r["routing"][b, part * per_part + k]
 
         rounds = ceil_div(tiles * c.down_parts, c.blocks)
-        early = rounds == 1 and c.batch == 1
+        early = rounds == 1
+        all_at_once = c.batch * mine <= 2
         tile, part = place(0)
         last = jnp.minimum(tile, tiles - 1)
-        ahead = load(0, last, part) if early else None
+        ahead = [load(i, last, part) for i in range(c.batch * mine if all_at_once else 1)] if early else None
         self.wait(count)
 
         def one_place(i):
             tile, part = (last, place(0)[1]) if early else place(i)
 
             def prepare(b):
-                for chunk in range(chunks):
-                    @pl.when(self.wg == chunk % WARPGROUPS)
-                    def _(chunk=chunk):
-                        start = (b * c.experts_per_token + part * per_part) * c.moe_width // 32 + chunk * 32
-                        ref = source.at[pl.ds(start, 32)]
-                        self.quantize(b, chunk, plgpu.load(ref, layout=prim.SUBBLOCKS, optimized=False))
+                starts = [
+                    (b * c.experts_per_token + part * per_part) * c.moe_width // 32 + chunk * 32
+                    for chunk in range(chunks)
+                ]
+                for wg in range(WARPGROUPS):
+
+                    @pl.when(self.wg == wg)
+                    def _(wg=wg):
+                        here = range(wg, chunks, WARPGROUPS)
+                        refs = [source.at[pl.ds(starts[chunk], 32)] for chunk in here]
+                        loaded = [plgpu.load(ref, layout=prim.SUBBLOCKS, optimized=False) for ref in refs]
+                        for chunk, x in zip(here, loaded, strict=True):
+                            self.quantize(b, chunk, x)
 
             self.for_batch(prepare)
             self.sync_block()
+            if all_at_once:
+                weights = ahead or [load(step, tile, part) for step in range(c.batch * mine)]
+                for step, current in enumerate(weights):
+                    multiply(step, current, part)
+            else:
 
-            def one(b):
-                weights = ahead if early else load(b, tile, part)
-                for j in range(mine):
-                    k = self.wg * mine + j
-                    total = None
-                    for s in range(superblocks):
-                        x = self.activations(b, k * superblocks + s, shared=True)
-                        value = fmt.multiply(weights[j * superblocks + s], x, **self.prim)
-                        total = value if total is None else total + value
-                    rows = plgpu.layout_cast(jnp.sum(total, axis=2), prim.TILE_ROWS)
-                    routing = self.r["routing"][b, part * per_part + k]
-                    self.r["sums"][b, k, pl.ds(0, 4)] = rows * routing
+                def one(step, current):
+                    following = load(step + 1, tile, part)
+                    multiply(step, current, part)
+                    return following
 
-            self.for_batch(one)
+                lax.fori_loop(0, c.batch * mine, one, ahead[0] if early else load(0, tile, part))
             self.sync_block()
 
             def store(b):
@@ -992,12 +1072,10 @@ class Step:
     def logits(self, count) -> None:
         c = self.c
 
-        def prepare():
-            def one(b):
-                for step, x in enumerate(self.normed(b, self.r["final_norm"], c.down_parts)):
-                    self.quantize(b, 2 * step + self.wg, x)
+        norms = self.norm_weights(self.r["final_norm"])
 
-            self.for_batch(one)
+        def prepare():
+            self.for_normed(norms, c.down_parts, self.quantize_chunks)
 
         def store(b, chunk):
             rows = self.result_rows(b, c.hidden // STEP)
