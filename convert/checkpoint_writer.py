@@ -1,8 +1,8 @@
 """Writes packed checkpoints (:mod:`convert.checkpoint` says what is in one).
 
 Orbax writes the arrays, uncompressed: packed weights do not compress. One orbax
-checkpoint a layer, so that no more than one layer is ever in memory; its arrays
-are hashed while orbax writes them. What orbax leaves undone is done here: the
+checkpoint a layer, so that no more than two layers are ever in memory: one is
+hashed while orbax writes it, the next is being read. What orbax leaves undone is done here: the
 manifest, syncing every file and folder, and a rename that a crash cannot tear.
 """
 
@@ -85,9 +85,8 @@ def _write_tensors(
     os.mkdir(folder / TENSORS_NAME)
     # Orbax saves in a thread of the pool, which an interrupt waits for: a save that was torn out of its
     # event loop would go on writing while the folder is being removed.
-    with _orbax() as save, ThreadPoolExecutor(READ_THREADS + 1) as pool:
-        for item, paths in _items(source.paths()).items():
-            tensors = {path: source.tensor(path) for path in paths}
+    with _orbax() as save, ThreadPoolExecutor(READ_THREADS + 2) as pool:
+        for item, tensors in _read_ahead(source, pool):
             hashing = _start_hashing(pool, tensors)
             pool.submit(save, folder / TENSORS_NAME / item, _tree(tensors)).result()
             for name, (nbytes, digests) in hashing.items():
@@ -97,6 +96,23 @@ def _write_tensors(
                 progress(done, total)
     _check_sizes(folder, files)
     return files
+
+
+def _read_ahead(
+    source: ModelSource, pool: ThreadPoolExecutor
+) -> Iterator[tuple[str, dict[str, PackedTensor]]]:
+    """Each item with its tensors; the next is read while the caller writes this one."""
+
+    def read(paths: list[str]) -> dict[str, PackedTensor]:
+        return {path: source.tensor(path) for path in paths}
+
+    items = list(_items(source.paths()).items())
+    upcoming = pool.submit(read, items[0][1])
+    for i, (item, _) in enumerate(items):
+        tensors = upcoming.result()
+        if i + 1 < len(items):
+            upcoming = pool.submit(read, items[i + 1][1])
+        yield item, tensors
 
 
 def _items(paths: list[str]) -> dict[str, list[str]]:
