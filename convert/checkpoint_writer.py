@@ -2,8 +2,9 @@
 
 Orbax writes the arrays, uncompressed: packed weights do not compress. One orbax
 checkpoint a layer, so that no more than two layers are ever in memory: one is
-hashed while orbax writes it, the next is being read. What orbax leaves undone is done here: the
-manifest, syncing every file and folder, and a rename that a crash cannot tear.
+hashed while orbax writes it, the next is being read. What orbax leaves undone is
+done here: the manifest, syncing every file and folder, and a rename that a crash
+cannot tear.
 """
 
 import json
