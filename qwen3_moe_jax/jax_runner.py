@@ -17,7 +17,9 @@ from convert.model_source import ModelSource
 from convert.packed import LANES, LANES16, ROWS, PackedTensor
 from convert.progress import ProgressCallback
 from convert.unpack import aligned_empty, dequantize
+from kernels_pallas import Matrices
 from kernels_pallas import dequantize as dequantize_on_device
+from kernels_pallas.matrices import rows_a_unit
 from qwen3_moe_jax.errors import ContextOverflowError, NumericalError
 from qwen3_moe_jax.generate import (
     PREFILL_CHUNKS,
@@ -33,13 +35,10 @@ from qwen3_moe_jax.model import (
     STAGES_COLLECTION,
     Intervention,
     Qwen3Moe,
-    get_in,
-    layer_groups,
-    parameter_place,
-    set_in,
 )
 from qwen3_moe_jax.runner import Forward
 from qwen3_moe_jax.sampling import Sampling
+from qwen3_moe_jax.stacks import Place, Roles, stack_layers
 from qwen3_moe_jax.stages import LAYER_STAGES, StageKey
 from qwen3_moe_jax.token_choice import SamplingArrays
 
@@ -74,7 +73,10 @@ def _available_memory(device: jax.Device) -> tuple[int | None, str]:
 
 
 def load_params(
-    source: ModelSource, device: jax.Device | None = None, progress: ProgressCallback | None = None
+    source: ModelSource,
+    roles: Roles,
+    device: jax.Device | None = None,
+    progress: ProgressCallback | None = None,
 ) -> Params:
     """Every tensor of ``source`` on ``device``, as the model's parameter tree (``model.zero_params``).
 
@@ -82,20 +84,20 @@ def load_params(
     CPU the arrays are used where they were read, without a copy.
     """
     device = device or jax.devices()[0]
-    groups = layer_groups(source.types, source.config.num_hidden_layers)
+    places, shapes = stack_layers(source.config, source.types, roles)
+    stacks: dict[str, _Stack] = {}
     params: Params = {}
-    stacks: dict[tuple[str, ...], _Stack] = {}
     for path, tensor in source.tensors(progress):
-        keys, slot = parameter_place(path, groups)
         value = _arranged(tensor, device)
-        if slot is None:
-            set_in(params, keys, jax.device_put(value, device, may_alias=True))
-            continue
-        count = len(groups[int(keys[0].rpartition("_")[2])])
-        stack = stacks.setdefault(keys, _Stack(count, value, device))
-        stack.put(slot, value)
-        if slot == count - 1:
-            set_in(params, keys, stacks.pop(keys).finish())
+        place = places.get(path)
+        if place is None:
+            params[path] = jax.device_put(value, device, may_alias=True)
+        elif place.stack in stacks:
+            stacks[place.stack].put(place, value)
+        else:
+            stacks[place.stack] = _Stack(shapes[place.stack].rows, value, device)
+            stacks[place.stack].put(place, value)
+    params["stacks"] = {name: stack.finish() for name, stack in stacks.items()}
     return params
 
 
@@ -108,34 +110,51 @@ def _arranged(tensor: PackedTensor, device: jax.Device) -> PackedTensor | np.nda
 
 
 class _Stack:
-    """One tensor of all layers of a group, filled layer by layer; the model is never in memory twice."""
+    """Rows of one role and type of all layers, filled tensor by tensor: the model is never there twice."""
 
-    def __init__(self, count: int, like: PackedTensor | np.ndarray, device: jax.Device):
-        """Makes room for ``count`` tensors that look like ``like``."""
+    def __init__(self, rows: int, like: PackedTensor | np.ndarray, device: jax.Device):
+        """Makes room for ``rows`` rows, in arrays like those of ``like``."""
         self._device = device
         self._on_host = device.platform == "cpu"
-        self._stack = jax.tree.map(lambda a: self._room((count, *a.shape), a.dtype), like)
+        self._rows = rows
 
-    def _room(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray | jax.Array:
-        if self._on_host:
-            return aligned_empty(shape, dtype)
-        return jnp.zeros(shape, dtype, device=self._device)
+        def room(a: np.ndarray) -> np.ndarray | jax.Array:
+            shape = (rows // self._rows_a_unit(like), *a.shape[1:])
+            return (
+                aligned_empty(shape, a.dtype) if self._on_host else jnp.zeros(shape, a.dtype, device=device)
+            )
 
-    def put(self, slot: int, value: PackedTensor | np.ndarray) -> None:
-        """Fills one slot."""
+        self._stack = jax.tree.map(room, _flat(like))
+
+    @staticmethod
+    def _rows_a_unit(value: PackedTensor | np.ndarray) -> int:
+        return rows_a_unit(value.layout) if isinstance(value, PackedTensor) else 1
+
+    def put(self, place: Place, value: PackedTensor | np.ndarray) -> None:
+        """Fills the rows of one tensor."""
+        first = place.first // self._rows_a_unit(value)
         if self._on_host:
-            jax.tree.map(lambda stack, new: stack.__setitem__(slot, new), self._stack, value)
+            jax.tree.map(
+                lambda s, v: s.__setitem__(slice(first, first + len(v)), v), self._stack, _flat(value)
+            )
         else:
-            self._stack = _put_slot(self._stack, value, slot)
+            self._stack = _put_rows(self._stack, _flat(value), first)
 
     def finish(self) -> PackedTensor | jax.Array:
         """The filled stack, on the device."""
         return jax.device_put(self._stack, self._device, may_alias=True)
 
 
+def _flat(value: PackedTensor | np.ndarray) -> PackedTensor | np.ndarray:
+    """Matrices of experts as rows one after the other; a vector as one row."""
+    if isinstance(value, np.ndarray):
+        return value[None]
+    return value if value.ndim == 2 else jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), value)
+
+
 @partial(jax.jit, donate_argnums=0)
-def _put_slot(stack: Any, value: Any, slot: jax.Array) -> Any:
-    return jax.tree.map(lambda s, v: jax.lax.dynamic_update_index_in_dim(s, v, slot, 0), stack, value)
+def _put_rows(stack: Any, value: Any, first: jax.Array) -> Any:
+    return jax.tree.map(lambda s, v: jax.lax.dynamic_update_slice_in_dim(s, v, first, 0), stack, value)
 
 
 class JaxRunner:
@@ -167,7 +186,7 @@ class JaxRunner:
         itemsize = jnp.dtype(CACHE_DTYPE).itemsize
         self.plan = MemoryPlan.of(source, self.max_context + PREFILL_CHUNKS[-1], itemsize)
         self.plan.check(*_available_memory(jax.devices()[0]))
-        self.params = load_params(source, progress=progress)
+        self.params = load_params(source, self.model.roles, progress=progress)
         self._spare_cache: KVCache | None = None
 
     def describe(self) -> dict[str, object]:
@@ -192,13 +211,13 @@ class JaxRunner:
           tile: rows 16 tile to 16 tile + 15 are wanted.
           expert: which matrix of an expert stack.
         """
-        groups = layer_groups(self.model.types, self.config.num_hidden_layers)
-        keys, slot = parameter_place(path, groups)
-        value = get_in(self.params, keys)
-        value = value if slot is None else value[slot]
-        rows = slice(tile, tile + 1) if value.layout == LANES16 else slice(LANES * tile, LANES * (tile + 1))
-        part = value[rows] if expert is None else value[expert, rows]
-        return np.asarray(jax.jit(dequantize_on_device)(part))
+        place = stack_layers(self.config, self.model.types, self.model.roles)[0].get(path)
+        value = self.params[path] if place is None else self.params["stacks"][place.stack]
+        first = 0 if place is None else place.first
+        if expert is not None:
+            first += expert * (place.rows // self.config.num_experts)
+        w = Matrices(value, jnp.int32(first + LANES * tile), (LANES, value.shape[1]))
+        return np.asarray(jax.jit(lambda w: dequantize_on_device(w.slice(0, LANES)))(w))
 
     def memory(self) -> dict[str, int] | None:
         """Bytes of device memory at the peak and as planned; None where JAX cannot say."""

@@ -4,10 +4,9 @@ Every matrix is a ``PackedTensor`` parameter of its own quantization type, and
 the operations on it are ``kernels_pallas``'. Parameters have Hugging Face's
 names. Norms, router and softmax are float32 whatever the compute dtype.
 
-The layers are one loop. Layers whose tensors have the same types form a group
-(a Q4_K_M file has two), and a group's weights are stacked: a program holds the
-code of each group once, however many layers there are, and reads a layer's
-weights from the stack without a copy.
+The layers are one loop over stacked weights (``stacks.py``): a program holds
+the code of a layer once for each mix of types (a Q4_K_M file has two), however
+many layers there are, and reads a layer's weights from the stacks without a copy.
 
 ``stage`` names the values that ``qwen3-moe trace`` shows: it sows those that
 are asked for, and it is where an intervention changes them.
@@ -16,9 +15,10 @@ Equations: Qwen3 technical report (arXiv 2505.09388); Transformers'
 ``modeling_qwen3_moe.py``.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -33,15 +33,13 @@ from convert.ggml_types import GGMLType
 from convert.packed import ARRAY_FORMATS, PackedTensor, array_shapes
 from convert.tensor_names import tensor_specs
 from qwen3_moe_jax.kv_cache import KVCache, write_positions
+from qwen3_moe_jax.stacks import Roles, Types, layer_groups, split_path, stack_layers
 
 STAGES_COLLECTION = "stages"
 """Flax collection that receives stages when it is mutable; those of layers have L as their first axis."""
 
 INSIDE_EXPERTS = frozenset({"ffn_moe_gate", "ffn_moe_up", "ffn_moe_swiglu", "ffn_moe_down"})
 """Stages between the fused operations of the sparse layer: to see them is to run it unfused."""
-
-Types = Mapping[str, GGMLType]
-"""Quantization type of each parameter, by its path ("layers.3.mlp.router")."""
 
 
 @dataclass(frozen=True)
@@ -75,69 +73,23 @@ class Output:
     expert_ids: jax.Array
 
 
-class At(NamedTuple):
-    """Where the loop is: ``layer`` counts all layers, ``slot`` those of the group; int32 scalars."""
+def zero_params(config: Qwen3MoeConfig, types: Types, roles: Roles) -> dict[str, Any]:
+    """The parameter tree with zeros in layout "rows": vectors float32, everything else packed.
 
-    layer: jax.Array
-    slot: jax.Array
-
-
-# Parameters
-
-
-def layer_groups(types: Types, num_layers: int) -> list[list[int]]:
-    """Layers with equal types of all their tensors, in the order of first appearance."""
-    groups: dict[tuple, list[int]] = {}
-    for layer in range(num_layers):
-        prefix = f"layers.{layer}."
-        signature = tuple((p[len(prefix) :], t) for p, t in sorted(types.items()) if p.startswith(prefix))
-        groups.setdefault(signature, []).append(layer)
-    return list(groups.values())
-
-
-def group_name(group: int) -> str:
-    """Key of a group's stacked weights in the parameter tree."""
-    return f"layer_group_{group}"
-
-
-def parameter_place(path: str, groups: list[list[int]]) -> tuple[tuple[str, ...], int | None]:
-    """Where a tensor is in the parameter tree: its keys, and its index in the stack (None outside layers)."""
-    if not path.startswith("layers."):
-        return (path,), None
-    _, layer, *names = path.split(".")
-    group = next(g for g, layers in enumerate(groups) if int(layer) in layers)
-    return (group_name(group), *names), groups[group].index(int(layer))
-
-
-def get_in(tree: Mapping[str, Any], keys: Sequence[str]) -> Any:
-    """The leaf at ``keys`` of a nested mapping."""
-    for key in keys:
-        tree = tree[key]
-    return tree
-
-
-def set_in(tree: dict[str, Any], keys: Sequence[str], value: Any) -> None:
-    """Puts a leaf at ``keys`` of nested dicts, making those that are missing."""
-    *parents, last = keys
-    for key in parents:
-        tree = tree.setdefault(key, {})
-    tree[last] = value
-
-
-def zero_params(config: Qwen3MoeConfig, types: Types) -> dict[str, Any]:
-    """The parameter tree with zeros in layout "rows": vectors float32, everything else packed."""
-    groups = layer_groups(types, config.num_hidden_layers)
-    tree: dict[str, Any] = {}
+    Keys: ``stacks`` (by name, ``stacks.stack_layers``) and the paths of the tensors outside the layers.
+    """
+    _, shapes = stack_layers(config, types, roles)
+    params: dict[str, Any] = {
+        "stacks": {name: _zeros((s.rows, s.columns), s.type) for name, s in shapes.items()}
+    }
     for spec in tensor_specs(config):
-        keys, slot = parameter_place(spec.path, groups)
-        if slot in (None, 0):
-            count = () if slot is None else (len(groups[int(keys[0].rpartition("_")[2])]),)
-            set_in(tree, keys, _zeros((*count, *spec.shape), len(spec.shape), types[spec.path]))
-    return tree
+        if split_path(spec.path)[0] is None:
+            params[spec.path] = _zeros(spec.shape, types[spec.path] if len(spec.shape) > 1 else None)
+    return params
 
 
-def _zeros(shape: tuple[int, ...], ndim: int, ggml_type: GGMLType) -> PackedTensor | jax.Array:
-    if ndim == 1:
+def _zeros(shape: tuple[int, ...], ggml_type: GGMLType | None) -> PackedTensor | jax.Array:
+    if ggml_type is None:
         return jnp.zeros(shape, jnp.float32)
     formats = ARRAY_FORMATS[ggml_type]
     shapes = array_shapes(ggml_type, shape)
@@ -167,88 +119,89 @@ class _Part(nn.Module):
         return cls(self.config, self.compute_dtype, self.interventions, self.capture)
 
     def weight(self, name: str) -> Any:
-        """This part's parameter: a PackedTensor, or float32 norm weights; stacked inside layers."""
+        """This part's parameter: packed matrices, or float32 norm weights."""
         return self.get_variable("params", name)
 
-    def stage(self, name: str, value: jax.Array, at: At | None = None) -> jax.Array:
+    def stage(self, name: str, value: jax.Array, layer: jax.Array | None = None) -> jax.Array:
         """Names a value of the forward pass: applies interventions, then shows it to a trace."""
         for intervention in self.interventions:
             if intervention.stage == name:
                 changed = intervention.change(value)
-                everywhere = at is None or intervention.layer is None
-                value = changed if everywhere else jnp.where(at.layer == intervention.layer, changed, value)
+                everywhere = layer is None or intervention.layer is None
+                value = changed if everywhere else jnp.where(layer == intervention.layer, changed, value)
         if name in self.capture:
             self.sow(STAGES_COLLECTION, name, value, reduce_fn=lambda _, new: new, init_fn=lambda: None)
         return value
 
-    def matmul(self, x: jax.Array, name: str, at: At | None = None) -> jax.Array:
+    def matmul(self, x: jax.Array, name: str, dtype: Any = None) -> jax.Array:
         """x [B, T, K] times the transpose of the weight of this name [N, K]: float32 [B, T, N]."""
         flat = x.reshape(-1, x.shape[-1])
-        index = None if at is None else at.slot
-        out = ops.quantized_matmul(flat, self.weight(name), index=index, compute_dtype=self.compute_dtype)
+        out = ops.quantized_matmul(flat, self.weight(name), compute_dtype=dtype or self.compute_dtype)
         return out.reshape(*x.shape[:-1], -1)
 
-    def norm(self, x: jax.Array, name: str, at: At | None = None) -> jax.Array:
+    def norm(self, x: jax.Array, name: str) -> jax.Array:
         """RMS norm of the last axis with the weight of this name."""
-        weight = self.weight(name)
-        return ops.rms_norm(x, weight if at is None else weight[at.slot], self.config.rms_norm_eps)
+        return ops.rms_norm(x, self.weight(name), self.config.rms_norm_eps)
 
 
 class Attention(_Part):
     """Grouped-query attention with normed queries and keys, over the KV cache."""
 
     def __call__(
-        self, x: jax.Array, cache: KVCache, start: jax.Array, rope: tuple[jax.Array, jax.Array], at: At
+        self,
+        x: jax.Array,
+        cache: KVCache,
+        start: jax.Array,
+        rope: tuple[jax.Array, jax.Array],
+        layer: jax.Array,
     ) -> tuple[jax.Array, KVCache]:
         """x [B, T, D] at positions start [B] and following, rope's cos and sin [B, T, H / 2] of these."""
         heads = (*x.shape[:2], -1, self.config.head_dim)
-        q = self.stage("Qcur", self.matmul(x, "q_proj", at).reshape(heads), at)
-        k = self.stage("Kcur", self.matmul(x, "k_proj", at).reshape(heads), at)
-        v = self.stage("Vcur", self.matmul(x, "v_proj", at).reshape(heads), at)
-        q = self.stage("Qcur_normed", self.norm(q, "q_norm", at), at)
-        k = self.stage("Kcur_normed", self.norm(k, "k_norm", at), at)
-        q = self.stage("Qcur_rope", ops.rope(q, *rope), at)
-        k = self.stage("Kcur_rope", ops.rope(k, *rope), at)
+        q = self.stage("Qcur", self.matmul(x, "q_proj").reshape(heads), layer)
+        k = self.stage("Kcur", self.matmul(x, "k_proj").reshape(heads), layer)
+        v = self.stage("Vcur", self.matmul(x, "v_proj").reshape(heads), layer)
+        q = self.stage("Qcur_normed", self.norm(q, "q_norm"), layer)
+        k = self.stage("Kcur_normed", self.norm(k, "k_norm"), layer)
+        q = self.stage("Qcur_rope", ops.rope(q, *rope), layer)
+        k = self.stage("Kcur_rope", ops.rope(k, *rope), layer)
 
-        cache = write_positions(cache, k, v, start, at.layer)
+        cache = write_positions(cache, k, v, start, layer)
         positions = start[:, None] + jnp.arange(x.shape[1], dtype=start.dtype)
-        out = self.stage("kqv_out", ops.attention(q, cache.k, cache.v, positions, layer=at.layer), at)
-        return self.stage("attn_out", self.matmul(out.reshape(*x.shape[:2], -1), "o_proj", at), at), cache
+        out = self.stage("kqv_out", ops.attention(q, cache.k, cache.v, positions, layer=layer), layer)
+        return self.stage("attn_out", self.matmul(out.reshape(*x.shape[:2], -1), "o_proj"), layer), cache
 
 
 class Experts(_Part):
     """The experts' feed-forward networks."""
 
-    def __call__(self, x: jax.Array, expert_ids: jax.Array, weights: jax.Array, at: At) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, expert_ids: jax.Array, weights: jax.Array, layer: jax.Array
+    ) -> jax.Array:
         """x [B, T, D], expert_ids and weights [B, T, X]: the experts' weighted sum [B, T, D]."""
-        stacks = [self._all_layers(name) for name in ("gate_proj", "up_proj", "down_proj")]
-        ids = expert_ids.reshape(-1, expert_ids.shape[-1]) + at.slot * self.config.num_experts
+        weights_of = [self.weight(name) for name in ("gate_proj", "up_proj", "down_proj")]
+        ids = expert_ids.reshape(-1, expert_ids.shape[-1])
         flat, flat_weights = x.reshape(-1, x.shape[-1]), weights.reshape(ids.shape)
         if self._is_observed_inside():
-            return self._unfused(flat, stacks, ids, flat_weights, at, x.shape)
-        out = ops.moe_mlp(flat, *stacks, ids, flat_weights, compute_dtype=self.compute_dtype)
+            return self._unfused(flat, weights_of, ids, flat_weights, layer, x.shape)
+        out = ops.moe_mlp(flat, *weights_of, ids, flat_weights, compute_dtype=self.compute_dtype)
         return out.reshape(x.shape)
-
-    def _all_layers(self, name: str) -> PackedTensor:
-        """The experts of the group's layers one after the other: [layers * E, N, K]."""
-        return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), self.weight(name))
 
     def _is_observed_inside(self) -> bool:
         return bool((self.capture | {i.stage for i in self.interventions}) & INSIDE_EXPERTS)
 
-    def _unfused(self, x, stacks, ids, weights, at: At, shape: tuple[int, ...]) -> jax.Array:
+    def _unfused(self, x, weights_of, ids, weights, layer: jax.Array, shape: tuple[int, ...]) -> jax.Array:
         """As ``moe_mlp``, one operation after the other, each result a stage [B, T, X, ...]."""
 
-        def project(value: jax.Array, weight: PackedTensor) -> jax.Array:
+        def project(value: jax.Array, weight: ops.Matrices) -> jax.Array:
             return ops.expert_matmul(value, weight, ids, compute_dtype=self.compute_dtype)
 
         def stage(name: str, value: jax.Array) -> jax.Array:
-            return self.stage(name, value.reshape(*shape[:2], *value.shape[1:]), at).reshape(value.shape)
+            return self.stage(name, value.reshape(*shape[:2], *value.shape[1:]), layer).reshape(value.shape)
 
-        gate = stage("ffn_moe_gate", project(x, stacks[0]))
-        up = stage("ffn_moe_up", project(x, stacks[1]))
+        gate = stage("ffn_moe_gate", project(x, weights_of[0]))
+        up = stage("ffn_moe_up", project(x, weights_of[1]))
         act = stage("ffn_moe_swiglu", jax.nn.silu(gate) * up)
-        down = stage("ffn_moe_down", project(act, stacks[2]))
+        down = stage("ffn_moe_down", project(act, weights_of[2]))
         out = jnp.zeros_like(down[:, 0])
         for choice in range(ids.shape[1]):  # the order of the sum is part of the definition
             out = out + down[:, choice] * weights[:, choice, None]
@@ -261,22 +214,21 @@ class SparseMoeBlock(_Part):
     def setup(self) -> None:
         self.experts = self.part(Experts)
 
-    def __call__(self, x: jax.Array, forced_ids: jax.Array | None, at: At) -> tuple[jax.Array, jax.Array]:
+    def __call__(
+        self, x: jax.Array, forced_ids: jax.Array | None, layer: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
         """x [B, T, D], forced_ids [B, T, X] or None: the output [B, T, D] and the experts [B, T, X]."""
-        router = self.weight("router")
-        flat = x.reshape(-1, x.shape[-1])
-        logits = ops.quantized_matmul(flat, router, index=at.slot).reshape(*x.shape[:2], -1)
-        logits = self.stage("ffn_moe_logits", logits, at)
+        logits = self.stage("ffn_moe_logits", self.matmul(x, "router", jnp.float32), layer)
         routing = ops.choose_experts(
-            logits.reshape(flat.shape[0], -1),
+            logits.reshape(-1, logits.shape[-1]),
             self.config.num_experts_per_tok,
             None if forced_ids is None else forced_ids.reshape(-1, forced_ids.shape[-1]),
         )
         probs, expert_ids, weights = (value.reshape(*x.shape[:2], -1) for value in routing)
-        self.stage("ffn_moe_probs", probs, at)
-        expert_ids = self.stage("ffn_moe_topk", expert_ids, at)
-        weights = self.stage("ffn_moe_weights_norm", weights, at)
-        return self.stage("ffn_moe_out", self.experts(x, expert_ids, weights, at), at), expert_ids
+        self.stage("ffn_moe_probs", probs, layer)
+        expert_ids = self.stage("ffn_moe_topk", expert_ids, layer)
+        weights = self.stage("ffn_moe_weights_norm", weights, layer)
+        return self.stage("ffn_moe_out", self.experts(x, expert_ids, weights, layer), layer), expert_ids
 
 
 class DecoderLayer(_Part):
@@ -293,14 +245,14 @@ class DecoderLayer(_Part):
         start: jax.Array,
         rope: tuple[jax.Array, jax.Array],
         forced_ids: jax.Array | None,
-        at: At,
+        layer: jax.Array,
     ) -> tuple[jax.Array, KVCache, jax.Array]:
-        h = self.stage("attn_norm", self.norm(x, "input_layernorm", at), at)
-        out, cache = self.self_attn(h, cache, start, rope, at)
-        x = self.stage("ffn_inp", x + out, at)
-        h = self.stage("ffn_norm", self.norm(x, "post_attention_layernorm", at), at)
-        out, expert_ids = self.mlp(h, forced_ids, at)
-        return self.stage("l_out", x + out, at), cache, expert_ids
+        h = self.stage("attn_norm", self.norm(x, "input_layernorm"), layer)
+        out, cache = self.self_attn(h, cache, start, rope, layer)
+        x = self.stage("ffn_inp", x + out, layer)
+        h = self.stage("ffn_norm", self.norm(x, "post_attention_layernorm"), layer)
+        out, expert_ids = self.mlp(h, forced_ids, layer)
+        return self.stage("l_out", x + out, layer), cache, expert_ids
 
 
 class Qwen3Moe(_Part):
@@ -308,15 +260,17 @@ class Qwen3Moe(_Part):
 
     Attributes:
       types: quantization type of each parameter, by its path.
+      roles: tensors that share stacks (``stacks.stack_layers``).
       layers: the layers to run, or None for all.
     """
 
     types: FrozenDict[str, GGMLType] = FrozenDict()
+    roles: FrozenDict[str, str] = FrozenDict()
     layers: tuple[int, ...] | None = None
 
     def setup(self) -> None:
         if self.is_initializing():
-            for name, value in zero_params(self.config, self.types).items():
+            for name, value in zero_params(self.config, self.types, self.roles).items():
                 self.put_variable("params", name, value)
 
     def __call__(
@@ -341,33 +295,54 @@ class Qwen3Moe(_Part):
         rope = ops.rope_tables(positions, c.head_dim, c.rope_theta, c.rope_scaling)
 
         groups = layer_groups(self.types, c.num_hidden_layers)
-        branches = [self._layer_of_group(g, start, rope) for g in range(len(groups))]
-        place = {layer: (g, slot) for g, layers in enumerate(groups) for slot, layer in enumerate(layers)}
+        branches = [self._layer_of_group(layers, start, rope) for layers in groups]
         layers = np.asarray(range(c.num_hidden_layers) if self.layers is None else self.layers, np.int32)
-        group, slot = np.asarray([place[int(layer)] for layer in layers], np.int32).T
+        group = np.asarray(
+            [next(g for g, group in enumerate(groups) if n in group) for n in layers], np.int32
+        )
 
         def step(carry: tuple, xs: tuple) -> tuple:
-            group, at, forced_ids = xs
-            x, cache, chosen, stages = jax.lax.switch(group, branches, *carry, forced_ids, at)
+            group, layer, forced_ids = xs
+            x, cache, chosen, stages = jax.lax.switch(group, branches, *carry, forced_ids, layer)
             return (x, cache), (chosen, stages)
 
-        (x, cache), (chosen, stages) = jax.lax.scan(step, (x, cache), (group, At(layers, slot), expert_ids))
+        (x, cache), (chosen, stages) = jax.lax.scan(step, (x, cache), (group, layers, expert_ids))
         for name, value in stages.items():
             self.sow(STAGES_COLLECTION, name, value, reduce_fn=lambda _, new: new, init_fn=lambda: None)
         return Output(x, cache, chosen)
 
-    def _layer_of_group(self, group: int, start: jax.Array, rope: tuple[jax.Array, jax.Array]) -> Callable:
-        """The function of any layer of a group: returns x, cache, expert ids and the captured stages."""
-        layer = DecoderLayer(self.config, self.compute_dtype, self.interventions, self.capture, parent=None)
-        variables = {"params": self.weight(group_name(group))}
+    def _layer_of_group(
+        self, layers: list[int], start: jax.Array, rope: tuple[jax.Array, jax.Array]
+    ) -> Callable:
+        """The function of any one of these layers: returns x, cache, expert ids and the captured stages."""
+        module = DecoderLayer(self.config, self.compute_dtype, self.interventions, self.capture, parent=None)
 
-        def run(x: jax.Array, cache: KVCache, forced_ids: jax.Array | None, at: At) -> tuple:
-            (x, cache, chosen), sown = layer.apply(
-                variables, x, cache, start, rope, forced_ids, at, mutable=[STAGES_COLLECTION]
+        def run(x: jax.Array, cache: KVCache, forced_ids: jax.Array | None, layer: jax.Array) -> tuple:
+            variables = {"params": self._params_of_layer(layers, layer)}
+            (x, cache, chosen), sown = module.apply(
+                variables, x, cache, start, rope, forced_ids, layer, mutable=[STAGES_COLLECTION]
             )
             return x, cache, chosen, dict(_leaves(sown.get(STAGES_COLLECTION, {})))
 
         return run
+
+    def _params_of_layer(self, layers: list[int], layer: jax.Array) -> dict[str, Any]:
+        """Parameters of ``layer``, one of ``layers`` with equal types, as views of the stacks."""
+        places, _ = stack_layers(self.config, self.types, self.roles)
+        stacks = self.weight("stacks")
+        tree: dict[str, Any] = {}
+        for spec in tensor_specs(self.config):
+            number, name = split_path(spec.path)
+            if number != layers[0]:
+                continue
+            stack = stacks[places[spec.path].stack]
+            firsts = np.zeros(self.config.num_hidden_layers, np.int32)
+            firsts[layers] = [places[f"layers.{n}.{name}"].first for n in layers]
+            first = jnp.asarray(firsts)[layer]
+            *parents, leaf = name.split(".")
+            node = functools.reduce(lambda node, key: node.setdefault(key, {}), parents, tree)
+            node[leaf] = stack[first] if len(spec.shape) == 1 else ops.Matrices(stack, first, spec.shape)
+        return tree
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Logits float32 [B, T, V] of hidden [B, T, D]."""

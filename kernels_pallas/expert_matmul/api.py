@@ -8,12 +8,13 @@ from convert.packed import PackedTensor
 from kernels_pallas import implementations
 from kernels_pallas.expert_matmul import xla
 from kernels_pallas.implementations import Implementation
-from kernels_pallas.packed_pytree import to_device
+from kernels_pallas.matrices import Matrices
+from kernels_pallas.prefill.device import on_hopper
 
 
 def expert_matmul(
     x: jax.Array,
-    w: PackedTensor,
+    w: PackedTensor | Matrices,
     expert_ids: jax.Array,
     *,
     compute_dtype: DTypeLike = jnp.float32,
@@ -25,7 +26,7 @@ def expert_matmul(
 
     Args:
       x: float32 or bfloat16 [T, K] (one row for all experts of a token) or [T, X, K].
-      w: packed [E, N, K].
+      w: packed [E, N, K], alone or inside a stack.
       expert_ids: int32 [T, X], each in [0, E).
       compute_dtype: float32 or bfloat16, what both operands are rounded to; sums are float32.
       implementation: None chooses; a named one runs or raises.
@@ -45,9 +46,9 @@ def expert_matmul(
     return implementations.run(
         "expert_matmul",
         implementation,
-        {"xla": xla.expert_matmul},
+        {"pallas": on_hopper("expert_matmul", "expert_matmul"), "xla": xla.expert_matmul},
         jnp.asarray(x),
-        to_device(w),
+        Matrices.of(w),
         jnp.asarray(expert_ids),
         implementations.check_compute_dtype(compute_dtype),
     )

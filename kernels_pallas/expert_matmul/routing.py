@@ -16,8 +16,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from convert.packed import LANES16, PackedTensor
+from convert.packed import LANES16
+from kernels_pallas import lanes
 from kernels_pallas.dequantize import dequantize
+from kernels_pallas.matrices import Matrices
 
 ROW_TILE = 32
 """Rows of one expert that are multiplied at a time in the sorted form."""
@@ -35,15 +37,21 @@ TileFunction = Callable[[list[jax.Array], list[jax.Array]], list[jax.Array]]
 """(dense matrices of one expert, tiles [rows, ...]) -> results [rows, ...]."""
 
 
-def multiplies_packed(stacks: Sequence[PackedTensor], num_rows: int) -> bool:
+def multiplies_packed(stacks: Sequence[Matrices], num_rows: int) -> bool:
     """Whether ``lanes.matvec`` is the way for this many (token, expert) pairs."""
     num_experts = stacks[0].shape[0]
     few = num_rows <= min(MAX_MATVEC_ROWS, MAX_MATVEC_ROWS_PER_EXPERT * num_experts)
-    return few and all(w.layout == LANES16 for w in stacks)
+    return few and all(w.stack.layout == LANES16 for w in stacks)
+
+
+def matvec(rows: jax.Array, w: Matrices, ids: jax.Array) -> jax.Array:
+    """Every row [R, K] times the matrix of its expert, in packed form."""
+    stack, place = w.one_a_row()
+    return lanes.matvec(rows, stack, ids + place)
 
 
 def over_rows(
-    stacks: Sequence[PackedTensor], ids: jax.Array, rows: Sequence[jax.Array], f: TileFunction
+    stacks: Sequence[Matrices], ids: jax.Array, rows: Sequence[jax.Array], f: TileFunction
 ) -> list[jax.Array]:
     """Applies ``f`` to every row with its expert's matrices; chooses the form by the number of rows.
 
@@ -60,7 +68,7 @@ def over_rows(
     return form(stacks, ids, rows, f)
 
 
-def _results(stacks: Sequence[PackedTensor], rows: Sequence[jax.Array], tile: int, f: TileFunction) -> list:
+def _results(stacks: Sequence[Matrices], rows: Sequence[jax.Array], tile: int, f: TileFunction) -> list:
     dense = [jax.ShapeDtypeStruct(w.shape[1:], jnp.float32) for w in stacks]
     tiles = [jax.ShapeDtypeStruct((tile, *r.shape[1:]), r.dtype) for r in rows]
     return jax.eval_shape(f, dense, tiles)
@@ -70,19 +78,14 @@ def _write(outputs: list[jax.Array], parts: list[jax.Array], start: jax.Array) -
     return [lax.dynamic_update_slice_in_dim(o, p, start, axis=0) for o, p in zip(outputs, parts, strict=True)]
 
 
-def expert(w: PackedTensor, index: jax.Array) -> PackedTensor:
-    """One expert's packed matrix [N, K] out of a stack [E, N, K]."""
-    return jax.tree_util.tree_map(lambda a: lax.dynamic_index_in_dim(a, index, keepdims=False), w)
-
-
 def for_each_row(
-    stacks: Sequence[PackedTensor], ids: jax.Array, rows: Sequence[jax.Array], f: TileFunction
+    stacks: Sequence[Matrices], ids: jax.Array, rows: Sequence[jax.Array], f: TileFunction
 ) -> list[jax.Array]:
     """One step a row: reads the packed matrices of that row's expert. Arguments as :func:`over_rows`."""
     count = ids.shape[0]
 
     def step(i: jax.Array, outputs: list[jax.Array]) -> list[jax.Array]:
-        dense = [dequantize(expert(w, ids[i])) for w in stacks]
+        dense = [dequantize(w.matrix(ids[i])) for w in stacks]
         parts = f(dense, [lax.dynamic_slice_in_dim(r, i, 1) for r in rows])
         return _write(outputs, parts, i)
 
@@ -91,7 +94,7 @@ def for_each_row(
 
 
 def for_each_expert(
-    stacks: Sequence[PackedTensor], ids: jax.Array, rows: Sequence[jax.Array], f: TileFunction
+    stacks: Sequence[Matrices], ids: jax.Array, rows: Sequence[jax.Array], f: TileFunction
 ) -> list[jax.Array]:
     """Sorted form: each expert in use is dequantized once. Arguments as :func:`over_rows`.
 
@@ -108,7 +111,7 @@ def for_each_expert(
 
     def one_expert(i: jax.Array, outputs: list[jax.Array]) -> list[jax.Array]:
         e = in_use[i]
-        dense = [dequantize(expert(w, e)) for w in stacks]
+        dense = [dequantize(w.matrix(e)) for w in stacks]
 
         def one_tile(j: jax.Array, outputs: list[jax.Array]) -> list[jax.Array]:
             start = starts[e] + j * ROW_TILE

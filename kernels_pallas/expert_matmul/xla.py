@@ -6,29 +6,28 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from convert.packed import PackedTensor
-from kernels_pallas import dots, lanes
+from kernels_pallas import dots
 from kernels_pallas.expert_matmul import routing
+from kernels_pallas.matrices import Matrices
 
 
-@partial(jax.jit, static_argnums=3)
-def expert_matmul(x: jax.Array, w: PackedTensor, expert_ids: jax.Array, compute_dtype: np.dtype) -> jax.Array:
+def expert_matmul(x: jax.Array, w: Matrices, expert_ids: jax.Array, compute_dtype: np.dtype) -> jax.Array:
     """See ``api.expert_matmul``."""
     T, X = expert_ids.shape
     if x.ndim == 2:
         x = jnp.broadcast_to(x[:, None], (T, X, x.shape[-1]))
-    out = _matmul(compute_dtype, x.reshape(T * X, -1), w, expert_ids.reshape(-1))
+    out = _jitted_matmul(compute_dtype, x.reshape(T * X, -1), w, expert_ids.reshape(-1))
     return out.reshape(T, X, -1)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _matmul(compute_dtype: np.dtype, rows: jax.Array, w: PackedTensor, ids: jax.Array) -> jax.Array:
+def _matmul(compute_dtype: np.dtype, rows: jax.Array, w: Matrices, ids: jax.Array) -> jax.Array:
     if routing.multiplies_packed([w], ids.shape[0]):
-        return lanes.matvec(rows.astype(compute_dtype), w, ids)
+        return routing.matvec(rows.astype(compute_dtype), w, ids)
     return routing.over_rows([w], ids, [rows], lambda m, t: [dots.matmul_nt(t[0], m[0], compute_dtype)])[0]
 
 
-def _forward(compute_dtype: np.dtype, rows: jax.Array, w: PackedTensor, ids: jax.Array) -> tuple:
+def _forward(compute_dtype: np.dtype, rows: jax.Array, w: Matrices, ids: jax.Array) -> tuple:
     return _matmul(compute_dtype, rows, w, ids), (rows[:0], w, ids)
 
 
@@ -39,3 +38,5 @@ def _backward(compute_dtype: np.dtype, residuals: tuple, dy: jax.Array) -> tuple
 
 
 _matmul.defvjp(_forward, _backward)
+
+_jitted_matmul = jax.jit(_matmul, static_argnums=0)

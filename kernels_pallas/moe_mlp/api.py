@@ -7,15 +7,16 @@ from jax.typing import DTypeLike
 from convert.packed import PackedTensor
 from kernels_pallas import implementations
 from kernels_pallas.implementations import Implementation
+from kernels_pallas.matrices import Matrices
 from kernels_pallas.moe_mlp import xla
-from kernels_pallas.packed_pytree import to_device
+from kernels_pallas.prefill.device import on_hopper
 
 
 def moe_mlp(
     x: jax.Array,
-    gate_proj: PackedTensor,
-    up_proj: PackedTensor,
-    down_proj: PackedTensor,
+    gate_proj: PackedTensor | Matrices,
+    up_proj: PackedTensor | Matrices,
+    down_proj: PackedTensor | Matrices,
     expert_ids: jax.Array,
     expert_weights: jax.Array,
     *,
@@ -30,7 +31,7 @@ def moe_mlp(
 
     Args:
       x: float32 or bfloat16 [T, D].
-      gate_proj: packed [E, F, D].
+      gate_proj: packed [E, F, D], alone or inside a stack, as the other two.
       up_proj: packed [E, F, D].
       down_proj: packed [E, D, F].
       expert_ids: int32 [T, X], each in [0, E); their order is the order of the sum.
@@ -66,11 +67,11 @@ def moe_mlp(
     out, stages = implementations.run(
         "moe_mlp",
         implementation,
-        {"xla": xla.moe_mlp},
+        {"pallas": on_hopper("moe_mlp", "moe_mlp"), "xla": xla.moe_mlp},
         jnp.asarray(x),
-        to_device(gate_proj),
-        to_device(up_proj),
-        to_device(down_proj),
+        Matrices.of(gate_proj),
+        Matrices.of(up_proj),
+        Matrices.of(down_proj),
         jnp.asarray(expert_ids),
         jnp.asarray(expert_weights),
         implementations.check_compute_dtype(compute_dtype),

@@ -7,22 +7,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from convert.packed import PackedTensor
-from kernels_pallas import dots, lanes
+from kernels_pallas import dots
 from kernels_pallas.expert_matmul import routing
+from kernels_pallas.matrices import Matrices
 
 Multiply = Callable[[jax.Array, int], jax.Array]
 """(rows, which of gate, up and down) -> products."""
 
-Stacks = tuple[PackedTensor, PackedTensor, PackedTensor]
+Stacks = tuple[Matrices, Matrices, Matrices]
 
 
 @partial(jax.jit, static_argnums=(6, 7))
 def moe_mlp(
     x: jax.Array,
-    gate_proj: PackedTensor,
-    up_proj: PackedTensor,
-    down_proj: PackedTensor,
+    gate_proj: Matrices,
+    up_proj: Matrices,
+    down_proj: Matrices,
     expert_ids: jax.Array,
     expert_weights: jax.Array,
     compute_dtype: np.dtype,
@@ -70,7 +70,7 @@ def _moe(
 
     if routing.multiplies_packed(stacks, T * X):
         results = swiglu_experts(
-            lambda rows, i: lanes.matvec(rows.astype(compute_dtype), stacks[i], ids), rows
+            lambda rows, i: routing.matvec(rows.astype(compute_dtype), stacks[i], ids), rows
         )
     else:
         results = routing.over_rows(stacks, ids, [rows], tile)

@@ -7,15 +7,15 @@ from jax.typing import DTypeLike
 from convert.packed import PackedTensor
 from kernels_pallas import implementations
 from kernels_pallas.implementations import Implementation
-from kernels_pallas.packed_pytree import to_device
+from kernels_pallas.matrices import Matrices
+from kernels_pallas.prefill.device import on_hopper
 from kernels_pallas.quantized_matmul import xla
 
 
 def quantized_matmul(
     x: jax.Array,
-    w: PackedTensor,
+    w: PackedTensor | Matrices,
     *,
-    index: jax.Array | None = None,
     compute_dtype: DTypeLike = jnp.float32,
     implementation: Implementation | None = None,
 ) -> jax.Array:
@@ -25,8 +25,7 @@ def quantized_matmul(
 
     Args:
       x: float32 or bfloat16 [T, K].
-      w: packed [N, K] of any supported type, or with ``index`` a stack [L, N, K].
-      index: int32 scalar, which matrix of the stack; nothing of the others is read or copied.
+      w: packed [N, K] of any supported type, alone or inside a stack.
       compute_dtype: float32 or bfloat16, what both operands are rounded to; sums are float32.
       implementation: None chooses; a named one runs or raises.
 
@@ -37,15 +36,13 @@ def quantized_matmul(
       ValueError: shapes do not match.
       NotImplementedError: the named implementation does not take these arguments.
     """
-    matrix_ndim = 2 if index is None else 3
-    if x.ndim != 2 or w.ndim != matrix_ndim or x.shape[1] != w.shape[-1]:
+    if x.ndim != 2 or w.ndim != 2 or x.shape[1] != w.shape[-1]:
         raise ValueError(f"quantized_matmul: x {x.shape} and w {w.shape} do not match [T, K] and [N, K]")
     return implementations.run(
         "quantized_matmul",
         implementation,
-        {"xla": xla.quantized_matmul},
+        {"pallas": on_hopper("quantized_matmul", "quantized_matmul"), "xla": xla.quantized_matmul},
         jnp.asarray(x),
-        to_device(w),
-        index if index is None else jnp.asarray(index, jnp.int32),
+        Matrices.of(w),
         implementations.check_compute_dtype(compute_dtype),
     )

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from convert.packed import PackedTensor
 from kernels_pallas import implementations
 from kernels_pallas.implementations import Implementation
-from kernels_pallas.packed_pytree import to_device
+from kernels_pallas.matrices import Matrices
 from kernels_pallas.router import xla
 
 
@@ -30,7 +30,7 @@ class Routing(NamedTuple):
 
 def router(
     x: jax.Array,
-    w: PackedTensor,
+    w: PackedTensor | Matrices,
     num_experts_per_tok: int,
     expert_ids: jax.Array | None = None,
     *,
@@ -67,7 +67,7 @@ def router(
         implementation,
         {"xla": xla.router},
         jnp.asarray(x),
-        to_device(w),
+        Matrices.of(w),
         num_experts_per_tok,
         expert_ids,
     )

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from convert.packed import PackedTensor
+from kernels_pallas.matrices import Matrices
 from kernels_pallas.quantized_matmul.xla import quantized_matmul
 
 MIN_WEIGHT_SUM = 6.103515625e-5
@@ -15,10 +15,10 @@ MIN_WEIGHT_SUM = 6.103515625e-5
 
 @partial(jax.jit, static_argnums=2)
 def router(
-    x: jax.Array, w: PackedTensor, num_experts_per_tok: int, expert_ids: jax.Array | None
+    x: jax.Array, w: Matrices, num_experts_per_tok: int, expert_ids: jax.Array | None
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """See ``api.router``."""
-    logits = quantized_matmul(x.astype(jnp.float32), w, None, jnp.dtype(jnp.float32))
+    logits = quantized_matmul(x.astype(jnp.float32), w, jnp.dtype(jnp.float32))
     return logits, *choose_experts(logits, num_experts_per_tok, expert_ids)
 
 

@@ -11,7 +11,8 @@ from convert.config import PRESETS
 from convert.tensor_names import q4_k_m_types, tensor_specs
 from qwen3_moe_jax.kv_cache import KVCache
 from qwen3_moe_jax.memory_plan import cache_nbytes
-from qwen3_moe_jax.model import Qwen3Moe, get_in, layer_groups, parameter_place
+from qwen3_moe_jax.model import Qwen3Moe
+from qwen3_moe_jax.stacks import layer_groups, stack_layers
 
 FILE_GB = {"Qwen3-30B-A3B": 18.55, "Qwen3-235B-A22B": 142.2, "Qwen3-Coder-480B-A35B": 290.1}
 """Sizes of the Q4_K_M files, from their tensor tables."""
@@ -41,20 +42,23 @@ def test_full_size_model(name):
     assert FILE_GB[name] <= nbytes / 1e9 <= FILE_GB[name] * PACKED_GROWTH
 
 
-def test_parameters_are_the_table_of_tensors():
+@pytest.mark.parametrize(
+    "roles", [{}, {f"self_attn.{n}_proj": "self_attn.qkv" for n in "qkv"}], ids=["own", "qkv"]
+)
+def test_stacks_hold_every_tensor_once(roles):
     config = replace(PRESETS["Qwen3-30B-A3B"], num_hidden_layers=8)
     types = q4_k_m_types(config)
-    params, _, _ = abstract(config, types)
-    groups = layer_groups(types, config.num_hidden_layers)
-    assert sorted(layer for group in groups for layer in group) == list(range(8))
-    seen = set()
+    places, shapes = stack_layers(config, types, roles)
+    rows = {name: 0 for name in shapes}
     for spec in tensor_specs(config):
-        keys, slot = parameter_place(spec.path, groups)
-        leaf = get_in(params, keys)
-        assert leaf.shape[leaf.ndim - len(spec.shape) :] == spec.shape
-        assert len(spec.shape) == 1 or leaf.type == types[spec.path]
-        assert (keys, slot) not in seen
-        seen.add((keys, slot))
+        if not spec.path.startswith("layers."):
+            continue
+        place = places[spec.path]
+        assert place.first == rows[place.stack], "tensors of a stack follow each other"
+        rows[place.stack] += place.rows
+        assert shapes[place.stack].columns == spec.shape[-1]
+        assert shapes[place.stack].type in (None, types[spec.path])
+    assert rows == {name: shape.rows for name, shape in shapes.items()}
 
 
 def test_layers_of_equal_types_share_a_group():

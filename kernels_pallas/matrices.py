@@ -1,0 +1,80 @@
+"""A matrix, or one layer's experts, inside a stack of packed rows that holds more than it."""
+
+from dataclasses import dataclass, field
+
+import jax
+import jax.numpy as jnp
+
+from convert.gpu_tiles import GPU_TILES, TILE_ROWS
+from convert.packed import LANES, LANES16, PackedTensor
+from kernels_pallas.packed_pytree import to_device
+
+_ROWS_A_UNIT = {LANES16: LANES, GPU_TILES: TILE_ROWS}
+
+
+def rows_a_unit(layout: str) -> int:
+    """Rows that one index of the arrays' first axis stands for."""
+    return _ROWS_A_UNIT.get(layout, 1)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Matrices:
+    """Packed matrices that lie one after the other in a longer stack; ops read nothing else of it.
+
+    Attributes:
+      stack: packed [R, K].
+      first: int32 scalar, the first row. A multiple of what the layout keeps together, and in
+        layout "lanes16" of N.
+      shape: logical shape: [N, K], or [E, N, K] for the experts of a layer.
+    """
+
+    stack: PackedTensor
+    first: jax.Array
+    shape: tuple[int, ...] = field(metadata={"static": True})
+
+    @classmethod
+    def of(cls, w: "PackedTensor | Matrices") -> "Matrices":
+        """``w`` itself, or a whole packed tensor as its own stack."""
+        if isinstance(w, Matrices):
+            return w
+        stack = w
+        if w.ndim == 3:
+            stack = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), w)
+        return cls(to_device(stack), jnp.int32(0), w.shape)
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    @property
+    def rows(self) -> int:
+        """N, the rows of one matrix."""
+        return self.shape[-2]
+
+    @property
+    def columns(self) -> int:
+        """K."""
+        return self.shape[-1]
+
+    @property
+    def unit(self) -> int:
+        """Rows that one index of the stack's first axis stands for."""
+        return rows_a_unit(self.stack.layout)
+
+    def slice(self, start: jax.Array | int, count: int) -> PackedTensor:
+        """Rows ``start`` to ``start + count`` of the matrices, packed [count, K]; both whole units."""
+        begin, size = (self.first + start) // self.unit, count // self.unit
+        return jax.tree.map(lambda a: jax.lax.dynamic_slice_in_dim(a, begin, size), self.stack)
+
+    def matrix(self, index: jax.Array) -> PackedTensor:
+        """One of the matrices, packed [N, K]."""
+        return self.slice(index * self.rows, self.rows)
+
+    def one_a_row(self) -> tuple[PackedTensor, jax.Array]:
+        """The stack as packed [R / N, N, K], and the place in it of the first matrix."""
+        units = self.rows // self.unit
+        return (
+            jax.tree.map(lambda a: a.reshape(-1, units, *a.shape[1:]), self.stack),
+            self.first // self.rows,
+        )
