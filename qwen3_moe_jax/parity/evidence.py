@@ -8,7 +8,7 @@ import numpy as np
 
 from convert.model_source import ModelSource
 from qwen3_moe_jax.parity import metrics
-from qwen3_moe_jax.parity.gate import GateResult, inspect
+from qwen3_moe_jax.parity.gate import GateResult, forward_options, gate_layers, inspect
 from qwen3_moe_jax.parity.judge import FUSED_STAGES, Judgement, StageJudge
 from qwen3_moe_jax.parity.recorded import RecordedLogits, recorded_logits
 from qwen3_moe_jax.reference import ReferenceRunner
@@ -152,7 +152,7 @@ class Evidence:
     @property
     def chunks(self) -> dict[str, tuple[int, ...]]:
         """Option of ``forward`` that cuts a short prompt in several chunks, where the backend can."""
-        return {"chunk_sizes": (STAGE_CHUNK,)} if "chunk_sizes" in self.runner.forward_options else {}
+        return {"chunk_sizes": (STAGE_CHUNK,)} if "chunk_sizes" in forward_options(self.runner) else {}
 
     @cached_property
     def free(self) -> Forward:
@@ -189,25 +189,26 @@ class Evidence:
     def stage_ids(self) -> np.ndarray:
         return self.oracle.text_ids[:STAGE_TOKENS]
 
-    @cached_property
-    def single(self) -> Forward | None:
-        """The first tokens one by one, as decoding takes them; None where the backend cannot."""
-        if not self.chunks:
-            return None
-        return self.runner.forward(self.stage_ids[:SINGLE_TOKENS], capture=FUSED_STAGES, chunk_sizes=(1,))
+    @property
+    def few(self) -> dict[str, tuple[int, ...]]:
+        """Option of ``forward`` for the layers that the gate looks at, where the backend can."""
+        alone = "layers" in forward_options(self.runner)
+        return {"layers": gate_layers(self.source)} if alone else {}
 
     @cached_property
     def judgements(self) -> list[tuple[str, Judgement]]:
-        """Every stage of three runs: as in production, with the expert layer opened, and token by token."""
+        """Every stage of three runs: all layers as in production; a few opened, and token by token."""
         found = [("prompt", j) for j in self._judge(self.stage_ids, self.fused)]
-        opened = self.runner.forward(self.stage_ids, capture=tuple(STAGES), **self.chunks)
-        found += [("experts opened", j) for j in self._judge(self.stage_ids, opened)]
-        if self.single:
-            found += [("token by token", j) for j in self._judge(self.stage_ids[:SINGLE_TOKENS], self.single)]
+        opened = self.runner.forward(self.stage_ids, capture=tuple(STAGES), **self.chunks, **self.few)
+        found += [("experts opened", j) for j in self._judge(self.stage_ids, opened, **self.few)]
+        if self.chunks:
+            ids = self.stage_ids[:SINGLE_TOKENS]
+            single = self.runner.forward(ids, capture=FUSED_STAGES, chunk_sizes=(1,), **self.few)
+            found += [("token by token", j) for j in self._judge(ids, single, **self.few)]
         return found
 
-    def _judge(self, ids: np.ndarray, forward: Forward) -> list[Judgement]:
-        return list(StageJudge(self.source, self.facts, ids, forward).judgements())
+    def _judge(self, ids: np.ndarray, forward: Forward, **options) -> list[Judgement]:
+        return list(StageJudge(self.source, self.facts, ids, forward, **options).judgements())
 
     @cached_property
     def written(self) -> list[int]:

@@ -47,6 +47,11 @@ class GateResult:
     seconds: float
 
 
+def forward_options(runner: Runner) -> frozenset[str]:
+    """The optional arguments that a backend's ``forward`` takes; none where it does not say."""
+    return getattr(runner, "forward_options", frozenset())
+
+
 def gate_layers(source: ModelSource) -> tuple[int, ...]:
     """The first layer of every mix of quantization types, and the last layer."""
     first: dict[tuple, int] = {}
@@ -60,7 +65,7 @@ def gate_layers(source: ModelSource) -> tuple[int, ...]:
 def inspect(runner: Runner, source: ModelSource) -> GateResult:
     """Runs the check, whatever is remembered."""
     began = time.perf_counter()
-    alone = "layers" in runner.forward_options
+    alone = "layers" in forward_options(runner)
     layers = gate_layers(source) if alone else tuple(range(source.config.num_hidden_layers))
     vocab = source.config.vocab_size
     token_ids = np.arange(1, TOKENS + 1) * vocab // (2 * TOKENS)

@@ -366,7 +366,7 @@ class StageJudge:
         return np.repeat(self.value("ffn_norm", layer)[:, None, :], ids.shape[1], axis=1)
 
     def moe_out(self, layer: int) -> Expectation:
-        """The weighted sum of the experts: of the captured ``ffn_moe_down``, or of all that a fused op did."""
+        """The experts' weighted sum: of the captured ``ffn_moe_down``, or of all that a fused op did."""
         weights = self.value("ffn_moe_weights_norm", layer)
         if ("ffn_moe_down", layer) not in self.forward.stages:
             return self._fused_moe_out(layer, weights)

@@ -74,7 +74,7 @@ def kl_divergence(expected: np.ndarray, actual: np.ndarray) -> np.ndarray:
 
 
 def top1_agrees(expected: np.ndarray, actual: np.ndarray) -> np.ndarray:
-    """Whether the largest logit of each row is the same one: bool [...]. False for rows that are not finite."""
+    """Whether the largest logit of each row is the same one: bool [...]; not where a row is not finite."""
     expected, actual = _pair(expected, actual)
     return (expected.argmax(axis=-1) == actual.argmax(axis=-1)) & _finite_rows(expected, actual)
 

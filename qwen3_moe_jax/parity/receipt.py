@@ -50,7 +50,7 @@ def check_receipt(receipt: Any) -> None:
 
 
 def check_schema(value: Any, schema: Mapping[str, Any], where: str = "receipt") -> None:
-    """JSON Schema's type, required, properties, additionalProperties, items, minItems, enum, pattern, minimum.
+    """Checks a value against the keywords of JSON Schema that are in ``_KEYWORDS``.
 
     Raises:
       ValueError: the value does not fit, or the schema uses another keyword.

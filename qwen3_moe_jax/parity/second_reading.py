@@ -42,7 +42,7 @@ def _scale_and_min(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         else:
             scales.append(table[:, j + 4] & 15 | table[:, j - 4] >> 6 << 4)
             mins.append(table[:, j + 4] >> 4 | table[:, j] >> 6 << 4)
-    pick = lambda rows: np.stack(rows, axis=1)[:, _SUBBLOCK].astype(np.float32)  # noqa: E731
+    pick = lambda rows: np.stack(rows, axis=1)[:, _SUBBLOCK].astype(np.float32)
     return pick(scales), pick(mins)
 
 

@@ -84,7 +84,8 @@ class Report:
         if not self.failures:
             return "FAILED: a backend passed no clause at all"
         first = self.failures[0]
-        return f"FAILED: {counts[FAILED]} of {len(self.findings)} checks, first {first.clause} of {first.subject}"
+        count = f"{counts[FAILED]} of {len(self.findings)} checks"
+        return f"FAILED: {count}, first {first.clause} of {first.subject}"
 
 
 def verify(
