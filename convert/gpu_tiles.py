@@ -30,9 +30,8 @@ from typing import Any
 import numpy as np
 
 from convert.ggml_types import SUPERBLOCK, GGMLType
-from convert.packed import ROWS, PackedTensor
+from convert.packed import GPU_TILES, ROWS, PackedTensor
 
-GPU_TILES = "gpu_tiles"
 TILE_ROWS = 8
 TILED_TYPES = (GGMLType.Q4_K, GGMLType.Q5_K, GGMLType.Q6_K, GGMLType.Q8_0)
 

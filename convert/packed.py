@@ -34,7 +34,7 @@ from typing import Any
 
 import numpy as np
 
-from convert.ggml_types import GGMLType
+from convert.ggml_types import SUPERBLOCK, GGMLType
 
 Array = Any
 """A NumPy or JAX array: this package only looks at ``shape``, ``dtype`` and indexing."""
@@ -42,6 +42,9 @@ Array = Any
 ROWS = "rows"
 LANES16 = "lanes16"
 """Sixteen rows side by side, see :mod:`convert.layouts`."""
+
+GPU_TILES = "gpu_tiles"
+"""Tiles of 8 rows x 256 columns, see :mod:`convert.gpu_tiles`."""
 
 LANES = 16
 """Rows side by side in layout ``LANES16``."""
@@ -127,6 +130,9 @@ class PackedTensor:
         if self.layout == LANES16:
             *leading, tiles, words, lanes = shape
             return (*leading, tiles * lanes, words * 4 * array.weights)
+        if self.layout == GPU_TILES:  # [..., tile, superblock, vector, row, column group, word]
+            *leading, tiles, superblocks, _, rows, _, _ = shape
+            return (*leading, tiles * rows, superblocks * SUPERBLOCK)
         *leading, last = shape
         return (*leading, last * array.weights)
 

@@ -24,9 +24,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from convert.ggml_types import SUPERBLOCK, GGMLType
+from convert.ggml_types import SUPERBLOCK
 from convert.gpu_tiles import GPU_TILES, TILE_ROWS
-from convert.packed import PackedTensor
+from kernels_pallas.matrices import Matrices
 from kernels_pallas.prefill.activations import SWIGLU_SCALE
 from kernels_pallas.prefill.sorting import ROW_ALIGN, Tiles
 from kernels_pallas.prefill.tile_operands_sm90 import (
@@ -72,29 +72,13 @@ class MatmulConfig:
     blocks: int | None = None
 
 
-@dataclass(frozen=True)
-class Stack:
-    """A packed matrix or stack of matrices in layout "gpu_tiles", inside a larger array or alone.
-
-    Attributes:
-      tensor: leading axes of its arrays count tiles of 8 rows, in any number of axes before the
-        superblocks' axis.
-      first_tile: number of the first tile; None is 0. A multiple of 8, or of 32 for SwiGLU.
-    """
-
-    tensor: PackedTensor
-    first_tile: jax.Array | None = None
-
-
 def grouped_matmul(
     x: jax.Array,
     scale: jax.Array,
     tiles: Tiles,
-    stacks: tuple[Stack, ...],
-    rows: int,
+    weights: tuple[Matrices, ...],
     *,
     config: MatmulConfig,
-    out_dtype: Any = jnp.float32,
     interpret: Any = None,
 ) -> jax.Array:
     """Multiplies tiles of rows with their matrices.
@@ -104,47 +88,44 @@ def grouped_matmul(
       scale: float32 [R], a factor of each row of the result.
       tiles: which rows belong to which matrix. Rows after a tile's own are read up to
         ``config.tile``: R leaves room for that.
-      stacks: one stack of matrices [.., rows, K], or two of one type: gate_proj and up_proj.
-      rows: rows of one matrix: a multiple of 64, or of 256 for SwiGLU.
+      weights: matrices [N, K] or [E, N, K], or two of one type: gate_proj and up_proj. N is a
+        multiple of 64, or of 256 for SwiGLU, and so are rows before them in their stack.
       config: sizes.
-      out_dtype: float32 for one stack. SwiGLU's result is float16.
       interpret: parameters of Pallas' interpreter, which replaces instructions that it lacks.
 
     Returns:
-      [R, rows]: float32 products; or SwiGLU's results in operand order, times
+      [R, N]: float32 products; or SwiGLU's results in operand order, times
       ``activations.SWIGLU_SCALE``. Rows of no tile are not written.
 
     Raises:
       NotImplementedError: the kernel does not take this type, layout or shape.
     """
-    check_supported(stacks, rows, x.shape[1])
-    kernel = _Kernel(x.shape, stacks[0].tensor.type, rows, len(stacks) == 2, config, interpret)
-    views = [kernel.view(stack.tensor.arrays[n], n) for stack in stacks for n in kernel.arrays]
-    firsts = [jnp.zeros((), jnp.int32) if s.first_tile is None else s.first_tile for s in stacks]
-    return kernel.call(tiles, jnp.stack(firsts).astype(jnp.int32), x, scale, views)
+    check_supported(weights)
+    kernel = _Kernel(x.shape, weights[0].stack.type, weights[0].rows, len(weights) == 2, config, interpret)
+    views = [kernel.view(w.stack.arrays[n], n) for w in weights for n in kernel.arrays]
+    firsts = jnp.stack([w.first // TILE_ROWS for w in weights]).astype(jnp.int32)
+    return kernel.call(tiles, firsts, x, scale, views)
 
 
-def check_supported(stacks: tuple[Stack, ...], rows: int, columns: int) -> None:
+def check_supported(weights: tuple[Matrices, ...]) -> None:
     """Raises NotImplementedError, with the reason, for what the kernel does not take."""
-    for stack in stacks:
-        if stack.tensor.layout != GPU_TILES:
-            raise NotImplementedError(
-                f"prefill kernels read layout {GPU_TILES!r}, not {stack.tensor.layout!r}"
-            )
-        if stack.tensor.type not in TILE_ARRAYS:
-            raise NotImplementedError(f"prefill kernels take no {stack.tensor.type.name} weights")
-    if len({stack.tensor.type for stack in stacks}) > 1:
+    for w in weights:
+        if w.stack.layout != GPU_TILES:
+            raise NotImplementedError(f"Hopper kernels read layout {GPU_TILES!r}, not {w.stack.layout!r}")
+        if w.stack.type not in TILE_ARRAYS:
+            raise NotImplementedError(f"Hopper kernels take no {w.stack.type.name} weights")
+    if len({w.stack.type for w in weights}) > 1:
         raise NotImplementedError("gate_proj and up_proj of two types are not fused")
-    unit = SUPERBLOCK if len(stacks) == 2 else SLAB_ROWS
+    unit = SUPERBLOCK if len(weights) == 2 else SLAB_ROWS
+    rows, columns = weights[0].shape[-2:]
     if rows % unit or columns % SUPERBLOCK:
         raise NotImplementedError(
-            f"prefill kernels need rows in {unit}s and columns in 256s, not {rows}, {columns}"
+            f"Hopper kernels need rows in {unit}s, columns in 256s, not {rows}, {columns}"
         )
 
 
-def pick_config(type: GGMLType, rows_each: float, fused: bool) -> MatmulConfig:
+def pick_config(rows_each: float) -> MatmulConfig:
     """Sizes for matrices that are multiplied with about ``rows_each`` rows."""
-    del type, fused
     if rows_each <= 24:
         return MatmulConfig(tile=32, widths=(16, 32))
     if rows_each <= 48:
@@ -525,7 +506,7 @@ def _lane_values():
     from jaxlib.mlir.dialects import arith
 
     i32 = ir.IntegerType.get_signless(32)
-    const = lambda v: arith.constant(i32, v)  # noqa: E731
+    const = lambda v: arith.constant(i32, v)
     thread = mgpu.utils.thread_idx()
     lane = arith.andi(thread, const(31))
     warp = arith.andi(arith.shrui(thread, const(5)), const(3))
@@ -585,8 +566,8 @@ def _swiglu_to_shared(buffer, values) -> None:
 
         f16, f32 = ir.F16Type.get(), ir.F32Type.get()
         const, warp, row, pair = _lane_values()
-        real = lambda v: arith.constant(f32, v)  # noqa: E731
-        ptx = lambda code, *a: llvm.inline_asm(f32, list(a), code, ",".join(["=f"] + ["f"] * len(a)))  # noqa: E731
+        real = lambda v: arith.constant(f32, v)
+        ptx = lambda code, *a: llvm.inline_asm(f32, list(a), code, ",".join(["=f"] + ["f"] * len(a)))
         # Row 4 w + c + 2 b of the tile is position 16 w + 8 c + 2 group + b.
         word = arith.muli(arith.shrui(row, const(2)), const(16))
         parity = arith.muli(arith.andi(row, const(1)), const(8))

@@ -311,7 +311,7 @@ def _emulated(type: GGMLType, refs: dict, place: TilePlace, chunk: int, group):
         whole = refs[name][...]
         arrays[name] = whole.reshape(-1, array.parts * array.inner)[index]  # [8 tiles, elements]
     f16, f32 = jnp.float16, jnp.float32
-    byte = lambda words, i: (words >> (8 * i)) & 0xFF  # noqa: E731
+    byte = lambda words, i: (words >> (8 * i)) & 0xFF
 
     def row(name: str):
         """float16 [8, 8 rows, 1 group]."""

@@ -1,0 +1,49 @@
+"""expert_matmul on Hopper GPUs: rows sorted by expert, then the kernel in ``prefill.matmul_sm90``."""
+
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+
+from convert.packed import PackedTensor
+from kernels_pallas.matrices import Matrices
+from kernels_pallas.prefill.activations import float16_operand
+from kernels_pallas.prefill.device import require_16_bits, require_hopper
+from kernels_pallas.prefill.matmul_sm90 import MatmulConfig, check_supported, grouped_matmul, pick_config
+from kernels_pallas.prefill.sorting import sort_by_expert
+
+
+def expert_matmul(
+    x: jax.Array,
+    w: PackedTensor | Matrices,
+    expert_ids: jax.Array,
+    compute_dtype: np.dtype,
+    *,
+    config: MatmulConfig | None = None,
+    interpret: Any = None,
+) -> jax.Array:
+    """See ``api.expert_matmul``. Operands are float16 with a power of two a row, not bfloat16.
+
+    Raises:
+      NotImplementedError: not a Hopper GPU, ``compute_dtype`` float32, or weights that it does not take.
+    """
+    require_hopper(interpret)
+    require_16_bits(compute_dtype)
+    w = Matrices.of(w)
+    check_supported((w,))
+    config = config or pick_config(expert_ids.size / w.shape[0])
+    return _multiply(x, w, expert_ids, config, interpret)
+
+
+@partial(jax.jit, static_argnums=(3, 4))
+def _multiply(
+    x: jax.Array, w: Matrices, expert_ids: jax.Array, config: MatmulConfig, interpret: Any
+) -> jax.Array:
+    order = sort_by_expert(expert_ids, w.shape[0], config.tile)
+    source = order.source // expert_ids.shape[1] if x.ndim == 2 else order.source
+    operand, scale = float16_operand(x.reshape(-1, x.shape[-1]))
+    out = grouped_matmul(
+        operand[source], scale[source], order.tiles, (w,), config=config, interpret=interpret
+    )
+    return out[order.place]

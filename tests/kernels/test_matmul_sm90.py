@@ -1,0 +1,159 @@
+"""Prefill kernels for Hopper in Pallas' interpreter on the CPU: values, bounds of tiles, races."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+pytest.importorskip("jax.experimental.pallas.mosaic_gpu")
+interpreter = pytest.importorskip("jax._src.pallas.mosaic_gpu.interpret.params")
+
+from convert.ggml_types import GGMLType  # noqa: E402
+from convert.gpu_tiles import to_gpu_tiles  # noqa: E402
+from kernels_pallas.expert_matmul import pallas_sm90 as expert_sm90  # noqa: E402
+from kernels_pallas.matrices import Matrices  # noqa: E402
+from kernels_pallas.moe_mlp import pallas_sm90 as moe_sm90  # noqa: E402
+from kernels_pallas.prefill.activations import float16_operand, operand_order  # noqa: E402
+from kernels_pallas.prefill.matmul_sm90 import MatmulConfig  # noqa: E402
+from kernels_pallas.prefill.sorting import ROW_ALIGN, padded_rows, sort_by_expert  # noqa: E402
+from kernels_pallas.quantized_matmul import pallas_sm90 as matmul_sm90  # noqa: E402
+from tests import tolerances  # noqa: E402
+from tests.kernels.op_cases import (  # noqa: E402
+    QUANTIZED,
+    check,
+    dense64,
+    heavy_tailed,
+    poison,
+    random_weights,
+    rng,
+    silu64,
+)
+
+__all__ = ["rng"]
+
+# The interpreter changed between JAX releases; older ones run no Mosaic GPU kernel.
+INTERPRET = getattr(interpreter, "InterpretGPUParams", None)
+pytestmark = pytest.mark.skipif(INTERPRET is None, reason="this JAX has no interpreter for GPU kernels")
+SMALL = MatmulConfig(tile=16, widths=(8, 16), blocks=2, most_x_slots=4)
+BFLOAT16 = np.dtype(jnp.bfloat16)
+BOUND = tolerances.MATMUL_FLOAT16_NMSE
+
+
+def interpret():
+    return INTERPRET(detect_races=True)
+
+
+@pytest.fixture(autouse=True)
+def no_races(capfd):
+    """The interpreter only prints what it found."""
+    yield
+    assert "RACE DETECTED" not in capfd.readouterr().out
+
+
+def tiled(w):
+    return jax.tree_util.tree_map(jnp.asarray, to_gpu_tiles(w))
+
+
+@pytest.mark.parametrize("type", QUANTIZED, ids=lambda t: t.name)
+def test_matmul_of_a_matrix_in_a_stack(rng, type):
+    """Rows that do not fill the last block, tokens that do not fill the last tile, NaN in other matrices."""
+    w = poison(random_weights(rng, type, (2, 320, 512)), np.array([1]))
+    x = heavy_tailed(rng, (19, 512))
+    second = Matrices(Matrices.of(tiled(w)).stack, jnp.int32(320), (320, 512))
+    out = matmul_sm90.quantized_matmul(x, second, BFLOAT16, config=SMALL, interpret=interpret())
+    check(out, x.astype(np.float64) @ dense64(w[1]).T, BOUND, type.name)
+
+
+@pytest.mark.parametrize(
+    "config", [MatmulConfig(16, (16,), 1, 0, blocks=1), MatmulConfig(8, (8,), 1, 1, blocks=3)]
+)
+def test_matmul_with_other_sizes_of_pieces(rng, config):
+    w, x = random_weights(rng, GGMLType.Q4_K, (128, 512)), heavy_tailed(rng, (9, 512))
+    out = matmul_sm90.quantized_matmul(x, tiled(w), BFLOAT16, config=config, interpret=interpret())
+    check(out, x.astype(np.float64) @ dense64(w).T, BOUND, config)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_expert_matmul(rng, shared):
+    """Empty experts are never read; with ``shared`` one row serves all choices of a token."""
+    used = np.array([0, 2, 3])
+    w = poison(random_weights(rng, GGMLType.Q5_K, (5, 64, 256)), used)
+    ids = np.stack([rng.permutation(used)[:2] for _ in range(21)]).astype(np.int32)
+    x = heavy_tailed(rng, (21, 256) if shared else (21, 2, 256))
+    out = expert_sm90.expert_matmul(x, tiled(w), ids, BFLOAT16, config=SMALL, interpret=interpret())
+    rows = np.broadcast_to(x[:, None], (21, 2, 256)) if shared else x
+    check(out, np.einsum("txnk,txk->txn", dense64(w)[ids], rows.astype(np.float64)), BOUND, shared)
+
+
+def moe_oracle(x, stacks, ids, weights):
+    gate, up, down = (dense64(w)[ids] for w in stacks)
+    x = x.astype(np.float64)
+    hidden = silu64(np.einsum("txfd,td->txf", gate, x)) * np.einsum("txfd,td->txf", up, x)
+    return np.einsum("txdf,txf,tx->td", down, hidden, weights)
+
+
+@pytest.mark.parametrize("routing", ["even", "one expert", "repeated"])
+def test_moe_mlp(rng, routing):
+    types = {"even": (GGMLType.Q4_K, GGMLType.Q6_K), "one expert": (GGMLType.Q6_K, GGMLType.Q8_0)}
+    up_type, down_type = types.get(routing, (GGMLType.Q8_0, GGMLType.Q4_K))
+    choices = 1 if routing == "one expert" else 2
+    ids = np.stack([rng.choice(3, choices, replace=routing == "repeated") for _ in range(18)]).astype(
+        np.int32
+    )
+    if routing == "one expert":
+        ids[:] = 1
+    stacks = [
+        random_weights(rng, t, s) for t, s in [(up_type, (3, 256, 256))] * 2 + [(down_type, (3, 256, 256))]
+    ]
+    stacks = [poison(w, np.unique(ids)) for w in stacks]
+    x = rng.standard_normal((18, 256)).astype(np.float32)
+    weights = rng.uniform(size=ids.shape).astype(np.float32)
+    out, _ = moe_sm90.moe_mlp(
+        x, *map(tiled, stacks), ids, weights, BFLOAT16, False, config=SMALL, interpret=interpret()
+    )
+    check(out, moe_oracle(x, stacks, ids, weights), tolerances.MOE_FLOAT16_NMSE, routing)
+
+
+def test_what_the_kernels_do_not_take_is_named(rng):
+    w, x = random_weights(rng, GGMLType.Q4_K, (64, 256)), np.ones((2, 256), np.float32)
+    run = matmul_sm90.quantized_matmul
+    with pytest.raises(NotImplementedError, match=r"9\.0"):
+        run(x, tiled(w), BFLOAT16)
+    with pytest.raises(NotImplementedError, match="float32"):
+        run(x, tiled(w), np.dtype(np.float32), interpret=interpret())
+    with pytest.raises(NotImplementedError, match="rows"):
+        run(x, w, BFLOAT16, interpret=interpret())
+    with pytest.raises(NotImplementedError, match="64s"):
+        run(x, tiled(random_weights(rng, GGMLType.Q4_K, (72, 256))), BFLOAT16, interpret=interpret())
+
+
+# Preparation in plain jnp
+
+
+@pytest.mark.parametrize("peak", [0.0, 1e-30, 3.0, 2.0**15, 1e30])
+def test_operands_keep_eleven_bits_at_any_magnitude(rng, peak):
+    x = rng.uniform(-1, 1, (3, 256)).astype(np.float32) * np.float32(peak)
+    operand, scale = float16_operand(jnp.asarray(x))
+    back = np.asarray(operand, np.float32) * np.asarray(scale)[:, None] * 16
+    np.testing.assert_allclose(back, x[:, operand_order(256)], rtol=2.0**-11, atol=peak * 2.0**-24)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "choices", "experts", "tile"), [(300, 8, 128, 64), (5, 2, 4, 8), (1, 1, 1, 16)]
+)
+def test_sorting_gives_every_pair_a_row_of_its_expert(rng, tokens, choices, experts, tile):
+    ids = rng.zipf(1.3, (tokens, choices)) % experts
+    order = sort_by_expert(jnp.asarray(ids, jnp.int32), experts, tile)
+    place, source = np.asarray(order.place), np.asarray(order.source)
+    assert len(np.unique(place)) == ids.size
+    np.testing.assert_array_equal(source[place.reshape(-1)], np.arange(ids.size))
+    owner = np.full(len(source), -1)
+    for e, start, rows in list(zip(*map(np.asarray, order.tiles[:3]), strict=True))[
+        : int(order.tiles.count[0])
+    ]:
+        assert start % ROW_ALIGN == 0
+        assert 0 < rows <= tile
+        assert (owner[start : start + rows] == -1).all()
+        owner[start : start + rows] = e
+        assert start + tile <= len(source) == padded_rows(ids.size, experts, tile)
+    np.testing.assert_array_equal(owner[place], ids)
