@@ -151,7 +151,7 @@ def _grouped(scales: np.ndarray, *fields: np.ndarray) -> np.ndarray:
     whole, at = blocks // 8, 0
     for field in fields:
         end = at + field.shape[-1]
-        body[:whole, :, at:end] = field[: whole * 8].reshape(whole, 8, -1)
+        body[:whole, :, at:end] = field[: whole * 8].reshape(whole, 8, end - at)
         if blocks % 8:
             body[whole, : blocks % 8, at:end] = field[whole * 8 :]
         at = end

@@ -57,8 +57,8 @@ def plan_workspace(
             return workspace
         if chunk <= tuning.prefill_tokens:
             raise MemoryPlanError(
-                f"a context of {max_context} tokens needs {workspace.nbytes[worst] / 2**20:.0f} MiB for "
-                f"{worst}, and the adapter binds at most {most_bytes / 2**20:.0f} MiB: "
+                f"a context of {max_context} tokens needs {workspace.nbytes[worst] / 2**20:.1f} MiB for "
+                f"{worst}, and the adapter binds at most {most_bytes / 2**20:.1f} MiB: "
                 "lower the context length (--context)"
             )
         chunk //= 2

@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Collection, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from qwen3_moe_jax.wgpu_backend.ops import Ops
 from qwen3_moe_jax.wgpu_backend.runner import WgpuRunner
 
 EMBEDDED = Path(__file__).parents[2] / "qwen3_moe_jax" / "assets" / "tiny-coder-Q4_K_M.gguf"
-CONTEXT = 1024
+CONTEXT = 512
 
 _HARDWARE = replace(TUNINGS["DiscreteGPU"], chunk=64, prefill_span=256)
 
@@ -64,9 +64,39 @@ def ops(name: str = "own") -> Ops:
     return Ops(device(name))
 
 
+@dataclass(frozen=True)
+class Kept:
+    """A tensor that this process holds, so that it crosses only once."""
+
+    number: int
+
+
+_kept: list[PackedTensor] = []
+
+
+def keep(tensor: PackedTensor) -> Kept:
+    _kept.append(tensor)
+    return Kept(len(_kept) - 1)
+
+
+def forget() -> None:
+    _kept.clear()
+
+
 def op(method: str, *args: Any, on: str = "own", **kwargs: Any) -> Any:
     """Calls one method of ``Ops``."""
-    return getattr(ops(on), method)(*args, **kwargs)
+    held = (_kept[a.number] if isinstance(a, Kept) else a for a in args)
+    return getattr(ops(on), method)(*held, **kwargs)
+
+
+def moe(x: np.ndarray, stacks: Sequence[Kept], ids: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """gate, up and SwiGLU, down, and the weighted sum: [T, D]."""
+    gate, up, down = (_kept[s.number] for s in stacks)
+    decode = len(ids) == 1
+    swiglu = ops().expert_matmul(x, ids, gate, up, decode=decode)
+    outputs = ops().expert_matmul(swiglu, ids, down, decode=decode)
+    zero = np.zeros((len(ids), outputs.shape[-1]), np.float32)
+    return ops().norm(zero, np.ones(outputs.shape[-1], np.float32), 1e-6, outputs, weights)[0]
 
 
 @cache

@@ -18,8 +18,8 @@ from tests.wgpu import gpu_work
     [
         ("nonfinite_stream", ("norm", float("nan")), "NumericalError", ["position 2", "trace"]),
         ("nonfinite_stream", ("layers.3.input_layernorm", float("inf")), "NumericalError", ["trace"]),
-        ("overlong_forward", (), "ContextOverflowError", ["1025", "1024", "--context"]),
-        ("full_prompt", (), "ContextOverflowError", ["1024"]),
+        ("overlong_forward", (), "ContextOverflowError", ["513", "512", "--context"]),
+        ("full_prompt", (), "ContextOverflowError", ["512"]),
         ("empty_prompt", (), "ContextOverflowError", ["0 tokens"]),
         ("bad_token", (), "ValueError", ["4096"]),
         ("bad_expert", (), "ValueError", ["0 to 15"]),

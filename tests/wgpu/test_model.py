@@ -32,7 +32,7 @@ def cosines(found: np.ndarray, truth: np.ndarray) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def long_prompt() -> np.ndarray:
-    return rng_of("long prompt").integers(0, 4000, 300)
+    return rng_of("long prompt").integers(0, 4000, 270)
 
 
 @pytest.fixture(scope="module")

@@ -1,9 +1,9 @@
-"""Every kernel against a float64 oracle: all types, real Qwen3-30B-A3B widths, every routing edge.
+"""Every kernel against a float64 oracle: all types, several settings of the kernels, real widths.
+
+The shared cases of matrix and expert products are in test_op_cases.py.
 
 Outputs are poisoned with NaN and guarded behind their end by ``Ops`` itself.
 """
-
-import itertools
 
 import numpy as np
 import pytest
@@ -28,12 +28,16 @@ from tests.wgpu.cases import (
 Q4_K, Q5_K, Q6_K, F32 = GGMLType.Q4_K, GGMLType.Q5_K, GGMLType.Q6_K, GGMLType.F32
 TYPES = pytest.mark.parametrize("type", SUPPORTED_TYPES, ids=lambda t: t.name)
 MAIN_TYPES = pytest.mark.parametrize("type", [Q4_K, Q6_K], ids=lambda t: t.name)
-DEVICES = pytest.mark.parametrize("on", list(gpu_work.DEVICES))
+TYPES_AND_DEVICES = pytest.mark.parametrize(
+    ("type", "on"),
+    [(t, "own") for t in SUPPORTED_TYPES]
+    + [(t, d) for d in ("hardware", "subgroups") for t in (Q4_K, Q6_K, F32)],
+    ids=lambda value: getattr(value, "name", value),
+)
 REAL = PRESETS["Qwen3-30B-A3B"]
 
 
-@TYPES
-@pytest.mark.parametrize("on", ["own", "hardware", "subgroups"])
+@TYPES_AND_DEVICES
 def test_matmul_of_every_type(gpu, type, on):
     for rows, tokens, columns in [(16, 1, 256), (16, 9, 256), (33, 8, 512), (1, 7, 1024)]:
         rng = rng_of(type, rows, tokens, columns)
@@ -41,30 +45,6 @@ def test_matmul_of_every_type(gpu, type, on):
         for decode in (False, True):
             found = gpu(gpu_work.op, "matmul", x, weight, decode=decode, on=on)
             assert nmse(found, matmul64(x, weight)) <= WGPU_NMSE, (rows, tokens, columns, decode)
-
-
-@MAIN_TYPES
-@pytest.mark.parametrize("heavy_tailed", [False, True])
-def test_matmul_at_ggmls_shapes(gpu, type, heavy_tailed):
-    """The MUL_MAT cases of llama.cpp's test-backend-ops that concern these types."""
-    shapes = [(16, n, 256) for n in range(1, 10)] + [(16, n, 4096) for n in (1, 8)]
-    shapes += [(1023, n, 1024) for n in (1, 3, 8)] + [(6271, 2, 256), (6273, 2, 256), (1, 64, 256)]
-    for rows, tokens, columns in shapes:
-        rng = rng_of(type, rows, tokens, columns, heavy_tailed)
-        weight = random_weights(rng, type, (rows, columns))
-        x = activations(rng, tokens, columns, heavy_tailed=heavy_tailed)
-        found = gpu(gpu_work.op, "matmul", x, weight, decode=tokens == 1)
-        assert nmse(found, matmul64(x, weight)) <= WGPU_NMSE, (rows, tokens, columns)
-
-
-@MAIN_TYPES
-@pytest.mark.parametrize(("rows", "columns"), [(512, 2048), (2048, 4096), (4096, 2048)])
-def test_matmul_at_real_shapes(gpu, type, rows, columns):
-    rng = rng_of(type, rows, columns)
-    weight, x = random_weights(rng, type, (rows, columns)), activations(rng, 3, columns)
-    truth = matmul64(x, weight)
-    for decode in (False, True):
-        assert nmse(gpu(gpu_work.op, "matmul", x, weight, decode=decode), truth) <= WGPU_NMSE
 
 
 @pytest.mark.parametrize("on", ["own", "hardware"])
@@ -78,8 +58,7 @@ def test_three_matrices_of_one_buffer(gpu, types, on):
         assert nmse(found, matmul64(x, *weights)) <= WGPU_NMSE
 
 
-@TYPES
-@pytest.mark.parametrize("on", ["own", "hardware", "subgroups"])
+@TYPES_AND_DEVICES
 def test_expert_matmul_of_every_type(gpu, type, on):
     rng = rng_of(type)
     weight = random_weights(rng, type, (5, 24, 256))
@@ -90,27 +69,6 @@ def test_expert_matmul_of_every_type(gpu, type, on):
         for decode in (False, True):
             found = gpu(gpu_work.op, "expert_matmul", x, ids, weight, decode=decode, on=on)
             assert nmse(found, truth) <= WGPU_NMSE, (shape, decode)
-
-
-@MAIN_TYPES
-def test_expert_matmul_at_ggmls_shapes(gpu, type):
-    """MUL_MAT_ID: matrices x used x tokens, and the edges of tiles, for Q4_K and Q6_K alike."""
-    grid = [(e, x, t, 64, 256) for e, x, t in itertools.product((4, 8), (1, 2, 4), (1, 4, 5, 17, 32, 129))]
-    grid += [(4, 4, t, 32, 256) for t in (7, 8, 9, 15, 16, 17, 31, 33, 47, 48, 49)]
-    grid += [(8, 1, 1, 512, 256), (4, 2, 16, 64, 768)]
-    for experts, chosen, tokens, rows, columns in grid:
-        rng = rng_of(type, experts, chosen, tokens, rows, columns)
-        weight = random_weights(rng, type, (experts, rows, columns))
-        ids = np.stack([rng.permutation(experts)[:chosen] for _ in range(tokens)]).astype(np.int32)
-        x = activations(rng, tokens, columns)
-        found = gpu(gpu_work.op, "expert_matmul", x, ids, weight)
-        assert nmse(found, expert_matmul64(x, ids, weight)) <= WGPU_NMSE, (
-            experts,
-            chosen,
-            tokens,
-            rows,
-            columns,
-        )
 
 
 @pytest.mark.parametrize("heavy_tailed", [False, True])
@@ -137,18 +95,6 @@ def test_experts_at_real_shapes(gpu, rows, columns, types, tokens, heavy_tailed)
     truth = swiglu64(*parts) if len(parts) == 2 else parts[0]
     for decode in (False, True):
         assert nmse(gpu(gpu_work.op, "expert_matmul", x, ids, *weights, decode=decode), truth) <= WGPU_NMSE
-
-
-def test_every_pattern_of_empty_experts(gpu):
-    """Each of the 255 sets of eight experts that can have tokens, those with a single expert among them."""
-    rng = rng_of("patterns")
-    weight = random_weights(rng, Q4_K, (8, 8, 256))
-    x = activations(rng, 9, 256)
-    for pattern in range(1, 256):
-        used = [e for e in range(8) if pattern >> e & 1]
-        ids = np.resize(used, (9, 1)).astype(np.int32)
-        found = gpu(gpu_work.op, "expert_matmul", x, ids, weight)
-        assert nmse(found, expert_matmul64(x, ids, weight)) <= WGPU_NMSE, used
 
 
 @pytest.mark.parametrize("type", [Q4_K, Q6_K, GGMLType.Q8_0], ids=lambda t: t.name)

@@ -74,7 +74,7 @@ fn main(@builtin(workgroup_id) wg: vec3<u32>, @builtin(local_invocation_index) l
     id = best_id[0];
     for (var i = 1u; i < {{ WG }}u; i++) {
       let other = best_id[i];
-      if (other != NONE && (id == NONE || best_value[i] > value || (best_value[i] == value && other < id))) {
+      if (other != NONE && (id == NONE || best_value[i] > value || (!(best_value[i] < value) && other < id))) {
         value = best_value[i];
         id = other;
       }
