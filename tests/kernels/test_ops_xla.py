@@ -1,0 +1,41 @@
+"""The ops in plain jnp, on both layouts that the CPU takes."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import kernels_pallas as ops
+from convert import layouts
+from convert.ggml_types import GGMLType
+from convert.packed import LANES16, ROWS
+from tests.kernels.op_cases import QUANTIZED, OpCases, random_weights, rng, uniform
+
+__all__ = ["rng"]
+
+
+class TestXlaRows(OpCases):
+    implementation, layout = "xla", ROWS
+
+
+class TestXlaLanes(OpCases):
+    implementation, layout = "xla", LANES16
+
+
+def test_none_chooses_what_runs_here(rng):
+    w = random_weights(rng, GGMLType.Q4_K, (16, 256))
+    x = uniform(rng, (1, 256))
+    chosen, named = (ops.quantized_matmul(x, w, implementation=i) for i in (None, "xla"))
+    np.testing.assert_array_equal(chosen, named)
+
+
+@pytest.mark.parametrize("layout", [ROWS, LANES16])
+@pytest.mark.parametrize("tokens", [1, 64])
+@pytest.mark.parametrize("type", QUANTIZED, ids=lambda t: t.name)
+def test_no_copy_of_a_stack_is_made(rng, type, tokens, layout):
+    """Scratch memory of an expert layer stays below a tenth of the float stack, and below the packed one."""
+    stack = layouts.to_layout(random_weights(rng, type, (128, 256, 256)), layout)
+    x, ids = jnp.zeros((tokens, 256)), jnp.zeros((tokens, 4), jnp.int32)
+    layer = jax.jit(lambda w: ops.moe_mlp(x, w, w, w, ids, jnp.ones((tokens, 4)), implementation="xla"))
+    scratch = layer.lower(stack).compile().memory_analysis().temp_size_in_bytes
+    assert scratch < min(128 * 256 * 256 * 4 / 10, stack.nbytes)
