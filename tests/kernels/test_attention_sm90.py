@@ -1,0 +1,55 @@
+"""The Hopper attention kernel in Pallas' interpreter on the CPU."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+pytest.importorskip("jax.experimental.pallas.mosaic_gpu")
+interpreter = pytest.importorskip("jax._src.pallas.mosaic_gpu.interpret.params")
+
+from kernels_pallas.attention import pallas_sm90, xla  # noqa: E402
+from tests import tolerances  # noqa: E402
+from tests.kernels.op_cases import check, rng  # noqa: E402
+
+__all__ = ["rng"]
+
+# The interpreter changed between JAX releases; older ones run no Mosaic GPU kernel.
+INTERPRET = getattr(interpreter, "InterpretGPUParams", None)
+pytestmark = pytest.mark.skipif(INTERPRET is None, reason="this JAX has no interpreter for GPU kernels")
+SMALL = pallas_sm90.AttentionConfig(keys=64)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "starts", "group"),
+    [(9, (0, 3), 8), (5, (100, 70), 8), (70, (0, 0), 2), (1, (130, 63), 4)],
+    ids=["prompt", "chunk", "two blocks of keys", "decode"],
+)
+def test_attention(rng, capfd, tokens, starts, group):
+    """Chunks that continue a cache, rows that are padding, NaN in slots that nothing may read."""
+    layers, batch, slots, heads, dim = 2, 2, 192, 2, 64
+    q = rng.standard_normal((batch, tokens, heads * group, dim)).astype(np.float32)
+    shape = (layers, batch, slots, heads, dim)
+    k, v = (jnp.asarray(rng.standard_normal(shape), jnp.bfloat16) for _ in range(2))
+    positions = np.asarray(starts)[:, None] + np.arange(tokens)
+    positions[1, -1] = -1
+    k, v = (c.at[0].set(jnp.nan) for c in (k, v))
+    out = pallas_sm90.attention(
+        jnp.asarray(q), k, v, jnp.asarray(positions, jnp.int32), jnp.int32(1),
+        config=SMALL, interpret=INTERPRET(detect_races=True),
+    )  # fmt: skip
+    q16 = jnp.asarray(q, jnp.bfloat16).astype(jnp.float32)
+    args = (q16, k, v, jnp.asarray(positions, jnp.int32), jnp.int32(1))
+    expected = np.array(xla.attention(*args))
+    check(out, expected, tolerances.ATTENTION_BFLOAT16_NMSE, tokens)
+    assert not np.asarray(out)[1, -1].any()
+    assert "RACE DETECTED" not in capfd.readouterr().out
+
+
+def test_what_the_kernel_does_not_take_is_named(rng):
+    q, cache = jnp.zeros((1, 2, 2, 64)), jnp.zeros((1, 1, 64, 1, 64))
+    positions, interpret = jnp.zeros((1, 2), jnp.int32), INTERPRET()
+    with pytest.raises(NotImplementedError, match="float32"):
+        pallas_sm90.attention(q, cache, cache, positions, jnp.int32(0), interpret=interpret)
+    q, cache = q[..., :32], cache[..., :32].astype(jnp.bfloat16)
+    with pytest.raises(NotImplementedError, match="head_dim"):
+        pallas_sm90.attention(q, cache, cache, positions, jnp.int32(0), interpret=interpret)
