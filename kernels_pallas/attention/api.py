@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from kernels_pallas import implementations
 from kernels_pallas.attention import xla
 from kernels_pallas.implementations import Implementation
+from kernels_pallas.prefill.device import on_hopper
 
 
 def attention(
@@ -48,5 +49,7 @@ def attention(
             f"positions {positions.shape}"
         )
     arrays = (jnp.asarray(a) for a in (q, k_cache, v_cache, positions))
-    candidates = {"xla": xla.attention}
-    return implementations.run("attention", implementation, candidates, *arrays, jnp.asarray(layer, jnp.int32))
+    candidates = {"pallas": on_hopper("attention", "attention"), "xla": xla.attention}
+    return implementations.run(
+        "attention", implementation, candidates, *arrays, jnp.asarray(layer, jnp.int32)
+    )
