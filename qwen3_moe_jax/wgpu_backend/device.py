@@ -111,7 +111,7 @@ class Device:
         self.tuning = tuning or TUNINGS.get(self.report.type, TUNINGS["Unknown"])
         self.subgroups = _fixed_subgroups(gpu_adapter) if subgroups is None else subgroups
         limits = _device_limits(self.report)
-        features = ["subgroup"] if self.subgroups else []
+        features = [f for f in ("subgroup",) if f in gpu_adapter.features]
         try:
             self._device = gpu_adapter.request_device_sync(
                 label="qwen3-moe", required_features=features, required_limits=limits
@@ -246,6 +246,14 @@ class Device:
         self._device.queue.submit([encoder.finish()])
         if readback:
             readback.start()
+
+    def copy(self, source: Any, target: Any, nbytes: int, repeats: int) -> None:
+        """Copies between buffers, several times in one submit; to measure the memory's speed."""
+        self._check_open()
+        encoder = self._device.create_command_encoder()
+        for _ in range(repeats):
+            encoder.copy_buffer_to_buffer(source, 0, target, 0, nbytes)
+        self._device.queue.submit([encoder.finish()])
 
     def readback(self, source: Any, nbytes: int) -> "Readback":
         """A small buffer that later submits copy ``source`` to."""

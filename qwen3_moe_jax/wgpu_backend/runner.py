@@ -13,6 +13,7 @@ from qwen3_moe_jax.runner import Forward
 from qwen3_moe_jax.sampling import Sampling
 from qwen3_moe_jax.stages import STAGES, StageKey
 from qwen3_moe_jax.wgpu_backend import kernels
+from qwen3_moe_jax.wgpu_backend.adapter import Tuning
 from qwen3_moe_jax.wgpu_backend.device import Device, Launch, Readback
 from qwen3_moe_jax.wgpu_backend.plan import check_memory, plan_memory, plan_workspace
 from qwen3_moe_jax.wgpu_backend.program import EMITTED_WORD, Buffers, Program, step_words
@@ -84,30 +85,41 @@ class WgpuRunner:
         )
         self.plan = plan_memory(self.config, source.types, workspace)
         check_memory(self.plan, self._device.report)
-        weights = upload(self._device, source, progress)
+        self._weights = upload(self._device, source, progress)
         self._buffers = Buffers(self._device, self.config, workspace, self.max_context)
-        tile = self._device.tuning.prefill_tokens
-        self._prefill, self._decode = (
-            Program(self._device, self.config, weights, self._buffers, tokens=t, f16_cache=f16_cache)
-            for t in (tile, 1)
-        )
         self._choice = self._device.buffer(32, "sampling", uniform=True)
+        self._closed = False
+        self._lock = threading.Lock()
+        self._request = 0
+        self._build()
+
+    def _build(self) -> None:
+        """Kernels and their bindings, for the device's settings."""
+        b = self._buffers
+        self._prefill, self._decode = (
+            Program(self._device, self.config, self._weights, b, tokens=tile, f16_cache=self._f16)
+            for tile in (self._device.tuning.prefill_tokens, 1)
+        )
         self._sample = {
             sampled: kernels.sample_site(
                 self._device,
                 self._choice,
-                self._buffers.step,
-                self._buffers["logits"],
-                self._buffers["seen"],
-                self._buffers["tokens"],
-                self._buffers["emitted"],
+                b.step,
+                b["logits"],
+                b["seen"],
+                b["tokens"],
+                b["emitted"],
                 sampled=sampled,
             )
             for sampled in (False, True)
         }
-        self._closed = False
-        self._lock = threading.Lock()
-        self._request = 0
+
+    def retune(self, tuning: Tuning, *, subgroups: bool) -> None:
+        """Uses other settings of the matrix kernels on the loaded weights; buffers keep their sizes."""
+        with self._lock:
+            self._begin()
+            self._device.tuning, self._device.subgroups = tuning, subgroups
+            self._build()
 
     def close(self) -> None:
         """Frees the device's memory; later calls raise a RuntimeError."""
@@ -116,7 +128,7 @@ class WgpuRunner:
             self._request += 1
             if self._owns_device:
                 self._device.close()
-            for name in ("_buffers", "_prefill", "_decode", "_sample", "_choice"):
+            for name in ("_weights", "_buffers", "_prefill", "_decode", "_sample", "_choice"):
                 self.__dict__.pop(name, None)
 
     def __enter__(self) -> "WgpuRunner":

@@ -280,7 +280,9 @@ fn main(@builtin(local_invocation_index) lane: u32) {
     // By its bits: a compiler may fold a comparison of NaN with itself.
     nonfinite |= select(0u, 1u, (bitcast<u32>(logits[token]) & 0x7f800000u) == 0x7f800000u);
     let value = penalized(token);
+    //% if SAMPLED
     logits[token] = value;
+    //% endif
     if (value > high) {
       high = value;
       id = token;

@@ -1,0 +1,225 @@
+"""Speed and parity of the wgpu backend on one graphics adapter.
+
+    python scripts/bench_wgpu.py                              # the embedded model
+    python scripts/bench_wgpu.py --model FILE --parity        # a full-size file on a GPU
+    python scripts/bench_wgpu.py --model FILE --kernels --sweep
+
+Decode is the rate of the tokens after the first, prefill the prompt's tokens over the time to
+the first token; the best of --repeats runs, after one that compiles. The share of bandwidth
+is the bytes of weights and cache that a token reads, times tokens/s, over the speed of a
+copy inside the device (read plus write), measured here. --parity runs the NumPy reference on
+a prompt of three tokens and exits with 1 where the cosine of any position is below 0.99999 with
+the same experts. --kernels times each kernel of a decode step; --sweep tries other settings of
+the matrix kernels. The last line is one JSON object.
+"""
+
+import argparse
+import json
+import os
+import platform
+import sys
+import time
+from collections import defaultdict
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from convert.model_source import ModelSource, open_model
+from convert.progress import show_progress
+from qwen3_moe_jax.reference import ReferenceRunner
+from qwen3_moe_jax.sampling import Sampling
+from qwen3_moe_jax.wgpu_backend.runner import WgpuRunner
+
+EMBEDDED = Path(__file__).resolve().parents[1] / "qwen3_moe_jax" / "assets" / "tiny-coder-Q4_K_M.gguf"
+GREEDY = Sampling()
+COPY_BYTES = 100 << 20
+COPIES = 20
+PARITY_TOKENS = 3
+PARITY_COSINE = 0.99999
+PROMPT_SEED = 7
+
+
+def main() -> int:
+    args = _arguments()
+    began = time.perf_counter()
+    with open_model(args.model) as source:
+        with show_progress("upload") as progress:
+            runner = WgpuRunner(source, max_context=args.context, adapter=args.adapter, progress=progress)
+        result: dict[str, Any] = {
+            "model": Path(args.model).name,
+            "load_s": time.perf_counter() - began,
+            **runner.describe(),
+            "cpu_count": os.cpu_count(),
+            "python": platform.python_version(),
+        }
+        print(f"{result['device']}: {result['memory']}, loaded in {result['load_s']:.1f} s", flush=True)
+        prompt = np.random.default_rng(PROMPT_SEED).integers(0, source.config.vocab_size, args.prompt_tokens)
+        result |= measure(runner, prompt, args.new_tokens, args.repeats)
+        result |= bandwidth(runner, source, result["decode_tokens_per_s"], args.prompt_tokens)
+        _show(result)
+        if args.kernels:
+            result["kernels_ms"] = kernel_times(runner, args.prompt_tokens)
+        if args.sweep:
+            result["sweep"] = sweep(runner, prompt, args.new_tokens)
+        if args.parity:
+            result |= parity(runner, source, prompt[:PARITY_TOKENS])
+    print(json.dumps(result))
+    return 1 if result.get("parity_passed") is False else 0
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("-m", "--model", default=str(EMBEDDED))
+    parser.add_argument("--adapter", help="part of the adapter's name")
+    parser.add_argument("--context", type=int, default=2048)
+    parser.add_argument("--prompt-tokens", type=int, default=256)
+    parser.add_argument("--new-tokens", type=int, default=64)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--parity", action="store_true", help="compare three tokens with the reference")
+    parser.add_argument("--kernels", action="store_true", help="time each kernel of a decode step")
+    parser.add_argument("--sweep", action="store_true", help="try other settings of the matrix kernels")
+    return parser.parse_args()
+
+
+def run_once(runner: WgpuRunner, prompt: np.ndarray, new_tokens: int) -> tuple[float, float]:
+    """(prefill, decode) tokens/s of one run."""
+    began = time.perf_counter()
+    tokens = runner.stream(prompt, max_tokens=new_tokens + 1, sampling=GREEDY)
+    next(tokens)
+    first = time.perf_counter()
+    count = sum(1 for _ in tokens)
+    return len(prompt) / (first - began), count / (time.perf_counter() - first)
+
+
+def measure(runner: WgpuRunner, prompt: np.ndarray, new_tokens: int, repeats: int) -> dict[str, Any]:
+    """The best of several runs."""
+    began = time.perf_counter()
+    run_once(runner, prompt, new_tokens)
+    first_run = time.perf_counter() - began
+    runs = [run_once(runner, prompt, new_tokens) for _ in range(repeats)]
+    return {
+        "prompt_tokens": len(prompt),
+        "new_tokens": new_tokens,
+        "first_run_s": first_run,
+        "prefill_tokens_per_s": max(r[0] for r in runs),
+        "decode_tokens_per_s": max(r[1] for r in runs),
+    }
+
+
+def bytes_a_token(source: ModelSource, position: int) -> int:
+    """Weights and float32 cache that one decoded token reads."""
+    config = source.config
+    total = 0
+    for path in source.paths():
+        if path == "embed_tokens" and not config.tie_word_embeddings:
+            continue
+        nbytes = source.tensor_nbytes(path)
+        share = config.num_experts_per_tok / config.num_experts if ".experts." in path else 1.0
+        total += int(nbytes * share)
+    cache = 2 * 4 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    return total + cache * position
+
+
+def bandwidth(runner: WgpuRunner, source: ModelSource, rate: float, position: int) -> dict[str, Any]:
+    """What decoding reads per second, beside a copy inside the device."""
+    device = runner._device
+    buffers = [device.buffer(COPY_BYTES, "copy") for _ in range(2)]
+    best = 0.0
+    for _ in range(4):
+        began = time.perf_counter()
+        device.copy(*buffers, COPY_BYTES, COPIES)
+        device.read(buffers[1], np.uint32, 1)
+        best = max(best, 2 * COPY_BYTES * COPIES / (time.perf_counter() - began))
+    read = bytes_a_token(source, position)
+    return {
+        "bytes_per_token": read,
+        "decode_gb_per_s": read * rate / 1e9,
+        "copy_gb_per_s": best / 1e9,
+        "share_of_bandwidth": read * rate / best,
+    }
+
+
+def kernel_times(runner: WgpuRunner, position: int, repeats: int = 5) -> dict[str, float]:
+    """Milliseconds of each kernel in a decode step: all its dispatches in one submit, best of several."""
+    program, device = runner._decode, runner._device
+    groups = defaultdict(list)
+    for site in [*program.body, *program.head, runner._sample[False]]:
+        groups[f"{site.dispatch.kernel.name} x={site.x} y={site.y}"].append(site)
+    found = {}
+    for name, sites in groups.items():
+        best = float("inf")
+        for _ in range(repeats):
+            runner._write_step(position)
+            launches = program.launches(sites, position, 1)
+            device.read(runner._buffers.step, np.uint32, 1)
+            began = time.perf_counter()
+            device.run(launches)
+            device.read(runner._buffers.step, np.uint32, 1)
+            best = min(best, time.perf_counter() - began)
+        found[f"{name} ({len(sites)} times)"] = 1e3 * best
+        print(f"{1e3 * best:9.3f} ms  {name} ({len(sites)} times)", flush=True)
+    return found
+
+
+def sweep(runner: WgpuRunner, prompt: np.ndarray, new_tokens: int) -> list[dict[str, Any]]:
+    """Decode speed with other settings of the matrix kernels, best first."""
+    own, had_subgroups = runner._device.tuning, runner._device.subgroups
+    found = []
+    for subgroups in sorted({had_subgroups, False}):
+        for workgroup in sorted({own.workgroup, 32, 64, 128} if own.lanes > 1 else {8, 16, 32}):
+            for lanes in sorted({own.lanes, 16, 8} if own.lanes > 1 else {1}):
+                for rows in (1, 2, 4):
+                    settings = {"workgroup": workgroup, "lanes": lanes, "decode_rows": rows}
+                    runner.retune(replace(own, **settings), subgroups=subgroups)
+                    run_once(runner, prompt[:16], 8)
+                    rate = max(run_once(runner, prompt[:16], new_tokens)[1] for _ in range(2))
+                    found.append({**settings, "subgroups": subgroups, "decode_tokens_per_s": rate})
+                    print(f"{rate:9.1f} tokens/s  {settings} subgroups={subgroups}", flush=True)
+    runner.retune(own, subgroups=had_subgroups)
+    return sorted(found, key=lambda row: -row["decode_tokens_per_s"])
+
+
+def parity(runner: WgpuRunner, source: ModelSource, tokens: np.ndarray) -> dict[str, Any]:
+    """Three tokens through the NumPy reference and this backend, with its own and with the same experts."""
+    began = time.perf_counter()
+    truth = ReferenceRunner(source, max_context=len(tokens)).forward(tokens)
+    seconds = time.perf_counter() - began
+    free = runner.forward(tokens)
+    replayed = runner.forward(tokens, expert_ids=truth.expert_ids)
+    decoded = [
+        next(iter(runner.stream(tokens[: i + 1], max_tokens=1, sampling=GREEDY))) for i in range(len(tokens))
+    ]
+    result = {
+        "reference_s": seconds,
+        "parity_cosine": _cosines(free.logits, truth.logits),
+        "parity_cosine_same_experts": _cosines(replayed.logits, truth.logits),
+        "parity_experts_equal": float(np.mean(free.expert_ids == truth.expert_ids)),
+        "parity_greedy_equal": decoded == truth.logits.argmax(-1).tolist(),
+    }
+    result["parity_passed"] = min(result["parity_cosine_same_experts"]) >= PARITY_COSINE
+    print(f"parity: {'passed' if result['parity_passed'] else 'FAILED'}: {result}", flush=True)
+    return result
+
+
+def _cosines(a: np.ndarray, b: np.ndarray) -> list[float]:
+    a, b = a.astype(np.float64), b.astype(np.float64)
+    return ((a * b).sum(-1) / np.sqrt((a * a).sum(-1) * (b * b).sum(-1))).tolist()
+
+
+def _show(result: dict[str, Any]) -> None:
+    print(f"prefill {result['prefill_tokens_per_s']:9.1f} tokens/s ({result['prompt_tokens']} tokens)")
+    print(
+        f"decode  {result['decode_tokens_per_s']:9.1f} tokens/s: {result['decode_gb_per_s']:.1f} GB/s, "
+        f"{result['share_of_bandwidth']:.1%} of a copy's {result['copy_gb_per_s']:.0f} GB/s",
+        flush=True,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
