@@ -156,12 +156,13 @@ def decode_step(
     cos, sin = rope_tables(positions, c.head_dim, config.rope_theta, config.rope_scaling)
     if expert_ids is None:
         expert_ids = jnp.zeros((1, 1, 1), jnp.int32)
+    scalars = jnp.concatenate([weights.table.reshape(-1), positions.astype(jnp.int32)])
+    scalars = jnp.pad(scalars, (0, kernel.scalar_count(c) - scalars.size))
     split = lambda a: a.reshape(*a.shape[:-1], -1, 2, 4, 4)
     operands = {
-        "table": weights.table,
+        "scalars_in": scalars,
         "cos": cos,
         "sin": sin,
-        "positions": positions.astype(jnp.int32),
         "replay_ids": expert_ids.astype(jnp.int32),
         "input_norm": split(weights.input_norm),
         "post_norm": split(weights.post_norm),

@@ -119,8 +119,13 @@ class StepConfig:
         return {name: i for i, name in enumerate(names)}
 
 
+def scalar_count(c: StepConfig) -> int:
+    """Length of the table and the positions, padded for one load a lane."""
+    return ceil_div(c.layers * len(c.columns()) + c.batch, 128) * 128
+
+
 OPERANDS = (
-    "table", "cos", "sin", "positions", "replay_ids", "input_norm", "post_norm", "q_norm", "k_norm",
+    "scalars_in", "cos", "sin", "replay_ids", "input_norm", "post_norm", "q_norm", "k_norm",
     "final_norm", "router", "weights", "state", "k_cache", "v_cache",
 )  # fmt: skip
 
@@ -161,7 +166,7 @@ def scratch_types(c: StepConfig) -> dict[str, Any]:
     superblocks = max(
         c.hidden, c.heads * c.head_dim, ceil_div(c.experts_per_token // c.down_parts * c.moe_width, CHUNK) * CHUNK
     ) // SUPERBLOCK
-    parts = 8 * max(c.hidden, c.heads * c.head_dim) // STEP
+    parts = max(8 * max(c.hidden, c.heads * c.head_dim) // STEP, 4 * c.moe_width // SUPERBLOCK)
     swizzled = lambda *shape: plgpu.SMEM(
         shape, c.cache_dtype, transforms=(plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
     )
@@ -181,6 +186,7 @@ def scratch_types(c: StepConfig) -> dict[str, Any]:
                 swizzled(WARPGROUPS, KV_TILE, head),
             ],
         ),
+        "scalars": plgpu.SMEM((scalar_count(c),), jnp.int32),
         "new_score": plgpu.SMEM((WARPGROUPS, 64), jnp.float32),
         "new_value": plgpu.SMEM((WARPGROUPS, head), jnp.float32),
         "split_weight": plgpu.SMEM((WARPGROUPS, MAX_SPLITS), jnp.float32),
@@ -246,7 +252,23 @@ class Step:
     # Small helpers
 
     def table(self, layer, name: str):
-        return self.r["table"][layer, self.col[name]]
+        return self.r["scalars"][layer * len(self.col) + self.col[name]]
+
+    def position(self, b):
+        return self.r["scalars"][self.c.layers * len(self.col) + b]
+
+    def stream(self, items: int, depth: int, load, multiply, loaded: list) -> None:
+        """``multiply(i, tile)`` for every item, with ``depth`` tiles loaded ahead: ``loaded`` are the first.
+
+        A loop and not straight code: a layer's instructions have to fit the instruction cache.
+        """
+
+        def one(i, tiles):
+            multiply(i, tiles[0])
+            last = tiles[0] if items <= depth else load(jnp.minimum(i + depth, items - 1))
+            return (*tiles[1:], last)
+
+        lax.fori_loop(0, items, one, tuple(loaded))
 
     def signal(self, *, by_first: bool = False) -> None:
         """Ends a phase: the block's results are written. ``by_first``: the first warpgroup alone wrote them."""
@@ -362,15 +384,18 @@ class Step:
         """This warpgroup's four superblocks of a step."""
         return pl.ds(superblock_step * 8 + self.wg * 4, 4)
 
-    def multiply_into_sums(self, fmt, weights: list, slots: list, step: int) -> None:
-        """Multiplies loaded tiles for every sequence and leaves the sums of lanes in shared memory."""
+    def multiply_into_sums(self, fmt, weights, slot, step, x=None) -> None:
+        """Multiplies a loaded tile for every sequence and leaves the sums of lanes in shared memory."""
 
         def one(b):
-            x = self.activations(b, step * 8 + self.wg * 4)
-            for tile, slot in zip(weights, slots, strict=True):
-                self.store_sums(b, slot, step, fmt.multiply(tile, x, **self.prim))
+            here = x or self.activations(b, step * 8 + self.wg * 4)
+            self.store_sums(b, slot, step, fmt.multiply(weights, here, **self.prim))
 
         self.for_batch(one)
+
+    def own_activations(self, steps: int) -> Activations | None:
+        """Activations that stay in registers: one sequence whose columns take one step."""
+        return self.activations(0, self.wg * 4) if self.c.batch == 1 and steps == 1 else None
 
     def store_sums(self, b, slot, step: int, value) -> None:
         rows = plgpu.layout_cast(jnp.sum(value, axis=2), prim.TILE_ROWS)
@@ -417,24 +442,27 @@ class Step:
         offsets = [self.table(layer, f"qkv_offset{i}") for i in range(len(c.qkv_types))]
         first = TILE_FORMATS[c.qkv_types[0]]
 
-        def load(slots, step):
-            return [
-                first.load(w[0], (offsets[0] + slot * c.blocks + self.block, self.mine(step)))
-                for slot in slots
-            ]
+        def load(i):
+            tile = offsets[0] + i // steps * c.blocks + self.block
+            return first.load(w[0], (tile, self.mine(i % steps)))
 
-        groups = [list(range(i, min(i + 5, always))) for i in range(0, always, 5)]
-        ahead = load(groups[0], 0) if groups else None
+        items, depth = always * steps, min(always * steps, 5)
+        ahead = [load(i) for i in range(depth)]
         mixed = list(range(always, slots)) if static else []
         mixed_ahead = [self.load_mixed(w, slot, counts, offsets) for slot in mixed] if len(mixed) <= 2 else None
         norms = self.norm_weights(self.r["input_norm"].at[layer])
         self.wait(count)
         self.for_normed(norms, c.down_parts, self.quantize_chunks)
         self.sync_warpgroup()
-        for group in groups:
-            for step in range(steps):
-                tiles = ahead if group is groups[0] and step == 0 else load(group, step)
-                self.multiply_into_sums(first, tiles, group, step)
+        x = self.own_activations(steps)
+        if items:
+            self.stream(
+                items,
+                depth,
+                load,
+                lambda i, tile: self.multiply_into_sums(first, tile, i // steps, i % steps, x),
+                ahead,
+            )
 
         def any_type(slot, place, loaded=None):
             tile = slot * c.blocks + self.block
@@ -449,7 +477,7 @@ class Step:
                             tile_weights = fmt.load(w[i], (offsets[i] + tile - begin, self.mine(step)))
                         else:
                             tile_weights = take_weights(fmt, loaded[step])
-                        self.multiply_into_sums(fmt, [tile_weights], [place], step)
+                        self.multiply_into_sums(fmt, tile_weights, place, step, x)
 
                 start = start + counts[i]
 
@@ -499,45 +527,53 @@ class Step:
         c = self.c
         slots = ceil_div(tiles, c.blocks)
 
-        def load(slots, step):
-            return [
-                fmt.load(
-                    stack, (offset + jnp.minimum(slot * c.blocks + self.block, tiles - 1), self.mine(step))
-                )
-                for slot in slots
-            ]
-
         chunks = ceil_div(slots, SLOTS)
-        here = list(range(min(slots, SLOTS)))
-        groups = [here[i : i + group] for i in range(0, len(here), group)]
+        here = min(slots, SLOTS)
+        items = here * steps
 
-        def load_steps(slots, i=0):
-            return [load([slot + i * SLOTS for slot in slots], step) for step in range(steps)]
+        def load(i):
+            """Item i counts steps first, then slots, then chunks."""
+            slot = i // steps
+            tile = jnp.minimum(slot * c.blocks + self.block, tiles - 1)
+            return fmt.load(stack, (offset + tile, self.mine(i % steps)))
 
-        ahead = load_steps(groups[0]) if chunks == 1 else None
+        depth = min(group, items)
+        ahead = tuple(load(i) for i in range(depth))
         self.wait(count)
         prepare()
         self.sync_warpgroup()
+        x = self.own_activations(steps)
 
-        def chunk(i):
-            current = ahead if chunks == 1 else load_steps(groups[0], i)
-            for index, slots in enumerate(groups):
-                following = load_steps(groups[index + 1], i) if index + 1 < len(groups) else None
-                for step in range(steps):
-                    self.multiply_into_sums(fmt, current[step], slots, step)
-                current = following
+        def multiply(i, tile):
+            self.multiply_into_sums(fmt, tile, i // steps, i % steps, x)
+
+        def finish(i):
             self.sync_block()
             self.for_my_batch(lambda b: store(b, i))
-            if chunks > 1:
-                self.sync_block()
 
-        prim.fori(chunks, chunk)
+        if chunks == 1:
+            self.stream(items, depth, load, multiply, ahead)
+            finish(0)
+            return
+
+        def chunk(i, carry):
+            def one(j, current):
+                following = load(jnp.minimum(i * items + j + depth, chunks * items - 1))
+                multiply(j, current[0])
+                return (*current[1:], following)
+
+            carry = lax.fori_loop(0, items, one, carry)
+            finish(i)
+            self.sync_block()
+            return carry
+
+        lax.fori_loop(0, chunks, chunk, ahead)
 
     # Attention
 
     def splits_of(self, b):
         """(tiles of earlier tokens, tiles a split, splits) of sequence b: functions of its length alone."""
-        tiles = (self.r["positions"][b] + KV_TILE - 1) // KV_TILE
+        tiles = (self.position(b) + KV_TILE - 1) // KV_TILE
         each = jnp.where(tiles <= 2, 2, (tiles + self.c.splits - 1) // self.c.splits)
         return tiles, each, jnp.maximum((tiles + each - 1) // each, 1)
 
@@ -547,6 +583,18 @@ class Step:
         workers = WARPGROUPS * c.blocks
         items = c.kv_heads * c.splits
         heads = [self.table(layer, f"{n}_head") for n in "qkv"]
+        half = c.head_dim // 2
+        self.norms = {
+            n: [
+                plgpu.load(
+                    self.r[f"{n}_norm"].at[layer, pl.ds(i * half, half)],
+                    layout=prim.HEAD_HALVES.reduce(0),
+                    optimized=False,
+                )
+                for i in range(2)
+            ]
+            for n in "qk"
+        }
         self.wait(count)
 
         def sequence(b):
@@ -568,12 +616,10 @@ class Step:
         self.for_batch(sequence)
         self.signal()
 
-    def rotated(self, b, halves, norm_ref, scale: float, axis: int | None):
+    def rotated(self, b, halves, norm: list, scale: float, axis: int | None):
         """q/k-norm and RoPE (pairs j, j + 64) of one KV head's halves [64], or of query heads' [8, 64]."""
-        half = self.c.head_dim // 2
         layout = prim.HEAD_HALVES.reduce(0)
         load = lambda ref: plgpu.load(ref, layout=layout, optimized=False)
-        norm = [load(norm_ref.at[pl.ds(i * half, half)]) for i in range(2)]
         cos, sin = load(self.r["cos"].at[b]), load(self.r["sin"].at[b])
         if axis is None:
             # Stay in vectors: every lane group holds the whole of it.
@@ -600,7 +646,7 @@ class Step:
         rep = c.heads // c.kv_heads
         q_head, k_head, v_head = heads
         q_s, k_s, v_s = (self.r[n].at[self.wg] for n in "qkv")
-        qkv, position = self.r["qkv"], self.r["positions"][b]
+        qkv, position = self.r["qkv"], self.position(b)
         load = lambda ref, layout: plgpu.load(ref, layout=layout, optimized=False)
         copy = plgpu.Layout.SMEM_GMEM_COPY((KV_TILE, c.head_dim), c.cache_dtype, 128)
         one_head = prim.HEAD_HALVES.reduce(0)
@@ -620,12 +666,12 @@ class Step:
         key = [load(qkv.at[b, k_head + head, j], one_head) for j in range(2)]
         value = [load(qkv.at[b, v_head + head, j], one_head) for j in range(2)]
         first_tile = load_tile(start)
-        key = self.rotated(b, key, self.r["k_norm"].at[layer], 1.0, None)
+        key = self.rotated(b, key, self.norms["k"], 1.0, None)
         key = [v.astype(c.cache_dtype) for v in key]
         value = [v.astype(c.cache_dtype) for v in value]
         self.sync_warpgroup()  # the last item is done with shared memory
         for i, halves in enumerate(query):
-            halves = self.rotated(b, halves, self.r["q_norm"].at[layer], LOG2E * c.head_dim**-0.5, 1)
+            halves = self.rotated(b, halves, self.norms["q"], LOG2E * c.head_dim**-0.5, 1)
             score = 0.0
             for j in range(2):
                 rounded = halves[j].astype(c.cache_dtype)
@@ -781,7 +827,7 @@ class Step:
             fmt = TILE_FORMATS[c.o_types[i]]
             stack = self.r["weights"]["o"][i]
             offset = self.table(layer, "o_offset")
-            self.dense(fmt, stack, offset, tiles, steps, count, prepare, store, group=2)
+            self.dense(fmt, stack, offset, tiles, steps, count, prepare, store, group=4)
 
         self.one_type(c.o_types, self.table(layer, "o_type"), run)
         self.signal(by_first=c.batch == 1)
@@ -908,32 +954,35 @@ class Step:
         per_expert = c.moe_width // 8
         items = c.pairs * per_expert
         _, used, chunks = expert_slots(c)
-        group = 2 if used % 2 == 0 else 1
         steps = c.hidden // STEP
         alone = c.batch == 1
-        x = [self.activations(0, step * 8 + self.wg * 4) for step in range(steps)] if alone and steps == 1 else None
+        x = self.own_activations(steps)
 
-        def load(slots):
-            out = []
-            for slot in slots:
-                item = jnp.minimum(slot * c.blocks + self.block, items - 1)
-                pair, tile = item // per_expert, item % per_expert
-                b, k = (0, pair) if alone else (pair // c.experts_per_token, pair % c.experts_per_token)
-                tile = offset + self.r["ids"][b, k] * per_expert + tile
-                out.append(
-                    (b, [[fmt.load(s, (tile, self.mine(step))) for s in stacks] for step in range(steps)])
-                )
-            return out
+        def load(slot):
+            item = jnp.minimum(slot * c.blocks + self.block, items - 1)
+            pair, tile = item // per_expert, item % per_expert
+            b, k = (0, pair) if alone else (pair // c.experts_per_token, pair % c.experts_per_token)
+            tile = offset + self.r["ids"][b, k] * per_expert + tile
+            return [[fmt.load(s, (tile, self.mine(step))) for s in stacks] for step in range(steps)]
 
-        def multiply(loaded, places):
-            for (b, tiles), place in zip(loaded, places, strict=True):
-                for step in range(steps):
-                    here = x[step] if x else self.activations(b, step * 8 + self.wg * 4)
-                    for which in range(2):
-                        value = fmt.multiply(tiles[step][which], here, **self.prim)
-                        self.store_sums(which, place, step, value)
+        def multiply(slot, place, tiles):
+            item = jnp.minimum(slot * c.blocks + self.block, items - 1)
+            b = 0 if alone else item // per_expert // c.experts_per_token
+            for step in range(steps):
+                here = x or self.activations(b, step * 8 + self.wg * 4)
+                for which in range(2):
+                    self.store_sums(which, place, step, fmt.multiply(tiles[step][which], here, **self.prim))
 
-        def finish(i):
+        depth = min(3 if steps == 1 else 1, used)
+
+        def chunk(i, carry):
+            def one(place, current):
+                slot = i * used + place
+                following = load(slot + depth)
+                multiply(slot, place, current[0])
+                return (*current[1:], following)
+
+            carry = lax.fori_loop(0, used, one, carry)
             self.sync_block()
 
             @pl.when(self.wg == 0)
@@ -942,26 +991,15 @@ class Step:
                 value = gate / (1.0 + jnp.exp2(gate * -LOG2E)) * up
                 self.r["swiglu"][pl.ds(i * used, SLOTS), self.block] = value
 
-        if x is not None and chunks == 1 and used <= 6:
-            loaded = [load([slot]) for slot in range(used)]  # all in flight at once
-            for slot, tiles in enumerate(loaded):
-                multiply(tiles, [slot])
-            finish(0)
-            return
-        groups = used // group
+            if chunks > 1:
+                self.sync_block()
+            return carry
 
-        def chunk(i, current):
-            def one_group(g, current):
-                following = load([i * used + (g + 1) * group + j for j in range(group)])
-                multiply(current, [g * group + j for j in range(group)])
-                return following
-
-            current = lax.fori_loop(0, groups, one_group, current)
-            finish(i)
-            self.sync_block()
-            return current
-
-        lax.fori_loop(0, chunks, chunk, load(list(range(group))))
+        ahead = tuple(load(slot) for slot in range(depth))
+        if chunks == 1:
+            chunk(0, ahead)
+        else:
+            lax.fori_loop(0, chunks, chunk, ahead)
 
     @jax.named_scope("down")
     def down(self, layer, count) -> None:
@@ -988,70 +1026,62 @@ class Step:
             item = i * c.blocks + self.block
             return item // c.down_parts, item % c.down_parts
 
-        def load(step, tile, part):
-            """The tiles of this warpgroup's step-th (sequence, expert)."""
-            step = jnp.minimum(step, c.batch * mine - 1)
+        rounds = ceil_div(tiles * c.down_parts, c.blocks)
+        items = c.batch * mine * superblocks
+        depth = min(6, items)
+
+        def load(i, tile, part):
+            """Item i counts superblocks first, then this warpgroup's experts, then sequences."""
+            step = i // superblocks
             k = part * per_part + self.wg * mine + step % mine
             first = offset + self.r["ids"][step // mine, k] * (c.hidden // 8) + tile * 4
-            return [fmt.load(stack, (pl.ds(first, 4), s)) for s in range(superblocks)]
+            return fmt.load(stack, (pl.ds(first, 4), i % superblocks))
 
-        def multiply(step, weights, part):
+        def multiply(i, weights):
+            step, s = i // superblocks, i % superblocks
             b, k = step // mine, self.wg * mine + step % mine
-            total = None
-            for s in range(superblocks):
-                x = self.activations(b, k * superblocks + s, shared=True)
-                value = fmt.multiply(weights[s], x, **self.prim)
-                total = value if total is None else total + value
-            rows = plgpu.layout_cast(jnp.sum(total, axis=2), prim.TILE_ROWS)
-            self.r["sums"][b, k, pl.ds(0, 4)] = rows * self.r["routing"][b, part * per_part + k]
+            x = self.activations(b, k * superblocks + s, shared=True)
+            rows = jnp.sum(fmt.multiply(weights, x, **self.prim), axis=2)
+            self.r["sums"][b, k, pl.ds(s * 4, 4)] = plgpu.layout_cast(rows, prim.TILE_ROWS)
 
-        rounds = ceil_div(tiles * c.down_parts, c.blocks)
         early = rounds == 1
-        all_at_once = c.batch * mine <= 2
         tile, part = place(0)
         last = jnp.minimum(tile, tiles - 1)
-        ahead = [load(i, last, part) for i in range(c.batch * mine if all_at_once else 1)] if early else None
+        ahead = [load(i, last, part) for i in range(depth)] if early else None
         self.wait(count)
 
         def one_place(i):
             tile, part = (last, place(0)[1]) if early else place(i)
 
             def prepare(b):
-                starts = [
-                    (b * c.experts_per_token + part * per_part) * c.moe_width // 32 + chunk * 32
-                    for chunk in range(chunks)
-                ]
-                for wg in range(WARPGROUPS):
+                def one(n):
+                    chunk = n * WARPGROUPS + self.wg
 
-                    @pl.when(self.wg == wg)
-                    def _(wg=wg):
-                        here = range(wg, chunks, WARPGROUPS)
-                        refs = [source.at[pl.ds(starts[chunk], 32)] for chunk in here]
-                        loaded = [plgpu.load(ref, layout=prim.SUBBLOCKS, optimized=False) for ref in refs]
-                        for chunk, x in zip(here, loaded, strict=True):
-                            self.quantize(b, chunk, x)
+                    @pl.when(chunk < chunks)
+                    def _():
+                        start = (b * c.experts_per_token + part * per_part) * c.moe_width // 32 + chunk * 32
+                        ref = source.at[pl.ds(start, 32)]
+                        self.quantize(b, chunk, plgpu.load(ref, layout=prim.SUBBLOCKS, optimized=False))
+
+                prim.fori(ceil_div(chunks, WARPGROUPS), one)
 
             self.for_batch(prepare)
             self.sync_block()
-            if all_at_once:
-                weights = ahead or [load(step, tile, part) for step in range(c.batch * mine)]
-                for step, current in enumerate(weights):
-                    multiply(step, current, part)
-            else:
-
-                def one(step, current):
-                    following = load(step + 1, tile, part)
-                    multiply(step, current, part)
-                    return following
-
-                lax.fori_loop(0, c.batch * mine, one, ahead[0] if early else load(0, tile, part))
+            self.stream(
+                items,
+                depth,
+                lambda i: load(i, tile, part),
+                multiply,
+                ahead or [load(i, tile, part) for i in range(depth)],
+            )
             self.sync_block()
 
             def store(b):
                 total = None
                 for k in range(per_part):
-                    ref = self.r["sums"].at[b, k, pl.ds(0, 4)]
-                    value = plgpu.load(ref, layout=prim.TILE_ROWS, optimized=False)
+                    refs = [self.r["sums"].at[b, k, pl.ds(s * 4, 4)] for s in range(superblocks)]
+                    value = sum(plgpu.load(ref, layout=prim.TILE_ROWS, optimized=False) for ref in refs)
+                    value = value * self.r["routing"][b, part * per_part + k]
                     total = value if total is None else total + value
                 out = self.state.reshape(1 + c.down_parts, c.batch, c.row_stride(c.hidden) // 32, 4, 8)
                 out[1 + part, b, tile] = total
@@ -1086,6 +1116,13 @@ class Step:
 
     def run(self) -> None:
         c = self.c
+
+        @pl.when(self.wg == 0)
+        def _():
+            layout = prim.lanes(scalar_count(c))
+            self.r["scalars"][...] = plgpu.load(self.r["scalars_in"], layout=layout, optimized=False)
+
+        self.sync_block()
         split = jnp.int32(0)
         for b in range(c.batch):
             split = jnp.where(self.splits_of(b)[2] > 1, 1, split)
