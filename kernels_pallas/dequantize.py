@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from convert.ggml_types import GGMLType
-from convert.packed import LANES16, ROWS, PackedTensor
-from kernels_pallas import lanes
+from convert.packed import GPU_TILES, LANES16, ROWS, PackedTensor
+from kernels_pallas import lanes, tiles
 
 _F32 = jnp.float32
 
@@ -26,6 +26,8 @@ def dequantize(w: PackedTensor, dtype: DTypeLike = jnp.float32) -> jax.Array:
     """
     if w.layout == LANES16:
         return lanes.dequantize_columns(w, dtype).mT
+    if w.layout == GPU_TILES:
+        return tiles.dequantize_tiles(w).astype(dtype)
     if w.layout != ROWS:
         raise NotImplementedError(f"dequantize of layout={w.layout!r}")
     return _BY_TYPE[w.type](w).astype(dtype)

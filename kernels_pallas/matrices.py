@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 import jax
 import jax.numpy as jnp
 
-from convert.gpu_tiles import GPU_TILES, TILE_ROWS
-from convert.packed import LANES, LANES16, PackedTensor
+from convert.gpu_tiles import TILE_ROWS
+from convert.packed import GPU_TILES, LANES, LANES16, PackedTensor
 from kernels_pallas.packed_pytree import to_device
 
 _ROWS_A_UNIT = {LANES16: LANES, GPU_TILES: TILE_ROWS}

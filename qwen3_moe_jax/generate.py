@@ -72,9 +72,7 @@ def chunk_lengths(num_tokens: int, sizes: Sequence[int] = PREFILL_CHUNKS) -> lis
     """Chunks that cover a prompt: the longest while they fit, then the shortest that holds the rest."""
     lengths, largest = [], max(sizes)
     while num_tokens > 0:
-        lengths.append(
-            largest if num_tokens >= largest else min(c for c in sizes if c >= num_tokens)
-        )
+        lengths.append(largest if num_tokens >= largest else min(c for c in sizes if c >= num_tokens))
         num_tokens -= lengths[-1]
     return lengths
 

@@ -12,14 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax.core import FrozenDict
 
-from convert.layouts import supports, to_layout
 from convert.model_source import ModelSource
-from convert.packed import LANES, LANES16, ROWS, PackedTensor
+from convert.packed import LANES
 from convert.progress import ProgressCallback
-from convert.unpack import aligned_empty, dequantize
 from kernels_pallas import Matrices
 from kernels_pallas import dequantize as dequantize_on_device
-from kernels_pallas.matrices import rows_a_unit
 from qwen3_moe_jax.errors import ContextOverflowError, NumericalError
 from qwen3_moe_jax.generate import (
     PREFILL_CHUNKS,
@@ -36,14 +33,12 @@ from qwen3_moe_jax.model import (
     Intervention,
     Qwen3Moe,
 )
+from qwen3_moe_jax.params import GPU_ROLES, load_params
 from qwen3_moe_jax.runner import Forward
 from qwen3_moe_jax.sampling import Sampling
-from qwen3_moe_jax.stacks import Place, Roles, stack_layers
+from qwen3_moe_jax.stacks import stack_layers
 from qwen3_moe_jax.stages import LAYER_STAGES, StageKey
 from qwen3_moe_jax.token_choice import SamplingArrays
-
-LAYOUTS = {"cpu": LANES16}
-"""Layout of packed tensors by platform; others keep the file's order."""
 
 LAYER_STAGE_NAMES = frozenset(stage.name for stage in LAYER_STAGES)
 
@@ -72,91 +67,6 @@ def _available_memory(device: jax.Device) -> tuple[int | None, str]:
     return limit and limit - stats.get("bytes_in_use", 0), device.device_kind
 
 
-def load_params(
-    source: ModelSource,
-    roles: Roles,
-    device: jax.Device | None = None,
-    progress: ProgressCallback | None = None,
-) -> Params:
-    """Every tensor of ``source`` on ``device``, as the model's parameter tree (``model.zero_params``).
-
-    Norm weights become float32 vectors, everything else stays packed. On the
-    CPU the arrays are used where they were read, without a copy.
-    """
-    device = device or jax.devices()[0]
-    places, shapes = stack_layers(source.config, source.types, roles)
-    stacks: dict[str, _Stack] = {}
-    params: Params = {}
-    for path, tensor in source.tensors(progress):
-        value = _arranged(tensor, device)
-        place = places.get(path)
-        if place is None:
-            params[path] = jax.device_put(value, device, may_alias=True)
-        elif place.stack in stacks:
-            stacks[place.stack].put(place, value)
-        else:
-            stacks[place.stack] = _Stack(shapes[place.stack].rows, value, device)
-            stacks[place.stack].put(place, value)
-    params["stacks"] = {name: stack.finish() for name, stack in stacks.items()}
-    return params
-
-
-def _arranged(tensor: PackedTensor, device: jax.Device) -> PackedTensor | np.ndarray:
-    """A tensor as the model takes it on ``device``: vectors in float32, matrices in the device's layout."""
-    if tensor.ndim == 1:
-        return dequantize(tensor)
-    layout = LAYOUTS.get(device.platform, ROWS)
-    return to_layout(tensor, layout) if supports(layout, tensor.type, tensor.shape) else tensor
-
-
-class _Stack:
-    """Rows of one role and type of all layers, filled tensor by tensor: the model is never there twice."""
-
-    def __init__(self, rows: int, like: PackedTensor | np.ndarray, device: jax.Device):
-        """Makes room for ``rows`` rows, in arrays like those of ``like``."""
-        self._device = device
-        self._on_host = device.platform == "cpu"
-        self._rows = rows
-
-        def room(a: np.ndarray) -> np.ndarray | jax.Array:
-            shape = (rows // self._rows_a_unit(like), *a.shape[1:])
-            return (
-                aligned_empty(shape, a.dtype) if self._on_host else jnp.zeros(shape, a.dtype, device=device)
-            )
-
-        self._stack = jax.tree.map(room, _flat(like))
-
-    @staticmethod
-    def _rows_a_unit(value: PackedTensor | np.ndarray) -> int:
-        return rows_a_unit(value.layout) if isinstance(value, PackedTensor) else 1
-
-    def put(self, place: Place, value: PackedTensor | np.ndarray) -> None:
-        """Fills the rows of one tensor."""
-        first = place.first // self._rows_a_unit(value)
-        if self._on_host:
-            jax.tree.map(
-                lambda s, v: s.__setitem__(slice(first, first + len(v)), v), self._stack, _flat(value)
-            )
-        else:
-            self._stack = _put_rows(self._stack, _flat(value), first)
-
-    def finish(self) -> PackedTensor | jax.Array:
-        """The filled stack, on the device."""
-        return jax.device_put(self._stack, self._device, may_alias=True)
-
-
-def _flat(value: PackedTensor | np.ndarray) -> PackedTensor | np.ndarray:
-    """Matrices of experts as rows one after the other; a vector as one row."""
-    if isinstance(value, np.ndarray):
-        return value[None]
-    return value if value.ndim == 2 else jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), value)
-
-
-@partial(jax.jit, donate_argnums=0)
-def _put_rows(stack: Any, value: Any, first: jax.Array) -> Any:
-    return jax.tree.map(lambda s, v: jax.lax.dynamic_update_slice_in_dim(s, v, first, 0), stack, value)
-
-
 class JaxRunner:
     """The model on JAX's default device; see ``runner.Runner`` for the protocol.
 
@@ -182,15 +92,19 @@ class JaxRunner:
         self.config = source.config
         self.max_context = max_context or source.config.max_position_embeddings
         self.compute_dtype = jnp.dtype(compute_dtype)
-        self.model = Qwen3Moe(source.config, self.compute_dtype, types=FrozenDict(source.types))
+        self.device = jax.devices()[0]
+        roles = {} if self.device.platform == "cpu" else GPU_ROLES
+        self.model = Qwen3Moe(
+            source.config, self.compute_dtype, types=FrozenDict(source.types), roles=FrozenDict(roles)
+        )
         itemsize = jnp.dtype(CACHE_DTYPE).itemsize
         self.plan = MemoryPlan.of(source, self.max_context + PREFILL_CHUNKS[-1], itemsize)
-        self.plan.check(*_available_memory(jax.devices()[0]))
-        self.params = load_params(source, self.model.roles, progress=progress)
+        self.plan.check(*_available_memory(self.device))
+        self.params = load_params(source, roles, self.device, progress)
         self._spare_cache: KVCache | None = None
 
     def describe(self) -> dict[str, object]:
-        device = jax.devices()[0]
+        device = self.device
         types = sorted({t.name for t in self.model.types.values()})
         return {
             "backend": self.name,
@@ -221,7 +135,7 @@ class JaxRunner:
 
     def memory(self) -> dict[str, int] | None:
         """Bytes of device memory at the peak and as planned; None where JAX cannot say."""
-        stats = jax.devices()[0].memory_stats()
+        stats = self.device.memory_stats()
         return stats and {"peak": stats["peak_bytes_in_use"], "planned": self.plan.total}
 
     def forward(
