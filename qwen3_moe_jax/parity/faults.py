@@ -351,7 +351,7 @@ def _patch_jax(fault: Fault, runner: Runner) -> Runner:
         return probs, ids, jnp.take_along_axis(probs, ids, axis=-1)
 
     def attention(q, k_cache, v_cache, positions, **options):
-        order = _modulo_order(q.shape[2], k_cache.shape[2])
+        order = _modulo_order(heads, runner.config.num_key_value_heads)
         out = ops.attention(q[:, :, order], k_cache, v_cache, positions, **options)
         return out[:, :, np.argsort(order)]
 

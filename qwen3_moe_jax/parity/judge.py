@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from convert.config import Qwen3MoeConfig
 from convert.model_source import ModelSource
 from convert.packed import PackedTensor
 from convert.unpack import dequantize
@@ -281,17 +282,43 @@ class StageJudge:
             sigma[ids == expert] = self.product_sigma(rows * rows, dense * dense)
         return Expectation(value, sigma, channels)
 
-    def rope(self, name: str, layer: int) -> Expectation:
-        """RoPE of the captured normed queries or keys."""
-        x, positions = self.value(name, layer), self.tokens
-        cos, sin = rope_tables(self.config, int(positions.max()) + 1)
-        value = apply_rope(x, cos[positions].astype(np.float64), sin[positions].astype(np.float64))
+    def rope(
+        self,
+        name: str,
+        layer: int,
+        positions: np.ndarray | None = None,
+        *,
+        config: Qwen3MoeConfig | None = None,
+        channels: np.ndarray | None = None,
+    ) -> Expectation:
+        """RoPE of the captured normed queries or keys.
+
+        Args:
+          name: the stage before it.
+          layer: which.
+          positions: of the judged tokens, if other than they are; negative ones turn backwards.
+          config: another config to take angles from.
+          channels: an order of the head's channels in which pairs are (j, j + H/2).
+        """
+        x = self.value(name, layer)
+        positions = self.tokens if positions is None else positions
+        channels = np.arange(x.shape[-1]) if channels is None else channels
+        cos, sin = rope_tables(config or self.config, int(np.abs(positions).max()) + 1)
+        cos = cos[np.abs(positions)].astype(np.float64)
+        sin = sin[np.abs(positions)].astype(np.float64) * np.sign(positions)[:, None]
+        value, ordered = np.empty_like(x), x[..., channels]
+        value[..., channels] = apply_rope(ordered, cos, sin)
         half = x.shape[-1] // 2
-        pair = np.hypot(x[..., :half], x[..., half:])
-        return Expectation(value, 8 * FLOAT32 * np.concatenate([pair, pair], axis=-1))
+        pair, sigma = np.hypot(ordered[..., :half], ordered[..., half:]), np.empty_like(x)
+        sigma[..., channels] = 8 * FLOAT32 * np.concatenate([pair, pair], axis=-1)
+        return Expectation(value, sigma)
 
     def attention(
-        self, layer: int, kv_head: Callable[[int], int] | None = None, shift: int = 0
+        self,
+        layer: int,
+        kv_head: Callable[[int], int] | None = None,
+        shift: int = 0,
+        scale: float | None = None,
     ) -> Expectation:
         """Causal attention over the captured queries, keys and values.
 
@@ -299,19 +326,21 @@ class StageJudge:
           layer: which.
           kv_head: KV head of a query head, if another than ``n // (N / K)``.
           shift: positions after its own that a query sees.
+          scale: of the scores, if another than ``1 / sqrt(H)``.
         """
         q = self.value("Qcur_rope", layer)
         k, v = (self.forward.stages[name, layer].astype(np.float64) for name in ("Kcur_rope", "Vcur"))
         groups, size = q.shape[1] // k.shape[1], q.shape[-1]
         kv_head = kv_head or (lambda head: head // groups)
+        scale = size**-0.5 if scale is None else scale
         future = np.arange(len(k))[None, :] > self.tokens[:, None] + shift
         value, sigma = np.empty_like(q), np.empty_like(q)
         for head in range(q.shape[1]):
             keys, values = k[:, kv_head(head)], v[:, kv_head(head)]
-            scores = np.where(future, -np.inf, q[:, head] @ keys.T * size**-0.5)
+            scores = np.where(future, -np.inf, q[:, head] @ keys.T * scale)
             probs = softmax(scores)
             value[:, head] = probs @ values
-            root = np.where(future, 0, np.sqrt((q[:, head] ** 2) @ (keys**2).T) * size**-0.5)
+            root = np.where(future, 0, np.sqrt((q[:, head] ** 2) @ (keys**2).T) * scale)
             largest = np.abs(np.where(future, 0, scores)).max(axis=-1)
             error = self.cache_rounding * size**0.5 * root.max(axis=-1) + FLOAT32 * (
                 largest + 4 + len(k) ** 0.5
