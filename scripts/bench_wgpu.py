@@ -21,6 +21,7 @@ import sys
 import time
 from collections import defaultdict
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ COPIES = 20
 PARITY_TOKENS = 3
 PARITY_COSINE = 0.99999
 PROMPT_SEED = 7
+SWEEP_TOKENS = 48
 
 
 def main() -> int:
@@ -64,7 +66,7 @@ def main() -> int:
         if args.kernels:
             result["kernels_ms"] = kernel_times(runner, args.prompt_tokens)
         if args.sweep:
-            result["sweep"] = sweep(runner, prompt, args.new_tokens)
+            result["sweep"] = sweep(runner, prompt)
         if args.parity:
             result |= parity(runner, source, prompt[:PARITY_TOKENS])
     print(json.dumps(result))
@@ -167,21 +169,20 @@ def kernel_times(runner: WgpuRunner, position: int, repeats: int = 5) -> dict[st
     return found
 
 
-def sweep(runner: WgpuRunner, prompt: np.ndarray, new_tokens: int) -> list[dict[str, Any]]:
+def sweep(runner: WgpuRunner, prompt: np.ndarray) -> list[dict[str, Any]]:
     """Decode speed with other settings of the matrix kernels, best first."""
-    own, had_subgroups = runner._device.tuning, runner._device.subgroups
+    own, subgroups = runner._device.tuning, runner._device.subgroups
+    hardware = own.lanes > 1
+    settings = product((64, 128) if hardware else (8, 16, 32), (32, 16, 8) if hardware else (1,), (1, 2, 4))
     found = []
-    for subgroups in sorted({had_subgroups, False}):
-        for workgroup in sorted({own.workgroup, 32, 64, 128} if own.lanes > 1 else {8, 16, 32}):
-            for lanes in sorted({own.lanes, 16, 8} if own.lanes > 1 else {1}):
-                for rows in (1, 2, 4):
-                    settings = {"workgroup": workgroup, "lanes": lanes, "decode_rows": rows}
-                    runner.retune(replace(own, **settings), subgroups=subgroups)
-                    run_once(runner, prompt[:16], 8)
-                    rate = max(run_once(runner, prompt[:16], new_tokens)[1] for _ in range(2))
-                    found.append({**settings, "subgroups": subgroups, "decode_tokens_per_s": rate})
-                    print(f"{rate:9.1f} tokens/s  {settings} subgroups={subgroups}", flush=True)
-    runner.retune(own, subgroups=had_subgroups)
+    for workgroup, lanes, rows in settings:
+        changed = {"workgroup": workgroup, "lanes": lanes, "decode_rows": rows}
+        runner.retune(replace(own, **changed), subgroups=subgroups)
+        run_once(runner, prompt[:16], 2)
+        rate = max(run_once(runner, prompt[:16], SWEEP_TOKENS)[1] for _ in range(2))
+        found.append({**changed, "decode_tokens_per_s": rate})
+        print(f"{rate:9.1f} tokens/s  {changed}", flush=True)
+    runner.retune(own, subgroups=subgroups)
     return sorted(found, key=lambda row: -row["decode_tokens_per_s"])
 
 
