@@ -44,6 +44,11 @@ def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
+def divisor(n: int, most: int) -> int:
+    """The largest divisor of n that is at most ``most``."""
+    return next(d for d in range(min(n, most), 0, -1) if n % d == 0)
+
+
 @dataclass(frozen=True)
 class StepConfig:
     """Everything that is fixed when the kernel is compiled.
@@ -257,18 +262,31 @@ class Step:
     def position(self, b):
         return self.r["scalars"][self.c.layers * len(self.col) + b]
 
-    def stream(self, items: int, depth: int, load, multiply, loaded: list) -> None:
-        """``multiply(i, tile)`` for every item, with ``depth`` tiles loaded ahead: ``loaded`` are the first.
+    def stream(self, items: int, load, multiply, tiles: tuple) -> tuple:
+        """``multiply(i, tile)`` for items 0..items - 1; ``tiles`` are the first, ``load(i)`` makes later ones.
 
         A loop and not straight code: a layer's instructions have to fit the instruction cache.
+        Each of the loop's registers is refilled where it was used: moving a register whose load
+        is in flight would wait for the load. Returns the tiles that were loaded ahead.
         """
+        depth = len(tiles)
+        if items == depth:
 
-        def one(i, tiles):
-            multiply(i, tiles[0])
-            last = tiles[0] if items <= depth else load(jnp.minimum(i + depth, items - 1))
-            return (*tiles[1:], last)
+            def rotate(i, tiles):
+                multiply(i, tiles[0])
+                return (*tiles[1:], tiles[0])
 
-        lax.fori_loop(0, items, one, tuple(loaded))
+            return lax.fori_loop(0, items, rotate, tiles)
+
+        def several(group, tiles):
+            tiles = list(tiles)
+            for j in range(depth):
+                i = group * depth + j
+                multiply(i, tiles[j])
+                tiles[j] = load(i + depth)
+            return tuple(tiles)
+
+        return lax.fori_loop(0, items // depth, several, tiles)
 
     def signal(self, *, by_first: bool = False) -> None:
         """Ends a phase: the block's results are written. ``by_first``: the first warpgroup alone wrote them."""
@@ -446,8 +464,8 @@ class Step:
             tile = offsets[0] + i // steps * c.blocks + self.block
             return first.load(w[0], (tile, self.mine(i % steps)))
 
-        items, depth = always * steps, min(always * steps, 5)
-        ahead = [load(i) for i in range(depth)]
+        items = always * steps
+        ahead = tuple(load(i) for i in range(divisor(items, 5))) if items else ()
         mixed = list(range(always, slots)) if static else []
         mixed_ahead = [self.load_mixed(w, slot, counts, offsets) for slot in mixed] if len(mixed) <= 2 else None
         norms = self.norm_weights(self.r["input_norm"].at[layer])
@@ -458,8 +476,7 @@ class Step:
         if items:
             self.stream(
                 items,
-                depth,
-                load,
+                lambda i: load(jnp.minimum(i, items - 1)),
                 lambda i, tile: self.multiply_into_sums(first, tile, i // steps, i % steps, x),
                 ahead,
             )
@@ -537,8 +554,7 @@ class Step:
             tile = jnp.minimum(slot * c.blocks + self.block, tiles - 1)
             return fmt.load(stack, (offset + tile, self.mine(i % steps)))
 
-        depth = min(group, items)
-        ahead = tuple(load(i) for i in range(depth))
+        ahead = tuple(load(i) for i in range(divisor(items, group)))
         self.wait(count)
         prepare()
         self.sync_warpgroup()
@@ -551,23 +567,20 @@ class Step:
             self.sync_block()
             self.for_my_batch(lambda b: store(b, i))
 
-        if chunks == 1:
-            self.stream(items, depth, load, multiply, ahead)
-            finish(0)
-            return
-
-        def chunk(i, carry):
-            def one(j, current):
-                following = load(jnp.minimum(i * items + j + depth, chunks * items - 1))
-                multiply(j, current[0])
-                return (*current[1:], following)
-
-            carry = lax.fori_loop(0, items, one, carry)
-            finish(i)
+        def chunk(i, ahead):
+            first = i * items
+            last = chunks * items - 1
+            ahead = self.stream(items, lambda j: load(jnp.minimum(first + j, last)), multiply, ahead)
             self.sync_block()
-            return carry
+            self.for_my_batch(lambda b: store(b, i))
+            if chunks > 1:
+                self.sync_block()
+            return ahead
 
-        lax.fori_loop(0, chunks, chunk, ahead)
+        if chunks == 1:
+            chunk(0, ahead)
+        else:
+            lax.fori_loop(0, chunks, chunk, ahead)
 
     # Attention
 
@@ -702,7 +715,7 @@ class Step:
             k_s[...] = k
             v_s[...] = v
             plgpu.commit_smem()
-            following = load_tile(i + 1)
+            following = load_tile(jnp.minimum(i + 1, stop - 1))  # at the end one that is in cache
 
             def scores(acc):
                 plgpu.wgmma(acc, load(q_s, wgmma), k_s.T)
@@ -973,16 +986,16 @@ class Step:
                 for which in range(2):
                     self.store_sums(which, place, step, fmt.multiply(tiles[step][which], here, **self.prim))
 
-        depth = min(3 if steps == 1 else 1, used)
+        depth = divisor(used, 3) if steps == 1 else 1
 
         def chunk(i, carry):
-            def one(place, current):
-                slot = i * used + place
-                following = load(slot + depth)
-                multiply(slot, place, current[0])
-                return (*current[1:], following)
-
-            carry = lax.fori_loop(0, used, one, carry)
+            first = i * used
+            carry = self.stream(
+                used,
+                lambda place: load(first + place),
+                lambda place, tiles: multiply(first + place, place, tiles),
+                carry,
+            )
             self.sync_block()
 
             @pl.when(self.wg == 0)
@@ -1028,10 +1041,11 @@ class Step:
 
         rounds = ceil_div(tiles * c.down_parts, c.blocks)
         items = c.batch * mine * superblocks
-        depth = min(6, items)
+        depth = items if items <= 6 else divisor(items, 4)
 
         def load(i, tile, part):
             """Item i counts superblocks first, then this warpgroup's experts, then sequences."""
+            i = jnp.minimum(i, items - 1)
             step = i // superblocks
             k = part * per_part + self.wg * mine + step % mine
             first = offset + self.r["ids"][step // mine, k] * (c.hidden // 8) + tile * 4
@@ -1067,13 +1081,8 @@ class Step:
 
             self.for_batch(prepare)
             self.sync_block()
-            self.stream(
-                items,
-                depth,
-                lambda i: load(i, tile, part),
-                multiply,
-                ahead or [load(i, tile, part) for i in range(depth)],
-            )
+            first = ahead or [load(i, tile, part) for i in range(depth)]
+            self.stream(items, lambda i: load(i, tile, part), multiply, tuple(first))
             self.sync_block()
 
             def store(b):
