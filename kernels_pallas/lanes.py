@@ -92,10 +92,14 @@ def _byte(words: jax.Array, index: int) -> jax.Array:
     return ((words >> jnp.uint32(8 * index)) & jnp.uint32(255)).astype(jnp.int32).astype(_F32)
 
 
-def _signed_byte(words: jax.Array, shift_to_top: jax.Array | np.ndarray) -> jax.Array:
-    """The byte that ``shift_to_top`` brings to the top of the word, as a signed float32."""
-    top = (words << shift_to_top).astype(jnp.int32)
-    return (top >> 24).astype(_F32)
+def _top_byte(words: jax.Array, to_top: jax.Array | np.ndarray) -> jax.Array:
+    """The byte that multiplication by the power of two ``to_top`` brings to the top of a word, as float32."""
+    return ((words * to_top) >> 24).astype(jnp.int32).astype(_F32)
+
+
+def _top_signed_byte(words: jax.Array, to_top: jax.Array | np.ndarray) -> jax.Array:
+    """As :func:`_top_byte`, for a signed byte."""
+    return ((words * to_top).astype(jnp.int32) >> 24).astype(_F32)
 
 
 def _repeat(array: jax.Array, repeats: int) -> jax.Array:
@@ -105,16 +109,20 @@ def _repeat(array: jax.Array, repeats: int) -> jax.Array:
     return wide.reshape(*leading, n * repeats, lanes)
 
 
-def _tiled(values: list[int], groups: int) -> jax.Array:
-    """uint32 [groups, 1] that repeats ``values``: what differs from group to group."""
-    return jnp.tile(jnp.array(values, jnp.uint32), groups // len(values))[:, None]
+def _shifts(values: list[int], groups: int) -> jax.Array:
+    """uint32 [groups, 1] of powers of two that repeat: left shifts that differ from group to group.
+
+    XLA guards a shift by a loaded amount against amounts above 31, which keeps
+    LLVM from making vectors of it; a multiplication needs no guard.
+    """
+    return jnp.tile(jnp.array([1 << v for v in values], jnp.uint32), groups // len(values))[:, None]
 
 
 def _pair_of_scales(array: jax.Array, take: Take) -> tuple[jax.Array, jax.Array]:
     """Words of four 6-bit scales [..., K/128, 16] -> scales of low and high halves, [..., K/64, 16] each."""
     word = take(_repeat(array, 2))
-    word = word >> _tiled([0, 16], word.shape[-2])
-    return _byte(word, 0), _byte(word, 1)
+    groups = word.shape[-2]
+    return _top_byte(word, _shifts([24, 8], groups)), _top_byte(word, _shifts([16, 0], groups))
 
 
 def _x_term(x: jax.Array, *index: int) -> jax.Array:
@@ -140,12 +148,12 @@ def _q5_k(x: jax.Array, w: PackedTensor, take: Take) -> jax.Array:
     q = _words(w.arrays["q"], 8)
     qh = _words(w.arrays["qh"], 8)  # one group of bits for four groups of nibbles
     # bits 2c and 2c + 1 of a byte belong to the c-th 64 weights of the superblock
-    shifts = _tiled([0, 2, 4, 6], q.shape[-3])
+    to_top = _shifts([6, 4, 2, 0], q.shape[-3])
 
     def halves(a: int) -> tuple[jax.Array, jax.Array]:
-        word, bits = take(q[..., a, :]), take(_repeat(qh[..., a, :], 4)) >> shifts
-        low = (word & _LOW_NIBBLES) | ((bits & np.uint32(0x01010101)) << 4)
-        high = ((word >> 4) & _LOW_NIBBLES) | ((bits & np.uint32(0x02020202)) << 3)
+        word, bits = take(q[..., a, :]), take(_repeat(qh[..., a, :], 4)) * to_top
+        low = (word & _LOW_NIBBLES) | ((bits & np.uint32(0x40404040)) >> 2)
+        high = ((word >> 4) & _LOW_NIBBLES) | ((bits & np.uint32(0x80808080)) >> 3)
         return low, high
 
     return _scaled_pairs(x, w, take, halves)
@@ -196,8 +204,8 @@ def _q6_k(x: jax.Array, w: PackedTensor, take: Take) -> jax.Array:
     for s in range(4):
         # scale 2s + half of the 128 weights' eight
         word = take(_repeat(scales[..., s // 2, :], 2))
-        shifts = _tiled([24 - 8 * (2 * s % 4 + half) for half in range(2)], word.shape[-2])
-        term = _signed_byte(word, shifts) * _add(sums[s])
+        to_top = _shifts([24 - 8 * (2 * s % 4 + half) for half in range(2)], word.shape[-2])
+        term = _top_signed_byte(word, to_top) * _add(sums[s])
         total = term if total is None else total + term
     return take(_repeat(w.arrays["d"], 4)).astype(_F32) * total
 
@@ -213,7 +221,9 @@ def _q8_0(x: jax.Array, w: PackedTensor, take: Take) -> jax.Array:
     terms = []
     for a in range(8):
         word = take(q[..., a, :])
-        terms.extend(_signed_byte(word, np.uint32(24 - 8 * b)) * _x_term(x, 4 * a + b) for b in range(4))
+        terms.extend(
+            _top_signed_byte(word, np.uint32(1 << (24 - 8 * b))) * _x_term(x, 4 * a + b) for b in range(4)
+        )
     return take(w.arrays["d"]).astype(_F32) * _add(terms)
 
 
@@ -229,19 +239,20 @@ def dequantize_columns(w: PackedTensor, dtype: DTypeLike) -> jax.Array:
     Each weight is computed in float32 and rounded to ``dtype``; float32 is bit for bit
     ``dequantize.dequantize``.
     """
-    weights = _WEIGHTS[w.type](w).astype(dtype)  # [..., tiles, K, 16]
-    weights = weights.swapaxes(-3, -2)
-    return weights.reshape(*weights.shape[:-2], -1)
+    # The barrier keeps the last two axes apart while the loops are made: they divide nothing then.
+    weights = lax.optimization_barrier(_WEIGHTS[w.type](w).astype(dtype))  # [..., columns, tiles, 16]
+    return weights.reshape(*w.shape[:-2], w.shape[-1], w.shape[-2])
 
 
-def _spread(words: jax.Array, shifts: np.ndarray, mask: int) -> jax.Array:
-    """uint32 [..., 16] shifted by each of ``shifts [..., 1]`` of the same rank, then masked."""
-    return (words >> shifts.astype(np.uint32)) & jnp.uint32(mask)
+def _fields(words: jax.Array, starts: np.ndarray, bits: int) -> jax.Array:
+    """Fields of ``bits`` bits at bit ``starts``, by multiplication for the reason that ``_shifts`` gives."""
+    to_top = np.uint32(1) << (32 - bits - starts).astype(np.uint32)
+    return (words * to_top) >> (32 - bits)
 
 
 def _bytes(words: jax.Array) -> jax.Array:
     """uint32 [..., n, 16] -> uint32 [..., n * 4, 16] of single bytes, in order."""
-    spread = _spread(words[..., None, :], 8 * np.arange(4)[:, None], 255)
+    spread = _fields(words[..., None, :], 8 * np.arange(4)[:, None], 8)
     return spread.reshape(*words.shape[:-2], -1, LANES)
 
 
@@ -249,50 +260,62 @@ def _float(integers: jax.Array) -> jax.Array:
     return integers.astype(jnp.int32).astype(_F32)
 
 
+def _signed(unsigned_bytes: jax.Array) -> jax.Array:
+    return ((unsigned_bytes << 24).astype(jnp.int32) >> 24).astype(_F32)
+
+
+def _columns_first(weights: jax.Array, matrix_axes: int) -> jax.Array:
+    """[..., tiles, *columns, 16] -> [..., *columns, tiles, 16], columns in ``matrix_axes - 2`` axes."""
+    return jnp.moveaxis(weights, -matrix_axes, -2)
+
+
+def _scales(w: PackedTensor, sub: jax.Array, whole: str) -> jax.Array:
+    """float32 [..., tiles, scales, 16] of sub-scales times the superblock's, computed once."""
+    repeats = sub.shape[-2] // w.arrays[whole].shape[-2]
+    return lax.optimization_barrier(sub * _repeat(w.arrays[whole].astype(_F32), repeats))
+
+
 def _scaled(w: PackedTensor, quants: jax.Array) -> jax.Array:
-    """Q4_K and Q5_K: float32 quants [..., tiles, K, 16] to weights."""
+    """Q4_K and Q5_K: quants [..., tiles, groups, 2, 8, 4, 16] to weights."""
 
     def scale(sub: str, whole: str) -> jax.Array:
-        product = _float(_bytes(w.arrays[sub])) * _repeat(w.arrays[whole].astype(_F32), 8)
-        return _repeat(lax.optimization_barrier(product), 32)
+        return _words(_scales(w, _float(_bytes(w.arrays[sub])), whole), 2, 1, 1)
 
-    return quants * scale("scales", "d") - scale("mins", "dmin")
+    return _columns_first(_float(quants) * scale("scales", "d") - scale("mins", "dmin"), 6)
 
 
 def _nibbles(words: jax.Array, group: int) -> jax.Array:
     """Words in groups of ``group`` -> nibbles [..., groups, 2, group, 4, 16], low halves first."""
-    shifts = 4 * np.arange(2)[:, None, None, None] + 8 * np.arange(4)[:, None]
-    return _spread(_words(words, 1, group, 1), shifts, 15)
+    starts = 4 * np.arange(2)[:, None, None, None] + 8 * np.arange(4)[:, None]
+    return _fields(_words(words, 1, group, 1), starts, 4)
 
 
 def _weights_q4_k(w: PackedTensor) -> jax.Array:
-    quants = _nibbles(w.arrays["q"], 8)
-    return _scaled(w, _float(quants).reshape(*quants.shape[:-5], -1, LANES))
+    return _scaled(w, _nibbles(w.arrays["q"], 8))
 
 
 def _weights_q5_k(w: PackedTensor) -> jax.Array:
     low = _nibbles(w.arrays["q"], 8)
     # [..., superblocks, 4 chunks, 2 halves, 8 words, 4 bytes, 16]
-    shifts = 2 * np.arange(4)[:, None, None, None, None] + np.arange(2)[:, None, None, None]
-    bits = _spread(_words(w.arrays["qh"], 1, 1, 8, 1), shifts + 8 * np.arange(4)[:, None], 1)
-    quants = low | (bits.reshape(low.shape) << 4)
-    return _scaled(w, _float(quants).reshape(*quants.shape[:-5], -1, LANES))
+    starts = 2 * np.arange(4)[:, None, None, None, None] + np.arange(2)[:, None, None, None]
+    bits = _fields(_words(w.arrays["qh"], 1, 1, 8, 1), starts + 8 * np.arange(4)[:, None], 1)
+    return _scaled(w, low | (bits.reshape(low.shape) << 4))
 
 
 def _weights_q6_k(w: PackedTensor) -> jax.Array:
-    # [..., halves of superblocks, 2 (nibble), 16 words, 4 bytes, 16] is the order of the weights
-    low = _nibbles(w.arrays["ql"], 16)
-    shifts = 2 * np.arange(4)[:, None, None, None] + 8 * np.arange(4)[:, None]
-    bits = _spread(_words(w.arrays["qh"], 1, 8, 1), shifts, 3)
-    quants = _float(low | (bits.reshape(low.shape) << 4)) - 32
-    sub = lax.bitcast_convert_type(_bytes(w.arrays["scales"]).astype(jnp.uint8), jnp.int8).astype(_F32)
-    scales = lax.optimization_barrier(sub * _repeat(w.arrays["d"].astype(_F32), 16))
-    return quants.reshape(*quants.shape[:-5], -1, LANES) * _repeat(scales, 16)
+    # Axes of 128 weights: 2 (nibble), 2 (half of the low words), 2 (scale), 4 words, 4 bytes.
+    starts = 4 * np.arange(2)[:, None, None, None, None, None] + 8 * np.arange(4)[:, None]
+    low = _fields(_words(w.arrays["ql"], 1, 2, 2, 4, 1), starts, 4)
+    starts = np.array([[0, 2], [4, 6]])[:, :, None, None, None, None] + 8 * np.arange(4)[:, None]
+    bits = _fields(_words(w.arrays["qh"], 1, 1, 2, 4, 1), starts, 2)
+    scales = _words(_scales(w, _signed(_bytes(w.arrays["scales"])), "d"), 2, 2, 2, 1, 1)
+    return _columns_first((_float(low | (bits << 4)) - 32) * scales, 8)
 
 
 def _weights_q8_0(w: PackedTensor) -> jax.Array:
-    quants = _bytes(w.arrays["q"]).astype(jnp.uint8)
-    return lax.bitcast_convert_type(quants, jnp.int8).astype(_F32) * _repeat(w.arrays["d"].astype(_F32), 32)
+    to_top = (np.uint32(1) << (24 - 8 * np.arange(4)).astype(np.uint32))[:, None]
+    quants = _top_signed_byte(_words(w.arrays["q"], 8, 1), to_top)
+    return _columns_first(quants * _words(w.arrays["d"].astype(_F32), 1, 1), 5)
 
 
 _WEIGHTS = {
