@@ -6,7 +6,7 @@ on the device. What the kernel does not support raises ``NotImplementedError`` t
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import jax
@@ -21,6 +21,8 @@ from kernels_pallas.embedding_lookup.api import embedding_lookup
 from kernels_pallas.norm_rope import rope_tables
 
 MAX_BATCH = 16
+KERNEL_BATCH = 8
+"""Sequences of one kernel: what shared memory holds. Larger batches take two, with the same bits."""
 
 
 class KVCache(NamedTuple):
@@ -148,18 +150,33 @@ def decode_step(
     """
     device = device or Device()
     (batch,) = token_ids.shape
-    c = step_config(weights, config, batch, cache, device, replay=expert_ids is not None)
+    replay = expert_ids is not None
+    whole = step_config(weights, config, batch, cache, device, replay=replay)
     x = embedding_lookup(weights.embed_tokens, token_ids)
+    cos, sin = rope_tables(positions, whole.head_dim, config.rope_theta, config.rope_scaling)
+    refs = {"k_cache": jax.new_ref(cache.k), "v_cache": jax.new_ref(cache.v)}
+    outputs = []
+    for first in range(0, batch, KERNEL_BATCH):
+        here = slice(first, min(first + KERNEL_BATCH, batch))
+        c = replace(whole, batch=here.stop - first, first_sequence=first)
+        forced = expert_ids[:, here] if replay else jnp.zeros((1, 1, 1), jnp.int32)
+        operands = _operands(c, weights, x[here], positions[here], cos[here], sin[here], forced)
+        outputs.append((c, kernel.decode_step(c, operands | refs, interpret=device.interpret)))
+    cache = KVCache(jax.freeze(refs["k_cache"]), jax.freeze(refs["v_cache"]))
+    logits = [out["logits"].reshape(c.batch, -1)[:, : config.vocab_size] for c, out in outputs]
+    chosen = [out["expert_ids"] for _, out in outputs]
+    return StepOutput(jnp.concatenate(logits), cache, jnp.concatenate(chosen, axis=1))
+
+
+def _operands(c: kernel.StepConfig, weights: DecodeWeights, x, positions, cos, sin, expert_ids) -> dict[str, Any]:
+    """The kernel's operands but for the cache."""
     shape = kernel.state_shape(c)
     state = jnp.zeros(shape, jnp.float32)
-    state = lax.dynamic_update_slice(state, x.reshape(1, batch, -1, *shape[3:]), (0,) * len(shape))
-    cos, sin = rope_tables(positions, c.head_dim, config.rope_theta, config.rope_scaling)
-    if expert_ids is None:
-        expert_ids = jnp.zeros((1, 1, 1), jnp.int32)
+    state = lax.dynamic_update_slice(state, x.reshape(1, c.batch, -1, *shape[3:]), (0,) * len(shape))
     scalars = jnp.concatenate([weights.table.reshape(-1), positions.astype(jnp.int32)])
     scalars = jnp.pad(scalars, (0, kernel.scalar_count(c) - scalars.size))
     split = lambda a: a.reshape(*a.shape[:-1], -1, 2, 4, 4)
-    operands = {
+    return {
         "scalars_in": scalars,
         "cos": cos,
         "sin": sin,
@@ -172,13 +189,7 @@ def decode_step(
         "router": split(weights.router),
         "weights": weights.stacks,
         "state": jax.new_ref(state),
-        "k_cache": jax.new_ref(cache.k),
-        "v_cache": jax.new_ref(cache.v),
     }
-    out = kernel.decode_step(c, operands, interpret=device.interpret)
-    cache = KVCache(jax.freeze(operands["k_cache"]), jax.freeze(operands["v_cache"]))
-    logits = out["logits"].reshape(batch, -1)[:, : config.vocab_size]
-    return StepOutput(logits, cache, out["expert_ids"])
 
 
 def greedy(logits: jax.Array, key: jax.Array) -> jax.Array:

@@ -85,6 +85,8 @@ class StepConfig:
     splits: int = 66
     replay: bool = False
     emulate: bool = False
+    first_sequence: int = 0
+    """Where in the cache's batch axis this kernel's sequences begin."""
 
     @property
     def pairs(self) -> int:
@@ -318,6 +320,14 @@ class Step:
 
     # Activations
 
+    def for_groups(self, together: int, body) -> None:
+        """``body(first, size)`` for sequences in groups, whose loads a body can issue at once."""
+        together = min(together, self.c.batch)
+        whole, rest = divmod(self.c.batch, together)
+        prim.fori(whole, lambda i: body(i * together, together))
+        if rest:
+            body(whole * together, rest)
+
     def residual(self, b, chunk, parts: int):
         """float32 [32, 2, 4, 4]: 1,024 values of the residual stream, with ``parts`` parts to be added to it."""
         total = None
@@ -352,10 +362,7 @@ class Step:
                 scale = lax.rsqrt(squares / c.hidden + c.eps)
                 body(b, [v * scale * w for v, w in zip(own, norms, strict=True)])
 
-        together = 4 if chunks <= 2 else 1
-        prim.fori(c.batch // together, lambda i: group(i * together, together))
-        if c.batch % together:
-            group(c.batch - c.batch % together, c.batch % together)
+        self.for_groups(4 if chunks <= 2 else 1, group)
 
     def quantize(self, b, chunk, x) -> None:
         """Quantizes 1,024 values in two int8 parts, one scale for 32, into shared memory."""
@@ -404,10 +411,15 @@ class Step:
 
     def multiply_into_sums(self, fmt, weights, slot, step, x=None) -> None:
         """Multiplies a loaded tile for every sequence and leaves the sums of lanes in shared memory."""
+        self.multiply_all(fmt, [weights], [slot], step, x)
+
+    def multiply_all(self, fmt, tiles, slots, step, x=None) -> None:
+        """As :meth:`multiply_into_sums`, of several tiles that take the same activations."""
 
         def one(b):
             here = x or self.activations(b, step * 8 + self.wg * 4)
-            self.store_sums(b, slot, step, fmt.multiply(weights, here, **self.prim))
+            for tile, slot in zip(tiles, slots, strict=True):
+                self.store_sums(b, slot, step, fmt.multiply(tile, here, **self.prim))
 
         self.for_batch(one)
 
@@ -473,7 +485,9 @@ class Step:
         self.for_normed(norms, c.down_parts, self.quantize_chunks)
         self.sync_warpgroup()
         x = self.own_activations(steps)
-        if items:
+        if c.batch > 1 and steps == 1 and items == len(ahead):
+            self.multiply_all(first, ahead, range(items), 0)
+        elif items:
             self.stream(
                 items,
                 lambda i: load(jnp.minimum(i, items - 1)),
@@ -577,7 +591,12 @@ class Step:
                 self.sync_block()
             return ahead
 
-        if chunks == 1:
+        if chunks == 1 and c.batch > 1 and items == len(ahead):
+            for step in range(steps):
+                self.multiply_all(fmt, ahead[step::steps], range(here), step)
+            self.sync_block()
+            self.for_my_batch(lambda b: store(b, 0))
+        elif chunks == 1:
             chunk(0, ahead)
         else:
             lax.fori_loop(0, chunks, chunk, ahead)
@@ -669,7 +688,7 @@ class Step:
 
         def load_tile(i):
             i = jnp.minimum(i, c.cache_length // KV_TILE - 1)
-            rows = (layer, b, pl.ds(i * KV_TILE, KV_TILE), head)
+            rows = (layer, b + c.first_sequence, pl.ds(i * KV_TILE, KV_TILE), head)
             return load(self.r["k_cache"].at[rows], copy), load(self.r["v_cache"].at[rows], copy)
 
         query = [
@@ -700,7 +719,7 @@ class Step:
         @pl.when(is_last)
         def _():
             for j in range(2):
-                at = (layer, b, position, head, pl.ds(j * half, half))
+                at = (layer, b + c.first_sequence, position, head, pl.ds(j * half, half))
                 self.r["k_cache"][at] = key[j]
                 self.r["v_cache"][at] = value[j]
 
@@ -811,8 +830,6 @@ class Step:
         before = []
 
         def prepare():
-            together = 2
-
             def group(first, size):
                 chunks = [(first + i, 2 * step + self.wg) for i in range(size) for step in range(steps)]
                 refs = [source.at[b, pl.ds(chunk * 32, 32)] for b, chunk in chunks]
@@ -822,9 +839,7 @@ class Step:
 
             if early:
                 before.append(residual_rows(0, 0))
-            prim.fori(c.batch // together, lambda i: group(i * together, together))
-            if c.batch % together:
-                group(c.batch - c.batch % together, c.batch % together)
+            self.for_groups(4 if steps <= 2 else 1, group)
 
         def residual_rows(b, chunk):
             at = (b, pl.ds(chunk * SLOTS, SLOTS), self.block)
@@ -1067,19 +1082,22 @@ class Step:
         def one_place(i):
             tile, part = (last, place(0)[1]) if early else place(i)
 
-            def prepare(b):
-                def one(n):
+            def prepare(first, size):
+                mine = [(first + b, n) for b in range(size) for n in range(ceil_div(chunks, WARPGROUPS))]
+                loaded = []
+                for b, n in mine:
+                    chunk = jnp.minimum(n * WARPGROUPS + self.wg, chunks - 1)
+                    start = (b * c.experts_per_token + part * per_part) * c.moe_width // 32 + chunk * 32
+                    ref = source.at[pl.ds(start, 32)]
+                    loaded.append(plgpu.load(ref, layout=prim.SUBBLOCKS, optimized=False))
+                for (b, n), x in zip(mine, loaded, strict=True):
                     chunk = n * WARPGROUPS + self.wg
 
                     @pl.when(chunk < chunks)
-                    def _():
-                        start = (b * c.experts_per_token + part * per_part) * c.moe_width // 32 + chunk * 32
-                        ref = source.at[pl.ds(start, 32)]
-                        self.quantize(b, chunk, plgpu.load(ref, layout=prim.SUBBLOCKS, optimized=False))
+                    def _(b=b, chunk=chunk, x=x):
+                        self.quantize(b, chunk, x)
 
-                prim.fori(ceil_div(chunks, WARPGROUPS), one)
-
-            self.for_batch(prepare)
+            self.for_groups(2, prepare)
             self.sync_block()
             first = ahead or [load(i, tile, part) for i in range(depth)]
             self.stream(items, lambda i: load(i, tile, part), multiply, tuple(first))
