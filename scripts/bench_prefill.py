@@ -1,0 +1,197 @@
+"""Speed of prompts on a GPU: the whole model of random weights, in the types of a Q4_K_M file.
+
+Every figure is the time until the device is done, the best of several runs, over different
+tokens each; the last line is JSON. The limit is that of the tensor cores: the operations of
+the matrix products and of causal attention over ``--tflops``, which should be what a large
+16-bit matrix product reaches on the same card.
+
+    python scripts/bench_prefill.py --tokens 512 2048 --sequences 1
+"""
+
+import argparse
+import json
+import sys
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.core import FrozenDict
+from jax import lax
+
+from convert.config import PRESETS, Qwen3MoeConfig
+from convert.ggml_types import GGMLType
+from convert.packed import GPU_TILES, PackedTensor
+from convert.tensor_names import tensor_specs
+from qwen3_moe_jax.kv_cache import KVCache
+from qwen3_moe_jax.model import Qwen3Moe
+from qwen3_moe_jax.stacks import stack_layers
+
+SCALES = {GGMLType.Q4_K: 1.4e-4, GGMLType.Q5_K: 0.7e-4, GGMLType.Q6_K: 1.5e-5, GGMLType.Q8_0: 2.7e-4}
+"""Superblock scales that give weights of about 0.02."""
+
+
+def use_more_bits(layer: int, layers: int) -> bool:
+    """Layers in which Q4_K_M gives some tensors more bits (llama.cpp's rule)."""
+    return layer < layers // 8 or layer >= 7 * layers // 8 or (layer - layers // 8) % 3 == 2
+
+
+def types_of(config: Qwen3MoeConfig) -> dict[str, GGMLType]:
+    """Types of a Q4_K_M file, by path."""
+    types = {}
+    for spec in tensor_specs(config):
+        kind = GGMLType.Q4_K
+        if len(spec.shape) == 1 or spec.path.endswith("router"):
+            kind = GGMLType.F32
+        elif spec.path == "lm_head":
+            kind = GGMLType.Q6_K
+        elif spec.path.endswith(("v_proj", "down_proj")):
+            more = use_more_bits(int(spec.path.split(".")[1]), config.num_hidden_layers)
+            kind = GGMLType.Q6_K if more else GGMLType.Q4_K
+        types[spec.path] = kind
+    return types
+
+
+def tile_shapes(kind: GGMLType, rows: int, columns: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """Arrays of layout "gpu_tiles" of a matrix."""
+    n = (rows // 8, columns // 256)
+    words = lambda *shape: jax.ShapeDtypeStruct((*n, *shape), jnp.int32)
+    halves = lambda *shape: jax.ShapeDtypeStruct((*n, *shape), jnp.float16)
+    match kind:
+        case GGMLType.Q8_0:
+            return {"q": words(4, 8, 4, 4), "d0": halves(8, 4), "d1": halves(8, 4)}
+        case GGMLType.Q6_K:
+            arrays = {"ql": words(2, 8, 4, 4), "qh": words(8, 4, 4)}
+            return {**arrays, "scales": words(8, 4), "d": halves(8)}
+        case _:
+            arrays = {"q": words(2, 8, 4, 4), "scales": words(8, 4), "d": halves(8), "dmin": halves(8)}
+            return arrays | ({"qh": words(2, 8, 4)} if kind is GGMLType.Q5_K else {})
+
+
+@partial(jax.jit, static_argnums=(1, 2, 3))
+def random_array(seed: Any, shape: tuple[int, ...], mask: int, scale: float) -> jax.Array:
+    """Random int32 words under ``mask``; or float16 around ``scale`` where that is not zero."""
+    key = jnp.stack([jnp.uint32(n) for n in (seed, 7, 11, 13)])
+    bits = lax.rng_bit_generator(key, shape, jnp.uint32)[1]
+    if scale:
+        return (scale * (0.75 + 0.5 * (bits >> 8).astype(jnp.float32) * 2.0**-24)).astype(jnp.float16)
+    return lax.bitcast_convert_type(bits & jnp.uint32(mask), jnp.int32)
+
+
+def random_tiles(seed: int, kind: GGMLType, rows: int, columns: int) -> PackedTensor:
+    """Random weights in layout "gpu_tiles", made on the device."""
+    arrays = {}
+    for i, (name, like) in enumerate(tile_shapes(kind, rows, columns).items()):
+        six_bits = name == "scales" and kind in (GGMLType.Q4_K, GGMLType.Q5_K)
+        mean = 7.5 if kind is GGMLType.Q4_K else 15.5
+        scale = SCALES[kind] * (mean if name == "dmin" else 1) if like.dtype == jnp.float16 else 0.0
+        mask = 0x3F3F3F3F if six_bits else 0xFFFFFFFF
+        arrays[name] = random_array(seed * 16 + i, like.shape, mask, scale)
+    return PackedTensor(arrays, kind, GPU_TILES)
+
+
+def random_params(config: Qwen3MoeConfig, types: dict[str, GGMLType]) -> dict[str, Any]:
+    """The model's parameters; embeddings are plain bfloat16 bits, which every layout's lookup can read."""
+    _, shapes = stack_layers(config, types, {})
+    stacks: dict[str, Any] = {}
+    for i, (name, s) in enumerate(shapes.items()):
+        key = jax.random.key(i)
+        if s.type is None:
+            stacks[name] = jnp.ones((s.rows, s.columns), jnp.float32)
+        elif s.type is GGMLType.F32:
+            w = 0.02 * jax.random.normal(key, (s.rows, s.columns), jnp.float32)
+            stacks[name] = PackedTensor({"w": w}, GGMLType.F32)
+        else:
+            stacks[name] = random_tiles(i, s.type, s.rows, s.columns)
+    embedding = jax.random.normal(jax.random.key(99), (config.vocab_size, config.hidden_size), jnp.bfloat16)
+    bits = lax.bitcast_convert_type(embedding, jnp.uint16)
+    return {
+        "stacks": stacks,
+        "norm": jnp.ones(config.hidden_size, jnp.float32),
+        "embed_tokens": PackedTensor({"w": bits}, GGMLType.BF16),
+        "lm_head": random_tiles(99, types["lm_head"], config.vocab_size, config.hidden_size),
+    }
+
+
+def operations(config: Qwen3MoeConfig, sequences: int, tokens: int, start: int) -> float:
+    """Floating-point operations of a chunk of ``tokens`` after ``start``, without the vocabulary."""
+    c = config
+    width, kv = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+    dense = c.hidden_size * (2 * width + 2 * kv + c.num_experts)
+    experts = 3 * c.hidden_size * c.moe_intermediate_size * c.num_experts_per_tok
+    attention = 2 * width * (start + (tokens + 1) / 2)
+    return 2.0 * c.num_hidden_layers * sequences * tokens * (dense + experts + attention)
+
+
+@partial(jax.jit, static_argnums=0, donate_argnums=2)
+def chunk_step(model: Qwen3Moe, params: Any, cache: KVCache, token_ids: jax.Array, start: jax.Array):
+    """One chunk: the last token's logits [B, V] and the cache."""
+    output = model.apply({"params": params}, token_ids, cache, start)
+    logits = model.apply({"params": params}, output.hidden[:, -1:], method="logits")
+    return logits[:, 0], output.cache
+
+
+def measure(model, params, sequences: int, tokens: int, chunk: int, repeats: int) -> float:
+    """Best seconds of ``repeats`` prefills of ``sequences`` prompts of ``tokens``."""
+    best = float("inf")
+    for repeat in range(repeats + 1):
+        cache = KVCache.create(model.config, sequences, tokens, jnp.bfloat16)
+        ids = jax.random.randint(jax.random.key(repeat), (sequences, tokens), 0, model.config.vocab_size)
+        jax.block_until_ready((cache, ids))
+        began = time.perf_counter()
+        for start in range(0, tokens, chunk):
+            starts = jnp.full((sequences,), start, jnp.int32)
+            logits, cache = chunk_step(model, params, cache, ids[:, start : start + chunk], starts)
+        finite = bool(jnp.isfinite(logits).all())
+        seconds = time.perf_counter() - began
+        if not finite:
+            raise ArithmeticError(f"logits of {sequences} x {tokens} tokens are not finite")
+        if repeat:  # the first run compiles
+            best = min(best, seconds)
+        else:
+            print(f"{sequences} x {tokens}: first run {seconds:.1f} s", flush=True)
+    return best
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--preset", default="Qwen3-30B-A3B", choices=sorted(PRESETS))
+    parser.add_argument("--tokens", type=int, nargs="+", default=[512, 2048], help="tokens a prompt")
+    parser.add_argument("--sequences", type=int, nargs="+", default=[1], help="prompts, one number each")
+    parser.add_argument("--chunk", type=int, default=2048, help="most tokens of a prompt at a time")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--tflops", type=float, default=798.0, help="what the card's matrix product reaches")
+    args = parser.parse_args()
+    config = PRESETS[args.preset]
+    types = types_of(config)
+    began = time.perf_counter()
+    params = jax.block_until_ready(random_params(config, types))
+    print(f"{jax.devices()[0].device_kind}: weights made in {time.perf_counter() - began:.1f} s", flush=True)
+    model = Qwen3Moe(config, jnp.bfloat16, types=FrozenDict(types))
+    results = []
+    counts = args.sequences * len(args.tokens) if len(args.sequences) == 1 else args.sequences
+    for tokens, sequences in zip(args.tokens, counts, strict=True):
+        chunk = min(args.chunk, tokens)
+        seconds = measure(model, params, sequences, tokens, chunk, args.repeats)
+        work = sum(operations(config, sequences, chunk, s) for s in range(0, tokens, chunk))
+        share = work / seconds / (args.tflops * 1e12)
+        results.append(
+            {
+                "sequences": sequences,
+                "tokens": tokens,
+                "seconds": round(seconds, 5),
+                "tokens_per_second": round(sequences * tokens / seconds),
+                "share_of_limit": round(share, 4),
+            }
+        )
+        print(results[-1], flush=True)
+    print(json.dumps({"device": jax.devices()[0].device_kind, "prefill": results}))
+
+
+if __name__ == "__main__":
+    main()
