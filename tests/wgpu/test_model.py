@@ -132,9 +132,10 @@ def test_a_stream_ends_with_the_context(gpu):
 
 
 def test_penalties_in_a_stream(gpu, golden, reference_runner):
-    sampling = Sampling(repetition_penalty=1.3, presence_penalty=0.5)
-    expected = list(reference_runner.stream(golden["ids1"], max_tokens=24, sampling=sampling))
-    assert gpu(gpu_work.stream, EMBEDDED, golden["ids1"], 24, sampling) == expected
+    """What the stream itself wrote counts too: without that these penalties would change nothing later on."""
+    sampling = Sampling(repetition_penalty=1.1, presence_penalty=2.5)
+    expected = list(reference_runner.stream(golden["ids0"], max_tokens=40, sampling=sampling))
+    assert gpu(gpu_work.stream, EMBEDDED, golden["ids0"], 40, sampling) == expected
 
 
 SMALL = replace(
