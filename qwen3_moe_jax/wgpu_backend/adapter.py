@@ -62,7 +62,7 @@ class Tuning:
 
 _GPU = Tuning(
     workgroup=64,
-    lanes=32,
+    lanes=16,
     decode_rows=2,
     prefill_rows=4,
     prefill_tokens=8,

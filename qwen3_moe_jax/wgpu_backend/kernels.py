@@ -55,8 +55,8 @@ class Site:
     Attributes:
       dispatch: the kernel and its resources.
       x: workgroups in x.
-      y: what the grid's y follows: "once", "tokens", "token tiles", "pairs", "pair tiles",
-        "head rows" or "head tiles".
+      y: what the grid's y follows: "once", "tokens", "token tiles", "pairs", "pair tiles"
+        or "head tiles".
       spans: for attention and merge, cache positions a workgroup; 0 otherwise.
       merge: runs only where there is more than one span.
       taps: stages that can be read after this dispatch.
@@ -85,19 +85,22 @@ class Shape:
 
     def launch(self, site: Site, position: int, tokens: int, head_rows: int) -> Launch | None:
         """The site's grid for ``tokens`` tokens from ``position``; None where it has nothing to do."""
+        y = self._rows(site.y, tokens, head_rows)
+        z = -(-(position + tokens) // site.spans) if site.spans else 1
+        if site.merge:
+            return (site.dispatch, site.x, y, 1) if z > 1 else None
+        return site.dispatch, site.x, y, z
+
+    def _rows(self, follows: str, tokens: int, head_rows: int) -> int:
         pairs = tokens * self.chosen
-        y = {
+        return {
             "once": 1,
             "tokens": tokens,
             "token tiles": -(-tokens // self.tile),
             "pairs": pairs,
             "pair tiles": most_tiles(pairs, self.experts, self.tile),
             "head tiles": -(-head_rows // self.tile),
-        }[site.y]
-        z = -(-(position + tokens) // site.spans) if site.spans else 1
-        if site.merge:
-            return (site.dispatch, site.x, y, 1) if z > 1 else None
-        return site.dispatch, site.x, y, z
+        }[follows]
 
 
 def most_tiles(pairs: int, experts: int, tile: int) -> int:

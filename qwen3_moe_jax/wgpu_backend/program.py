@@ -109,6 +109,9 @@ class Program:
         self._tokens = tokens
         self._f16 = f16_cache
         self.shape = Shape(device.tuning.prefill_tokens, config.num_experts, config.num_experts_per_tok)
+        tuning = device.tuning
+        self._span = tuning.decode_span if tokens == 1 else tuning.prefill_span
+        self._decode_launches: dict[int, list[Launch]] = {}
         self.body = list(self._body(weights))
         self.head = [
             kernels.dense_site(
@@ -128,6 +131,13 @@ class Program:
         """The grids of a pass over ``tokens`` tokens from ``position``."""
         found = (self.shape.launch(site, position, tokens, head_rows) for site in sites)
         return [launch for launch in found if launch is not None]
+
+    def decode_launches(self, position: int) -> list[Launch]:
+        """Body and head for one token; kept, because only the number of spans changes from token to token."""
+        spans = position // self._span
+        if spans not in self._decode_launches:
+            self._decode_launches[spans] = self.launches([*self.body, *self.head], position, 1)
+        return self._decode_launches[spans]
 
     def _body(self, weights: ModelWeights) -> Iterator[Site]:
         b, width = self._buffers, self._config.hidden_size
@@ -226,7 +236,6 @@ class Program:
                 Tap(("Kcur_rope", i), b["roped"], both, k),
             ),
         )
-        tuning = self._device.tuning
         yield from kernels.attention_sites(
             self._device,
             b.step,
@@ -239,7 +248,7 @@ class Program:
             kv_heads=kv_heads,
             head_dim=head_dim,
             capacity=self._capacity,
-            span=tuning.decode_span if self._tokens == 1 else tuning.prefill_span,
+            span=self._span,
             f16=self._f16,
             taps=(Tap(("kqv_out", i), b["attended"], (heads, head_dim)),),
         )

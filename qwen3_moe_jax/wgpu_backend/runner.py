@@ -306,15 +306,15 @@ class WgpuRunner:
             launches = program.launches(program.body, start, end - start)
             if end < len(tokens):
                 self._device.run(launches)
-        return launches + self._choice_launches(sampling)
+        head = self._decode.launches(self._decode.head, 0, 1)
+        return [*launches, *head, self._choice_launch(sampling)]
 
-    def _choice_launches(self, sampling: Sampling) -> list[Launch]:
-        sample = self._sample[sampling.temperature > 0]
-        return [*self._decode.launches(self._decode.head, 0, 1), (sample.dispatch, 1, 1, 1)]
+    def _choice_launch(self, sampling: Sampling) -> Launch:
+        return self._sample[sampling.temperature > 0].dispatch, 1, 1, 1
 
     def _decode_launches(self, position: int, sampling: Sampling) -> list[Launch]:
         """One token at ``position``, and the choice of the next."""
-        return self._decode.launches(self._decode.body, position, 1) + self._choice_launches(sampling)
+        return [*self._decode.decode_launches(position), self._choice_launch(sampling)]
 
 
 class _Batches:
