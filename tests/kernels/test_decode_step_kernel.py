@@ -1,0 +1,178 @@
+"""The decode kernel's body in Pallas' interpreter, with one block, against plain float32 NumPy.
+
+One block needs no grid barrier (the interpreter has none); dp4a and a few other instructions
+have emulated twins. Everything else is the code that runs on the GPU.
+"""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+pytest.importorskip("jax.experimental.pallas.mosaic_gpu")
+if tuple(map(int, jax.__version__.split(".")[:2])) < (0, 11):
+    pytest.skip("the GPU kernels need JAX 0.11", allow_module_level=True)
+
+from jax.experimental.pallas import mosaic_gpu as plgpu  # noqa: E402
+
+from convert.config import PRESETS  # noqa: E402
+from convert.ggml_types import BLOCK_FORMATS, GGMLType  # noqa: E402
+from convert.packed import PackedTensor  # noqa: E402
+from convert.unpack import dequantize, pack  # noqa: E402
+from kernels_pallas.decode_step import api  # noqa: E402
+
+SEED = 20260924
+CONFIG = replace(
+    PRESETS["Qwen3-30B-A3B"],
+    vocab_size=64,
+    hidden_size=2048,
+    num_hidden_layers=2,
+    num_attention_heads=16,
+    num_key_value_heads=2,
+    num_experts=8,
+    num_experts_per_tok=4,
+    moe_intermediate_size=256,
+)
+Q4, Q5, Q6, Q8 = GGMLType.Q4_K, GGMLType.Q5_K, GGMLType.Q6_K, GGMLType.Q8_0
+LAYERS = (
+    {"q": Q4, "k": Q4, "v": Q6, "o": Q8, "gate": Q5, "down": Q6},
+    {"q": Q4, "k": Q5, "v": Q4, "o": Q4, "gate": Q4, "down": Q4},
+)
+SCALE = {Q4: 1.4e-4, Q5: 0.7e-4, Q6: 1.5e-5, Q8: 2.7e-4}
+
+
+def random_tensor(rng, type: GGMLType, shape: tuple[int, ...]) -> PackedTensor:
+    block = BLOCK_FORMATS[type]
+    if type is GGMLType.F32:
+        values = rng.normal(1 if len(shape) == 1 else 0, 0.1 if len(shape) == 1 else 0.03, shape)
+        return PackedTensor({"w": values.astype(np.float32)}, type)
+    blocks = rng.integers(0, 256, (int(np.prod(shape)) // block.weights, block.nbytes), dtype=np.uint8)
+    for name, factor in (("d", 1.0), ("dmin", 7.5 if type is Q4 else 15.5)):
+        if name in block.fields:
+            at = block.fields[name].offset
+            scale = SCALE[type] * factor * rng.uniform(0.75, 1.25, len(blocks))
+            blocks[:, at : at + 2] = scale.astype("<f2").view(np.uint8).reshape(-1, 2)
+    return pack(blocks.reshape(-1), type, shape)
+
+
+@pytest.fixture(scope="module")
+def model():
+    print(f"seed {SEED}")
+    rng, c = np.random.default_rng(SEED), CONFIG
+    f32, d, head = GGMLType.F32, c.hidden_size, c.head_dim
+    kv, width = c.num_key_value_heads * head, c.num_attention_heads * head
+    e, f = c.num_experts, c.moe_intermediate_size
+    tensors = {"embed_tokens": (Q4, (c.vocab_size, d)), "lm_head": (Q6, (c.vocab_size, d)), "norm": (f32, (d,))}
+    for i, types in enumerate(LAYERS):
+        shapes = {
+            "input_layernorm": (f32, (d,)),
+            "post_attention_layernorm": (f32, (d,)),
+            "self_attn.q_norm": (f32, (head,)),
+            "self_attn.k_norm": (f32, (head,)),
+            "self_attn.q_proj": (types["q"], (width, d)),
+            "self_attn.k_proj": (types["k"], (kv, d)),
+            "self_attn.v_proj": (types["v"], (kv, d)),
+            "self_attn.o_proj": (types["o"], (d, width)),
+            "mlp.router": (f32, (e, d)),
+            "mlp.experts.gate_proj": (types["gate"], (e, f, d)),
+            "mlp.experts.up_proj": (types["gate"], (e, f, d)),
+            "mlp.experts.down_proj": (types["down"], (e, d, f)),
+        }
+        tensors |= {f"layers.{i}.{name}": value for name, value in shapes.items()}
+    packed = {path: random_tensor(rng, type, shape) for path, (type, shape) in tensors.items()}
+    types = {path: p.type for path, p in packed.items()}
+    weights = api.prepare(c, types, packed.__getitem__)
+    return weights, {path: dequantize(p) for path, p in packed.items()}
+
+
+def rms(x, w):
+    return x / np.sqrt(np.mean(x * x, -1, keepdims=True) + CONFIG.rms_norm_eps) * w
+
+
+def rope(x, position):
+    half = CONFIG.head_dim // 2
+    angle = position * CONFIG.rope_theta ** (-np.arange(half) / half)
+    a, b = x[..., :half], x[..., half:]
+    return np.concatenate([a * np.cos(angle) - b * np.sin(angle), b * np.cos(angle) + a * np.sin(angle)], -1)
+
+
+def reference(w, token, position, keys, values, expert_ids=None):
+    """(logits, new keys [L, K, H], new values, expert ids) in float64 from float32 weights."""
+    c = CONFIG
+    heads, kv, head = c.num_attention_heads, c.num_key_value_heads, c.head_dim
+    x = w["embed_tokens"][token].astype(np.float64)
+    new_keys, new_values, chosen = [], [], []
+    for i in range(c.num_hidden_layers):
+        p = lambda name, i=i: w[f"layers.{i}.{name}"]
+        h = rms(x, p("input_layernorm"))
+        q, k, v = ((p(f"self_attn.{n}_proj") @ h).reshape(-1, head) for n in "qkv")
+        q, k = rope(rms(q, p("self_attn.q_norm")), position), rope(rms(k, p("self_attn.k_norm")), position)
+        new_keys.append(k)
+        new_values.append(v)
+        ks = np.concatenate([keys[i, :position], k[None]])
+        vs = np.concatenate([values[i, :position], v[None]])
+        s = np.einsum("kgh,skh->kgs", q.reshape(kv, heads // kv, head), ks) * head**-0.5
+        s = np.exp(s - s.max(-1, keepdims=True))
+        out = np.einsum("kgs,skh->kgh", s / s.sum(-1, keepdims=True), vs).reshape(-1)
+        x = x + p("self_attn.o_proj") @ out
+        h = rms(x, p("post_attention_layernorm"))
+        logits = p("mlp.router") @ h
+        ids = np.argsort(-logits)[: c.num_experts_per_tok] if expert_ids is None else expert_ids[i]
+        chosen.append(ids)
+        routing = np.exp(logits[ids] - logits[ids].max())
+        for expert, weight in zip(ids, routing / routing.sum(), strict=True):
+            gate = p("mlp.experts.gate_proj")[expert] @ h
+            act = gate / (1 + np.exp(-gate)) * (p("mlp.experts.up_proj")[expert] @ h)
+            x = x + weight * (p("mlp.experts.down_proj")[expert] @ act)
+    return w["lm_head"] @ rms(x, w["norm"]), np.stack(new_keys), np.stack(new_values), np.stack(chosen)
+
+
+def cosine(a, b):
+    a, b = np.asarray(a, np.float64).ravel(), np.asarray(b, np.float64).ravel()
+    return a @ b / np.sqrt((a @ a) * (b @ b))
+
+
+def run(weights, tokens, positions, cache, expert_ids=None):
+    device = api.Device(blocks=1, splits=2, emulate=True, interpret=plgpu.InterpretGPUParams())
+    step = lambda w, t, p, k: api.decode_step(w, CONFIG, t, p, k, expert_ids=expert_ids, device=device)
+    return jax.jit(step)(weights, jnp.asarray(tokens), jnp.asarray(positions), cache)
+
+
+def random_cache(batch, length=192):
+    shape = (CONFIG.num_hidden_layers, batch, length, CONFIG.num_key_value_heads, CONFIG.head_dim)
+    rng = np.random.default_rng(SEED + 1)
+    return api.KVCache(*(jnp.asarray(rng.normal(size=shape), jnp.bfloat16) for _ in range(2)))
+
+
+def test_one_token_and_its_cache_rows(model):
+    """Three tiles of context in two splits; all four types; free choice of experts."""
+    weights, plain = model
+    cache, position = random_cache(1), 150
+    out = run(weights, [5], [position], cache)
+    keys, values = (np.asarray(a[:, 0], np.float64) for a in cache)
+    logits, new_keys, new_values, ids = reference(plain, 5, position, keys, values)
+    assert np.isfinite(out.logits).all()
+    assert cosine(out.logits[0], logits) > 0.9999
+    np.testing.assert_array_equal(np.sort(out.expert_ids[:, 0]), np.sort(ids))
+    for new, old, expected in zip(out.cache, cache, (new_keys, new_values), strict=True):
+        row = np.asarray(new[:, 0, position], np.float64)
+        assert cosine(row, expected) > 0.9999
+        others = np.arange(new.shape[2]) != position
+        np.testing.assert_array_equal(np.asarray(new)[:, :, others], np.asarray(old)[:, :, others])
+
+
+def test_replayed_experts_and_batches_give_the_same_bits(model):
+    weights, plain = model
+    cache = random_cache(2)
+    ids = np.array([[[7, 1, 4, 2], [0, 3, 5, 6]], [[2, 3, 0, 1], [6, 7, 1, 5]]], np.int32)
+    both = run(weights, [5, 9], [0, 70], cache, jnp.asarray(ids))
+    np.testing.assert_array_equal(both.expert_ids, ids)
+    for b, (token, position) in enumerate(((5, 0), (9, 70))):
+        one = api.KVCache(*(a[:, b : b + 1] for a in cache))
+        alone = run(weights, [token], [position], one, jnp.asarray(ids[:, b : b + 1]))
+        np.testing.assert_array_equal(alone.logits[0], both.logits[b])
+        keys, values = (np.asarray(a[:, b], np.float64) for a in cache)
+        logits, *_ = reference(plain, token, position, keys, values, ids[:, b])
+        assert cosine(both.logits[b], logits) > 0.9999
