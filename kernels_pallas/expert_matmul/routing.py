@@ -14,11 +14,12 @@ from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from convert.packed import LANES16
 from kernels_pallas import lanes
-from kernels_pallas.dequantize import dequantize
+from kernels_pallas.dots import DenseMatrix, dense
 from kernels_pallas.matrices import Matrices
 
 ROW_TILE = 32
@@ -33,7 +34,7 @@ MAX_MATVEC_ROWS = 128
 MAX_MATVEC_ROWS_PER_EXPERT = 8
 """... and up to this many times the number of experts."""
 
-TileFunction = Callable[[list[jax.Array], list[jax.Array]], list[jax.Array]]
+TileFunction = Callable[[list[DenseMatrix], list[jax.Array]], list[jax.Array]]
 """(dense matrices of one expert, tiles [rows, ...]) -> results [rows, ...]."""
 
 
@@ -51,7 +52,11 @@ def matvec(rows: jax.Array, w: Matrices, ids: jax.Array) -> jax.Array:
 
 
 def over_rows(
-    stacks: Sequence[Matrices], ids: jax.Array, rows: Sequence[jax.Array], f: TileFunction
+    stacks: Sequence[Matrices],
+    ids: jax.Array,
+    rows: Sequence[jax.Array],
+    f: TileFunction,
+    compute_dtype: np.dtype,
 ) -> list[jax.Array]:
     """Applies ``f`` to every row with its expert's matrices; chooses the form by the number of rows.
 
@@ -59,19 +64,22 @@ def over_rows(
       stacks: packed [E, N, K] each.
       ids: int32 [R], the expert of each row.
       rows: arrays [R, ...].
-      f: applied to ([N, K] float32 each, tiles [r, ...] each).
+      f: applied to ([N, K] each, tiles [r, ...] each).
+      compute_dtype: of the dequantized matrices.
 
     Returns:
       float32 arrays [R, ...], one a result of ``f``.
     """
     form = for_each_row if ids.shape[0] <= MAX_UNSORTED_ROWS else for_each_expert
-    return form(stacks, ids, rows, f)
+    return form(stacks, ids, rows, f, compute_dtype)
 
 
-def _results(stacks: Sequence[Matrices], rows: Sequence[jax.Array], tile: int, f: TileFunction) -> list:
-    dense = [jax.ShapeDtypeStruct(w.shape[1:], jnp.float32) for w in stacks]
+def _results(
+    matrices: Callable[[jax.Array], list[DenseMatrix]], rows: Sequence[jax.Array], tile: int, f: TileFunction
+) -> list[jax.ShapeDtypeStruct]:
+    """Shapes of what ``f`` gives for a tile."""
     tiles = [jax.ShapeDtypeStruct((tile, *r.shape[1:]), r.dtype) for r in rows]
-    return jax.eval_shape(f, dense, tiles)
+    return jax.eval_shape(lambda tiles: f(matrices(jnp.int32(0)), tiles), tiles)
 
 
 def _write(outputs: list[jax.Array], parts: list[jax.Array], start: jax.Array) -> list[jax.Array]:
@@ -79,22 +87,32 @@ def _write(outputs: list[jax.Array], parts: list[jax.Array], start: jax.Array) -
 
 
 def for_each_row(
-    stacks: Sequence[Matrices], ids: jax.Array, rows: Sequence[jax.Array], f: TileFunction
+    stacks: Sequence[Matrices],
+    ids: jax.Array,
+    rows: Sequence[jax.Array],
+    f: TileFunction,
+    compute_dtype: np.dtype,
 ) -> list[jax.Array]:
     """One step a row: reads the packed matrices of that row's expert. Arguments as :func:`over_rows`."""
     count = ids.shape[0]
 
+    def matrices(e: jax.Array) -> list[DenseMatrix]:
+        return [dense(w.matrix(e), compute_dtype) for w in stacks]
+
     def step(i: jax.Array, outputs: list[jax.Array]) -> list[jax.Array]:
-        dense = [dequantize(w.matrix(ids[i])) for w in stacks]
-        parts = f(dense, [lax.dynamic_slice_in_dim(r, i, 1) for r in rows])
+        parts = f(matrices(ids[i]), [lax.dynamic_slice_in_dim(r, i, 1) for r in rows])
         return _write(outputs, parts, i)
 
-    start = [jnp.zeros((count, *s.shape[1:]), s.dtype) for s in _results(stacks, rows, 1, f)]
+    start = [jnp.zeros((count, *s.shape[1:]), s.dtype) for s in _results(matrices, rows, 1, f)]
     return lax.fori_loop(0, count, step, start)
 
 
 def for_each_expert(
-    stacks: Sequence[Matrices], ids: jax.Array, rows: Sequence[jax.Array], f: TileFunction
+    stacks: Sequence[Matrices],
+    ids: jax.Array,
+    rows: Sequence[jax.Array],
+    f: TileFunction,
+    compute_dtype: np.dtype,
 ) -> list[jax.Array]:
     """Sorted form: each expert in use is dequantized once. Arguments as :func:`over_rows`.
 
@@ -109,19 +127,22 @@ def for_each_expert(
     padding = jnp.zeros(ROW_TILE, order.dtype)
     sorted_rows = [r[jnp.concatenate([order, padding])] for r in rows]
 
+    def matrices(e: jax.Array) -> list[DenseMatrix]:
+        return [dense(w.matrix(e), compute_dtype) for w in stacks]
+
     def one_expert(i: jax.Array, outputs: list[jax.Array]) -> list[jax.Array]:
         e = in_use[i]
-        dense = [dequantize(w.matrix(e)) for w in stacks]
+        of_expert = matrices(e)
 
         def one_tile(j: jax.Array, outputs: list[jax.Array]) -> list[jax.Array]:
             start = starts[e] + j * ROW_TILE
-            parts = f(dense, [lax.dynamic_slice_in_dim(r, start, ROW_TILE) for r in sorted_rows])
+            parts = f(of_expert, [lax.dynamic_slice_in_dim(r, start, ROW_TILE) for r in sorted_rows])
             return _write(outputs, parts, start)
 
         return lax.fori_loop(0, (counts[e] + ROW_TILE - 1) // ROW_TILE, one_tile, outputs)
 
     start = [
-        jnp.zeros((count + ROW_TILE, *s.shape[1:]), s.dtype) for s in _results(stacks, rows, ROW_TILE, f)
+        jnp.zeros((count + ROW_TILE, *s.shape[1:]), s.dtype) for s in _results(matrices, rows, ROW_TILE, f)
     ]
     outputs = lax.fori_loop(0, jnp.sum(counts > 0), one_expert, start)
     place = jnp.zeros(count, jnp.int32).at[order].set(jnp.arange(count, dtype=jnp.int32))

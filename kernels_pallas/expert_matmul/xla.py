@@ -24,7 +24,7 @@ def expert_matmul(x: jax.Array, w: Matrices, expert_ids: jax.Array, compute_dtyp
 def _matmul(compute_dtype: np.dtype, rows: jax.Array, w: Matrices, ids: jax.Array) -> jax.Array:
     if routing.multiplies_packed([w], ids.shape[0]):
         return routing.matvec(rows.astype(compute_dtype), w, ids)
-    return routing.over_rows([w], ids, [rows], lambda m, t: [dots.matmul_nt(t[0], m[0], compute_dtype)])[0]
+    return routing.over_rows([w], ids, [rows], lambda m, t: [dots.matmul_nt(t[0], m[0])], compute_dtype)[0]
 
 
 def _forward(compute_dtype: np.dtype, rows: jax.Array, w: Matrices, ids: jax.Array) -> tuple:
@@ -33,7 +33,7 @@ def _forward(compute_dtype: np.dtype, rows: jax.Array, w: Matrices, ids: jax.Arr
 
 def _backward(compute_dtype: np.dtype, residuals: tuple, dy: jax.Array) -> tuple:
     rows, w, ids = residuals
-    dx = routing.over_rows([w], ids, [dy], lambda m, t: [dots.matmul_nn(t[0], m[0], compute_dtype)])[0]
+    dx = routing.over_rows([w], ids, [dy], lambda m, t: [dots.matmul_nn(t[0], m[0])], compute_dtype)[0]
     return dx.astype(rows.dtype), None, None
 
 

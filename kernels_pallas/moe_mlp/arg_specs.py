@@ -8,7 +8,7 @@ from kernels_pallas.quantized_matmul.arg_specs import TOKENS
 
 @dataclass(frozen=True)
 class ArgSpec:
-    """One expert layer: gate_proj and up_proj [experts, width, hidden], down_proj [experts, hidden, width]."""
+    """One expert layer: gate_proj and up_proj [experts, width, hidden], down_proj the other way round."""
 
     tokens: int
     experts: int

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kernels_pallas import dots
+from kernels_pallas.dots import DenseMatrix
 from kernels_pallas.expert_matmul import routing
 from kernels_pallas.matrices import Matrices
 
@@ -65,15 +66,15 @@ def _moe(
         down = multiply(swiglu, 2)
         return [down, gate, up, swiglu] if return_stages else [down]
 
-    def tile(dense: list[jax.Array], tiles: list[jax.Array]) -> list[jax.Array]:
-        return swiglu_experts(lambda rows, i: dots.matmul_nt(rows, dense[i], compute_dtype), tiles[0])
+    def tile(dense: list[DenseMatrix], tiles: list[jax.Array]) -> list[jax.Array]:
+        return swiglu_experts(lambda rows, i: dots.matmul_nt(rows, dense[i]), tiles[0])
 
     if routing.multiplies_packed(stacks, T * X):
         results = swiglu_experts(
             lambda rows, i: routing.matvec(rows.astype(compute_dtype), stacks[i], ids), rows
         )
     else:
-        results = routing.over_rows(stacks, ids, [rows], tile)
+        results = routing.over_rows(stacks, ids, [rows], tile, compute_dtype)
     down, *others = [r.reshape(T, X, -1) for r in results]
     names = ("ffn_moe_gate", "ffn_moe_up", "ffn_moe_swiglu", "ffn_moe_down")
     stages = dict(zip(names, (*others, down), strict=True)) if return_stages else {}
@@ -94,19 +95,19 @@ def _backward(compute_dtype: np.dtype, return_stages: bool, residuals: tuple, co
     dy, _ = cotangents
     T, X = expert_ids.shape
 
-    def experts(dense: list[jax.Array], tiles: list[jax.Array]) -> list[jax.Array]:
+    def experts(dense: list[DenseMatrix], tiles: list[jax.Array]) -> list[jax.Array]:
         x_tile, dy_tile, weight = tiles
-        gate = dots.matmul_nt(x_tile, dense[0], compute_dtype)
-        up = dots.matmul_nt(x_tile, dense[1], compute_dtype)
+        gate = dots.matmul_nt(x_tile, dense[0])
+        up = dots.matmul_nt(x_tile, dense[1])
         swiglu, swiglu_vjp = jax.vjp(lambda g, u: jax.nn.silu(g) * u, gate, up)
-        down = dots.matmul_nt(swiglu, dense[2], compute_dtype)
-        d_swiglu = dots.matmul_nn(dy_tile * weight, dense[2], compute_dtype)
+        down = dots.matmul_nt(swiglu, dense[2])
+        d_swiglu = dots.matmul_nn(dy_tile * weight, dense[2])
         d_gate, d_up = swiglu_vjp(d_swiglu)
-        dx = dots.matmul_nn(d_gate, dense[0], compute_dtype) + dots.matmul_nn(d_up, dense[1], compute_dtype)
+        dx = dots.matmul_nn(d_gate, dense[0]) + dots.matmul_nn(d_up, dense[1])
         return [dx, jnp.sum(down * dy_tile, axis=1, keepdims=True)]
 
     rows = [_per_token(x, X), _per_token(dy, X), weights.reshape(T * X, 1)]
-    dx, d_weights = routing.over_rows(stacks, expert_ids.reshape(-1), rows, experts)
+    dx, d_weights = routing.over_rows(stacks, expert_ids.reshape(-1), rows, experts, compute_dtype)
     return dx.reshape(T, X, -1).sum(axis=1).astype(x.dtype), d_weights.reshape(T, X), None, None
 
 

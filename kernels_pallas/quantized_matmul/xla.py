@@ -14,7 +14,6 @@ from jax import lax
 
 from convert.packed import LANES16
 from kernels_pallas import dots, lanes
-from kernels_pallas.dequantize import dequantize
 from kernels_pallas.matrices import Matrices
 
 MAX_MATVEC_ROWS = 8
@@ -38,11 +37,11 @@ def _matmul(compute_dtype: np.dtype, x: jax.Array, w: Matrices) -> jax.Array:
 
     def step(i: jax.Array, out: jax.Array) -> jax.Array:
         start = jnp.minimum(i * tile, w.rows - tile)  # the last tile may overlap: it writes the same values
-        part = dots.matmul_nt(x, dequantize(w.slice(start, tile)), compute_dtype)
+        part = dots.matmul_nt(x, dots.dense(w.slice(start, tile), compute_dtype))
         return lax.dynamic_update_slice(out, part, (0, start))
 
     if tile == w.rows:
-        return dots.matmul_nt(x, dequantize(w.slice(0, tile)), compute_dtype)
+        return dots.matmul_nt(x, dots.dense(w.slice(0, tile), compute_dtype))
     return lax.fori_loop(0, -(-w.rows // tile), step, jnp.zeros((x.shape[0], w.rows), jnp.float32))
 
 
@@ -69,7 +68,7 @@ def _backward(compute_dtype: np.dtype, residuals: tuple, dy: jax.Array) -> tuple
 
     def part(start: jax.Array | int, size: int) -> jax.Array:
         dy_tile = lax.dynamic_slice_in_dim(dy, start, size, axis=1)
-        return dots.matmul_nn(dy_tile, dequantize(w.slice(start, size)), compute_dtype)
+        return dots.matmul_nn(dy_tile, dots.dense(w.slice(start, size), compute_dtype))
 
     dx = part(full * tile, rest) if rest else jnp.zeros((dy.shape[0], w.columns), jnp.float32)
     dx = lax.fori_loop(0, full, lambda i, acc: acc + part(i * tile, tile), dx)
