@@ -38,8 +38,8 @@ from kernels_pallas.prefill.tile_operands_sm90 import (
     chunk_operand,
 )
 
-WARPGROUPS = 2
-PRODUCER = WARPGROUPS
+REGISTERS = {2: (240, 24), 4: (120, 24)}
+"""Registers of a thread that multiplies and of one that copies, by warpgroups that multiply."""
 MULTIPROCESSORS = 132
 SHARED_BYTES = 227 * 1024
 _RESERVED_BYTES = 2048
@@ -57,6 +57,8 @@ class MatmulConfig:
       widths: how many rows of a tile may be multiplied, ascending up to ``tile``: the least that
         holds a tile's rows is used.
       slabs: operands of 64 weight rows that a warpgroup keeps at once.
+      warpgroups: how many multiply, 2 or 4: with few rows of x unpacking takes most of the time, and
+        more warpgroups hide its latencies.
       in_flight: wgmma groups that may be running while the next operand is unpacked, 0 or 1.
       weight_slots: superblocks of weights in shared memory.
       most_x_slots: pieces of x in shared memory, at most.
@@ -66,6 +68,7 @@ class MatmulConfig:
     tile: int = 128
     widths: tuple[int, ...] = (64, 128)
     slabs: int = 2
+    warpgroups: int = 2
     in_flight: int = 1
     weight_slots: int = 2
     most_x_slots: int = 8
@@ -126,11 +129,12 @@ def check_supported(weights: tuple[Matrices, ...]) -> None:
 
 def pick_config(rows_each: float) -> MatmulConfig:
     """Sizes for matrices that are multiplied with about ``rows_each`` rows."""
-    if rows_each <= 24:
-        return MatmulConfig(tile=32, widths=(16, 32))
+    # More widths make ptxas serialize the matrix instructions for want of registers (C7512).
+    if rows_each <= 12:
+        return MatmulConfig(tile=32, widths=(8, 16, 32), slabs=1, warpgroups=4)
     if rows_each <= 48:
-        return MatmulConfig(tile=64, widths=(32, 64))
-    return MatmulConfig()
+        return MatmulConfig(tile=64, widths=(32, 64), slabs=1, warpgroups=4)
+    return MatmulConfig(tile=256, widths=(128, 160, 256), slabs=1)
 
 
 class _Kernel:
@@ -143,7 +147,8 @@ class _Kernel:
         self.arrays = TILE_ARRAYS[type]
         self.superblocks = self.k // SUPERBLOCK
         slab_rows = SLAB_ROWS // 2 if fused else SLAB_ROWS
-        self.block_rows = WARPGROUPS * config.slabs * slab_rows
+        self.slabs = config.warpgroups * config.slabs
+        self.block_rows = config.warpgroups * config.slabs * slab_rows
         self.row_blocks = -(-rows // self.block_rows)
         self.x_slots = self._x_slots()
 
@@ -152,7 +157,7 @@ class _Kernel:
     def _x_slots(self) -> int:
         tile = self.config.tile
         tile_bytes = sum(np.dtype(a.dtype).itemsize * a.parts * a.inner for a in self.arrays.values())
-        weights = self.config.weight_slots * WARPGROUPS * self.config.slabs * _SLAB_TILES * tile_bytes
+        weights = self.config.weight_slots * self.slabs * _SLAB_TILES * tile_bytes
         left = SHARED_BYTES - _RESERVED_BYTES - weights - 2 * math.prod(self._swiglu_shape())
         slots = min(self.config.most_x_slots, left // (tile * CHUNK * 2))
         if slots < 2:
@@ -162,19 +167,17 @@ class _Kernel:
     def _swiglu_shape(self) -> tuple[int, ...]:
         if not self.fused:
             return (0,)
-        return (WARPGROUPS, self.config.slabs, self.config.tile, SLAB_ROWS // 2)
+        return (self.config.warpgroups, self.config.slabs, self.config.tile, SLAB_ROWS // 2)
 
     def _tile_axes(self) -> tuple[int, ...]:
         """Axes of a block's tiles in shared memory, as the copies from global memory fill them."""
-        slabs = self.config.slabs
-        # SwiGLU: gate or up, column group of the result (= warp), 16 columns of it times 2 tiles.
-        return (2, 4, 2 * slabs) if self.fused else (WARPGROUPS * slabs, _SLAB_TILES)
+        # SwiGLU: gate or up, column group of the result (= warp), 8 columns of the group a slab.
+        return (2, 4, self.slabs) if self.fused else (self.slabs, _SLAB_TILES)
 
     def place(self, slab: int) -> TilePlace:
-        slabs = self.config.slabs
         if self.fused:
-            return TilePlace(2 * slab, 1, 2 * slabs, 8 * slabs)
-        return TilePlace(slab * _SLAB_TILES, slabs * _SLAB_TILES, 2, 1)
+            return TilePlace(slab * self.config.warpgroups, 1, self.slabs, 4 * self.slabs)
+        return TilePlace(slab * _SLAB_TILES, self.config.slabs * _SLAB_TILES, 2, 1)
 
     def view(self, array: jax.Array, name: str) -> jax.Array:
         """An array of tiles with axes that one copy of a block's tiles can step through."""
@@ -191,17 +194,17 @@ class _Kernel:
                 transforms=_SWIZZLED,
             ),
             "x_full": plgpu.Barrier(num_barriers=self.x_slots),
-            "x_free": plgpu.Barrier(num_barriers=self.x_slots, num_arrivals=WARPGROUPS),
+            "x_free": plgpu.Barrier(num_barriers=self.x_slots, num_arrivals=c.warpgroups),
             "w_full": plgpu.Barrier(
                 num_barriers=c.weight_slots, num_arrivals=len(self.arrays) * (2 if self.fused else 1)
             ),
-            "w_free": plgpu.Barrier(num_barriers=c.weight_slots, num_arrivals=WARPGROUPS),
+            "w_free": plgpu.Barrier(num_barriers=c.weight_slots, num_arrivals=c.warpgroups),
         }
         for name, a in self.arrays.items():
             shape = (c.weight_slots, *self._tile_axes(), a.parts, a.inner)
             types[f"w_{name}"] = plgpu.SMEM(shape, jnp.dtype(a.dtype))
         if self.emulate:  # the interpreter's wgmma takes no operand in registers
-            shape = (WARPGROUPS, 2, c.slabs, SLAB_ROWS, CHUNK)
+            shape = (c.warpgroups, 2, c.slabs, SLAB_ROWS, CHUNK)
             types["operand"] = plgpu.SMEM(shape, jnp.float16, transforms=_SWIZZLED)
         if self.fused:
             types["swiglu"] = plgpu.SMEM(self._swiglu_shape(), jnp.float16)
@@ -224,7 +227,7 @@ class _Kernel:
             scratch_types=self.scratch(),
             grid=(blocks,),
             grid_names=("block",),
-            num_threads=WARPGROUPS + 1,
+            num_threads=self.config.warpgroups + 1,
             thread_name="wg",
             kernel_name=f"grouped_matmul_{self.type.name.lower()}_{'swiglu' if self.fused else 'plain'}",
             compiler_params=plgpu.CompilerParams(
@@ -254,18 +257,20 @@ class _Body:
         items = self.tiles.count[0] * self.k.row_blocks
         mine = lax.div(items - self.block + self.blocks - 1, self.blocks)
 
-        @pl.when(self.wg < WARPGROUPS)
+        most, least = REGISTERS[self.c.warpgroups]
+
+        @pl.when(self.wg < self.c.warpgroups)
         def _():
             if not self.k.emulate:
-                plgpu.set_max_registers(240, action="increase")
+                plgpu.set_max_registers(most, action="increase")
             self.each(mine, self.multiply)
             if self.k.fused:
                 plgpu.wait_smem_to_gmem(0)
 
-        @pl.when(self.wg == PRODUCER)
+        @pl.when(self.wg == self.c.warpgroups)
         def _():
             if not self.k.emulate:
-                plgpu.set_max_registers(24, action="decrease")
+                plgpu.set_max_registers(least, action="decrease")
             self.each(mine, self.produce)
             steps = mine * self.k.superblocks
             self.drain(self.s["w_free"], steps, self.c.weight_slots)
@@ -342,16 +347,15 @@ class _Body:
                 inner = pl.ds(superblock * parts, parts)
                 target = self.s[f"w_{name}"]
                 if k.fused:
-                    # A block has 16 * slabs columns of each of a superblock's four groups.
+                    # A block has 8 columns a slab of each of a superblock's four groups.
                     blocks_each = SUPERBLOCK // k.block_rows
                     group = lax.div(first, jnp.int32(32)) + lax.div(row_block, jnp.int32(blocks_each))
-                    part = lax.rem(row_block, jnp.int32(blocks_each)) * (2 * self.c.slabs)
-                    source = view.at[group, :, pl.ds(part, 2 * self.c.slabs), inner]
+                    part = lax.rem(row_block, jnp.int32(blocks_each)) * k.slabs
+                    source = view.at[group, :, pl.ds(part, k.slabs), inner]
                     plgpu.copy_gmem_to_smem(source, target.at[slot, i], full)
                 else:
-                    slabs = WARPGROUPS * self.c.slabs
-                    group = lax.div(first, jnp.int32(_SLAB_TILES)) + row_block * slabs
-                    plgpu.copy_gmem_to_smem(view.at[pl.ds(group, slabs), :, inner], target.at[slot], full)
+                    group = lax.div(first, jnp.int32(_SLAB_TILES)) + row_block * k.slabs
+                    plgpu.copy_gmem_to_smem(view.at[pl.ds(group, k.slabs), :, inner], target.at[slot], full)
 
     # The warpgroups that multiply
 
@@ -454,7 +458,8 @@ class _Body:
                 _swiglu_to_shared(buffer, values)
         plgpu.commit_smem()
         for slab in range(slabs):
-            position = row_block * k.block_rows + slab * SLAB_ROWS + self.wg * (SLAB_ROWS // 2)
+            place = slab * self.c.warpgroups + self.wg
+            position = row_block * k.block_rows + place * (SLAB_ROWS // 2)
             offset, size = 0, 1 << (width.bit_length() - 1)
             while size >= ROW_ALIGN:
                 # The largest power of two of rows first, then the next: copies have fixed sizes.

@@ -65,7 +65,7 @@ def test_matmul_of_a_matrix_in_a_stack(rng, type):
 
 
 @pytest.mark.parametrize(
-    "config", [MatmulConfig(16, (16,), 1, 0, blocks=1), MatmulConfig(8, (8,), 1, 1, blocks=3)]
+    "config", [MatmulConfig(16, (16,), 1, 2, 0, blocks=1), MatmulConfig(8, (8,), 1, 4, 1, blocks=3)]
 )
 def test_matmul_with_other_sizes_of_pieces(rng, config):
     w, x = random_weights(rng, GGMLType.Q4_K, (128, 512)), heavy_tailed(rng, (9, 512))
