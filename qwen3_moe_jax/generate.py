@@ -105,10 +105,16 @@ def decode_step(
     """One token more for every unfinished sequence."""
     start = state.length - 1
     last = jnp.take_along_axis(state.tokens, start[:, None], axis=1)
-    variables = {"params": params}
-    output = model.apply(variables, last, state.cache, start)
-    logits = model.apply(variables, output.hidden[:, -1], method="logits")
-    return append_tokens(state.replace(cache=output.cache), logits, sampling, stop_ids)
+    if model.fused_decode:
+        from qwen3_moe_jax import gpu_decode  # needs a JAX that has Mosaic GPU
+
+        out = gpu_decode.decode_step(params, model.config, model.types, last[:, 0], start, state.cache)
+        logits, cache = out.logits, KVCache(*out.cache)
+    else:
+        variables = {"params": params}
+        output = model.apply(variables, last, state.cache, start)
+        logits, cache = model.apply(variables, output.hidden[:, -1], method="logits"), output.cache
+    return append_tokens(state.replace(cache=cache), logits, sampling, stop_ids)
 
 
 @partial(jax.jit, static_argnames="model", donate_argnames="state")

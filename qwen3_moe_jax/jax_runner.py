@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.core import FrozenDict
 
+from convert.gpu_tiles import TILED_TYPES
 from convert.model_source import ModelSource
 from convert.packed import LANES
 from convert.progress import ProgressCallback
@@ -42,7 +43,8 @@ from qwen3_moe_jax.token_choice import SamplingArrays
 
 LAYER_STAGE_NAMES = frozenset(stage.name for stage in LAYER_STAGES)
 
-CACHE_DTYPE = jnp.float32
+CACHE_UNIT = 64
+"""Positions of the KV cache come in whole tiles of the attention kernels."""
 
 SECONDS_A_DISPATCH = 0.05
 """Streaming asks the device for as many tokens at once as take about this long."""
@@ -84,34 +86,69 @@ class JaxRunner:
         source: ModelSource,
         *,
         max_context: int | None = None,
-        compute_dtype: Any = jnp.float32,
+        compute_dtype: Any = None,
         progress: ProgressCallback | None = None,
     ):
-        """Args: source, an open model; compute_dtype, jnp.float32 or jnp.bfloat16, of matrix operands."""
+        """Loads the weights.
+
+        Args:
+          source: an open model.
+          max_context: tokens of the KV cache; None is all that the model was trained for.
+          compute_dtype: float32 or bfloat16 operands of matrix products; None is float32 on the
+            CPU and bfloat16 on a GPU, whose kernels take 16-bit operands.
+          progress: told how far loading is.
+
+        Raises:
+          MemoryPlanError: weights and cache do not fit the device.
+        """
         enable_compilation_cache()
         self.config = source.config
         self.max_context = max_context or source.config.max_position_embeddings
-        self.compute_dtype = jnp.dtype(compute_dtype)
         self.device = jax.devices()[0]
-        roles = {} if self.device.platform == "cpu" else GPU_ROLES
+        on_gpu = self.device.platform == "gpu"
+        self.compute_dtype = jnp.dtype(compute_dtype or (jnp.bfloat16 if on_gpu else jnp.float32))
+        self.cache_dtype = jnp.dtype(jnp.float16 if on_gpu else jnp.float32)
+        self.fallbacks = self._fallbacks(source) if on_gpu else []
+        roles = GPU_ROLES if on_gpu else {}
         self.model = Qwen3Moe(
-            source.config, self.compute_dtype, types=FrozenDict(source.types), roles=FrozenDict(roles)
+            source.config,
+            self.compute_dtype,
+            types=FrozenDict(source.types),
+            roles=FrozenDict(roles),
+            fused_decode=on_gpu and not self.fallbacks,
         )
-        itemsize = jnp.dtype(CACHE_DTYPE).itemsize
-        self.plan = MemoryPlan.of(source, self.max_context + PREFILL_CHUNKS[-1], itemsize)
+        room = self.max_context + PREFILL_CHUNKS[-1]
+        self._cache_length = -(-room // CACHE_UNIT) * CACHE_UNIT
+        self.plan = MemoryPlan.of(source, self._cache_length, self.cache_dtype.itemsize)
         self.plan.check(*_available_memory(self.device))
         self.params = load_params(source, roles, self.device, progress)
         self._spare_cache: KVCache | None = None
 
+    def _fallbacks(self, source: ModelSource) -> list[str]:
+        """Why this GPU or this file does not take the kernels, one line each; empty when it does."""
+        try:
+            from kernels_pallas.prefill.device import require_hopper
+            from qwen3_moe_jax import gpu_decode
+
+            require_hopper()
+            gpu_decode.check_supported(source.config, source.types)
+        except (ImportError, NotImplementedError) as error:
+            return [f"XLA in place of the GPU kernels: {error}"]
+        if self.compute_dtype != jnp.bfloat16:
+            return ["XLA in place of the GPU kernels: they take bfloat16, and compute_dtype is float32"]
+        return []
+
     def describe(self) -> dict[str, object]:
         device = self.device
-        types = sorted({t.name for t in self.model.types.values()})
+        kernels = device.platform == "gpu" and not self.fallbacks
+        types = sorted({t for t in self.model.types.values()})
         return {
             "backend": self.name,
             "device": f"{device.device_kind} ({device.platform})",
             "compute_dtype": self.compute_dtype.name,
-            "implementations": dict.fromkeys(types, "xla"),
-            "fallbacks": [],
+            "cache_dtype": self.cache_dtype.name,
+            "implementations": {t.name: "pallas" if kernels and t in TILED_TYPES else "xla" for t in types},
+            "fallbacks": self.fallbacks,
         }
 
     def close(self) -> None:
@@ -159,7 +196,8 @@ class JaxRunner:
             layers=None if layers is None else chosen,
         )
         chunks = chunk_lengths(len(tokens), chunk_sizes)
-        cache = KVCache.create(model.config, 1, sum(chunks))  # prompts of nearby lengths share a program
+        length = -(-sum(chunks) // CACHE_UNIT) * CACHE_UNIT  # prompts of nearby lengths share a program
+        cache = KVCache.create(self.config, 1, length, self.cache_dtype)
         parts, start = [], 0
         for chunk in chunks:
             part = slice(start, start + chunk)
@@ -239,8 +277,7 @@ class JaxRunner:
             row[: len(prompt)] = prompt
         cache, self._spare_cache = self._spare_cache, None
         if cache is None:
-            length = self.max_context + PREFILL_CHUNKS[-1]
-            cache = KVCache.create(self.config, len(prompts), length, CACHE_DTYPE)
+            cache = KVCache.create(self.config, len(prompts), self._cache_length, self.cache_dtype)
         lengths = jnp.asarray([len(p) for p in prompts], jnp.int32)
         return DecodeState.start(cache, jnp.asarray(tokens), lengths, self.config.vocab_size)
 
@@ -255,6 +292,13 @@ def _forward_chunk(
     expert_ids: jax.Array | None,
 ) -> dict[str, Any]:
     """One chunk of a prompt: logits [T, V], expert_ids [T, L, X], stages with T first, and the cache."""
+    if model.fused_decode and token_ids.size == 1 and not model.capture and not model.interventions:
+        from qwen3_moe_jax import gpu_decode  # needs a JAX that has Mosaic GPU
+
+        forced = None if expert_ids is None else expert_ids[:, 0]
+        out = gpu_decode.decode_step(params, model.config, model.types, token_ids[0], start, cache, forced)
+        chosen = jnp.moveaxis(out.expert_ids, 0, 1)
+        return {"logits": out.logits, "expert_ids": chosen, "cache": KVCache(*out.cache), "stages": {}}
 
     def whole(model: Qwen3Moe, *args: Any) -> dict[str, Any]:
         output = model(*args)

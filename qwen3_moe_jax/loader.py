@@ -68,7 +68,7 @@ def make_runner(
     backend: str,
     *,
     max_context: int | None = None,
-    dtype: str = "float32",
+    dtype: str | None = None,
     adapter: str | None = None,
     progress: ProgressCallback | None = None,
 ) -> Runner:
@@ -78,7 +78,8 @@ def make_runner(
       source: an open model.
       backend: one of BACKENDS.
       max_context: tokens of KV cache; None is DEFAULT_CONTEXT or the model's own, if less.
-      dtype: matrix operands on jax, one of DTYPES; wgpu and reference compute in float32.
+      dtype: matrix operands on jax, one of DTYPES, or None for what suits the device; wgpu and
+        reference compute in float32.
       adapter: part of a WebGPU adapter's name.
       progress: told how far loading is.
 
@@ -88,7 +89,7 @@ def make_runner(
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend {backend!r} is not one of auto, {', '.join(BACKENDS)}")
-    if dtype not in DTYPES:
+    if dtype not in (None, *DTYPES):
         raise ValueError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
     most = source.config.max_position_embeddings
     max_context = min(DEFAULT_CONTEXT, most) if max_context is None else max_context
@@ -119,7 +120,7 @@ def _make_reference(source, max_context, dtype, _adapter, _progress) -> Runner:
 
 
 def _only_float32(backend: str, dtype: str) -> None:
-    if dtype != "float32":
+    if dtype not in (None, "float32"):
         raise BackendUnavailableError(
             f"the {backend} backend computes in float32 only: leave out --dtype {dtype}"
         )
@@ -137,7 +138,7 @@ def load(
     *,
     backend: str = "auto",
     max_context: int | None = None,
-    dtype: str = "float32",
+    dtype: str | None = None,
     adapter: str | None = None,
     gate: bool = True,
     strict: bool = False,
@@ -151,7 +152,7 @@ def load(
       backend: "auto", "jax", "wgpu" or "reference". auto is JAX with an NVIDIA
         GPU, else a hardware WebGPU adapter, else JAX on the CPU.
       max_context: tokens of the KV cache.
-      dtype: "float32" or "bfloat16" operands (jax).
+      dtype: "float32" or "bfloat16" operands (jax); None is bfloat16 on a GPU, float32 on the CPU.
       adapter: part of a WebGPU adapter's name (wgpu).
       gate: check a few tokens against the reference when this backend first
         meets this file (remembered afterwards).

@@ -60,7 +60,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("-m", "--model")
     parser.add_argument("--backend", choices=loader.BACKENDS, default="jax")
-    parser.add_argument("--dtype", choices=loader.DTYPES, default="float32")
+    parser.add_argument("--dtype", choices=loader.DTYPES)
     parser.add_argument("--prompt-tokens", type=int, default=512)
     parser.add_argument("--new-tokens", type=int, default=256)
     parser.add_argument("--repeats", type=int, default=3)

@@ -21,7 +21,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--backend", choices=("auto", *loader.BACKENDS), default="auto")
     group.add_argument(
-        "--dtype", choices=loader.DTYPES, default="float32", help="operands of matrix products (jax)"
+        "--dtype", choices=loader.DTYPES, help="operands of matrix products (jax; default: by the device)"
     )
     group.add_argument("--context", type=int, metavar="TOKENS", help="tokens that the KV cache holds")
     group.add_argument("--adapter", metavar="NAME", help="part of the WebGPU adapter's name (wgpu)")
