@@ -42,14 +42,14 @@ class Tap:
     key: StageKey
     buffer: Any
     shape: tuple[int, ...]
-    part: slice = slice(None)
+    part: slice | None = None
     dtype: Any = np.float32
     offset: int = 0
 
     def read(self, device: Device, tokens: int) -> np.ndarray:
         count = tokens * int(np.prod(self.shape))
         whole = device.read(self.buffer, self.dtype, count, self.offset).reshape(tokens, *self.shape)
-        return np.ascontiguousarray(whole[:, self.part])
+        return whole if self.part is None else np.ascontiguousarray(whole[:, self.part])
 
 
 class Buffers:
