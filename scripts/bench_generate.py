@@ -20,8 +20,11 @@ import tempfile
 import time
 
 import jax
+import numpy as np
 
 from qwen3_moe_jax import loader
+from qwen3_moe_jax.parity.metrics import cosine
+from qwen3_moe_jax.reference import ReferenceRunner
 from qwen3_moe_jax.sampling import Sampling
 
 GREEDY = Sampling(temperature=0)
@@ -39,6 +42,23 @@ def measure(model, prompt: list[int], new_tokens: int) -> tuple[float, float]:
     first = time.perf_counter()
     count = sum(1 for _ in tokens)
     return len(prompt) / (first - began), count / (time.perf_counter() - first)
+
+
+def compare(model, token_ids: list[int]) -> dict[str, float | int]:
+    """Logits of the prompt as prefill and token by token, against the reference, at the worst position."""
+    reference = ReferenceRunner(model.source, max_context=model.runner.max_context)
+    truth = reference.forward(token_ids)
+    result: dict[str, float | int] = {"tokens": len(token_ids)}
+    ways = {"prefill": {}, "decode": {"chunk_sizes": (1,)}} if model.runner.name == "jax" else {"prefill": {}}
+    for way, options in ways.items():
+        free = model.runner.forward(token_ids, **options)
+        replayed = model.runner.forward(token_ids, expert_ids=truth.expert_ids, **options)
+        result[f"{way}_cosine_free"] = float(cosine(free.logits, truth.logits).min())
+        result[f"{way}_cosine_replayed"] = float(cosine(replayed.logits, truth.logits).min())
+        result[f"{way}_nonfinite_logits"] = int((~np.isfinite(free.logits)).sum())
+        same = np.sort(free.expert_ids, -1) == np.sort(truth.expert_ids, -1)
+        result[f"{way}_same_experts"] = float(same.all(-1).mean())
+    return result
 
 
 def first_text_seconds(model: str | None, backend: str, cache: str) -> float:
@@ -65,10 +85,13 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=256)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--no-cold-start", action="store_true", help="do not time new processes")
+    parser.add_argument("--parity", type=int, metavar="N", help="compare N tokens with the reference, too")
+    parser.add_argument("--context", type=int, help="tokens of the KV cache")
     args = parser.parse_args()
 
     began = time.perf_counter()
-    with loader.load(args.model, backend=args.backend, dtype=args.dtype, gate=False) as model:
+    options = {"backend": args.backend, "dtype": args.dtype, "max_context": args.context}
+    with loader.load(args.model, **options, gate=False) as model:
         load_seconds = time.perf_counter() - began
         ids = model.tokenizer.encode(TEXT)
         prompt = (ids * (args.prompt_tokens // len(ids) + 1))[: args.prompt_tokens]
@@ -76,6 +99,8 @@ def main() -> None:
         measure(model, prompt, args.new_tokens)
         first_run_seconds = time.perf_counter() - began
         runs = [measure(model, prompt, args.new_tokens) for _ in range(args.repeats)]
+        memory = model.runner.memory() if args.backend == "jax" else None
+        parity = compare(model, prompt[: args.parity]) if args.parity else None
         facts = model.runner.describe()
         name = model.source.metadata.get("general.name", model.source.path.name)
     result = {
@@ -86,6 +111,8 @@ def main() -> None:
         "new_tokens": args.new_tokens,
         "prefill_tokens_per_s": statistics.median(r[0] for r in runs),
         "decode_tokens_per_s": statistics.median(r[1] for r in runs),
+        "parity": parity,
+        "memory": memory,
         "backend": facts,
         "cpu_count": os.cpu_count(),
         "python": platform.python_version(),
@@ -102,6 +129,8 @@ def main() -> None:
         peer = LLAMA_CPP_TOKENS_PER_S[what]
         beside = "" if args.model else f"  ({rate / peer:.0%} of llama.cpp's {peer})"
         print(f"{what:8} {rate:10.1f} tokens/s{beside}")
+    if parity:
+        print(*(f"{key} {value}" for key, value in parity.items()), sep="\n")
     print(json.dumps(result))
 
 
