@@ -39,3 +39,22 @@ def test_no_copy_of_a_stack_is_made(rng, type, tokens, layout):
     layer = jax.jit(lambda w: ops.moe_mlp(x, w, w, w, ids, jnp.ones((tokens, 4)), implementation="xla"))
     scratch = layer.lower(stack).compile().memory_analysis().temp_size_in_bytes
     assert scratch < min(128 * 256 * 256 * 4 / 10, stack.nbytes)
+
+
+@pytest.mark.parametrize("type", QUANTIZED, ids=lambda t: t.name)
+def test_layouts_go_both_ways(rng, type):
+    w = random_weights(rng, type, (3, 32, 512))
+    lanes = layouts.to_layout(w, LANES16)
+    assert (lanes.shape, lanes.nbytes) == (w.shape, w.nbytes)
+    rows = layouts.to_layout(lanes, ROWS)
+    for name, array in w.arrays.items():
+        assert rows.arrays[name].dtype == array.dtype
+        np.testing.assert_array_equal(rows.arrays[name], array)
+
+
+def test_layouts_refuse_what_they_cannot_hold(rng):
+    w = random_weights(rng, GGMLType.Q4_K, (17, 256))
+    with pytest.raises(ValueError, match="16 quantized rows at a time"):
+        layouts.to_layout(w, LANES16)
+    with pytest.raises(ValueError, match="unknown layout 'columns'"):
+        layouts.to_layout(w, "columns")
