@@ -13,6 +13,8 @@ from qwen3_moe_jax.wgpu_backend.device import Device, Dispatch, Launch
 from qwen3_moe_jax.wgpu_backend.layout import WORD_FORMATS
 
 ATTENTION_TILE = 128
+GROUP_SHARED_BYTES = 10 << 10
+"""Of the counters of group.wgsl; with three words an expert they stay below the 16 KiB of every adapter."""
 FULL_LANES = 0.75
 """Lanes are halved until at least this share of them has work."""
 
@@ -353,9 +355,11 @@ def group_site(
     device: Device, step: Any, ids: Any, tiles: Any, order: Any, *, experts: int, chosen: int, tokens: int
 ) -> Site:
     """Tiles of pairs with the same expert."""
-    lanes = min(256, -(-experts // 8) * 8)
+    lanes = device.tuning.head_workgroup
+    while lanes > 1 and 4 * lanes * experts > GROUP_SHARED_BYTES:
+        lanes //= 2
     kernel = device.kernel("group", EXPERTS=experts, TOKENS=tokens, WG=lanes)
-    params = device.uniform(experts, chosen)
+    params = device.uniform(chosen)
     return Site(device.bind(kernel, {0: params, 1: step, 2: ids, 3: tiles, 4: order}), 1)
 
 
