@@ -1,5 +1,7 @@
 """What the tests do on a GPU: every function here runs in the spawned process, on kept devices and models."""
 
+import gc
+import os
 import sys
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
@@ -136,6 +138,34 @@ def decode_logits(
     tokens = list(loaded.stream(prompt, max_tokens=count, sampling=Sampling()))
     logits = loaded._device.read(loaded._buffers["logits"], np.float32, loaded.config.vocab_size)
     return tokens, logits
+
+
+def abandon_streams(model: str, count: int) -> list[int]:
+    """Starts streams that nobody reads to the end, with batches in flight, then runs one that is read."""
+    in_flight = Device(tuning=replace(device("own").tuning, submits_in_flight=3))
+    with open_model(model) as source:
+        loaded = WgpuRunner(source, max_context=CONTEXT, device=in_flight)
+    for i in range(count):
+        unread = loaded.stream([1, 2, 3], max_tokens=100, sampling=Sampling())
+        for _ in range(1 + i % 5):
+            next(unread)
+        del unread
+        gc.collect()
+    return list(loaded.stream([1, 2, 3], max_tokens=12, sampling=Sampling()))
+
+
+def memory_growth(model: str, count: int, sampling: Sampling) -> int:
+    """Bytes by which this process grows over short streams, after a first few."""
+    loaded = runner(model, "own")
+
+    def run(times: int) -> int:
+        for _ in range(times):
+            list(loaded.stream(range(40), max_tokens=4, sampling=sampling))
+        gc.collect()
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    before = run(5)
+    return run(count) - before
 
 
 class Spoilt:

@@ -3,11 +3,13 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from qwen3_moe_jax.errors import BackendUnavailableError
+from qwen3_moe_jax.sampling import Sampling
 from qwen3_moe_jax.wgpu_backend import adapter
 from qwen3_moe_jax.wgpu_backend.plan import MEMORY_VARIABLE, parse_bytes
 from tests.wgpu import gpu_work
@@ -38,6 +40,21 @@ def test_errors(gpu, action, args, error, words):
     for word in words:
         assert word in message
     assert "\n" not in message
+
+
+def test_streams_that_nobody_reads_to_the_end(gpu):
+    """Batches in flight are dropped with their stream; the next request is right."""
+    model = str(gpu_work.EMBEDDED)
+    expected = gpu(gpu_work.stream, model, [1, 2, 3], 12, Sampling())
+    assert gpu(gpu_work.abandon_streams, model, 12) == expected
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the process's size is read from /proc")
+@pytest.mark.parametrize(
+    "sampling", [Sampling(), Sampling(temperature=0.7, top_k=20, top_p=0.8)], ids=["0", "0.7"]
+)
+def test_requests_leave_no_memory_behind(gpu, sampling):
+    assert gpu(gpu_work.memory_growth, str(gpu_work.EMBEDDED), 20, sampling) < 8 << 20
 
 
 def test_a_plan_that_does_not_fit_is_refused_before_any_upload():
