@@ -26,7 +26,9 @@ from convert.config import PRESETS
 from convert.ggml_types import GGMLType
 from convert.packed import PackedTensor
 from kernels_pallas.decode_step import api
-from kernels_pallas.decode_step.weights import DecodeWeights, LayerTypes, plan_stacks
+from kernels_pallas.decode_step.weights import DecodeWeights, LayerTypes, column_names, plan_stacks
+from kernels_pallas.embedding_lookup.api import embedding_lookup
+from kernels_pallas.norm_rope import rope, rope_tables
 
 HIGHEST = lax.Precision.HIGHEST
 D_SCALE = {GGMLType.Q4_K: 1.4e-4, GGMLType.Q5_K: 0.7e-4, GGMLType.Q6_K: 1.5e-5, GGMLType.Q8_0: 2.7e-4}
@@ -66,7 +68,9 @@ def random_stack(seed: int, type: GGMLType, tiles: int, superblocks: int) -> dic
         if name == "scales" and type in (GGMLType.Q4_K, GGMLType.Q5_K):
             kind = "scales"
         if dtype == jnp.float16:
-            kind = D_SCALE[type] * (7.5 if type is GGMLType.Q4_K and name == "dmin" else 15.5 if name == "dmin" else 1)
+            kind = D_SCALE[type] * (
+                7.5 if type is GGMLType.Q4_K and name == "dmin" else 15.5 if name == "dmin" else 1
+            )
         out[name] = random_array(seed * 16 + j, shape, kind)
     return out
 
@@ -167,7 +171,7 @@ class Reference:
     def __init__(self, w: DecodeWeights, config):
         self.w, self.c = w, config
         self.table = np.asarray(w.table)
-        self.columns = __import__("kernels_pallas.decode_step.weights", fromlist=["x"]).column_names(len(w.types_of("qkv")))
+        self.columns = column_names(len(w.types_of("qkv")))
 
     def col(self, layer, name):
         return int(self.table[layer, self.columns[name]])
@@ -187,9 +191,6 @@ class Reference:
     def __call__(self, token: int, position: int, keys, values, expert_ids):
         """keys, values: float32 [L, S, K, H] of earlier tokens. Returns logits [V]."""
         w, c = self.w, self.c
-        from kernels_pallas.embedding_lookup.api import embedding_lookup
-        from kernels_pallas.norm_rope import rope, rope_tables
-
         x = embedding_lookup(w.embed_tokens, jnp.array([token]))[0]
         cos, sin = rope_tables(jnp.array([position]), c.head_dim, c.rope_theta)
         group = c.num_attention_heads // c.num_key_value_heads
@@ -205,15 +206,15 @@ class Reference:
             s = jnp.einsum("kgh,skh->kgs", qg, ks, precision=HIGHEST) * c.head_dim**-0.5
             o = jnp.einsum("kgs,skh->kgh", jax.nn.softmax(s, -1), vs, precision=HIGHEST).reshape(-1)
             t = self.col(i, "o_type")
-            x = x + matvec(w.types_of("o")[t], w.stacks["o"][t], self.col(i, "o_offset"), c.hidden_size // 8, o)
+            x = x + matvec(
+                w.types_of("o")[t], w.stacks["o"][t], self.col(i, "o_offset"), c.hidden_size // 8, o
+            )
             h = rms(x, w.post_norm[i], c.rms_norm_eps)
             logits = jnp.matmul(w.router[i], h, precision=HIGHEST)
             ids = np.asarray(expert_ids[i])
-            top = np.sort(np.asarray(logits))[::-1][: len(ids)]
             worst.append(len(set(np.argsort(-np.asarray(logits))[: len(ids)]) - set(ids.tolist())))
             p = jax.nn.softmax(logits[ids])
             t, d = self.col(i, "gate_up_type"), self.col(i, "down_type")
-            del top
             for j, e in enumerate(ids.tolist()):
                 start = self.col(i, "gate_up_offset") + e * per_expert
                 type = w.types_of("gate")[t]
@@ -221,7 +222,9 @@ class Reference:
                 up = matvec(type, w.stacks["up"][t], start, per_expert, h)
                 act = jax.nn.silu(gate) * up
                 start = self.col(i, "down_offset") + e * (c.hidden_size // 8)
-                x = x + p[j] * matvec(w.types_of("down")[d], w.stacks["down"][d], start, c.hidden_size // 8, act)
+                x = x + p[j] * matvec(
+                    w.types_of("down")[d], w.stacks["down"][d], start, c.hidden_size // 8, act
+                )
         h = rms(x, w.final_norm, c.rms_norm_eps)
         return matvec(w.types_of("lm_head")[0], w.stacks["lm_head"][0], 0, c.vocab_size // 8, h), sum(worst)
 

@@ -269,7 +269,9 @@ def decode_step(
     return StepOutput(jnp.concatenate(logits), cache, jnp.concatenate(chosen, axis=1))
 
 
-def _operands(c: kernel.StepConfig, weights: DecodeWeights, x, positions, cos, sin, expert_ids) -> dict[str, Any]:
+def _operands(
+    c: kernel.StepConfig, weights: DecodeWeights, x, positions, cos, sin, expert_ids
+) -> dict[str, Any]:
     """The kernel's operands but for the cache."""
     shape = kernel.state_shape(c)
     state = jnp.zeros(shape, jnp.float32)

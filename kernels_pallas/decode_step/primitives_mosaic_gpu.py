@@ -13,6 +13,7 @@ the same superblock of 32 rows.
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -292,6 +293,83 @@ def store_first_rows(ref, values, *, emulate: bool) -> None:
     store(ref, values)
 
 
+def matmul(a, ref, columns: int, *, transposed: bool, emulate: bool):
+    """float32 [64, columns]: registers a [64, k] times the matrix in shared memory.
+
+    The interpreter multiplies references only.
+
+    Args:
+      ref: [k, columns], or [columns, k] where ``transposed``.
+    """
+    if emulate:
+        b = ref[...].astype(jnp.float32)
+        return jnp.dot(a.astype(jnp.float32), b.T if transposed else b, precision=lax.Precision.HIGHEST)
+
+    def multiply(acc):
+        plgpu.wgmma(acc, a, ref.T if transposed else ref)
+        return acc[...]
+
+    return pl.run_scoped(multiply, plgpu.ACC((64, columns)))
+
+
+class View:
+    """A global array seen in another shape; the first ``leading`` axes are the same in both.
+
+    The interpreter knows no reshaped references: there, the whole of the other axes is read,
+    reshaped and written back.
+    """
+
+    def __init__(self, ref, shape: tuple[int, ...], *, leading: int, emulate: bool):
+        self.ref, self.shape, self.leading = ref, shape, leading
+        self.view = None if emulate else ref.reshape(shape)
+
+    def load(self, index: tuple, layout):
+        if self.view is not None:
+            return plgpu.load(self.view.at[index], layout=layout, optimized=False)
+        whole, starts, sizes, kept = self._window(index)
+        return lax.dynamic_slice(whole, starts, sizes).reshape(kept)
+
+    def store(self, index: tuple, value) -> None:
+        if self.view is not None:
+            self.view[index] = value
+            return
+        whole, starts, sizes, _ = self._window(index)
+        whole = lax.dynamic_update_slice(whole, value.reshape(sizes), starts)
+        own = index[: self.leading] if self.leading else ...
+        self.ref[own] = whole.reshape(self.ref.shape[self.leading :])
+
+    def _window(self, index: tuple):
+        """The addressed part of the array in the view's shape, and the window of it that index means."""
+        own = index[: self.leading] if self.leading else ...
+        shape = self.shape[self.leading :]
+        starts, sizes, kept = [], [], []
+        index = index[self.leading :]
+        for i, size in zip((*index, *[slice(None)] * (len(shape) - len(index))), shape, strict=True):
+            if isinstance(i, slice):
+                i = pl.ds(0, size)
+            if hasattr(i, "start"):
+                starts.append(i.start)
+                sizes.append(i.size)
+                kept.append(i.size)
+            else:
+                starts.append(i)
+                sizes.append(1)
+        return self.ref[own].reshape(shape), starts, sizes, kept
+
+
+def store_subblocks(ref, chunk, value, *, emulate: bool) -> None:
+    """Stores 32 subblocks' values [32, ...] as superblocks ``4 * chunk`` to ``4 * chunk + 3`` of ref.
+
+    Args:
+      ref: [superblocks, 4, 2, ...] in shared memory, contiguous.
+    """
+    superblocks, _, _, *inner = ref.shape
+    if emulate:
+        ref[pl.ds(chunk * 4, 4)] = value.reshape(4, *ref.shape[1:])
+    else:
+        ref.reshape(superblocks * 8, *inner)[pl.ds(chunk * 32, 32)] = value
+
+
 def grid_signal(semaphore, *, emulate: bool) -> None:
     """Says that this block's writes are done. With one block (the interpreter) there is no one to tell."""
     if semaphore is None:
@@ -320,5 +398,3 @@ def fori(n, body) -> None:
 def full(shape, value, dtype, layout):
     """A constant array of a register layout."""
     return plgpu.layout_cast(jnp.full(shape, value, dtype), layout)
-
-

@@ -25,6 +25,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from convert.ggml_types import SUPERBLOCK, GGMLType
 from kernels_pallas.decode_step import primitives_mosaic_gpu as prim
 from kernels_pallas.decode_step.tile_formats_mosaic_gpu import TILE_FORMATS, WEIGHT_KINDS, Activations
+from kernels_pallas.decode_step.weights import column_names
 
 Array = Any
 WARPGROUPS = 2
@@ -117,13 +118,8 @@ class StepConfig:
         return ceil_div(ceil_div(rows // 8, self.blocks), SLOTS) * SLOTS * self.blocks * 8
 
     def columns(self) -> dict[str, int]:
-        """Columns of the table of int32 [layers, ...] that says where a layer's weights lie in the stacks."""
-        names = []
-        for i in range(len(self.qkv_types)):
-            names += [f"qkv_offset{i}", f"qkv_count{i}"]
-        names += ["q_head", "k_head", "v_head", "o_type", "o_offset"]
-        names += ["gate_up_type", "gate_up_offset", "down_type", "down_offset"]
-        return {name: i for i, name in enumerate(names)}
+        """Columns of the table that says where a layer's weights lie in the stacks."""
+        return column_names(len(self.qkv_types))
 
 
 def scalar_count(c: StepConfig) -> int:
@@ -170,9 +166,14 @@ def expert_slots(c: StepConfig) -> tuple[int, int, int]:
 
 
 def scratch_types(c: StepConfig) -> dict[str, Any]:
-    superblocks = max(
-        c.hidden, c.heads * c.head_dim, ceil_div(c.experts_per_token // c.down_parts * c.moe_width, CHUNK) * CHUNK
-    ) // SUPERBLOCK
+    superblocks = (
+        max(
+            c.hidden,
+            c.heads * c.head_dim,
+            ceil_div(c.experts_per_token // c.down_parts * c.moe_width, CHUNK) * CHUNK,
+        )
+        // SUPERBLOCK
+    )
     parts = max(8 * max(c.hidden, c.heads * c.head_dim) // STEP, 4 * c.moe_width // SUPERBLOCK)
     swizzled = lambda *shape: plgpu.SMEM(
         shape, c.cache_dtype, transforms=(plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
@@ -254,7 +255,8 @@ class Step:
         self.semaphore = pl.get_global(plgpu.SemaphoreType.REGULAR) if config.blocks > 1 else None
         self.state = refs["state"]
         tiles = config.row_stride(config.hidden) // (8 * config.blocks)
-        self.state_rows = self.state.reshape(1 + config.down_parts, config.batch, tiles, config.blocks, 8)
+        leading = (1 + config.down_parts, config.batch)
+        self.state_rows = prim.View(self.state, (*leading, tiles, config.blocks, 8), leading=2, **self.prim)
 
     # Small helpers
 
@@ -265,7 +267,7 @@ class Step:
         return self.r["scalars"][self.c.layers * len(self.col) + b]
 
     def stream(self, items: int, load, multiply, tiles: tuple) -> tuple:
-        """``multiply(i, tile)`` for items 0..items - 1; ``tiles`` are the first, ``load(i)`` makes later ones.
+        """``multiply(i, tile)`` for every item; ``tiles`` are the first ones, ``load(i)`` makes later ones.
 
         A loop and not straight code: a layer's instructions have to fit the instruction cache.
         Each of the loop's registers is refilled where it was used: moving a register whose load
@@ -291,7 +293,7 @@ class Step:
         return lax.fori_loop(0, items // depth, several, tiles)
 
     def signal(self, *, by_first: bool = False) -> None:
-        """Ends a phase: the block's results are written. ``by_first``: the first warpgroup alone wrote them."""
+        """Ends a phase: the block's results are written, ``by_first``: by the first warpgroup alone."""
         if not by_first:
             self.sync_block()
 
@@ -311,7 +313,7 @@ class Step:
         prim.warpgroup_barrier(**self.prim)
 
     def total(self, x, layout, operation: str, site: str, b):
-        """The sum or maximum of all of x in every lane; ``site`` names the place that asks, ``b`` its turn."""
+        """The sum or maximum of all of x, in every lane; ``site`` is the place that asks, ``b`` its turn."""
         scratch = self.r["reduce"].at[self.wg, REDUCE_SITES.index(site), b % 2]
         return prim.warpgroup_reduce(x, layout, operation, scratch, **self.prim)
 
@@ -321,7 +323,7 @@ class Step:
     # Activations
 
     def for_groups(self, together: int, body) -> None:
-        """``body(first, size)`` for sequences in groups, whose loads a body can issue at once."""
+        """``body(first, size)`` for sequences in groups: a body issues the loads of a group at once."""
         together = min(together, self.c.batch)
         whole, rest = divmod(self.c.batch, together)
         prim.fori(whole, lambda i: body(i * together, together))
@@ -329,7 +331,7 @@ class Step:
             body(whole * together, rest)
 
     def residual(self, b, chunk, parts: int):
-        """float32 [32, 2, 4, 4]: 1,024 values of the residual stream, with ``parts`` parts to be added to it."""
+        """float32 [32, 2, 4, 4]: 1,024 values of the residual stream, ``parts`` parts added to it."""
         total = None
         for part in range(1 + parts):
             ref = self.state.at[part, b, pl.ds(chunk * 32, 32)]
@@ -355,7 +357,8 @@ class Step:
             sequences = [first + i for i in range(size)]
             whole = [[self.residual(b, i, parts) for i in range(chunks)] for b in sequences]
             mine = [
-                [self.residual(b, i + self.wg, parts) for i in range(0, chunks, WARPGROUPS)] for b in sequences
+                [self.residual(b, i + self.wg, parts) for i in range(0, chunks, WARPGROUPS)]
+                for b in sequences
             ]
             for b, x, own in zip(sequences, whole, mine, strict=True):
                 squares = self.total(sum(v * v for v in x), prim.SUBBLOCKS, "add", "norm", b)
@@ -366,7 +369,6 @@ class Step:
 
     def quantize(self, b, chunk, x) -> None:
         """Quantizes 1,024 values in two int8 parts, one scale for 32, into shared memory."""
-        superblocks = self.r["x_scale"].shape[1]
         largest = jnp.max(jnp.max(jnp.max(jnp.abs(x), axis=3), axis=2), axis=1)
         inverse = jnp.where(largest > 0, QUANT_MAX / largest, 0.0)
         spread = lax.broadcast_in_dim(inverse, x.shape, (0,))
@@ -374,12 +376,13 @@ class Step:
         high = (q + 64) >> 7
         low = q - (high << 7)
         shift = plgpu.broadcasted_iota(jnp.int32, x.shape, 3, layout=prim.SUBBLOCKS) * 8
-        rows = pl.ds(chunk * 32, 32)
         for part, value in enumerate((high, low)):
             words = jnp.sum((value & 0xFF) << shift, axis=3)
-            self.r["x_words"].at[b, part].reshape(superblocks * 8, 2, 4)[rows] = words
-        self.r["x_scale"].at[b].reshape(superblocks * 8)[rows] = largest * (1.0 / QUANT_MAX)
-        self.r["x_sums"].at[b].reshape(superblocks * 8, 2)[rows] = jnp.sum(jnp.sum(q, axis=3), axis=2)
+            prim.store_subblocks(self.r["x_words"].at[b, part], chunk, words, **self.prim)
+        scale = largest * (1.0 / QUANT_MAX)
+        prim.store_subblocks(self.r["x_scale"].at[b], chunk, scale, **self.prim)
+        sums = jnp.sum(jnp.sum(q, axis=3), axis=2)
+        prim.store_subblocks(self.r["x_sums"].at[b], chunk, sums, **self.prim)
 
     def quantize_chunks(self, b, chunks: list) -> None:
         for step, x in enumerate(chunks):
@@ -479,7 +482,9 @@ class Step:
         items = always * steps
         ahead = tuple(load(i) for i in range(divisor(items, 5))) if items else ()
         mixed = list(range(always, slots)) if static else []
-        mixed_ahead = [self.load_mixed(w, slot, counts, offsets) for slot in mixed] if len(mixed) <= 2 else None
+        mixed_ahead = (
+            [self.load_mixed(w, slot, counts, offsets) for slot in mixed] if len(mixed) <= 2 else None
+        )
         norms = self.norm_weights(self.r["input_norm"].at[layer])
         self.wait(count)
         self.for_normed(norms, c.down_parts, self.quantize_chunks)
@@ -513,8 +518,9 @@ class Step:
                 start = start + counts[i]
 
         def store(b, chunk):
-            out = self.r["qkv"].reshape(c.batch, c.row_stride(c.qkv_tiles * 8) // (8 * c.blocks), c.blocks, 8)
-            out[b, pl.ds(chunk * SLOTS, SLOTS), self.block] = self.result_rows(b, steps)
+            shape = (c.batch, c.row_stride(c.qkv_tiles * 8) // (8 * c.blocks), c.blocks, 8)
+            out = prim.View(self.r["qkv"], shape, leading=1, **self.prim)
+            out.store((b, pl.ds(chunk * SLOTS, SLOTS), self.block), self.result_rows(b, steps))
 
         if static:
             for i, slot in enumerate(mixed):
@@ -547,9 +553,7 @@ class Step:
         def choose(i, step):
             if i == len(formats) - 1:
                 return load(i, step)
-            return lax.cond(
-                tile < starts[i] + counts[i], lambda: load(i, step), lambda: choose(i + 1, step)
-            )
+            return lax.cond(tile < starts[i] + counts[i], lambda: load(i, step), lambda: choose(i + 1, step))
 
         return [(kinds, choose(0, step)) for step in range(c.hidden // STEP)]
 
@@ -736,11 +740,7 @@ class Step:
             plgpu.commit_smem()
             following = load_tile(jnp.minimum(i + 1, stop - 1))  # at the end one that is in cache
 
-            def scores(acc):
-                plgpu.wgmma(acc, load(q_s, wgmma), k_s.T)
-                return acc[...]
-
-            s = pl.run_scoped(scores, plgpu.ACC((64, KV_TILE)))
+            s = prim.matmul(load(q_s, wgmma), k_s, KV_TILE, transposed=True, **self.prim)
             column = plgpu.broadcasted_iota(jnp.int32, (64, KV_TILE), 1, layout=wgmma)
             s = jnp.where(column + i * KV_TILE < position, s, -1e30)
             new = jnp.maximum(largest, jnp.max(s, axis=1))
@@ -748,11 +748,8 @@ class Step:
             p = jnp.exp2(s - spread(new, KV_TILE))
             total = total * decay + jnp.sum(p, axis=1)
 
-            def weighted(acc):
-                plgpu.wgmma(acc, p.astype(c.cache_dtype), v_s)
-                return acc[...]
-
-            out = out * spread(decay, c.head_dim) + pl.run_scoped(weighted, plgpu.ACC((64, c.head_dim)))
+            weighted = prim.matmul(p.astype(c.cache_dtype), v_s, c.head_dim, transposed=False, **self.prim)
+            out = out * spread(decay, c.head_dim) + weighted
             return *following, new, total, out
 
         nothing = lambda shape, value, layout: prim.full(shape, value, jnp.float32, layout)
@@ -825,15 +822,15 @@ class Step:
         width = c.heads * c.head_dim
         steps = width // STEP
         tiles = c.hidden // 8
-        source = self.r["attention"].reshape(c.batch, width // 32, 2, 4, 4)
+        shape = (c.batch, width // 32, 2, 4, 4)
+        source = prim.View(self.r["attention"], shape, leading=1, **self.prim)
         early = c.batch == 1 and ceil_div(tiles, c.blocks) <= SLOTS
         before = []
 
         def prepare():
             def group(first, size):
                 chunks = [(first + i, 2 * step + self.wg) for i in range(size) for step in range(steps)]
-                refs = [source.at[b, pl.ds(chunk * 32, 32)] for b, chunk in chunks]
-                loaded = [plgpu.load(ref, layout=prim.SUBBLOCKS, optimized=False) for ref in refs]
+                loaded = [source.load((b, pl.ds(chunk * 32, 32)), prim.SUBBLOCKS) for b, chunk in chunks]
                 for (b, chunk), x in zip(chunks, loaded, strict=True):
                     self.quantize(b, chunk, x)
 
@@ -843,13 +840,13 @@ class Step:
 
         def residual_rows(b, chunk):
             at = (b, pl.ds(chunk * SLOTS, SLOTS), self.block)
-            refs = [self.state_rows.at[(part, *at)] for part in range(1 + c.down_parts)]
-            return sum(plgpu.load(ref, layout=prim.OUTPUT_ROWS, optimized=False) for ref in refs)
+            parts = range(1 + c.down_parts)
+            return sum(self.state_rows.load((part, *at), prim.OUTPUT_ROWS) for part in parts)
 
         def store(b, chunk):
             old = before[-1] if early else residual_rows(b, chunk)
             at = (b, pl.ds(chunk * SLOTS, SLOTS), self.block)
-            self.state_rows[(0, *at)] = self.result_rows(b, steps) + old
+            self.state_rows.store((0, *at), self.result_rows(b, steps) + old)
 
         def run(i):
             fmt = TILE_FORMATS[c.o_types[i]]
@@ -871,7 +868,8 @@ class Step:
         rows = None
         if rounds <= 2:
             rows = [
-                self.router_row(layer, jnp.minimum(i * c.blocks + self.block, c.experts - 1)) for i in range(rounds)
+                self.router_row(layer, jnp.minimum(i * c.blocks + self.block, c.experts - 1))
+                for i in range(rounds)
             ]
         self.wait(count)
         kept = []
@@ -944,9 +942,7 @@ class Step:
     def replay(self, layer, b) -> None:
         """Overwrites the choice for sequence b by the given experts."""
         chosen = [self.r["replay_ids"][layer, b, i] for i in range(self.c.experts_per_token)]
-        logits = [
-            self.r["router_logits"][0, b, e] + self.r["router_logits"][1, b, e] for e in chosen
-        ]
+        logits = [self.r["router_logits"][0, b, e] + self.r["router_logits"][1, b, e] for e in chosen]
         largest = logits[0]
         for value in logits[1:]:
             largest = jnp.maximum(largest, value)
@@ -1048,7 +1044,7 @@ class Step:
         chunks = ceil_div(per_part * c.moe_width, CHUNK)
         swiglu = self.r["swiglu"]
         size = swiglu.shape[0] * swiglu.shape[1] * 8
-        source = swiglu.reshape(size // 32, 2, 4, 4)
+        source = prim.View(swiglu, (size // 32, 2, 4, 4), leading=0, **self.prim)
 
         def place(i):
             item = i * c.blocks + self.block
@@ -1088,8 +1084,7 @@ class Step:
                 for b, n in mine:
                     chunk = jnp.minimum(n * WARPGROUPS + self.wg, chunks - 1)
                     start = (b * c.experts_per_token + part * per_part) * c.moe_width // 32 + chunk * 32
-                    ref = source.at[pl.ds(start, 32)]
-                    loaded.append(plgpu.load(ref, layout=prim.SUBBLOCKS, optimized=False))
+                    loaded.append(source.load((pl.ds(start, 32),), prim.SUBBLOCKS))
                 for (b, n), x in zip(mine, loaded, strict=True):
                     chunk = n * WARPGROUPS + self.wg
 
@@ -1110,8 +1105,9 @@ class Step:
                     value = sum(plgpu.load(ref, layout=prim.TILE_ROWS, optimized=False) for ref in refs)
                     value = value * self.r["routing"][b, part * per_part + k]
                     total = value if total is None else total + value
-                out = self.state.reshape(1 + c.down_parts, c.batch, c.row_stride(c.hidden) // 32, 4, 8)
-                out[1 + part, b, tile] = total
+                shape = (1 + c.down_parts, c.batch, c.row_stride(c.hidden) // 32, 4, 8)
+                out = prim.View(self.state, shape, leading=2, **self.prim)
+                out.store((1 + part, b, tile), total)
 
             self.for_my_batch(store)
 
@@ -1180,7 +1176,9 @@ class Step:
                 plgpu.semaphore_wait(self.semaphore, target, memory_scope="gpu")  # leaves zero behind
 
 
-def decode_step(config: StepConfig, operands: dict[str, Any], *, interpret: Any = None) -> dict[str, jax.Array]:
+def decode_step(
+    config: StepConfig, operands: dict[str, Any], *, interpret: Any = None
+) -> dict[str, jax.Array]:
     """Runs the kernel.
 
     Args:

@@ -132,12 +132,14 @@ def plan_stacks(layers: list[LayerTypes], *, config: Any) -> StackPlan:
             if t == 0:
                 always = count if always is None else min(always, count)
         order.append(tuple(names))
-        for role, name, type in (("o", "o", layer.o), ("gate", "gate_up", layer.gate_up), ("down", "down", layer.down)):
+        for role, name, type in (
+            ("o", "o", layer.o),
+            ("gate", "gate_up", layer.gate_up),
+            ("down", "down", layer.down),
+        ):
             t = types[role].index(type)
             table[i, columns[f"{name}_type"]] = t
             table[i, columns[f"{name}_offset"]] = used[role][t]
             used[role][t] += each[role]
     types["up"], used["up"] = types["gate"], used["gate"]
-    return StackPlan(
-        table, columns, types, {r: tuple(n) for r, n in used.items()}, tuple(order), always or 0
-    )
+    return StackPlan(table, columns, types, {r: tuple(n) for r, n in used.items()}, tuple(order), always or 0)

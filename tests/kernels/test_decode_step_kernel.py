@@ -4,6 +4,7 @@ One block needs no grid barrier (the interpreter has none); dp4a and a few other
 have emulated twins. Everything else is the code that runs on the GPU.
 """
 
+import os
 from dataclasses import replace
 
 import jax
@@ -15,20 +16,20 @@ pytest.importorskip("jax.experimental.pallas.mosaic_gpu")
 if tuple(map(int, jax.__version__.split(".")[:2])) < (0, 11):
     pytest.skip("the GPU kernels need JAX 0.11", allow_module_level=True)
 
-from jax.experimental.pallas import mosaic_gpu as plgpu  # noqa: E402
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from convert.config import PRESETS  # noqa: E402
-from convert.ggml_types import BLOCK_FORMATS, GGMLType  # noqa: E402
-from convert.packed import PackedTensor  # noqa: E402
-from convert.unpack import dequantize, pack  # noqa: E402
-from kernels_pallas.decode_step import api  # noqa: E402
+from convert.config import PRESETS
+from convert.ggml_types import BLOCK_FORMATS, GGMLType
+from convert.packed import PackedTensor
+from convert.unpack import dequantize, pack
+from kernels_pallas.decode_step import api
 
 SEED = 20260924
 CONFIG = replace(
     PRESETS["Qwen3-30B-A3B"],
     vocab_size=64,
     hidden_size=2048,
-    num_hidden_layers=2,
+    num_hidden_layers=1,
     num_attention_heads=16,
     num_key_value_heads=2,
     num_experts=8,
@@ -36,10 +37,8 @@ CONFIG = replace(
     moe_intermediate_size=256,
 )
 Q4, Q5, Q6, Q8 = GGMLType.Q4_K, GGMLType.Q5_K, GGMLType.Q6_K, GGMLType.Q8_0
-LAYERS = (
-    {"q": Q4, "k": Q4, "v": Q6, "o": Q8, "gate": Q5, "down": Q6},
-    {"q": Q4, "k": Q5, "v": Q4, "o": Q4, "gate": Q4, "down": Q4},
-)
+LAYERS = ({"q": Q4, "k": Q4, "v": Q6, "o": Q8, "gate": Q5, "down": Q6},)
+SLOW = pytest.mark.skipif("RUN_SLOW_TESTS" not in os.environ, reason="minutes long: set RUN_SLOW_TESTS=1")
 SCALE = {Q4: 1.4e-4, Q5: 0.7e-4, Q6: 1.5e-5, Q8: 2.7e-4}
 
 
@@ -64,7 +63,11 @@ def model():
     f32, d, head = GGMLType.F32, c.hidden_size, c.head_dim
     kv, width = c.num_key_value_heads * head, c.num_attention_heads * head
     e, f = c.num_experts, c.moe_intermediate_size
-    tensors = {"embed_tokens": (Q4, (c.vocab_size, d)), "lm_head": (Q6, (c.vocab_size, d)), "norm": (f32, (d,))}
+    tensors = {
+        "embed_tokens": (Q4, (c.vocab_size, d)),
+        "lm_head": (Q6, (c.vocab_size, d)),
+        "norm": (f32, (d,)),
+    }
     for i, types in enumerate(LAYERS):
         shapes = {
             "input_layernorm": (f32, (d,)),
@@ -163,10 +166,11 @@ def test_one_token_and_its_cache_rows(model):
         np.testing.assert_array_equal(np.asarray(new)[:, :, others], np.asarray(old)[:, :, others])
 
 
+@SLOW
 def test_replayed_experts_and_batches_give_the_same_bits(model):
     weights, plain = model
     cache = random_cache(2)
-    ids = np.array([[[7, 1, 4, 2], [0, 3, 5, 6]], [[2, 3, 0, 1], [6, 7, 1, 5]]], np.int32)
+    ids = np.array([[[7, 1, 4, 2], [0, 3, 5, 6]]], np.int32)
     both = run(weights, [5, 9], [0, 70], cache, jnp.asarray(ids))
     np.testing.assert_array_equal(both.expert_ids, ids)
     for b, (token, position) in enumerate(((5, 0), (9, 70))):
