@@ -38,8 +38,12 @@ from kernels_pallas.prefill.tile_operands_sm90 import (
     chunk_operand,
 )
 
-REGISTERS = {2: (240, 24), 4: (120, 24)}
-"""Registers of a thread that multiplies and of one that copies, by warpgroups that multiply."""
+REGISTERS = {2: (240, 24), 4: (112, 32)}
+"""Registers of a thread that multiplies and of one that copies, by warpgroups that multiply.
+
+Warpgroups exchange what the launch gave the block, 168 a thread of three warpgroups or 96 of
+five: a sum above that would wait for ever.
+"""
 MULTIPROCESSORS = 132
 SHARED_BYTES = 227 * 1024
 _RESERVED_BYTES = 2048
@@ -106,7 +110,7 @@ def grouped_matmul(
     check_supported(weights)
     kernel = _Kernel(x.shape, weights[0].stack.type, weights[0].rows, len(weights) == 2, config, interpret)
     views = [kernel.view(w.stack.arrays[n], n) for w in weights for n in kernel.arrays]
-    firsts = jnp.stack([w.first // TILE_ROWS for w in weights]).astype(jnp.int32)
+    firsts = [w.first.reshape(1) for w in weights]
     return kernel.call(tiles, firsts, x, scale, views)
 
 
@@ -128,13 +132,35 @@ def check_supported(weights: tuple[Matrices, ...]) -> None:
 
 
 def pick_config(rows_each: float) -> MatmulConfig:
-    """Sizes for matrices that are multiplied with about ``rows_each`` rows."""
+    """Sizes for experts that are multiplied with about ``rows_each`` rows each."""
     # More widths make ptxas serialize the matrix instructions for want of registers (C7512).
     if rows_each <= 12:
         return MatmulConfig(tile=32, widths=(8, 16, 32), slabs=1, warpgroups=4)
     if rows_each <= 48:
         return MatmulConfig(tile=64, widths=(32, 64), slabs=1, warpgroups=4)
-    return MatmulConfig(tile=256, widths=(128, 160, 256), slabs=1)
+    return _LARGE
+
+
+_LARGE = MatmulConfig(tile=256, widths=(128, 160, 256), slabs=1)
+_DENSE = {
+    _LARGE: 1.0,
+    MatmulConfig(tile=128, widths=(64, 128), slabs=1): 0.8,
+    MatmulConfig(tile=64, widths=(32, 64), slabs=1): 0.5,
+}
+"""Sizes for one matrix, and the share of the largest one's speed that a multiprocessor reaches with them."""
+
+
+def pick_dense_config(tokens: int, rows: int) -> MatmulConfig:
+    """Sizes for one matrix: as large as still gives every multiprocessor a piece of the work."""
+    if tokens <= 48:
+        return pick_config(tokens)
+
+    def seconds(config: MatmulConfig) -> float:
+        block_rows = config.warpgroups * config.slabs * SLAB_ROWS
+        pieces = -(-tokens // config.tile) * -(-rows // block_rows)
+        return -(-pieces // MULTIPROCESSORS) * config.tile * block_rows / _DENSE[config]
+
+    return min(_DENSE, key=seconds)
 
 
 class _Kernel:
@@ -210,13 +236,16 @@ class _Kernel:
             types["swiglu"] = plgpu.SMEM(self._swiglu_shape(), jnp.float16)
         return types
 
-    def call(self, tiles: Tiles, firsts: jax.Array, x: jax.Array, scale: jax.Array, views: list) -> jax.Array:
+    def call(self, tiles: Tiles, firsts: list, x: jax.Array, scale: jax.Array, views: list) -> jax.Array:
         dtype = jnp.float16 if self.fused else jnp.float32
         blocks = self.config.blocks or MULTIPROCESSORS
         options = {} if self.interpret is None else {"interpret": self.interpret}
 
+        matrices = len(firsts)
+
         def body(*operands, **scratch):
-            expert, start, held, count, firsts, x, scale, *views, out = operands
+            expert, start, held, count, x, scale, *rest, out = operands
+            firsts, views = rest[:matrices], rest[matrices:]
             _Body(
                 self, Tiles(expert, start, held, count), firsts, x, scale, views, out, scratch, blocks
             ).run()
@@ -237,7 +266,7 @@ class _Kernel:
             ),
             **options,
         )
-        return kernel(*tiles, firsts, x, scale, *views)
+        return kernel(*tiles, x, scale, *firsts, *views)
 
 
 class _Body:
@@ -341,7 +370,7 @@ class _Body:
         k, full = self.k, self.s["w_full"].at[slot]
         tiles_each = k.rows // TILE_ROWS
         for i, views in enumerate(self.views):
-            first = self.firsts[i] + expert * tiles_each
+            first = lax.div(self.firsts[i][0], jnp.int32(TILE_ROWS)) + expert * tiles_each
             for name, view in views.items():
                 parts = k.arrays[name].parts
                 inner = pl.ds(superblock * parts, parts)

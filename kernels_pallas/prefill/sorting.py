@@ -9,10 +9,12 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
+import numpy as np
 
 ROW_ALIGN = 8
 _BLOCK = 128
+_MOST_COMPARED = 1024
+"""Up to this many pairs are all compared with each other, which takes fewer launches."""
 
 
 class Tiles(NamedTuple):
@@ -46,13 +48,12 @@ class SortedRows(NamedTuple):
 
 
 def dense_tiles(rows: int, tile: int) -> Tiles:
-    """The tiles of one matrix and ``rows`` rows."""
+    """The tiles of one matrix and ``rows`` rows, as constants."""
     count = -(-rows // tile)
-    start = jnp.arange(count, dtype=jnp.int32) * tile
+    start = np.arange(count, dtype=np.int32) * tile
     aligned = -(-rows // ROW_ALIGN) * ROW_ALIGN
-    return Tiles(
-        jnp.zeros(count, jnp.int32), start, jnp.minimum(aligned - start, tile), jnp.full(1, count, jnp.int32)
-    )
+    held = np.minimum(aligned - start, tile).astype(np.int32)
+    return Tiles(*map(jnp.asarray, (np.zeros(count, np.int32), start, held, np.full(1, count, np.int32))))
 
 
 def padded_rows(pairs: int, experts: int, tile: int) -> int:
@@ -66,7 +67,7 @@ def _prefix_sums(counts: jax.Array) -> jax.Array:
     tokens, experts = counts.shape
     blocks = -(-tokens // _BLOCK)
     counts = jnp.pad(counts, ((0, blocks * _BLOCK - tokens), (0, 0))).reshape(blocks, _BLOCK, experts)
-    before = jnp.tri(_BLOCK, k=-1, dtype=jnp.bfloat16)
+    before = jnp.asarray(np.tri(_BLOCK, k=-1), jnp.bfloat16)
     # Small integers are exact in bfloat16 and their sums in float32.
     inside = jnp.einsum(
         "ij,bje->bie", before, counts.astype(jnp.bfloat16), preferred_element_type=jnp.float32
@@ -74,6 +75,26 @@ def _prefix_sums(counts: jax.Array) -> jax.Array:
     whole = jnp.sum(counts.astype(jnp.float32), axis=1)
     earlier = jnp.cumsum(whole, axis=0) - whole
     return (inside + earlier[:, None]).reshape(blocks * _BLOCK, experts)[:tokens]
+
+
+def _ranks(expert_ids: jax.Array, experts: int) -> tuple[jax.Array, jax.Array]:
+    """How many earlier pairs [T, X] have the pair's expert, and pairs [E] of each expert."""
+    tokens, choices = expert_ids.shape
+    if expert_ids.size <= _MOST_COMPARED:
+        ids = expert_ids.reshape(-1)
+        earlier = (ids[:, None] == ids) & np.tri(ids.size, k=-1, dtype=bool)
+        total = jnp.sum(ids[:, None] == np.arange(experts), axis=0, dtype=jnp.int32)
+        return jnp.sum(earlier, axis=1, dtype=jnp.int32).reshape(tokens, choices), total
+    counts = (expert_ids[:, :, None] == np.arange(experts)).astype(jnp.int32).sum(axis=1)
+    earlier = _prefix_sums(counts).astype(jnp.int32)
+    same = expert_ids[:, :, None] == expert_ids[:, None, :]
+    repeats = jnp.sum(same & np.tri(choices, k=-1, dtype=bool), axis=2)  # forced ids may repeat
+    return jnp.take_along_axis(earlier, expert_ids, axis=1) + repeats, counts.sum(axis=0)
+
+
+def _sums_before(values: jax.Array) -> jax.Array:
+    """Sums of earlier values [n], in one reduction."""
+    return jnp.sum(jnp.where(np.tri(len(values), k=-1, dtype=bool), values, 0), axis=1)
 
 
 def sort_by_expert(expert_ids: jax.Array, experts: int, tile: int) -> SortedRows:
@@ -84,30 +105,28 @@ def sort_by_expert(expert_ids: jax.Array, experts: int, tile: int) -> SortedRows
       experts: E.
       tile: rows a tile.
     """
-    tokens, choices = expert_ids.shape
-    pairs = tokens * choices
-    one_hot = (expert_ids[:, :, None] == jnp.arange(experts)).astype(jnp.int32)
-    counts = one_hot.sum(axis=1)
-    earlier = _prefix_sums(counts).astype(jnp.int32)
-    same = expert_ids[:, :, None] == expert_ids[:, None, :]
-    repeats = jnp.sum(same & jnp.tri(choices, k=-1, dtype=bool), axis=2)  # forced ids may repeat
-    total = counts.sum(axis=0)
+    pairs = expert_ids.size
+    ranks, total = _ranks(expert_ids, experts)
     aligned = -(-total // ROW_ALIGN) * ROW_ALIGN
-    starts = jnp.cumsum(aligned) - aligned
-    place = jnp.take_along_axis(earlier + starts, expert_ids, axis=1) + repeats
+    starts = _sums_before(aligned)
+    place = (starts[expert_ids] + ranks).astype(jnp.int32)
     rows = padded_rows(pairs, experts, tile)
-    order = jnp.arange(pairs, dtype=jnp.int32)
-    source = jnp.zeros(rows, jnp.int32).at[place.reshape(-1)].set(order, unique_indices=True, mode="drop")
+    order = np.arange(pairs, dtype=np.int32)
+    if pairs <= _MOST_COMPARED:
+        here = place.reshape(-1) == np.arange(rows)[:, None]
+        source = jnp.max(jnp.where(here, order, 0), axis=1)
+    else:
+        source = jnp.zeros(rows, jnp.int32).at[place.reshape(-1)].set(order, unique_indices=True, mode="drop")
 
     tiles_each = -(-aligned // tile)
-    ends = jnp.cumsum(tiles_each)
+    before = _sums_before(tiles_each)
     limit = min(pairs, pairs // tile + experts)
-    index = jnp.arange(limit, dtype=jnp.int32)
-    expert = jnp.sum(index[:, None] >= ends, axis=1, dtype=jnp.int32)
+    index = np.arange(limit, dtype=np.int32)
+    expert = jnp.sum(index[:, None] >= before + tiles_each, axis=1, dtype=jnp.int32)
     expert = jnp.minimum(expert, experts - 1)
-    within = (index - (ends - tiles_each)[expert]) * tile
-    count = lax.slice_in_dim(ends, experts - 1, experts).astype(jnp.int32)
+    within = (index - before[expert]) * tile
+    count = jnp.sum(tiles_each, dtype=jnp.int32).reshape(1)
     used = index < count
     start = jnp.where(used, starts[expert] + within, 0).astype(jnp.int32)
     held = jnp.where(used, jnp.minimum(aligned[expert] - within, tile), 0).astype(jnp.int32)
-    return SortedRows(place.astype(jnp.int32), source, Tiles(expert, start, held, count))
+    return SortedRows(place, source, Tiles(expert, start, held, count))

@@ -11,7 +11,12 @@ from convert.packed import PackedTensor
 from kernels_pallas.matrices import Matrices
 from kernels_pallas.prefill.activations import float16_operand
 from kernels_pallas.prefill.device import require_16_bits, require_hopper
-from kernels_pallas.prefill.matmul_sm90 import MatmulConfig, check_supported, grouped_matmul, pick_config
+from kernels_pallas.prefill.matmul_sm90 import (
+    MatmulConfig,
+    check_supported,
+    grouped_matmul,
+    pick_dense_config,
+)
 from kernels_pallas.prefill.sorting import dense_tiles
 
 
@@ -32,7 +37,7 @@ def quantized_matmul(
     require_16_bits(compute_dtype)
     w = Matrices.of(w)
     check_supported((w,))
-    return _multiply(x, w, config or pick_config(x.shape[0]), interpret)
+    return _multiply(x, w, config or pick_dense_config(x.shape[0], w.rows), interpret)
 
 
 @partial(jax.jit, static_argnums=(2, 3))

@@ -1,5 +1,7 @@
 """Prefill kernels for Hopper in Pallas' interpreter on the CPU: values, bounds of tiles, races."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,7 +16,7 @@ from kernels_pallas.expert_matmul import pallas_sm90 as expert_sm90  # noqa: E40
 from kernels_pallas.matrices import Matrices  # noqa: E402
 from kernels_pallas.moe_mlp import pallas_sm90 as moe_sm90  # noqa: E402
 from kernels_pallas.prefill.activations import float16_operand, operand_order  # noqa: E402
-from kernels_pallas.prefill.matmul_sm90 import MatmulConfig  # noqa: E402
+from kernels_pallas.prefill.matmul_sm90 import MatmulConfig, pick_dense_config  # noqa: E402
 from kernels_pallas.prefill.sorting import ROW_ALIGN, padded_rows, sort_by_expert  # noqa: E402
 from kernels_pallas.quantized_matmul import pallas_sm90 as matmul_sm90  # noqa: E402
 from tests import tolerances  # noqa: E402
@@ -94,6 +96,12 @@ def moe_oracle(x, stacks, ids, weights):
 
 @pytest.mark.parametrize("routing", ["even", "one expert", "repeated"])
 def test_moe_mlp(rng, routing):
+    """With the numbers of warpgroups and slabs that ``pick_config`` chooses, and both slabs of two."""
+    config = {
+        "even": replace(SMALL, slabs=1, warpgroups=4),
+        "one expert": replace(SMALL, slabs=1),
+        "repeated": SMALL,
+    }[routing]
     types = {"even": (GGMLType.Q4_K, GGMLType.Q6_K), "one expert": (GGMLType.Q6_K, GGMLType.Q8_0)}
     up_type, down_type = types.get(routing, (GGMLType.Q8_0, GGMLType.Q4_K))
     choices = 1 if routing == "one expert" else 2
@@ -109,7 +117,7 @@ def test_moe_mlp(rng, routing):
     x = rng.standard_normal((18, 256)).astype(np.float32)
     weights = rng.uniform(size=ids.shape).astype(np.float32)
     out, _ = moe_sm90.moe_mlp(
-        x, *map(tiled, stacks), ids, weights, BFLOAT16, False, config=SMALL, interpret=interpret()
+        x, *map(tiled, stacks), ids, weights, BFLOAT16, False, config=config, interpret=interpret()
     )
     check(out, moe_oracle(x, stacks, ids, weights), tolerances.MOE_FLOAT16_NMSE, routing)
 
@@ -127,6 +135,12 @@ def test_what_the_kernels_do_not_take_is_named(rng):
         run(x, tiled(random_weights(rng, GGMLType.Q4_K, (72, 256))), BFLOAT16, interpret=interpret())
 
 
+def test_every_multiprocessor_gets_work():
+    assert pick_dense_config(2048, 4096).tile == 256
+    assert pick_dense_config(2048, 512).tile == 64
+    assert pick_dense_config(1, 512).tile == 32
+
+
 # Preparation in plain jnp
 
 
@@ -139,7 +153,8 @@ def test_operands_keep_eleven_bits_at_any_magnitude(rng, peak):
 
 
 @pytest.mark.parametrize(
-    ("tokens", "choices", "experts", "tile"), [(300, 8, 128, 64), (5, 2, 4, 8), (1, 1, 1, 16)]
+    ("tokens", "choices", "experts", "tile"),
+    [(300, 8, 128, 64), (5, 2, 4, 8), (1, 1, 1, 16), (64, 8, 128, 32)],
 )
 def test_sorting_gives_every_pair_a_row_of_its_expert(rng, tokens, choices, experts, tile):
     ids = rng.zipf(1.3, (tokens, choices)) % experts
