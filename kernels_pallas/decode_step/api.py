@@ -68,6 +68,15 @@ def _require(ok: bool, name: str, value: Any, need: str) -> None:
         raise NotImplementedError(f"GPU decode step: {name} {value} is not supported; {need}")
 
 
+def check_device(device: Any) -> None:
+    """Raises NotImplementedError unless ``device`` (a ``jax.Device``) is one that the kernel was written for."""
+    _require(device.platform == "gpu", "platform", device.platform, "need an NVIDIA GPU")
+    capability = str(getattr(device, "compute_capability", "unknown"))
+    _require(capability == "9.0", "compute capability", capability, "need 9.0 (Hopper)")
+    cores, need = getattr(device, "core_count", Device.blocks), Device.blocks
+    _require(cores == need, "multiprocessors", cores, f"need {need}, as an H100 SXM or an H200 has")
+
+
 def check_supported(config: Any, types: dict[str, tuple[GGMLType, ...]], batch: int) -> None:
     """Raises NotImplementedError naming the first value that the kernel does not support."""
     step = kernel.STEP

@@ -89,9 +89,7 @@ def _signed_byte(word: Array, index: int) -> Array:
 
 
 def _row_scale(value: Array) -> Array:
-    return plgpu.layout_cast(
-        lax.broadcast_in_dim(value.astype(jnp.float32), SHAPE, (0, 1)), prim.TILE_LANES
-    )
+    return plgpu.layout_cast(lax.broadcast_in_dim(value.astype(jnp.float32), SHAPE, (0, 1)), prim.TILE_LANES)
 
 
 class Q4K:
@@ -176,7 +174,7 @@ class Q6K:
 
 
 class Q80:
-    """``q`` [.., 4, 8, 4, 4] (2 * subblock + half), ``d0`` and ``d1`` [.., 8, 4]: the scales of the subblocks."""
+    """``q`` [.., 4, 8, 4, 4] (2 * subblock + half); ``d0``, ``d1`` [.., 8, 4]: the subblocks' scales."""
 
     kinds = ("words", "words", "words", "words", "half", "half")
 

@@ -143,10 +143,10 @@ def run(weights, tokens, positions, cache, expert_ids=None):
     return jax.jit(step)(weights, jnp.asarray(tokens), jnp.asarray(positions), cache)
 
 
-def random_cache(batch, length=192):
+def random_cache(batch, length=192, dtype=jnp.bfloat16):
     shape = (CONFIG.num_hidden_layers, batch, length, CONFIG.num_key_value_heads, CONFIG.head_dim)
     rng = np.random.default_rng(SEED + 1)
-    return api.KVCache(*(jnp.asarray(rng.normal(size=shape), jnp.bfloat16) for _ in range(2)))
+    return api.KVCache(*(jnp.asarray(rng.normal(size=shape), dtype) for _ in range(2)))
 
 
 def test_one_token_and_its_cache_rows(model):
@@ -168,8 +168,9 @@ def test_one_token_and_its_cache_rows(model):
 
 @SLOW
 def test_replayed_experts_and_batches_give_the_same_bits(model):
+    """In float16, which is eight times closer to float32 than bfloat16."""
     weights, plain = model
-    cache = random_cache(2)
+    cache = random_cache(2, dtype=jnp.float16)
     ids = np.array([[[7, 1, 4, 2], [0, 3, 5, 6]]], np.int32)
     both = run(weights, [5, 9], [0, 70], cache, jnp.asarray(ids))
     np.testing.assert_array_equal(both.expert_ids, ids)
@@ -179,4 +180,4 @@ def test_replayed_experts_and_batches_give_the_same_bits(model):
         np.testing.assert_array_equal(alone.logits[0], both.logits[b])
         keys, values = (np.asarray(a[:, b], np.float64) for a in cache)
         logits, *_ = reference(plain, token, position, keys, values, ids[:, b])
-        assert cosine(both.logits[b], logits) > 0.9999
+        assert cosine(both.logits[b], logits) > 0.99999

@@ -51,7 +51,9 @@ def lane_weights(tiles: PackedTensor) -> np.ndarray:
                 bits = np.stack([byte >> (j + 4 * s) & 1 for j in range(4)], axis=-2)
                 low = low | bits.reshape(low.shape) << 4
             scale = (d * scales[..., s].astype(np.float32))[..., None]
-            minimum = (a["dmin"].astype(np.float32)[..., None] * scales[..., 2 + s].astype(np.float32))[..., None]
+            minimum = (a["dmin"].astype(np.float32)[..., None] * scales[..., 2 + s].astype(np.float32))[
+                ..., None
+            ]
             out.append(scale * low.astype(np.float32) - minimum)
     halves = np.stack(out, axis=-2)
     return halves.reshape(*halves.shape[:-2], 2, 2, 16)
@@ -95,7 +97,8 @@ def test_size_is_within_four_percent_of_the_file(type):
 
 
 @pytest.mark.parametrize(
-    ("type", "shape", "name"), [(GGMLType.F16, (16, 256), "F16"), (GGMLType.Q4_K, (12, 256), "rows in eights")]
+    ("type", "shape", "name"),
+    [(GGMLType.F16, (16, 256), "F16"), (GGMLType.Q4_K, (12, 256), "rows in eights")],
 )
 def test_what_tiles_cannot_hold_is_named(type, shape, name):
     with pytest.raises(NotImplementedError, match=name):
