@@ -6,7 +6,7 @@ and SwiGLU; down; weighted sum, residual and the next norm. Prefill adds the
 grouping of tokens by expert.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -112,7 +112,8 @@ class Program:
         tuning = device.tuning
         self._span = tuning.decode_span if tokens == 1 else tuning.prefill_span
         self._decode_launches: dict[int, list[Launch]] = {}
-        self.body = list(self._body(weights))
+        self._weights = weights
+        self.body = self.body_of(range(config.num_hidden_layers))
         self.head = [
             kernels.dense_site(
                 device,
@@ -139,32 +140,28 @@ class Program:
             self._decode_launches[spans] = self.launches([*self.body, *self.head], position, 1)
         return self._decode_launches[spans]
 
-    def _body(self, weights: ModelWeights) -> Iterator[Site]:
+    def body_of(self, layers: Sequence[int]) -> list[Site]:
+        """The sites of these layers, one after the other, between the embedding and the last norm."""
+        return list(self._body(self._weights, layers))
+
+    def _body(self, weights: ModelWeights, layers: Sequence[int]) -> Iterator[Site]:
         b, width = self._buffers, self._config.hidden_size
         for window in weights.embed_tokens:
             yield kernels.embed_site(self._device, window, b["tokens"], b["x"])
-        yield self._norm(
-            b["attn_out"],
-            weights.layers[0].input_layernorm,
-            0,
-            (Tap(("inp_embd", None), b["x"], (width,)), Tap(("attn_norm", 0), b["h"], (width,))),
-        )
-        for i, layer in enumerate(weights.layers):
-            yield from self._attention(i, layer)
-            yield from self._experts(i, layer)
-            last = i + 1 == len(weights.layers)
-            after = weights.norm if last else weights.layers[i + 1].input_layernorm
-            normed = ("result_norm", None) if last else ("attn_norm", i + 1)
-            yield self._norm(
-                b["down"],
-                after,
-                self._config.num_experts_per_tok,
-                (
-                    Tap(("ffn_moe_out", i), b["sums"], (width,)),
-                    Tap(("l_out", i), b["x"], (width,)),
-                    Tap(normed, b["h"], (width,)),
-                ),
+        norms = [(weights.layers[i].input_layernorm, ("attn_norm", i)) for i in layers]
+        norms.append((weights.norm, ("result_norm", None)))
+        norm, key = norms[0]
+        taps = (Tap(("inp_embd", None), b["x"], (width,)), Tap(key, b["h"], (width,)))
+        yield self._norm(b["attn_out"], norm, 0, taps)
+        for i, (norm, key) in zip(layers, norms[1:], strict=True):
+            yield from self._attention(i, weights.layers[i])
+            yield from self._experts(i, weights.layers[i])
+            taps = (
+                Tap(("ffn_moe_out", i), b["sums"], (width,)),
+                Tap(("l_out", i), b["x"], (width,)),
+                Tap(key, b["h"], (width,)),
             )
+            yield self._norm(b["down"], norm, self._config.num_experts_per_tok, taps)
 
     def _norm(self, delta: Any, norm: Any, deltas: int, taps: tuple[Tap, ...]) -> Site:
         b, c = self._buffers, self._config

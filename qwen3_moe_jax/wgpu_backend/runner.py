@@ -3,6 +3,7 @@
 import threading
 from collections import deque
 from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -15,6 +16,7 @@ from qwen3_moe_jax.stages import STAGES, StageKey
 from qwen3_moe_jax.wgpu_backend import kernels
 from qwen3_moe_jax.wgpu_backend.adapter import Tuning
 from qwen3_moe_jax.wgpu_backend.device import Device, Launch, Readback
+from qwen3_moe_jax.wgpu_backend.kernels import Site
 from qwen3_moe_jax.wgpu_backend.plan import check_memory, plan_memory, plan_workspace
 from qwen3_moe_jax.wgpu_backend.program import EMITTED_WORD, Buffers, Program, step_words
 from qwen3_moe_jax.wgpu_backend.weights import check_shapes, upload
@@ -46,6 +48,7 @@ class WgpuRunner:
     """
 
     name = "wgpu"
+    forward_options = frozenset({"layers", "chunk_sizes"})
 
     def __init__(
         self,
@@ -147,6 +150,7 @@ class WgpuRunner:
             "compute_dtype": "float32",
             "cache_dtype": "float16" if self._f16 else "float32",
             "implementations": dict.fromkeys(self._types, "wgsl"),
+            "fallbacks": [],
             "memory": str(self.plan),
         }
 
@@ -156,20 +160,30 @@ class WgpuRunner:
         *,
         capture: Collection[str] = (),
         expert_ids: np.ndarray | None = None,
+        layers: Sequence[int] | None = None,
+        chunk_sizes: Sequence[int] = (),
     ) -> Forward:
-        """As ``Runner.forward``. Raises ValueError for a token or expert id out of range."""
+        """As ``Runner.forward``. Raises ValueError for an id, a layer or a stage that does not exist."""
         tokens = self._checked(token_ids)
+        if len(tokens) == 0:
+            raise ValueError("a forward pass needs at least one token")
         if len(tokens) > self.max_context:
             raise ContextOverflowError(len(tokens), self.max_context)
         unknown = sorted(set(capture) - STAGES.keys())
         if unknown:
             raise ValueError(f"no stage is named {unknown[0]!r}: choose from {', '.join(STAGES)}")
-        replay = None if expert_ids is None else self._checked_experts(expert_ids, len(tokens))
+        chosen = tuple(range(self.config.num_hidden_layers) if layers is None else layers)
+        if any(not 0 <= layer < self.config.num_hidden_layers for layer in chosen):
+            raise ValueError(f"layers must be 0 to {self.config.num_hidden_layers - 1}")
+        replay = None if expert_ids is None else self._checked_experts(expert_ids, len(chosen), len(tokens))
+        chunk = max(chunk_sizes, default=len(tokens))
         with self._lock:
             self._begin()
+            program = self._decode if max(chunk_sizes, default=0) == 1 else self._prefill
+            way = _Way(program, program.body if layers is None else program.body_of(chosen), chosen)
             parts = [
-                self._forward_chunk(tokens[start:end], start, frozenset(capture), replay)
-                for start, end in self._chunks(len(tokens))
+                self._forward_chunk(way, tokens[start:end], start, frozenset(capture), replay)
+                for start, end in self._chunks(len(tokens), chunk)
             ]
         logits = np.concatenate([p.logits for p in parts])
         stages = {key: np.concatenate([p.stages[key] for p in parts]) for key in parts[0].stages}
@@ -238,8 +252,8 @@ class WgpuRunner:
             raise ValueError(f"token id {bad[0]} is not in the vocabulary of {self.config.vocab_size}")
         return tokens.astype(np.uint32)
 
-    def _checked_experts(self, expert_ids: np.ndarray, num_tokens: int) -> np.ndarray:
-        expected = (self.config.num_hidden_layers, num_tokens, self.config.num_experts_per_tok)
+    def _checked_experts(self, expert_ids: np.ndarray, num_layers: int, num_tokens: int) -> np.ndarray:
+        expected = (num_layers, num_tokens, self.config.num_experts_per_tok)
         ids = np.asarray(expert_ids)
         if ids.shape != expected:
             raise ValueError(f"expert_ids has shape {ids.shape}, expected [L, T, X] = {expected}")
@@ -247,48 +261,59 @@ class WgpuRunner:
             raise ValueError(f"expert_ids must be 0 to {self.config.num_experts - 1}")
         return ids.astype(np.uint32)
 
-    def _chunks(self, num_tokens: int) -> list[tuple[int, int]]:
-        chunk = self._buffers.workspace.chunk
+    def _chunks(self, num_tokens: int, longest: int) -> list[tuple[int, int]]:
+        chunk = min(longest, self._buffers.workspace.chunk)
         return [(start, min(start + chunk, num_tokens)) for start in range(0, num_tokens, chunk)]
 
     def _write_step(self, *words: int, replay: bool = False, record: bool = False) -> None:
         self._device.write(self._buffers.step, step_words(*words, replay=replay, record=record))
 
     def _forward_chunk(
-        self, tokens: np.ndarray, position: int, capture: frozenset[str], replay: np.ndarray | None
+        self,
+        way: "_Way",
+        tokens: np.ndarray,
+        position: int,
+        capture: frozenset[str],
+        replay: np.ndarray | None,
     ) -> Forward:
-        device, buffers, program = self._device, self._buffers, self._prefill
+        device, buffers = self._device, self._buffers
         count = len(tokens)
         device.write(buffers["tokens"], tokens)
         if replay is not None:
-            for layer, ids in enumerate(replay[:, position : position + count]):
+            for layer, ids in zip(way.layers, replay[:, position : position + count], strict=True):
                 device.write(buffers["replay"], ids, buffers.layer_offset(layer))
         self._write_step(position, count, 0, replay=replay is not None, record=bool(capture))
         stages: dict[StageKey, np.ndarray] = {}
         if capture:
-            for site in program.body:
-                device.run(program.launches([site], position, count))
+            for site in way.body:
+                device.run(way.program.launches([site], position, count))
                 for tap in site.taps:
                     if tap.key[0] in capture:
                         stages[tap.key] = tap.read(device, count)
         else:
-            device.run(program.launches(program.body, position, count))
-        logits = np.empty((count, self.config.vocab_size), np.float32)
-        rows = buffers.workspace.logit_rows
-        for first in range(0, count, rows):
-            part = logits[first : first + rows]
-            self._write_step(position, count, first, record=bool(capture))
-            device.run(program.launches(program.head, position, count, len(part)))
-            part[:] = device.read(buffers["logits"], np.float32, part.size).reshape(part.shape)
+            device.run(way.program.launches(way.body, position, count))
+        logits = self._logits(way.program, position, count)
         if "result_output" in capture:
             stages["result_output", None] = logits
-        return Forward(logits, self._expert_ids(count), stages)
+        return Forward(logits, self._expert_ids(way.layers, count), stages)
 
-    def _expert_ids(self, count: int) -> np.ndarray:
+    def _logits(self, program: Program, position: int, count: int) -> np.ndarray:
+        """Logits [count, V] of the tokens whose normed states are there, a few rows at a time."""
+        logits = np.empty((count, self.config.vocab_size), np.float32)
+        rows = self._buffers.workspace.logit_rows
+        for first in range(0, count, rows):
+            part = logits[first : first + rows]
+            self._write_step(position, count, first)
+            self._device.run(program.launches(program.head, position, count, len(part)))
+            part[:] = self._device.read(self._buffers["logits"], np.float32, part.size).reshape(part.shape)
+        return logits
+
+    def _expert_ids(self, layers: Sequence[int], count: int) -> np.ndarray:
         buffers, chosen = self._buffers, self.config.num_experts_per_tok
         stride = buffers.layer_offset(1) // 4
         ids = self._device.read(buffers["ids"], np.int32, stride * self.config.num_hidden_layers)
-        return ids.reshape(-1, stride)[:, : count * chosen].reshape(-1, count, chosen)
+        used = ids.reshape(-1, stride)[list(layers), : count * chosen]
+        return used.reshape(len(layers), count, chosen)
 
     def _start(self, tokens: np.ndarray, sampling: Sampling) -> None:
         """Sampling parameters and the prompt's tokens on the device."""
@@ -299,7 +324,7 @@ class WgpuRunner:
 
     def _prompt_launches(self, tokens: np.ndarray, sampling: Sampling) -> list[Launch]:
         """Runs all chunks of the prompt but the last; the launches of that one and of the first choice."""
-        program, chunks = self._prefill, self._chunks(len(tokens))
+        program, chunks = self._prefill, self._chunks(len(tokens), len(tokens))
         for start, end in chunks:
             self._device.write(self._buffers["tokens"], tokens[start:end])
             self._write_step(start, end - start, end - start - 1)
@@ -315,6 +340,15 @@ class WgpuRunner:
     def _decode_launches(self, position: int, sampling: Sampling) -> list[Launch]:
         """One token at ``position``, and the choice of the next."""
         return [*self._decode.decode_launches(position), self._choice_launch(sampling)]
+
+
+@dataclass(frozen=True, eq=False)
+class _Way:
+    """How a forward pass runs: by which kernels, and through which layers."""
+
+    program: Program
+    body: list[Site]
+    layers: tuple[int, ...]
 
 
 class _Batches:

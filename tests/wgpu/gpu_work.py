@@ -114,9 +114,9 @@ def forward(
     on: str = "own",
     f16_cache: bool = False,
     capture: Collection[str] = (),
-    expert_ids: np.ndarray | None = None,
+    **options: Any,
 ) -> Forward:
-    return runner(model, on, f16_cache).forward(tokens, capture=capture, expert_ids=expert_ids)
+    return runner(model, on, f16_cache).forward(tokens, capture=capture, **options)
 
 
 def stream(
@@ -224,6 +224,14 @@ def _bad_token() -> None:
 
 def _bad_expert() -> None:
     runner(str(EMBEDDED), "own").forward([1], expert_ids=np.full((6, 1, 4), 16))
+
+
+def _empty_forward() -> None:
+    runner(str(EMBEDDED), "own").forward([])
+
+
+def _bad_layer() -> None:
+    runner(str(EMBEDDED), "own").forward([1], layers=[6])
 
 
 def _bad_stage() -> None:

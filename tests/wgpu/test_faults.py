@@ -26,6 +26,8 @@ from tests.wgpu import gpu_work
         ("bad_token", (), "ValueError", ["4096"]),
         ("bad_expert", (), "ValueError", ["0 to 15"]),
         ("bad_stage", (), "ValueError", ["ffn_mope"]),
+        ("empty_forward", (), "ValueError", ["at least one token"]),
+        ("bad_layer", (), "ValueError", ["0 to 5"]),
         ("closed", ("forward",), "RuntimeError", ["closed", "load the model again"]),
         ("closed", ("stream",), "RuntimeError", ["closed"]),
         ("closed", ("waiting",), "RuntimeError", ["closed"]),

@@ -69,6 +69,30 @@ def test_capture_changes_nothing(gpu, golden):
     assert set(captured.stages) == {(n, i) for n in ("l_out", "ffn_moe_gate") for i in range(6)}
 
 
+def test_some_layers_alone(gpu, golden, reference_runner):
+    ids, layers = golden["ids2"], [4, 2]
+    forced = reference_runner.forward(ids).expert_ids[:2]
+    options = {"capture": list(STAGES), "layers": layers}
+    for replay in (None, forced):
+        found = gpu(gpu_work.forward, EMBEDDED, ids, expert_ids=replay, **options)
+        truth = reference_runner.forward(ids, expert_ids=replay, **options)
+        np.testing.assert_array_equal(found.expert_ids, truth.expert_ids)
+        assert found.stages.keys() == truth.stages.keys()
+        for key, value in truth.stages.items():
+            assert nmse(found.stages[key], value) <= WGPU_STAGE_NMSE, key
+
+
+def test_every_chunk_length_gives_the_same_bits(gpu, golden):
+    """Among them one token at a time, which takes the kernels of decoding."""
+    whole = gpu(gpu_work.forward, EMBEDDED, golden["ids2"], capture=["ffn_moe_down"])
+    for chunk in (1, 3, 8, 17):
+        cut = gpu(gpu_work.forward, EMBEDDED, golden["ids2"], capture=["ffn_moe_down"], chunk_sizes=(chunk,))
+        np.testing.assert_array_equal(cut.logits, whole.logits)
+        np.testing.assert_array_equal(cut.expert_ids, whole.expert_ids)
+        for key, value in whole.stages.items():
+            np.testing.assert_array_equal(cut.stages[key], value)
+
+
 @pytest.mark.parametrize("on", ["own", "hardware"])
 def test_router_replay(gpu, long_prompt, reference_runner, on):
     tokens = long_prompt[:70]
