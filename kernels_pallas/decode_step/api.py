@@ -69,7 +69,7 @@ def _require(ok: bool, name: str, value: Any, need: str) -> None:
 
 
 def check_device(device: Any) -> None:
-    """Raises NotImplementedError unless ``device`` (a ``jax.Device``) is one that the kernel was written for."""
+    """Raises NotImplementedError unless the kernel was written for ``device`` (a ``jax.Device``)."""
     _require(device.platform == "gpu", "platform", device.platform, "need an NVIDIA GPU")
     capability = str(getattr(device, "compute_capability", "unknown"))
     _require(capability == "9.0", "compute capability", capability, "need 9.0 (Hopper)")
