@@ -16,7 +16,7 @@ from kernels_pallas.expert_matmul import pallas_sm90 as expert_sm90  # noqa: E40
 from kernels_pallas.matrices import Matrices  # noqa: E402
 from kernels_pallas.moe_mlp import pallas_sm90 as moe_sm90  # noqa: E402
 from kernels_pallas.prefill.activations import float16_operand, operand_order  # noqa: E402
-from kernels_pallas.prefill.matmul_sm90 import MatmulConfig, pick_dense_config  # noqa: E402
+from kernels_pallas.prefill.matmul_sm90 import REGISTERS, MatmulConfig, pick_dense_config  # noqa: E402
 from kernels_pallas.prefill.sorting import ROW_ALIGN, padded_rows, sort_by_expert  # noqa: E402
 from kernels_pallas.quantized_matmul import pallas_sm90 as matmul_sm90  # noqa: E402
 from tests import tolerances  # noqa: E402
@@ -172,3 +172,9 @@ def test_sorting_gives_every_pair_a_row_of_its_expert(rng, tokens, choices, expe
         owner[start : start + rows] = e
         assert start + tile <= len(source) == padded_rows(ids.size, experts, tile)
     np.testing.assert_array_equal(owner[place], ids)
+
+
+def test_warpgroups_ask_for_no_more_registers_than_the_launch_gives():
+    for warpgroups, (most, least) in REGISTERS.items():
+        given = 65536 // (128 * (warpgroups + 1)) // 8 * 8
+        assert warpgroups * most + least <= (warpgroups + 1) * given
