@@ -20,6 +20,7 @@ from kernels_pallas import Matrices
 from kernels_pallas import dequantize as dequantize_on_device
 from qwen3_moe_jax.errors import ContextOverflowError, NumericalError
 from qwen3_moe_jax.generate import (
+    COMPILER_OPTIONS,
     PREFILL_CHUNKS,
     DecodeState,
     Params,
@@ -282,7 +283,7 @@ class JaxRunner:
         return DecodeState.start(cache, jnp.asarray(tokens), lengths, self.config.vocab_size)
 
 
-@partial(jax.jit, static_argnames="model", donate_argnames="cache")
+@partial(jax.jit, static_argnames="model", donate_argnames="cache", compiler_options=COMPILER_OPTIONS)
 def _forward_chunk(
     model: Qwen3Moe,
     params: Params,
