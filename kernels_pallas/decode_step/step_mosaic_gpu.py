@@ -207,7 +207,7 @@ def weight_kinds(formats: list) -> list:
     """The kinds of register arrays that can hold a tile of any of the formats."""
     kinds = []
     for fmt in formats:
-        for kind in set(fmt.kinds):
+        for kind in dict.fromkeys(fmt.kinds):  # in order: the program must be the same in every process
             missing = fmt.kinds.count(kind) - kinds.count(kind)
             kinds += [kind] * max(missing, 0)
     return kinds
