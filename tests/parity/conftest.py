@@ -1,0 +1,41 @@
+"""The embedded model and its runners, loaded once a worker."""
+
+import numpy as np
+import pytest
+
+from convert.model_source import open_model
+from qwen3_moe_jax.loader import embedded_model
+from qwen3_moe_jax.parity.recorded import parity_text
+from qwen3_moe_jax.reference import ReferenceRunner
+from qwen3_moe_jax.tokenizer import Tokenizer
+
+
+@pytest.fixture(scope="session")
+def source():
+    with open_model(embedded_model()) as opened:
+        yield opened
+
+
+@pytest.fixture(scope="session")
+def text_ids(source):
+    return np.asarray(Tokenizer(source.metadata, vocab_size=source.config.vocab_size).encode(parity_text()))
+
+
+@pytest.fixture(scope="session")
+def reference(source):
+    return ReferenceRunner(source, max_context=512)
+
+
+@pytest.fixture(scope="session")
+def makers():
+    """Loads a backend from a source, by the backend's name."""
+
+    def make_reference(source):
+        return ReferenceRunner(source, max_context=512)
+
+    def make_jax(source):
+        from qwen3_moe_jax.jax_runner import JaxRunner
+
+        return JaxRunner(source, max_context=512)
+
+    return {"reference": make_reference, "jax": make_jax}

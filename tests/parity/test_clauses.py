@@ -1,0 +1,186 @@
+"""Every clause of the contract is seen to fail: what it promises is broken, and it says so."""
+
+import numpy as np
+import pytest
+
+from convert.packed import PackedTensor
+from convert.unpack import dequantize
+from qwen3_moe_jax.errors import ParityError
+from qwen3_moe_jax.parity import clauses, evidence, faults
+from qwen3_moe_jax.parity.clauses import BACKEND_CHECKS, FAILED, FILE_CHECKS, PASSED
+from qwen3_moe_jax.parity.contract import load_contract
+from qwen3_moe_jax.parity.evidence import Evidence, Oracle
+from qwen3_moe_jax.parity.gate import check_once
+from qwen3_moe_jax.runner import Forward
+
+TOKENS = 96
+
+
+class Changed:
+    """A runner with some attributes or methods of its own."""
+
+    def __init__(self, runner, **changes):
+        self._runner = runner
+        self.__dict__.update(changes)
+
+    def __getattr__(self, name):
+        return getattr(self._runner, name)
+
+
+@pytest.fixture(scope="module")
+def oracle(source, text_ids):
+    return Oracle(source, text_ids[:TOKENS])
+
+
+@pytest.fixture(scope="module")
+def plant(source, makers):
+    return lambda name: faults.plant(faults.FAULTS[name], source, makers["reference"])
+
+
+def break_preload(oracle, reference, plant):
+    without = {p: t for p, t in oracle.source.types.items() if p != "layers.3.mlp.experts.up_proj"}
+    lying = faults.LyingSource(oracle.source, {})
+    lying.types = without
+    return Evidence(Oracle(lying, oracle.text_ids), reference)
+
+
+def break_weights(oracle, reference, plant):
+    """The device has another scale than the file."""
+
+    def dequantized(path, tile, expert=None):
+        weight = oracle.source.tensor(path)
+        arrays = {k: a.copy() for k, a in weight.arrays.items()}
+        if path == "layers.4.self_attn.k_proj":
+            arrays["scales"][0, 0] ^= 1
+        weight = PackedTensor(arrays, weight.type)
+        return dequantize(weight if expert is None else weight[expert])[16 * tile : 16 * tile + 16]
+
+    return Evidence(oracle, Changed(reference, dequantized=dequantized))
+
+
+def break_invariants(oracle, reference, plant):
+    def forward(token_ids, **options):
+        found = reference.forward(token_ids, **options)
+        found.logits[-1, 7] = np.nan
+        return found
+
+    return Evidence(oracle, Changed(reference, forward=forward))
+
+
+def break_routing(oracle, reference, plant):
+    """The least probable of the chosen experts gives way to one that was not chosen, at one token."""
+
+    def forward(token_ids, **options):
+        found = reference.forward(token_ids, **options)
+        if options.get("expert_ids") is None:
+            ids = found.expert_ids.copy()
+            unchosen = set(range(16)) - set(ids[2, 50].tolist())
+            ids[2, 50, -1] = min(unchosen)
+            found = Forward(found.logits, ids, found.stages)
+        return found
+
+    return Evidence(oracle, Changed(reference, forward=forward))
+
+
+def break_decode(oracle, reference, plant):
+    def stream(token_ids, **options):
+        for number, token in enumerate(reference.stream(token_ids, **options)):
+            yield token if number != 5 else (token + 1) % 4096
+
+    return Evidence(oracle, Changed(reference, stream=stream))
+
+
+def break_determinism(oracle, reference, plant):
+    noise = iter(range(100))
+
+    def forward(token_ids, **options):
+        found = reference.forward(token_ids, **options)
+        found.logits[0, 0] += next(noise) * 1e-3
+        return found
+
+    return Evidence(oracle, Changed(reference, forward=forward))
+
+
+def break_memory(oracle, reference, plant):
+    return Evidence(oracle, Changed(reference, memory=lambda: {"peak": 3 << 30, "planned": 1 << 30}))
+
+
+def break_speed(oracle, reference, plant):
+    facts = {**reference.describe(), "device": "NVIDIA H100 80GB HBM3 (gpu)"}
+    return Evidence(oracle, Changed(reference, describe=lambda: facts))
+
+
+FALSIFIED_BY = {
+    "PRELOAD-001": break_preload,
+    "QUANT-001": break_weights,
+    "INVARIANTS-001": break_invariants,
+    "STAGES-001": lambda oracle, reference, plant: Evidence(oracle, plant("late-softmax")),
+    "PARITY-001": lambda oracle, reference, plant: Evidence(oracle, plant("q-norm")),
+    "PARITY-002": None,
+    "TEXT-001": lambda oracle, reference, plant: Evidence(oracle, plant("no-renormalization")),
+    "ROUTING-001": break_routing,
+    "DECODE-001": break_decode,
+    "DETERMINISM-001": break_determinism,
+    "LOADGATE-001": lambda oracle, reference, plant: Evidence(oracle, plant("gqa-map")),
+    "VRAM-001": break_memory,
+    "SPEED-001": break_speed,
+}
+"""How each clause is broken; PARITY-002 speaks of the reference itself."""
+
+
+@pytest.mark.parametrize("id", FALSIFIED_BY)
+def test_clause_can_fail(id, oracle, reference, plant, source, monkeypatch):
+    monkeypatch.setattr(clauses, "LEAST_TEXT_TOKENS", TOKENS)
+    monkeypatch.setattr(clauses, "LEAST_SPEED_BYTES", 0)
+    monkeypatch.setattr(clauses, "bytes_per_token", lambda source: 1e6)
+    clause = load_contract().clauses[id]
+    if id == "PARITY-002":
+        wrong = Oracle(source, oracle.text_ids)
+        wrong.runner = plant("rope-theta")
+        finding, good = FILE_CHECKS[id](clause, wrong), FILE_CHECKS[id](clause, oracle)
+    else:
+        finding = BACKEND_CHECKS[id](clause, FALSIFIED_BY[id](oracle, reference, plant))
+        good = BACKEND_CHECKS[id](clause, Evidence(oracle, reference))
+    assert finding.verdict == FAILED, finding
+    assert finding.note
+    assert good.verdict != FAILED, good
+
+
+def test_quant_001_sees_a_wrong_reading_of_the_file(source, oracle):
+    def change(packed):
+        arrays = {k: a.copy() for k, a in packed.arrays.items()}
+        arrays["mins"][0, 3] ^= 4
+        return PackedTensor(arrays, packed.type)
+
+    lying = faults.LyingSource(source, {"layers.1.self_attn.q_proj": change})
+    clause = load_contract().clauses["QUANT-001"]
+    assert FILE_CHECKS["QUANT-001"](clause, oracle).verdict == PASSED
+    finding = FILE_CHECKS["QUANT-001"](clause, Oracle(lying, oracle.text_ids))
+    assert finding.figure == 32  # one subblock
+
+
+def test_loadgate_001_keeps_a_wrong_backend_out(source, plant, reference, tmp_path):
+    with pytest.raises(ParityError, match="kqv_out-0"):
+        check_once(plant("gqa-map"), source, tmp_path)
+    assert not list(tmp_path.iterdir())
+    assert check_once(reference, source, tmp_path) is not None
+    assert check_once(reference, source, tmp_path) is None  # remembered
+
+
+def test_routing_001_fails_when_the_error_is_beyond_the_margin(oracle, reference):
+    clause = load_contract().clauses["ROUTING-001"]
+    found = Evidence(oracle, reference)
+    found.router_errors = np.full(oracle.text.expert_ids.shape[:2], 100.0)
+    assert BACKEND_CHECKS["ROUTING-001"](clause, found).verdict == FAILED
+
+
+def test_a_flip_explains_later_ones_only():
+    flipped = np.zeros((3, 4), bool)
+    flipped[1, 2] = True
+    after = clauses._after_a_flip(flipped)
+    assert after.tolist() == [[False] * 4, [False] * 4, [False, False, True, True]]
+
+
+def test_by_rows_covers_every_row():
+    rows = np.arange(300.0)[:, None]
+    assert evidence.by_rows(lambda a, b: (a - b)[:, 0], rows, rows * 0).tolist() == list(range(300))
