@@ -5,11 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from convert.ggml_types import GGMLType
+from convert.packed import PackedTensor
 from qwen3_moe_jax import generate as generation
 from qwen3_moe_jax.errors import ContextOverflowError, NumericalError
 from qwen3_moe_jax.generate import PREFILL_CHUNKS, DecodeState, chunk_lengths, generate, prefill
 from qwen3_moe_jax.jax_runner import JaxRunner
 from qwen3_moe_jax.kv_cache import KVCache
+from qwen3_moe_jax.reference import ReferenceRunner
 from qwen3_moe_jax.sampling import Sampling
 from qwen3_moe_jax.token_choice import SamplingArrays
 from tests import tolerances
@@ -120,6 +123,15 @@ def test_nonfinite_logits_are_a_named_error_that_points_to_trace(source, golden)
     runner = JaxRunner(source)
     runner.params["norm"] = runner.params["norm"].at[0].set(jnp.inf)
     with pytest.raises(NumericalError, match="jax backend.*not finite at position.*qwen3-moe trace"):
+        list(runner.stream(golden["ids0"], max_tokens=4, sampling=GREEDY))
+
+
+def test_the_reference_says_so_too(source, golden):
+    runner = ReferenceRunner(source)
+    runner.weights["norm"] = PackedTensor(
+        {"w": np.full(source.config.hidden_size, np.nan, "f4")}, GGMLType.F32
+    )
+    with pytest.raises(NumericalError, match="reference backend.*not finite at position.*qwen3-moe trace"):
         list(runner.stream(golden["ids0"], max_tokens=4, sampling=GREEDY))
 
 
