@@ -4,7 +4,6 @@ One block needs no grid barrier (the interpreter has none); dp4a and a few other
 have emulated twins. Everything else is the code that runs on the GPU.
 """
 
-import os
 from dataclasses import replace
 
 import jax
@@ -38,7 +37,6 @@ CONFIG = replace(
 )
 Q4, Q5, Q6, Q8 = GGMLType.Q4_K, GGMLType.Q5_K, GGMLType.Q6_K, GGMLType.Q8_0
 LAYERS = ({"q": Q4, "k": Q4, "v": Q6, "o": Q8, "gate": Q5, "down": Q6},)
-SLOW = pytest.mark.skipif("RUN_SLOW_TESTS" not in os.environ, reason="minutes long: set RUN_SLOW_TESTS=1")
 SCALE = {Q4: 1.4e-4, Q5: 0.7e-4, Q6: 1.5e-5, Q8: 2.7e-4}
 
 
@@ -166,7 +164,6 @@ def test_one_token_and_its_cache_rows(model):
         np.testing.assert_array_equal(np.asarray(new)[:, :, others], np.asarray(old)[:, :, others])
 
 
-@SLOW
 def test_replayed_experts_and_batches_give_the_same_bits(model):
     """In float16, which is eight times closer to float32 than bfloat16."""
     weights, plain = model
