@@ -10,13 +10,15 @@ import numpy as np
 
 
 def require_hopper(interpret: Any = None) -> None:
-    """Raises NotImplementedError unless JAX's default device is an NVIDIA Hopper GPU.
+    """Raises NotImplementedError unless JAX is 0.11 and its default device an NVIDIA Hopper GPU.
 
     Args:
       interpret: parameters of Pallas' interpreter, which needs no GPU; or None.
     """
     if interpret is not None:
         return
+    if jax.__version_info__ < (0, 11):
+        raise NotImplementedError(f"Hopper kernels need JAX 0.11, and this is {jax.__version__}")
     device = jax.devices()[0]
     capability = getattr(device, "compute_capability", None)
     if device.platform != "gpu" or capability != "9.0":

@@ -1,5 +1,6 @@
 """The Hopper attention kernel in Pallas' interpreter on the CPU."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -13,9 +14,7 @@ from tests.kernels.op_cases import check, rng  # noqa: E402
 
 __all__ = ["rng"]
 
-# The interpreter changed between JAX releases; older ones run no Mosaic GPU kernel.
-INTERPRET = getattr(interpreter, "InterpretGPUParams", None)
-pytestmark = pytest.mark.skipif(INTERPRET is None, reason="this JAX has no interpreter for GPU kernels")
+pytestmark = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the kernels need JAX 0.11")
 SMALL = pallas_sm90.AttentionConfig(keys=64)
 
 
@@ -35,7 +34,7 @@ def test_attention(rng, capfd, tokens, starts, group):
     k, v = (c.at[0].set(jnp.nan) for c in (k, v))
     out = pallas_sm90.attention(
         jnp.asarray(q), k, v, jnp.asarray(positions, jnp.int32), jnp.int32(1),
-        config=SMALL, interpret=INTERPRET(detect_races=True),
+        config=SMALL, interpret=interpreter.InterpretGPUParams(detect_races=True),
     )  # fmt: skip
     q16 = jnp.asarray(q, jnp.bfloat16).astype(jnp.float32)
     args = (q16, k, v, jnp.asarray(positions, jnp.int32), jnp.int32(1))
@@ -47,7 +46,7 @@ def test_attention(rng, capfd, tokens, starts, group):
 
 def test_what_the_kernel_does_not_take_is_named(rng):
     q, cache = jnp.zeros((1, 2, 2, 64)), jnp.zeros((1, 1, 64, 1, 64))
-    positions, interpret = jnp.zeros((1, 2), jnp.int32), INTERPRET()
+    positions, interpret = jnp.zeros((1, 2), jnp.int32), interpreter.InterpretGPUParams()
     with pytest.raises(NotImplementedError, match="float32"):
         pallas_sm90.attention(q, cache, cache, positions, jnp.int32(0), interpret=interpret)
     q, cache = q[..., :32], cache[..., :32].astype(jnp.bfloat16)

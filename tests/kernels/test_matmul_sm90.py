@@ -16,14 +16,15 @@ from kernels_pallas.expert_matmul import pallas_sm90 as expert_sm90  # noqa: E40
 from kernels_pallas.matrices import Matrices  # noqa: E402
 from kernels_pallas.moe_mlp import pallas_sm90 as moe_sm90  # noqa: E402
 from kernels_pallas.prefill.activations import float16_operand, operand_order  # noqa: E402
-from kernels_pallas.prefill.matmul_sm90 import REGISTERS, MatmulConfig, pick_dense_config  # noqa: E402
-from kernels_pallas.prefill.sorting import ROW_ALIGN, padded_rows, sort_by_expert  # noqa: E402
+from kernels_pallas.prefill.matmul_sm90 import REGISTERS, MatmulConfig, grouped_matmul  # noqa: E402
+from kernels_pallas.prefill.sorting import ROW_ALIGN, Tiles, padded_rows, sort_by_expert  # noqa: E402
 from kernels_pallas.quantized_matmul import pallas_sm90 as matmul_sm90  # noqa: E402
 from tests import tolerances  # noqa: E402
 from tests.kernels.op_cases import (  # noqa: E402
     QUANTIZED,
     check,
     dense64,
+    expert_oracle,
     heavy_tailed,
     poison,
     random_weights,
@@ -33,16 +34,14 @@ from tests.kernels.op_cases import (  # noqa: E402
 
 __all__ = ["rng"]
 
-# The interpreter changed between JAX releases; older ones run no Mosaic GPU kernel.
-INTERPRET = getattr(interpreter, "InterpretGPUParams", None)
-pytestmark = pytest.mark.skipif(INTERPRET is None, reason="this JAX has no interpreter for GPU kernels")
+pytestmark = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the kernels need JAX 0.11")
 SMALL = MatmulConfig(tile=16, widths=(8, 16), blocks=2, most_x_slots=4)
 BFLOAT16 = np.dtype(jnp.bfloat16)
 BOUND = tolerances.MATMUL_FLOAT16_NMSE
 
 
 def interpret():
-    return INTERPRET(detect_races=True)
+    return interpreter.InterpretGPUParams(detect_races=True)
 
 
 @pytest.fixture(autouse=True)
@@ -135,12 +134,6 @@ def test_what_the_kernels_do_not_take_is_named(rng):
         run(x, tiled(random_weights(rng, GGMLType.Q4_K, (72, 256))), BFLOAT16, interpret=interpret())
 
 
-def test_every_multiprocessor_gets_work():
-    assert pick_dense_config(2048, 4096).tile == 256
-    assert pick_dense_config(2048, 512).tile == 64
-    assert pick_dense_config(1, 512).tile == 32
-
-
 # Preparation in plain jnp
 
 
@@ -178,3 +171,14 @@ def test_warpgroups_ask_for_no_more_registers_than_the_launch_gives():
     for warpgroups, (most, least) in REGISTERS.items():
         given = 65536 // (128 * (warpgroups + 1)) // 8 * 8
         assert warpgroups * most + least <= (warpgroups + 1) * given
+
+
+def test_a_tile_writes_its_own_rows_alone(rng):
+    """The tile before another in memory comes after it in time."""
+    w, x = random_weights(rng, GGMLType.Q4_K, (2, 64, 256)), heavy_tailed(rng, (32, 256))
+    operand, scale = float16_operand(jnp.asarray(x))
+    tiles = Tiles(*(jnp.asarray(a, jnp.int32) for a in ([1, 0], [8, 0], [8, 8], [2])))
+    config = MatmulConfig(tile=16, widths=(16,), blocks=1)
+    weights = (Matrices.of(tiled(w)),)
+    out = grouped_matmul(operand, scale, tiles, weights, config=config, interpret=interpret())
+    check(out[:16], expert_oracle(x[:16], w, np.repeat([0, 1], 8)[:, None])[:, 0], BOUND, "both tiles")
