@@ -21,7 +21,7 @@ def _one_blas_thread() -> None:
 def pytest_configure(config: pytest.Config) -> None:
     _one_blas_thread()
     config.addinivalue_line("markers", "smoke: the small set that also runs on the oldest supported Python")
-    config.addinivalue_line("markers", "gpu: needs an NVIDIA GPU; the only tests that may be skipped without one")
+    config.addinivalue_line("markers", "gpu: needs an NVIDIA GPU, and alone may be skipped without one")
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:

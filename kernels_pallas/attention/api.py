@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from kernels_pallas import implementations
 from kernels_pallas.attention import xla
 from kernels_pallas.implementations import Implementation
-from kernels_pallas.prefill.device import on_hopper
+from kernels_pallas.prefill.device import OnHopper
 
 
 def attention(
@@ -49,7 +49,7 @@ def attention(
             f"positions {positions.shape}"
         )
     arrays = (jnp.asarray(a) for a in (q, k_cache, v_cache, positions))
-    candidates = {"pallas": on_hopper("attention", "attention"), "xla": xla.attention}
+    candidates = {"pallas": OnHopper("attention", tokens_axis=1), "xla": xla.attention}
     return implementations.run(
         "attention", implementation, candidates, *arrays, jnp.asarray(layer, jnp.int32)
     )

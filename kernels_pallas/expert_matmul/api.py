@@ -9,7 +9,7 @@ from kernels_pallas import implementations
 from kernels_pallas.expert_matmul import xla
 from kernels_pallas.implementations import Implementation
 from kernels_pallas.matrices import Matrices
-from kernels_pallas.prefill.device import on_hopper
+from kernels_pallas.prefill.device import OnHopper
 
 
 def expert_matmul(
@@ -46,7 +46,7 @@ def expert_matmul(
     return implementations.run(
         "expert_matmul",
         implementation,
-        {"pallas": on_hopper("expert_matmul", "expert_matmul"), "xla": xla.expert_matmul},
+        {"pallas": OnHopper("expert_matmul"), "xla": xla.expert_matmul},
         jnp.asarray(x),
         Matrices.of(w),
         jnp.asarray(expert_ids),

@@ -9,7 +9,7 @@ from kernels_pallas import implementations
 from kernels_pallas.implementations import Implementation
 from kernels_pallas.matrices import Matrices
 from kernels_pallas.moe_mlp import xla
-from kernels_pallas.prefill.device import on_hopper
+from kernels_pallas.prefill.device import OnHopper
 
 
 def moe_mlp(
@@ -67,7 +67,7 @@ def moe_mlp(
     out, stages = implementations.run(
         "moe_mlp",
         implementation,
-        {"pallas": on_hopper("moe_mlp", "moe_mlp"), "xla": xla.moe_mlp},
+        {"pallas": OnHopper("moe_mlp"), "xla": xla.moe_mlp},
         jnp.asarray(x),
         Matrices.of(gate_proj),
         Matrices.of(up_proj),

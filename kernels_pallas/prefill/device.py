@@ -1,12 +1,15 @@
 """Whether this process' device runs Hopper kernels."""
 
 import importlib
-from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+FEWEST_TOKENS = 128
+"""With fewer, the kernels have not been seen to end in a whole model on a GPU (docs/prefill_gpu.md)."""
 
 
 def require_hopper(interpret: Any = None) -> None:
@@ -32,17 +35,26 @@ def require_16_bits(compute_dtype: np.dtype) -> None:
         raise NotImplementedError(f"Hopper kernels round operands to 16 bits, not {np.dtype(compute_dtype)}")
 
 
-def on_hopper(module: str, function: str) -> Callable[..., Any]:
+@dataclass(frozen=True)
+class OnHopper:
     """An op's implementation that is imported where it can run: Mosaic GPU needs a recent JAX and time.
 
-    Args:
-      module: the op's name, whose ``pallas_sm90`` holds the function.
-      function: the function's name.
+    Attributes:
+      op: the op's name; its ``pallas_sm90`` holds a function of the same name.
+      tokens_axis: axis of the first argument that counts tokens.
     """
 
-    def candidate(*args: Any, **kwargs: Any) -> Any:
-        require_hopper()
-        implementation = importlib.import_module(f"kernels_pallas.{module}.pallas_sm90")
-        return getattr(implementation, function)(*args, **kwargs)
+    op: str
+    tokens_axis: int = 0
 
-    return candidate
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        require_hopper()
+        implementation = importlib.import_module(f"kernels_pallas.{self.op}.pallas_sm90")
+        return getattr(implementation, self.op)(*args, **kwargs)
+
+    def reason_against(self, x: jax.Array, *_: Any) -> str | None:
+        """Why this kernel is not chosen where none is named, or None."""
+        tokens = x.shape[self.tokens_axis]
+        if tokens < FEWEST_TOKENS:
+            return f"{self.op}: Hopper kernels are chosen from {FEWEST_TOKENS} tokens on, not for {tokens}"
+        return None

@@ -132,35 +132,13 @@ def check_supported(weights: tuple[Matrices, ...]) -> None:
 
 
 def pick_config(rows_each: float) -> MatmulConfig:
-    """Sizes for experts that are multiplied with about ``rows_each`` rows each."""
-    # More widths make ptxas serialize the matrix instructions for want of registers (C7512).
-    if rows_each <= 12:
-        return MatmulConfig(tile=32, widths=(8, 16, 32), slabs=1, warpgroups=4)
-    if rows_each <= 48:
-        return MatmulConfig(tile=64, widths=(32, 64), slabs=1, warpgroups=4)
-    return _LARGE
+    """Sizes for matrices that are multiplied with about ``rows_each`` rows each.
 
-
-_LARGE = MatmulConfig(tile=256, widths=(128, 160, 256), slabs=1)
-_DENSE = {
-    _LARGE: 1.0,
-    MatmulConfig(tile=128, widths=(64, 128), slabs=1): 0.8,
-    MatmulConfig(tile=64, widths=(32, 64), slabs=1): 0.5,
-}
-"""Sizes for one matrix, and the share of the largest one's speed that a multiprocessor reaches with them."""
-
-
-def pick_dense_config(tokens: int, rows: int) -> MatmulConfig:
-    """Sizes for one matrix: as large as still gives every multiprocessor a piece of the work."""
-    if tokens <= 48:
-        return pick_config(tokens)
-
-    def seconds(config: MatmulConfig) -> float:
-        block_rows = config.warpgroups * config.slabs * SLAB_ROWS
-        pieces = -(-tokens // config.tile) * -(-rows // block_rows)
-        return -(-pieces // MULTIPROCESSORS) * config.tile * block_rows / _DENSE[config]
-
-    return min(_DENSE, key=seconds)
+    These two have run on a GPU with their values checked; what else was tried is in
+    ``docs/prefill_gpu.md``. More widths make ptxas serialize the matrix instructions for want of
+    registers (C7512).
+    """
+    return MatmulConfig(tile=64, widths=(32, 64)) if rows_each <= 48 else MatmulConfig()
 
 
 class _Kernel:

@@ -8,7 +8,7 @@ from convert.packed import PackedTensor
 from kernels_pallas import implementations
 from kernels_pallas.implementations import Implementation
 from kernels_pallas.matrices import Matrices
-from kernels_pallas.prefill.device import on_hopper
+from kernels_pallas.prefill.device import OnHopper
 from kernels_pallas.quantized_matmul import xla
 
 
@@ -41,7 +41,7 @@ def quantized_matmul(
     return implementations.run(
         "quantized_matmul",
         implementation,
-        {"pallas": on_hopper("quantized_matmul", "quantized_matmul"), "xla": xla.quantized_matmul},
+        {"pallas": OnHopper("quantized_matmul"), "xla": xla.quantized_matmul},
         jnp.asarray(x),
         Matrices.of(w),
         implementations.check_compute_dtype(compute_dtype),

@@ -15,7 +15,7 @@ from kernels_pallas.prefill.matmul_sm90 import (
     MatmulConfig,
     check_supported,
     grouped_matmul,
-    pick_dense_config,
+    pick_config,
 )
 from kernels_pallas.prefill.sorting import dense_tiles
 
@@ -37,7 +37,7 @@ def quantized_matmul(
     require_16_bits(compute_dtype)
     w = Matrices.of(w)
     check_supported((w,))
-    return _multiply(x, w, config or pick_dense_config(x.shape[0], w.rows), interpret)
+    return _multiply(x, w, config or pick_config(x.shape[0]), interpret)
 
 
 @partial(jax.jit, static_argnums=(2, 3))
