@@ -81,6 +81,7 @@ class JaxRunner:
 
     name = "jax"
     forward_options = frozenset({"layers", "chunk_sizes", "interventions"})
+    thread_safe = True  # forward passes, and one stream, may run at the same time
 
     def __init__(
         self,

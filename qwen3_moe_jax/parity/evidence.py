@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from threading import RLock
+from typing import Any
 
 import numpy as np
 
@@ -14,7 +15,6 @@ from qwen3_moe_jax.parity.recorded import RecordedLogits, recorded_logits
 from qwen3_moe_jax.reference import ReferenceRunner
 from qwen3_moe_jax.runner import Forward, Runner
 from qwen3_moe_jax.sampling import Sampling
-from qwen3_moe_jax.stages import STAGES
 
 FLOAT64_ORACLE_BYTES = 1 << 30
 """The reference computes in float64 for models up to this size, and in float32 above."""
@@ -28,6 +28,28 @@ WRITTEN_TOKENS = 24
 PROMPT_TOKENS = 24
 
 ROWS_AT_A_TIME = 128
+
+
+_ONCE = RLock()
+
+
+class once:
+    """A property that is computed once, also when several threads ask for it."""
+
+    def __init__(self, compute):
+        self._compute = compute
+        self.__doc__ = compute.__doc__
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, instance: Any, owner: type) -> Any:
+        with _ONCE:
+            lock = instance.__dict__.setdefault(f"_lock of {self._name}", RLock())
+        with lock:
+            if self._name not in instance.__dict__:
+                instance.__dict__[self._name] = self._compute(instance)
+        return instance.__dict__[self._name]
 
 
 def by_rows(function, *arrays: np.ndarray) -> np.ndarray:
@@ -52,21 +74,21 @@ class Oracle:
         self.text_ids = np.asarray(text_ids, np.int32)
         self.dtype = np.float64 if source.nbytes <= FLOAT64_ORACLE_BYTES else np.float32
 
-    @cached_property
+    @once
     def runner(self) -> ReferenceRunner:
         return ReferenceRunner(self.source, dtype=self.dtype)
 
-    @cached_property
+    @once
     def text(self) -> Forward:
         """The text, with router logits."""
         return self.runner.forward(self.text_ids, capture=("ffn_moe_logits",))
 
-    @cached_property
+    @once
     def router_logits(self) -> np.ndarray:
         """[L, T, E]."""
         return stacked(self.text, "ffn_moe_logits")
 
-    @cached_property
+    @once
     def recorded(self) -> list[RecordedLogits]:
         return recorded_logits(self.source)
 
@@ -149,38 +171,42 @@ class Evidence:
         """Backend and compute dtype: "jax bfloat16"."""
         return f"{self.runner.name} {self.compute_dtype}"
 
+    def runs(self) -> list[str]:
+        """Names of the properties that run the backend, for threads that make them ahead."""
+        return ["free", "replayed", "fused", "written", "single", "gate"]
+
     @property
     def chunks(self) -> dict[str, tuple[int, ...]]:
         """Option of ``forward`` that cuts a short prompt in several chunks, where the backend can."""
         return {"chunk_sizes": (STAGE_CHUNK,)} if "chunk_sizes" in forward_options(self.runner) else {}
 
-    @cached_property
+    @once
     def free(self) -> Forward:
         """The text, as the backend runs it for a user: it chooses its own experts."""
         return self.runner.forward(self.oracle.text_ids)
 
-    @cached_property
+    @once
     def replayed(self) -> Forward:
         """The text with the reference's experts, and the backend's own router logits."""
         return self.runner.forward(
             self.oracle.text_ids, expert_ids=self.oracle.text.expert_ids, capture=("ffn_moe_logits",)
         )
 
-    @cached_property
+    @once
     def free_distance(self) -> LogitDistance:
         return LogitDistance.of(self.oracle.text.logits, self.free.logits)
 
-    @cached_property
+    @once
     def replayed_distance(self) -> LogitDistance:
         return LogitDistance.of(self.oracle.text.logits, self.replayed.logits)
 
-    @cached_property
+    @once
     def router_errors(self) -> np.ndarray:
         """Largest error of any router logit of each layer and token, with replayed experts: [L, T]."""
         error = stacked(self.replayed, "ffn_moe_logits") - self.oracle.router_logits
         return np.abs(error).max(axis=-1)
 
-    @cached_property
+    @once
     def fused(self) -> Forward:
         """A short prompt in chunks, with every stage that a fused expert layer shows."""
         return self.runner.forward(self.stage_ids, capture=FUSED_STAGES, **self.chunks)
@@ -195,22 +221,27 @@ class Evidence:
         alone = "layers" in forward_options(self.runner)
         return {"layers": gate_layers(self.source)} if alone else {}
 
-    @cached_property
+    @once
+    def single(self) -> Forward | None:
+        """A few tokens one by one, as decoding takes them, in a few layers; None where that is no option."""
+        if not self.chunks:
+            return None
+        ids = self.stage_ids[:SINGLE_TOKENS]
+        return self.runner.forward(ids, capture=FUSED_STAGES, chunk_sizes=(1,), **self.few)
+
+    @once
     def judgements(self) -> list[tuple[str, Judgement]]:
-        """Every stage of three runs: all layers as in production; a few opened, and token by token."""
+        """Every stage: of all layers as a prompt runs, and of a few as decoding does."""
         found = [("prompt", j) for j in self._judge(self.stage_ids, self.fused)]
-        opened = self.runner.forward(self.stage_ids, capture=tuple(STAGES), **self.chunks, **self.few)
-        found += [("experts opened", j) for j in self._judge(self.stage_ids, opened, **self.few)]
-        if self.chunks:
+        if self.single:
             ids = self.stage_ids[:SINGLE_TOKENS]
-            single = self.runner.forward(ids, capture=FUSED_STAGES, chunk_sizes=(1,), **self.few)
-            found += [("token by token", j) for j in self._judge(ids, single, **self.few)]
+            found += [("token by token", j) for j in self._judge(ids, self.single, **self.few)]
         return found
 
     def _judge(self, ids: np.ndarray, forward: Forward, **options) -> list[Judgement]:
         return list(StageJudge(self.source, self.facts, ids, forward, **options).judgements())
 
-    @cached_property
+    @once
     def written(self) -> list[int]:
         """Tokens written greedily after the first tokens of the text."""
         return self.write()
@@ -220,6 +251,6 @@ class Evidence:
         prompt = self.oracle.text_ids[:PROMPT_TOKENS].tolist()
         return list(self.runner.stream(prompt, max_tokens=WRITTEN_TOKENS, sampling=Sampling(temperature=0)))
 
-    @cached_property
+    @once
     def gate(self) -> GateResult:
         return inspect(self.runner, self.source)

@@ -8,6 +8,7 @@ code by replacing functions of the backend's module while it runs.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields, replace
+from threading import RLock
 from types import ModuleType, SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -235,6 +236,9 @@ _LIES: dict[str, Callable[[ModelSource], tuple]] = {
 
 Patch = tuple[ModuleType, str, Any]
 
+_ONE_AT_A_TIME = RLock()
+"""Functions are replaced for the whole process."""
+
 
 class PatchedRunner:
     """A runner whose modules have other functions while it computes."""
@@ -248,7 +252,7 @@ class PatchedRunner:
 
     @contextmanager
     def _patched(self) -> Iterator[None]:
-        with ExitStack() as stack:
+        with _ONE_AT_A_TIME, ExitStack() as stack:
             for module, name, value in self._patches:
                 stack.enter_context(mock.patch.object(module, name, value))
             yield

@@ -54,10 +54,11 @@ def test_verify_fails_with_a_fault_in_the_reference(name, planted, capsys):
     assert "FAILED" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", FAULTS)
+@pytest.mark.parametrize("name", ["sub-scale", "swapped-experts", "last-chunk"])
 def test_verify_fails_with_a_fault_in_jax(name, planted, capsys):
     planted(name)
-    clauses = ["--clause", "STAGES-001"]  # of all clauses the one that sees each of the ten
+    # For time one clause and three faults: bisect's tests see all ten, scripts/plant_faults.py runs it all.
+    clauses = ["--clause", "STAGES-001"]
     assert cli.main(["verify", "--backend", "jax", *clauses, "--tokens", "64", "--json"]) == 1
     receipt = json.loads(capsys.readouterr().out)
     check_receipt(receipt)
