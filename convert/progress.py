@@ -42,12 +42,13 @@ def show_progress(label: str, stream: TextIO | None = None) -> Iterator[Progress
 
 @contextmanager
 def _lines(label: str, stream: TextIO) -> Iterator[ProgressCallback]:
-    start = time.monotonic()
-    last = start + QUIET_SECONDS - LINE_SECONDS
+    start = last = None  # the clock runs from the first report: imports before it are no part of the rate
 
     def report(done: int, total: int) -> None:
-        nonlocal last
+        nonlocal start, last
         now = time.monotonic()
+        if start is None:
+            start, last = now, now + QUIET_SECONDS - LINE_SECONDS
         if now - last < LINE_SECONDS:
             return
         last = now

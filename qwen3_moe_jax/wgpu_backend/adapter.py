@@ -4,6 +4,7 @@
 """
 
 import os
+import tempfile
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -207,6 +208,8 @@ def _preference(report: AdapterReport) -> tuple[bool, bool, bool]:
 
 
 def _wgpu() -> Any:
+    # Vulkan's loader complains on standard error where this is not set, and needs no more than a folder.
+    os.environ.setdefault("XDG_RUNTIME_DIR", tempfile.gettempdir())
     try:
         import wgpu
     except (ImportError, OSError) as error:
