@@ -32,8 +32,8 @@ def try_fault(
     def make(lying: ModelSource):
         return loader.make_runner(lying, name, max_context=1024, dtype=dtype or "float32")
 
-    report = verify(source, [plant(fault, source, make)], text_tokens=text_tokens)
-    found = bisect(source, plant(fault, source, make), token_ids)
+    report = verify(source, [plant(fault, source, make, shaders=name == "wgpu")], text_tokens=text_tokens)
+    found = bisect(source, plant(fault, source, make, shaders=name == "wgpu"), token_ids)
     named = found is not None and (
         (found.stage, found.layer, found.judgement.tensor) == (fault.stage, fault.layer, fault.tensor)
         and found.cause.expert == fault.expert

@@ -118,7 +118,9 @@ def check_device_weights(clause: Clause, evidence: Evidence) -> Finding:
     runner, source = evidence.runner, evidence.source
     if not hasattr(runner, "dequantized"):
         return not_applicable(
-            clause, evidence.label, "this backend computes with the file's reading, or cannot be read back"
+            clause,
+            evidence.label,
+            "its weights cannot be read back; every row of them is judged in STAGES-001",
         )
     different = count = 0
     for path, spec in source.specs.items():

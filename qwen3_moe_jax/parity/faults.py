@@ -5,6 +5,7 @@ and of the config are planted by a source that lies to the backend; faults of
 code by replacing functions of the backend's module while it runs.
 """
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields, replace
@@ -133,16 +134,20 @@ FAULTS = {
 """The ten faults by name; layers and experts are of the embedded model."""
 
 
-def plant(fault: Fault, source: ModelSource, make_runner: MakeRunner) -> Runner:
+def plant(fault: Fault, source: ModelSource, make_runner: MakeRunner, *, shaders: bool = False) -> Runner:
     """A backend with the fault in it.
 
     Args:
       fault: one of FAULTS.
       source: the true model.
       make_runner: loads a backend from a source.
+      shaders: whether the backend is wgpu, whose code is shaders.
     """
     if fault.name in _LIES:
         return make_runner(LyingSource(source, *_LIES[fault.name](source)))
+    if shaders and fault.name in _SHADER_EDITS:
+        with _edited_shaders(_SHADER_EDITS[fault.name]):
+            return make_runner(source)
     runner = make_runner(source)
     if fault.name == "last-chunk" and runner.name != "jax":
         return DroppingRunner(runner)
@@ -383,6 +388,70 @@ def _patch_jax(fault: Fault, runner: Runner) -> Runner:
     runner.model = faulty(**{name: getattr(true, name) for name in settings})
     names = {name: getattr(ops, name) for name in ops.__all__}
     return PatchedRunner(runner, [(model, "ops", SimpleNamespace(**{**names, **wrong}))])
+
+
+# wgpu computes in shaders: each edit is (shader, pattern, replacement) on the rendered source.
+
+Edit = tuple[str, str, str]
+
+_HEAD_OF_PLACE = """
+fn head_of_place(place: u32) -> u32 {
+  let groups = p.heads / p.kv_heads;
+  return (place % groups) * p.kv_heads + place / groups;
+}
+"""
+
+_SHADER_EDITS: dict[str, tuple[Edit, ...]] = {
+    "q-norm": (
+        ("rope", r"let a = (.*?) / root (.*?);", r"let a = select(\1, \1 / root \2, is_key);"),
+        ("rope", r"let b = (.*?) / root (.*?);", r"let b = select(\1, \1 / root \2, is_key);"),
+    ),
+    "position": (("rope", r"table\[position \*", "table[(position + 1u) *"),),
+    "late-softmax": (
+        (
+            "router",
+            r"(weights\[pair\] = .*?;\n    \})",
+            r"""\1
+    for (var e = 0u; e < p.experts; e++) { probs[first + e] = 0.0; }
+    for (var choice = 0u; choice < p.chosen; choice++) {
+      let pair = wg.y * p.chosen + choice;
+      probs[first + ids[pair]] = weights[pair];
+    }""",
+        ),
+    ),
+    "no-renormalization": (("router", r" / max\(weight_sum, SMALLEST_WEIGHT_SUM\)", ""),),
+    "gqa-map": (
+        (
+            "attention",
+            r"\+ head\) \* (\d+)u \+ i\]",
+            r"+ head_of_place(head + i / \1u)) * \1u + i % \1u]",
+        ),
+        ("attention", r"wg\.y \* p\.heads \+ head \+ (\d+)u", r"wg.y * p.heads + head_of_place(head + \1u)"),
+        ("attention", r"(?=@compute)", _HEAD_OF_PLACE),
+    ),
+}
+
+
+@contextmanager
+def _edited_shaders(edits: Sequence[Edit]) -> Iterator[None]:
+    """Shaders are compiled with these edits.
+
+    Raises:
+      ValueError: an edit no longer fits its shader.
+    """
+    from qwen3_moe_jax.wgpu_backend import device
+
+    def render(name: str, true: Callable[..., str] = device.render, **constants: Any) -> str:
+        code = true(name, **constants)
+        for shader, pattern, replacement in edits:
+            if shader == name:
+                code, count = re.subn(pattern, replacement, code, flags=re.DOTALL)
+                if not count:
+                    raise ValueError(f"{name}.wgsl has changed: the fault's pattern {pattern!r} is not in it")
+        return code
+
+    with mock.patch.object(device, "render", render):
+        yield
 
 
 _PATCHED: dict[str, Callable[[Fault, Runner], Runner]] = {
