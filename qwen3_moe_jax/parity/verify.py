@@ -27,6 +27,7 @@ from qwen3_moe_jax.runner import Runner
 from qwen3_moe_jax.tokenizer import Tokenizer
 
 TEXT_TOKENS = 2048
+LEAST_TOKENS = 64
 
 MOST_BYTES_AHEAD = 1 << 30
 """Runs are made ahead, several at a time, for models up to this size."""
@@ -112,7 +113,7 @@ def verify(
       progress: told each finding as it is made.
 
     Raises:
-      ValueError: no runner, an unknown clause, or a context below 64 tokens.
+      ValueError: no runner, an unknown clause, or a text or context below LEAST_TOKENS.
     """
     contract = load_contract()
     unknown = set(clauses or ()) - contract.clauses.keys()
@@ -123,8 +124,8 @@ def verify(
     wanted = [c for c in contract.clauses if clauses is None or c in clauses]
     began = time.perf_counter()
     room = min(r.max_context for r in runners)
-    if room < 64:
-        raise ValueError(f"a context of {room} tokens is too short to verify: give at least 64")
+    if room < LEAST_TOKENS:
+        raise ValueError(f"a context of {room} tokens is too short to verify: give at least {LEAST_TOKENS}")
     oracle = Oracle(source, _text_ids(source, min(text_tokens, room)))
     findings: list[Finding] = []
 
