@@ -8,6 +8,7 @@ Ends with one line of JSON: faults caught and named of those planted, per backen
 import argparse
 import json
 import platform
+import sys
 import time
 from pathlib import Path
 
@@ -50,6 +51,12 @@ def try_fault(
     return row
 
 
+def forget_programs() -> None:
+    """Frees what JAX has compiled: every fault is another set of programs, and their memory maps run out."""
+    if "jax" in sys.modules:
+        sys.modules["jax"].clear_caches()
+
+
 def try_backend(source: ModelSource, backend: str, token_ids: list[int], text_tokens: int) -> dict:
     """All ten faults in one backend."""
     rows = []
@@ -57,6 +64,7 @@ def try_backend(source: ModelSource, backend: str, token_ids: list[int], text_to
         began = time.perf_counter()
         row = try_fault(source, backend, fault, token_ids, text_tokens)
         rows.append(row)
+        forget_programs()
         judged = {True: "failed", False: "PASSED", None: "not tried"}[row.get("verify_failed")]
         named = "named it" if row["bisect_named"] else "DID NOT"
         seconds = time.perf_counter() - began

@@ -1,5 +1,7 @@
 """The embedded model and its runners, loaded once a worker."""
 
+import sys
+
 import numpy as np
 import pytest
 
@@ -8,6 +10,14 @@ from qwen3_moe_jax.loader import embedded_model
 from qwen3_moe_jax.parity.recorded import parity_text
 from qwen3_moe_jax.reference import ReferenceRunner
 from qwen3_moe_jax.tokenizer import Tokenizer
+
+
+@pytest.fixture(autouse=True, scope="module")
+def forget_programs():
+    """Frees the programs that planted faults made: a process has room for a few thousand memory maps only."""
+    yield
+    if "jax" in sys.modules:
+        sys.modules["jax"].clear_caches()
 
 
 @pytest.fixture(scope="session")
