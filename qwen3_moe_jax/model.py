@@ -5,8 +5,9 @@ the operations on it are ``kernels_pallas``'. Parameters have Hugging Face's
 names. Norms, router and softmax are float32 whatever the compute dtype.
 
 The layers are one loop over stacked weights (``stacks.py``): a program holds
-the code of a layer once for each mix of types (a Q4_K_M file has two), however
-many layers there are, and reads a layer's weights from the stacks without a copy.
+the code of one layer, however many there are, and reads a layer's weights from
+the stacks without a copy. Where a tensor's type differs from layer to layer
+(``v_proj`` and ``down_proj`` of a Q4_K_M file), its operation alone is a switch.
 
 ``stage`` names the values that ``qwen3-moe trace`` shows: it sows those that
 are asked for, and it is where an intervention changes them.
@@ -33,7 +34,7 @@ from convert.ggml_types import GGMLType
 from convert.packed import ARRAY_FORMATS, PackedTensor, array_shapes
 from convert.tensor_names import tensor_specs
 from qwen3_moe_jax.kv_cache import KVCache, write_positions
-from qwen3_moe_jax.stacks import Roles, Types, layer_groups, split_path, stack_layers
+from qwen3_moe_jax.stacks import Place, Roles, Types, split_path, stack_layers
 
 STAGES_COLLECTION = "stages"
 """Flax collection that receives stages when it is mutable; those of layers have L as their first axis."""
@@ -71,6 +72,31 @@ class Output:
     hidden: jax.Array
     cache: KVCache
     expert_ids: jax.Array
+
+
+@struct.dataclass
+class LayerWeight:
+    """One layer's matrix, or its experts' matrices, within the stacks of all layers.
+
+    Attributes:
+      options: the tensor in the stack of each type that some layer has it in.
+      which: int32 scalar, the option that is this layer's.
+    """
+
+    options: tuple[ops.Matrices, ...]
+    which: jax.Array
+
+
+def with_types(f: Callable[..., jax.Array], *weights: LayerWeight | PackedTensor) -> jax.Array:
+    """``f`` of this layer's matrices: one branch for each of their types, only where there are several."""
+    for i, weight in enumerate(weights):
+        if isinstance(weight, LayerWeight):
+            branches = [
+                functools.partial(with_types, f, *weights[:i], option, *weights[i + 1 :])
+                for option in weight.options
+            ]
+            return branches[0]() if len(branches) == 1 else jax.lax.switch(weight.which, branches)
+    return f(*weights)
 
 
 def zero_params(config: Qwen3MoeConfig, types: Types, roles: Roles) -> dict[str, Any]:
@@ -119,7 +145,7 @@ class _Part(nn.Module):
         return cls(self.config, self.compute_dtype, self.interventions, self.capture)
 
     def weight(self, name: str) -> Any:
-        """This part's parameter: packed matrices, or float32 norm weights."""
+        """This part's parameter: a LayerWeight or a packed tensor, or float32 norm weights."""
         return self.get_variable("params", name)
 
     def stage(self, name: str, value: jax.Array, layer: jax.Array | None = None) -> jax.Array:
@@ -136,8 +162,8 @@ class _Part(nn.Module):
     def matmul(self, x: jax.Array, name: str, dtype: Any = None) -> jax.Array:
         """x [B, T, K] times the transpose of the weight of this name [N, K]: float32 [B, T, N]."""
         flat = x.reshape(-1, x.shape[-1])
-        out = ops.quantized_matmul(flat, self.weight(name), compute_dtype=dtype or self.compute_dtype)
-        return out.reshape(*x.shape[:-1], -1)
+        multiply = functools.partial(ops.quantized_matmul, flat, compute_dtype=dtype or self.compute_dtype)
+        return with_types(multiply, self.weight(name)).reshape(*x.shape[:-1], -1)
 
     def norm(self, x: jax.Array, name: str) -> jax.Array:
         """RMS norm of the last axis with the weight of this name."""
@@ -183,8 +209,12 @@ class Experts(_Part):
         flat, flat_weights = x.reshape(-1, x.shape[-1]), weights.reshape(ids.shape)
         if self._is_observed_inside():
             return self._unfused(flat, weights_of, ids, flat_weights, layer, x.shape)
-        out = ops.moe_mlp(flat, *weights_of, ids, flat_weights, compute_dtype=self.compute_dtype)
-        return out.reshape(x.shape)
+
+        def experts(gate_proj: ops.Matrices, up_proj: ops.Matrices, down_proj: ops.Matrices) -> jax.Array:
+            projections = (gate_proj, up_proj, down_proj)
+            return ops.moe_mlp(flat, *projections, ids, flat_weights, compute_dtype=self.compute_dtype)
+
+        return with_types(experts, *weights_of).reshape(x.shape)
 
     def _is_observed_inside(self) -> bool:
         return bool((self.capture | {i.stage for i in self.interventions}) & INSIDE_EXPERTS)
@@ -192,8 +222,11 @@ class Experts(_Part):
     def _unfused(self, x, weights_of, ids, weights, layer: jax.Array, shape: tuple[int, ...]) -> jax.Array:
         """As ``moe_mlp``, one operation after the other, each result a stage [B, T, X, ...]."""
 
-        def project(value: jax.Array, weight: ops.Matrices) -> jax.Array:
-            return ops.expert_matmul(value, weight, ids, compute_dtype=self.compute_dtype)
+        def project(value: jax.Array, weight: LayerWeight) -> jax.Array:
+            multiply = functools.partial(
+                ops.expert_matmul, value, expert_ids=ids, compute_dtype=self.compute_dtype
+            )
+            return with_types(multiply, weight)
 
         def stage(name: str, value: jax.Array) -> jax.Array:
             return self.stage(name, value.reshape(*shape[:2], *value.shape[1:]), layer).reshape(value.shape)
@@ -296,54 +329,38 @@ class Qwen3Moe(_Part):
         positions = start[:, None] + jnp.arange(token_ids.shape[1], dtype=start.dtype)
         rope = ops.rope_tables(positions, c.head_dim, c.rope_theta, c.rope_scaling)
 
-        groups = layer_groups(self.types, c.num_hidden_layers)
-        branches = [self._layer_of_group(layers, start, rope) for layers in groups]
         layers = np.asarray(range(c.num_hidden_layers) if self.layers is None else self.layers, np.int32)
-        group = np.asarray(
-            [next(g for g, group in enumerate(groups) if n in group) for n in layers], np.int32
-        )
+        layer_module = DecoderLayer(c, self.compute_dtype, self.interventions, self.capture, parent=None)
 
         def step(carry: tuple, xs: tuple) -> tuple:
-            group, layer, forced_ids = xs
-            x, cache, chosen, stages = jax.lax.switch(group, branches, *carry, forced_ids, layer)
-            return (x, cache), (chosen, stages)
+            layer, forced_ids = xs
+            variables = {"params": self._params_of_layer(layer)}
+            (x, cache, chosen), sown = layer_module.apply(
+                variables, *carry, start, rope, forced_ids, layer, mutable=[STAGES_COLLECTION]
+            )
+            return (x, cache), (chosen, dict(_leaves(sown.get(STAGES_COLLECTION, {}))))
 
-        (x, cache), (chosen, stages) = jax.lax.scan(step, (x, cache), (group, layers, expert_ids))
+        (x, cache), (chosen, stages) = jax.lax.scan(step, (x, cache), (layers, expert_ids))
         for name, value in stages.items():
             self.sow(STAGES_COLLECTION, name, value, reduce_fn=lambda _, new: new, init_fn=lambda: None)
         return Output(x, cache, chosen)
 
-    def _layer_of_group(
-        self, layers: list[int], start: jax.Array, rope: tuple[jax.Array, jax.Array]
-    ) -> Callable:
-        """The function of any one of these layers: returns x, cache, expert ids and the captured stages."""
-        module = DecoderLayer(self.config, self.compute_dtype, self.interventions, self.capture, parent=None)
-
-        def run(x: jax.Array, cache: KVCache, forced_ids: jax.Array | None, layer: jax.Array) -> tuple:
-            variables = {"params": self._params_of_layer(layers, layer)}
-            (x, cache, chosen), sown = module.apply(
-                variables, x, cache, start, rope, forced_ids, layer, mutable=[STAGES_COLLECTION]
-            )
-            return x, cache, chosen, dict(_leaves(sown.get(STAGES_COLLECTION, {})))
-
-        return run
-
-    def _params_of_layer(self, layers: list[int], layer: jax.Array) -> dict[str, Any]:
-        """Parameters of ``layer``, one of ``layers`` with equal types, as views of the stacks."""
+    def _params_of_layer(self, layer: jax.Array) -> dict[str, Any]:
+        """Parameters of one layer as views of the stacks."""
         places, _ = stack_layers(self.config, self.types, self.roles)
         stacks = self.weight("stacks")
         tree: dict[str, Any] = {}
         for spec in tensor_specs(self.config):
             number, name = split_path(spec.path)
-            if number != layers[0]:
+            if number != 0:
                 continue
-            stack = stacks[places[spec.path].stack]
-            firsts = np.zeros(self.config.num_hidden_layers, np.int32)
-            firsts[layers] = [places[f"layers.{n}.{name}"].first for n in layers]
-            first = jnp.asarray(firsts)[layer]
+            here = [places[f"layers.{n}.{name}"] for n in range(self.config.num_hidden_layers)]
             *parents, leaf = name.split(".")
             node = functools.reduce(lambda node, key: node.setdefault(key, {}), parents, tree)
-            node[leaf] = stack[first] if len(spec.shape) == 1 else ops.Matrices(stack, first, spec.shape)
+            if len(spec.shape) == 1:
+                node[leaf] = stacks[name][layer]
+            else:
+                node[leaf] = _layer_weight(stacks, here, spec.shape, layer)
         return tree
 
     def logits(self, hidden: jax.Array) -> jax.Array:
@@ -351,6 +368,21 @@ class Qwen3Moe(_Part):
         h = self.stage("result_norm", self.norm(hidden, "norm"))
         head = "embed_tokens" if self.config.tie_word_embeddings else "lm_head"
         return self.stage("result_output", self.matmul(h, head))
+
+
+def _layer_weight(
+    stacks: Mapping[str, PackedTensor], places: list[Place], shape: tuple[int, ...], layer: jax.Array
+) -> LayerWeight:
+    """A tensor of one layer, from its places in all layers."""
+    names = list(dict.fromkeys(place.stack for place in places))
+    first = jnp.asarray([place.first for place in places], jnp.int32)[layer]
+    options = []
+    for name in names:
+        # where this is not the layer's type, any row will do: the branch is not taken
+        inside = jnp.minimum(first, max(p.first for p in places if p.stack == name))
+        options.append(ops.Matrices(stacks[name], first if len(names) == 1 else inside, shape))
+    which = jnp.asarray([names.index(place.stack) for place in places], jnp.int32)[layer]
+    return LayerWeight(tuple(options), which)
 
 
 def _leaves(tree: Mapping[str, Any]):

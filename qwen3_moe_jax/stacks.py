@@ -55,16 +55,6 @@ def split_path(path: str) -> tuple[int | None, str]:
     return int(layer), name
 
 
-def layer_groups(types: Types, num_layers: int) -> list[list[int]]:
-    """Layers with equal types of all their tensors, in the order of first appearance."""
-    groups: dict[tuple, list[int]] = {}
-    for layer in range(num_layers):
-        prefix = f"layers.{layer}."
-        signature = tuple((p[len(prefix) :], t) for p, t in sorted(types.items()) if p.startswith(prefix))
-        groups.setdefault(signature, []).append(layer)
-    return list(groups.values())
-
-
 def stack_layers(
     config: Qwen3MoeConfig, types: Types, roles: Roles
 ) -> tuple[dict[str, Place], dict[str, StackShape]]:

@@ -5,6 +5,7 @@ dequantized a tile at a time, so that a large matrix (lm_head) never exists in
 float.
 """
 
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -12,12 +13,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from convert.packed import LANES16
+from convert.packed import LANES, LANES16
 from kernels_pallas import dots, lanes
 from kernels_pallas.matrices import Matrices
 
 MAX_MATVEC_ROWS = 8
 """Up to this many rows of x, layout "lanes16" is multiplied in packed form."""
+
+MAX_MATVEC_PART = 40_960
+"""Rows that are multiplied in packed form at once."""
 
 _TILE_WEIGHTS = 1 << 22
 """Weights that one tile dequantizes: 16 MB of float32."""
@@ -46,11 +50,21 @@ def _matmul(compute_dtype: np.dtype, x: jax.Array, w: Matrices) -> jax.Array:
 
 
 def _matvec(x: jax.Array, w: Matrices) -> jax.Array:
-    """Products in packed form; XLA's CPU code reads one matrix of a stack fastest by a gather."""
-    if w.stack.shape == w.shape:
+    """Products in packed form; XLA's CPU code reads one matrix of a stack fastest by a gather.
+
+    A tall matrix goes in parts: the sums of one part stay in the cache, and XLA does not spread
+    its terms over many passes through memory.
+    """
+    tiles = w.rows // LANES
+    parts = next(n for n in range(1, tiles + 1) if tiles % n == 0 and w.rows <= n * MAX_MATVEC_PART)
+    if parts == 1 and w.stack.shape == w.shape:
         return lanes.matvec(x, w.stack)
-    stack, place = w.one_a_row()
-    return lanes.matvec(x, stack, jnp.full(x.shape[:1], place))
+    stack, place = replace(w, shape=(w.rows // parts, w.columns)).one_a_row()
+    multiply = lambda i: lanes.matvec(x, stack, jnp.full(x.shape[:1], place + i))
+    if parts == 1:
+        return multiply(0)
+    out = lax.map(multiply, jnp.arange(parts))
+    return jnp.moveaxis(out, 0, 1).reshape(x.shape[0], -1)
 
 
 def _tile_rows(w: Matrices) -> int:

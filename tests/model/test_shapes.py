@@ -12,7 +12,7 @@ from convert.tensor_names import q4_k_m_types, tensor_specs
 from qwen3_moe_jax.kv_cache import KVCache
 from qwen3_moe_jax.memory_plan import cache_nbytes
 from qwen3_moe_jax.model import Qwen3Moe
-from qwen3_moe_jax.stacks import layer_groups, stack_layers
+from qwen3_moe_jax.stacks import stack_layers
 
 FILE_GB = {"Qwen3-30B-A3B": 18.55, "Qwen3-235B-A22B": 142.2, "Qwen3-Coder-480B-A35B": 290.1}
 """Sizes of the Q4_K_M files, from their tensor tables."""
@@ -61,11 +61,12 @@ def test_stacks_hold_every_tensor_once(roles):
     assert rows == {name: shape.rows for name, shape in shapes.items()}
 
 
-def test_layers_of_equal_types_share_a_group():
+def test_only_types_that_differ_have_several_stacks():
     config = PRESETS["Qwen3-30B-A3B"]
-    more_bits, fewer_bits = layer_groups(q4_k_m_types(config), config.num_hidden_layers)
-    assert more_bits[:8] == [0, 1, 2, 3, 4, 5, 8, 11]
-    assert len(more_bits) == len(fewer_bits) == 24
+    _, shapes = stack_layers(config, q4_k_m_types(config), {})
+    mixed = sorted(name for name in shapes if name.endswith(".Q6_K"))
+    assert mixed == ["mlp.experts.down_proj.Q6_K", "self_attn.v_proj.Q6_K"]
+    assert shapes["self_attn.v_proj.Q6_K"].rows == shapes["self_attn.v_proj.Q4_K"].rows == 24 * 512
 
 
 def test_cache_size_is_what_a_plan_says():
