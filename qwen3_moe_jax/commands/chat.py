@@ -6,6 +6,7 @@ import sys
 from qwen3_moe_jax.commands.common import (
     add_model_arguments,
     add_sampling_arguments,
+    explain_if_slow,
     load_model,
     sampling_from,
 )
@@ -61,9 +62,11 @@ def _answer(model, messages, args, sampling, thinking) -> str | None:
         stream = model.open_stream(
             messages, max_tokens=args.max_tokens, sampling=sampling, stop=args.stop, thinking=thinking
         )
-        for piece in stream:
-            pieces.append(piece)
-            print(piece, end="", flush=True)
+        with explain_if_slow("reading the conversation ...", quiet=args.quiet) as has_begun:
+            for piece in stream:
+                has_begun()
+                pieces.append(piece)
+                print(piece, end="", flush=True)
     except KeyboardInterrupt:
         pass
     except (ValueError, ArithmeticError) as error:

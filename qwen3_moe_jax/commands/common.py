@@ -2,6 +2,9 @@
 
 import argparse
 import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -32,9 +35,27 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("-q", "--quiet", action="store_true", help="no banner and no figures")
 
 
+SLOW_SECONDS = 2.0
+"""A wait longer than this is explained."""
+
+
+@contextmanager
+def explain_if_slow(text: str, *, quiet: bool = False) -> Iterator[Callable[[], None]]:
+    """Says ``text`` on standard error if the block, or what precedes a call of its value, takes long."""
+    timer = threading.Timer(SLOW_SECONDS, print, (text,), {"file": sys.stderr, "flush": True})
+    timer.daemon = True
+    if not quiet:
+        timer.start()
+    try:
+        yield timer.cancel
+    finally:
+        timer.cancel()
+
+
 def load_model(args: argparse.Namespace) -> "Model":
     """Loads what ``add_model_arguments`` parsed, with progress and a banner on standard error."""
-    with show_progress("loading") as progress:
+    slow = "loading (and, when a backend first meets a file, checking it against the reference)"
+    with explain_if_slow(slow, quiet=args.quiet), show_progress("loading") as progress:
         model = loader.load(
             args.model,
             backend=args.backend,

@@ -8,11 +8,14 @@ import time
 from qwen3_moe_jax.commands.common import (
     add_model_arguments,
     add_sampling_arguments,
+    explain_if_slow,
     load_model,
     sampling_from,
 )
 
 DEFAULT_MAX_TOKENS = 256
+
+COMPILING = "reading the prompt (the first run on a machine also compiles; the programs are kept)"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,11 +38,13 @@ def run(args: argparse.Namespace) -> int:
         )
         pieces, first = [], None
         try:
-            for piece in stream:
-                first = first or time.perf_counter()
-                pieces.append(piece)
-                if not args.json:
-                    print(piece, end="", flush=True)
+            with explain_if_slow(COMPILING, quiet=args.quiet) as has_begun:
+                for piece in stream:
+                    has_begun()
+                    first = first or time.perf_counter()
+                    pieces.append(piece)
+                    if not args.json:
+                        print(piece, end="", flush=True)
         except KeyboardInterrupt:
             if not args.json:
                 print(flush=True)

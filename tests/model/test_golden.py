@@ -3,7 +3,10 @@
 import numpy as np
 import pytest
 
+from convert.checkpoint_writer import write_checkpoint
+from convert.model_source import open_model
 from qwen3_moe_jax.jax_runner import JaxRunner
+from qwen3_moe_jax.reference import ReferenceRunner
 from qwen3_moe_jax.sampling import Sampling
 from tests import tolerances
 
@@ -52,9 +55,18 @@ def test_as_near_to_llamacpp_as_float32_itself_is(runner, golden, prompt):
 
 
 def test_float64_reference_confirms_float32(source, reference_runner, golden):
-    from qwen3_moe_jax.reference import ReferenceRunner
-
     exact = ReferenceRunner(source, dtype=np.float64).forward(golden["ids0"])
     single = reference_runner.forward(golden["ids0"])
     np.testing.assert_array_equal(exact.expert_ids, single.expert_ids)
     assert cosine(exact.logits, single.logits).min() >= tolerances.GOLDEN_FLOAT32_COSINE
+
+
+def test_a_checkpoint_gives_the_logits_of_the_file_bit_for_bit(
+    source, jax_runner, reference_runner, golden, tmp_path
+):
+    write_checkpoint(source, tmp_path / "packed")
+    with open_model(tmp_path / "packed") as checkpoint:
+        pairs = ((jax_runner, JaxRunner(checkpoint)), (reference_runner, ReferenceRunner(checkpoint)))
+        for from_file, from_checkpoint in pairs:
+            logits = from_checkpoint.forward(golden["ids0"]).logits
+            np.testing.assert_array_equal(logits, from_file.forward(golden["ids0"]).logits)
