@@ -11,7 +11,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from convert.errors import ModelFileError
     from qwen3_moe_jax.api import Answer, Model
-    from qwen3_moe_jax.errors import BackendUnavailableError, ContextOverflowError, NumericalError
+    from qwen3_moe_jax.errors import (
+        BackendUnavailableError,
+        ContextOverflowError,
+        MemoryPlanError,
+        NumericalError,
+        ParityError,
+    )
     from qwen3_moe_jax.loader import load
     from qwen3_moe_jax.model import Intervention
     from qwen3_moe_jax.sampling import Sampling
@@ -21,9 +27,11 @@ _HOMES = {
     "BackendUnavailableError": "qwen3_moe_jax.errors",
     "ContextOverflowError": "qwen3_moe_jax.errors",
     "Intervention": "qwen3_moe_jax.model",
+    "MemoryPlanError": "qwen3_moe_jax.errors",
     "Model": "qwen3_moe_jax.api",
     "ModelFileError": "convert.errors",
     "NumericalError": "qwen3_moe_jax.errors",
+    "ParityError": "qwen3_moe_jax.errors",
     "Sampling": "qwen3_moe_jax.sampling",
     "load": "qwen3_moe_jax.loader",
 }
@@ -33,9 +41,11 @@ __all__ = [
     "BackendUnavailableError",
     "ContextOverflowError",
     "Intervention",
+    "MemoryPlanError",
     "Model",
     "ModelFileError",
     "NumericalError",
+    "ParityError",
     "Sampling",
     "load",
 ]
