@@ -42,13 +42,12 @@ def show_progress(label: str, stream: TextIO | None = None) -> Iterator[Progress
 
 @contextmanager
 def _lines(label: str, stream: TextIO) -> Iterator[ProgressCallback]:
-    start = last = None  # the clock runs from the first report: imports before it are no part of the rate
+    start = time.monotonic()
+    last = start + QUIET_SECONDS - LINE_SECONDS
 
     def report(done: int, total: int) -> None:
-        nonlocal start, last
+        nonlocal last
         now = time.monotonic()
-        if start is None:
-            start, last = now, now + QUIET_SECONDS - LINE_SECONDS
         if now - last < LINE_SECONDS:
             return
         last = now

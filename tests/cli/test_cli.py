@@ -142,8 +142,8 @@ def test_a_wrong_option_is_exit_code_2():
 
 def test_ctrl_c_keeps_the_text_so_far():
     process = subprocess.Popen(
-        [sys.executable, "-u", "-m", "qwen3_moe_jax.cli", "generate", "def f(x):", "-n", "3000"]
-        + ["--backend", "reference", "--no-gate", "--temperature", "0"],
+        [sys.executable, "-u", "-m", "qwen3_moe_jax.cli", "generate", "import os\nimport sys\n", "-n", "3000"]
+        + ["--backend", "reference", "--no-gate", "--temperature", "0", "--repetition-penalty", "1"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
