@@ -47,6 +47,6 @@ python_env() {
   "$python" -c 'import ensurepip' 2>/dev/null ||
     apt_install "python$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')-venv" || return 1
   "$python" -m venv --clear "$dir" &&
-    "$PYTHON_ENV" -m pip install --quiet --disable-pip-version-check -e ".[$extras]" &&
+    "$PYTHON_ENV" -m pip install --quiet --disable-pip-version-check -e ".${extras:+[$extras]}" &&
     echo "$stamp" >"$dir/stamp"
 }
