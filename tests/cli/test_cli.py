@@ -147,6 +147,8 @@ def test_ctrl_c_keeps_the_text_so_far():
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        # a suite that runs in the background of a shell has SIGINT ignored, and children inherit that
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     first = process.stdout.read(4)
     time.sleep(0.2)
