@@ -26,7 +26,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
@@ -34,24 +33,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from convert.__main__ import silence_orbax
 from convert.checkpoint_writer import checkpoint_nbytes, write_checkpoint
-from convert.config import PRESETS
 from convert.errors import ModelFileError
 from convert.model_source import open_model
 from convert.output_folder import OutputError
-from scripts.make_random_gguf import write_random_gguf
+from scripts.make_random_gguf import SMALL, write_random_gguf
 
-MODEL = replace(
-    PRESETS["Qwen3-30B-A3B"],
-    vocab_size=272,
-    hidden_size=256,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=64,
-    num_experts=3,
-    num_experts_per_tok=2,
-    moe_intermediate_size=256,
-)
 _READY = b"ready\n"
 _BUSY_EXIT = 4
 
@@ -389,7 +375,7 @@ def main(argv: list[str] | None = None) -> int:
     silence_orbax()
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         work = Path(folder)
-        write_random_gguf(work / "model.gguf", MODEL, mix="all", seed=args.seed)
+        write_random_gguf(work / "model.gguf", SMALL, mix="all", seed=args.seed)
         with open_model(work / "model.gguf") as source:
             nbytes = checkpoint_nbytes(source)
         result = {

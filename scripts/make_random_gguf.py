@@ -35,6 +35,20 @@ ROUTER_STD = 0.05
 NORM_STD = 0.1
 _POOL_BYTES = 32 << 20
 
+SMALL = replace(
+    PRESETS["Qwen3-30B-A3B"],
+    vocab_size=272,
+    hidden_size=256,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=64,
+    num_experts=3,
+    num_experts_per_tok=2,
+    moe_intermediate_size=256,
+)
+"""A model of a few megabytes, for tests and checks: every matrix row is one superblock."""
+
 # GGUF value types: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 _UINT32, _INT32, _FLOAT32, _BOOL, _STRING, _ARRAY = 4, 5, 6, 7, 8, 9
 

@@ -3,6 +3,7 @@
 import argparse
 import sys
 
+from qwen3_moe_jax.chat_template import start_renderer
 from qwen3_moe_jax.commands.common import (
     add_model_arguments,
     add_sampling_arguments,
@@ -25,6 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     thinking = {"on": True, "off": False, "auto": None}[args.thinking]
+    start_renderer()  # it is up by the time that the model is
     with load_model(args) as model:
         sampling = sampling_from(args, model, thinking=thinking)
         start = [{"role": "system", "content": args.system}] if args.system else []

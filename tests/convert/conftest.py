@@ -1,27 +1,13 @@
 """Small random models for the tests of reading, converting and checkpoints."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from convert.checkpoint_writer import write_checkpoint
-from convert.config import PRESETS, Qwen3MoeConfig
+from convert.config import Qwen3MoeConfig
 from convert.model_source import open_model
-from scripts.make_random_gguf import write_random_gguf
-
-SMALL = replace(
-    PRESETS["Qwen3-30B-A3B"],
-    vocab_size=272,
-    hidden_size=256,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=64,
-    num_experts=3,
-    num_experts_per_tok=2,
-    moe_intermediate_size=256,
-)
+from scripts.make_random_gguf import SMALL, write_random_gguf
 
 
 @pytest.fixture(scope="session")
