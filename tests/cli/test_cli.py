@@ -141,14 +141,18 @@ def test_a_wrong_option_is_exit_code_2():
 
 
 def test_ctrl_c_keeps_the_text_so_far():
+    # a suite that runs in the background of a shell has SIGINT ignored, and children inherit that
+    program = (
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "from qwen3_moe_jax.cli import main; sys.exit(main(sys.argv[1:]))"
+    )
+    greedy = ("--temperature", "0", "--repetition-penalty", "1")
     process = subprocess.Popen(
-        [sys.executable, "-u", "-m", "qwen3_moe_jax.cli", "generate", "import os\nimport sys\n", "-n", "3000"]
-        + ["--backend", "reference", "--no-gate", "--temperature", "0", "--repetition-penalty", "1"],
+        [sys.executable, "-u", "-c", program, "generate", "import os\nimport sys\n", "-n", "3000", *greedy]
+        + ["--backend", "reference", "--no-gate"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        # a suite that runs in the background of a shell has SIGINT ignored, and children inherit that
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     first = process.stdout.read(4)
     time.sleep(0.2)
