@@ -55,6 +55,7 @@ def no_hopper_gpu() -> str:
     return ""
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(bool(no_hopper_gpu()), reason=no_hopper_gpu() or "runs here")
 class TestHopper(OpCases):
     """The shared cases on the real kernels; shapes and types that they do not take are skipped."""
