@@ -109,7 +109,7 @@ def test_the_kernel_ends_a_loop_that_uses_no_memory():
 
 def test_a_memory_bomb_says_so():
     with pytest.raises(TemplateError, match="it needs more than 256 MiB of memory"):
-        render_chat(BOMBS["string_doubling"], USER)
+        render_chat("{% set x = messages[0].content * 900000000 %}{{ x }}", USER)  # one request, no time
 
 
 def test_output_is_bounded_by_the_input():
