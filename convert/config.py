@@ -327,7 +327,8 @@ class _Reader:
         if original is None:
             original = self._need(original_key if kind == "yarn" else "context_length")
         if kind == "yarn" and attention_factor is not None and factor > 0.0:
-            # GGUF's factor multiplies YaRN's own magnitude, Hugging Face's replaces it.
+            # GGUF's factor multiplies YaRN's own magnitude (llama.cpp 001d906, src/llama-context.cpp,
+            # cparams.yarn_attn_factor *= hparams.rope_attn_factor); Hugging Face's replaces it.
             attention_factor *= 0.1 * math.log(factor) + 1.0
         return RopeScaling(
             type=kind,
