@@ -108,7 +108,7 @@ def decode_step(
     """One token more for every unfinished sequence."""
     start = state.length - 1
     last = jnp.take_along_axis(state.tokens, start[:, None], axis=1)
-    if model.fused_decode:
+    if len(last) <= model.fused_decode:
         from qwen3_moe_jax import gpu_decode  # needs a JAX that has Mosaic GPU
 
         out = gpu_decode.decode_step(params, model.config, model.types, last[:, 0], start, state.cache)

@@ -52,6 +52,9 @@ SECONDS_A_DISPATCH = 0.05
 
 MOST_TOKENS_A_DISPATCH = 32
 
+FUSED_BATCH = 16
+"""Sequences of the GPU's one-kernel decode step (``kernels_pallas.decode_step.api.MAX_BATCH``)."""
+
 
 def enable_compilation_cache() -> None:
     """Keeps compiled programs on disk between runs, unless the user has chosen a place already."""
@@ -80,7 +83,7 @@ class JaxRunner:
     """
 
     name = "jax"
-    forward_options = frozenset({"layers", "chunk_sizes", "interventions"})
+    forward_options = frozenset({"layers", "chunk_sizes", "beside", "interventions"})
     thread_safe = True  # forward passes, and one stream, may run at the same time
 
     def __init__(
@@ -117,7 +120,7 @@ class JaxRunner:
             self.compute_dtype,
             types=FrozenDict(source.types),
             roles=FrozenDict(roles),
-            fused_decode=on_gpu and not self.fallbacks,
+            fused_decode=FUSED_BATCH if on_gpu and not self.fallbacks else 0,
         )
         room = self.max_context + PREFILL_CHUNKS[-1]
         self._cache_length = -(-room // CACHE_UNIT) * CACHE_UNIT
@@ -151,6 +154,7 @@ class JaxRunner:
             "cache_dtype": self.cache_dtype.name,
             "implementations": {t.name: "pallas" if kernels and t in TILED_TYPES else "xla" for t in types},
             "fallbacks": self.fallbacks,
+            "batch_invariant": self.model.fused_decode > 0,
         }
 
     def close(self) -> None:
@@ -185,35 +189,40 @@ class JaxRunner:
         expert_ids: np.ndarray | None = None,
         layers: Sequence[int] | None = None,
         chunk_sizes: Sequence[int] = PREFILL_CHUNKS,
+        beside: Sequence[Sequence[int]] = (),
         interventions: Sequence[Intervention] = (),
     ) -> Forward:
         """As ``Runner.forward``; ``interventions`` change stages inside the jitted model."""
-        tokens = np.asarray(token_ids, np.int32)
-        if len(tokens) > self.max_context:
-            raise ContextOverflowError(len(tokens), self.max_context)
+        if len(token_ids) > self.max_context:
+            raise ContextOverflowError(len(token_ids), self.max_context)
+        row = len(beside) // 2
+        tokens = _rows([*beside[:row], token_ids, *beside[row:]], len(token_ids))
         chosen = tuple(range(self.config.num_hidden_layers) if layers is None else layers)
         model = self.model.clone(
             capture=frozenset(capture),
             interventions=tuple(interventions),
             layers=None if layers is None else chosen,
         )
-        chunks = chunk_lengths(len(tokens), chunk_sizes)
+        chunks = chunk_lengths(len(token_ids), chunk_sizes)
         length = -(-sum(chunks) // CACHE_UNIT) * CACHE_UNIT  # prompts of nearby lengths share a program
-        cache = KVCache.create(self.config, 1, length, self.cache_dtype)
+        cache = KVCache.create(self.config, len(tokens), length, self.cache_dtype)
         parts, start = [], 0
         for chunk in chunks:
             part = slice(start, start + chunk)
-            forced = None if expert_ids is None else _padded(expert_ids[:, part], 1, chunk)[:, None]
+            forced = None
+            if expert_ids is not None:
+                forced = _padded(expert_ids[:, part], 1, chunk)[:, None].repeat(len(tokens), axis=1)
             outputs = _forward_chunk(
                 model,
                 self.params,
                 cache,
-                _padded(tokens[part], 0, chunk)[None],
-                jnp.full((1,), start),
+                _padded(tokens[:, part], 1, chunk),
+                jnp.full((len(tokens),), start),
                 forced,
+                row,
             )
             cache = outputs.pop("cache")
-            real = min(chunk, len(tokens) - start)
+            real = min(chunk, len(token_ids) - start)
             parts.append(jax.tree.map(lambda x, n=real: np.asarray(x)[:n], outputs))
             start += chunk
         whole = jax.tree.map(lambda *p: np.concatenate(p), *parts)
@@ -284,7 +293,9 @@ class JaxRunner:
         return DecodeState.start(cache, jnp.asarray(tokens), lengths, self.config.vocab_size)
 
 
-@partial(jax.jit, static_argnames="model", donate_argnames="cache", compiler_options=COMPILER_OPTIONS)
+@partial(
+    jax.jit, static_argnames=("model", "row"), donate_argnames="cache", compiler_options=COMPILER_OPTIONS
+)
 def _forward_chunk(
     model: Qwen3Moe,
     params: Params,
@@ -292,35 +303,47 @@ def _forward_chunk(
     token_ids: jax.Array,
     start: jax.Array,
     expert_ids: jax.Array | None,
+    row: int,
 ) -> dict[str, Any]:
-    """One chunk of a prompt: logits [T, V], expert_ids [T, L, X], stages with T first, and the cache."""
-    if model.fused_decode and token_ids.size == 1 and not model.capture and not model.interventions:
+    """One chunk of a batch of prompts [B, T], its row ``row`` alone: logits [T, V], expert_ids [T, L, X],
+    stages with T first; and the cache of the batch."""
+    is_plain = not model.capture and not model.interventions
+    if token_ids.shape[1] == 1 and len(token_ids) <= model.fused_decode and is_plain:
         from qwen3_moe_jax import gpu_decode  # needs a JAX that has Mosaic GPU
 
-        forced = None if expert_ids is None else expert_ids[:, 0]
-        out = gpu_decode.decode_step(params, model.config, model.types, token_ids[0], start, cache, forced)
-        chosen = jnp.moveaxis(out.expert_ids, 0, 1)
-        return {"logits": out.logits, "expert_ids": chosen, "cache": KVCache(*out.cache), "stages": {}}
+        forced = None if expert_ids is None else expert_ids[:, :, 0]
+        out = gpu_decode.decode_step(params, model.config, model.types, token_ids[:, 0], start, cache, forced)
+        logits, chosen = out.logits[row, None], out.expert_ids[:, row][None]
+        return {"logits": logits, "expert_ids": chosen, "cache": KVCache(*out.cache), "stages": {}}
 
     def whole(model: Qwen3Moe, *args: Any) -> dict[str, Any]:
         output = model(*args)
         logits = model.logits(output.hidden)
-        chosen = jnp.moveaxis(output.expert_ids[:, 0], 0, 1)
-        return {"logits": logits[0], "expert_ids": chosen, "cache": output.cache}
+        chosen = jnp.moveaxis(output.expert_ids[:, row], 0, 1)
+        return {"logits": logits[row], "expert_ids": chosen, "cache": output.cache}
 
     outputs, variables = model.apply(
         {"params": params}, token_ids, cache, start, expert_ids, method=whole, mutable=[STAGES_COLLECTION]
     )
-    return {**outputs, "stages": dict(_sown(variables.get(STAGES_COLLECTION, {})))}
+    return {**outputs, "stages": dict(_sown(variables.get(STAGES_COLLECTION, {}), row))}
 
 
-def _sown(stages: Mapping[str, jax.Array]) -> Iterator[tuple[StageKey, jax.Array]]:
+def _sown(stages: Mapping[str, jax.Array], row: int) -> Iterator[tuple[StageKey, jax.Array]]:
     """Stages of one sequence out of Flax's collection: ((name, index of the layer), value [T, ...])."""
     for name, value in stages.items():
         if name in LAYER_STAGE_NAMES:
-            yield from (((name, i), layer[0]) for i, layer in enumerate(value))
+            yield from (((name, i), layer[row]) for i, layer in enumerate(value))
         else:
-            yield (name, None), value[0]
+            yield (name, None), value[row]
+
+
+def _rows(sequences: Sequence[Sequence[int]], length: int) -> np.ndarray:
+    """Token ids int32 [B, length]: longer sequences are cut, zeros follow shorter ones."""
+    rows = np.zeros((len(sequences), length), np.int32)
+    for row, sequence in zip(rows, sequences, strict=True):
+        part = np.asarray(sequence[:length])
+        row[: len(part)] = part
+    return rows
 
 
 def _padded(values: np.ndarray, axis: int, length: int) -> np.ndarray:

@@ -294,13 +294,13 @@ class Qwen3Moe(_Part):
     Attributes:
       types: quantization type of each parameter, by its path.
       roles: tensors that share stacks (``stacks.stack_layers``).
-      fused_decode: ``generate`` runs single tokens through the GPU's one-kernel decode step.
+      fused_decode: batches of up to this many sequences decode in the GPU's one-kernel step; 0: none.
       layers: the layers to run, or None for all.
     """
 
     types: FrozenDict[str, GGMLType] = FrozenDict()
     roles: FrozenDict[str, str] = FrozenDict()
-    fused_decode: bool = False
+    fused_decode: int = 0
     layers: tuple[int, ...] | None = None
 
     def setup(self) -> None:

@@ -34,7 +34,7 @@ class Runner(Protocol):
       config: the model's hyper-parameters.
       max_context: tokens that its KV cache holds.
       forward_options: which of ``forward``'s optional arguments it takes, out of
-        "layers" and "chunk_sizes".
+        "layers", "chunk_sizes" and "beside".
     """
 
     name: str
@@ -47,7 +47,8 @@ class Runner(Protocol):
 
         Keys: backend, device, compute_dtype; implementations, one name for each
         quantization type; fallbacks, a line for each part that runs on less than
-        this backend's best implementation.
+        this backend's best implementation; batch_invariant, whether decoding gives a
+        sequence the same bits whatever other sequences (up to 15) run in its batch.
         """
         ...
 
@@ -63,6 +64,7 @@ class Runner(Protocol):
         expert_ids: np.ndarray | None = None,
         layers: Sequence[int] | None = None,
         chunk_sizes: Sequence[int] = (),
+        beside: Sequence[Sequence[int]] = (),
     ) -> Forward:
         """Runs the prompt from an empty cache.
 
@@ -75,6 +77,9 @@ class Runner(Protocol):
             a large model; L is then their number, and stages carry their own numbers.
           chunk_sizes: lengths of the pieces in which the prompt is put into the
             cache; (1,) takes the way of decoding. Each backend has its own default.
+          beside: other sequences that run in the same batch, which has ``token_ids`` as its
+            row len(beside) // 2. They are cut or padded to T tokens and take the same
+            ``expert_ids``; what is returned is that of ``token_ids`` alone.
 
         Raises:
           ContextOverflowError: T is more than max_context.

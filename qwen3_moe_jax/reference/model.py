@@ -137,6 +137,7 @@ class ReferenceRunner:
             "compute_dtype": self.dtype.name,
             "implementations": dict.fromkeys(types, "numpy"),
             "fallbacks": [],
+            "batch_invariant": True,  # one sequence at a time
         }
 
     def close(self) -> None:

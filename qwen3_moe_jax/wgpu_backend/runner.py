@@ -151,6 +151,7 @@ class WgpuRunner:
             "cache_dtype": "float16" if self._f16 else "float32",
             "implementations": dict.fromkeys(self._types, "wgsl"),
             "fallbacks": [],
+            "batch_invariant": True,  # one sequence at a time
             "memory": str(self.plan),
         }
 
