@@ -28,6 +28,7 @@ from qwen3_moe_jax.generate import (
     generate,
     prefill,
 )
+from qwen3_moe_jax.jax_likelihood import log_likelihoods
 from qwen3_moe_jax.kv_cache import KVCache
 from qwen3_moe_jax.memory_plan import MemoryPlan, available_main_memory
 from qwen3_moe_jax.model import (
@@ -231,6 +232,14 @@ class JaxRunner:
             for (name, index), value in whole["stages"].items()
         }
         return Forward(whole["logits"], np.moveaxis(whole["expert_ids"], 0, 1), stages)
+
+    def log_likelihoods(self, token_ids: Sequence[int], *, first: int = 1) -> np.ndarray:
+        if len(token_ids) > self.max_context:
+            raise ContextOverflowError(len(token_ids), self.max_context)
+        chunks = chunk_lengths(len(token_ids) - 1)
+        length = -(-sum(chunks) // CACHE_UNIT) * CACHE_UNIT
+        cache = KVCache.create(self.config, 1, length, self.cache_dtype)
+        return log_likelihoods(self.model, self.params, cache, token_ids, chunks, first)
 
     def stream(
         self,

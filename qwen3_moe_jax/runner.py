@@ -86,6 +86,17 @@ class Runner(Protocol):
         """
         ...
 
+    def log_likelihoods(self, token_ids: Sequence[int], *, first: int = 1) -> np.ndarray:
+        """``ln p(token_ids[i] | token_ids[:i])`` of every i from ``first`` (at least 1) on: [T - first].
+
+        Logits are never there for all positions at once. Values are not finite where
+        logits were not.
+
+        Raises:
+          ContextOverflowError: T is more than max_context.
+        """
+        ...
+
     def stream(
         self,
         token_ids: Sequence[int],

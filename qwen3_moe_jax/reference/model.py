@@ -17,6 +17,7 @@ from convert.model_source import ModelSource
 from convert.packed import PackedTensor
 from convert.unpack import dequantize
 from qwen3_moe_jax.errors import ContextOverflowError, NumericalError
+from qwen3_moe_jax.likelihood import target_log_likelihoods
 from qwen3_moe_jax.reference.sampling import Sampler
 from qwen3_moe_jax.rope import rope_tables
 from qwen3_moe_jax.runner import Forward
@@ -25,6 +26,9 @@ from qwen3_moe_jax.stages import StageKey
 
 ROWS_AT_A_TIME = 8192
 """Rows of a matrix that are dequantized together."""
+
+SCORED_TOKENS = 256
+"""Tokens whose logits are there at once where only log-likelihoods are asked for."""
 
 SMALLEST_WEIGHT_SUM = 2.0**-14
 """llama.cpp's clamp of the chosen probabilities' sum (6.1035e-5)."""
@@ -170,6 +174,21 @@ class ReferenceRunner:
             chosen.append(ids)
         joined = {key: np.concatenate(values) for key, values in stages.items()}
         return Forward(np.concatenate(logits), np.concatenate(chosen, axis=1), joined)
+
+    def log_likelihoods(self, token_ids: Sequence[int], *, first: int = 1) -> np.ndarray:
+        if len(token_ids) > self.max_context:
+            raise ContextOverflowError(len(token_ids), self.max_context)
+        inputs, targets = np.asarray(token_ids)[:-1], np.asarray(token_ids)[1:]
+        cache, found = self._empty_cache(), []
+        for start in range(0, len(inputs), SCORED_TOKENS):
+            part = slice(start, start + SCORED_TOKENS)
+            every_layer = range(self.config.num_hidden_layers)
+            hidden, _, cache = self._layers(inputs[part], cache, _ignore, None, every_layer)
+            skip = max(0, first - 1 - start)
+            if skip < len(hidden):
+                logits = self._logits(hidden[skip:], _ignore)
+                found.append(target_log_likelihoods(logits, targets[part][skip:]))
+        return np.concatenate(found)
 
     def stream(
         self,

@@ -10,6 +10,7 @@ import numpy as np
 from convert.model_source import ModelSource
 from convert.progress import ProgressCallback
 from qwen3_moe_jax.errors import ContextOverflowError, NumericalError
+from qwen3_moe_jax.likelihood import target_log_likelihoods
 from qwen3_moe_jax.runner import Forward
 from qwen3_moe_jax.sampling import Sampling
 from qwen3_moe_jax.stages import STAGES, StageKey
@@ -189,6 +190,21 @@ class WgpuRunner:
         logits = np.concatenate([p.logits for p in parts])
         stages = {key: np.concatenate([p.stages[key] for p in parts]) for key in parts[0].stages}
         return Forward(logits, np.concatenate([p.expert_ids for p in parts], axis=1), stages)
+
+    def log_likelihoods(self, token_ids: Sequence[int], *, first: int = 1) -> np.ndarray:
+        """As ``Runner.log_likelihoods``. Raises ValueError for an id that does not exist."""
+        tokens = self._checked(token_ids)
+        if len(tokens) > self.max_context:
+            raise ContextOverflowError(len(tokens), self.max_context)
+        count = len(tokens) - 1
+        with self._lock:
+            self._begin()
+            way = _Way(self._prefill, self._prefill.body, tuple(range(self.config.num_hidden_layers)))
+            found = []
+            for start, end in self._chunks(count, count):
+                logits = self._forward_chunk(way, tokens[start:end], start, frozenset(), None).logits
+                found.append(target_log_likelihoods(logits, tokens[start + 1 : end + 1]))
+        return np.concatenate(found)[first - 1 :]
 
     def stream(
         self,
