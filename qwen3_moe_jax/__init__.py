@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     )
     from qwen3_moe_jax.loader import load
     from qwen3_moe_jax.model import Intervention
+    from qwen3_moe_jax.perplexity import Perplexity
     from qwen3_moe_jax.sampling import Sampling
 
 _HOMES = {
@@ -32,6 +33,7 @@ _HOMES = {
     "ModelFileError": "convert.errors",
     "NumericalError": "qwen3_moe_jax.errors",
     "ParityError": "qwen3_moe_jax.errors",
+    "Perplexity": "qwen3_moe_jax.perplexity",
     "Sampling": "qwen3_moe_jax.sampling",
     "load": "qwen3_moe_jax.loader",
 }
@@ -46,6 +48,7 @@ __all__ = [
     "ModelFileError",
     "NumericalError",
     "ParityError",
+    "Perplexity",
     "Sampling",
     "load",
 ]

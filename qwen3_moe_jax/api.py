@@ -9,6 +9,7 @@ import numpy as np
 from convert.model_source import ModelSource
 from qwen3_moe_jax.chat_template import RenderedChat, find_template, render_chat, special_tokens
 from qwen3_moe_jax.errors import ContextOverflowError
+from qwen3_moe_jax.perplexity import Perplexity, measure_perplexity
 from qwen3_moe_jax.runner import Forward, Runner
 from qwen3_moe_jax.sampling import Sampling, recommended_sampling
 from qwen3_moe_jax.text_stream import TextStream
@@ -157,6 +158,15 @@ class Model:
     def logits(self, token_ids: Sequence[int]) -> np.ndarray:
         """Logits of every position: float32 [T, V]."""
         return self.forward(token_ids).logits
+
+    def perplexity(self, text: str, **options: Any) -> Perplexity:
+        """Perplexity of a text, with its standard error; options as ``perplexity.estimates``.
+
+        Args:
+          text: in windows of ``context`` tokens (512). ``stride=None`` scores the second half of
+            each, as llama-perplexity does; a number is Hugging Face's strided recipe.
+        """
+        return measure_perplexity(self.runner, self.tokenizer, text, **options)
 
     def verify(self, **options: Any) -> "Report":
         """Runs the parity contract on this machine; options as ``parity.verify``."""

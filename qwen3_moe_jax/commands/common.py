@@ -16,7 +16,9 @@ if TYPE_CHECKING:
     from qwen3_moe_jax.api import Model
 
 
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+def add_model_arguments(
+    parser: argparse.ArgumentParser, *, context_help: str = "tokens that the KV cache holds"
+) -> None:
     """--model, --backend and what belongs to them."""
     group = parser.add_argument_group("model and backend")
     group.add_argument(
@@ -26,7 +28,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--dtype", choices=loader.DTYPES, help="operands of matrix products (jax; default: by the device)"
     )
-    group.add_argument("--context", type=int, metavar="TOKENS", help="tokens that the KV cache holds")
+    group.add_argument("--context", type=int, metavar="TOKENS", help=context_help)
     group.add_argument("--adapter", metavar="NAME", help="part of the WebGPU adapter's name (wgpu)")
     group.add_argument("--no-gate", action="store_true", help="skip the check at a file's first load")
     group.add_argument(
