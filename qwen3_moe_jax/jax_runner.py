@@ -206,7 +206,7 @@ class JaxRunner:
         )
         chunks = chunk_lengths(len(token_ids), chunk_sizes)
         length = -(-sum(chunks) // CACHE_UNIT) * CACHE_UNIT  # prompts of nearby lengths share a program
-        cache = KVCache.create(self.config, len(tokens), length, self.cache_dtype)
+        cache = KVCache.create(self.config, len(tokens), length, self.cache_dtype, self.device)
         parts, start = [], 0
         for chunk in chunks:
             part = slice(start, start + chunk)
@@ -238,7 +238,7 @@ class JaxRunner:
             raise ContextOverflowError(len(token_ids), self.max_context)
         chunks = chunk_lengths(len(token_ids) - 1)
         length = -(-sum(chunks) // CACHE_UNIT) * CACHE_UNIT
-        cache = KVCache.create(self.config, 1, length, self.cache_dtype)
+        cache = KVCache.create(self.config, 1, length, self.cache_dtype, self.device)
         return log_likelihoods(self.model, self.params, cache, token_ids, chunks, first)
 
     def stream(
@@ -299,7 +299,8 @@ class JaxRunner:
         if cache is None:
             cache = KVCache.create(self.config, len(prompts), self._cache_length, self.cache_dtype)
         lengths = jnp.asarray([len(p) for p in prompts], jnp.int32)
-        return DecodeState.start(cache, jnp.asarray(tokens), lengths, self.config.vocab_size)
+        state = DecodeState.start(cache, jnp.asarray(tokens), lengths, self.config.vocab_size)
+        return jax.device_put(state, self.device)  # bound to it as every later state: one program for all
 
 
 @partial(

@@ -22,11 +22,22 @@ class KVCache:
     v: jax.Array
 
     @classmethod
-    def create(cls, config: Qwen3MoeConfig, batch: int, length: int, dtype: Any = jnp.float32) -> "KVCache":
-        """An empty cache of ``length`` positions for ``batch`` sequences."""
+    def create(
+        cls,
+        config: Qwen3MoeConfig,
+        batch: int,
+        length: int,
+        dtype: Any = jnp.float32,
+        device: jax.Device | None = None,
+    ) -> "KVCache":
+        """An empty cache of ``length`` positions for ``batch`` sequences.
+
+        With the weights' ``device`` it is bound to that device as every later cache is, so that the first
+        chunk of a prompt shares a compiled program with the others.
+        """
         c = config
         shape = (c.num_hidden_layers, batch, length, c.num_key_value_heads, c.head_dim)
-        return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+        return cls(jnp.zeros(shape, dtype, device=device), jnp.zeros(shape, dtype, device=device))
 
     @property
     def length(self) -> int:
