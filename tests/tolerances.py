@@ -11,6 +11,14 @@ GOLDEN_LLAMACPP_DIFFERENCE = 1e-5
 # Chunks change the shapes of products and so the order of their sums: logits near 10 keep about 5 digits.
 CHUNKED_LOGITS = 1e-4
 
+# --- perplexity -----------------------------------------------------------------------------------
+# What the project promises of a backend's perplexity against the float32 reference's, relative.
+PERPLEXITY_PROMISE = 1e-3
+# Two float32 programs' logits near 10 keep about 5 digits; so does their difference from a logsumexp.
+SCORED_LOG_LIKELIHOOD = 1e-4
+# The same program with another BLAS, rounded to float32 in the recording.
+RECORDED_LOG_LIKELIHOOD = 1e-4
+
 # --- sampling -------------------------------------------------------------------------------------
 # Total variation of 20,000 draws over up to 300 tokens: about sqrt(300 / (2 pi 20000)) = 0.05 at worst.
 SAMPLING_TOTAL_VARIATION = 0.06

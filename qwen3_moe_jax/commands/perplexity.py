@@ -67,7 +67,7 @@ def read_text(path: str) -> str:
       ValueError: it is empty or not UTF-8.
       OSError: it cannot be read.
     """
-    name = "standard input" if path == "-" else path
+    name = _name(path)
     try:
         data = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
     except OSError as error:
@@ -87,8 +87,13 @@ def check_length(path: str, text: str, least: int) -> None:
     nbytes = len(text.encode())
     if nbytes < least:
         raise ValueError(
-            f"{path} has {nbytes} bytes, too few for {least} tokens: take a longer text or a smaller --context"
+            f"{_name(path)} has {nbytes} bytes, too few for {least} tokens: "
+            "take a longer text or a smaller --context"
         )
+
+
+def _name(path: str) -> str:
+    return "standard input" if path == "-" else path
 
 
 class _Progress:

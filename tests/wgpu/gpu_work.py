@@ -119,6 +119,10 @@ def forward(
     return runner(model, on, f16_cache).forward(tokens, capture=capture, **options)
 
 
+def log_likelihoods(model: str, tokens: Sequence[int], first: int, on: str = "own") -> np.ndarray:
+    return runner(model, on).log_likelihoods(tokens, first=first)
+
+
 def stream(
     model: str,
     tokens: Sequence[int],

@@ -12,6 +12,7 @@ from qwen3_moe_jax.sampling import Sampling
 from qwen3_moe_jax.stages import STAGES
 from scripts.make_random_gguf import write_random_gguf
 from tests.tolerances import (
+    SCORED_LOG_LIKELIHOOD,
     WGPU_COSINE,
     WGPU_FLOAT16_CACHE_COSINE,
     WGPU_LOGITS_NMSE,
@@ -50,6 +51,13 @@ def test_golden_prompts(gpu, golden, prompt, on):
     assert (
         gpu(gpu_work.stream, EMBEDDED, ids, 32, GREEDY, on=on) == golden[f"float32_greedy{prompt}"].tolist()
     )
+
+
+@pytest.mark.parametrize("first", [1, 200])
+def test_log_likelihoods_of_a_text_are_the_references(gpu, reference_runner, long_prompt, first):
+    found = gpu(gpu_work.log_likelihoods, EMBEDDED, long_prompt, first)
+    truth = reference_runner.log_likelihoods(long_prompt, first=first)
+    np.testing.assert_allclose(found, truth, atol=SCORED_LOG_LIKELIHOOD)
 
 
 def test_every_stage(gpu, golden, reference_runner):
