@@ -175,7 +175,7 @@ class JaxRunner:
         if expert is not None:
             first += expert * (place.rows // self.config.num_experts)
         w = Matrices(value, jnp.int32(first + LANES * tile), (LANES, value.shape[1]))
-        return np.asarray(jax.jit(lambda w: dequantize_on_device(w.slice(0, LANES)))(w))
+        return np.asarray(_dequantize_rows(w))
 
     def memory(self) -> dict[str, int] | None:
         """Bytes of device memory at the peak and as planned; None where JAX cannot say."""
@@ -301,6 +301,12 @@ class JaxRunner:
         lengths = jnp.asarray([len(p) for p in prompts], jnp.int32)
         state = DecodeState.start(cache, jnp.asarray(tokens), lengths, self.config.vocab_size)
         return jax.device_put(state, self.device)  # bound to it as every later state: one program for all
+
+
+@jax.jit
+def _dequantize_rows(w: Matrices) -> jax.Array:
+    """The first rows of a matrix, as many as one tile has."""
+    return dequantize_on_device(w.slice(0, LANES))
 
 
 @partial(
