@@ -3,11 +3,15 @@
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from convert.config import Qwen3MoeConfig
 from convert.model_source import ModelSource
 from convert.packed import packed_nbytes
 from qwen3_moe_jax.errors import MemoryPlanError
+
+if TYPE_CHECKING:
+    import jax
 
 WORKING_BYTES = 400 << 20
 """Compiled programs, one chunk of activations, one dequantized tile: measured below this on every model."""
@@ -67,6 +71,15 @@ class MemoryPlan:
         fits = self.fitting_context(available)
         advice = f"--context {fits} would fit" if fits >= 16 else "use a machine with more memory"
         raise MemoryPlanError(f"{self} do not fit {where}, {available / 1e9:.2f} GB free: {advice}")
+
+
+def available_memory(device: "jax.Device") -> tuple[int | None, str]:
+    """Bytes that are free where a JAX device keeps its arrays (None: unknown), and that place's name."""
+    if device.platform == "cpu":
+        return available_main_memory(), "main memory"
+    stats = device.memory_stats() or {}
+    limit = stats.get("bytes_limit")
+    return limit and limit - stats.get("bytes_in_use", 0), device.device_kind
 
 
 def available_main_memory() -> int | None:
