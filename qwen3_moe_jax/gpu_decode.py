@@ -53,7 +53,7 @@ def decode_step(
       cache: donated; keys and values of the positions before.
       expert_ids: int32 [L, B, X] to force the routing, or None.
     """
-    weights = _weights(params, config, types)
+    weights = decode_weights(params, config, types)
     cache = api.KVCache(cache.k, cache.v)
     return api.decode_step(weights, config, token_ids, start, cache, expert_ids=expert_ids)
 
@@ -78,8 +78,8 @@ def _role_types(plan: StackPlan, types: Types) -> dict[str, tuple[GGMLType, ...]
     return {**plan.types, "lm_head": (types["lm_head"],)}
 
 
-def _weights(params: dict, config: Qwen3MoeConfig, types: Types) -> DecodeWeights:
-    """The parameter tree as the kernel names it; no array is copied."""
+def decode_weights(params: dict, config: Qwen3MoeConfig, types: Types) -> DecodeWeights:
+    """The parameter tree, matrices in GPU tiles, as the kernel names it; no array is copied."""
     plan, stacks = _plan(config, types), params["stacks"]
     arrays = {
         role: [dict(stacks[f"{name}.{t.name}"].arrays) for t in plan.types[role]]

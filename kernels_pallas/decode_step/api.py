@@ -1,30 +1,23 @@
-"""A whole decoded token on an NVIDIA Hopper GPU: one kernel, and many tokens in one dispatch.
+"""A whole decoded token on an NVIDIA Hopper GPU as one kernel.
 
-This is an alternative to the model's decode step that runs op by op. ``prepare`` builds the
-weights once, ``decode_step`` makes logits and updates the cache in place, ``generate`` loops
-on the device. What the kernel does not support raises ``NotImplementedError`` that names it.
+This is an alternative to the model's decode step that runs op by op: ``decode_step`` makes
+logits and updates the cache in place, inside the caller's ``jit`` and its loop. What the
+kernel does not support raises ``NotImplementedError`` that names it.
 """
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from convert.ggml_types import GGMLType
-from convert.gpu_tiles import to_gpu_tiles
-from convert.packed import PackedTensor
-from convert.unpack import dequantize, empty_packed
 from kernels_pallas.decode_step import step_mosaic_gpu as kernel
 from kernels_pallas.decode_step.tile_formats_mosaic_gpu import TILE_FORMATS
-from kernels_pallas.decode_step.weights import DecodeWeights, LayerTypes, plan_stacks
+from kernels_pallas.decode_step.weights import DecodeWeights
 from kernels_pallas.embedding_lookup.api import embedding_lookup
 from kernels_pallas.norm_rope import rope_tables
-from kernels_pallas.packed_pytree import to_device
 
 MAX_BATCH = 16
 KERNEL_BATCH = 8
@@ -105,101 +98,6 @@ def check_supported(config: Any, types: dict[str, tuple[GGMLType, ...]], batch: 
             _require(type in TILE_FORMATS, f"type of {role}", type.name, "need Q4_K, Q5_K, Q6_K or Q8_0")
 
 
-def layer_types(config: Any, types: Mapping[str, GGMLType]) -> list[LayerTypes]:
-    """The types of every layer's matrices.
-
-    Args:
-      types: parameter path to type, as ``convert.model_source.ModelSource.types``.
-
-    Raises:
-      NotImplementedError: gate_proj and up_proj of a layer differ.
-    """
-    layers = []
-    for i in range(config.num_hidden_layers):
-        t = lambda name, i=i: types[f"layers.{i}.{name}"]
-        gate, up = t("mlp.experts.gate_proj"), t("mlp.experts.up_proj")
-        _require(gate is up, f"layer {i}'s up_proj type", up.name, f"it must be gate_proj's {gate.name}")
-        attention = [t(f"self_attn.{n}_proj") for n in "qkvo"]
-        layers.append(LayerTypes(*attention, gate, t("mlp.experts.down_proj")))
-    return layers
-
-
-@partial(jax.jit, donate_argnums=0)
-def _insert(stack: dict[str, jax.Array], rows: PackedTensor, offset: jax.Array) -> dict[str, jax.Array]:
-    """Rearranges a ``rows`` tensor on the device and puts it into its stack at tile ``offset``."""
-    arrays = to_gpu_tiles(rows, jnp).arrays
-    flat = {n: arrays[n].reshape(-1, *s.shape[1:]) for n, s in stack.items()}
-    return {n: lax.dynamic_update_slice_in_dim(s, flat[n], offset, 0) for n, s in stack.items()}
-
-
-def _empty_stack(type: GGMLType, tiles: int, columns: int) -> dict[str, jax.Array]:
-    """Arrays for ``tiles`` tiles of 8 rows and ``columns`` columns."""
-    one = to_gpu_tiles(empty_packed(type, (8, columns))).arrays
-    return {name: jnp.zeros((tiles, *a.shape[1:]), a.dtype) for name, a in one.items()}
-
-
-def prepare(
-    config: Any, types: Mapping[str, GGMLType], tensor: Callable[[str], PackedTensor]
-) -> DecodeWeights:
-    """Uploads a model's packed tensors one at a time and arranges them on the device.
-
-    Args:
-      config: the model's ``Qwen3MoeConfig``.
-      types: parameter path to type (``ModelSource.types``).
-      tensor: gives the packed tensor of a path, layout ``rows`` (``ModelSource.tensor``).
-
-    Raises:
-      NotImplementedError: a shape or type that the kernel does not support.
-    """
-    lm_head = "embed_tokens" if config.tie_word_embeddings else "lm_head"
-    plan = plan_stacks(layer_types(config, types), config=config)
-    used = {**plan.types, "lm_head": (types[lm_head],)}
-    check_supported(config, used, 1)
-    width = config.num_attention_heads * config.head_dim
-    columns = {role: config.hidden_size for role in ("qkv", "gate", "up", "lm_head")}
-    columns |= {"o": width, "down": config.moe_intermediate_size}
-    tiles = {**plan.tiles, "lm_head": (config.vocab_size // 8,)}
-    stacks = {
-        role: [_empty_stack(t, n, columns[role]) for t, n in zip(used[role], tiles[role], strict=True)]
-        for role in columns
-    }
-
-    def put(role: str, index: int, offset: int, path: str) -> None:
-        stacks[role][index] = _insert(stacks[role][index], to_device(tensor(path)), jnp.int32(offset))
-
-    for i in range(config.num_hidden_layers):
-        at = lambda name, i=i: int(plan.table[i, plan.columns[name]])
-        head_tiles = config.head_dim // 8
-        for name in "qkv":
-            path = f"layers.{i}.self_attn.{name}_proj"
-            index = used["qkv"].index(types[path])
-            before = sum(at(f"qkv_count{t}") for t in range(index))
-            put("qkv", index, at(f"qkv_offset{index}") + at(f"{name}_head") * head_tiles - before, path)
-        put("o", at("o_type"), at("o_offset"), f"layers.{i}.self_attn.o_proj")
-        for name in ("gate", "up"):
-            put(name, at("gate_up_type"), at("gate_up_offset"), f"layers.{i}.mlp.experts.{name}_proj")
-        put("down", at("down_type"), at("down_offset"), f"layers.{i}.mlp.experts.down_proj")
-    put("lm_head", 0, 0, lm_head)
-
-    def plain(name: str) -> jax.Array:
-        values = [dequantize(tensor(f"layers.{i}.{name}")) for i in range(config.num_hidden_layers)]
-        return jnp.asarray(np.stack(values))
-
-    return DecodeWeights(
-        stacks=stacks,
-        table=jnp.asarray(plan.table),
-        router=plain("mlp.router"),
-        input_norm=plain("input_layernorm"),
-        post_norm=plain("post_attention_layernorm"),
-        q_norm=plain("self_attn.q_norm"),
-        k_norm=plain("self_attn.k_norm"),
-        final_norm=jnp.asarray(dequantize(tensor("norm"))),
-        embed_tokens=to_device(tensor("embed_tokens")),
-        types=tuple((role, tuple(t)) for role, t in used.items()),
-        qkv_always=plan.qkv_always,
-    )
-
-
 def step_config(
     weights: DecodeWeights, config: Any, batch: int, cache: KVCache, device: Device, *, replay: bool = False
 ) -> kernel.StepConfig:
@@ -248,7 +146,7 @@ def decode_step(
     """Decodes one token of every sequence. Call inside ``jit``, with the cache donated.
 
     Args:
-      weights: from ``prepare``.
+      weights: the model's arrays in tiles (``qwen3_moe_jax.gpu_decode`` takes them from its parameters).
       config: the model's ``Qwen3MoeConfig``.
       token_ids: int32 [B].
       positions: int32 [B], the tokens already in each sequence's cache; less than S.
@@ -302,43 +200,3 @@ def _operands(
         "weights": weights.stacks,
         "state": jax.new_ref(state),
     }
-
-
-def greedy(logits: jax.Array, key: jax.Array) -> jax.Array:
-    """The most probable token of every sequence."""
-    del key
-    return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-
-
-def generate(
-    weights: DecodeWeights,
-    config: Any,
-    token_ids: jax.Array,
-    positions: jax.Array,
-    cache: KVCache,
-    steps: int,
-    key: jax.Array,
-    *,
-    choose: Callable[[jax.Array, jax.Array], jax.Array] = greedy,
-    device: Device | None = None,
-) -> tuple[jax.Array, KVCache]:
-    """Decodes ``steps`` tokens of every sequence in one dispatch. Call inside ``jit``, cache donated.
-
-    Args:
-      token_ids, positions, cache: as for :func:`decode_step`.
-      choose: picks int32 [B] tokens from logits [B, V] and a key; it runs on the device.
-
-    Returns:
-      The tokens, int32 [steps, B], and the cache.
-    """
-    batch = token_ids.shape[0]
-
-    def one(i, carry):
-        tokens, last, cache = carry
-        out = decode_step(weights, config, last, positions + i, cache, device=device)
-        last = choose(out.logits, jax.random.fold_in(key, i))
-        return lax.dynamic_update_slice(tokens, last[None], (i, 0)), last, out.cache
-
-    start = (jnp.zeros((steps, batch), jnp.int32), token_ids.astype(jnp.int32), cache)
-    tokens, _, cache = lax.fori_loop(0, steps, one, start)
-    return tokens, cache

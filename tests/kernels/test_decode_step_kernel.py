@@ -19,9 +19,13 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from convert.config import PRESETS
 from convert.ggml_types import BLOCK_FORMATS, GGMLType
+from convert.gpu_tiles import TILED_TYPES, to_gpu_tiles
 from convert.packed import PackedTensor
 from convert.unpack import dequantize, pack
 from kernels_pallas.decode_step import api
+from qwen3_moe_jax import gpu_decode
+from qwen3_moe_jax.params import GPU_ROLES
+from qwen3_moe_jax.stacks import stack_layers
 
 SEED = 20260924
 CONFIG = replace(
@@ -54,6 +58,31 @@ def random_tensor(rng, type: GGMLType, shape: tuple[int, ...]) -> PackedTensor:
     return pack(blocks.reshape(-1), type, shape)
 
 
+def gpu_params(packed, types):
+    """The parameter tree as a GPU holds it (``params.load_params``), made in NumPy."""
+    places, _ = stack_layers(CONFIG, types, GPU_ROLES)
+    parts, params = {}, {}
+    for path, tensor in packed.items():
+        value = dequantize(tensor) if tensor.ndim == 1 else tensor
+        if path != "embed_tokens" and tensor.type in TILED_TYPES:
+            value = to_gpu_tiles(tensor)
+            value = PackedTensor(
+                {
+                    n: a.reshape(-1, *a.shape[1:] if tensor.ndim == 2 else a.shape[2:])
+                    for n, a in value.arrays.items()
+                },
+                value.type,
+                value.layout,
+            )
+        if path in places:
+            parts.setdefault(places[path].stack, []).append(value if tensor.ndim > 1 else value[None])
+        else:
+            params[path] = jax.tree.map(jnp.asarray, value)
+    join = lambda *arrays: jnp.asarray(np.concatenate(arrays))
+    params["stacks"] = {name: jax.tree.map(join, *values) for name, values in parts.items()}
+    return params
+
+
 @pytest.fixture(scope="module")
 def model():
     print(f"seed {SEED}")
@@ -84,7 +113,7 @@ def model():
         tensors |= {f"layers.{i}.{name}": value for name, value in shapes.items()}
     packed = {path: random_tensor(rng, type, shape) for path, (type, shape) in tensors.items()}
     types = {path: p.type for path, p in packed.items()}
-    weights = api.prepare(c, types, packed.__getitem__)
+    weights = gpu_decode.decode_weights(gpu_params(packed, types), c, types)
     return weights, {path: dequantize(p) for path, p in packed.items()}
 
 
