@@ -13,6 +13,13 @@ class ContextOverflowError(ValueError):
         )
 
 
+class BatchFullError(RuntimeError):
+    """Every slot of a batch is taken."""
+
+    def __init__(self, slots: int):
+        super().__init__(f"all {slots} slots of the batch are taken: free one first")
+
+
 class NumericalError(ArithmeticError):
     """Logits were NaN or infinite, so no token can be chosen."""
 

@@ -1,9 +1,10 @@
-"""Generation as one jitted program: prefill in chunks, then a loop of ``decode_step`` on the device.
+"""Generation as jitted programs on one state: prompts in chunks, and tokens in a loop on the device.
 
-``generate`` runs until every sequence is finished or has reached ``limit``; the
-same compiled program serves streaming, which calls it with a limit a few tokens
-ahead. Everything that changes is one pytree, ``DecodeState``, whose buffers are
-donated from call to call.
+``DecodeState`` has a number of slots, each with a sequence of its own length, sampling
+and end. ``decode`` writes a few tokens for all that are ready; ``prefill`` reads a chunk of
+some prompts and may write one token for the others in the same forward pass. Everything that
+changes is in the state, whose buffers are donated from call to call: no setting of a sequence
+compiles anything. ``batching.Batch`` is the host's side.
 """
 
 from collections.abc import Sequence
@@ -14,8 +15,9 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from qwen3_moe_jax.kv_cache import KVCache
+from qwen3_moe_jax.kv_cache import KVCache, Span
 from qwen3_moe_jax.model import Qwen3Moe
+from qwen3_moe_jax.sampling import Sampling
 from qwen3_moe_jax.token_choice import SamplingArrays, choose_tokens, penalize
 
 Params = dict[str, Any]
@@ -27,48 +29,98 @@ COMPILER_OPTIONS = {"xla_cpu_prefer_vector_width": 512}
 PREFILL_CHUNKS = (16, 128, 512)
 """Lengths of a prefill chunk: a prompt is cut into these, so only these shapes are compiled."""
 
+MOST_STEPS = 32
+"""Tokens of a sequence that one dispatch writes at most."""
+
 
 @struct.dataclass
 class DecodeState:
-    """A batch of sequences that are being written.
+    """B slots, each empty or with a sequence that is read or written.
 
-    A sequence of n tokens has its first n - 1 in the cache; the last is the
-    next step's input.
+    A sequence of n tokens is ready to be written when its first n - 1 are in the cache; the
+    last one is the next step's input. What a step computes for a slot that is not ready (empty,
+    finished, still reading its prompt) goes to the cache at position ``filled``, where whatever
+    comes next overwrites it before it is seen.
 
     Attributes:
       cache: keys and values, S positions and room for one more chunk.
       tokens: int32 [B, S], prompt and output.
       length: int32 [B], tokens of each sequence.
-      finished: bool [B], ended by a stop token (which stays in ``tokens``) or by a full cache.
+      filled: int32 [B], how many of them are in the cache.
+      limit: int32 [B], the length at which a sequence ends; at most S.
+      finished: bool [B], ended (a stop token stays in ``tokens``), or the slot is empty.
       nonfinite: bool [B], its logits were NaN or infinite; such a sequence is finished.
       in_prompt: bool [B, V], tokens of the prompt.
       in_output: bool [B, V], tokens written since.
+      is_stop: bool [B, V], tokens that end the sequence.
+      sampling: of each sequence.
     """
 
     cache: KVCache
     tokens: jax.Array
     length: jax.Array
+    filled: jax.Array
+    limit: jax.Array
     finished: jax.Array
     nonfinite: jax.Array
     in_prompt: jax.Array
     in_output: jax.Array
+    is_stop: jax.Array
+    sampling: SamplingArrays
 
     @classmethod
-    def start(cls, cache: KVCache, prompts: jax.Array, lengths: jax.Array, vocab_size: int) -> "DecodeState":
-        """The state before prefill: prompts int32 [B, S] padded at will, lengths [B]."""
-        batch, capacity = prompts.shape
-        real = jnp.arange(capacity)[None, :] < lengths[:, None]
-        rows = jnp.broadcast_to(jnp.arange(batch)[:, None], prompts.shape)
-        in_prompt = jnp.zeros((batch, vocab_size), bool).at[rows, prompts].max(real)
+    def empty(cls, cache: KVCache, capacity: int, vocab_size: int) -> "DecodeState":
+        """A slot without a sequence for each row of the cache; ``capacity`` is S."""
+        batch = cache.k.shape[1]
+        # every field a buffer of its own: each is donated
+        counts = [jnp.zeros((batch,), jnp.int32) for _ in range(3)]
+        masks = [jnp.zeros((batch, vocab_size), bool) for _ in range(3)]
         return cls(
             cache=cache,
-            tokens=prompts,
-            length=lengths,
-            finished=jnp.zeros((batch,), bool),
+            tokens=jnp.zeros((batch, capacity), jnp.int32),
+            length=counts[0],
+            filled=counts[1],
+            limit=counts[2],
+            finished=jnp.ones((batch,), bool),
             nonfinite=jnp.zeros((batch,), bool),
-            in_prompt=in_prompt,
-            in_output=jnp.zeros((batch, vocab_size), bool),
+            in_prompt=masks[0],
+            in_output=masks[1],
+            is_stop=masks[2],
+            sampling=SamplingArrays.of([Sampling()] * batch),
         )
+
+    @property
+    def capacity(self) -> int:
+        """Tokens S that a sequence may have."""
+        return self.tokens.shape[1]
+
+    @property
+    def ready(self) -> jax.Array:
+        """bool [B], whether a slot's next step writes a token."""
+        return ~self.finished & (self.filled == self.length - 1)
+
+
+@struct.dataclass
+class News:
+    """What the host wants to know after a step.
+
+    Attributes:
+      tokens: int32 [B, n], the tokens from the length before the step on.
+      length: int32 [B], tokens of each sequence now.
+      finished, nonfinite: bool [B].
+    """
+
+    tokens: jax.Array
+    length: jax.Array
+    finished: jax.Array
+    nonfinite: jax.Array
+
+    @classmethod
+    def of(cls, state: DecodeState, before: jax.Array, most: int) -> "News":
+        """``before``: the lengths int32 [B] that ``most`` tokens may have been added to."""
+        columns = jnp.minimum(before[:, None] + jnp.arange(most), state.capacity - 1)
+        tokens = jnp.take_along_axis(state.tokens, columns, axis=1)
+        return cls(tokens, state.length, state.finished, state.nonfinite)
 
 
 def chunk_lengths(num_tokens: int, sizes: Sequence[int] = PREFILL_CHUNKS) -> list[int]:
@@ -80,35 +132,103 @@ def chunk_lengths(num_tokens: int, sizes: Sequence[int] = PREFILL_CHUNKS) -> lis
     return lengths
 
 
-def append_tokens(
-    state: DecodeState, logits: jax.Array, sampling: SamplingArrays, stop_ids: jax.Array
+@partial(jax.jit, donate_argnames="state")
+def admit(
+    state: DecodeState,
+    slot: jax.Array,
+    tokens: jax.Array,
+    length: jax.Array,
+    limit: jax.Array,
+    is_stop: jax.Array,
+    sampling: SamplingArrays,
 ) -> DecodeState:
-    """Chooses every unfinished sequence's next token from logits [B, V] and writes it down."""
-    batch, capacity = state.tokens.shape
-    rows = jnp.arange(batch)
-    bad = ~jnp.isfinite(logits).all(axis=-1) & ~state.finished
-    penalized = penalize(logits, sampling, state.in_prompt, state.in_output) if sampling.penalized else logits
-    token = choose_tokens(penalized, sampling, state.length)
-    writes = ~state.finished & ~bad
-    where = jnp.where(writes, state.length, capacity)  # an index past the end is dropped
-    length = state.length + writes
-    stopped = (token[:, None] == stop_ids[None, :]).any(axis=-1) | (length >= capacity)
+    """Puts a sequence into a slot.
+
+    Args:
+      slot: int32 scalar.
+      tokens: int32 [S], the prompt's ``length`` tokens and anything after them.
+      length: int32 scalar, at least 1.
+      limit: int32 scalar, above ``length`` and at most S.
+      is_stop: bool [V].
+      sampling: of one sequence, [1].
+    """
+    real = jnp.arange(state.capacity) < length
+    zero, no = jnp.int32(0), jnp.zeros_like(is_stop)
+    row = {
+        "tokens": tokens,
+        "length": length,
+        "filled": zero,
+        "limit": limit,
+        "finished": False,
+        "nonfinite": False,
+        "in_prompt": no.at[tokens].max(real),
+        "in_output": no,
+        "is_stop": is_stop,
+    }
+    changed = {name: getattr(state, name).at[slot].set(value) for name, value in row.items()}
+    settings = jax.tree.map(lambda all_, one: all_.at[slot].set(one[0]), state.sampling, sampling)
+    return state.replace(**changed, sampling=settings)
+
+
+@partial(jax.jit, donate_argnames="state")
+def release(state: DecodeState, slot: jax.Array) -> DecodeState:
+    """Empties a slot, whatever its sequence was at."""
+    settings = jax.tree.map(lambda all_: all_.at[slot].set(0), state.sampling)  # temperature 0: greedy
+    return state.replace(
+        length=state.length.at[slot].set(0),
+        filled=state.filled.at[slot].set(0),
+        finished=state.finished.at[slot].set(True),
+        nonfinite=state.nonfinite.at[slot].set(False),
+        sampling=settings.replace(repetition_penalty=settings.repetition_penalty.at[slot].set(1)),
+    )
+
+
+@partial(jax.jit, donate_argnames="state")
+def clear(state: DecodeState, slot: jax.Array) -> DecodeState:
+    """Zeros in a slot's cache, which a sequence with NaN leaves behind."""
+    return state.replace(cache=state.cache.cleared(slot))
+
+
+def append_tokens(state: DecodeState, rows: jax.Array, logits: jax.Array, writes: jax.Array) -> DecodeState:
+    """Chooses the next token of some slots and writes it down.
+
+    Args:
+      rows: int32 [W], slots; one that is named twice may write once.
+      logits: float32 [W, V].
+      writes: bool [W], whether this row is meant.
+    """
+    sampling = jax.tree.map(lambda x: x[rows], state.sampling)
+    length = state.length[rows]
+    penalized = jax.lax.cond(
+        jnp.any(sampling.penalized),
+        lambda logits: penalize(logits, sampling, state.in_prompt[rows], state.in_output[rows]),
+        lambda logits: logits,
+        logits,
+    )
+    token = choose_tokens(penalized, sampling, length)
+    bad = writes & ~jnp.isfinite(logits).all(axis=-1)
+    writes = writes & ~bad
+    where = jnp.where(writes, length, state.capacity)  # an index past the end is dropped
+    ends = state.is_stop[rows, token] | (length + 1 >= state.limit[rows])
     return state.replace(
         tokens=state.tokens.at[rows, where].set(token, mode="drop"),
-        length=length,
-        finished=state.finished | bad | (writes & stopped),
-        nonfinite=state.nonfinite | bad,
+        length=state.length.at[rows].add(writes),
+        finished=state.finished.at[rows].max(bad | (writes & ends)),
+        nonfinite=state.nonfinite.at[rows].max(bad),
         in_output=state.in_output.at[rows, token].max(writes),
     )
 
 
-def decode_step(
-    model: Qwen3Moe, params: Params, state: DecodeState, sampling: SamplingArrays, stop_ids: jax.Array
-) -> DecodeState:
-    """One token more for every unfinished sequence."""
-    start = state.length - 1
-    last = jnp.take_along_axis(state.tokens, start[:, None], axis=1)
-    if len(last) <= model.fused_decode:
+def last_tokens(state: DecodeState, rows: int) -> jax.Array:
+    """int32 [rows, 1], what the first slots decode: their tokens at position ``filled``."""
+    return jnp.take_along_axis(state.tokens[:rows], state.filled[:rows, None], axis=1)
+
+
+def decode_step(model: Qwen3Moe, params: Params, state: DecodeState, rows: int) -> DecodeState:
+    """One token more for each of the first ``rows`` slots that is ready."""
+    start, ready = state.filled[:rows], state.ready[:rows]
+    last = last_tokens(state, rows)
+    if rows <= model.fused_decode:
         from qwen3_moe_jax import gpu_decode  # needs a JAX that has Mosaic GPU
 
         out = gpu_decode.decode_step(params, model.config, model.types, last[:, 0], start, state.cache)
@@ -117,84 +237,76 @@ def decode_step(
         variables = {"params": params}
         output = model.apply(variables, last, state.cache, start)
         logits, cache = model.apply(variables, output.hidden[:, -1], method="logits"), output.cache
-    return append_tokens(state.replace(cache=cache), logits, sampling, stop_ids)
+    state = state.replace(cache=cache, filled=state.filled.at[:rows].add(ready))
+    return append_tokens(state, jnp.arange(rows), logits, ready)
 
 
-@partial(jax.jit, static_argnames="model", donate_argnames="state", compiler_options=COMPILER_OPTIONS)
-def generate(
-    model: Qwen3Moe,
-    params: Params,
-    state: DecodeState,
-    sampling: SamplingArrays,
-    stop_ids: jax.Array,
-    limit: jax.Array,
-) -> DecodeState:
-    """Writes tokens until every sequence is finished or ``limit`` [B] tokens long."""
+@partial(
+    jax.jit, static_argnames=("model", "rows"), donate_argnames="state", compiler_options=COMPILER_OPTIONS
+)
+def decode(
+    model: Qwen3Moe, params: Params, state: DecodeState, steps: jax.Array, *, rows: int
+) -> tuple[DecodeState, News]:
+    """Writes ``steps`` tokens, at most MOST_STEPS, for the sequences that are ready, less where they end.
 
-    def unfinished(state: DecodeState) -> jax.Array:
-        return jnp.any(~state.finished & (state.length < limit))
+    Args:
+      steps: int32 scalar.
+      rows: only the first ``rows`` slots take part; all that are ready must be among them.
+    """
+    before = state.length
 
-    def step(state: DecodeState) -> DecodeState:
-        paused = ~state.finished & (state.length >= limit)
-        after = decode_step(
-            model, params, state.replace(finished=state.finished | paused), sampling, stop_ids
-        )
-        return after.replace(finished=after.finished & ~paused)
+    def unfinished(carry: tuple[jax.Array, DecodeState]) -> jax.Array:
+        return (carry[0] < steps) & jnp.any(carry[1].ready[:rows])
 
-    return jax.lax.while_loop(unfinished, step, state)
+    def step(carry: tuple[jax.Array, DecodeState]) -> tuple[jax.Array, DecodeState]:
+        return carry[0] + 1, decode_step(model, params, carry[1], rows)
+
+    _, state = jax.lax.while_loop(unfinished, step, (jnp.int32(0), state))
+    return state, News.of(state, before, MOST_STEPS)
 
 
 @partial(
     jax.jit,
-    static_argnames=("model", "chunk"),
+    static_argnames=("model", "chunk", "rows"),
     donate_argnames="state",
     compiler_options=COMPILER_OPTIONS,
 )
-def prefill_chunk(
-    model: Qwen3Moe,
-    params: Params,
-    state: DecodeState,
-    sampling: SamplingArrays,
-    stop_ids: jax.Array,
-    start: jax.Array,
-    chunk: int,
-) -> DecodeState:
-    """Puts prompt tokens start .. start + chunk - 1 into the cache; the last one gives the first new token.
+def prefill(
+    model: Qwen3Moe, params: Params, state: DecodeState, slots: jax.Array, *, chunk: int, rows: int
+) -> tuple[DecodeState, News]:
+    """Reads a chunk of some prompts; a prompt's last token gives its first new one.
 
     Args:
-      start: int32 scalar. Tokens after a sequence's end are padding: what they
-        write to the cache is overwritten before it is ever seen.
+      slots: int32 [P], different slots that are not ready. What their prompts lack of a whole
+        chunk is padding: what it writes to the cache is overwritten before it is ever seen.
       chunk: one of PREFILL_CHUNKS.
+      rows: the first ``rows`` slots also decode in the same forward pass, those that are ready;
+        0 for none.
     """
-    batch, capacity = state.tokens.shape
-    columns = jnp.minimum(start + jnp.arange(chunk), capacity - 1)
+    before = state.length
+    start, length = state.filled[slots], state.length[slots]
+    columns = jnp.minimum(start[:, None] + jnp.arange(chunk), state.capacity - 1)
+    token_ids, spans = state.tokens[slots[:, None], columns], [Span(start, chunk, slots)]
+    ready = state.ready[:rows]
+    if rows:
+        # the decoded rows come first: where one is not ready, the chunk overwrites what it leaves
+        spans.insert(0, Span(state.filled[:rows], 1))
+        token_ids = jnp.concatenate([last_tokens(state, rows)[:, 0], token_ids.reshape(-1)])[None]
     variables = {"params": params}
-    output = model.apply(variables, state.tokens[:, columns], state.cache, jnp.full((batch,), start))
-    last = jnp.clip(state.length - 1 - start, 0, chunk - 1)
-    ends_here = (state.length > start) & (state.length <= start + chunk)
+    output = model.apply(variables, token_ids, state.cache, spans)
 
-    def first_token(state: DecodeState) -> DecodeState:
-        hidden = jnp.take_along_axis(output.hidden, last[:, None, None], axis=1)[:, 0]
-        waiting = state.finished | ~ends_here
+    ends_here = length <= start + chunk
+    filled = state.filled.at[slots].set(jnp.minimum(start + chunk, length)).at[:rows].add(ready)
+    state = state.replace(cache=output.cache, filled=filled)
+    hidden = output.hidden.reshape(-1, output.hidden.shape[-1])
+    of_prompts = hidden[rows:].reshape(len(slots), chunk, -1)
+    last = jnp.clip(length - 1 - start, 0, chunk - 1)
+    hidden = jnp.concatenate([hidden[:rows], of_prompts[jnp.arange(len(slots)), last]])
+    writes = jnp.concatenate([ready, ends_here])
+
+    def write(state: DecodeState) -> DecodeState:
         logits = model.apply(variables, hidden, method="logits")
-        after = append_tokens(state.replace(finished=waiting), logits, sampling, stop_ids)
-        return after.replace(finished=jnp.where(ends_here, after.finished, state.finished))
+        return append_tokens(state, jnp.concatenate([jnp.arange(rows), slots]), logits, writes)
 
-    state = state.replace(cache=output.cache)
-    return jax.lax.cond(jnp.any(ends_here), first_token, lambda s: s, state)
-
-
-def prefill(
-    model: Qwen3Moe,
-    params: Params,
-    state: DecodeState,
-    sampling: SamplingArrays,
-    stop_ids: jax.Array,
-    lengths: Sequence[int],
-) -> DecodeState:
-    """Runs the prompts of ``state``, of these ``lengths``, and writes each one's first new token."""
-    start = 0
-    for chunk in chunk_lengths(max(lengths)):
-        state = prefill_chunk(model, params, state, sampling, stop_ids, jnp.int32(start), chunk)
-        start += chunk
-    return state
+    state = jax.lax.cond(jnp.any(writes), write, lambda state: state, state)
+    return state, News.of(state, before, 1)

@@ -18,19 +18,18 @@ from convert.packed import LANES
 from convert.progress import ProgressCallback
 from kernels_pallas import Matrices
 from kernels_pallas import dequantize as dequantize_on_device
+from qwen3_moe_jax.batching import Batch
 from qwen3_moe_jax.errors import ContextOverflowError, NumericalError
 from qwen3_moe_jax.generate import (
     COMPILER_OPTIONS,
+    MOST_STEPS,
     PREFILL_CHUNKS,
-    DecodeState,
     Params,
     chunk_lengths,
-    generate,
-    prefill,
 )
 from qwen3_moe_jax.jax_likelihood import log_likelihoods
 from qwen3_moe_jax.kv_cache import KVCache
-from qwen3_moe_jax.memory_plan import MemoryPlan, available_main_memory
+from qwen3_moe_jax.memory_plan import MemoryPlan, available_memory
 from qwen3_moe_jax.model import (
     STAGES_COLLECTION,
     Intervention,
@@ -41,7 +40,6 @@ from qwen3_moe_jax.runner import Forward
 from qwen3_moe_jax.sampling import Sampling
 from qwen3_moe_jax.stacks import stack_layers
 from qwen3_moe_jax.stages import LAYER_STAGES, StageKey
-from qwen3_moe_jax.token_choice import SamplingArrays
 
 LAYER_STAGE_NAMES = frozenset(stage.name for stage in LAYER_STAGES)
 
@@ -50,8 +48,6 @@ CACHE_UNIT = 64
 
 SECONDS_A_DISPATCH = 0.05
 """Streaming asks the device for as many tokens at once as take about this long."""
-
-MOST_TOKENS_A_DISPATCH = 32
 
 FUSED_BATCH = 16
 """Sequences of the GPU's one-kernel decode step (``kernels_pallas.decode_step.api.MAX_BATCH``)."""
@@ -63,15 +59,6 @@ def enable_compilation_cache() -> None:
         root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         jax.config.update("jax_compilation_cache_dir", str(root / "qwen3_moe_jax" / "xla"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
-
-
-def _available_memory(device: jax.Device) -> tuple[int | None, str]:
-    """Bytes that are free where ``device`` keeps its arrays, and that place's name."""
-    if device.platform == "cpu":
-        return available_main_memory(), "main memory"
-    stats = device.memory_stats() or {}
-    limit = stats.get("bytes_limit")
-    return limit and limit - stats.get("bytes_in_use", 0), device.device_kind
 
 
 class JaxRunner:
@@ -123,12 +110,10 @@ class JaxRunner:
             roles=FrozenDict(roles),
             fused_decode=FUSED_BATCH if on_gpu and not self.fallbacks else 0,
         )
-        room = self.max_context + PREFILL_CHUNKS[-1]
-        self._cache_length = -(-room // CACHE_UNIT) * CACHE_UNIT
-        self.plan = MemoryPlan.of(source, self._cache_length, self.cache_dtype.itemsize)
-        self.plan.check(*_available_memory(self.device))
+        self.plan = MemoryPlan.of(source, _cache_length(self.max_context), self.cache_dtype.itemsize)
+        self.plan.check(*available_memory(self.device))
         self.params = load_params(source, roles, self.device, progress)
-        self._spare_cache: KVCache | None = None
+        self._spare: Batch | None = None
 
     def _fallbacks(self, source: ModelSource) -> list[str]:
         """Why this GPU or this file does not take the kernels, one line each; empty when it does."""
@@ -249,58 +234,52 @@ class JaxRunner:
         sampling: Sampling,
         stop_ids: Collection[int] = (),
     ) -> Iterator[int]:
-        num_prompt = len(token_ids)
-        if not 0 < num_prompt < self.max_context:
-            raise ContextOverflowError(num_prompt, self.max_context)
-        arrays = SamplingArrays.of([sampling])
-        stops = jnp.asarray(sorted(stop_ids), jnp.int32).reshape(-1)
-        last = min(num_prompt + max_tokens, self.max_context)
-        state = self._start([token_ids])
+        batch = self._take_spare()
         try:
-            state = prefill(self.model, self.params, state, arrays, stops, [num_prompt])
-            seen, block = num_prompt, 1
-            while True:
-                length = int(state.length[0])
-                for token in np.asarray(state.tokens[0, seen:length]).tolist()[: last - seen]:
-                    if token in stop_ids:
-                        return
-                    yield token
-                seen = length
-                if state.nonfinite[0]:
-                    raise NumericalError(
-                        f"the jax backend's logits are not finite at position {length - 1}: "
-                        "run `qwen3-moe trace` to find the first stage that is not"
-                    )
-                if state.finished[0] or seen >= last:
-                    return
+            batch.admit(token_ids, sampling=sampling, max_tokens=max_tokens, stop_ids=stop_ids)
+            written, block, reason = 0, 1, None
+            while reason is None:
                 began = time.perf_counter()
-                limit = jnp.asarray([min(seen + block, last)], jnp.int32)
-                state = jax.block_until_ready(generate(self.model, self.params, state, arrays, stops, limit))
-                if time.perf_counter() - began < SECONDS_A_DISPATCH / 2:
-                    block = min(2 * block, MOST_TOKENS_A_DISPATCH)
+                for progress in batch.step(block):
+                    reason, written = progress.finish_reason, written + len(progress.tokens)
+                    block = _next_block(block, time.perf_counter() - began)
+                    yield from progress.tokens
+            if reason == "nonfinite":
+                raise self._nonfinite(len(token_ids) + written - 1)
         finally:
-            self._keep_cache(state)
+            self._keep_spare(batch)
 
-    def _keep_cache(self, state: DecodeState) -> None:
-        """Lets the next request use this one's buffers.
+    def _nonfinite(self, position: int) -> NumericalError:
+        return NumericalError(
+            f"the jax backend's logits are not finite at position {position}: "
+            "run `qwen3-moe trace` to find the first stage that is not"
+        )
 
-        What they hold is overwritten before it is seen; NaN would not be. After a
-        failed step (out of memory, say) the buffers are gone and new ones are made.
-        """
-        is_whole = not any(x.is_deleted() for x in jax.tree.leaves(state))
-        self._spare_cache = state.cache if is_whole and not state.nonfinite[0] else None
+    def _take_spare(self) -> Batch:
+        """A batch with one slot: the last request's buffers, unless another one has them."""
+        batch, self._spare = self._spare, None
+        return batch or self._new_batch(1, self.max_context)
 
-    def _start(self, prompts: Sequence[Sequence[int]]) -> DecodeState:
-        """The state of a batch before its prefill."""
-        tokens = np.zeros((len(prompts), self.max_context), np.int32)
-        for row, prompt in zip(tokens, prompts, strict=True):
-            row[: len(prompt)] = prompt
-        cache, self._spare_cache = self._spare_cache, None
-        if cache is None:
-            cache = KVCache.create(self.config, len(prompts), self._cache_length, self.cache_dtype)
-        lengths = jnp.asarray([len(p) for p in prompts], jnp.int32)
-        state = DecodeState.start(cache, jnp.asarray(tokens), lengths, self.config.vocab_size)
-        return jax.device_put(state, self.device)  # bound to it as every later state: one program for all
+    def _keep_spare(self, batch: Batch) -> None:
+        """Lets the next request use this one's buffers, unless a failed step has taken them."""
+        if batch.is_whole:
+            batch.free_all()
+            self._spare = batch
+
+    def _new_batch(self, slots: int, context: int) -> Batch:
+        length = _cache_length(context)
+        cache = KVCache.create(self.config, slots, length, self.cache_dtype, self.device)
+        return Batch(self.model, self.params, cache, context)
+
+
+def _cache_length(context: int) -> int:
+    """Positions of a cache for ``context`` tokens and one more chunk, in whole tiles."""
+    return -(-(context + PREFILL_CHUNKS[-1]) // CACHE_UNIT) * CACHE_UNIT
+
+
+def _next_block(block: int, seconds: float) -> int:
+    """Tokens to ask for after ``block`` tokens took ``seconds``."""
+    return min(2 * block, MOST_STEPS) if seconds < SECONDS_A_DISPATCH / 2 else block
 
 
 @jax.jit

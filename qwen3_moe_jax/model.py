@@ -17,7 +17,7 @@ Equations: Qwen3 technical report (arXiv 2505.09388); Transformers'
 """
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,7 +33,7 @@ from convert.config import Qwen3MoeConfig
 from convert.ggml_types import GGMLType
 from convert.packed import ARRAY_FORMATS, PackedTensor, array_shapes
 from convert.tensor_names import tensor_specs
-from qwen3_moe_jax.kv_cache import KVCache, write_positions
+from qwen3_moe_jax.kv_cache import KVCache, Span, write_positions
 from qwen3_moe_jax.stacks import Place, Roles, Types, split_path, stack_layers
 
 STAGES_COLLECTION = "stages"
@@ -177,11 +177,11 @@ class Attention(_Part):
         self,
         x: jax.Array,
         cache: KVCache,
-        start: jax.Array,
+        spans: Sequence[Span],
         rope: tuple[jax.Array, jax.Array],
         layer: jax.Array,
     ) -> tuple[jax.Array, KVCache]:
-        """x [B, T, D] at positions start [B] and following, rope's cos and sin [B, T, H / 2] of these."""
+        """x [B, T, D], whose rows the spans place, and rope's cos and sin [B, T, H / 2] of these places."""
         heads = (*x.shape[:2], -1, self.config.head_dim)
         q = self.stage("Qcur", self.matmul(x, "q_proj").reshape(heads), layer)
         k = self.stage("Kcur", self.matmul(x, "k_proj").reshape(heads), layer)
@@ -191,9 +191,15 @@ class Attention(_Part):
         q = self.stage("Qcur_rope", ops.rope(q, *rope), layer)
         k = self.stage("Kcur_rope", ops.rope(k, *rope), layer)
 
-        cache = write_positions(cache, k, v, start, layer)
-        positions = start[:, None] + jnp.arange(x.shape[1], dtype=start.dtype)
-        out = self.stage("kqv_out", ops.attention(q, cache.k, cache.v, positions, layer=layer), layer)
+        for span, key, value in zip(spans, _parts(k, spans), _parts(v, spans), strict=True):
+            cache = write_positions(cache, key, value, span, layer)
+        parts = [
+            ops.attention(
+                part, cache.k, cache.v, span.positions, layer=layer, slots=span.slots, scales=cache.scales
+            )
+            for span, part in zip(spans, _parts(q, spans), strict=True)
+        ]
+        out = self.stage("kqv_out", _joined(parts, x.shape[:2]), layer)
         return self.stage("attn_out", self.matmul(out.reshape(*x.shape[:2], -1), "o_proj"), layer), cache
 
 
@@ -275,13 +281,13 @@ class DecoderLayer(_Part):
         self,
         x: jax.Array,
         cache: KVCache,
-        start: jax.Array,
+        spans: Sequence[Span],
         rope: tuple[jax.Array, jax.Array],
         forced_ids: jax.Array | None,
         layer: jax.Array,
     ) -> tuple[jax.Array, KVCache, jax.Array]:
         h = self.stage("attn_norm", self.norm(x, "input_layernorm"), layer)
-        out, cache = self.self_attn(h, cache, start, rope, layer)
+        out, cache = self.self_attn(h, cache, spans, rope, layer)
         x = self.stage("ffn_inp", x + out, layer)
         h = self.stage("ffn_norm", self.norm(x, "post_attention_layernorm"), layer)
         out, expert_ids = self.mlp(h, forced_ids, layer)
@@ -312,21 +318,26 @@ class Qwen3Moe(_Part):
         self,
         token_ids: jax.Array,
         cache: KVCache,
-        start: jax.Array,
+        places: jax.Array | Sequence[Span],
         expert_ids: jax.Array | None = None,
     ) -> Output:
-        """Runs T tokens of B sequences.
+        """Runs T tokens of B sequences; or, with spans of different lengths, whatever these say.
+
+        Everything but attention treats a token by itself, so tokens of a prompt and of sequences
+        that are being written may run together: the weights are read once for all of them.
 
         Args:
-          token_ids: int32 [B, T].
-          cache: holds positions 0 .. start - 1 of each sequence, and room for T more.
-          start: int32 [B], position of each sequence's first token.
+          token_ids: int32 [B, T]; with several spans [1, R], the tokens of one span after the other.
+          cache: holds the positions before those of each sequence, and room for them.
+          places: int32 [B], position of each sequence's first token; or spans, which must not
+            share a sequence's positions, unless what the last one writes is meant to stay.
           expert_ids: int32 [L, B, T, X] to force the routing of the layers that run, or None.
         """
         c = self.config
+        spans = places if isinstance(places, (list, tuple)) else (Span(places, token_ids.shape[1]),)
         x = ops.embedding_lookup(self.weight("embed_tokens"), token_ids.reshape(-1))
         x = self.stage("inp_embd", x.reshape(*token_ids.shape, -1))
-        positions = start[:, None] + jnp.arange(token_ids.shape[1], dtype=start.dtype)
+        positions = _joined([span.positions for span in spans], token_ids.shape)
         rope = ops.rope_tables(positions, c.head_dim, c.rope_theta, c.rope_scaling)
 
         layers = np.asarray(range(c.num_hidden_layers) if self.layers is None else self.layers, np.int32)
@@ -336,7 +347,7 @@ class Qwen3Moe(_Part):
             layer, forced_ids = xs
             variables = {"params": self._params_of_layer(layer)}
             (x, cache, chosen), sown = layer_module.apply(
-                variables, *carry, start, rope, forced_ids, layer, mutable=[STAGES_COLLECTION]
+                variables, *carry, spans, rope, forced_ids, layer, mutable=[STAGES_COLLECTION]
             )
             return (x, cache), (chosen, dict(_leaves(sown.get(STAGES_COLLECTION, {}))))
 
@@ -368,6 +379,23 @@ class Qwen3Moe(_Part):
         h = self.stage("result_norm", self.norm(hidden, "norm"))
         head = "embed_tokens" if self.config.tie_word_embeddings else "lm_head"
         return self.stage("result_output", self.matmul(h, head))
+
+
+def _parts(rows: jax.Array, spans: Sequence[Span]) -> list[jax.Array]:
+    """rows [B, T, ...] of a batch as those of each span, each with its own B and T."""
+    flat, parts, first = rows.reshape(-1, *rows.shape[2:]), [], 0
+    for span in spans:
+        batch, length = span.shape
+        parts.append(flat[first : first + batch * length].reshape(batch, length, *rows.shape[2:]))
+        first += batch * length
+    return parts
+
+
+def _joined(parts: Sequence[jax.Array], shape: tuple[int, int]) -> jax.Array:
+    """The rows of all spans as one batch of this (B, T): the reverse of ``_parts``."""
+    flat = [part.reshape(-1, *part.shape[2:]) for part in parts]
+    rows = flat[0] if len(flat) == 1 else jnp.concatenate(flat)
+    return rows.reshape(*shape, *rows.shape[1:])
 
 
 def _layer_weight(

@@ -1,4 +1,8 @@
-"""Sampling on the device: the meaning of ``Sampling`` (``reference/sampling.py``) in JAX, for a batch."""
+"""Sampling on the device: the meaning of ``Sampling`` (``reference/sampling.py``) in JAX, for a batch.
+
+Every setting is an array, one entry a sequence, so other settings are no other program; what no
+sequence asks for is skipped while it runs. A sequence's token depends on its own row alone.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -16,11 +20,9 @@ class SamplingArrays:
     """Sampling parameters of a batch, as arguments of a jitted program.
 
     Attributes:
-      temperature, top_k, top_p, min_p, repetition_penalty, presence_penalty: [B].
+      temperature, top_p, min_p, repetition_penalty, presence_penalty: float32 [B].
+      top_k: int32 [B].
       seed: uint32 [B].
-      greedy: static; every temperature is 0.
-      penalized: static; some penalty is on.
-      candidates: static; how many of the highest logits are looked at, 0 for all.
     """
 
     temperature: jax.Array
@@ -30,9 +32,6 @@ class SamplingArrays:
     repetition_penalty: jax.Array
     presence_penalty: jax.Array
     seed: jax.Array
-    greedy: bool = struct.field(pytree_node=False)
-    penalized: bool = struct.field(pytree_node=False)
-    candidates: int = struct.field(pytree_node=False)
 
     @classmethod
     def of(cls, batch: list[Sampling]) -> "SamplingArrays":
@@ -41,7 +40,6 @@ class SamplingArrays:
         def column(name: str, dtype: type) -> np.ndarray:
             return np.asarray([getattr(s, name) for s in batch], dtype)
 
-        narrow = all(0 < s.top_k <= CANDIDATES or s.temperature == 0 for s in batch)
         return cls(
             temperature=column("temperature", np.float32),
             top_k=column("top_k", np.int32),
@@ -50,10 +48,12 @@ class SamplingArrays:
             repetition_penalty=column("repetition_penalty", np.float32),
             presence_penalty=column("presence_penalty", np.float32),
             seed=np.asarray([s.seed % 2**32 for s in batch], np.uint32),
-            greedy=all(s.temperature == 0 for s in batch),
-            penalized=any(s.repetition_penalty != 1 or s.presence_penalty != 0 for s in batch),
-            candidates=CANDIDATES if narrow else 0,
         )
+
+    @property
+    def penalized(self) -> jax.Array:
+        """bool [B], whether some penalty is on."""
+        return (self.repetition_penalty != 1) | (self.presence_penalty != 0)
 
 
 def penalize(
@@ -72,10 +72,28 @@ def choose_tokens(logits: jax.Array, sampling: SamplingArrays, positions: jax.Ar
     The random number of a token depends on the sequence's seed and the token's
     position [B] alone, so the same text comes from any batch and any chunking.
     """
-    highest = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    if sampling.greedy:
-        return highest
-    sampled = jax.vmap(_sample_one, in_axes=(0, 0, 0, 0, 0, 0, 0, None))(
+    is_sampled = sampling.temperature > 0
+    is_narrow = (sampling.top_k > 0) & (sampling.top_k <= CANDIDATES)
+    tokens = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    vocab_size = logits.shape[-1]
+    for wanted, candidates in (
+        (is_sampled & is_narrow, min(CANDIDATES, vocab_size)),
+        (is_sampled & ~is_narrow, vocab_size),
+    ):
+        tokens = jax.lax.cond(
+            jnp.any(wanted),
+            lambda tokens, wanted=wanted, candidates=candidates: jnp.where(
+                wanted, _sample(logits, sampling, positions, candidates), tokens
+            ),
+            lambda tokens: tokens,
+            tokens,
+        )
+    return tokens
+
+
+def _sample(logits: jax.Array, sampling: SamplingArrays, positions: jax.Array, candidates: int) -> jax.Array:
+    """Draws from the highest ``candidates`` logits of every sequence: int32 [B]."""
+    return jax.vmap(_sample_one, in_axes=(0, 0, 0, 0, 0, 0, 0, None))(
         logits,
         jnp.where(sampling.temperature > 0, sampling.temperature, 1.0),
         sampling.top_k,
@@ -83,9 +101,8 @@ def choose_tokens(logits: jax.Array, sampling: SamplingArrays, positions: jax.Ar
         sampling.min_p,
         sampling.seed,
         positions,
-        sampling.candidates or logits.shape[-1],
+        candidates,
     )
-    return jnp.where(sampling.temperature > 0, sampled, highest)
 
 
 def _sample_one(logits, temperature, top_k, top_p, min_p, seed, position, candidates):

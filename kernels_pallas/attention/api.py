@@ -1,4 +1,4 @@
-"""attention: causal grouped-query attention of T queries over a cache of S slots."""
+"""attention: causal grouped-query attention of T queries over a cache of S positions a sequence."""
 
 import jax
 import jax.numpy as jnp
@@ -16,20 +16,24 @@ def attention(
     positions: jax.Array,
     *,
     layer: jax.Array | None = None,
+    slots: jax.Array | None = None,
+    scales: tuple[jax.Array, jax.Array] | None = None,
     implementation: Implementation | None = None,
 ) -> jax.Array:
-    """Attends every query to the cache slots at or before its position.
+    """Attends every query to its sequence's cached positions up to its own.
 
-    Differentiable with respect to ``q``, ``k_cache`` and ``v_cache``.
+    Differentiable with respect to ``q``, ``k_cache`` and ``v_cache`` where these are floats.
 
     Args:
       q: float32 or bfloat16 [B, T, N, H].
-      k_cache: float32 or bfloat16 [B, S, K, H]; slot s holds the key of position s. With
-        ``layer``, the caches of all layers [L, B, S, K, H].
+      k_cache: float32, bfloat16 or float16 [C, S, K, H], the keys of C >= B sequences; or int8
+        with ``scales``. With ``layer``, the caches of all layers [L, C, S, K, H].
       v_cache: as k_cache.
-      positions: int32 [B, T]; the query at position p sees slots 0..p. A negative position sees
+      positions: int32 [B, T]; the query at position p sees positions 0..p. A negative one sees
         nothing and gives zeros (padding).
       layer: int32 scalar, whose cache is meant; nothing of the others is read or copied.
+      slots: int32 [B], the row of the cache that each sequence of q reads; None is row b for b.
+      scales: float32, one for each int8 vector of k_cache and of v_cache: their shapes without H.
       implementation: None chooses; a named one runs or raises.
 
     Returns:
@@ -40,16 +44,23 @@ def attention(
     """
     if layer is None:
         k_cache, v_cache, layer = k_cache[None], v_cache[None], 0
-    B, T, N, H = q.shape
-    L, _, S, K, _ = k_cache.shape
-    expected = (L, B, S, K, H)
-    if k_cache.shape != expected or v_cache.shape != expected or N % K or positions.shape != (B, T):
-        raise ValueError(
-            f"attention: shapes do not match: q {q.shape}, k_cache {k_cache.shape}, v_cache {v_cache.shape}, "
-            f"positions {positions.shape}"
-        )
+        scales = scales and tuple(scale[None] for scale in scales)
+    _check_shapes(q, k_cache, v_cache, positions, slots, scales)
     arrays = (jnp.asarray(a) for a in (q, k_cache, v_cache, positions))
     candidates = {"pallas": OnHopper("attention", tokens_axis=1), "xla": xla.attention}
-    return implementations.run(
-        "attention", implementation, candidates, *arrays, jnp.asarray(layer, jnp.int32)
-    )
+    layer = jnp.asarray(layer, jnp.int32)
+    return implementations.run("attention", implementation, candidates, *arrays, layer, slots, scales)
+
+
+def _check_shapes(q, k_cache, v_cache, positions, slots, scales) -> None:
+    B, T, N, H = q.shape
+    L, C, S, K, _ = k_cache.shape
+    is_right = k_cache.shape == v_cache.shape == (L, C, S, K, H) and N % K == 0 and positions.shape == (B, T)
+    is_right &= B <= C if slots is None else slots.shape == (B,)
+    if not is_right or (scales is not None and any(s.shape != (L, C, S, K) for s in scales)):
+        found = {"q": q, "k_cache": k_cache, "v_cache": v_cache, "positions": positions, "slots": slots}
+        found |= {} if scales is None else {"k scales": scales[0], "v scales": scales[1]}
+        shapes = ", ".join(f"{name} {a.shape}" for name, a in found.items() if a is not None)
+        raise ValueError(f"attention: shapes do not match: {shapes}")
+    if (k_cache.dtype == jnp.int8) != (scales is not None):
+        raise ValueError(f"attention: a cache of {k_cache.dtype} {'needs no' if scales else 'needs'} scales")

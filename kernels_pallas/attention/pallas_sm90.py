@@ -48,11 +48,13 @@ def attention(
     v_cache: jax.Array,
     positions: jax.Array,
     layer: jax.Array,
+    slots: jax.Array | None = None,
+    scales: Any = None,
     *,
     config: AttentionConfig | None = None,
     interpret: Any = None,
 ) -> jax.Array:
-    """See ``api.attention``; k_cache and v_cache are [L, B, S, K, H] of bfloat16 or float16.
+    """See ``api.attention``; k_cache and v_cache are [L, C, S, K, H] of bfloat16 or float16.
 
     Queries, softmax weights and the result are rounded to the cache's dtype, sums are float32.
 
@@ -60,17 +62,22 @@ def attention(
       NotImplementedError: not a Hopper GPU, or arrays that the kernel does not take.
     """
     require_hopper(interpret)
-    if k_cache.dtype not in _DTYPES or v_cache.dtype != k_cache.dtype:
+    if scales is not None or k_cache.dtype not in _DTYPES or v_cache.dtype != k_cache.dtype:
         raise NotImplementedError(f"the Hopper kernel reads 16-bit caches, not {k_cache.dtype}")
     if q.shape[-1] % 64:
         raise NotImplementedError(f"the Hopper kernel needs a head_dim in 64s, not {q.shape[-1]}")
-    return _attention(q, k_cache, v_cache, positions, layer, config or AttentionConfig(), interpret)
+    slots = jnp.arange(len(q)) if slots is None else slots
+    cache_rows = (layer * k_cache.shape[1] + slots).astype(jnp.int32)
+    return _attention(q, k_cache, v_cache, positions, cache_rows, config or AttentionConfig(), interpret)
 
 
 @partial(jax.jit, static_argnums=(5, 6))
-def _attention(q, k_cache, v_cache, positions, layer, config: AttentionConfig, interpret: Any) -> jax.Array:
+def _attention(
+    q, k_cache, v_cache, positions, cache_rows, config: AttentionConfig, interpret: Any
+) -> jax.Array:
+    """``cache_rows``: int32 [B], each sequence's place in the caches seen as [L * C, S, K * H]."""
     B, T, N, H = q.shape
-    L, _, S, K, _ = k_cache.shape
+    L, C, S, K, _ = k_cache.shape
     group, tile = N // K, ROWS * config.warpgroups
     rows = T * group
     padding = -rows % tile
@@ -81,15 +88,15 @@ def _attention(q, k_cache, v_cache, positions, layer, config: AttentionConfig, i
     steps = -(-(jnp.clip(by_tile.max(axis=2), -1, S - 1) + 1) // config.keys)
     unmasked = jnp.clip(by_tile.min(axis=2) + 1, 0, S) // config.keys
     bounds = jnp.stack([steps, unmasked], axis=-1).astype(jnp.int32)
-    caches = (c.reshape(L * B, S, K * H) for c in (k_cache, v_cache))
+    caches = (c.reshape(L * C, S, K * H) for c in (k_cache, v_cache))
     call = _kernel(config, interpret, batch=B, kv_heads=K, rows=rows + padding, head_dim=H, dtype=q.dtype)
-    out = call(layer.reshape(1).astype(jnp.int32), bounds, row_positions, q, *caches)
+    out = call(cache_rows, bounds, row_positions, q, *caches)
     out = out[:, :rows].reshape(B, K, T, group, H).transpose(0, 2, 1, 3, 4)
     return out.reshape(B, T, N, H).astype(jnp.float32)
 
 
 def _kernel(config: AttentionConfig, interpret: Any, *, batch, kv_heads, rows, head_dim, dtype):
-    """The compiled kernel's wrapper: (layer, bounds, positions, q, k, v) -> [B * K, rows, H]."""
+    """The compiled kernel's wrapper: (cache_rows, bounds, positions, q, k, v) -> [B * K, rows, H]."""
     tile = ROWS * config.warpgroups
     tiles = rows // tile
     one = lambda *shape: plgpu.SMEM(shape, dtype, transforms=_SWIZZLED)
@@ -97,7 +104,7 @@ def _kernel(config: AttentionConfig, interpret: Any, *, batch, kv_heads, rows, h
     full = plgpu.Barrier(num_barriers=config.slots)
     options = {} if interpret is None else {"interpret": interpret}
 
-    def body(layer, bounds, positions, q, k, v, out, **scratch):
+    def body(cache_rows, bounds, positions, q, k, v, out, **scratch):
         item = lax.axis_index("item")
         # The last tiles see the most keys: they go first, so that none is left alone at the end.
         at = tiles - 1 - lax.div(item, jnp.int32(batch * kv_heads))
@@ -105,7 +112,7 @@ def _kernel(config: AttentionConfig, interpret: Any, *, batch, kv_heads, rows, h
         sequence = lax.div(head, jnp.int32(kv_heads))
         refs = {"bounds": bounds, "positions": positions, "q": q, "k": k, "v": v, "out": out, **scratch}
         block = _Block(config, refs, interpret is not None, tile=at, head=head, sequence=sequence)
-        block.cache = layer[0] * batch + sequence
+        block.cache = cache_rows[sequence]
         block.column = lax.rem(head, jnp.int32(kv_heads)) * head_dim
         block.run()
 

@@ -15,21 +15,29 @@ QUERY_TILE = 256
 KEY_BLOCK = 256
 
 
+Scales = tuple[jax.Array, jax.Array] | None
+
+
 @jax.jit
 def attention(
-    q: jax.Array, k_cache: jax.Array, v_cache: jax.Array, positions: jax.Array, layer: jax.Array
+    q: jax.Array,
+    k_cache: jax.Array,
+    v_cache: jax.Array,
+    positions: jax.Array,
+    layer: jax.Array,
+    slots: jax.Array | None = None,
+    scales: Scales = None,
 ) -> jax.Array:
     """See ``api.attention``; the caches are those of all layers."""
-    return _attention(q, k_cache, v_cache, positions, layer)
+    if scales is None:
+        return _differentiable(q, k_cache, v_cache, positions, layer, slots)
+    return _attention(q, k_cache, v_cache, positions, layer, slots, scales)
 
 
-@jax.custom_vjp
-def _attention(
-    q: jax.Array, k_cache: jax.Array, v_cache: jax.Array, positions: jax.Array, layer: jax.Array
-) -> jax.Array:
+def _attention(q, k_cache, v_cache, positions, layer, slots, scales) -> jax.Array:
     T = q.shape[1]
     if T <= QUERY_TILE:
-        return _query_tile(q, k_cache, v_cache, positions, layer)
+        return _query_tile(q, k_cache, v_cache, positions, layer, slots, scales)
     tiles = -(-T // QUERY_TILE)
 
     def step(i: jax.Array, out: jax.Array) -> jax.Array:
@@ -40,6 +48,8 @@ def _attention(
             v_cache,
             lax.dynamic_slice_in_dim(positions, start, QUERY_TILE, axis=1),
             layer,
+            slots,
+            scales,
         )
         return lax.dynamic_update_slice_in_dim(out, part, start, axis=1)
 
@@ -55,28 +65,50 @@ def _einsum(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.einsum(equation, a.astype(jnp.float32), b.astype(jnp.float32), precision=lax.Precision.HIGHEST)
 
 
-def _query_tile(
-    q: jax.Array, k_cache: jax.Array, v_cache: jax.Array, positions: jax.Array, layer: jax.Array
-) -> jax.Array:
+def _read(cache: jax.Array, layer: jax.Array, slots: jax.Array | int, start: jax.Array, block: int):
+    """Positions start to start + block - 1 of one layer: [B, block, ...].
+
+    ``slots``: the rows int32 [B] of the cache, or B for its first ones. Nothing else is copied.
+    """
+    inner = cache.shape[3:]
+
+    def rows(first: jax.Array | int, count: int) -> jax.Array:
+        corner = (layer, first, start, *(0 for _ in inner))
+        return lax.dynamic_slice(cache, corner, (1, count, block, *inner))[0]
+
+    if isinstance(slots, int):
+        return rows(0, slots)
+    return jnp.concatenate([rows(slot, 1) for slot in slots])
+
+
+def _query_tile(q, k_cache, v_cache, positions, layer, slots, scales) -> jax.Array:
     B, T, N, H = q.shape
     S, K = k_cache.shape[2:4]
     block = min(KEY_BLOCK, S)
     grouped = q.reshape(B, T, K, N // K, H)
+    slots = B if slots is None else slots
 
     def step(i: jax.Array, state: tuple) -> tuple:
         peak, total, out = state
         start = jnp.minimum(i * block, S - block)
-        slots = start + jnp.arange(block)
-        corner, size = (layer, 0, start, 0, 0), (1, B, block, K, H)
-        k, v = (lax.dynamic_slice(cache, corner, size)[0] for cache in (k_cache, v_cache))
-        # slots below i * block were seen by the step before, when the last block overlaps
-        visible = (slots <= positions[..., None]) & (slots >= i * block)
-        scores = jnp.where(visible[:, None, None], _scores(grouped, k), -jnp.inf)
+        places = start + jnp.arange(block)
+        k, v = (_read(cache, layer, slots, start, block) for cache in (k_cache, v_cache))
+        # places below i * block were seen by the step before, when the last block overlaps
+        visible = (places <= positions[..., None]) & (places >= i * block)
+        scores = _scores(grouped, k)
+        if scales is not None:  # [B, block, K], of keys and of values
+            k_scale, v_scale = (
+                jnp.moveaxis(_read(scale, layer, slots, start, block), 1, 2)[:, :, None, None]
+                for scale in scales
+            )
+            scores = scores * k_scale
+        scores = jnp.where(visible[:, None, None], scores, -jnp.inf)
         new_peak = jnp.maximum(peak, scores.max(axis=-1))
         safe_peak = jnp.where(jnp.isneginf(new_peak), 0.0, new_peak)
         weights = jnp.exp(scores - safe_peak[..., None])
         shrink = jnp.exp(peak - safe_peak)
-        out = out * shrink[..., None] + _einsum("bkgts,bskh->bkgth", weights, v)
+        scaled = weights if scales is None else weights * v_scale
+        out = out * shrink[..., None] + _einsum("bkgts,bskh->bkgth", scaled, v)
         return new_peak, total * shrink + weights.sum(axis=-1), out
 
     shape = (B, K, N // K, T)
@@ -87,27 +119,31 @@ def _query_tile(
     return jnp.transpose(out, (0, 3, 1, 2, 4)).reshape(q.shape)
 
 
-def _plain(
-    q: jax.Array, k_cache: jax.Array, v_cache: jax.Array, positions: jax.Array, layer: jax.Array
-) -> jax.Array:
+@jax.custom_vjp
+def _differentiable(q, k_cache, v_cache, positions, layer, slots) -> jax.Array:
+    return _attention(q, k_cache, v_cache, positions, layer, slots, None)
+
+
+def _plain(q, k_cache, v_cache, positions, layer, slots) -> jax.Array:
     """The same in one piece, which autodiff can reverse."""
     B, T, N, H = q.shape
     S, K = k_cache.shape[2:4]
     k, v = (lax.dynamic_index_in_dim(cache, layer, keepdims=False) for cache in (k_cache, v_cache))
+    k, v = (cache[:B] if slots is None else cache[slots] for cache in (k, v))
     scores = _scores(q.reshape(B, T, K, N // K, H), k)
     visible = (jnp.arange(S) <= positions[..., None])[:, None, None]
     weights = jax.nn.softmax(jnp.where(visible, scores, -jnp.inf), axis=-1, where=visible)
     return _einsum("bkgts,bskh->btkgh", weights, v).reshape(q.shape)
 
 
-def _forward(q, k_cache, v_cache, positions, layer) -> tuple:
-    return _attention(q, k_cache, v_cache, positions, layer), (q, k_cache, v_cache, positions, layer)
+def _forward(*args) -> tuple:
+    return _differentiable(*args), args
 
 
 def _backward(residuals: tuple, dy: jax.Array) -> tuple:
-    q, k_cache, v_cache, positions, layer = residuals
-    plain = partial(_plain, positions=positions, layer=layer)
-    return *jax.vjp(plain, q, k_cache, v_cache)[1](dy), None, None
+    q, k_cache, v_cache, positions, layer, slots = residuals
+    plain = partial(_plain, positions=positions, layer=layer, slots=slots)
+    return *jax.vjp(plain, q, k_cache, v_cache)[1](dy), None, None, None
 
 
-_attention.defvjp(_forward, _backward)
+_differentiable.defvjp(_forward, _backward)

@@ -1,4 +1,4 @@
-"""Generation: one jitted loop, chunked prefill, batches, stops, and what must not change the text."""
+"""Generation of one sequence: a jitted loop, chunked prefill, stops, and what must not change the text."""
 
 import jax
 import jax.numpy as jnp
@@ -7,38 +7,15 @@ import pytest
 
 from convert.ggml_types import GGMLType
 from convert.packed import PackedTensor
-from qwen3_moe_jax import generate as generation
+from qwen3_moe_jax import generate
 from qwen3_moe_jax.errors import ContextOverflowError, NumericalError
-from qwen3_moe_jax.generate import PREFILL_CHUNKS, DecodeState, chunk_lengths, generate, prefill
+from qwen3_moe_jax.generate import PREFILL_CHUNKS, chunk_lengths
 from qwen3_moe_jax.jax_runner import JaxRunner
-from qwen3_moe_jax.kv_cache import KVCache
 from qwen3_moe_jax.reference import ReferenceRunner
 from qwen3_moe_jax.sampling import Sampling
-from qwen3_moe_jax.token_choice import SamplingArrays
 from tests import tolerances
 
 GREEDY = Sampling(temperature=0)
-NO_STOPS = jnp.zeros((0,), jnp.int32)
-
-
-def whole(runner, prompts, *, new_tokens, sampling=GREEDY, stop_ids=NO_STOPS, capacity=256):
-    """The state after one ``generate`` call that writes ``new_tokens`` after each prompt."""
-    tokens = np.zeros((len(prompts), capacity), np.int32)
-    for row, prompt in zip(tokens, prompts, strict=True):
-        row[: len(prompt)] = prompt
-    lengths = [len(p) for p in prompts]
-    cache = KVCache.create(runner.config, len(prompts), capacity + PREFILL_CHUNKS[-1])
-    state = DecodeState.start(cache, jnp.asarray(tokens), jnp.asarray(lengths), runner.config.vocab_size)
-    arrays = SamplingArrays.of([sampling] * len(prompts))
-    state = prefill(runner.model, runner.params, state, arrays, stop_ids, lengths)
-    limit = jnp.asarray(lengths) + new_tokens
-    return generate(runner.model, runner.params, state, arrays, stop_ids, limit)
-
-
-def texts(state, prompts):
-    return [
-        np.asarray(state.tokens[i, len(p) : int(state.length[i])]).tolist() for i, p in enumerate(prompts)
-    ]
 
 
 @pytest.mark.parametrize("num_tokens", [1, 15, 16, 17, 128, 129, 511, 512, 513, 1500])
@@ -49,25 +26,10 @@ def test_chunks_cover_the_prompt_with_few_shapes(num_tokens):
     assert sum(lengths[:-1]) < num_tokens
 
 
-def test_generate_is_one_program_and_streaming_writes_the_same(jax_runner, golden):
-    prompt = golden["ids0"]
-    state = whole(jax_runner, [prompt], new_tokens=32)
-    assert texts(state, [prompt]) == [golden["float32_greedy0"].tolist()]
-    streamed = list(jax_runner.stream(prompt, max_tokens=32, sampling=GREEDY))
-    assert streamed == golden["float32_greedy0"].tolist()
-
-
-def test_sequences_of_a_batch_do_not_touch_each_other(jax_runner, golden):
-    prompts = [golden["ids0"], golden["ids2"], golden["ids1"]]
-    state = whole(jax_runner, prompts, new_tokens=32)
-    assert texts(state, prompts) == [golden[f"float32_greedy{i}"].tolist() for i in (0, 2, 1)]
-
-
-def test_chunked_prefill_gives_the_logits_of_one_piece(jax_runner, golden, monkeypatch):
+def test_chunked_prefill_gives_the_logits_of_one_piece(jax_runner, golden):
     ids = np.concatenate([golden[f"ids{i}"] for i in range(3)])
     in_one = jax_runner.forward(ids).logits  # 107 tokens: one chunk of 128
-    monkeypatch.setattr(generation, "PREFILL_CHUNKS", (16,))
-    in_many = jax_runner.forward(ids).logits
+    in_many = jax_runner.forward(ids, chunk_sizes=(16,)).logits
     np.testing.assert_allclose(in_many, in_one, atol=tolerances.CHUNKED_LOGITS, rtol=0)
 
 
@@ -95,28 +57,13 @@ def test_the_context_fills_to_its_last_token_and_no_further(source, golden):
         runner.forward([1] * (len(prompt) + 6))
 
 
-def test_the_same_seed_gives_the_same_text_alone_and_in_a_batch(jax_runner, golden):
+def test_the_same_seed_gives_the_same_text(jax_runner, golden):
     sampling = Sampling(temperature=1.0, top_k=40, top_p=0.95, seed=7)
-    alone = list(jax_runner.stream(golden["ids0"], max_tokens=24, sampling=sampling))
+    first = list(jax_runner.stream(golden["ids0"], max_tokens=24, sampling=sampling))
     again = list(jax_runner.stream(golden["ids0"], max_tokens=24, sampling=sampling))
     other = list(jax_runner.stream(golden["ids0"], max_tokens=24, sampling=Sampling(temperature=1.0, seed=8)))
-    prompts = [golden["ids1"], golden["ids0"]]
-    in_batch = texts(whole(jax_runner, prompts, new_tokens=24, sampling=sampling), prompts)[1]
-    assert alone == again == in_batch
-    assert alone != other
-
-
-def test_a_nan_ends_only_its_own_sequence(jax_runner, golden):
-    prompts = [golden["ids0"], golden["ids1"]]
-    good = whole(jax_runner, prompts, new_tokens=8)
-    state = whole(jax_runner, prompts, new_tokens=4)
-    state = state.replace(cache=state.cache.replace(k=state.cache.k.at[:, 1, 0].set(jnp.nan)))
-    arrays = SamplingArrays.of([GREEDY] * 2)
-    limit = jnp.asarray([len(p) + 8 for p in prompts])
-    state = generate(jax_runner.model, jax_runner.params, state, arrays, NO_STOPS, limit)
-    assert np.asarray(state.nonfinite).tolist() == [False, True]
-    assert texts(state, prompts)[0] == texts(good, prompts)[0]
-    assert len(texts(state, prompts)[1]) == 4
+    assert first == again
+    assert first != other
 
 
 def test_nonfinite_logits_are_a_named_error_that_points_to_trace(source, golden):
@@ -135,12 +82,14 @@ def test_the_reference_says_so_too(source, golden):
         list(runner.stream(golden["ids0"], max_tokens=4, sampling=GREEDY))
 
 
-def test_decode_is_compiled_once_whatever_the_prompt(source, golden):
+def test_decode_is_compiled_once_whatever_the_prompt_and_the_sampling(source, golden):
     runner = JaxRunner(source, max_context=200)
-    for prompt in (golden["ids0"], golden["ids1"][:7], golden["ids2"]):
-        before = generate._cache_size()
-        list(runner.stream(prompt, max_tokens=5, sampling=GREEDY))
-    assert generate._cache_size() == before
+    sampled = Sampling(temperature=1.0, top_p=0.9, repetition_penalty=1.1)
+    prompts = ((golden["ids0"], GREEDY), (golden["ids1"][:7], sampled), (golden["ids2"], Sampling(top_k=4)))
+    for prompt, sampling in prompts:
+        before = generate.decode._cache_size()
+        assert len(list(runner.stream(prompt, max_tokens=5, sampling=sampling))) == 5
+    assert generate.decode._cache_size() == before
     jax.block_until_ready(runner.params)
 
 
@@ -159,25 +108,23 @@ def test_two_streams_at_once_and_one_given_up_do_not_disturb_each_other(jax_runn
 
 
 def test_after_a_step_that_ran_out_of_memory_the_next_request_works(source, golden, monkeypatch):
-    from qwen3_moe_jax import jax_runner as module
-
     runner = JaxRunner(source)
-    real = module.generate
+    real = generate.decode
 
-    def fail_after_donation(model, params, state, *rest):
-        jax.block_until_ready(real(model, params, state, *rest))  # the state's buffers are gone now
+    def fail_after_donation(model, params, state, *rest, **options):
+        jax.block_until_ready(real(model, params, state, *rest, **options))  # the state's buffers are gone
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1 bytes")
 
-    monkeypatch.setattr(module, "generate", fail_after_donation)
+    monkeypatch.setattr(generate, "decode", fail_after_donation)
     with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED"):
         list(runner.stream(golden["ids0"], max_tokens=8, sampling=GREEDY))
-    monkeypatch.setattr(module, "generate", real)
+    monkeypatch.setattr(generate, "decode", real)
     tokens = list(runner.stream(golden["ids0"], max_tokens=32, sampling=GREEDY))
     assert tokens == golden["float32_greedy0"].tolist()
 
 
 def test_a_model_that_does_not_fit_says_the_plan_and_what_would(source, monkeypatch):
-    from qwen3_moe_jax import jax_runner as module
+    from qwen3_moe_jax import memory_plan as module
     from qwen3_moe_jax.errors import MemoryPlanError
 
     monkeypatch.setattr(module, "available_main_memory", lambda: 450 << 20)
