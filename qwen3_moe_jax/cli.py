@@ -19,6 +19,7 @@ COMMANDS = {
     "generate": ("qwen3_moe_jax.commands.generate", "write text after a prompt"),
     "chat": ("qwen3_moe_jax.commands.chat", "talk with the model in the terminal"),
     "perplexity": ("qwen3_moe_jax.commands.perplexity", "measure how well the model expects a text"),
+    "bench": ("qwen3_moe_jax.commands.bench", "measure how fast the model is on this machine"),
     "convert": ("qwen3_moe_jax.commands.convert", "pack a GGUF file into a checkpoint folder"),
     "inspect": ("qwen3_moe_jax.commands.inspect", "show what a model file holds and what will run"),
     "verify": ("qwen3_moe_jax.parity.commands.verify", "prove on this machine that a backend is right"),

@@ -1,12 +1,11 @@
-"""Speed of generation on this machine: decode, prefill, and the first token of a new process.
+"""Speed of generation on this machine, with what ``qwen3-moe bench`` does not measure.
 
     python scripts/bench_generate.py [--model FILE] [--backend jax] [--prompt-tokens 512] [--new-tokens 256]
 
-Decode is the rate of the tokens after the first; prefill is the prompt's tokens over the
-time to the first token. Each is the median of --repeats runs after one that compiles. The
-first token of a cold process is the time from its start to its first byte of text, with the
-compilation cache of an earlier one on disk (and without, for the first run). The last line
-is one JSON object.
+Two rows of ``qwen3-moe bench`` (a prompt, and writing after it, the median of --repeats runs after
+one that compiles) beside llama.cpp's; the first token of a cold process, which is the time from its
+start to its first byte of text, with the compilation cache of an earlier one on disk (and without,
+for the first run); and with --parity the distance from the reference. The last line is one JSON object.
 """
 
 import argparse
@@ -23,25 +22,14 @@ import jax
 import numpy as np
 
 from qwen3_moe_jax import loader
+from qwen3_moe_jax.benchmark import Benchmark, Workload
 from qwen3_moe_jax.parity.metrics import cosine
 from qwen3_moe_jax.reference import ReferenceRunner
-from qwen3_moe_jax.sampling import Sampling
 
-GREEDY = Sampling(temperature=0)
 TEXT = 'def quicksort(items):\n    """Sorts a list."""\n    if len(items) < 2:\n        return items\n'
 
 LLAMA_CPP_TOKENS_PER_S = {"decode": 1290, "prefill": 5035}
 """llama.cpp (0c1e57098) on the embedded model, 4 cores of the machine the project was started on."""
-
-
-def measure(model, prompt: list[int], new_tokens: int) -> tuple[float, float]:
-    """(prefill, decode) tokens/s of one run."""
-    began = time.perf_counter()
-    tokens = model.runner.stream(prompt, max_tokens=new_tokens, sampling=GREEDY)
-    next(tokens)
-    first = time.perf_counter()
-    count = sum(1 for _ in tokens)
-    return len(prompt) / (first - began), count / (time.perf_counter() - first)
 
 
 def compare(model, token_ids: list[int]) -> dict[str, float | int]:
@@ -95,10 +83,8 @@ def main() -> None:
         load_seconds = time.perf_counter() - began
         ids = model.tokenizer.encode(TEXT)
         prompt = (ids * (args.prompt_tokens // len(ids) + 1))[: args.prompt_tokens]
-        began = time.perf_counter()
-        measure(model, prompt, args.new_tokens)
-        first_run_seconds = time.perf_counter() - began
-        runs = [measure(model, prompt, args.new_tokens) for _ in range(args.repeats)]
+        workloads = Workload("pp", args.prompt_tokens), Workload("tg", args.new_tokens, args.prompt_tokens)
+        (prefill,), (decode,) = Benchmark(model.source, model.runner, repeats=args.repeats).rows(workloads)
         memory = model.runner.memory() if args.backend == "jax" else None
         parity = compare(model, prompt[: args.parity]) if args.parity else None
         facts = model.runner.describe()
@@ -106,11 +92,12 @@ def main() -> None:
     result = {
         "model": name,
         "load_s": load_seconds,
-        "first_run_s": first_run_seconds,
+        "first_run_s": prefill.timing.first_run + decode.timing.first_run,
         "prompt_tokens": args.prompt_tokens,
         "new_tokens": args.new_tokens,
-        "prefill_tokens_per_s": statistics.median(r[0] for r in runs),
-        "decode_tokens_per_s": statistics.median(r[1] for r in runs),
+        "prefill_tokens_per_s": prefill.median,
+        "decode_tokens_per_s": decode.median,
+        "rows": [prefill.as_dict(), decode.as_dict()],
         "parity": parity,
         "memory": memory,
         "backend": facts,

@@ -9,6 +9,7 @@ the matrix products and of causal attention over ``--tflops``, which should be w
 """
 
 import argparse
+import itertools
 import json
 import sys
 import time
@@ -27,7 +28,9 @@ from convert.config import PRESETS, Qwen3MoeConfig
 from convert.ggml_types import GGMLType
 from convert.packed import GPU_TILES, PackedTensor
 from convert.tensor_names import tensor_specs
+from qwen3_moe_jax.benchmark import random_prompts, repeated
 from qwen3_moe_jax.kv_cache import KVCache
+from qwen3_moe_jax.limits import prefill_operations
 from qwen3_moe_jax.model import Qwen3Moe
 from qwen3_moe_jax.stacks import stack_layers
 
@@ -117,16 +120,6 @@ def random_params(config: Qwen3MoeConfig, types: dict[str, GGMLType]) -> dict[st
     }
 
 
-def operations(config: Qwen3MoeConfig, sequences: int, tokens: int, start: int) -> float:
-    """Floating-point operations of a chunk of ``tokens`` after ``start``, without the vocabulary."""
-    c = config
-    width, kv = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
-    dense = c.hidden_size * (2 * width + 2 * kv + c.num_experts)
-    experts = 3 * c.hidden_size * c.moe_intermediate_size * c.num_experts_per_tok
-    attention = 2 * width * (start + (tokens + 1) / 2)
-    return 2.0 * c.num_hidden_layers * sequences * tokens * (dense + experts + attention)
-
-
 @partial(jax.jit, static_argnums=0, donate_argnums=2)
 def chunk_step(model: Qwen3Moe, params: Any, cache: KVCache, token_ids: jax.Array, start: jax.Array):
     """One chunk: the last token's logits [B, V] and the cache."""
@@ -137,10 +130,11 @@ def chunk_step(model: Qwen3Moe, params: Any, cache: KVCache, token_ids: jax.Arra
 
 def measure(model, params, sequences: int, tokens: int, chunk: int, repeats: int) -> float:
     """Best seconds of ``repeats`` prefills of ``sequences`` prompts of ``tokens``."""
-    best = float("inf")
-    for repeat in range(repeats + 1):
+    seeds = itertools.count()
+
+    def run() -> tuple[float]:
         cache = KVCache.create(model.config, sequences, tokens, jnp.bfloat16)
-        ids = jax.random.randint(jax.random.key(repeat), (sequences, tokens), 0, model.config.vocab_size)
+        ids = jnp.asarray(random_prompts(model.config, sequences, tokens, next(seeds)))
         jax.block_until_ready((cache, ids))
         began = time.perf_counter()
         for start in range(0, tokens, chunk):
@@ -150,11 +144,11 @@ def measure(model, params, sequences: int, tokens: int, chunk: int, repeats: int
         seconds = time.perf_counter() - began
         if not finite:
             raise ArithmeticError(f"logits of {sequences} x {tokens} tokens are not finite")
-        if repeat:  # the first run compiles
-            best = min(best, seconds)
-        else:
-            print(f"{sequences} x {tokens}: first run {seconds:.1f} s", flush=True)
-    return best
+        return (seconds,)
+
+    (timing,) = repeated(run, repeats)
+    print(f"{sequences} x {tokens}: first run {timing.first_run:.1f} s", flush=True)
+    return min(timing.runs)
 
 
 def main() -> None:
@@ -177,7 +171,7 @@ def main() -> None:
     for tokens, sequences in zip(args.tokens, counts, strict=True):
         chunk = min(args.chunk, tokens)
         seconds = measure(model, params, sequences, tokens, chunk, args.repeats)
-        work = sum(operations(config, sequences, chunk, s) for s in range(0, tokens, chunk))
+        work = prefill_operations(config, sequences, tokens)
         share = work / seconds / (args.tflops * 1e12)
         results.append(
             {

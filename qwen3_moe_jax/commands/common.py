@@ -54,7 +54,7 @@ def explain_if_slow(text: str, *, quiet: bool = False) -> Iterator[Callable[[], 
         timer.cancel()
 
 
-def load_model(args: argparse.Namespace) -> "Model":
+def load_model(args: argparse.Namespace, *, show_banner: bool = True) -> "Model":
     """Loads what ``add_model_arguments`` parsed, with progress and a banner on standard error."""
     slow = "loading (and, when a backend first meets a file, checking it against the reference)"
     with explain_if_slow(slow, quiet=args.quiet), show_progress("loading") as progress:
@@ -68,24 +68,23 @@ def load_model(args: argparse.Namespace) -> "Model":
             strict=args.strict,
             progress=progress,
         )
-    if not args.quiet:
-        print_banner(model)
+    if show_banner and not args.quiet:
+        print(banner(model), file=sys.stderr)
     return model
 
 
-def print_banner(model: "Model") -> None:
+def banner(model: "Model") -> str:
     """Two lines: what the model is, and what it runs on."""
     c, source = model.config, model.source
     name = source.metadata.get("general.name", source.path.name)
     kinds = ", ".join(sorted({t.name for t in source.types.values()}))
     facts = model.runner.describe()
     implementations = ", ".join(f"{t}: {i}" for t, i in facts["implementations"].items())
-    print(
+    return (
         f"{name}: {c.num_hidden_layers} layers, {c.num_experts} experts ({c.num_experts_per_tok} used), "
         f"{kinds}, {source.nbytes / 1e9:.3g} GB\n"
         f"{facts['backend']} on {facts['device']} ({model.backend_reason}), {facts['compute_dtype']}, "
-        f"context {model.runner.max_context}, {implementations}",
-        file=sys.stderr,
+        f"context {model.runner.max_context}, {implementations}"
     )
 
 

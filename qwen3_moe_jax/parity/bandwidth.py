@@ -11,6 +11,7 @@ PEAK_BYTES_PER_SECOND = {
     "A100-SXM4-80GB": 2.039e12,
     "A100": 1.555e12,
     "L40S": 0.864e12,
+    "L40": 0.864e12,
     "L4": 0.3e12,
     "RTX 5090": 1.792e12,
     "RTX 4090": 1.008e12,
@@ -24,13 +25,14 @@ def peak_bandwidth(device: str) -> float | None:
     return next((peak for name, peak in PEAK_BYTES_PER_SECOND.items() if name in device), None)
 
 
-def bytes_per_token(source: ModelSource) -> float:
-    """Bytes of weights that decoding one token reads, in the file's own form.
+def bytes_per_token(source: ModelSource, sequences: int = 1) -> float:
+    """Bytes of weights that decoding one token of each sequence reads, in the file's own form.
 
-    Every matrix but the embedding, and of the experts the share that a token chooses.
+    Every matrix but the embedding, and of the experts the share that a token chooses; or the share
+    that several sequences can be expected to choose together, if routing is even.
     """
     config = source.config
-    used = config.num_experts_per_tok / config.num_experts
+    used = 1 - (1 - config.num_experts_per_tok / config.num_experts) ** sequences
     total = 0.0
     for path, spec in source.specs.items():
         block = BLOCK_FORMATS[source.types[path]]
@@ -38,7 +40,7 @@ def bytes_per_token(source: ModelSource) -> float:
         for size in spec.shape:
             weights *= size
         if path == "embed_tokens" and not config.tie_word_embeddings:
-            weights = spec.shape[-1]
+            weights = spec.shape[-1] * sequences
         share = used if ".experts." in path else 1.0
         total += share * weights / block.weights * block.nbytes
     return total
