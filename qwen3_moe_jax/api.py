@@ -1,6 +1,6 @@
 """The model as a Python object: text in, text out, logits, and its own proof."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -8,12 +8,12 @@ import numpy as np
 
 from convert.model_source import ModelSource
 from qwen3_moe_jax.chat_template import RenderedChat, find_template, render_chat, special_tokens
-from qwen3_moe_jax.errors import ContextOverflowError
+from qwen3_moe_jax.errors import ContextOverflowError, NumericalError
 from qwen3_moe_jax.perplexity import Perplexity, measure_perplexity
 from qwen3_moe_jax.runner import Forward, Runner
 from qwen3_moe_jax.sampling import Sampling, recommended_sampling
-from qwen3_moe_jax.text_stream import TextStream
-from qwen3_moe_jax.tokenizer import Tokenizer
+from qwen3_moe_jax.text_stream import StopStrings, TextStream
+from qwen3_moe_jax.tokenizer import StreamDecoder, Tokenizer
 
 if TYPE_CHECKING:
     from qwen3_moe_jax.parity import Report
@@ -35,6 +35,16 @@ class Answer:
     finish_reason: str
     prompt_tokens: int
     new_tokens: int
+
+
+@dataclass(frozen=True)
+class _Request:
+    """A prompt's tokens and how it is answered."""
+
+    token_ids: list[int]
+    max_tokens: int
+    sampling: Sampling
+    starts_in_reasoning: bool
 
 
 class Model:
@@ -105,6 +115,21 @@ class Model:
           ContextOverflowError: the prompt does not fit the context.
           ValueError: max_tokens is below 1, or the prompt is empty.
         """
+        r = self._request(prompt, max_tokens, sampling, tools, thinking)
+        tokens = self.runner.stream(
+            r.token_ids, max_tokens=r.max_tokens, sampling=r.sampling, stop_ids=self.tokenizer.stop_ids
+        )
+        return self._text_stream(r, tokens, stop)
+
+    def _request(
+        self,
+        prompt: str | Messages,
+        max_tokens: int | None = None,
+        sampling: Sampling | None = None,
+        tools: Sequence[dict[str, Any]] | None = None,
+        thinking: bool | None = None,
+    ) -> "_Request":
+        """What ``open_stream`` is asked for, checked."""
         if max_tokens is not None and max_tokens < 1:
             raise ValueError(f"max_tokens is {max_tokens}; it must be at least 1")
         token_ids, chat = self.prompt(prompt, tools=tools, thinking=thinking)
@@ -113,18 +138,19 @@ class Model:
         room = self.runner.max_context - len(token_ids)
         if room < 1:
             raise ContextOverflowError(len(token_ids), self.runner.max_context)
-        sampling = sampling or self.default_sampling(thinking=thinking)[0]
         limit = room if max_tokens is None else min(max_tokens, room)
-        tokens = self.runner.stream(
-            token_ids, max_tokens=limit, sampling=sampling, stop_ids=self.tokenizer.stop_ids
-        )
+        starts_in_reasoning = chat is not None and chat.starts_in_reasoning
+        sampling = sampling or self.default_sampling(thinking=thinking)[0]
+        return _Request(token_ids, limit, sampling, starts_in_reasoning)
+
+    def _text_stream(self, r: "_Request", tokens: Iterable[int], stop: Sequence[str]) -> TextStream:
         return TextStream(
             self.tokenizer,
             tokens,
             stop=stop,
-            max_tokens=limit,
-            prompt_tokens=len(token_ids),
-            starts_in_reasoning=chat is not None and chat.starts_in_reasoning,
+            max_tokens=r.max_tokens,
+            prompt_tokens=len(r.token_ids),
+            starts_in_reasoning=r.starts_in_reasoning,
         )
 
     def stream(self, prompt: str | Messages, **options: Any) -> Iterator[str]:
@@ -140,6 +166,46 @@ class Model:
         stream = self.open_stream(prompt, **options)
         text = "".join(stream)
         return Answer(text, stream.finish_reason, stream.prompt_tokens, stream.new_tokens)
+
+    def generate_batch(
+        self, prompts: Sequence[str | Messages], *, stop: Sequence[str] = (), **options: Any
+    ) -> list[Answer]:
+        """Answers to several prompts, in their order; options as ``open_stream``.
+
+        The jax backend writes many at a time (up to 16, as memory allows), the others one after the
+        other. Every prompt has the same sampling and seed, so it gets the answer it would get alone,
+        but for what rounding decides.
+
+        Raises:
+          NumericalError: logits of a prompt were not finite.
+        """
+        run = getattr(self.runner, "generate_batch", None)
+        if run is None:
+            return [self.answer(prompt, stop=stop, **options) for prompt in prompts]
+        requests = [self._request(prompt, **options) for prompt in prompts]
+        watched = [(StreamDecoder(self.tokenizer), StopStrings(stop)) for _ in requests]
+
+        def is_over(number: int, tokens: list[int]) -> bool:
+            decoder, stops = watched[number]
+            for token in tokens:
+                stops.push(decoder.push(token))
+            return stops.found is not None
+
+        results = run(
+            [r.token_ids for r in requests],
+            max_tokens=[r.max_tokens for r in requests],
+            sampling=[r.sampling for r in requests],
+            stop_ids=self.tokenizer.stop_ids,
+            is_over=is_over,
+        )
+        answers = []
+        for number, (r, result) in enumerate(zip(requests, results, strict=True)):
+            if result.finish_reason == "nonfinite":
+                raise NumericalError(f"the logits of prompt {number} are not finite: run `qwen3-moe trace`")
+            stream = self._text_stream(r, result.tokens, stop)
+            text = "".join(stream)
+            answers.append(Answer(text, stream.finish_reason, stream.prompt_tokens, stream.new_tokens))
+        return answers
 
     def forward(self, token_ids: Sequence[int], **options: Any) -> Forward:
         """Logits, expert choices and captured stages of a prompt; options as ``Runner.forward``.

@@ -5,8 +5,9 @@ again, and frees them; which request comes first, and how long it may wait, is t
 business.
 """
 
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
 import jax
@@ -23,6 +24,9 @@ from qwen3_moe_jax.token_choice import SamplingArrays
 
 PREFILL_TOKENS = 2048
 """Tokens of prompts that one step reads at most: more rows would not use a GPU better."""
+
+STEPS_A_DISPATCH = 8
+"""Tokens a dispatch of ``run_all`` when nobody waits for a slot."""
 
 FinishReason = Literal["stop", "length", "nonfinite"]
 
@@ -228,3 +232,53 @@ class Batch:
                 tokens = tokens[:-1] if is_stopped else tokens
             progress.append(Progress(slot, tokens, sequence.finish_reason))
         return progress
+
+
+@dataclass(frozen=True)
+class Request:
+    """What ``Batch.admit`` is asked for."""
+
+    token_ids: Sequence[int]
+    sampling: Sampling = field(default_factory=Sampling)
+    max_tokens: int | None = None
+    stop_ids: Collection[int] = ()
+
+
+@dataclass
+class Generated:
+    """What was written after one prompt: tokens, without a stop token, and why it ended."""
+
+    tokens: list[int] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+
+
+IsOver = Callable[[int, list[int]], bool]
+"""Told a request's number and its new tokens; True ends it, as a stop token would."""
+
+
+def run_all(batch: Batch, requests: Sequence[Request], is_over: IsOver | None = None) -> list[Generated]:
+    """Runs every request, in their order as slots get free.
+
+    Raises:
+      ContextOverflowError, ValueError: a request that ``Batch.admit`` does not take.
+    """
+    waiting, running = deque(enumerate(requests)), {}
+    results = [Generated() for _ in requests]
+    tokens = 1
+    while waiting or running:
+        while waiting and batch.free_slots:
+            number, r = waiting.popleft()
+            slot = batch.admit(r.token_ids, sampling=r.sampling, max_tokens=r.max_tokens, stop_ids=r.stop_ids)
+            running[slot] = number
+        for progress in batch.step(tokens):
+            number = running[progress.slot]
+            result = results[number]
+            result.tokens += progress.tokens
+            result.finish_reason = progress.finish_reason
+            if is_over is not None and is_over(number, progress.tokens):
+                result.finish_reason = "stop"
+            if result.finish_reason:
+                batch.free(progress.slot)
+                del running[progress.slot]
+        tokens = 1 if waiting else STEPS_A_DISPATCH
+    return results

@@ -18,7 +18,7 @@ from convert.packed import LANES
 from convert.progress import ProgressCallback
 from kernels_pallas import Matrices
 from kernels_pallas import dequantize as dequantize_on_device
-from qwen3_moe_jax.batching import Batch
+from qwen3_moe_jax.batching import Batch, Generated, IsOver, Request, run_all
 from qwen3_moe_jax.errors import ContextOverflowError, NumericalError
 from qwen3_moe_jax.generate import (
     COMPILER_OPTIONS,
@@ -29,7 +29,7 @@ from qwen3_moe_jax.generate import (
 )
 from qwen3_moe_jax.jax_likelihood import log_likelihoods
 from qwen3_moe_jax.kv_cache import KVCache
-from qwen3_moe_jax.memory_plan import MemoryPlan, available_memory
+from qwen3_moe_jax.memory_plan import MemoryPlan, available_memory, check_slots, fitting_slots
 from qwen3_moe_jax.model import (
     STAGES_COLLECTION,
     Intervention,
@@ -51,6 +51,9 @@ SECONDS_A_DISPATCH = 0.05
 
 FUSED_BATCH = 16
 """Sequences of the GPU's one-kernel decode step (``kernels_pallas.decode_step.api.MAX_BATCH``)."""
+
+FEWEST_BATCH_TOKENS = 256
+"""Slots of ``generate_batch`` have room for at least this many tokens."""
 
 
 def enable_compilation_cache() -> None:
@@ -80,6 +83,7 @@ class JaxRunner:
         *,
         max_context: int | None = None,
         compute_dtype: Any = None,
+        cache_dtype: Any = None,
         progress: ProgressCallback | None = None,
     ):
         """Loads the weights.
@@ -89,6 +93,8 @@ class JaxRunner:
           max_context: tokens of the KV cache; None is all that the model was trained for.
           compute_dtype: float32 or bfloat16 operands of matrix products; None is float32 on the
             CPU and bfloat16 on a GPU, whose kernels take 16-bit operands.
+          cache_dtype: of the KV cache: float32, float16, bfloat16 or int8 (with a float32 scale for
+            each head's vector); None is float32 on the CPU and float16 on a GPU.
           progress: told how far loading is.
 
         Raises:
@@ -100,15 +106,17 @@ class JaxRunner:
         self.device = jax.devices()[0]
         on_gpu = self.device.platform == "gpu"
         self.compute_dtype = jnp.dtype(compute_dtype or (jnp.bfloat16 if on_gpu else jnp.float32))
-        self.cache_dtype = jnp.dtype(jnp.float16 if on_gpu else jnp.float32)
-        self.fallbacks = self._fallbacks(source) if on_gpu else []
+        self.cache_dtype = jnp.dtype(cache_dtype or (jnp.float16 if on_gpu else jnp.float32))
+        without_kernels = self._fallbacks(source) if on_gpu else []
+        self.has_kernels = on_gpu and not without_kernels
+        self.fallbacks = without_kernels + (self._cache_fallbacks() if self.has_kernels else [])
         roles = GPU_ROLES if on_gpu else {}
         self.model = Qwen3Moe(
             source.config,
             self.compute_dtype,
             types=FrozenDict(source.types),
             roles=FrozenDict(roles),
-            fused_decode=FUSED_BATCH if on_gpu and not self.fallbacks else 0,
+            fused_decode=FUSED_BATCH if self.has_kernels and not self.fallbacks else 0,
         )
         self.plan = MemoryPlan.of(source, _cache_length(self.max_context), self.cache_dtype.itemsize)
         self.plan.check(*available_memory(self.device))
@@ -129,16 +137,26 @@ class JaxRunner:
             return ["XLA in place of the GPU kernels: they take bfloat16, and compute_dtype is float32"]
         return []
 
+    def _cache_fallbacks(self) -> list[str]:
+        """What the KV cache's dtype keeps from the GPU's kernels."""
+        if self.cache_dtype in (jnp.float16, jnp.bfloat16):
+            return []
+        return [
+            "XLA in place of the GPU's attention kernel and one-kernel decode step: they read a KV cache "
+            f"of 16 bits, and it is {self.cache_dtype.name}"
+        ]
+
     def describe(self) -> dict[str, object]:
         device = self.device
-        kernels = device.platform == "gpu" and not self.fallbacks
         types = sorted({t for t in self.model.types.values()})
         return {
             "backend": self.name,
             "device": f"{device.device_kind} ({device.platform})",
             "compute_dtype": self.compute_dtype.name,
             "cache_dtype": self.cache_dtype.name,
-            "implementations": {t.name: "pallas" if kernels and t in TILED_TYPES else "xla" for t in types},
+            "implementations": {
+                t.name: "pallas" if self.has_kernels and t in TILED_TYPES else "xla" for t in types
+            },
             "fallbacks": self.fallbacks,
             "batch_invariant": self.model.fused_decode > 0,
         }
@@ -248,6 +266,63 @@ class JaxRunner:
                 raise self._nonfinite(len(token_ids) + written - 1)
         finally:
             self._keep_spare(batch)
+
+    def open_batch(self, slots: int, *, context: int | None = None) -> Batch:
+        """Slots for sequences that run together, with a KV cache of their own.
+
+        Args:
+          slots: how many.
+          context: tokens that each may have; None is ``max_context``.
+
+        Raises:
+          MemoryPlanError: they do not fit the memory that is free.
+        """
+        context = context or self.max_context
+        length, itemsize = _cache_length(context), self.cache_dtype.itemsize
+        check_slots(self.config, slots, length, itemsize, *available_memory(self.device))
+        return self._new_batch(slots, context)
+
+    def generate_batch(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_tokens: int | Sequence[int],
+        sampling: Sampling | Sequence[Sampling],
+        stop_ids: Collection[int] = (),
+        slots: int | None = None,
+        is_over: IsOver | None = None,
+    ) -> list[Generated]:
+        """What the model writes after each prompt, many of them at a time.
+
+        Args:
+          prompts: token ids of each.
+          max_tokens: new tokens at most, of all or of each.
+          sampling: of all, their seed included, or of each.
+          stop_ids: tokens that end a sequence.
+          slots: sequences at a time; None is up to 16, as memory allows.
+          is_over: see ``batching.run_all``.
+
+        Raises:
+          ContextOverflowError: a prompt leaves no room in the context.
+          MemoryPlanError: the cache does not fit the memory that is free.
+        """
+        if not prompts:
+            return []
+        limits = [max_tokens] * len(prompts) if isinstance(max_tokens, int) else max_tokens
+        samplings = [sampling] * len(prompts) if isinstance(sampling, Sampling) else sampling
+        longest = max(len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True))
+        # of few lengths, so that few shapes are compiled
+        context = min(max(FEWEST_BATCH_TOKENS, 1 << (longest - 1).bit_length()), self.max_context)
+        if slots is None:
+            available, _ = available_memory(self.device)
+            most, itemsize = min(len(prompts), FUSED_BATCH), self.cache_dtype.itemsize
+            slots = fitting_slots(self.config, most, _cache_length(context), itemsize, available)
+        batch = self.open_batch(slots, context=context)
+        requests = [
+            Request(prompt, its_sampling, limit, frozenset(stop_ids))
+            for prompt, its_sampling, limit in zip(prompts, samplings, limits, strict=True)
+        ]
+        return run_all(batch, requests, is_over)
 
     def _nonfinite(self, position: int) -> NumericalError:
         return NumericalError(

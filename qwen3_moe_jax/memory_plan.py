@@ -17,10 +17,50 @@ WORKING_BYTES = 400 << 20
 """Compiled programs, one chunk of activations, one dequantized tile: measured below this on every model."""
 
 
+FEWEST_POSITIONS = 1024
+"""A shorter slot is not advised: it has little room beside the longest prefill chunk."""
+
+
 def cache_nbytes(config: Qwen3MoeConfig, length: int, itemsize: int, batch: int = 1) -> int:
-    """Bytes of the KV cache of ``batch`` sequences of ``length`` positions."""
-    per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * itemsize
-    return batch * length * per_token
+    """Bytes of the KV cache of ``batch`` sequences of ``length`` positions.
+
+    ``itemsize`` is of a value; 1 is int8, where each head's vector has a float32 scale beside it.
+    """
+    vector = config.head_dim * itemsize + (4 if itemsize == 1 else 0)
+    return batch * length * 2 * config.num_hidden_layers * config.num_key_value_heads * vector
+
+
+def check_slots(
+    config: Qwen3MoeConfig, slots: int, length: int, itemsize: int, available: int | None, where: str
+) -> None:
+    """Raises MemoryPlanError unless the KV cache of ``slots`` sequences of ``length`` positions fits.
+
+    Args:
+      itemsize: as for ``cache_nbytes``.
+      available: bytes that are free with the weights loaded; None is unknown, and passes.
+      where: the place's name.
+    """
+    one, needed = (cache_nbytes(config, length, itemsize, n) for n in (1, slots))
+    if available is None or needed + WORKING_BYTES <= available:
+        return
+    left = max(0, available - WORKING_BYTES)
+    positions = left // cache_nbytes(config, slots, itemsize)
+    advice = [f"{left // one} slots"] if left >= one else []
+    advice += [f"{positions} positions each"] if positions >= FEWEST_POSITIONS else []
+    raise MemoryPlanError(
+        f"a KV cache of {slots} slots x {length} positions takes {needed / 1e9:.2f} GB beside "
+        f"{WORKING_BYTES / 1e9:.2f} GB of working memory, and {where} has {available / 1e9:.2f} GB free: "
+        + (f"{' or '.join(advice)} would fit" if advice else "not even one of them fits")
+    )
+
+
+def fitting_slots(
+    config: Qwen3MoeConfig, most: int, length: int, itemsize: int, available: int | None
+) -> int:
+    """How many slots of ``length`` positions fit what is free: at most ``most``, at least 1."""
+    if available is None:
+        return most
+    return max(1, min(most, (available - WORKING_BYTES) // cache_nbytes(config, length, itemsize)))
 
 
 def weights_nbytes(source: ModelSource) -> int:
