@@ -24,7 +24,6 @@ from convert.config import Qwen3MoeConfig
 from convert.model_source import ModelSource
 from qwen3_moe_jax.errors import MemoryPlanError
 from qwen3_moe_jax.limits import Limits, prefill_operations, step_nbytes
-from qwen3_moe_jax.memory_plan import cache_nbytes
 from qwen3_moe_jax.runner import Runner
 from qwen3_moe_jax.sampling import Sampling
 
@@ -320,14 +319,3 @@ def is_out_of_memory(error: Exception) -> bool:
 
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:300] or type(error).__name__
-
-
-def batch_nbytes(config: Qwen3MoeConfig, sequences: int, length: int, tokens: int, itemsize: int) -> int:
-    """Bytes that a batch takes beside the weights.
-
-    Its cache of ``length`` positions for each sequence, and float32 activations of ``tokens`` at once.
-    """
-    c = config
-    width = 2 * c.num_experts_per_tok * (c.moe_intermediate_size + c.hidden_size)
-    width += 6 * c.hidden_size + 3 * c.num_attention_heads * c.head_dim
-    return cache_nbytes(c, length, itemsize, sequences) + 4 * tokens * width

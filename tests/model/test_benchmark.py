@@ -5,6 +5,7 @@ import pytest
 
 from convert.config import PRESETS
 from qwen3_moe_jax import benchmark, limits
+from qwen3_moe_jax import jax_runner as jax_runner_module
 from qwen3_moe_jax.benchmark import (
     FAILED,
     MEASURED,
@@ -225,9 +226,7 @@ def test_batches_on_jax(source, jax_runner):
 
 
 def test_a_batch_beyond_the_memory_says_so(source, jax_runner, monkeypatch):
-    from qwen3_moe_jax import benchmark_batch
-
-    monkeypatch.setattr(benchmark_batch, "available_memory", lambda device: (1 << 20, "main memory"))
+    monkeypatch.setattr(jax_runner_module, "available_memory", lambda device: (1 << 20, "main memory"))
     rows = measure(source, jax_runner, plan([], 3, [], [2], 16), repeats=1)
     assert {row.outcome for row in rows.values()} == {NO_MEMORY}
-    assert "GB free in main memory" in rows["2 x pp16"].reason
+    assert "main memory has 0.00 GB free" in rows["2 x pp16"].reason
