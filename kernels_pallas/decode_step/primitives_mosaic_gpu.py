@@ -90,6 +90,138 @@ def dot16(words, x, start, x_layout, *, signed: bool, emulate: bool):
     return dot(words, x, start)
 
 
+def load_fragments(words, zeros, *, shared: bool, emulate: bool) -> list:
+    """A lane's activations as the second operand of integer tensor-core products.
+
+    The operand has 32 rows (the columns of weights that four lanes hold, 8 a lane) and 8
+    columns. Column 2 * group + part belongs to one column group of the tile and one int8 part,
+    and is zero in all rows but that group's own: so the product's element (row, 2 * group + part)
+    is that group's dot product alone, and lies in the lane that holds this row and group. Three
+    quarters of the multiplications are with zeros; they are cheaper than dp4a all the same.
+
+    Args:
+      words: int32 [2 parts, 4 superblocks, 4 groups, 2 subblocks, 2 halves, 4] in shared memory, a
+        superblock a warp; without the second axis where ``shared``.
+      zeros: int32 [16] of zeros in shared memory.
+
+    Returns:
+      ``[subblock][half]``: int32 [4, 8, 4, 4] of layout ``TILE_WORDS``; lane (i, group) of a warp has
+      the words of part i % 2 where i // 2 is group, and zeros elsewhere.
+    """
+    if emulate:
+        w = words[...]
+        w = jnp.broadcast_to(w[:, None], (2, 4, *w.shape[1:])) if shared else w
+        column, group = jnp.arange(8)[:, None], jnp.arange(4)[None, :]
+        own = (column // 2 == group)[None, :, :, None]
+        spread = lambda s, h: jnp.stack([w[i % 2, :, :, s, h] for i in range(8)], axis=1)
+        return [[jnp.where(own, spread(s, h), 0) for h in range(2)] for s in range(2)]
+
+    shape = plgpu.ShapeDtypeStruct((4, 8, 4, 4), jnp.int32, layout=TILE_WORDS)
+
+    @plgpu.inline_mgpu(
+        arg_types=(plgpu.RefType(), plgpu.RefType()), return_type=[[shape, shape], [shape, shape]]
+    )
+    def load(ctx, words, zeros):
+        del ctx
+        from jaxlib.mlir import ir
+        from jaxlib.mlir.dialects import arith, llvm
+
+        i32 = ir.IntegerType.get_signless(32)
+        vector = ir.VectorType.get((4,), i32)
+        const = lambda v: arith.constant(i32, v)
+        strides, _ = words.type.get_strides_and_offset()
+        thread = arith.remui(mgpu.utils.thread_idx(), const(WARPGROUP))
+        lane, warp = arith.remui(thread, const(32)), arith.divui(thread, const(32))
+        column, group = arith.divui(lane, const(4)), arith.remui(lane, const(4))
+        at = arith.muli(arith.remui(column, const(2)), const(strides[0]))
+        at = arith.addi(at, arith.muli(group, const(strides[-4])))
+        if not shared:
+            at = arith.addi(at, arith.muli(warp, const(strides[1])))
+        own = arith.cmpi(arith.CmpIPredicate.eq, arith.divui(column, const(2)), group)
+        here = mgpu.utils.getelementptr(mgpu.utils.memref_ptr(words), [at], i32)
+        base = arith.select(own, here, mgpu.utils.memref_ptr(zeros))
+
+        def fragment(s: int, h: int):
+            offset = const(s * strides[-3] + h * strides[-2])
+            value = llvm.load(vector, mgpu.utils.getelementptr(base, [offset], i32), alignment=16)
+            layout = TILE_WORDS.to_mgpu()
+            registers = np.full(layout.registers_shape((4, 8, 4, 4)), None, object)
+            registers.flat[0] = value
+            return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=True)
+
+        return [[fragment(s, h) for h in range(2)] for s in range(2)]
+
+    return load(words, zeros)
+
+
+def dot_tiles(tiles: list, fragments: list, *, signed: bool, emulate: bool) -> list:
+    """Dot products of one or two tiles by integer tensor-core products (mma m16n8k32).
+
+    A tile gives 8 of the 16 rows of the first operand; with one tile, the others are zeros.
+
+    Args:
+      tiles: for each tile, int32 words [4, 8, 4, 4] of the pieces of 16 weights to be summed,
+        four bytes a word, unsigned unless ``signed``.
+      fragments: for each piece, the activations (:func:`load_fragments`).
+
+    Returns:
+      int32 [4, 8, 4] of layout ``TILE_LANES`` for each tile: 128 * high + low.
+    """
+    if emulate:
+        out = []
+        for words in tiles:
+            total = 0
+            for part, factor in enumerate((128, 1)):
+                for word, fragment in zip(words, fragments, strict=True):
+                    x = fragment[:, part::2].sum(axis=1)  # a group's words are in one row, zeros elsewhere
+                    pairs = zip(_bytes(word, signed), _bytes(x[:, None], True), strict=True)
+                    total = total + factor * sum(a * b for a, b in pairs).sum(-1)
+            out.append(total)
+        return out
+
+    kind = "s8" if signed else "u8"
+    operation = f"mma.sync.aligned.m16n8k32.row.col.s32.{kind}.s8.s32 "
+    operation += "{$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, {$10, $11, $12, $13};"
+    shape = plgpu.ShapeDtypeStruct((4, 8, 4), jnp.int32, layout=TILE_LANES)
+
+    @plgpu.inline_mgpu(
+        arg_types=([[TILE_WORDS] * len(fragments)] * len(tiles), [TILE_WORDS] * len(fragments)),
+        return_type=[shape] * len(tiles),
+    )
+    def dot(ctx, tiles, fragments):
+        del ctx
+        from jaxlib.mlir import ir
+        from jaxlib.mlir.dialects import arith, llvm
+
+        i32 = ir.IntegerType.get_signless(32)
+        const = lambda v: arith.constant(i32, v)
+        result = llvm.StructType.get_literal([i32] * 4)
+        element = lambda array, i: llvm.extractelement(array.registers.flat[0], const(i))
+        sums = [const(0)] * 4
+        for piece, fragment in enumerate(fragments):
+            for first in (0, 2):
+                rows = []
+                for word in (first, first + 1):
+                    rows += [element(tile[piece], word) for tile in tiles]
+                    rows += [const(0)] * (2 - len(tiles))
+                columns = [element(fragment, first), element(fragment, first + 1)]
+                out = llvm.inline_asm(
+                    result, [*rows, *columns, *sums], operation, "=r,=r,=r,=r," + ",".join(["r"] * 10)
+                )
+                sums = [llvm.extractvalue(i32, out, [i]) for i in range(4)]
+        arrays = []
+        layout = TILE_LANES.to_mgpu()
+        for i in range(len(tiles)):
+            total = arith.addi(arith.shli(sums[2 * i], const(7)), sums[2 * i + 1])
+            vector = ir.VectorType.get((1,), i32)
+            registers = np.full(layout.registers_shape((4, 8, 4)), None, object)
+            registers.flat[0] = llvm.insertelement(llvm.mlir_undef(vector), total, const(0))
+            arrays.append(mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=True))
+        return arrays
+
+    return dot(tiles, fragments)
+
+
 def warpgroup_barrier(*, emulate: bool) -> None:
     """Makes a warpgroup's memory accesses visible to all its lanes (one thread when emulated)."""
     if emulate:
@@ -384,6 +516,27 @@ def grid_wait(semaphore, target, barrier, *, emulate: bool) -> None:
         block_barrier(barrier, emulate=emulate)
         return
     plgpu.semaphore_wait(semaphore, target, decrement=False, memory_scope="gpu")
+
+
+def store_zeros(ref, *, emulate: bool) -> None:
+    """Zeros into the 16 words of ``ref`` in shared memory; run by a whole warpgroup."""
+    if emulate:
+        ref[...] = jnp.zeros(ref.shape, ref.dtype)
+        return
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
+    def store(ctx, ref):
+        del ctx
+        from jaxlib.mlir import ir
+        from jaxlib.mlir.dialects import arith, llvm
+
+        i32 = ir.IntegerType.get_signless(32)
+        # Lanes beyond the sixteenth write the same zeros again.
+        at = arith.remui(mgpu.utils.thread_idx(), arith.constant(i32, 16))
+        pointer = mgpu.utils.getelementptr(mgpu.utils.memref_ptr(ref), [at], i32)
+        llvm.store(arith.constant(i32, 0), pointer)
+
+    store(ref)
 
 
 def fori(n, body) -> None:

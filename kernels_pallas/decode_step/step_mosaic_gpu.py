@@ -51,6 +51,21 @@ def divisor(n: int, most: int) -> int:
 
 
 @dataclass(frozen=True)
+class Tuning:
+    """Ways to the same bits, to be timed against each other on a GPU (``docs/decode_gpu.md``).
+
+    Attributes:
+      tensor_cores: integer products by mma in place of dp4a.
+    """
+
+    tensor_cores: bool = False
+
+
+MEASURED = Tuning()
+"""What has run on a GPU; the default."""
+
+
+@dataclass(frozen=True)
 class StepConfig:
     """Everything that is fixed when the kernel is compiled.
 
@@ -61,6 +76,7 @@ class StepConfig:
       blocks: one for each multiprocessor; 1 in the interpreter, which has no grid barrier.
       splits: parts that attention over one sequence and KV head is split into, at most.
       replay: expert ids are given instead of chosen.
+      tuning: which of the ways to the same result is taken.
     """
 
     batch: int
@@ -86,6 +102,7 @@ class StepConfig:
     splits: int = 66
     replay: bool = False
     emulate: bool = False
+    tuning: Tuning = MEASURED
     first_sequence: int = 0
     """Where in the cache's batch axis this kernel's sequences begin."""
 
@@ -182,6 +199,7 @@ def scratch_types(c: StepConfig) -> dict[str, Any]:
     tables = (c.padded_batch, c.experts_per_token)
     return {
         "x_words": plgpu.SMEM((c.batch, 2, superblocks, 4, 2, 2, 4), jnp.int32),
+        "zeros": plgpu.SMEM((16,), jnp.int32),
         "x_scale": plgpu.SMEM((c.batch, superblocks, 4, 2), jnp.float32),
         "x_sums": plgpu.SMEM((c.batch, superblocks, 4, 2, 2), jnp.int32),
         "ids": plgpu.SMEM(tables, jnp.int32),
@@ -250,6 +268,8 @@ class Step:
         self.block = lax.axis_index("sm")
         self.wg = lax.axis_index("wg")
         self.col = config.columns()
+        # Where all tiles of a phase are in registers, straight code shares their activations.
+        self.straight = config.batch > 1 or config.tuning.tensor_cores
         self.prim = {"emulate": config.emulate}
         # One block needs no grid barrier, and the interpreter has none.
         self.semaphore = pl.get_global(plgpu.SemaphoreType.REGULAR) if config.blocks > 1 else None
@@ -266,28 +286,36 @@ class Step:
     def position(self, b):
         return self.r["scalars"][self.c.layers * len(self.col) + b]
 
-    def stream(self, items: int, load, multiply, tiles: tuple) -> tuple:
-        """``multiply(i, tile)`` for every item; ``tiles`` are the first ones, ``load(i)`` makes later ones.
+    def stream(self, items: int, load, multiply, tiles: tuple, *, together: int = 1) -> tuple:
+        """``multiply(i, tiles)`` of items i, i + 1, ..., ``together`` at a time, for all items.
 
         A loop and not straight code: a layer's instructions have to fit the instruction cache.
         Each of the loop's registers is refilled where it was used: moving a register whose load
-        is in flight would wait for the load. Returns the tiles that were loaded ahead.
+        is in flight would wait for the load.
+
+        Args:
+          load: ``load(i)`` makes the tiles after the first.
+          tiles: the first tiles, loaded; their number divides ``items``.
+
+        Returns:
+          The tiles that were loaded ahead.
         """
         depth = len(tiles)
         if items == depth:
 
             def rotate(i, tiles):
-                multiply(i, tiles[0])
-                return (*tiles[1:], tiles[0])
+                multiply(i * together, tiles[:together])
+                return (*tiles[together:], *tiles[:together])
 
-            return lax.fori_loop(0, items, rotate, tiles)
+            return lax.fori_loop(0, items // together, rotate, tiles)
 
         def several(group, tiles):
             tiles = list(tiles)
-            for j in range(depth):
+            for j in range(0, depth, together):
                 i = group * depth + j
-                multiply(i, tiles[j])
-                tiles[j] = load(i + depth)
+                multiply(i, tiles[j : j + together])
+                for k in range(j, j + together):
+                    tiles[k] = load(group * depth + k + depth)
             return tuple(tiles)
 
         return lax.fori_loop(0, items // depth, several, tiles)
@@ -395,11 +423,17 @@ class Step:
         value = prim.TILE_LANES.reduce((0, 1) if shared else 1)
         load = lambda ref, layout: plgpu.load(ref, layout=layout, optimized=False)
         words, scale, sums = self.r["x_words"], self.r["x_scale"], self.r["x_sums"]
-        return Activations(
-            words=[
+        plain = fragments = None
+        if self.c.tuning.tensor_cores:
+            fragments = prim.load_fragments(words.at[b, :, at], self.r["zeros"], shared=shared, **self.prim)
+        else:
+            plain = [
                 [[load(words.at[b, p, at, :, s, h], layout) for h in range(2)] for s in range(2)]
                 for p in range(2)
-            ],
+            ]
+        return Activations(
+            words=plain,
+            fragments=fragments,
             scale=[load(scale.at[b, at, :, s], value) for s in range(2)],
             sums=[[load(sums.at[b, at, :, s, h], value) for h in range(2)] for s in range(2)],
             layout=layout,
@@ -412,17 +446,15 @@ class Step:
         """This warpgroup's four superblocks of a step."""
         return pl.ds(superblock_step * 8 + self.wg * 4, 4)
 
-    def multiply_into_sums(self, fmt, weights, slot, step, x=None) -> None:
-        """Multiplies a loaded tile for every sequence and leaves the sums of lanes in shared memory."""
-        self.multiply_all(fmt, [weights], [slot], step, x)
-
-    def multiply_all(self, fmt, tiles, slots, step, x=None) -> None:
-        """As :meth:`multiply_into_sums`, of several tiles that take the same activations."""
+    def multiply_into_sums(self, fmt, tiles, slots, step, x=None) -> None:
+        """Multiplies loaded tiles for every sequence and leaves the sums of lanes in shared memory."""
 
         def one(b):
             here = x or self.activations(b, step * 8 + self.wg * 4)
-            for tile, slot in zip(tiles, slots, strict=True):
-                self.store_sums(b, slot, step, fmt.multiply(tile, here, **self.prim))
+            for i in range(0, len(tiles), 2):
+                values = fmt.multiply(tiles[i : i + 2], here, **self.prim)
+                for slot, value in zip(slots[i : i + 2], values, strict=True):
+                    self.store_sums(b, slot, step, value)
 
         self.for_batch(one)
 
@@ -490,13 +522,13 @@ class Step:
         self.for_normed(norms, c.down_parts, self.quantize_chunks)
         self.sync_warpgroup()
         x = self.own_activations(steps)
-        if c.batch > 1 and steps == 1 and items == len(ahead):
-            self.multiply_all(first, ahead, range(items), 0)
+        if self.straight and steps == 1 and items == len(ahead):
+            self.multiply_into_sums(first, ahead, range(items), 0, x)
         elif items:
             self.stream(
                 items,
                 lambda i: load(jnp.minimum(i, items - 1)),
-                lambda i, tile: self.multiply_into_sums(first, tile, i // steps, i % steps, x),
+                lambda i, tiles: self.multiply_into_sums(first, tiles, [i // steps], i % steps, x),
                 ahead,
             )
 
@@ -513,7 +545,7 @@ class Step:
                             tile_weights = fmt.load(w[i], (offsets[i] + tile - begin, self.mine(step)))
                         else:
                             tile_weights = take_weights(fmt, loaded[step])
-                        self.multiply_into_sums(fmt, tile_weights, place, step, x)
+                        self.multiply_into_sums(fmt, [tile_weights], [place], step, x)
 
                 start = start + counts[i]
 
@@ -578,26 +610,27 @@ class Step:
         self.sync_warpgroup()
         x = self.own_activations(steps)
 
-        def multiply(i, tile):
-            self.multiply_into_sums(fmt, tile, i // steps, i % steps, x)
+        together = 2 if c.tuning.tensor_cores and steps == 1 and len(ahead) % 2 == 0 else 1
 
-        def finish(i):
-            self.sync_block()
-            self.for_my_batch(lambda b: store(b, i))
+        def multiply(i, tiles):
+            slots = [i // steps + j for j in range(together)]
+            self.multiply_into_sums(fmt, tiles, slots, i % steps, x)
 
         def chunk(i, ahead):
             first = i * items
             last = chunks * items - 1
-            ahead = self.stream(items, lambda j: load(jnp.minimum(first + j, last)), multiply, ahead)
+            ahead = self.stream(
+                items, lambda j: load(jnp.minimum(first + j, last)), multiply, ahead, together=together
+            )
             self.sync_block()
             self.for_my_batch(lambda b: store(b, i))
             if chunks > 1:
                 self.sync_block()
             return ahead
 
-        if chunks == 1 and c.batch > 1 and items == len(ahead):
+        if chunks == 1 and self.straight and items == len(ahead):
             for step in range(steps):
-                self.multiply_all(fmt, ahead[step::steps], range(here), step)
+                self.multiply_into_sums(fmt, ahead[step::steps], range(here), step, x)
             self.sync_block()
             self.for_my_batch(lambda b: store(b, 0))
         elif chunks == 1:
@@ -994,8 +1027,8 @@ class Step:
             b = 0 if alone else item // per_expert // c.experts_per_token
             for step in range(steps):
                 here = x or self.activations(b, step * 8 + self.wg * 4)
-                for which in range(2):
-                    self.store_sums(which, place, step, fmt.multiply(tiles[step][which], here, **self.prim))
+                for which, value in enumerate(fmt.multiply(tiles[step], here, **self.prim)):
+                    self.store_sums(which, place, step, value)
 
         depth = divisor(used, 3) if steps == 1 else 1
 
@@ -1004,7 +1037,7 @@ class Step:
             carry = self.stream(
                 used,
                 lambda place: load(first + place),
-                lambda place, tiles: multiply(first + place, place, tiles),
+                lambda place, tiles: multiply(first + place, place, tiles[0]),
                 carry,
             )
             self.sync_block()
@@ -1062,11 +1095,12 @@ class Step:
             first = offset + self.r["ids"][step // mine, k] * (c.hidden // 8) + tile * 4
             return fmt.load(stack, (pl.ds(first, 4), i % superblocks))
 
-        def multiply(i, weights):
+        def multiply(i, tiles):
             step, s = i // superblocks, i % superblocks
             b, k = step // mine, self.wg * mine + step % mine
             x = self.activations(b, k * superblocks + s, shared=True)
-            rows = jnp.sum(fmt.multiply(weights, x, **self.prim), axis=2)
+            (value,) = fmt.multiply(tiles, x, **self.prim)
+            rows = jnp.sum(value, axis=2)
             self.r["sums"][b, k, pl.ds(s * 4, 4)] = plgpu.layout_cast(rows, prim.TILE_ROWS)
 
         early = rounds == 1
@@ -1144,6 +1178,7 @@ class Step:
         def _():
             layout = prim.lanes(scalar_count(c))
             self.r["scalars"][...] = plgpu.load(self.r["scalars_in"], layout=layout, optimized=False)
+            prim.store_zeros(self.r["zeros"], **self.prim)
 
         self.sync_block()
         split = jnp.int32(0)
@@ -1219,4 +1254,4 @@ def decode_step(
     return dict(zip(outputs, kernel(*leaves), strict=True))
 
 
-__all__ = ["OPERANDS", "StepConfig", "decode_step", "output_types", "state_shape"]
+__all__ = ["MEASURED", "OPERANDS", "StepConfig", "Tuning", "decode_step", "output_types", "state_shape"]

@@ -1,8 +1,9 @@
 """How the decode kernel reads and multiplies a weight tile, one class a quantization type.
 
 A tile format loads what one lane needs of four tiles (its row and 64 neighbouring columns:
-two subblocks of 32) and multiplies it with quantized activations. ``convert.gpu_tiles``
-documents the arrays. Dot products are exact integers; each is scaled once in float32.
+two subblocks of 32) and multiplies it, alone or with a second tile that takes the same
+quantized activations. ``convert.gpu_tiles`` documents the arrays. Dot products are exact
+integers, by dp4a or by tensor cores; each is scaled once in float32.
 """
 
 from dataclasses import dataclass
@@ -34,14 +35,16 @@ class Activations:
     """One lane's 64 activations, quantized in two int8 parts: value = scale * (128 * high + low).
 
     Attributes:
-      words: ``words[part][subblock][half]``, int32 words of 4 int8, of layout ``layout``.
+      words: ``words[part][subblock][half]``, int32 words of 4 int8, of layout ``layout``; or None.
+      fragments: ``fragments[subblock][half]``, the same for tensor cores (``prim.load_fragments``); or None.
       scale: ``scale[subblock]``, float32.
       sums: ``sums[subblock][half]``, int32 sums of 16 integers 128 * high + low.
       layout: the register layout of ``words``.
       dimensions: where the axes of ``scale`` and ``sums`` lie in ``SHAPE``.
     """
 
-    words: list
+    words: list | None
+    fragments: list | None
     scale: list
     sums: list
     layout: Any
@@ -56,6 +59,32 @@ class Activations:
         first, second = self.sums[subblock]
         return (first + second).astype(jnp.float32) * self.scale[subblock]
 
+    def dot(
+        self, tiles: list, subblock: int, halves: tuple[int, ...], *, signed: bool, emulate: bool
+    ) -> list:
+        """Integer dot products of some halves of a subblock of one or two tiles.
+
+        Args:
+          tiles: for each tile, its words int32 [4, 8, 4, 4], one array for each of ``halves``.
+
+        Returns:
+          int32 [4, 8, 4], one a tile: the exact sum over both parts of the activations.
+        """
+        if self.fragments is not None:
+            x = [self.fragments[subblock][half] for half in halves]
+            return prim.dot_tiles(tiles, x, signed=signed, emulate=emulate)
+        totals = []
+        for words in tiles:
+            parts = []
+            for part in range(2):
+                total = prim.full(SHAPE, 0, jnp.int32, prim.TILE_LANES)
+                for half, word in zip(halves, words, strict=True):
+                    x = self.words[part][subblock][half]
+                    total = prim.dot16(word, x, total, self.layout, signed=signed, emulate=emulate)
+                parts.append(total)
+            totals.append(parts[0] * 128 + parts[1])
+        return totals
+
 
 def _load(ref, layout):
     return plgpu.load(ref, layout=layout, optimized=False)
@@ -63,21 +92,6 @@ def _load(ref, layout):
 
 def _nibbles(word: Array, subblock: int) -> Array:
     return (word & 0x0F0F0F0F) if subblock == 0 else ((word >> 4) & 0x0F0F0F0F)
-
-
-def _dot(words: list, x: Activations, subblock: int, halves: tuple[int, ...], *, start=None, signed, emulate):
-    """Integer dot product of the halves of a subblock with both parts of the activations."""
-    zero = prim.full(SHAPE, 0, jnp.int32, prim.TILE_LANES)
-    parts = []
-    for part in range(2):
-        total = zero
-        for half in halves:
-            total = prim.dot16(
-                words[half], x.words[part][subblock][half], total, x.layout, signed=signed, emulate=emulate
-            )
-        parts.append(total)
-    total = parts[0] * 128 + parts[1]
-    return total if start is None else total + start
 
 
 def _byte(word: Array, index: int) -> Array:
@@ -109,14 +123,19 @@ class Q4K:
         return [_nibbles(weights[half], subblock) for half in range(2)]
 
     @classmethod
-    def multiply(cls, weights: tuple, x: Activations, *, emulate: bool) -> Array:
-        scales, d, dmin = weights[-3:]
-        value, minimum = 0.0, 0.0
+    def multiply(cls, tiles: list, x: Activations, *, emulate: bool) -> list:
+        values, minima = [0.0] * len(tiles), [0.0] * len(tiles)
         for s in range(2):
-            dot = _dot(cls.words(weights, s), x, s, (0, 1), signed=False, emulate=emulate)
-            value += dot.astype(jnp.float32) * (_byte(scales, s) * x.spread(x.scale[s]))
-            minimum += _byte(scales, 2 + s) * x.spread(x.sum32(s))
-        return value * _row_scale(d) - minimum * _row_scale(dmin)
+            words = [cls.words(weights, s) for weights in tiles]
+            dots = x.dot(words, s, (0, 1), signed=False, emulate=emulate)
+            for i, (weights, dot) in enumerate(zip(tiles, dots, strict=True)):
+                scales = weights[-3]
+                values[i] += dot.astype(jnp.float32) * (_byte(scales, s) * x.spread(x.scale[s]))
+                minima[i] += _byte(scales, 2 + s) * x.spread(x.sum32(s))
+        return [
+            value * _row_scale(weights[-2]) - minimum * _row_scale(weights[-1])
+            for value, minimum, weights in zip(values, minima, tiles, strict=True)
+        ]
 
 
 class Q5K(Q4K):
@@ -157,20 +176,25 @@ class Q6K:
         return (*q, high, scales, _load(stack["d"].at[index], prim.TILE_ROWS))
 
     @staticmethod
-    def multiply(weights: tuple, x: Activations, *, emulate: bool) -> Array:
-        *q, high, scales, d = weights
-        value = 0.0
+    def words(weights: tuple, subblock: int, half: int) -> Array:
+        upper = ((weights[2] >> (2 * (2 * half + subblock))) & 0x03030303) << 4
+        return _nibbles(weights[half], subblock) | upper
+
+    @classmethod
+    def multiply(cls, tiles: list, x: Activations, *, emulate: bool) -> list:
+        values = [0.0] * len(tiles)
         for s in range(2):
-            subblock = 0.0
+            subblocks = [0.0] * len(tiles)
             for half in range(2):
-                upper = ((high >> (2 * (2 * half + s))) & 0x03030303) << 4
-                words = [None, None]
-                words[half] = _nibbles(q[half], s) | upper
-                start = x.spread(x.sums[s][half]) * -32  # the stored weight is 32 above the true one
-                dot = _dot(words, x, s, (half,), start=start, signed=False, emulate=emulate)
-                subblock += dot.astype(jnp.float32) * _signed_byte(scales, 2 * s + half)
-            value += subblock * x.spread(x.scale[s])
-        return value * _row_scale(d)
+                words = [[cls.words(weights, s, half)] for weights in tiles]
+                above = x.spread(x.sums[s][half]) * -32  # the stored weight is 32 above the true one
+                dots = x.dot(words, s, (half,), signed=False, emulate=emulate)
+                for i, (weights, dot) in enumerate(zip(tiles, dots, strict=True)):
+                    scale = _signed_byte(weights[3], 2 * s + half)
+                    subblocks[i] += (dot + above).astype(jnp.float32) * scale
+            for i, subblock in enumerate(subblocks):
+                values[i] += subblock * x.spread(x.scale[s])
+        return [value * _row_scale(weights[4]) for value, weights in zip(values, tiles, strict=True)]
 
 
 class Q80:
@@ -184,13 +208,15 @@ class Q80:
         return (*q, *(_load(stack[n].at[index], prim.TILE_LANES) for n in ("d0", "d1")))
 
     @staticmethod
-    def multiply(weights: tuple, x: Activations, *, emulate: bool) -> Array:
-        value = 0.0
+    def multiply(tiles: list, x: Activations, *, emulate: bool) -> list:
+        values = [0.0] * len(tiles)
         for s in range(2):
-            words = list(weights[2 * s : 2 * s + 2])
-            dot = _dot(words, x, s, (0, 1), signed=True, emulate=emulate)
-            value += dot.astype(jnp.float32) * (weights[4 + s].astype(jnp.float32) * x.spread(x.scale[s]))
-        return value
+            words = [list(weights[2 * s : 2 * s + 2]) for weights in tiles]
+            dots = x.dot(words, s, (0, 1), signed=True, emulate=emulate)
+            for i, (weights, dot) in enumerate(zip(tiles, dots, strict=True)):
+                scale = weights[4 + s].astype(jnp.float32) * x.spread(x.scale[s])
+                values[i] += dot.astype(jnp.float32) * scale
+        return values
 
 
 TILE_FORMATS: dict[GGMLType, Any] = {

@@ -23,6 +23,7 @@ from convert.gpu_tiles import TILED_TYPES, to_gpu_tiles
 from convert.packed import PackedTensor
 from convert.unpack import dequantize, pack
 from kernels_pallas.decode_step import api
+from kernels_pallas.decode_step.step_mosaic_gpu import Tuning
 from qwen3_moe_jax import gpu_decode
 from qwen3_moe_jax.params import GPU_ROLES
 from qwen3_moe_jax.stacks import stack_layers
@@ -164,8 +165,10 @@ def cosine(a, b):
     return a @ b / np.sqrt((a @ a) * (b @ b))
 
 
-def run(weights, tokens, positions, cache, expert_ids=None):
-    device = api.Device(blocks=1, splits=2, emulate=True, interpret=plgpu.InterpretGPUParams())
+def run(weights, tokens, positions, cache, expert_ids=None, **tuning):
+    device = api.Device(
+        blocks=1, splits=2, emulate=True, interpret=plgpu.InterpretGPUParams(), tuning=Tuning(**tuning)
+    )
     step = lambda w, t, p, k: api.decode_step(w, CONFIG, t, p, k, expert_ids=expert_ids, device=device)
     return jax.jit(step)(weights, jnp.asarray(tokens), jnp.asarray(positions), cache)
 
