@@ -99,6 +99,11 @@ class Batch:
         return self.slots - len(self._sequences)
 
     @property
+    def waiting(self) -> int:
+        """How many sequences have prompts that are not read to their end."""
+        return sum(sequence.is_waiting for sequence in self._sequences.values())
+
+    @property
     def is_whole(self) -> bool:
         """False after a step that failed on the device (out of memory, say) and took the state with it."""
         return not any(x.is_deleted() for x in jax.tree.leaves(self._state))

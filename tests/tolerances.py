@@ -72,3 +72,8 @@ MATMUL_FLOAT16_NMSE = 8e-7
 MOE_FLOAT16_NMSE = 2e-6
 # Softmax weights and results rounded to bfloat16, 1.6e-3 rms each, the weights' errors averaged out.
 ATTENTION_BFLOAT16_NMSE = 1e-5
+
+# --- int8 KV cache --------------------------------------------------------------------------------
+# The same int8 values in another batch, but one that lies between two by a float32 rounding may step
+# to the other, 1/254 of its vector's largest: a few of thousands, so logits near 10 move by thousandths.
+INT8_STEP_LOGITS = 2e-2
