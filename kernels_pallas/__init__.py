@@ -13,7 +13,7 @@ from kernels_pallas.attention.api import attention  # noqa: E402
 from kernels_pallas.dequantize import dequantize  # noqa: E402
 from kernels_pallas.embedding_lookup.api import embedding_lookup  # noqa: E402
 from kernels_pallas.expert_matmul.api import expert_matmul  # noqa: E402
-from kernels_pallas.matrices import Matrices  # noqa: E402
+from kernels_pallas.matrices import Matrices, OneOf  # noqa: E402
 from kernels_pallas.moe_mlp.api import moe_mlp  # noqa: E402
 from kernels_pallas.norm_rope import rms_norm, rope, rope_tables  # noqa: E402
 from kernels_pallas.quantized_matmul.api import quantized_matmul  # noqa: E402
@@ -21,6 +21,7 @@ from kernels_pallas.router.api import Routing, choose_experts, router  # noqa: E
 
 __all__ = [
     "Matrices",
+    "OneOf",
     "Routing",
     "attention",
     "choose_experts",

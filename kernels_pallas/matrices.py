@@ -1,6 +1,9 @@
 """A matrix, or one layer's experts, inside a stack of packed rows that holds more than it."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -78,3 +81,44 @@ class Matrices:
             jax.tree.map(lambda a: a.reshape(-1, units, *a.shape[1:]), self.stack),
             self.first // self.rows,
         )
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class OneOf:
+    """Matrices of one of several types; which one is known on the device alone.
+
+    Ops take it in place of ``Matrices``. A kernel that can be told to do nothing runs once for each
+    type, which spares the GPU a wait for the host; everything else branches (:func:`switch_types`).
+
+    Attributes:
+      options: matrices of one shape in different types.
+      which: int32 scalar, the index of the option that is meant.
+    """
+
+    options: tuple[Matrices, ...]
+    which: jax.Array
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.options[0].shape
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+
+def as_matrices(w: PackedTensor | Matrices | OneOf) -> Matrices | OneOf:
+    """``Matrices.of``, which leaves a choice of types as it is; a choice of one is none."""
+    if isinstance(w, OneOf):
+        return w.options[0] if len(w.options) == 1 else w
+    return Matrices.of(w)
+
+
+def switch_types(f: Callable[..., Any], *args: Any) -> Any:
+    """``f(*args)`` with a branch for each type of every argument that is a :class:`OneOf`."""
+    for i, arg in enumerate(args):
+        if isinstance(arg, OneOf):
+            branches = [partial(switch_types, f, *args[:i], m, *args[i + 1 :]) for m in arg.options]
+            return jax.lax.switch(arg.which, branches)
+    return f(*args)

@@ -74,31 +74,6 @@ class Output:
     expert_ids: jax.Array
 
 
-@struct.dataclass
-class LayerWeight:
-    """One layer's matrix, or its experts' matrices, within the stacks of all layers.
-
-    Attributes:
-      options: the tensor in the stack of each type that some layer has it in.
-      which: int32 scalar, the option that is this layer's.
-    """
-
-    options: tuple[ops.Matrices, ...]
-    which: jax.Array
-
-
-def with_types(f: Callable[..., jax.Array], *weights: LayerWeight | PackedTensor) -> jax.Array:
-    """``f`` of this layer's matrices: one branch for each of their types, only where there are several."""
-    for i, weight in enumerate(weights):
-        if isinstance(weight, LayerWeight):
-            branches = [
-                functools.partial(with_types, f, *weights[:i], option, *weights[i + 1 :])
-                for option in weight.options
-            ]
-            return branches[0]() if len(branches) == 1 else jax.lax.switch(weight.which, branches)
-    return f(*weights)
-
-
 def zero_params(config: Qwen3MoeConfig, types: Types, roles: Roles) -> dict[str, Any]:
     """The parameter tree with zeros in layout "rows": vectors float32, everything else packed.
 
@@ -145,7 +120,7 @@ class _Part(nn.Module):
         return cls(self.config, self.compute_dtype, self.interventions, self.capture)
 
     def weight(self, name: str) -> Any:
-        """This part's parameter: a LayerWeight or a packed tensor, or float32 norm weights."""
+        """This part's parameter: an ``ops.OneOf`` or a packed tensor, or float32 norm weights."""
         return self.get_variable("params", name)
 
     def stage(self, name: str, value: jax.Array, layer: jax.Array | None = None) -> jax.Array:
@@ -162,8 +137,8 @@ class _Part(nn.Module):
     def matmul(self, x: jax.Array, name: str, dtype: Any = None) -> jax.Array:
         """x [B, T, K] times the transpose of the weight of this name [N, K]: float32 [B, T, N]."""
         flat = x.reshape(-1, x.shape[-1])
-        multiply = functools.partial(ops.quantized_matmul, flat, compute_dtype=dtype or self.compute_dtype)
-        return with_types(multiply, self.weight(name)).reshape(*x.shape[:-1], -1)
+        out = ops.quantized_matmul(flat, self.weight(name), compute_dtype=dtype or self.compute_dtype)
+        return out.reshape(*x.shape[:-1], -1)
 
     def norm(self, x: jax.Array, name: str) -> jax.Array:
         """RMS norm of the last axis with the weight of this name."""
@@ -215,12 +190,8 @@ class Experts(_Part):
         flat, flat_weights = x.reshape(-1, x.shape[-1]), weights.reshape(ids.shape)
         if self._is_observed_inside():
             return self._unfused(flat, weights_of, ids, flat_weights, layer, x.shape)
-
-        def experts(gate_proj: ops.Matrices, up_proj: ops.Matrices, down_proj: ops.Matrices) -> jax.Array:
-            projections = (gate_proj, up_proj, down_proj)
-            return ops.moe_mlp(flat, *projections, ids, flat_weights, compute_dtype=self.compute_dtype)
-
-        return with_types(experts, *weights_of).reshape(x.shape)
+        out = ops.moe_mlp(flat, *weights_of, ids, flat_weights, compute_dtype=self.compute_dtype)
+        return out.reshape(x.shape)
 
     def _is_observed_inside(self) -> bool:
         return bool((self.capture | {i.stage for i in self.interventions}) & INSIDE_EXPERTS)
@@ -228,11 +199,8 @@ class Experts(_Part):
     def _unfused(self, x, weights_of, ids, weights, layer: jax.Array, shape: tuple[int, ...]) -> jax.Array:
         """As ``moe_mlp``, one operation after the other, each result a stage [B, T, X, ...]."""
 
-        def project(value: jax.Array, weight: LayerWeight) -> jax.Array:
-            multiply = functools.partial(
-                ops.expert_matmul, value, expert_ids=ids, compute_dtype=self.compute_dtype
-            )
-            return with_types(multiply, weight)
+        def project(value: jax.Array, weight: ops.OneOf) -> jax.Array:
+            return ops.expert_matmul(value, weight, ids, compute_dtype=self.compute_dtype)
 
         def stage(name: str, value: jax.Array) -> jax.Array:
             return self.stage(name, value.reshape(*shape[:2], *value.shape[1:]), layer).reshape(value.shape)
@@ -400,17 +368,17 @@ def _joined(parts: Sequence[jax.Array], shape: tuple[int, int]) -> jax.Array:
 
 def _layer_weight(
     stacks: Mapping[str, PackedTensor], places: list[Place], shape: tuple[int, ...], layer: jax.Array
-) -> LayerWeight:
+) -> ops.OneOf:
     """A tensor of one layer, from its places in all layers."""
     names = list(dict.fromkeys(place.stack for place in places))
     first = jnp.asarray([place.first for place in places], jnp.int32)[layer]
     options = []
     for name in names:
-        # where this is not the layer's type, any row will do: the branch is not taken
+        # where this is not the layer's type, any row will do: none is read
         inside = jnp.minimum(first, max(p.first for p in places if p.stack == name))
         options.append(ops.Matrices(stacks[name], first if len(names) == 1 else inside, shape))
     which = jnp.asarray([names.index(place.stack) for place in places], jnp.int32)[layer]
-    return LayerWeight(tuple(options), which)
+    return ops.OneOf(tuple(options), which)
 
 
 def _leaves(tree: Mapping[str, Any]):

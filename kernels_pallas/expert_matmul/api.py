@@ -1,5 +1,7 @@
 """expert_matmul: each token times the packed matrices of its experts, the expert layer's building block."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
@@ -8,13 +10,13 @@ from convert.packed import PackedTensor
 from kernels_pallas import implementations
 from kernels_pallas.expert_matmul import xla
 from kernels_pallas.implementations import Implementation
-from kernels_pallas.matrices import Matrices
+from kernels_pallas.matrices import Matrices, OneOf, as_matrices, switch_types
 from kernels_pallas.prefill.device import OnHopper
 
 
 def expert_matmul(
     x: jax.Array,
-    w: PackedTensor | Matrices,
+    w: PackedTensor | Matrices | OneOf,
     expert_ids: jax.Array,
     *,
     compute_dtype: DTypeLike = jnp.float32,
@@ -26,7 +28,7 @@ def expert_matmul(
 
     Args:
       x: float32 or bfloat16 [T, K] (one row for all experts of a token) or [T, X, K].
-      w: packed [E, N, K], alone or inside a stack.
+      w: packed [E, N, K], alone, inside a stack, or of one of several types.
       expert_ids: int32 [T, X], each in [0, E).
       compute_dtype: float32 or bfloat16, what both operands are rounded to; sums are float32.
       implementation: None chooses; a named one runs or raises.
@@ -46,9 +48,9 @@ def expert_matmul(
     return implementations.run(
         "expert_matmul",
         implementation,
-        {"pallas": OnHopper("expert_matmul"), "xla": xla.expert_matmul},
+        {"pallas": OnHopper("expert_matmul"), "xla": partial(switch_types, xla.expert_matmul)},
         jnp.asarray(x),
-        Matrices.of(w),
+        as_matrices(w),
         jnp.asarray(expert_ids),
         implementations.check_compute_dtype(compute_dtype),
     )

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from convert.packed import PackedTensor
-from kernels_pallas.matrices import Matrices
+from kernels_pallas.matrices import Matrices, OneOf, as_matrices, switch_types
 from kernels_pallas.prefill.activations import float16_operand
 from kernels_pallas.prefill.device import require_16_bits, require_hopper
 from kernels_pallas.prefill.matmul_sm90 import MatmulConfig, check_supported, grouped_matmul, pick_config
@@ -16,7 +16,7 @@ from kernels_pallas.prefill.sorting import sort_by_expert
 
 def expert_matmul(
     x: jax.Array,
-    w: PackedTensor | Matrices,
+    w: PackedTensor | Matrices | OneOf,
     expert_ids: jax.Array,
     compute_dtype: np.dtype,
     *,
@@ -30,10 +30,13 @@ def expert_matmul(
     """
     require_hopper(interpret)
     require_16_bits(compute_dtype)
-    w = Matrices.of(w)
-    check_supported((w,))
     config = config or pick_config(expert_ids.size / w.shape[0])
-    return _multiply(x, w, expert_ids, config, interpret)
+
+    def multiply(w: Matrices) -> jax.Array:
+        check_supported((w,))
+        return _multiply(x, w, expert_ids, config, interpret)
+
+    return switch_types(multiply, as_matrices(w))
 
 
 @partial(jax.jit, static_argnums=(3, 4))

@@ -1,5 +1,7 @@
 """moe_mlp: the SwiGLU experts that each token chose, weighted after down_proj and summed in order."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
@@ -7,16 +9,16 @@ from jax.typing import DTypeLike
 from convert.packed import PackedTensor
 from kernels_pallas import implementations
 from kernels_pallas.implementations import Implementation
-from kernels_pallas.matrices import Matrices
+from kernels_pallas.matrices import Matrices, OneOf, as_matrices, switch_types
 from kernels_pallas.moe_mlp import xla
 from kernels_pallas.prefill.device import OnHopper
 
 
 def moe_mlp(
     x: jax.Array,
-    gate_proj: PackedTensor | Matrices,
-    up_proj: PackedTensor | Matrices,
-    down_proj: PackedTensor | Matrices,
+    gate_proj: PackedTensor | Matrices | OneOf,
+    up_proj: PackedTensor | Matrices | OneOf,
+    down_proj: PackedTensor | Matrices | OneOf,
     expert_ids: jax.Array,
     expert_weights: jax.Array,
     *,
@@ -31,7 +33,7 @@ def moe_mlp(
 
     Args:
       x: float32 or bfloat16 [T, D].
-      gate_proj: packed [E, F, D], alone or inside a stack, as the other two.
+      gate_proj: packed [E, F, D], alone, inside a stack, or of one of several types; as the other two.
       up_proj: packed [E, F, D].
       down_proj: packed [E, D, F].
       expert_ids: int32 [T, X], each in [0, E); their order is the order of the sum.
@@ -67,11 +69,11 @@ def moe_mlp(
     out, stages = implementations.run(
         "moe_mlp",
         implementation,
-        {"pallas": OnHopper("moe_mlp"), "xla": xla.moe_mlp},
+        {"pallas": OnHopper("moe_mlp"), "xla": partial(switch_types, xla.moe_mlp)},
         jnp.asarray(x),
-        Matrices.of(gate_proj),
-        Matrices.of(up_proj),
-        Matrices.of(down_proj),
+        as_matrices(gate_proj),
+        as_matrices(up_proj),
+        as_matrices(down_proj),
         jnp.asarray(expert_ids),
         jnp.asarray(expert_weights),
         implementations.check_compute_dtype(compute_dtype),

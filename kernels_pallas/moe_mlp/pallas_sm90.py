@@ -3,6 +3,10 @@
 Two launches of the kernel in ``prefill.matmul_sm90`` and a few small steps of XLA. SwiGLU's
 results stay sorted, in float16 and in the order in which the second launch reads them. Every
 token adds its experts' results in the order of ``expert_ids``.
+
+Few tokens, as in a step of decoding for many sequences, are not sorted: reading the weights
+takes as long as multiplying all tokens with every expert in use, and only what tokens chose is
+written. That leaves out a dozen small launches.
 """
 
 from functools import partial
@@ -14,20 +18,27 @@ import numpy as np
 
 from convert.packed import PackedTensor
 from kernels_pallas.expert_matmul.pallas_sm90 import expert_matmul
-from kernels_pallas.matrices import Matrices
+from kernels_pallas.matrices import Matrices, OneOf, as_matrices, switch_types
 from kernels_pallas.prefill.activations import SWIGLU_SCALE, WEIGHT_SCALE, float16_operand
 from kernels_pallas.prefill.device import require_16_bits, require_hopper
-from kernels_pallas.prefill.matmul_sm90 import MatmulConfig, check_supported, grouped_matmul, pick_config
-from kernels_pallas.prefill.sorting import sort_by_expert
+from kernels_pallas.prefill.matmul_sm90 import (
+    MOST_FEW,
+    MatmulConfig,
+    check_supported,
+    few_config,
+    grouped_matmul,
+    pick_config,
+)
+from kernels_pallas.prefill.sorting import UsedExperts, sort_by_expert
 
 Stacks = tuple[Matrices, Matrices, Matrices]
 
 
 def moe_mlp(
     x: jax.Array,
-    gate_proj: PackedTensor | Matrices,
-    up_proj: PackedTensor | Matrices,
-    down_proj: PackedTensor | Matrices,
+    gate_proj: PackedTensor | Matrices | OneOf,
+    up_proj: PackedTensor | Matrices | OneOf,
+    down_proj: PackedTensor | Matrices | OneOf,
     expert_ids: jax.Array,
     expert_weights: jax.Array,
     compute_dtype: np.dtype,
@@ -43,13 +54,81 @@ def moe_mlp(
     """
     require_hopper(interpret)
     require_16_bits(compute_dtype)
-    gate, up, down = (Matrices.of(w) for w in (gate_proj, up_proj, down_proj))
-    check_supported((gate, up))
-    check_supported((down,))
-    if return_stages:
-        return _with_stages(x, (gate, up, down), expert_ids, expert_weights, compute_dtype, config, interpret)
-    config = config or pick_config(expert_ids.size / gate.shape[0])
-    return _experts(x, (gate, up, down), expert_ids, expert_weights, config, interpret), {}
+    weights = [as_matrices(w) for w in (gate_proj, up_proj, down_proj)]
+    if config is None and x.shape[0] <= MOST_FEW:
+        config = few_config(x.shape[0])
+    config = config or pick_config(expert_ids.size / gate_proj.shape[0])
+    is_few = x.shape[0] <= config.tile == max(config.widths) <= MOST_FEW and not return_stages
+
+    def run(gate: Matrices, up: Matrices, down: Matrices | OneOf) -> tuple[jax.Array, dict]:
+        check_supported((gate, up))
+        downs = down.options if isinstance(down, OneOf) else (down,)
+        for option in downs:
+            check_supported((option,))
+        if is_few:
+            which = down.which if isinstance(down, OneOf) else None
+            return _few(x, (gate, up, downs), which, expert_ids, expert_weights, config, interpret), {}
+        stacks = (gate, up, down)
+        if return_stages:
+            return _with_stages(x, stacks, expert_ids, expert_weights, compute_dtype, config, interpret)
+        return _experts(x, stacks, expert_ids, expert_weights, config, interpret), {}
+
+    if is_few:
+        return switch_types(lambda gate, up: run(gate, up, weights[2]), *weights[:2])
+    return switch_types(run, *weights)
+
+
+@partial(jax.jit, static_argnums=(5, 6))
+def _few(
+    x: jax.Array,
+    stacks: tuple[Matrices, Matrices, tuple[Matrices, ...]],
+    which: jax.Array | None,
+    expert_ids: jax.Array,
+    expert_weights: jax.Array,
+    config: MatmulConfig,
+    interpret: Any,
+) -> jax.Array:
+    """All tokens with every expert in use; of several matrices for down, ``which`` is meant."""
+    gate, up, downs = stacks
+    (T, X), E = expert_ids.shape, gate.shape[0]
+    options = {"config": config, "interpret": interpret}
+    operand, scale = float16_operand(x, config.tile)
+    used, place, weight = _route(expert_ids, expert_weights.astype(jnp.float32), E, config.tile)
+    swiglu = grouped_matmul(operand, scale, UsedExperts(used), (gate, up), **options)
+    places = {"places": place.reshape(-1), "out_rows": T * X}
+    parts = None
+    for i, down in enumerate(downs):
+        mine = used if which is None else used * (which == i)
+        out = grouped_matmul(swiglu, weight.reshape(-1), UsedExperts(mine), (down,), **places, **options)
+        parts = out if parts is None else jnp.where(which == i, out, parts)
+    parts = parts.reshape(T, X, -1)
+    total = None
+    for choice in range(X):
+        part = parts[:, choice]
+        for later in range(choice + 1, X):  # an expert that a token chose twice stands at the last place
+            again = expert_ids[:, choice] == expert_ids[:, later]
+            part = jnp.where(again[:, None], 0.0, part)
+        total = part if total is None else total + part
+    return total
+
+
+def _route(expert_ids: jax.Array, weights: jax.Array, experts: int, rows: int) -> tuple[jax.Array, ...]:
+    """For each expert: whether it is used, and of each row its last (token, choice) pair or -1 and a factor.
+
+    Returns:
+      int32 [E], int32 [E, rows], float32 [E, rows].
+    """
+    T, X = expert_ids.shape
+    ids = jnp.pad(expert_ids, ((0, rows - T), (0, 0)), constant_values=-1)
+    weights = jnp.pad(weights, ((0, rows - T), (0, 0)))
+    weights = weights / (SWIGLU_SCALE * WEIGHT_SCALE)
+    place, weight = jnp.full((experts, rows), -1, jnp.int32), jnp.zeros((experts, rows), jnp.float32)
+    for choice in range(X):  # not a reduction, so that XLA makes one kernel of it
+        chosen = ids[:, choice] == np.arange(experts)[:, None]
+        place = jnp.where(chosen, np.arange(rows) * X + choice, place)
+        weight = weight + jnp.where(chosen, weights[:, choice], 0.0)
+    used = jnp.any(expert_ids.reshape(-1) == np.arange(experts)[:, None], axis=1)
+    return used.astype(jnp.int32), place, weight
 
 
 @partial(jax.jit, static_argnums=(4, 5))

@@ -13,6 +13,7 @@ power of two a row, which is exact.
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from convert.ggml_types import SUPERBLOCK
 
@@ -43,19 +44,31 @@ def to_operand_order(x: jax.Array) -> jax.Array:
     return x.reshape(*leading, columns)
 
 
-def float16_operand(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+def float16_operand(x: jax.Array, rows: int | None = None) -> tuple[jax.Array, jax.Array]:
     """Rows as operands of :func:`kernels_pallas.prefill.matmul_sm90.grouped_matmul`.
 
     Args:
       x: float32 or bfloat16 [T, K], K a multiple of 256.
+      rows: R >= T, of which those after T are zero; T if not given.
 
     Returns:
-      float16 [T, K] in operand order, and float32 [T] to multiply the products with.
+      float16 [R, K] in operand order, and float32 [R] to multiply the products with.
     """
     x = x.astype(jnp.float32)
-    peak = jnp.max(jnp.abs(x), axis=1)
-    # The power of two below top / peak: frexp's exponent is exact where log2 may round.
-    exponent = jnp.frexp(FLOAT16_TOP / jnp.where(peak > 0, peak, 1.0))[1] - 1
-    exponent = jnp.clip(exponent, -100, 100)
-    scaled = (x * jnp.exp2(exponent.astype(jnp.float32))[:, None]).astype(jnp.float16)
-    return to_operand_order(scaled), jnp.exp2(-exponent.astype(jnp.float32)) / WEIGHT_SCALE
+    if rows is not None and rows > x.shape[0]:
+        x = jnp.pad(x, ((0, rows - x.shape[0]), (0, 0)))
+    # One value a row for the operand and the products, made before the reduction: two kernels of XLA.
+    scale = jnp.max(_operand_scale(jnp.abs(x)), axis=1)
+    scaled = (x / (scale * WEIGHT_SCALE)[:, None]).astype(jnp.float16)
+    return to_operand_order(scaled), scale
+
+
+def _operand_scale(magnitude: jax.Array) -> jax.Array:
+    """Powers of two, growing with float32 magnitudes, that bring these up to below ``FLOAT16_TOP``.
+
+    What is divided by the scale and ``WEIGHT_SCALE`` is in [FLOAT16_TOP / 2, FLOAT16_TOP), but for
+    magnitudes under 2^-86.
+    """
+    bits = lax.bitcast_convert_type(magnitude, jnp.int32) & np.int32(0x7F800000)
+    below = lax.bitcast_convert_type(bits, jnp.float32)  # the largest power of two that is not above
+    return jnp.clip(below, 2.0**-86, 2.0**114) * (2 / FLOAT16_TOP / WEIGHT_SCALE)

@@ -3,17 +3,27 @@
 The one kernel serves the sparse experts (a tile of rows belongs to one expert) and dense
 matrices (one group). Weights are the wgmma operand that lies in registers: a warpgroup
 unpacks a 64 x 64 piece while the tensor cores work on the piece before it, or for the other
-warpgroup. Activations are the operand in shared memory. A third warpgroup brings both there,
+warpgroups. Activations are the operand in shared memory. The last warpgroup brings both there,
 packed, through the tensor memory accelerator; blocks are persistent and go through
 (tile of rows) x (block of weight rows), the tiles that share weights one after the other.
+Few tokens are not sorted at all (:class:`UsedExperts`): every expert in use multiplies all of
+them, which costs less than arranging them, and results of others are not written.
 
 With two weight stacks the kernel computes SwiGLU: of a warp's 16 operand rows, 8 are rows of
 gate_proj and 8 the same rows of up_proj, so that both products of an element end up in one lane.
+
+Why every block ends: all its warpgroups go through the same items, which they work out from the
+same arrays, and each item takes the same number of steps everywhere, whatever its rows. With s
+steps so far, the copying warpgroup fills slot ``s % slots`` after ``s // slots`` uses of it were
+arrived at, once by each multiplying warpgroup; these arrive at slot s before they wait for
+anything that is copied after s + 1, and two slots or more exist. So of all waits the one of the
+least step is always satisfied. A block without items waits for nothing, an item without rows does
+not exist. Registers are exchanged within what the launch gave (``REGISTERS``), or not at all.
 """
 
 import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -28,7 +38,7 @@ from convert.ggml_types import SUPERBLOCK
 from convert.gpu_tiles import GPU_TILES, TILE_ROWS
 from kernels_pallas.matrices import Matrices
 from kernels_pallas.prefill.activations import SWIGLU_SCALE
-from kernels_pallas.prefill.sorting import ROW_ALIGN, Tiles
+from kernels_pallas.prefill.sorting import ROW_ALIGN, Tiles, UsedExperts
 from kernels_pallas.prefill.tile_operands_sm90 import (
     CHUNK,
     CHUNKS,
@@ -42,7 +52,7 @@ REGISTERS = {2: (240, 24), 4: (112, 32)}
 """Registers of a thread that multiplies and of one that copies, by warpgroups that multiply.
 
 Warpgroups exchange what the launch gave the block, 168 a thread of three warpgroups or 96 of
-five: a sum above that would wait for ever.
+five: a sum above that would wait for ever. Only with ``MatmulConfig.exchange``.
 """
 MULTIPROCESSORS = 132
 SHARED_BYTES = 227 * 1024
@@ -64,9 +74,11 @@ class MatmulConfig:
       warpgroups: how many multiply, 2 or 4: with few rows of x unpacking takes most of the time, and
         more warpgroups hide its latencies.
       in_flight: wgmma groups that may be running while the next operand is unpacked, 0 or 1.
-      weight_slots: superblocks of weights in shared memory.
+      weight_slots: superblocks of weights in shared memory, at most; two at least.
       most_x_slots: pieces of x in shared memory, at most.
       blocks: persistent blocks; None is one for each multiprocessor.
+      exchange: warpgroups that multiply take registers from the one that copies. Not needed where the
+        registers of the launch do, and then there is one thing less to wait for.
     """
 
     tile: int = 128
@@ -77,41 +89,57 @@ class MatmulConfig:
     weight_slots: int = 2
     most_x_slots: int = 8
     blocks: int | None = None
+    exchange: bool = True
 
 
 def grouped_matmul(
     x: jax.Array,
     scale: jax.Array,
-    tiles: Tiles,
+    work: Tiles | UsedExperts,
     weights: tuple[Matrices, ...],
     *,
     config: MatmulConfig,
+    splits: int = 1,
+    places: jax.Array | None = None,
+    out_rows: int | None = None,
     interpret: Any = None,
 ) -> jax.Array:
     """Multiplies tiles of rows with their matrices.
 
     Args:
-      x: float16 [R, K] in operand order (``activations.float16_operand``).
+      x: float16 [R, K] in operand order (``activations.float16_operand``). For ``UsedExperts`` R is
+        ``config.tile``, rows that all experts multiply, or that times E: each expert has its own.
       scale: float32 [R], a factor of each row of the result.
-      tiles: which rows belong to which matrix. Rows after a tile's own are read up to
+      work: which rows belong to which matrix. Rows after a tile's own are read up to
         ``config.tile``: R leaves room for that.
       weights: matrices [N, K] or [E, N, K], or two of one type: gate_proj and up_proj. N is a
         multiple of 64, or of 256 for SwiGLU, and so are rows before them in their stack.
       config: sizes.
+      splits: parts of K that are summed apart, each by other blocks; a divisor of K / 256.
+      places: with ``UsedExperts``, int32 [E * config.tile]: the row of the result for each expert's
+        product with each row of x, or -1 for a product that nobody wants.
+      out_rows: rows of the result, with ``places``.
       interpret: parameters of Pallas' interpreter, which replaces instructions that it lacks.
 
     Returns:
       [R, N]: float32 products; or SwiGLU's results in operand order, times
-      ``activations.SWIGLU_SCALE``. Rows of no tile are not written.
+      ``activations.SWIGLU_SCALE``. With ``UsedExperts`` [E * config.tile, N] or, with places,
+      [out_rows, N]. With splits > 1 [splits, R, N], to be added. Rows of no tile are not written.
 
     Raises:
       NotImplementedError: the kernel does not take this type, layout or shape.
     """
     check_supported(weights)
-    kernel = _Kernel(x.shape, weights[0].stack.type, weights[0].rows, len(weights) == 2, config, interpret)
+    kernel = _Kernel(weights[0], len(weights) == 2, config, splits, interpret)
+    kernel.shared = isinstance(work, UsedExperts) and x.shape[0] == config.tile
+    kernel.scattered = places is not None
+    rows = x.shape[0]
+    if isinstance(work, UsedExperts):
+        rows = out_rows if kernel.scattered else work.used.shape[0] * config.tile
     views = [kernel.view(w.stack.arrays[n], n) for w in weights for n in kernel.arrays]
     firsts = [w.first.reshape(1) for w in weights]
-    return kernel.call(tiles, firsts, x, scale, views)
+    out = kernel.call(work, rows, [x, scale, *([places] if kernel.scattered else [])], firsts, views)
+    return out.reshape(splits, rows, -1) if splits > 1 else out
 
 
 def check_supported(weights: tuple[Matrices, ...]) -> None:
@@ -141,32 +169,71 @@ def pick_config(rows_each: float) -> MatmulConfig:
     return MatmulConfig(tile=64, widths=(32, 64)) if rows_each <= 48 else MatmulConfig()
 
 
-class _Kernel:
-    """Shapes that follow from the arguments, and the kernel's body."""
+MOST_FEW = 64
+"""Up to this many rows are "few": one tile holds them all."""
 
-    def __init__(self, x_shape, type, rows: int, fused: bool, config: MatmulConfig, interpret: Any):
-        self.r, self.k = x_shape
-        self.type, self.rows, self.fused, self.config = type, rows, fused, config
+
+def few_config(rows: int) -> MatmulConfig:
+    """Sizes for up to ``MOST_FEW`` rows that every matrix multiplies: unpacking is most of the work.
+
+    Four warpgroups hide each other's latencies, in the registers that the launch gives them. More
+    than 32 rows leave none for a second operand, so that a warpgroup waits for its products.
+    """
+    tile = -(-rows // ROW_ALIGN) * ROW_ALIGN
+    in_flight = 1 if tile <= 32 else 0
+    return MatmulConfig(tile, (tile,), 1, 4, in_flight, weight_slots=4, exchange=False)
+
+
+def dense_config(rows: int, matrix_rows: int, columns: int) -> tuple[MatmulConfig, int]:
+    """Sizes for one matrix, and splits of K: as many blocks as there are multiprocessors get work."""
+    config = pick_config(rows)
+    if rows <= MOST_FEW:
+        config = replace(few_config(rows), warpgroups=2, in_flight=1)
+    block_rows = config.warpgroups * config.slabs * SLAB_ROWS
+    items = -(-rows // config.tile) * -(-matrix_rows // block_rows)
+    splits = 1
+    while items * splits * 2 <= MULTIPROCESSORS and columns // SUPERBLOCK % (splits * 2) == 0:
+        splits *= 2
+    return config, splits
+
+
+class _Kernel:
+    """Shapes that follow from the arguments, and the kernel's body.
+
+    Attributes:
+      shared: all experts multiply the same rows of x.
+      scattered: ``places`` says where results go.
+    """
+
+    shared = scattered = False
+
+    def __init__(self, weights: Matrices, fused: bool, config: MatmulConfig, splits: int, interpret: Any):
+        self.type, self.rows, self.fused, self.config = weights.stack.type, weights.rows, fused, config
         self.interpret, self.emulate = interpret, interpret is not None
-        self.arrays = TILE_ARRAYS[type]
-        self.superblocks = self.k // SUPERBLOCK
+        self.arrays = TILE_ARRAYS[self.type]
+        self.superblocks = weights.columns // SUPERBLOCK
+        if (fused and splits > 1) or self.superblocks % splits:
+            raise ValueError(f"{self.superblocks} superblocks cannot be summed in {splits} parts")
+        self.splits, self.steps = splits, self.superblocks // splits
         slab_rows = SLAB_ROWS // 2 if fused else SLAB_ROWS
         self.slabs = config.warpgroups * config.slabs
         self.block_rows = config.warpgroups * config.slabs * slab_rows
-        self.row_blocks = -(-rows // self.block_rows)
-        self.x_slots = self._x_slots()
+        self.row_blocks = -(-self.rows // self.block_rows)
+        self.weight_slots, self.x_slots = self._slots()
 
     # Memory
 
-    def _x_slots(self) -> int:
-        tile = self.config.tile
+    def _slots(self) -> tuple[int, int]:
+        """Slots of weights, as many as leave room for a superblock's pieces of x, and of those."""
+        c = self.config
         tile_bytes = sum(np.dtype(a.dtype).itemsize * a.parts * a.inner for a in self.arrays.values())
-        weights = self.config.weight_slots * self.slabs * _SLAB_TILES * tile_bytes
-        left = SHARED_BYTES - _RESERVED_BYTES - weights - 2 * math.prod(self._swiglu_shape())
-        slots = min(self.config.most_x_slots, left // (tile * CHUNK * 2))
+        weights, piece = self.slabs * _SLAB_TILES * tile_bytes, c.tile * CHUNK * 2
+        room = SHARED_BYTES - _RESERVED_BYTES - 2 * math.prod(self._swiglu_shape())
+        weight_slots = max(2, min(c.weight_slots, (room - CHUNKS * piece) // weights))
+        slots = min(c.most_x_slots, (room - weight_slots * weights) // piece)
         if slots < 2:
             raise NotImplementedError(f"no shared memory for {self.config} and {self.type.name} weights")
-        return slots
+        return weight_slots, slots
 
     def _swiglu_shape(self) -> tuple[int, ...]:
         if not self.fused:
@@ -192,7 +259,7 @@ class _Kernel:
     def scratch(self) -> dict[str, Any]:
         c = self.config
         types = {
-            "x": plgpu.SMEM(
+            "x_tile": plgpu.SMEM(
                 (self.x_slots, c.tile, CHUNK),
                 jnp.float16,
                 transforms=_SWIZZLED,
@@ -200,12 +267,12 @@ class _Kernel:
             "x_full": plgpu.Barrier(num_barriers=self.x_slots),
             "x_free": plgpu.Barrier(num_barriers=self.x_slots, num_arrivals=c.warpgroups),
             "w_full": plgpu.Barrier(
-                num_barriers=c.weight_slots, num_arrivals=len(self.arrays) * (2 if self.fused else 1)
+                num_barriers=self.weight_slots, num_arrivals=len(self.arrays) * (2 if self.fused else 1)
             ),
-            "w_free": plgpu.Barrier(num_barriers=c.weight_slots, num_arrivals=c.warpgroups),
+            "w_free": plgpu.Barrier(num_barriers=self.weight_slots, num_arrivals=c.warpgroups),
         }
         for name, a in self.arrays.items():
-            shape = (c.weight_slots, *self._tile_axes(), a.parts, a.inner)
+            shape = (self.weight_slots, *self._tile_axes(), a.parts, a.inner)
             types[f"w_{name}"] = plgpu.SMEM(shape, jnp.dtype(a.dtype))
         if self.emulate:  # the interpreter's wgmma takes no operand in registers
             shape = (c.warpgroups, 2, c.slabs, SLAB_ROWS, CHUNK)
@@ -214,23 +281,32 @@ class _Kernel:
             types["swiglu"] = plgpu.SMEM(self._swiglu_shape(), jnp.float16)
         return types
 
-    def call(self, tiles: Tiles, firsts: list, x: jax.Array, scale: jax.Array, views: list) -> jax.Array:
+    def call(
+        self, work: Tiles | UsedExperts, rows: int, rowwise: list, firsts: list, views: list
+    ) -> jax.Array:
+        """Runs the kernel.
+
+        Args:
+          rows: rows of the result.
+          rowwise: x, scale and, where results are scattered, places.
+        """
         dtype = jnp.float16 if self.fused else jnp.float32
         blocks = self.config.blocks or MULTIPROCESSORS
         options = {} if self.interpret is None else {"interpret": self.interpret}
-
-        matrices = len(firsts)
+        counts = [len(work), len(rowwise), len(firsts), len(views)]
 
         def body(*operands, **scratch):
-            expert, start, held, count, x, scale, *rest, out = operands
-            firsts, views = rest[:matrices], rest[matrices:]
-            _Body(
-                self, Tiles(expert, start, held, count), firsts, x, scale, views, out, scratch, blocks
-            ).run()
+            ends = np.cumsum(counts)
+            of_work, of_rows, firsts, views = (
+                operands[end - count : end] for end, count in zip(ends, counts, strict=True)
+            )
+            refs = {"firsts": firsts, "out": operands[-1], **scratch}
+            refs |= dict(zip(("x", "scale", "places"), of_rows, strict=False))
+            _Body(self, type(work)(*of_work), refs, views, blocks).run()
 
         kernel = plgpu.kernel(
             body,
-            out_type=jax.ShapeDtypeStruct((self.r, self.rows), dtype),
+            out_type=jax.ShapeDtypeStruct((self.splits * rows, self.rows), dtype),
             scratch_types=self.scratch(),
             grid=(blocks,),
             grid_names=("block",),
@@ -244,72 +320,128 @@ class _Kernel:
             ),
             **options,
         )
-        return kernel(*tiles, x, scale, *firsts, *views)
+        return kernel(*work, *rowwise, *firsts, *views)
+
+
+@dataclass(frozen=True)
+class _Item:
+    """What a block does at a time: a tile of rows, a block of weight rows, a part of K.
+
+    Attributes:
+      number: items of this block before.
+      expert: the matrix.
+      start: first row of the tile, in x (but for ``_Kernel.shared``), scale and the result.
+      row_block: which block of weight rows.
+      split: which part of K.
+      held: rows that are written.
+      width: rows that are multiplied.
+    """
+
+    number: Any
+    expert: Any
+    start: Any
+    row_block: Any
+    split: Any
+    held: Any
+    width: int
 
 
 class _Body:
     """One block's run: methods are what its warpgroups do."""
 
-    def __init__(self, kernel: _Kernel, tiles: Tiles, firsts, x, scale, views, out, scratch, blocks: int):
-        self.k, self.c, self.tiles, self.firsts = kernel, kernel.config, tiles, firsts
-        self.x, self.scale, self.out, self.s, self.blocks = x, scale, out, scratch, blocks
+    def __init__(self, kernel: _Kernel, work: Tiles | UsedExperts, refs: dict, views, blocks: int):
+        self.k, self.c, self.work, self.blocks = kernel, kernel.config, work, blocks
+        self.s, self.firsts, self.out = refs, refs["firsts"], refs["out"]
         count = len(kernel.arrays)
         self.views = [
             dict(zip(kernel.arrays, views[i : i + count], strict=True)) for i in range(0, len(views), count)
         ]
         self.block = lax.axis_index("block")
         self.wg = lax.axis_index("wg")
+        self.each = self.each_used if isinstance(work, UsedExperts) else self.each_tile
 
     def run(self) -> None:
-        items = self.tiles.count[0] * self.k.row_blocks
-        mine = lax.div(items - self.block + self.blocks - 1, self.blocks)
-
         most, least = REGISTERS[self.c.warpgroups]
+        exchange = self.c.exchange and not self.k.emulate
 
         @pl.when(self.wg < self.c.warpgroups)
         def _():
-            if not self.k.emulate:
+            if exchange:
                 plgpu.set_max_registers(most, action="increase")
-            self.each(mine, self.multiply)
+            self.each(self.multiply)
             if self.k.fused:
                 plgpu.wait_smem_to_gmem(0)
 
         @pl.when(self.wg == self.c.warpgroups)
         def _():
-            if not self.k.emulate:
+            if exchange:
                 plgpu.set_max_registers(least, action="decrease")
-            self.each(mine, self.produce)
-            steps = mine * self.k.superblocks
-            self.drain(self.s["w_free"], steps, self.c.weight_slots)
+            steps = self.each(self.produce) * self.k.steps
+            self.drain(self.s["w_free"], steps, self.k.weight_slots)
             self.drain(self.s["x_free"], steps * CHUNKS, self.k.x_slots)
 
-    def each(self, count, body) -> None:
-        """Calls ``body(number, tile, row block, rows of the tile, width)`` for each item of this block."""
+    def each_tile(self, body):
+        """Calls ``body(item)`` for each item of this block and gives their number."""
+        splits, row_blocks = self.k.splits, self.k.row_blocks
+        items = self.work.count[0] * (splits * row_blocks)
+        mine = lax.div(items - self.block + self.blocks - 1, jnp.int32(self.blocks))
 
         def step(number, _):
-            item = number * self.blocks + self.block
-            tile = lax.div(item, jnp.int32(self.k.row_blocks))
-            row_block = lax.rem(item, jnp.int32(self.k.row_blocks))
-            held = self.tiles.rows[tile]
+            at = number * self.blocks + self.block
+            row_block = lax.rem(at, jnp.int32(row_blocks))
+            part = lax.div(at, jnp.int32(row_blocks))
+            tile = lax.div(part, jnp.int32(splits))
+            split = lax.rem(part, jnp.int32(splits))
+            held, expert = self.work.rows[tile], self.work.expert[tile]
+            start = pl.multiple_of(self.work.start[tile], ROW_ALIGN)
             least = 0
             for width in self.c.widths:
-                fits = (held > least) & (held <= width)
-                pl.when(fits)(functools.partial(body, number, tile, row_block, held, width))
+                item = _Item(number, expert, start, row_block, split, held, width)
+                pl.when((held > least) & (held <= width))(functools.partial(body, item))
                 least = width
             return _
 
-        lax.fori_loop(0, count, step, None)
+        lax.fori_loop(0, mine, step, None)
+        return mine
+
+    def each_used(self, body):
+        """As ``each_tile``: all rows with every expert in use, found without a list of them."""
+        row_blocks, blocks = self.k.row_blocks, jnp.int32(self.blocks)
+        tile = self.c.tile
+
+        def of_expert(expert, carry):
+            before, number = carry  # items of earlier experts, modulo blocks, and this block's own
+            first = lax.rem(self.block + blocks - before, blocks)
+            mine = lax.div(row_blocks - 1 - first + blocks, blocks)
+            used = self.work.used[expert]
+            mine = mine * used
+            start = pl.multiple_of(expert * tile, ROW_ALIGN)
+
+            def one(i, _):
+                item = _Item(
+                    number + i, expert, start, first + i * blocks, jnp.int32(0), jnp.int32(tile), tile
+                )
+                body(item)
+                return _
+
+            lax.fori_loop(0, mine, one, None)
+            return lax.rem(before + used * row_blocks, blocks), number + mine
+
+        experts = self.work.used.shape[0]
+        return lax.fori_loop(0, experts, of_expert, (jnp.int32(0), jnp.int32(0)))[1]
+
+    def x_start(self, item: _Item):
+        return 0 if self.k.shared else item.start
 
     # The warpgroup that copies
 
-    def produce(self, number, tile, row_block, held, width: int) -> None:
-        del held
-        expert = self.tiles.expert[tile]
-        start = pl.multiple_of(self.tiles.start[tile], ROW_ALIGN)
-        x, x_slots, weight_slots = self.s["x"], self.k.x_slots, self.c.weight_slots
+    def produce(self, item: _Item) -> None:
+        x, x_slots, weight_slots = self.s["x_tile"], self.k.x_slots, self.k.weight_slots
+        width, start = item.width, self.x_start(item)
 
         def superblock(i, _):
-            step = number * self.k.superblocks + i
+            step = item.number * self.k.steps + i
+            at = item.split * self.k.steps + i
             slot = lax.rem(step, jnp.int32(weight_slots))
 
             @pl.when(step >= weight_slots)
@@ -317,7 +449,7 @@ class _Body:
                 plgpu.barrier_wait(self.s["w_free"].at[slot])
                 _fence_async_copies(emulate=self.k.emulate)
 
-            self.copy_weights(expert, row_block, i, slot)
+            self.copy_weights(item, at, slot)
             for chunk in range(CHUNKS):
                 x_step = step * CHUNKS + chunk
                 x_slot = lax.rem(x_step, jnp.int32(x_slots))
@@ -327,13 +459,13 @@ class _Body:
                     plgpu.barrier_wait(self.s["x_free"].at[x_slot])
 
                 plgpu.copy_gmem_to_smem(
-                    self.x.at[pl.ds(start, width), pl.ds((i * CHUNKS + chunk) * CHUNK, CHUNK)],
+                    self.s["x"].at[pl.ds(start, width), pl.ds((at * CHUNKS + chunk) * CHUNK, CHUNK)],
                     x.at[x_slot, pl.ds(0, width)],
                     self.s["x_full"].at[x_slot],
                 )
             return _
 
-        lax.fori_loop(0, self.k.superblocks, superblock, None)
+        lax.fori_loop(0, self.k.steps, superblock, None)
 
     def drain(self, barriers, steps, slots: int) -> None:
         """Waits until everything that was copied has been used."""
@@ -343,9 +475,10 @@ class _Body:
 
         lax.fori_loop(steps, steps + slots, wait, None)
 
-    def copy_weights(self, expert, row_block, superblock, slot) -> None:
+    def copy_weights(self, item: _Item, superblock, slot) -> None:
         """One superblock of all the block's weight rows into slot ``slot``."""
         k, full = self.k, self.s["w_full"].at[slot]
+        expert, row_block = item.expert, item.row_block
         tiles_each = k.rows // TILE_ROWS
         for i, views in enumerate(self.views):
             first = lax.div(self.firsts[i][0], jnp.int32(TILE_ROWS)) + expert * tiles_each
@@ -366,14 +499,14 @@ class _Body:
 
     # The warpgroups that multiply
 
-    def multiply(self, number, tile, row_block, held, width: int) -> None:
-        start = pl.multiple_of(self.tiles.start[tile], ROW_ALIGN)
+    def multiply(self, item: _Item) -> None:
+        width = item.width
 
         def accumulate(*accumulators):
             lax.fori_loop(
-                0, self.k.superblocks, lambda i, _: self.superblock(number, i, width, accumulators), None
+                0, self.k.steps, lambda i, _: self.superblock(item.number, i, width, accumulators), None
             )
-            last = (number + 1) * (self.k.superblocks * CHUNKS) - 1
+            last = (item.number + 1) * (self.k.steps * CHUNKS) - 1
             sums = [a[...] for a in accumulators]
             if self.c.in_flight:
                 plgpu.barrier_arrive(self.s["x_free"].at[lax.rem(last, jnp.int32(self.k.x_slots))])
@@ -382,19 +515,20 @@ class _Body:
         shape = plgpu.ACC((SLAB_ROWS, width), jnp.float32)
         sums = pl.run_scoped(accumulate, *([shape] * self.c.slabs))
         layout = plgpu.Layout.WGMMA
-        scale = plgpu.load(self.scale.at[pl.ds(start, width)], layout=layout.reduce(0), optimized=False)
+        at = pl.ds(self.x_start(item), width)
+        scale = plgpu.load(self.s["scale"].at[at], layout=layout.reduce(0), optimized=False)
         scale = lax.broadcast_in_dim(scale, (SLAB_ROWS, width), (1,))
         sums = [s * scale for s in sums]
         if self.k.fused:
-            self.store_swiglu(sums, start, row_block, held, width)
+            self.store_swiglu(sums, item)
         else:
             for slab, values in enumerate(sums):
-                self.store(values, slab, start, row_block, held, width)
+                self.store(values, slab, item)
 
     def superblock(self, number, i, width: int, accumulators) -> None:
         c = self.c
-        step = number * self.k.superblocks + i
-        slot = lax.rem(step, jnp.int32(c.weight_slots))
+        step = number * self.k.steps + i
+        slot = lax.rem(step, jnp.int32(self.k.weight_slots))
         plgpu.barrier_wait(self.s["w_full"].at[slot])
         weights = {name: self.s[f"w_{name}"].at[slot] for name in self.k.arrays}
         for chunk in range(CHUNKS):
@@ -412,7 +546,7 @@ class _Body:
                     plgpu.barrier_wait(self.s["x_full"].at[x_slot])
                 if chunk == CHUNKS - 1 and slab == c.slabs - 1:
                     plgpu.barrier_arrive(self.s["w_free"].at[slot])
-                plgpu.wgmma(accumulator, operand, self.s["x"].at[x_slot, pl.ds(0, width)].T)
+                plgpu.wgmma(accumulator, operand, self.s["x_tile"].at[x_slot, pl.ds(0, width)].T)
                 plgpu.wgmma_wait(c.in_flight)
                 if c.in_flight and slab == 0:
                     self.release_before(x_step, i, chunk)
@@ -433,29 +567,36 @@ class _Body:
 
     # Results
 
-    def store(self, values, slab: int, start, row_block, held, width: int) -> None:
+    def store(self, values, slab: int, item: _Item) -> None:
         """Writes float32 [64 weight rows, width] transposed; a warp fills whole 32-byte sectors."""
-        k = self.k
-        column = row_block * k.block_rows + (self.wg * self.c.slabs + slab) * SLAB_ROWS
+        k, width, held = self.k, item.width, item.held
+        column = item.row_block * k.block_rows + (self.wg * self.c.slabs + slab) * SLAB_ROWS
+        start = item.start + item.split * (self.out.shape[0] // k.splits)
+        columns = pl.ds(column, SLAB_ROWS)
 
         @pl.when(column < k.rows)
         def _():
-            if k.emulate:
+            if k.scattered:
+                places = self.s["places"].at[pl.ds(item.start, width)]
+                if k.emulate:
+                    _emulated_scatter(self.out, columns, places, values)
+                else:
+                    _store_scattered(self.out.at[:, columns], values, places, k.rows)
+            elif k.emulate:
                 for i in range(width // ROW_ALIGN):
                     rows = slice(i * ROW_ALIGN, (i + 1) * ROW_ALIGN)
 
                     @pl.when(i * ROW_ALIGN < held)
                     def _(i=i, rows=rows):
-                        at = (pl.ds(start + i * ROW_ALIGN, ROW_ALIGN), pl.ds(column, SLAB_ROWS))
+                        at = (pl.ds(start + i * ROW_ALIGN, ROW_ALIGN), columns)
                         self.out[at] = values[:, rows].T
 
-                return
-            target = self.out.at[pl.ds(start, width), pl.ds(column, SLAB_ROWS)]
-            _store_transposed(target, values, held, k.rows)
+            else:
+                _store_transposed(self.out.at[pl.ds(start, width), columns], values, held, k.rows)
 
-    def store_swiglu(self, sums: list, start, row_block, held, width: int) -> None:
+    def store_swiglu(self, sums: list, item: _Item) -> None:
         """Writes float16 results [rows, 32 positions] of each slab through shared memory."""
-        k, slabs = self.k, self.c.slabs
+        k, slabs, width = self.k, self.c.slabs, item.width
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         for slab, values in enumerate(sums):
             buffer = self.s["swiglu"].at[self.wg, slab, pl.ds(0, width)]
@@ -466,20 +607,20 @@ class _Body:
         plgpu.commit_smem()
         for slab in range(slabs):
             place = slab * self.c.warpgroups + self.wg
-            position = row_block * k.block_rows + place * (SLAB_ROWS // 2)
+            position = item.row_block * k.block_rows + place * (SLAB_ROWS // 2)
             offset, size = 0, 1 << (width.bit_length() - 1)
             while size >= ROW_ALIGN:
                 # The largest power of two of rows first, then the next: copies have fixed sizes.
-                @pl.when(held & size != 0)
+                @pl.when(item.held & size != 0)
                 def _(offset=offset, size=size, slab=slab, position=position):
                     at = offset if isinstance(offset, int) else pl.multiple_of(offset, ROW_ALIGN)
                     plgpu.copy_smem_to_gmem(
                         self.s["swiglu"].at[self.wg, slab, pl.ds(at, size)],
-                        self.out.at[pl.ds(start + at, size), pl.ds(position, SLAB_ROWS // 2)],
+                        self.out.at[pl.ds(item.start + at, size), pl.ds(position, SLAB_ROWS // 2)],
                         commit_group=False,
                     )
 
-                offset = offset + (held & size)
+                offset = offset + (item.held & size)
                 size //= 2
         plgpu.commit_smem_to_gmem_group()
 
@@ -565,6 +706,44 @@ def _store_transposed(target, values, held, stride: int) -> None:
                 scf.yield_([])
 
     emit(target, values, held)
+
+
+def _emulated_scatter(out, columns, places, values: jax.Array) -> None:
+    for row in range(values.shape[1]):
+        place = places[row]
+
+        @pl.when(place >= 0)
+        def _(row=row, place=place):
+            out[pl.ds(place, 1), columns] = values[:, row : row + 1].T
+
+
+def _store_scattered(target, values, places, stride: int) -> None:
+    """``target[places[i]] = values[:, i]`` in global memory, where ``places[i]`` is not negative."""
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WGMMA, plgpu.RefType()))
+    def emit(ctx, target, values, places):
+        del ctx
+        from jaxlib.mlir import ir
+        from jaxlib.mlir.dialects import arith, llvm, scf
+
+        f32, i32 = ir.F32Type.get(), ir.IntegerType.get_signless(32)
+        const, warp, row, pair = _lane_values()
+        weight_row = arith.addi(arith.muli(warp, const(16)), row)
+        base = mgpu.utils.getelementptr(mgpu.utils.memref_ptr(target), [weight_row], f32)
+        first = mgpu.utils.getelementptr(mgpu.utils.memref_ptr(places), [arith.muli(pair, const(2))], i32)
+        elements = _float_pairs(values)
+        for j in range(values.shape[1] // 8):
+            for e in range(2):
+                place = llvm.load(i32, mgpu.utils.getelementptr(first, [const(8 * j + e)], i32))
+                branch = scf.IfOp(arith.cmpi(arith.CmpIPredicate.sge, place, const(0)))
+                with ir.InsertionPoint(branch.then_block):
+                    there = arith.muli(place, const(stride))
+                    for half in range(2):
+                        at = arith.addi(there, const(8 * half))
+                        llvm.store(elements[j, half, e], mgpu.utils.getelementptr(base, [at], f32))
+                    scf.yield_([])
+
+    emit(target, values, places)
 
 
 def _swiglu_to_shared(buffer, values) -> None:

@@ -33,6 +33,16 @@ class Tiles(NamedTuple):
     count: jax.Array
 
 
+class UsedExperts(NamedTuple):
+    """All rows with each of these experts, in place of tiles: for few rows.
+
+    Attributes:
+      used: int32 [E], 1 for an expert that multiplies the rows and 0 for one that does not.
+    """
+
+    used: jax.Array
+
+
 class SortedRows(NamedTuple):
     """Where (token, choice) pairs lie after sorting.
 

@@ -1,5 +1,7 @@
 """quantized_matmul: ``x @ w.T`` with w in packed form; T=1 is decode's matvec, a large T is prefill."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
@@ -7,14 +9,14 @@ from jax.typing import DTypeLike
 from convert.packed import PackedTensor
 from kernels_pallas import implementations
 from kernels_pallas.implementations import Implementation
-from kernels_pallas.matrices import Matrices
+from kernels_pallas.matrices import Matrices, OneOf, as_matrices, switch_types
 from kernels_pallas.prefill.device import OnHopper
 from kernels_pallas.quantized_matmul import xla
 
 
 def quantized_matmul(
     x: jax.Array,
-    w: PackedTensor | Matrices,
+    w: PackedTensor | Matrices | OneOf,
     *,
     compute_dtype: DTypeLike = jnp.float32,
     implementation: Implementation | None = None,
@@ -25,7 +27,7 @@ def quantized_matmul(
 
     Args:
       x: float32 or bfloat16 [T, K].
-      w: packed [N, K] of any supported type, alone or inside a stack.
+      w: packed [N, K] of any supported type, alone, inside a stack, or of one of several types.
       compute_dtype: float32 or bfloat16, what both operands are rounded to; sums are float32.
       implementation: None chooses; a named one runs or raises.
 
@@ -41,8 +43,8 @@ def quantized_matmul(
     return implementations.run(
         "quantized_matmul",
         implementation,
-        {"pallas": OnHopper("quantized_matmul"), "xla": xla.quantized_matmul},
+        {"pallas": OnHopper("quantized_matmul"), "xla": partial(switch_types, xla.quantized_matmul)},
         jnp.asarray(x),
-        Matrices.of(w),
+        as_matrices(w),
         implementations.check_compute_dtype(compute_dtype),
     )

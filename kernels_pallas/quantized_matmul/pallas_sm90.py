@@ -1,5 +1,6 @@
 """quantized_matmul on Hopper GPUs: one group of the kernel in ``prefill.matmul_sm90``."""
 
+import functools
 from functools import partial
 from typing import Any
 
@@ -8,43 +9,68 @@ import jax.numpy as jnp
 import numpy as np
 
 from convert.packed import PackedTensor
-from kernels_pallas.matrices import Matrices
+from kernels_pallas.matrices import Matrices, OneOf, as_matrices, switch_types
 from kernels_pallas.prefill.activations import float16_operand
 from kernels_pallas.prefill.device import require_16_bits, require_hopper
 from kernels_pallas.prefill.matmul_sm90 import (
+    MOST_FEW,
     MatmulConfig,
     check_supported,
+    dense_config,
     grouped_matmul,
-    pick_config,
 )
 from kernels_pallas.prefill.sorting import dense_tiles
 
 
 def quantized_matmul(
     x: jax.Array,
-    w: PackedTensor | Matrices,
+    w: PackedTensor | Matrices | OneOf,
     compute_dtype: np.dtype,
     *,
     config: MatmulConfig | None = None,
+    splits: int = 1,
     interpret: Any = None,
 ) -> jax.Array:
     """See ``api.quantized_matmul``. Operands are float16 with a power of two a row, not bfloat16.
+
+    Args:
+      config: sizes, or None to choose them and ``splits``.
+      splits: parts of K that are summed apart and then added in order.
 
     Raises:
       NotImplementedError: not a Hopper GPU, ``compute_dtype`` float32, or weights that it does not take.
     """
     require_hopper(interpret)
     require_16_bits(compute_dtype)
-    w = Matrices.of(w)
-    check_supported((w,))
-    return _multiply(x, w, config or pick_config(x.shape[0]), interpret)
+    w = as_matrices(w)
+    options = w.options if isinstance(w, OneOf) else (w,)
+    for option in options:
+        check_supported((option,))
+    if config is None:
+        config, splits = dense_config(x.shape[0], *w.shape)
+    if len(options) == 1 or x.shape[0] <= MOST_FEW:
+        which = w.which if isinstance(w, OneOf) else None
+        return _multiply(x, options, which, config, splits, interpret)
+    return switch_types(lambda w: _multiply(x, (w,), None, config, splits, interpret), w)
 
 
-@partial(jax.jit, static_argnums=(2, 3))
-def _multiply(x: jax.Array, w: Matrices, config: MatmulConfig, interpret: Any) -> jax.Array:
+@partial(jax.jit, static_argnums=(3, 4, 5))
+def _multiply(
+    x: jax.Array,
+    options: tuple[Matrices, ...],
+    which: jax.Array | None,
+    config: MatmulConfig,
+    splits: int,
+    interpret: Any,
+) -> jax.Array:
+    """The product with option ``which``; kernels of the others find no tiles."""
     tokens = x.shape[0]
-    operand, scale = float16_operand(x)
     tiles = dense_tiles(tokens, config.tile)
-    padding = tiles.start.shape[0] * config.tile - tokens
-    operand, scale = jnp.pad(operand, ((0, padding), (0, 0))), jnp.pad(scale, (0, padding))
-    return grouped_matmul(operand, scale, tiles, (w,), config=config, interpret=interpret)[:tokens]
+    operand, scale = float16_operand(x, tiles.start.shape[0] * config.tile)
+    total = None
+    for i, w in enumerate(options):
+        mine = tiles if which is None else tiles._replace(count=tiles.count * (which == i))
+        out = grouped_matmul(operand, scale, mine, (w,), config=config, splits=splits, interpret=interpret)
+        out = functools.reduce(jnp.add, [out[part] for part in range(splits)] if splits > 1 else [out])
+        total = out if total is None else jnp.where(which == i, out, total)
+    return total[:tokens]
