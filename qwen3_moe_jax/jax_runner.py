@@ -181,9 +181,11 @@ class JaxRunner:
         return np.asarray(_dequantize_rows(w))
 
     def memory(self) -> dict[str, int] | None:
-        """Bytes of device memory at the peak and as planned; None where JAX cannot say."""
+        """Bytes of device memory at the peak, as planned, and of the KV cache; None where JAX cannot say."""
         stats = self.device.memory_stats()
-        return stats and {"peak": stats["peak_bytes_in_use"], "planned": self.plan.total}
+        if not stats:
+            return None
+        return {"peak": stats["peak_bytes_in_use"], "planned": self.plan.total, "cache": self.plan.cache}
 
     def forward(
         self,

@@ -10,6 +10,7 @@ from convert.model_source import ModelSource, open_model
 from convert.progress import ProgressCallback
 from qwen3_moe_jax.errors import BackendUnavailableError
 from qwen3_moe_jax.machine import nvidia_gpus, set_jax_memory_policy
+from qwen3_moe_jax.memory_plan import MemoryPlan, available_main_memory
 from qwen3_moe_jax.runner import Runner
 from qwen3_moe_jax.wgpu_backend.adapter import list_adapters
 
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 
 BACKENDS = ("jax", "wgpu", "reference")
 DTYPES = ("float32", "bfloat16")
+
+FLOAT32_BYTES = 4
 
 DEFAULT_CONTEXT = 4096
 """Tokens of KV cache when nothing else is asked for; a model with less takes its own."""
@@ -116,6 +119,7 @@ def _make_reference(source, max_context, dtype, _adapter, _progress) -> Runner:
     _only_float32("reference", dtype)
     from qwen3_moe_jax.reference import ReferenceRunner
 
+    MemoryPlan.of(source, max_context, FLOAT32_BYTES).check(available_main_memory(), "main memory")
     return ReferenceRunner(source, max_context=max_context)
 
 

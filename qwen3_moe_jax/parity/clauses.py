@@ -13,8 +13,18 @@ from convert.packed import LANES
 from convert.unpack import dequantize
 from qwen3_moe_jax.parity import metrics
 from qwen3_moe_jax.parity.bandwidth import bytes_per_token, peak_bandwidth
-from qwen3_moe_jax.parity.contract import Clause
-from qwen3_moe_jax.parity.evidence import PROMPT_TOKENS, STAGE_CHUNK, STAGE_TOKENS, Evidence, Oracle
+from qwen3_moe_jax.parity.contract import CPU, NVIDIA, Clause
+from qwen3_moe_jax.parity.evidence import (
+    BATCH_TOKENS,
+    BATCHES,
+    PROMPT_TOKENS,
+    STAGE_CHUNK,
+    STAGE_TOKENS,
+    Evidence,
+    LogitDistance,
+    Oracle,
+    broken_invariants,
+)
 from qwen3_moe_jax.parity.judge import FUSED_STAGES
 from qwen3_moe_jax.parity.second_reading import read_blocks
 from qwen3_moe_jax.sampling import Sampling
@@ -30,7 +40,10 @@ CAUSAL_TOLERANCE = 1e-3
 LEAST_DECIDED = 0.5
 """Share of expert choices whose margin has to exceed the error, or agreement means nothing."""
 
-SPEED_TOKENS = 64
+FILE_SHARE, FREE_BYTES = 1.06, 0.5e9
+"""Device memory may be this much of the file, and this many bytes, beside the KV cache."""
+
+SPEED_TOKENS = {NVIDIA: 256, CPU: 32}
 LEAST_SPEED_BYTES = 200e6
 """Bytes a token below which decoding is bound by launches, not by bandwidth."""
 
@@ -58,15 +71,15 @@ class Finding:
 
 
 def conclude(
-    clause: Clause, subject: str, figure: float, note: str, dtype: str = "float32", **figures: Any
+    clause: Clause, subject: str, figure: float, note: str, kind: str = "float32", **figures: Any
 ) -> Finding:
-    """Holds a figure against the clause's bound."""
-    verdict = PASSED if clause.holds(figure, dtype) else FAILED
-    return Finding(clause.id, subject, verdict, float(figure), clause.bound(dtype), note, figures)
+    """Holds a figure against the clause's bound for a compute dtype or a class of devices."""
+    verdict = PASSED if clause.holds(figure, kind) else FAILED
+    return Finding(clause.id, subject, verdict, float(figure), clause.bound(kind), note, figures)
 
 
-def not_applicable(clause: Clause, subject: str, reason: str) -> Finding:
-    return Finding(clause.id, subject, NOT_APPLICABLE, None, None, reason)
+def not_applicable(clause: Clause, subject: str, reason: str, **figures: Any) -> Finding:
+    return Finding(clause.id, subject, NOT_APPLICABLE, None, None, reason, figures)
 
 
 # The file
@@ -166,38 +179,19 @@ def check_invariants(clause: Clause, evidence: Evidence) -> Finding:
     lengths = [most - STAGE_CHUNK + 1, most - 1, most]
     # With the stages of another check captured, so that one compiled program serves both.
     runs = [evidence.runner.forward(ids[:n], capture=FUSED_STAGES, **evidence.chunks) for n in lengths]
-    lengths.append(len(ids))
-    runs.append(evidence.free)
     for length, forward in zip(lengths, runs, strict=True):
-        broken += [f"{what} at length {length}" for what in _broken(evidence, forward, length)]
-    whole = runs[-2].logits
-    for length, forward in zip(lengths[:-2], runs[:-2], strict=True):
+        found = broken_invariants(evidence.source.config, forward, length)
+        broken += [f"{what} at length {length}" for what in found]
+    broken += [f"{what} at length {len(ids)}" for what in evidence.free.broken]
+    whole = runs[-1].logits
+    for length, forward in zip(lengths[:-1], runs[:-1], strict=True):
         if forward.logits.shape == whole[:length].shape:
             gap = np.abs(forward.logits - whole[:length]).max(initial=0)
             scale = np.abs(whole).max()
             if not gap <= CAUSAL_TOLERANCE * max(1.0, scale) and evidence.compute_dtype == "float32":
                 broken.append(f"logits of {length} tokens change with what follows them")
-    note = broken[0] if broken else f"lengths {', '.join(map(str, lengths))}"
+    note = broken[0] if broken else f"lengths {', '.join(map(str, [*lengths, len(ids)]))}"
     return conclude(clause, evidence.label, len(broken), note, broken=broken)
-
-
-def _broken(evidence: Evidence, forward, length: int) -> list[str]:
-    config = evidence.source.config
-    shape = (length, config.vocab_size)
-    if forward.logits.shape != shape or forward.logits.dtype != np.float32:
-        return [f"logits are {forward.logits.dtype} {forward.logits.shape}, not float32 {shape}"]
-    broken = []
-    if not np.isfinite(forward.logits).all():
-        rows = np.flatnonzero(~np.isfinite(forward.logits).all(axis=-1))
-        broken.append(f"logits are not finite from position {rows[0]} on")
-    ids = forward.expert_ids
-    expected = (config.num_hidden_layers, length, config.num_experts_per_tok)
-    if ids.shape != expected:
-        return [*broken, f"expert ids are {ids.shape}, not {expected}"]
-    ordered = np.sort(ids, axis=-1)
-    if ids.min() < 0 or ids.max() >= config.num_experts or (np.diff(ordered, axis=-1) == 0).any():
-        broken.append("a token's experts are out of range or not distinct")
-    return broken
 
 
 def check_stages(clause: Clause, evidence: Evidence) -> Finding:
@@ -219,13 +213,16 @@ def check_stages(clause: Clause, evidence: Evidence) -> Finding:
 
 def check_logits(clause: Clause, evidence: Evidence) -> Finding:
     """PARITY-001: replayed decides, free-running is stated beside it."""
-    replayed, free = evidence.replayed_distance, evidence.free_distance
-    missing = len(evidence.oracle.text_ids) - len(evidence.replayed.logits)
-    figure = metrics.WORST_COSINE if missing else float(replayed.cosine.min())
+    replayed, free, decoded = evidence.replayed.distance, evidence.free.distance, evidence.decoded
+    missing = len(evidence.oracle.text_ids) - len(evidence.replayed.checksums)
+    decides = [replayed] if decoded is None else [replayed, decoded]
+    figure = metrics.WORST_COSINE if missing else min(float(d.cosine.min()) for d in decides)
     note = (
         f"{len(replayed.cosine)} positions; least cosine {_nines(replayed.cosine.min())} replayed, "
         f"{_nines(free.cosine.min())} free-running"
     )
+    if decoded is not None:
+        note += f"; {_nines(decoded.cosine.min())} of {len(decoded.cosine)} tokens decoded one by one"
     if missing:
         note = f"{missing} of {len(evidence.oracle.text_ids)} positions are missing"
     return conclude(
@@ -236,6 +233,7 @@ def check_logits(clause: Clause, evidence: Evidence) -> Finding:
         evidence.compute_dtype,
         replayed=replayed.figures(),
         free_running=free.figures(),
+        **({} if decoded is None else {"decoded": decoded.figures()}),
     )
 
 
@@ -245,14 +243,14 @@ def _nines(cosine: float) -> str:
 
 def check_text(clause: Clause, evidence: Evidence) -> Finding:
     """TEXT-001: KL divergence and top-1 agreement, free-running."""
-    free, tokens = evidence.free_distance, len(evidence.oracle.text_ids)
+    free, tokens = evidence.free.distance, len(evidence.oracle.text_ids)
     if tokens < LEAST_TEXT_TOKENS:
         return not_applicable(
             clause,
             evidence.label,
             f"only {tokens} tokens of text fit; the clause asks for {LEAST_TEXT_TOKENS}",
         )
-    missing = tokens - len(evidence.free.logits)
+    missing = tokens - len(evidence.free.checksums)
     figure = np.inf if missing else float(free.kl.mean())
     note = f"{tokens} tokens; mean KL {free.kl.mean():.1e} nats, same best token {free.top1:.2%}"
     return conclude(
@@ -261,8 +259,8 @@ def check_text(clause: Clause, evidence: Evidence) -> Finding:
         figure,
         note,
         evidence.compute_dtype,
-        replayed_kl_mean=float(evidence.replayed_distance.kl.mean()),
-        replayed_top1_agreement=evidence.replayed_distance.top1,
+        replayed_kl_mean=float(evidence.replayed.distance.kl.mean()),
+        replayed_top1_agreement=evidence.replayed.distance.top1,
         free_running_kl_mean=float(free.kl.mean()),
         free_running_top1_agreement=free.top1,
     )
@@ -319,7 +317,7 @@ def check_decode(clause: Clause, evidence: Evidence) -> Finding:
     ids = np.concatenate([prompt, written])
     logits = evidence.oracle.runner.forward(ids).logits[len(prompt) - 1 : -1].astype(np.float64)
     gap = logits.max(axis=-1) - logits[np.arange(len(written)), written]
-    allowed = 2 * max(evidence.free_distance.largest, 1e-6)
+    allowed = 2 * max(evidence.free.distance.largest, 1e-6)
     wrong = np.flatnonzero(~(gap <= allowed))
     same = float((logits.argmax(axis=-1) == written).mean())
     note = f"{len(written)} tokens, {same:.0%} the reference's best"
@@ -331,16 +329,43 @@ def check_decode(clause: Clause, evidence: Evidence) -> Finding:
 
 
 def check_determinism(clause: Clause, evidence: Evidence) -> Finding:
-    """DETERMINISM-001: logits and written tokens, twice."""
-    again = evidence.runner.forward(evidence.oracle.text_ids)
-    first, second = evidence.free.logits.view(np.uint32), again.logits.view(np.uint32)
-    same_shape = first.shape == second.shape
-    different = int((first != second).sum()) if same_shape else first.size
+    """DETERMINISM-001: logits and written tokens twice; batches, where they are promised the same bits."""
+    first, second = evidence.free.checksums, evidence.again.checksums
+    different = int((first != second).sum()) if first.shape == second.shape else first.size
     written = evidence.write()
     different += sum(a != b for a, b in zip(evidence.written, written, strict=False))
     different += abs(len(written) - len(evidence.written))
-    note = f"{first.size:,} logits and {len(written)} written tokens, twice"
-    return conclude(clause, evidence.label, different, note)
+    note = f"{first.size:,} positions and {len(written)} written tokens, twice"
+    if not evidence.facts.get("batch_invariant"):
+        note += "; batches are not promised the same bits"
+        return conclude(clause, evidence.label, different, note, batches="not promised")
+    if not evidence.is_batch_invariant:
+        return conclude(clause, evidence.label, different, f"{note}; it runs one sequence at a time")
+    batches, largest = _differences_in_batches(evidence)
+    sizes = ", ".join(map(str, batches))
+    note += f"; {BATCH_TOKENS} tokens alone and in batches of {sizes}"
+    wrong = [size for size, count in batches.items() if count]
+    if wrong:
+        changed = f"{batches[wrong[0]]} of {BATCH_TOKENS} positions by up to {largest:.1e}"
+        note = f"a batch of {wrong[0]} changes {changed}"
+    different += sum(batches.values())
+    return conclude(clause, evidence.label, different, note, batches=batches, largest_difference=largest)
+
+
+def _differences_in_batches(evidence: Evidence) -> tuple[dict[int, int], float]:
+    """Positions that differ in any bit of logits or experts, by size of the batch; the largest difference."""
+    alone = evidence.in_batch(1)
+    found, largest = {}, 0.0
+    for size in BATCHES:
+        among = evidence.in_batch(size)
+        if among.logits.shape != alone.logits.shape:
+            found[size] = len(alone.logits)
+            continue
+        bits = (among.logits.view(np.uint32) != alone.logits.view(np.uint32)).any(axis=-1)
+        bits |= (among.expert_ids != alone.expert_ids).any(axis=(0, 2))
+        found[size] = int(bits.sum())
+        largest = max(largest, LogitDistance.of(alone.logits, among.logits).largest)
+    return found, largest
 
 
 def check_gate(clause: Clause, evidence: Evidence) -> Finding:
@@ -354,34 +379,56 @@ def check_gate(clause: Clause, evidence: Evidence) -> Finding:
 
 def check_memory(clause: Clause, evidence: Evidence) -> Finding:
     """VRAM-001."""
-    read = getattr(evidence.runner, "memory", None)
-    memory = read() if read else None
-    if not memory:
-        return not_applicable(clause, evidence.label, f"{evidence.facts['device']} reports no device memory")
-    note = f"peak {memory['peak'] / 1e9:.2f} GB, planned {memory['planned'] / 1e9:.2f} GB"
-    return conclude(clause, evidence.label, memory["peak"] / memory["planned"], note, **memory)
+    if evidence.runner.name not in clause.backends:
+        return not_applicable(clause, evidence.label, "WebGPU does not say how much memory is taken")
+    memory = evidence.memory
+    if memory is None:
+        return not_applicable(clause, evidence.label, _why_no_memory(evidence))
+    allowed = FILE_SHARE * evidence.source.nbytes + memory["cache"] + FREE_BYTES
+    note = f"peak {memory['peak'] / 1e9:.2f} GB of {allowed / 1e9:.2f} GB allowed"
+    return conclude(clause, evidence.label, memory["peak"] / allowed, note, allowed=allowed, **memory)
+
+
+def _why_no_memory(evidence: Evidence) -> str:
+    device = evidence.facts["device"]
+    if evidence.oracle.is_small:
+        return f"{device} reports no device memory, and Python and XLA take more than this small file"
+    return f"{device} reports no device memory, and the model was loaded before verify could measure"
 
 
 def check_speed(clause: Clause, evidence: Evidence) -> Finding:
-    """SPEED-001."""
-    peak = peak_bandwidth(str(evidence.facts["device"]))
+    """SPEED-001; the share is stated also where nothing is promised."""
+    from qwen3_moe_jax.limits import copy_bandwidth, is_cpu  # limits imports this package
+
+    device = str(evidence.facts["device"])
+    if evidence.runner.name not in clause.backends:
+        return not_applicable(
+            clause, evidence.label, f"nothing is promised of {evidence.runner.name}'s speed"
+        )
+    kind = CPU if is_cpu(evidence.facts) else NVIDIA
+    peak = copy_bandwidth() if kind == CPU else peak_bandwidth(device)
     if peak is None:
-        return not_applicable(
-            clause, evidence.label, f"no bandwidth figure is known for {evidence.facts['device']}"
-        )
+        return not_applicable(clause, evidence.label, f"no bandwidth figure is known for {device}")
     needed = bytes_per_token(evidence.source)
-    if needed < LEAST_SPEED_BYTES:
-        return not_applicable(
-            clause, evidence.label, f"{needed / 1e6:.0f} MB a token: launches are the limit, not bandwidth"
-        )
+    rate = _decode_rate(evidence, SPEED_TOKENS[kind])
+    share = rate * needed / peak
+    note = f"{rate:.1f} tokens/s of {peak / needed:.0f} that {peak / 1e9:.0f} GB/s allow"
+    figures = {"tokens_per_s": rate, "bytes_per_token": needed, "bytes_per_s": peak, "share": share}
+    if needed <= LEAST_SPEED_BYTES:
+        reason = f"{needed / 1e6:.0f} MB a token: launches are the limit, not bandwidth ({note})"
+        return not_applicable(clause, evidence.label, reason, **figures)
+    if kind == NVIDIA and evidence.facts["fallbacks"]:
+        return not_applicable(clause, evidence.label, f"{evidence.facts['fallbacks'][0]} ({note})", **figures)
+    return conclude(clause, evidence.label, share, note, kind, **figures)
+
+
+def _decode_rate(evidence: Evidence, tokens: int) -> float:
+    """Tokens a second after the first, of a greedy text."""
     prompt = evidence.oracle.text_ids[:STAGE_TOKENS].tolist()
-    times = [
-        time.perf_counter()
-        for _ in evidence.runner.stream(prompt, max_tokens=SPEED_TOKENS, sampling=Sampling(temperature=0))
-    ]
-    rate = (len(times) - 1) / (times[-1] - times[0])
-    note = f"{rate:.1f} tokens/s of {peak / needed:.0f} that {peak / 1e12:.2f} TB/s allow"
-    return conclude(clause, evidence.label, rate * needed / peak, note, tokens_per_s=rate)
+    limit = min(tokens, evidence.runner.max_context - len(prompt))
+    stream = evidence.runner.stream(prompt, max_tokens=limit, sampling=Sampling(temperature=0))
+    times = [time.perf_counter() for _ in stream]
+    return (len(times) - 1) / (times[-1] - times[0])
 
 
 FILE_CHECKS: dict[str, Callable[[Clause, Oracle], Finding]] = {
@@ -392,6 +439,7 @@ FILE_CHECKS: dict[str, Callable[[Clause, Oracle], Finding]] = {
 
 BACKEND_CHECKS: dict[str, Callable[[Clause, Evidence], Finding]] = {
     "PRELOAD-001": check_preload,
+    "VRAM-001": check_memory,
     "LOADGATE-001": check_gate,
     "QUANT-001": check_device_weights,
     "STAGES-001": check_stages,
@@ -401,7 +449,11 @@ BACKEND_CHECKS: dict[str, Callable[[Clause, Evidence], Finding]] = {
     "ROUTING-001": check_routing,
     "DECODE-001": check_decode,
     "DETERMINISM-001": check_determinism,
-    "VRAM-001": check_memory,
     "SPEED-001": check_speed,
 }
-"""Clauses checked for every backend, the cheap and telling ones first."""
+"""Clauses checked for every backend: memory before anything else runs, then the cheap and telling ones."""
+
+TEXT_CLAUSES = frozenset(
+    {"INVARIANTS-001", "PARITY-001", "TEXT-001", "ROUTING-001", "DECODE-001", "DETERMINISM-001"}
+)
+"""Clauses that run the whole text, whose logits take memory."""

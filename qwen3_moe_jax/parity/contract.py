@@ -11,6 +11,9 @@ CONTRACT_PATH = Path(__file__).with_name("contract.toml")
 REDUCED = "reduced"
 """Stands in a bound for every compute dtype below float32."""
 
+NVIDIA, CPU = "NVIDIA GPU", "CPU"
+"""Classes of devices, for bounds that differ between them."""
+
 
 @dataclass(frozen=True)
 class Clause:
@@ -21,7 +24,7 @@ class Clause:
       statement: what holds.
       measure: the one figure that the bound is on.
       kind: "at_least" or "at_most".
-      bounds: the bound of each compute dtype, or of "" for all.
+      bounds: the bound of each compute dtype or class of devices, or of "" for all.
       backends: which backends it speaks of; "file" for the file alone.
       test: pytest's name of the test that plants a fault and sees the clause fail.
     """
@@ -34,17 +37,23 @@ class Clause:
     backends: tuple[str, ...]
     test: str
 
-    def bound(self, compute_dtype: str = "float32") -> float:
-        """The bound that holds for a compute dtype."""
+    def bound(self, kind: str = "float32") -> float:
+        """The bound that holds for a compute dtype, or for a class of devices.
+
+        Raises:
+          KeyError: the clause has none for it.
+        """
         if "" in self.bounds:
             return self.bounds[""]
-        if compute_dtype in ("float32", "float64"):
-            return self.bounds["float32"]
-        return self.bounds.get(compute_dtype, self.bounds[REDUCED])
+        if kind == "float64":
+            kind = "float32"
+        if kind not in self.bounds and REDUCED in self.bounds and kind not in (NVIDIA, CPU):
+            kind = REDUCED
+        return self.bounds[kind]
 
-    def holds(self, figure: float, compute_dtype: str = "float32") -> bool:
+    def holds(self, figure: float, kind: str = "float32") -> bool:
         """Whether a figure keeps the bound; NaN never does."""
-        bound = self.bound(compute_dtype)
+        bound = self.bound(kind)
         return figure >= bound if self.kind == "at_least" else figure <= bound
 
 

@@ -1,23 +1,34 @@
 """What the clauses are judged by: runs of the reference and of one backend, each made once and kept."""
 
-from collections.abc import Sequence
+import tempfile
+import zlib
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from threading import RLock
 from typing import Any
 
 import numpy as np
 
+from convert.config import Qwen3MoeConfig
 from convert.model_source import ModelSource
 from qwen3_moe_jax.parity import metrics
-from qwen3_moe_jax.parity.gate import GateResult, forward_options, gate_layers, inspect
+from qwen3_moe_jax.parity.gate import GateResult, default_cache_dir, forward_options, gate_layers, inspect
 from qwen3_moe_jax.parity.judge import FUSED_STAGES, Judgement, StageJudge
 from qwen3_moe_jax.parity.recorded import RecordedLogits, recorded_logits
+from qwen3_moe_jax.parity.resident import ResidentPeak
 from qwen3_moe_jax.reference import ReferenceRunner
 from qwen3_moe_jax.runner import Forward, Runner
 from qwen3_moe_jax.sampling import Sampling
 
-FLOAT64_ORACLE_BYTES = 1 << 30
-"""The reference computes in float64 for models up to this size, and in float32 above."""
+SMALL_MODEL_BYTES = 1 << 30
+"""Up to this size the reference computes in float64 and is kept in memory, and runs are made side by side.
+
+Above it the reference is float32 and reads each tensor from the file when it needs it, so that there is never
+more than one whole model in memory.
+"""
+
+MOST_LOGIT_BYTES = 1 << 30
+"""A text whose logits take more is run in windows, each from an empty cache."""
 
 STAGE_TOKENS = 40
 STAGE_CHUNK = 16
@@ -26,6 +37,10 @@ STAGE_CHUNK = 16
 SINGLE_TOKENS = 6
 WRITTEN_TOKENS = 24
 PROMPT_TOKENS = 24
+
+BATCHES = (2, 8, 16)
+BATCH_TOKENS = 8
+DECODED_TOKENS = 24
 
 ROWS_AT_A_TIME = 128
 
@@ -67,21 +82,45 @@ class Oracle:
     Attributes:
       source: the open model.
       text_ids: token ids of the text.
+      windows: parts of the text that are run one after the other; the whole of it where its logits fit.
     """
 
     def __init__(self, source: ModelSource, text_ids: Sequence[int]):
         self.source = source
         self.text_ids = np.asarray(text_ids, np.int32)
-        self.dtype = np.float64 if source.nbytes <= FLOAT64_ORACLE_BYTES else np.float32
+        self.is_small = source.nbytes <= SMALL_MODEL_BYTES
+        self.dtype = np.float64 if self.is_small else np.float32
+        row = 4 * source.config.vocab_size
+        step = max(1, MOST_LOGIT_BYTES // row)
+        if len(self.text_ids) > step:  # windows of one length, a power of two, so that they share programs
+            step = 1 << (step.bit_length() - 1)
+        self.windows = [slice(s, s + step) for s in range(0, len(self.text_ids), step)]
+        self.logits_nbytes = min(step, len(self.text_ids)) * row
 
     @once
     def runner(self) -> ReferenceRunner:
-        return ReferenceRunner(self.source, dtype=self.dtype)
+        return ReferenceRunner(self.source, dtype=self.dtype, resident=self.is_small)
 
     @once
     def text(self) -> Forward:
-        """The text, with router logits."""
-        return self.runner.forward(self.text_ids, capture=("ffn_moe_logits",))
+        """The text, with router logits; logits that take much lie in a file, not in memory."""
+        runs = []
+        logits = self._room_for_logits()
+        for window in self.windows:
+            run = self.runner.forward(self.text_ids[window], capture=("ffn_moe_logits",))
+            logits[window] = run.logits
+            runs.append(Forward(run.logits[:0], run.expert_ids, run.stages))
+        stages = {key: np.concatenate([run.stages[key] for run in runs]) for key in runs[0].stages}
+        return Forward(logits, np.concatenate([run.expert_ids for run in runs], axis=1), stages)
+
+    def _room_for_logits(self) -> np.ndarray:
+        shape = (len(self.text_ids), self.source.config.vocab_size)
+        if len(self.windows) == 1:
+            return np.empty(shape, np.float32)
+        folder = default_cache_dir()
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            return np.memmap(file, np.float32, "w+", shape=shape)
 
     @once
     def router_logits(self) -> np.ndarray:
@@ -107,14 +146,14 @@ class LogitDistance:
       cosine: [T], over the vocabulary.
       nmse: [T].
       kl: [T], nats.
-      top1: share of positions whose best token is the same.
+      agrees: bool [T], whether the best token is the same.
       largest: largest difference of any logit.
     """
 
     cosine: np.ndarray
     nmse: np.ndarray
     kl: np.ndarray
-    top1: float
+    agrees: np.ndarray
     largest: float
 
     @classmethod
@@ -126,9 +165,23 @@ class LogitDistance:
                 by_rows(metrics.cosine, expected, actual),
                 by_rows(metrics.nmse, actual, expected),
                 by_rows(metrics.kl_divergence, expected, actual),
-                float(by_rows(metrics.top1_agrees, expected, actual).mean()),
-                float(np.abs(actual - expected).max()),
+                by_rows(metrics.top1_agrees, expected, actual),
+                float(by_rows(lambda a, b: np.abs(a - b).max(axis=-1), actual, expected).max()),
             )
+
+    @classmethod
+    def joined(cls, parts: Sequence["LogitDistance"]) -> "LogitDistance":
+        """The distance over a text from those over its windows."""
+        arrays = [
+            np.concatenate([getattr(part, name) for part in parts])
+            for name in ("cosine", "nmse", "kl", "agrees")
+        ]
+        return cls(*arrays, float(np.max([part.largest for part in parts])))
+
+    @property
+    def top1(self) -> float:
+        """Share of positions whose best token is the same."""
+        return float(self.agrees.mean())
 
     def figures(self) -> dict[str, float]:
         """What a receipt keeps."""
@@ -144,6 +197,49 @@ class LogitDistance:
         }
 
 
+@dataclass(frozen=True)
+class TextRun:
+    """What is kept of a backend's run over the text; not its logits, gigabytes for a large vocabulary.
+
+    Attributes:
+      distance: of its logits from the reference's.
+      expert_ids: int32 [L, T, X].
+      router_logits: float32 [L, T, E], or None where they were not asked for.
+      checksums: int [T], a CRC-32 of the bits of each position's logits.
+      broken: what is wrong with shapes, dtypes, finiteness and expert ids, one line each.
+    """
+
+    distance: LogitDistance
+    expert_ids: np.ndarray
+    router_logits: np.ndarray | None
+    checksums: np.ndarray
+    broken: tuple[str, ...]
+
+
+def broken_invariants(config: Qwen3MoeConfig, forward: Forward, length: int) -> list[str]:
+    """What is wrong with a run of ``length`` tokens whatever its weights; one line each."""
+    shape = (length, config.vocab_size)
+    if forward.logits.shape != shape or forward.logits.dtype != np.float32:
+        return [f"logits are {forward.logits.dtype} {forward.logits.shape}, not float32 {shape}"]
+    broken = []
+    if not np.isfinite(forward.logits).all():
+        rows = np.flatnonzero(~np.isfinite(forward.logits).all(axis=-1))
+        broken.append(f"logits are not finite from position {rows[0]} on")
+    ids = forward.expert_ids
+    expected = (config.num_hidden_layers, length, config.num_experts_per_tok)
+    if ids.shape != expected:
+        return [*broken, f"expert ids are {ids.shape}, not {expected}"]
+    ordered = np.sort(ids, axis=-1)
+    if ids.min() < 0 or ids.max() >= config.num_experts or (np.diff(ordered, axis=-1) == 0).any():
+        broken.append("a token's experts are out of range or not distinct")
+    return broken
+
+
+def checksums(rows: np.ndarray) -> np.ndarray:
+    """A CRC-32 of the bits of each row."""
+    return np.array([zlib.crc32(np.ascontiguousarray(row).data) for row in rows], np.int64)
+
+
 class Evidence:
     """Runs of one backend; each property is one run or what follows from it.
 
@@ -151,12 +247,14 @@ class Evidence:
       oracle: the reference.
       runner: the backend.
       facts: its ``describe()``.
+      resident: the process's memory since before the backend was loaded; None where that is not known.
     """
 
-    def __init__(self, oracle: Oracle, runner: Runner):
+    def __init__(self, oracle: Oracle, runner: Runner, resident: ResidentPeak | None = None):
         self.oracle = oracle
         self.runner = runner
         self.facts = runner.describe()
+        self.resident = resident
 
     @property
     def source(self) -> ModelSource:
@@ -173,7 +271,7 @@ class Evidence:
 
     def runs(self) -> list[str]:
         """Names of the properties that run the backend, for threads that make them ahead."""
-        return ["free", "replayed", "fused", "written", "single", "gate"]
+        return ["free", "replayed", "fused", "written", "single", "gate", "again"]
 
     @property
     def chunks(self) -> dict[str, tuple[int, ...]]:
@@ -181,29 +279,73 @@ class Evidence:
         return {"chunk_sizes": (STAGE_CHUNK,)} if "chunk_sizes" in forward_options(self.runner) else {}
 
     @once
-    def free(self) -> Forward:
+    def free(self) -> TextRun:
         """The text, as the backend runs it for a user: it chooses its own experts."""
-        return self.runner.forward(self.oracle.text_ids)
+        return self._run_text()
 
     @once
-    def replayed(self) -> Forward:
+    def again(self) -> TextRun:
+        """``free`` a second time."""
+        return self._run_text()
+
+    @once
+    def replayed(self) -> TextRun:
         """The text with the reference's experts, and the backend's own router logits."""
-        return self.runner.forward(
-            self.oracle.text_ids, expert_ids=self.oracle.text.expert_ids, capture=("ffn_moe_logits",)
+        return self._run_text(self.oracle.text.expert_ids, ("ffn_moe_logits",))
+
+    def _run_text(self, expert_ids: np.ndarray | None = None, capture: Collection[str] = ()) -> TextRun:
+        parts = []
+        for window in self.oracle.windows:
+            ids = self.oracle.text_ids[window]
+            forced = None if expert_ids is None else expert_ids[:, window]
+            forward = self.runner.forward(ids, capture=capture, expert_ids=forced)
+            part = TextRun(
+                LogitDistance.of(self.oracle.text.logits[window], forward.logits),
+                forward.expert_ids,
+                stacked(forward, *capture) if capture else None,
+                checksums(forward.logits),
+                tuple(broken_invariants(self.source.config, forward, len(ids))),
+            )
+            parts.append(part)
+        if len(parts) == 1:
+            return parts[0]
+        return TextRun(
+            LogitDistance.joined([p.distance for p in parts]),
+            np.concatenate([p.expert_ids for p in parts], axis=1),
+            np.concatenate([p.router_logits for p in parts], axis=1) if capture else None,
+            np.concatenate([p.checksums for p in parts]),
+            tuple(line for p in parts for line in p.broken),
         )
 
-    @once
-    def free_distance(self) -> LogitDistance:
-        return LogitDistance.of(self.oracle.text.logits, self.free.logits)
+    @property
+    def is_batch_invariant(self) -> bool:
+        """Whether the backend promises a sequence the same bits in every batch, and takes batches."""
+        return bool(self.facts.get("batch_invariant")) and "beside" in forward_options(self.runner)
 
     @once
-    def replayed_distance(self) -> LogitDistance:
-        return LogitDistance.of(self.oracle.text.logits, self.replayed.logits)
+    def decoded(self) -> LogitDistance | None:
+        """Tokens one by one with the reference's experts, by the step that decoding takes.
+
+        None where that step is the prompt's own program, of which STAGES-001 judges every stage.
+        """
+        if not self.is_batch_invariant:
+            return None
+        ids = self.oracle.text_ids[:DECODED_TOKENS]
+        forced = self.oracle.text.expert_ids[:, : len(ids)]
+        forward = self.runner.forward(ids, expert_ids=forced, chunk_sizes=(1,))
+        return LogitDistance.of(self.oracle.text.logits[: len(ids)], forward.logits)
+
+    def in_batch(self, size: int) -> Forward:
+        """A few tokens one by one, in the middle of a batch of ``size`` other pieces of the text."""
+        ids = self.oracle.text_ids
+        others = [ids[3 * n : 3 * n + BATCH_TOKENS] for n in range(1, size)]
+        options = {"beside": others} if others else {}
+        return self.runner.forward(ids[:BATCH_TOKENS], chunk_sizes=(1,), **options)
 
     @once
     def router_errors(self) -> np.ndarray:
         """Largest error of any router logit of each layer and token, with replayed experts: [L, T]."""
-        error = stacked(self.replayed, "ffn_moe_logits") - self.oracle.router_logits
+        error = self.replayed.router_logits - self.oracle.router_logits
         return np.abs(error).max(axis=-1)
 
     @once
@@ -254,3 +396,20 @@ class Evidence:
     @once
     def gate(self) -> GateResult:
         return inspect(self.runner, self.source)
+
+    @once
+    def memory(self) -> dict[str, int] | None:
+        """Bytes at the peak and of the KV cache after a short text was written; None where none are told.
+
+        The device's own figures, or for a large model that verify itself loaded into main
+        memory, how much this process has grown by.
+        """
+        _ = self.written  # what is measured
+        read = getattr(self.runner, "memory", None)
+        found = read() if read else None
+        if found:
+            return found
+        plan = getattr(self.runner, "plan", None)
+        if self.resident is None or self.oracle.is_small:
+            return None
+        return {"peak": self.resident.growth(), "cache": plan.cache if plan else 0}

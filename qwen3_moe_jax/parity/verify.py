@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
@@ -16,21 +16,31 @@ from typing import Any
 import numpy as np
 
 from convert.model_source import ModelSource
-from qwen3_moe_jax.errors import ContextOverflowError
-from qwen3_moe_jax.parity.clauses import BACKEND_CHECKS, FAILED, FILE_CHECKS, PASSED, Finding
+from qwen3_moe_jax.errors import ContextOverflowError, MemoryPlanError
+from qwen3_moe_jax.memory_plan import available_main_memory
+from qwen3_moe_jax.parity.blas_threads import one_thread_a_product
+from qwen3_moe_jax.parity.clauses import (
+    BACKEND_CHECKS,
+    FAILED,
+    FILE_CHECKS,
+    PASSED,
+    TEXT_CLAUSES,
+    Finding,
+)
 from qwen3_moe_jax.parity.code_version import code_version
 from qwen3_moe_jax.parity.contract import Clause, load_contract
 from qwen3_moe_jax.parity.evidence import Evidence, Oracle
 from qwen3_moe_jax.parity.receipt import RECEIPT_FORMAT, check_receipt
 from qwen3_moe_jax.parity.recorded import parity_text
+from qwen3_moe_jax.parity.resident import ResidentPeak
 from qwen3_moe_jax.runner import Runner
 from qwen3_moe_jax.tokenizer import Tokenizer
 
 TEXT_TOKENS = 2048
 LEAST_TOKENS = 64
 
-MOST_BYTES_AHEAD = 1 << 30
-"""Runs are made ahead, several at a time, for models up to this size."""
+WORKING_BYTES = 500 << 20
+"""One dequantized layer's tensors and the judge's copies, beside logits."""
 
 VERSIONS_OF = ("jax", "jaxlib", "flax", "numpy", "wgpu")
 
@@ -95,9 +105,22 @@ class Report:
         return f"FAILED: {count}, first {first.clause} of {first.subject}"
 
 
+@dataclass(frozen=True)
+class Unloaded:
+    """A backend that verify loads itself, when its turn comes, and closes after it.
+
+    Attributes:
+      load: gives the loaded backend.
+      max_context: tokens that its cache is going to hold.
+    """
+
+    load: Callable[[], Runner]
+    max_context: int
+
+
 def verify(
     source: ModelSource,
-    runners: Sequence[Runner],
+    runners: Sequence[Runner | Unloaded],
     *,
     text_tokens: int = TEXT_TOKENS,
     clauses: Sequence[str] | None = None,
@@ -105,8 +128,12 @@ def verify(
 ) -> Report:
     """Runs the contract's clauses.
 
+    Backends of a small model are loaded together and their runs made side by side.
+    Of a large one a single backend is in memory at any time, if they are given
+    ``Unloaded``, and the reference reads its tensors as it needs them.
+
     Args:
-      source: the open file or checkpoint that every runner was loaded from.
+      source: the open file or checkpoint that every runner is loaded from.
       runners: backends to judge.
       text_tokens: length of the text; less where a context does not hold it.
       clauses: ids of the clauses to check; None is all.
@@ -114,6 +141,7 @@ def verify(
 
     Raises:
       ValueError: no runner, an unknown clause, or a text or context below LEAST_TOKENS.
+      MemoryPlanError: a backend does not fit, or leaves no room for the text's logits.
     """
     contract = load_contract()
     unknown = set(clauses or ()) - contract.clauses.keys()
@@ -128,24 +156,77 @@ def verify(
         raise ValueError(f"a context of {room} tokens is too short to verify: give at least {LEAST_TOKENS}")
     oracle = Oracle(source, _text_ids(source, min(text_tokens, room)))
     findings: list[Finding] = []
+    backends: list[dict] = []
 
     def found(finding: Finding) -> None:
         findings.append(finding)
         if progress:
             progress(finding)
 
-    subjects = [Evidence(oracle, runner) for runner in runners]
-    with _made_ahead(subjects if clauses is None else []):
+    with ExitStack() as stack:
+        if oracle.is_small:
+            stack.enter_context(one_thread_a_product())
+            subjects = _all_at_once(stack, oracle, runners, ahead=clauses is None)
+        else:
+            subjects = _one_by_one(oracle, runners, with_text=not TEXT_CLAUSES.isdisjoint(wanted))
         for id in wanted:
             if id in FILE_CHECKS:
                 found(_checked(FILE_CHECKS[id], contract.clauses[id], oracle, "file"))
         for evidence in subjects:
+            backends.append({"label": evidence.label, **_plain(evidence.facts)})
             for id, check in BACKEND_CHECKS.items():
                 if id in wanted:
                     found(_checked(check, contract.clauses[id], evidence, evidence.label))
-    backends = [{"label": evidence.label, **_plain(evidence.facts)} for evidence in subjects]
     facts = _facts(source, backends, contract.version, len(oracle.text_ids), time.perf_counter() - began)
     return Report(facts, tuple(findings))
+
+
+def _all_at_once(
+    stack: ExitStack, oracle: Oracle, runners: Sequence[Runner | Unloaded], *, ahead: bool
+) -> list[Evidence]:
+    """Every backend loaded, and its runs begun if they are to be made ahead; closed with ``stack``."""
+    subjects = []
+    for runner in runners:
+        loaded = stack.enter_context(closing(runner.load())) if isinstance(runner, Unloaded) else runner
+        subjects.append(Evidence(oracle, loaded))
+    if ahead:
+        stack.enter_context(_made_ahead(subjects))
+    return subjects
+
+
+def _one_by_one(
+    oracle: Oracle, runners: Sequence[Runner | Unloaded], *, with_text: bool
+) -> Iterator[Evidence]:
+    """One backend after the other; those that are loaded here are closed before the next is.
+
+    Raises:
+      MemoryPlanError: there is no room for a backend, or beside it for the text's logits.
+    """
+    if with_text:
+        _ = oracle.text  # before a backend is in memory
+    for runner in runners:
+        if not isinstance(runner, Unloaded):
+            yield Evidence(oracle, runner)
+            continue
+        resident = ResidentPeak.start()
+        with closing(runner.load()) as loaded:
+            if with_text:
+                check_room_for_logits(oracle, available_main_memory())
+            yield Evidence(oracle, loaded, resident)
+
+
+def check_room_for_logits(oracle: Oracle, free: int | None) -> None:
+    """Raises MemoryPlanError unless a backend's logits of one window fit what is free.
+
+    They are there twice for a moment: in pieces, and joined.
+    """
+    needed = 2 * oracle.logits_nbytes + WORKING_BYTES
+    if free is None or free >= needed:
+        return
+    raise MemoryPlanError(
+        f"verify needs {needed / 1e9:.2f} GB of main memory for logits beside the loaded model, and "
+        f"{free / 1e9:.2f} GB are free: --clause STAGES-001 needs none of it"
+    )
 
 
 @contextmanager
@@ -155,9 +236,7 @@ def _made_ahead(subjects: Sequence[Evidence]) -> Iterator[None]:
     Only for small models, whose runs fit in memory side by side. A run that
     fails here fails again, and is reported, where a clause asks for it.
     """
-    able = [
-        e for e in subjects if getattr(e.runner, "thread_safe", False) and e.source.nbytes <= MOST_BYTES_AHEAD
-    ]
+    able = [e for e in subjects if getattr(e.runner, "thread_safe", False)]
     pool = ThreadPoolExecutor(max(1, (os.cpu_count() or 1)), thread_name_prefix="verify")
     for evidence in able:
         for name in evidence.runs():
@@ -179,7 +258,7 @@ def _checked(check: Callable[[Clause, Any], Finding], clause: Clause, subject: A
         return check(clause, subject)
     except (ArithmeticError, ValueError, RuntimeError, IndexError, ContextOverflowError) as error:
         note = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        return Finding(clause.id, label, FAILED, None, clause.bound(), note)
+        return Finding(clause.id, label, FAILED, None, None, note)
 
 
 def _facts(

@@ -9,7 +9,7 @@ Face Transformers' ``modeling_qwen3_moe.py`` and in llama.cpp at commit
 0c1e57098, ``src/models/qwen3moe.cpp``; stage names are the latter's.
 """
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -119,27 +119,64 @@ def attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, positions: np.ndarray
     return out
 
 
+class TensorsOnDemand(Mapping[str, PackedTensor]):
+    """A file's tensors, each read when it is asked for and not kept: a large model in little memory."""
+
+    def __init__(self, source: ModelSource):
+        self._source = source
+
+    def __getitem__(self, path: str) -> PackedTensor:
+        if path not in self:
+            raise KeyError(path)
+        return self._source.tensor(path)
+
+    def __contains__(self, path: object) -> bool:
+        return path in self._source.types
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._source.types)
+
+    def __len__(self) -> int:
+        return len(self._source.types)
+
+
 class ReferenceRunner:
     """The model on the CPU in NumPy; see ``runner.Runner`` for the protocol."""
 
     name = "reference"
     forward_options = frozenset({"layers", "chunk_sizes"})
 
-    def __init__(self, source: ModelSource, *, max_context: int | None = None, dtype: type = np.float32):
-        """Args: source, an open model; dtype, np.float32 or np.float64."""
+    def __init__(
+        self,
+        source: ModelSource,
+        *,
+        max_context: int | None = None,
+        dtype: type = np.float32,
+        resident: bool = True,
+    ):
+        """Loads the weights.
+
+        Args:
+          source: an open model.
+          max_context: tokens of a prompt and what is written after it; None is the model's own limit.
+          dtype: np.float32 or np.float64.
+          resident: keep every packed tensor in memory; False reads each from ``source`` when it is used.
+        """
         self.config = source.config
         self.max_context = max_context or source.config.max_position_embeddings
         self.dtype = np.dtype(dtype)
-        self.weights = {path: source.tensor(path) for path in source.paths()}
+        self.weights: Mapping[str, PackedTensor] = TensorsOnDemand(source)
+        if resident:
+            self.weights = {path: source.tensor(path) for path in source.paths()}
+        self._types = sorted({t.name for t in source.types.values()})
         self._rope: tuple[np.ndarray, np.ndarray] | None = None
 
     def describe(self) -> dict[str, object]:
-        types = sorted({w.type.name for w in self.weights.values()})
         return {
             "backend": self.name,
             "device": "CPU (NumPy)",
             "compute_dtype": self.dtype.name,
-            "implementations": dict.fromkeys(types, "numpy"),
+            "implementations": dict.fromkeys(self._types, "numpy"),
             "fallbacks": [],
             "batch_invariant": True,  # one sequence at a time
         }
@@ -313,7 +350,7 @@ class ReferenceRunner:
     def _logits(self, hidden, record):
         h = rms_norm(hidden, self._norm_weight("norm"), self.config.rms_norm_eps)
         record("result_norm", None, h)
-        logits = matmul(h, self.weights.get("lm_head", self.weights["embed_tokens"]))
+        logits = matmul(h, self.weights["lm_head" if "lm_head" in self.weights else "embed_tokens"])
         record("result_output", None, logits)
         return logits
 

@@ -102,12 +102,36 @@ def break_determinism(oracle, reference, plant):
 
 
 def break_memory(oracle, reference, plant):
-    return Evidence(oracle, Changed(reference, memory=lambda: {"peak": 3 << 30, "planned": 1 << 30}))
+    """A float32 copy of the experts of a layer or two, say."""
+    cache = 40_000_000
+    allowed = 1.06 * oracle.source.nbytes + cache + 0.5e9
+    return Evidence(oracle, Changed(reference, memory=lambda: {"peak": int(allowed) + 1, "cache": cache}))
 
 
 def break_speed(oracle, reference, plant):
-    facts = {**reference.describe(), "device": "NVIDIA H100 80GB HBM3 (gpu)"}
-    return Evidence(oracle, Changed(reference, describe=lambda: facts))
+    return Evidence(oracle, on_gpu(reference))
+
+
+def on_gpu(runner, **facts):
+    """The runner under the name of jax on a GPU."""
+    facts = {**runner.describe(), "device": "NVIDIA H100 80GB HBM3 (gpu)", **facts}
+    return Changed(runner, name="jax", describe=lambda: facts)
+
+
+def batched(reference, wrong_at=None, **facts):
+    """A runner that takes batches; one of size ``wrong_at`` changes one bit of one logit."""
+
+    def forward(token_ids, *, beside=(), **options):
+        found = reference.forward(token_ids, **options)
+        assert not beside or options["chunk_sizes"] == (1,)
+        assert len({tuple(row) for row in (token_ids, *beside)}) == len(beside) + 1
+        if len(beside) + 1 == wrong_at:
+            found.logits[5, 77] = np.nextafter(found.logits[5, 77], np.float32(np.inf))
+        return found
+
+    facts = {**reference.describe(), "batch_invariant": True, **facts}
+    options = reference.forward_options | {"beside"}
+    return Changed(reference, forward=forward, forward_options=options, describe=lambda: facts)
 
 
 FALSIFIED_BY = {
@@ -144,6 +168,100 @@ def test_clause_can_fail(id, oracle, reference, plant, source, monkeypatch):
     assert finding.verdict == FAILED, finding
     assert finding.note
     assert good.verdict != FAILED, good
+
+
+@pytest.mark.parametrize("size", clauses.BATCHES)
+def test_determinism_001_sees_one_bit_in_a_batch(size, oracle, reference):
+    clause, check = load_contract().clauses["DETERMINISM-001"], BACKEND_CHECKS["DETERMINISM-001"]
+    sound = check(clause, Evidence(oracle, batched(reference)))
+    assert sound.verdict == PASSED
+    assert sound.figures["batches"] == {2: 0, 8: 0, 16: 0}
+    found = check(clause, Evidence(oracle, batched(reference, size)))
+    assert (found.verdict, found.figure) == (FAILED, 1)
+    assert f"a batch of {size} changes 1 of 8 positions" in found.note
+    assert 0 < found.figures["largest_difference"] < 1e-5
+    unpromised = check(clause, Evidence(oracle, batched(reference, size, batch_invariant=False)))
+    assert unpromised.verdict == PASSED
+    assert "batches are not promised the same bits" in unpromised.note
+
+
+def test_determinism_001_sees_other_experts_in_a_batch(oracle, reference):
+    runner = batched(reference)
+    true = runner.forward
+
+    def forward(token_ids, *, beside=(), **options):
+        found = true(token_ids, beside=beside, **options)
+        if len(beside) == 15:
+            found.expert_ids[2, 3] = found.expert_ids[2, 3, ::-1]
+        return found
+
+    runner.forward = forward
+    clause = load_contract().clauses["DETERMINISM-001"]
+    assert BACKEND_CHECKS["DETERMINISM-001"](clause, Evidence(oracle, runner)).verdict == FAILED
+
+
+def test_parity_001_judges_a_decode_step_of_its_own(oracle, reference):
+    """What decoding computes is seen also where no stage of it can be captured."""
+    runner = batched(reference)
+    true = runner.forward
+
+    def forward(token_ids, **options):
+        found = true(token_ids, **options)
+        if options.get("chunk_sizes") == (1,):
+            found.logits[7] = found.logits[6]
+        return found
+
+    clause, check = load_contract().clauses["PARITY-001"], BACKEND_CHECKS["PARITY-001"]
+    sound = check(clause, Evidence(oracle, runner))
+    assert sound.verdict == PASSED
+    assert "24 tokens decoded one by one" in sound.note
+    runner.forward = forward
+    assert check(clause, Evidence(oracle, runner)).verdict == FAILED
+
+
+def test_speed_001_states_the_share_where_nothing_is_promised(oracle, reference, monkeypatch):
+    clause, check = load_contract().clauses["SPEED-001"], BACKEND_CHECKS["SPEED-001"]
+    small = check(clause, Evidence(oracle, Changed(reference, name="jax")))
+    assert small.verdict == clauses.NOT_APPLICABLE
+    assert "launches are the limit" in small.note
+    assert 0 < small.figures["share"] < 1
+    assert check(clause, Evidence(oracle, reference)).verdict == clauses.NOT_APPLICABLE
+    monkeypatch.setattr(clauses, "bytes_per_token", lambda source: 1e9)
+    without_kernels = on_gpu(reference, fallbacks=["XLA in place of the GPU kernels: an old card"])
+    found = check(clause, Evidence(oracle, without_kernels))
+    assert found.verdict == clauses.NOT_APPLICABLE
+    assert "an old card" in found.note
+    assert found.figures["share"] > 0
+    unknown = check(clause, Evidence(oracle, on_gpu(reference, device="NVIDIA Unheard (gpu)")))
+    assert unknown.verdict == clauses.NOT_APPLICABLE
+
+
+@pytest.mark.parametrize(("rate", "verdict"), [(1.0, FAILED), (1e9, PASSED)])
+@pytest.mark.parametrize("device", ["cpu (cpu)", "NVIDIA H100 80GB HBM3 (gpu)"])
+def test_speed_001_has_a_bound_for_each_class_of_devices(
+    device, rate, verdict, oracle, reference, monkeypatch
+):
+    monkeypatch.setattr(clauses, "bytes_per_token", lambda source: 1.92e9)
+    monkeypatch.setattr(clauses, "_decode_rate", lambda evidence, tokens: rate)
+    clause = load_contract().clauses["SPEED-001"]
+    found = BACKEND_CHECKS["SPEED-001"](clause, Evidence(oracle, on_gpu(reference, device=device)))
+    assert (found.verdict, found.bound) == (verdict, 0.12 if "cpu" in device else 0.30)
+
+
+def test_vram_001_holds_the_process_to_the_bound_for_a_large_model(oracle, reference, monkeypatch):
+    clause, check = load_contract().clauses["VRAM-001"], BACKEND_CHECKS["VRAM-001"]
+    large = Oracle(oracle.source, oracle.text_ids)
+    large.is_small = False
+
+    class Grown:
+        def growth(self):
+            return int(2e9)
+
+    assert check(clause, Evidence(large, reference, Grown())).verdict == FAILED
+    monkeypatch.setattr(Grown, "growth", lambda self: int(0.4e9))
+    assert check(clause, Evidence(large, reference, Grown())).verdict == PASSED
+    assert "before verify could measure" in check(clause, Evidence(large, reference)).note
+    assert "small file" in check(clause, Evidence(oracle, reference, Grown())).note
 
 
 def test_quant_001_sees_a_wrong_reading_of_the_file(source, oracle):

@@ -3,6 +3,7 @@
 import argparse
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -11,8 +12,7 @@ from convert.model_source import ModelSource, open_model
 from qwen3_moe_jax import loader
 from qwen3_moe_jax.parity.clauses import FAILED, NOT_APPLICABLE, PASSED, Finding
 from qwen3_moe_jax.parity.contract import Contract, load_contract
-from qwen3_moe_jax.parity.verify import TEXT_TOKENS, Report, verify
-from qwen3_moe_jax.runner import Runner
+from qwen3_moe_jax.parity.verify import TEXT_TOKENS, Report, Unloaded, verify
 
 TARGETS = ("reference", "jax", "jax:bfloat16", "wgpu")
 
@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
         return 0
     console = Console(stderr=args.json, soft_wrap=True, highlight=False)
     with open_model(args.model or loader.embedded_model()) as source:
-        runners = make_runners(source, args.backend or TARGETS[:3], args.adapter)
+        runners = unloaded_runners(source, args.backend or TARGETS[:3], args.adapter)
         report = verify(
             source,
             runners,
@@ -67,17 +67,14 @@ def run(args: argparse.Namespace) -> int:
     return 0 if report.passed else 1
 
 
-def make_runners(source: ModelSource, targets: list[str], adapter: str | None) -> list[Runner]:
-    """One runner for each of ``targets`` ("jax:bfloat16")."""
+def unloaded_runners(source: ModelSource, targets: list[str], adapter: str | None) -> list[Unloaded]:
+    """One backend for each of ``targets`` ("jax:bfloat16"), loaded when it is needed."""
     context = min(DEFAULT_CONTEXT, source.config.max_position_embeddings)
     runners = []
     for target in dict.fromkeys(targets):
         backend, _, dtype = target.partition(":")
-        runners.append(
-            loader.make_runner(
-                source, backend, max_context=context, dtype=dtype or "float32", adapter=adapter
-            )
-        )
+        options = {"max_context": context, "dtype": dtype or "float32", "adapter": adapter}
+        runners.append(Unloaded(partial(loader.make_runner, source, backend, **options), context))
     return runners
 
 
@@ -122,7 +119,9 @@ def show_contract(contract: Contract, *, as_json: bool = False) -> None:
         return
     print(f"Parity contract, version {contract.version}")
     for clause in contract.clauses.values():
-        bounds = ", ".join(f"{dtype or 'every dtype'} {bound:g}" for dtype, bound in clause.bounds.items())
+        bounds = ", ".join(
+            f"{bound:g} {kind and f'({kind})'}".strip() for kind, bound in clause.bounds.items()
+        )
         print(f"\n{clause.id}  {clause.statement}")
         print(
             f"    {clause.measure}: {clause.kind.replace('_', ' ')} {bounds} ({', '.join(clause.backends)})"

@@ -1,0 +1,117 @@
+"""What verify does for models that fit in memory once; limits are lowered until the embedded one is large."""
+
+import numpy as np
+import pytest
+
+from qwen3_moe_jax import cli, loader
+from qwen3_moe_jax.errors import MemoryPlanError
+from qwen3_moe_jax.parity import blas_threads, evidence
+from qwen3_moe_jax.parity import verify as verify_function
+from qwen3_moe_jax.parity.evidence import Evidence, Oracle
+from qwen3_moe_jax.parity.resident import ResidentPeak
+from qwen3_moe_jax.parity.verify import Unloaded, check_room_for_logits
+from qwen3_moe_jax.reference import ReferenceRunner
+from qwen3_moe_jax.reference.model import TensorsOnDemand
+
+TOKENS = 100
+
+
+@pytest.fixture
+def is_large(monkeypatch):
+    """The embedded model counts as large, and a window holds 32 tokens' logits."""
+    monkeypatch.setattr(evidence, "SMALL_MODEL_BYTES", 1)
+    monkeypatch.setattr(evidence, "MOST_LOGIT_BYTES", 40 * 4 * 4096)
+
+
+@pytest.fixture(autouse=True)
+def own_cache_folder(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def test_one_backend_is_in_memory_at_a_time(is_large, source, monkeypatch):
+    in_memory, most = set(), []
+
+    def load(name):
+        runner = ReferenceRunner(source, max_context=TOKENS + 60)
+        close = runner.close
+        in_memory.add(name)
+        most.append(len(in_memory))
+        runner.close = lambda: (in_memory.remove(name), close())
+        return runner
+
+    backends = [Unloaded(lambda n=n: load(n), TOKENS + 60) for n in "abc"]
+    report = verify_function(source, backends, text_tokens=TOKENS)
+    assert report.passed, report.failures
+    assert most == [1, 1, 1]
+    assert not in_memory
+    report.receipt()
+    memory = [f for f in report.findings if f.clause == "VRAM-001"]
+    assert [f.verdict for f in memory] == ["passed"] * 3
+    assert all(0 <= f.figures["peak"] < f.figures["allowed"] for f in memory)
+
+
+def test_the_reference_keeps_no_tensors(is_large, source, text_ids):
+    oracle = Oracle(source, text_ids[:TOKENS])
+    assert isinstance(oracle.runner.weights, TensorsOnDemand)
+    assert set(oracle.runner.weights) == set(source.types)
+    expected = ReferenceRunner(source, max_context=512).forward(text_ids[:20])
+    np.testing.assert_array_equal(oracle.runner.forward(text_ids[:20]).logits, expected.logits)
+    with pytest.raises(KeyError):
+        oracle.runner.weights["no such"]
+
+
+def test_windows_cover_the_text_and_their_logits_lie_in_a_file(is_large, source, text_ids, tmp_path):
+    oracle = Oracle(source, text_ids[:TOKENS])
+    assert [(w.start, w.stop) for w in oracle.windows] == [(0, 32), (32, 64), (64, 96), (96, 128)]
+    assert isinstance(oracle.text.logits, np.memmap)
+    assert not list((tmp_path / "cache" / "qwen3_moe_jax").iterdir())  # it has no name
+    found = Evidence(oracle, oracle.runner)
+    assert found.free.distance.cosine.shape == (TOKENS,)
+    assert found.free.distance.largest == 0
+    assert found.free.distance.top1 == 1
+    assert found.free.expert_ids.shape == oracle.text.expert_ids.shape
+    assert found.free.checksums.shape == (TOKENS,)
+    assert found.router_errors.max() == 0
+    second = ReferenceRunner(source).forward(text_ids[32:64])
+    np.testing.assert_array_equal(oracle.text.logits[32:64], second.logits)
+
+
+def test_no_room_for_logits_is_one_line(source, text_ids):
+    oracle = Oracle(source, text_ids[:TOKENS])
+    check_room_for_logits(oracle, None)
+    check_room_for_logits(oracle, 1 << 30)
+    with pytest.raises(MemoryPlanError, match=r"^verify needs 0\.53 GB .* 0\.10 GB are free: .*$"):
+        check_room_for_logits(oracle, int(1e8))
+
+
+@pytest.mark.parametrize("backend", ["reference", "jax"])
+def test_a_backend_that_does_not_fit_is_one_line_and_exit_code_3(is_large, backend, monkeypatch, capsys):
+    place = loader if backend == "reference" else "qwen3_moe_jax.memory_plan"
+    name = "available_main_memory"
+    monkeypatch.setattr(place, name, lambda: 1 << 20) if backend == "reference" else monkeypatch.setattr(
+        f"{place}.{name}", lambda: 1 << 20
+    )
+    arguments = ["--backend", backend, "--tokens", "64", "--clause", "STAGES-001"]
+    assert cli.main(["verify", *arguments]) == 3
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "do not fit main memory" in error
+
+
+def test_growth_of_the_process_is_seen():
+    peak = ResidentPeak.start()
+    if peak is None:
+        pytest.skip("this system does not tell a process its peak")
+    block = np.ones(100 << 20, np.uint8)
+    del block
+    assert 90 << 20 < peak.growth() < 200 << 20
+    assert ResidentPeak.start().growth() < 50 << 20  # the mark is set back
+
+
+def test_products_stay_on_one_thread_within():
+    before = blas_threads.threads_a_product()
+    if before is None:
+        pytest.skip("NumPy has another BLAS than OpenBLAS")
+    with blas_threads.one_thread_a_product():
+        assert blas_threads.threads_a_product() == 1
+    assert blas_threads.threads_a_product() == before
