@@ -19,25 +19,33 @@ SMALL = pallas_sm90.AttentionConfig(keys=64)
 
 
 @pytest.mark.parametrize(
-    ("tokens", "starts", "group"),
-    [(9, (0, 3), 8), (5, (100, 70), 8), (70, (0, 0), 2), (1, (130, 63), 4)],
+    ("tokens", "starts", "group", "slots"),
+    [
+        (9, (0, 3), 8, None),
+        (5, (100, 70), 8, (3, 0)),
+        (70, (0, 0), 2, None),
+        (1, (130, 63), 4, (1, 2)),
+    ],
     ids=["prompt", "chunk", "two blocks of keys", "decode"],
 )
-def test_attention(rng, capfd, tokens, starts, group):
-    """Chunks that continue a cache, rows that are padding, NaN in slots that nothing may read."""
-    layers, batch, slots, heads, dim = 2, 2, 192, 2, 64
+def test_attention(rng, capfd, tokens, starts, group, slots):
+    """Chunks that continue a cache, in any of its rows; NaN in layers and rows that nothing may read."""
+    layers, batch, length, heads, dim = 2, 2, 192, 2, 64
     q = rng.standard_normal((batch, tokens, heads * group, dim)).astype(np.float32)
-    shape = (layers, batch, slots, heads, dim)
+    shape = (layers, 4, length, heads, dim)
+    rows = np.array(slots or (0, 1))
+    others = np.setdiff1d(np.arange(4), rows)
+    slots = None if slots is None else jnp.asarray(rows, jnp.int32)
     k, v = (jnp.asarray(rng.standard_normal(shape), jnp.bfloat16) for _ in range(2))
     positions = np.asarray(starts)[:, None] + np.arange(tokens)
     positions[1, -1] = -1
-    k, v = (c.at[0].set(jnp.nan) for c in (k, v))
+    k, v = (c.at[0].set(jnp.nan).at[:, others].set(jnp.nan) for c in (k, v))
     out = pallas_sm90.attention(
-        jnp.asarray(q), k, v, jnp.asarray(positions, jnp.int32), jnp.int32(1),
+        jnp.asarray(q), k, v, jnp.asarray(positions, jnp.int32), jnp.int32(1), slots,
         config=SMALL, interpret=interpreter.InterpretGPUParams(detect_races=True),
     )  # fmt: skip
     q16 = jnp.asarray(q, jnp.bfloat16).astype(jnp.float32)
-    args = (q16, k, v, jnp.asarray(positions, jnp.int32), jnp.int32(1))
+    args = (q16, k, v, jnp.asarray(positions, jnp.int32), jnp.int32(1), slots)
     expected = np.array(xla.attention(*args))
     check(out, expected, tolerances.ATTENTION_BFLOAT16_NMSE, tokens)
     assert not np.asarray(out)[1, -1].any()
@@ -49,6 +57,9 @@ def test_what_the_kernel_does_not_take_is_named(rng):
     positions, interpret = jnp.zeros((1, 2), jnp.int32), interpreter.InterpretGPUParams()
     with pytest.raises(NotImplementedError, match="float32"):
         pallas_sm90.attention(q, cache, cache, positions, jnp.int32(0), interpret=interpret)
+    scales, whole = (jnp.ones((1, 1, 64, 1)),) * 2, cache.astype(jnp.int8)
+    with pytest.raises(NotImplementedError, match="int8"):
+        pallas_sm90.attention(q, whole, whole, positions, jnp.int32(0), None, scales, interpret=interpret)
     q, cache = q[..., :32], cache[..., :32].astype(jnp.bfloat16)
     with pytest.raises(NotImplementedError, match="head_dim"):
         pallas_sm90.attention(q, cache, cache, positions, jnp.int32(0), interpret=interpret)

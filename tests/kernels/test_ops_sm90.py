@@ -43,7 +43,9 @@ def test_attention_lowers_for_cuda(monkeypatch):
     monkeypatch.setattr(attention_sm90, "require_hopper", lambda interpret: None)
     cache = jnp.zeros((2, 1, 256, 2, 128), jnp.bfloat16)
     q, positions = jnp.zeros((1, 20, 16, 128)), jnp.zeros((1, 20), jnp.int32)
-    assert "prefill_attention" in lower(attention_sm90.attention, q, cache, cache, positions, jnp.int32(0))
+    args = (q, cache, cache, positions, jnp.int32(0))
+    assert "prefill_attention" in lower(attention_sm90.attention, *args)
+    assert "prefill_attention" in lower(attention_sm90.attention, *args, jnp.zeros(1, jnp.int32))
 
 
 def no_hopper_gpu() -> str:
@@ -61,9 +63,11 @@ class TestHopper(OpCases):
     """The shared cases on the real kernels; shapes and types that they do not take are skipped."""
 
     implementation, layout, dtypes = "pallas", GPU_TILES, (jnp.bfloat16,)
+    cache_dtypes = (jnp.bfloat16, jnp.float16)
     # Weights have no other use in this layout, and the kernels no derivative.
     test_dequantization_is_bit_exact = test_embedding_lookup_is_bit_exact = None
     test_gradients = test_vmap_over_a_batch = test_matmul_in_tiles_of_rows = None
+    test_attention_gradients = None
 
     def prepare(self, w: PackedTensor) -> PackedTensor:
         try:
@@ -78,20 +82,26 @@ class TestHopper(OpCases):
     def moe_bound(self, dtype) -> float:
         return tolerances.MOE_FLOAT16_NMSE
 
+    def attention_bound(self) -> float:
+        return tolerances.ATTENTION_BFLOAT16_NMSE
+
     def supported(self, op, *args, **kwargs):
         try:
-            return op(*args, **kwargs, compute_dtype=jnp.bfloat16, implementation="pallas")
+            return op(*args, **kwargs, implementation="pallas")
         except NotImplementedError as error:
             pytest.skip(str(error))
 
     def matmul(self, x, w, dtype):
-        return self.supported(ops.quantized_matmul, x, w)
+        return self.supported(ops.quantized_matmul, x, w, compute_dtype=jnp.bfloat16)
 
     def expert_matmul(self, x, w, ids, dtype):
-        return self.supported(ops.expert_matmul, x, w, ids)
+        return self.supported(ops.expert_matmul, x, w, ids, compute_dtype=jnp.bfloat16)
 
     def moe(self, *args, dtype=None, **kwargs):
-        return self.supported(ops.moe_mlp, *args, **kwargs)
+        return self.supported(ops.moe_mlp, *args, **kwargs, compute_dtype=jnp.bfloat16)
+
+    def attention(self, *args, **kwargs):
+        return self.supported(ops.attention, *args, **kwargs)
 
 
 def test_sizes_that_have_run_on_a_gpu_are_chosen():

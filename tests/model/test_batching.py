@@ -98,6 +98,13 @@ def test_a_sequence_that_comes_while_others_are_written(batch, golden, greedy, m
     assert {slot: len(texts[slot]) - n for slot, n in before.items()} == dict.fromkeys(before, len(rows))
     texts, _ = finish(batch, texts)
     assert [texts[slot] for slot in range(3)] == [greedy[2], greedy[0], greedy[1]]
+    held = [np.array(x[:, 2, : len(golden["ids1"])]) for x in (batch._state.cache.k, batch._state.cache.v)]
+    batch.free_all()
+    admit(batch, golden, 1)
+    finish(batch)
+    for there, alone in zip(held, (batch._state.cache.k, batch._state.cache.v), strict=True):
+        alone = alone[:, 0, : len(golden["ids1"])]
+        np.testing.assert_allclose(there, alone, atol=tolerances.CHUNKED_LOGITS, rtol=0)
 
 
 def test_a_seed_gives_the_same_text_alone_and_beside_other_settings(jax_runner, batch, golden):
@@ -145,6 +152,21 @@ def test_more_requests_than_slots_run_as_slots_get_free(batch, golden, greedy):
         expected = expected[: expected.index(stop)] if stop in expected else expected
         assert (result.tokens, result.finish_reason) == (expected, reason), i
     assert batch.free_slots == SLOTS
+
+
+def test_a_request_is_over_when_its_owner_says_so(batch, golden, greedy):
+    heard = {0: [], 1: []}
+
+    def is_over(number, tokens):
+        heard[number] += tokens
+        return number == 0 and len(heard[0]) >= 3
+
+    requests = [Request(golden[f"ids{n}"], max_tokens=20) for n in (0, 1)]
+    first, second = run_all(batch, requests, is_over)
+    assert (second.tokens, second.finish_reason) == (greedy[1][:20], "length")
+    assert first.finish_reason == "stop"
+    assert first.tokens == heard[0] == greedy[0][: len(first.tokens)]
+    assert 3 <= len(first.tokens) < 20
 
 
 def test_the_context_ends_a_sequence_at_its_last_token(jax_runner, batch, golden):
