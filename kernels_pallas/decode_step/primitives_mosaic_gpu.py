@@ -425,6 +425,69 @@ def store_first_rows(ref, values, *, emulate: bool) -> None:
     store(ref, values)
 
 
+def store_tiles(ref, places, values, count: int, *, emulate: bool) -> None:
+    """Stores the rows of the first ``count`` of 16 tiles, each tile at its own place.
+
+    Args:
+      ref: float32 in global memory, contiguous: tiles of 8 rows.
+      places: int32 [16] in shared memory, each tile's number in ``ref``.
+      values: float32 [16, 8] of layout ``OUTPUT_ROWS``.
+    """
+    if emulate:
+        whole = ref[...]
+        ref[...] = whole.reshape(-1, 8).at[places[...][:count]].set(values[:count]).reshape(whole.shape)
+        return
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType(), OUTPUT_ROWS))
+    def store(ctx, ref, places, values):
+        del ctx
+        from jaxlib.mlir import ir
+        from jaxlib.mlir.dialects import arith, llvm, scf
+
+        i32, f32 = ir.IntegerType.get_signless(32), ir.F32Type.get()
+        const = lambda v: arith.constant(i32, v)
+        thread = arith.remui(mgpu.utils.thread_idx(), const(WARPGROUP))
+        tile, row = arith.divui(thread, const(8)), arith.remui(thread, const(8))
+        branch = scf.IfOp(arith.cmpi(arith.CmpIPredicate.ult, tile, const(count)))
+        with ir.InsertionPoint(branch.then_block):
+            place = llvm.load(i32, mgpu.utils.getelementptr(mgpu.utils.memref_ptr(places), [tile], i32))
+            at = arith.addi(arith.muli(place, const(8)), row)
+            (value,) = values.registers.flat
+            value = llvm.extractelement(value, const(0))
+            llvm.store(value, mgpu.utils.getelementptr(mgpu.utils.memref_ptr(ref), [at], f32))
+            scf.yield_([])
+
+    store(ref, places, values)
+
+
+def prefetch(ref, count, *, emulate: bool) -> None:
+    """Asks for ``count`` slices from the one that ``ref`` addresses on to be brought into the L2 cache.
+
+    Args:
+      ref: one slice along the first axis of a contiguous array in global memory, of a multiple of 16 bytes.
+      count: int32 scalar, at least 1.
+    """
+    if emulate:
+        return
+    nbytes = int(np.prod(ref.shape)) * np.dtype(ref.dtype).itemsize
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WG_SPLAT(())))
+    def bring(ctx, ref, count):
+        del ctx
+        from jaxlib.mlir import ir
+        from jaxlib.mlir.dialects import arith
+
+        i32 = ir.IntegerType.get_signless(32)
+        size = arith.muli(count.registers.item(), arith.constant(i32, nbytes))
+        one = mgpu.utils.single_thread_predicate(mgpu.utils.ThreadSubset.WARPGROUP)
+        mgpu.utils.inline_ptx(
+            "@$2 cp.async.bulk.prefetch.L2.global [$0], $1;",
+            mgpu.utils.memref_ptr(ref), size, one, has_side_effects=True,
+        )  # fmt: skip
+
+    bring(ref, count)
+
+
 def matmul(a, ref, columns: int, *, transposed: bool, emulate: bool):
     """float32 [64, columns]: registers a [64, k] times the matrix in shared memory.
 
