@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     )
     from qwen3_moe_jax.loader import load
     from qwen3_moe_jax.model import Intervention
+    from qwen3_moe_jax.parity.research import ablate_expert, force_experts, steer
     from qwen3_moe_jax.perplexity import Perplexity
     from qwen3_moe_jax.sampling import Sampling
 
@@ -35,7 +36,10 @@ _HOMES = {
     "ParityError": "qwen3_moe_jax.errors",
     "Perplexity": "qwen3_moe_jax.perplexity",
     "Sampling": "qwen3_moe_jax.sampling",
+    "ablate_expert": "qwen3_moe_jax.parity.research",
+    "force_experts": "qwen3_moe_jax.parity.research",
     "load": "qwen3_moe_jax.loader",
+    "steer": "qwen3_moe_jax.parity.research",
 }
 
 __all__ = [
@@ -50,7 +54,10 @@ __all__ = [
     "ParityError",
     "Perplexity",
     "Sampling",
+    "ablate_expert",
+    "force_experts",
     "load",
+    "steer",
 ]
 
 

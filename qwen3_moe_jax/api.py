@@ -1,6 +1,6 @@
 """The model as a Python object: text in, text out, logits, and its own proof."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,11 +12,15 @@ from qwen3_moe_jax.errors import ContextOverflowError, NumericalError
 from qwen3_moe_jax.perplexity import Perplexity, measure_perplexity
 from qwen3_moe_jax.runner import Forward, Runner
 from qwen3_moe_jax.sampling import Sampling, recommended_sampling
+from qwen3_moe_jax.stages import STAGES
 from qwen3_moe_jax.text_stream import StopStrings, TextStream
 from qwen3_moe_jax.tokenizer import StreamDecoder, Tokenizer
 
 if TYPE_CHECKING:
     from qwen3_moe_jax.parity import Report
+    from qwen3_moe_jax.parity.bisect import Departure
+    from qwen3_moe_jax.parity.experts import ExpertUsage
+    from qwen3_moe_jax.parity.trace import Trace
 
 Messages = Sequence[dict[str, Any]]
 
@@ -239,6 +243,66 @@ class Model:
         from qwen3_moe_jax.parity import verify
 
         return verify(self.source, [self.runner], **options)
+
+    def trace(self, prompt: str | Messages, stages: Collection[str] | None = None, **options: Any) -> "Trace":
+        """Every stage of every layer for a prompt, or only the named ones; options as ``Runner.forward``.
+
+        ``.forward.stages["l_out", 3]`` is an array [T, ...], ``.figures()`` are norms, ranges and
+        non-finite counts, ``.experts()`` each token's experts and weights; ``.save`` writes it all.
+        """
+        from qwen3_moe_jax.parity import trace
+
+        return trace.trace(self.runner, self._some_ids(prompt), stages or tuple(STAGES), **options)
+
+    def bisect(self, prompt: str | Messages | None = None) -> "Departure | None":
+        """The first stage that departs from the reference, with its cause; None for a right backend."""
+        from qwen3_moe_jax.parity import bisect
+        from qwen3_moe_jax.parity.recorded import parity_text
+
+        ids = self._some_ids(parity_text() if prompt is None else prompt)
+        return bisect.bisect(self.source, self.runner, ids)
+
+    def experts(self, text: str | Messages, *, window: int | None = None) -> "ExpertUsage":
+        """How often every expert of every layer is chosen; ``.save_picture`` draws it layer by expert."""
+        from qwen3_moe_jax.parity import experts
+
+        ids = self._some_ids(text)
+        name = str(self.source.metadata.get("general.name", self.source.path.name))
+        shown = text[:200] if isinstance(text, str) else ""
+        return experts.expert_usage(self.runner, ids, model=name, text=shown, window=window)
+
+    def logit_gradient(
+        self,
+        prompt: str | Messages,
+        *,
+        token: int,
+        stage: str,
+        layer: int | None = None,
+        position: int = -1,
+    ) -> tuple[float, np.ndarray]:
+        """A logit and its gradient with respect to an activation, through the packed weights (jax).
+
+        Args:
+          prompt: text or messages, T tokens.
+          token: id of the logit's token.
+          stage: the activation, a float stage of ``stages.STAGES``.
+          layer: its layer, or None outside the layers.
+          position: of the logit.
+
+        Returns:
+          The logit, and float32 [T, ...] in the stage's shape.
+        """
+        from qwen3_moe_jax.parity import research
+
+        return research.logit_gradient(
+            self.runner, self._some_ids(prompt), token=token, stage=stage, layer=layer, position=position
+        )
+
+    def _some_ids(self, prompt: str | Messages) -> list[int]:
+        token_ids = self.prompt(prompt)[0]
+        if not token_ids:
+            raise ValueError("the prompt is empty: give at least one character")
+        return token_ids
 
     def close(self) -> None:
         """Gives back the weights' memory and closes the file."""

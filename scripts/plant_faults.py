@@ -1,27 +1,35 @@
 """Plants each of ten faults in each backend and sees ``verify`` fail and ``bisect`` name it.
 
-    python scripts/plant_faults.py --backend reference --backend jax --json receipt.json
+    python scripts/plant_faults.py --json receipt.json
 
-Ends with one line of JSON: faults caught and named of those planted, per backend.
+``verify`` is the command itself, with every clause and its full text: what is recorded is its exit code and
+the clauses that failed. Ends with one line of JSON: faults caught and named of those planted, per backend.
 """
 
 import argparse
+import io
 import json
 import platform
 import sys
 import time
+from contextlib import redirect_stderr, redirect_stdout
+from importlib import metadata
 from pathlib import Path
+from unittest import mock
 
 from convert.model_source import ModelSource, open_model
-from qwen3_moe_jax import loader
+from qwen3_moe_jax import cli, loader
 from qwen3_moe_jax.parity.bisect import LONG_TOKENS, bisect
 from qwen3_moe_jax.parity.code_version import code_version
 from qwen3_moe_jax.parity.faults import FAULTS, Fault, plant
 from qwen3_moe_jax.parity.recorded import parity_text
-from qwen3_moe_jax.parity.verify import verify
+from qwen3_moe_jax.parity.verify import TEXT_TOKENS
+from qwen3_moe_jax.runner import Runner
 from qwen3_moe_jax.tokenizer import Tokenizer
 
 BACKENDS = ("reference", "jax", "jax:bfloat16", "wgpu")
+
+VERSIONS_OF = ("jax", "jaxlib", "flax", "numpy", "wgpu")
 
 
 def try_fault(
@@ -32,16 +40,16 @@ def try_fault(
     Without ``text_tokens`` only bisect is tried.
     """
     name, _, dtype = backend.partition(":")
+    true = loader.make_runner
 
-    def make(lying: ModelSource):
-        return loader.make_runner(lying, name, max_context=1024, dtype=dtype or "float32")
+    def faulty(lying: ModelSource, backend: str, **options) -> Runner:
+        return plant(fault, lying, lambda s: true(s, backend, **options), shaders=backend == "wgpu")
 
     row: dict = {"fault": fault.name}
     if text_tokens:
-        report = verify(source, [plant(fault, source, make, shaders=name == "wgpu")], text_tokens=text_tokens)
-        row["verify_failed"] = not report.passed
-        row["clauses"] = sorted({f.clause for f in report.failures})
-    found = bisect(source, plant(fault, source, make, shaders=name == "wgpu"), token_ids)
+        with mock.patch.object(loader, "make_runner", faulty):
+            row |= run_verify(backend, text_tokens)
+    found = bisect(source, faulty(source, name, max_context=1024, dtype=dtype or "float32"), token_ids)
     row["bisect_named"] = found is not None and (
         (found.stage, found.layer, found.judgement.tensor) == (fault.stage, fault.layer, fault.tensor)
         and found.cause.expert == fault.expert
@@ -49,6 +57,16 @@ def try_fault(
     )
     row["bisect"] = None if found is None else found.to_json()
     return row
+
+
+def run_verify(backend: str, text_tokens: int) -> dict:
+    """``qwen3-moe verify`` of one backend: its exit code, and the clauses that failed."""
+    shown = io.StringIO()
+    with redirect_stdout(shown), redirect_stderr(io.StringIO()):
+        code = cli.main(["verify", "--backend", backend, "--tokens", str(text_tokens), "--json"])
+    findings = json.loads(shown.getvalue())["findings"]
+    failed = sorted({f["clause"] for f in findings if f["verdict"] == "failed"})
+    return {"verify_exit_code": code, "verify_failed": code == 1 and bool(failed), "clauses": failed}
 
 
 def forget_programs() -> None:
@@ -80,18 +98,29 @@ def try_backend(source: ModelSource, backend: str, token_ids: list[int], text_to
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--backend", action="append", choices=BACKENDS, help="default: reference and jax")
+    parser.add_argument("--backend", action="append", choices=BACKENDS, help="default: all but wgpu")
     parser.add_argument(
-        "--tokens", type=int, default=640, help="length of verify's text; 0 tries bisect alone"
+        "--tokens", type=int, default=TEXT_TOKENS, help="length of verify's text; 0 tries bisect alone"
     )
     parser.add_argument("--json", metavar="FILE", help="write all results here")
     args = parser.parse_args()
     with open_model(loader.embedded_model()) as source:
         tokenizer = Tokenizer(source.metadata, vocab_size=source.config.vocab_size)
         token_ids = tokenizer.encode(parity_text())[:LONG_TOKENS]
-        backends = args.backend or ["reference", "jax"]
+        backends = args.backend or BACKENDS[:3]
         results = [try_backend(source, b, token_ids, args.tokens) for b in backends]
-    facts = {"code_version": code_version(), "machine": platform.platform(), "results": results}
+        facts = {
+            "date": time.strftime("%Y-%m-%d", time.gmtime()),
+            "command": " ".join(["python", *sys.argv]),
+            "file": {"name": source.path.name, "sha256": source.sha256()},
+            "code_version": code_version(),
+            "machine": platform.platform(),
+            "versions": {
+                "python": platform.python_version(),
+                **{n: metadata.version(n) for n in VERSIONS_OF},
+            },
+            "results": results,
+        }
     if args.json:
         Path(args.json).write_text(json.dumps(facts, indent=1) + "\n")
     counts = ("backend", "planted", "verify_failed", "bisect_named")

@@ -372,8 +372,7 @@ def _patch_jax(fault: Fault, runner: Runner) -> Runner:
         return chunks[:-1] if len(chunks) > 1 else chunks
 
     if fault.name == "last-chunk":
-        places = (jax_runner, generate)
-        return PatchedRunner(runner, [(place, "chunk_lengths", chunk_lengths) for place in places])
+        return PatchedRunner(runner, [(jax_runner, "chunk_lengths", chunk_lengths)])
     wrong = {
         "q-norm": {"rms_norm": rms_norm},
         "late-softmax": {"choose_experts": late_softmax},

@@ -79,8 +79,10 @@ def logit_gradient(
       The logit and its gradient, float32 [T, ...] in the stage's shape.
 
     Raises:
-      ValueError: the stage does not exist there.
+      ValueError: the stage does not exist there, or the runner is of another backend.
     """
+    if not isinstance(runner, JaxRunner):
+        raise ValueError(f'the {runner.name} backend has no gradients: load(backend="jax") has')
     ids = np.asarray(token_ids, np.int32)
     captured = runner.forward(ids, capture=(stage,)).stages
     if (stage, layer) not in captured or captured[stage, layer].dtype != np.float32:

@@ -124,6 +124,25 @@ def test_experts_writes_picture_and_arrays(tmp_path, capsys):
         assert len(picture.convert("RGB").getcolors(1 << 16)) > 20
 
 
+def test_the_model_object_has_what_the_commands_do(tmp_path, planted):
+    with loader.load(backend="reference", max_context=64, gate=False) as model:
+        seen = model.trace("def f(x):", ["l_out"])
+        assert seen.forward.stages["l_out", 2].shape == (len(seen.token_ids), model.config.hidden_size)
+        assert {f.where for f in model.trace("def f(x):").figures()} >= {"inp_embd", "ffn_moe_down-5"}
+        usage = model.experts("def f(x):")
+        assert usage.tokens == len(seen.token_ids)
+        assert usage.model == "Tiny-Coder Qwen3-MoE 23M"
+        usage.save_picture(tmp_path / "e.png")
+        assert model.bisect("def f(x):") is None
+        with pytest.raises(ValueError, match="prompt is empty"):
+            model.trace("")
+        with pytest.raises(ValueError, match="reference backend has no gradients"):
+            model.logit_gradient("def f(x):", token=1, stage="l_out", layer=2)
+    planted("gqa-map")
+    with loader.load(backend="reference", max_context=64, gate=False) as model:
+        assert model.bisect("def f(x):").judgement.where == "kqv_out-0"
+
+
 def test_expert_counts_are_those_of_the_forward_pass(reference, text_ids):
     ids = text_ids[:50]
     usage = expert_usage(reference, ids)
