@@ -10,6 +10,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental.layout import Layout, with_layout_constraint
 
 QUERY_TILE = 256
 KEY_BLOCK = 256
@@ -77,8 +78,15 @@ def _read(cache: jax.Array, layer: jax.Array, slots: jax.Array | int, start: jax
         return lax.dynamic_slice(cache, corner, (1, count, block, *inner))[0]
 
     if isinstance(slots, int):
-        return rows(0, slots)
-    return jnp.concatenate([rows(slot, 1) for slot in slots])
+        block = rows(0, slots)
+    else:
+        block = jnp.concatenate([rows(slot, 1) for slot in slots])
+    return lax.platform_dependent(block, cpu=lambda block: block, default=_in_its_own_layout)
+
+
+def _in_its_own_layout(block: jax.Array) -> jax.Array:
+    """Without this XLA's GPU compiler gives the whole cache the layout that suits the product: a copy a call."""
+    return with_layout_constraint(block, Layout(tuple(range(block.ndim))))
 
 
 def _query_tile(q, k_cache, v_cache, positions, layer, slots, scales) -> jax.Array:

@@ -122,22 +122,25 @@ def test_a_seed_gives_the_same_text_alone_and_beside_other_settings(jax_runner, 
     assert [texts[2], texts[0], texts[1]] == alone
 
 
-def test_a_cancelled_slot_is_taken_again_at_once(batch, golden, greedy):
-    for number in (0, 1, 2):
-        admit(batch, golden, number, sampling=Sampling(temperature=1.0, presence_penalty=2.0))
+def test_a_cancelled_slot_is_taken_again_at_once(jax_runner, batch, golden, greedy):
+    """With nothing left of what the one before had written: a penalty would show it."""
+    penalty = Sampling(presence_penalty=2.0, repetition_penalty=1.3)
+    for number in (0, 2, 1):
+        admit(batch, golden, number)
     while batch.waiting:
         batch.step()
-    batch.step(3)
+    batch.step(8)
     batch.free(1)
     assert admit(batch, golden, 1) == 1
     batch.step()
     assert batch.waiting, "a prompt that has not been read to its end"
     batch.free(1)
-    assert admit(batch, golden, 2) == 1
+    assert admit(batch, golden, 2, sampling=penalty) == 1
     batch.free(0)
     assert admit(batch, golden, 0, max_tokens=5) == 0
     texts, _ = finish(batch)
-    assert texts[1] == greedy[2]
+    assert texts[1] == list(jax_runner.stream(golden["ids2"], max_tokens=NEW, sampling=penalty))
+    assert texts[1] != greedy[2]
     assert texts[0] == greedy[0][:5]
 
 
