@@ -38,6 +38,8 @@ EXPERTS = _TILED(plgpu.Tiling(((4, 128), (4,))), warp_dims=(-3,), lane_dims=(-2,
 """float32 [4 sequences, 128 n experts]: a sequence a warp."""
 
 WARPGROUP = 128
+MOST_POLLS = 1 << 25
+"""Reads of the grid's counter before a wait gives up: ten seconds and more; a whole token takes 2 ms."""
 LOG2E = 1.4426950408889634
 
 
@@ -574,11 +576,50 @@ def grid_signal(semaphore, *, emulate: bool) -> None:
 
 
 def grid_wait(semaphore, target, barrier, *, emulate: bool) -> None:
-    """Waits until blocks have signalled ``target`` times since the kernel began."""
+    """Waits until blocks have signalled ``target`` times since the kernel began.
+
+    It ends the program with an error after ``MOST_POLLS``: a block that is not there (fewer
+    multiprocessors than blocks, or one that another kernel keeps) must not hang the device.
+    """
     if semaphore is None:
         block_barrier(barrier, emulate=emulate)
         return
-    plgpu.semaphore_wait(semaphore, target, decrement=False, memory_scope="gpu")
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WG_SPLAT(())))
+    def wait(ctx, semaphore, target):
+        del ctx
+        from jaxlib.mlir import ir
+        from jaxlib.mlir.dialects import arith, scf
+
+        i32 = ir.IntegerType.get_signless(32)
+        const = lambda v: arith.constant(i32, v)
+        below = arith.CmpIPredicate.ult
+        pointer, value = mgpu.utils.memref_ptr(semaphore), target.registers.item()
+        ptx = lambda code, *operands, **options: mgpu.utils.inline_ptx(
+            code, *operands, has_side_effects=True, **options
+        )
+        thread = arith.remui(mgpu.utils.thread_idx(), const(WARPGROUP))
+        first = scf.IfOp(arith.cmpi(arith.CmpIPredicate.eq, thread, const(0)))
+        with ir.InsertionPoint(first.then_block):
+            loop = scf.WhileOp([i32], [const(0)])
+            before = loop.before.blocks.append(i32)
+            with ir.InsertionPoint(before):
+                (polls,) = before.arguments
+                seen = ptx("ld.relaxed.gpu.global.b32 $0, [$1];", pointer, result_types=i32)
+                scf.condition(arith.cmpi(below, seen, value), [polls])
+            after = loop.after.blocks.append(i32)
+            with ir.InsertionPoint(after):
+                (polls,) = after.arguments
+                too_many = scf.IfOp(arith.cmpi(arith.CmpIPredicate.eq, polls, const(MOST_POLLS)))
+                with ir.InsertionPoint(too_many.then_block):
+                    ptx("trap;")
+                    scf.yield_([])
+                scf.yield_([arith.addi(polls, const(1))])
+            ptx("fence.acquire.gpu;")
+            scf.yield_([])
+        mgpu.utils.warpgroup_barrier()
+
+    wait(semaphore, target)
 
 
 def store_zeros(ref, *, emulate: bool) -> None:
