@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 BACKENDS = ("jax", "wgpu", "reference")
 DTYPES = ("float32", "bfloat16")
+KV_CACHES = ("float32", "float16", "bfloat16", "int8")
 
 FLOAT32_BYTES = 4
 
@@ -72,6 +73,7 @@ def make_runner(
     *,
     max_context: int | None = None,
     dtype: str | None = None,
+    kv_cache: str | None = None,
     adapter: str | None = None,
     progress: ProgressCallback | None = None,
 ) -> Runner:
@@ -83,6 +85,7 @@ def make_runner(
       max_context: tokens of KV cache; None is DEFAULT_CONTEXT or the model's own, if less.
       dtype: matrix operands on jax, one of DTYPES, or None for what suits the device; wgpu and
         reference compute in float32.
+      kv_cache: dtype of the KV cache on jax, one of KV_CACHES, or None for what suits the device.
       adapter: part of a WebGPU adapter's name.
       progress: told how far loading is.
 
@@ -94,28 +97,34 @@ def make_runner(
         raise ValueError(f"backend {backend!r} is not one of auto, {', '.join(BACKENDS)}")
     if dtype not in (None, *DTYPES):
         raise ValueError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+    if kv_cache not in (None, *KV_CACHES):
+        raise ValueError(f"kv_cache {kv_cache!r} is not one of {', '.join(KV_CACHES)}")
+    if kv_cache is not None and backend != "jax":
+        raise BackendUnavailableError(f"the {backend} backend chooses its KV cache: leave out --kv-cache")
     most = source.config.max_position_embeddings
     max_context = min(DEFAULT_CONTEXT, most) if max_context is None else max_context
     if not 1 < max_context <= most:
         raise ValueError(f"a context of {max_context} tokens: this model takes from 2 to {most}")
-    return _MAKERS[backend](source, max_context, dtype, adapter, progress)
+    return _MAKERS[backend](source, max_context, dtype, kv_cache, adapter, progress)
 
 
-def _make_jax(source, max_context, dtype, _adapter, progress) -> Runner:
+def _make_jax(source, max_context, dtype, kv_cache, _adapter, progress) -> Runner:
     set_jax_memory_policy()
     from qwen3_moe_jax.jax_runner import JaxRunner
 
-    return JaxRunner(source, max_context=max_context, compute_dtype=dtype, progress=progress)
+    return JaxRunner(
+        source, max_context=max_context, compute_dtype=dtype, cache_dtype=kv_cache, progress=progress
+    )
 
 
-def _make_wgpu(source, max_context, dtype, adapter, progress) -> Runner:
+def _make_wgpu(source, max_context, dtype, _kv_cache, adapter, progress) -> Runner:
     _only_float32("wgpu", dtype)
     from qwen3_moe_jax.wgpu_backend.runner import WgpuRunner
 
     return WgpuRunner(source, max_context=max_context, adapter=adapter, progress=progress)
 
 
-def _make_reference(source, max_context, dtype, _adapter, _progress) -> Runner:
+def _make_reference(source, max_context, dtype, _kv_cache, _adapter, _progress) -> Runner:
     _only_float32("reference", dtype)
     from qwen3_moe_jax.reference import ReferenceRunner
 
@@ -143,6 +152,7 @@ def load(
     backend: str = "auto",
     max_context: int | None = None,
     dtype: str | None = None,
+    kv_cache: str | None = None,
     adapter: str | None = None,
     gate: bool = True,
     strict: bool = False,
@@ -157,6 +167,8 @@ def load(
         GPU, else a hardware WebGPU adapter, else JAX on the CPU.
       max_context: tokens of the KV cache.
       dtype: "float32" or "bfloat16" operands (jax); None is bfloat16 on a GPU, float32 on the CPU.
+      kv_cache: "float32", "float16", "bfloat16" or "int8" keys and values (jax); None is float16 on a
+        GPU, float32 on the CPU. int8 takes about a quarter of float32's memory.
       adapter: part of a WebGPU adapter's name (wgpu).
       gate: check a few tokens against the reference when this backend first
         meets this file (remembered afterwards).
@@ -177,7 +189,13 @@ def load(
     source = open_model(path or embedded_model())
     try:
         runner = make_runner(
-            source, chosen, max_context=max_context, dtype=dtype, adapter=adapter, progress=progress
+            source,
+            chosen,
+            max_context=max_context,
+            dtype=dtype,
+            kv_cache=kv_cache,
+            adapter=adapter,
+            progress=progress,
         )
         if strict and runner.describe()["fallbacks"]:
             raise BackendUnavailableError(f"strict: {runner.describe()['fallbacks'][0]}")

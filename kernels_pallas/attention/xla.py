@@ -77,15 +77,12 @@ def _read(cache: jax.Array, layer: jax.Array, slots: jax.Array | int, start: jax
         corner = (layer, first, start, *(0 for _ in inner))
         return lax.dynamic_slice(cache, corner, (1, count, block, *inner))[0]
 
-    if isinstance(slots, int):
-        block = rows(0, slots)
-    else:
-        block = jnp.concatenate([rows(slot, 1) for slot in slots])
+    block = rows(0, slots) if isinstance(slots, int) else jnp.concatenate([rows(slot, 1) for slot in slots])
     return lax.platform_dependent(block, cpu=lambda block: block, default=_in_its_own_layout)
 
 
 def _in_its_own_layout(block: jax.Array) -> jax.Array:
-    """Without this XLA's GPU compiler gives the whole cache the layout that suits the product: a copy a call."""
+    """Without this XLA gives a GPU's whole cache the layout that suits the product: a copy each call."""
     return with_layout_constraint(block, Layout(tuple(range(block.ndim))))
 
 

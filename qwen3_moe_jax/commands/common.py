@@ -28,6 +28,11 @@ def add_model_arguments(
     group.add_argument(
         "--dtype", choices=loader.DTYPES, help="operands of matrix products (jax; default: by the device)"
     )
+    group.add_argument(
+        "--kv-cache",
+        choices=loader.KV_CACHES,
+        help="keys and values of the context (jax; default: by the device); int8 saves memory",
+    )
     group.add_argument("--context", type=int, metavar="TOKENS", help=context_help)
     group.add_argument("--adapter", metavar="NAME", help="part of the WebGPU adapter's name (wgpu)")
     group.add_argument("--no-gate", action="store_true", help="skip the check at a file's first load")
@@ -63,6 +68,7 @@ def load_model(args: argparse.Namespace, *, show_banner: bool = True) -> "Model"
             backend=args.backend,
             max_context=args.context,
             dtype=args.dtype,
+            kv_cache=args.kv_cache,
             adapter=args.adapter,
             gate=not args.no_gate,
             strict=args.strict,

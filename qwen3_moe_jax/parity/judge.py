@@ -44,7 +44,9 @@ MAX_SIGMAS = 8.0
 
 ROUNDING = {"float64": 2.0**-24, "float32": 2.0**-24, "tensorfloat32": 2.0**-12, "float16": 2.0**-12}
 ROUNDING["bfloat16"] = 2.0**-9
-"""Largest relative error of rounding to a dtype; float64 runs still read weights that are float32."""
+ROUNDING["int8"] = 1 / 254
+"""Largest relative error of rounding to a dtype; float64 runs still read weights that are float32. In an
+int8 KV cache it is relative to the largest value of a head's vector."""
 
 FLOAT32 = ROUNDING["float32"]
 
@@ -340,13 +342,20 @@ class StageJudge:
             scores = np.where(future, -np.inf, q[:, head] @ keys.T * scale)
             probs = softmax(scores)
             value[:, head] = probs @ values
-            root = np.where(future, 0, np.sqrt((q[:, head] ** 2) @ (keys**2).T) * scale)
+            root = np.where(future, 0, np.sqrt((q[:, head] ** 2) @ (self._cached_size(keys) ** 2).T) * scale)
             largest = np.abs(np.where(future, 0, scores)).max(axis=-1)
             error = self.cache_rounding * size**0.5 * root.max(axis=-1) + FLOAT32 * (
                 largest + 4 + len(k) ** 0.5
             )
-            sigma[:, head] = (error + self.cache_rounding)[:, None] * (probs @ np.abs(values))
+            sigma[:, head] = (error + self.cache_rounding)[:, None] * (probs @ self._cached_size(values))
         return Expectation(value, sigma)
+
+    def _cached_size(self, vectors: np.ndarray) -> np.ndarray:
+        """What the rounding of cached values [S, H] is relative to."""
+        size = np.abs(vectors)
+        if self.facts.get("cache_dtype") != "int8":
+            return size
+        return np.broadcast_to(size.max(axis=-1, keepdims=True), size.shape)
 
     def sum(self, a: np.ndarray, b: np.ndarray) -> Expectation:
         """A residual connection."""
