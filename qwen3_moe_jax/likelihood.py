@@ -2,15 +2,15 @@
 
 import numpy as np
 
-ROWS_AT_A_TIME = 128
-"""Rows of logits that are there at once: 156 MB in float64 for Qwen3's vocabulary of 151,936."""
+ROWS_AT_A_TIME = 64
+"""Rows whose exponentials are there at once: 39 MB in float32 for Qwen3's vocabulary of 151,936."""
 
 
 def target_log_likelihoods(logits: np.ndarray, targets: np.ndarray) -> np.ndarray:
-    """``ln softmax(logits)[targets]`` of each row, in float64.
+    """``ln softmax(logits)[targets]`` of each row: exponentials as the logits' dtype, sums in float64.
 
     Args:
-      logits: [T, V].
+      logits: float [T, V].
       targets: int [T].
 
     Returns:
@@ -19,9 +19,9 @@ def target_log_likelihoods(logits: np.ndarray, targets: np.ndarray) -> np.ndarra
     found = np.empty(len(targets), np.float64)
     for start in range(0, len(targets), ROWS_AT_A_TIME):
         part = slice(start, start + ROWS_AT_A_TIME)
-        rows = np.asarray(logits[part], np.float64)
+        rows = logits[part]
         with np.errstate(invalid="ignore"):  # infinity - infinity: the caller sees the NaN
             rows = rows - rows.max(axis=-1, keepdims=True)
         of_target = np.take_along_axis(rows, np.asarray(targets)[part, None], axis=-1)[:, 0]
-        found[part] = of_target - np.log(np.exp(rows).sum(axis=-1))
+        found[part] = of_target - np.log(np.exp(rows).sum(axis=-1, dtype=np.float64))
     return found

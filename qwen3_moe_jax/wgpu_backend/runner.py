@@ -199,12 +199,16 @@ class WgpuRunner:
         count = len(tokens) - 1
         with self._lock:
             self._begin()
-            way = _Way(self._prefill, self._prefill.body, tuple(range(self.config.num_hidden_layers)))
-            found = []
+            found = [np.empty(0)]
             for start, end in self._chunks(count, count):
-                logits = self._forward_chunk(way, tokens[start:end], start, frozenset(), None).logits
-                found.append(target_log_likelihoods(logits, tokens[start + 1 : end + 1]))
-        return np.concatenate(found)[first - 1 :]
+                self._device.write(self._buffers["tokens"], tokens[start:end])
+                self._write_step(start, end - start, 0)
+                self._device.run(self._prefill.launches(self._prefill.body, start, end - start))
+                wanted = max(start, first - 1)
+                if wanted < end:
+                    logits = self._logits(self._prefill, start, end - start, wanted - start)
+                    found.append(target_log_likelihoods(logits, tokens[wanted + 1 : end + 1]))
+        return np.concatenate(found)
 
     def stream(
         self,
@@ -314,12 +318,12 @@ class WgpuRunner:
             stages["result_output", None] = logits
         return Forward(logits, self._expert_ids(way.layers, count), stages)
 
-    def _logits(self, program: Program, position: int, count: int) -> np.ndarray:
-        """Logits [count, V] of the tokens whose normed states are there, a few rows at a time."""
-        logits = np.empty((count, self.config.vocab_size), np.float32)
+    def _logits(self, program: Program, position: int, count: int, skip: int = 0) -> np.ndarray:
+        """Logits [count - skip, V] of the last tokens whose normed states are there, a few rows at a time."""
+        logits = np.empty((count - skip, self.config.vocab_size), np.float32)
         rows = self._buffers.workspace.logit_rows
-        for first in range(0, count, rows):
-            part = logits[first : first + rows]
+        for first in range(skip, count, rows):
+            part = logits[first - skip : first - skip + rows]
             self._write_step(position, count, first)
             self._device.run(program.launches(program.head, position, count, len(part)))
             part[:] = self._device.read(self._buffers["logits"], np.float32, part.size).reshape(part.shape)
