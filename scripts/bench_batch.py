@@ -1,18 +1,29 @@
-"""Speed of many sequences at once on a GPU: prompts together, then tokens for all of them.
+"""Speed of many sequences at once, through the batch that a server's scheduler fills.
 
-The model has random weights in the types of a Q4_K_M file. Every token is chosen on the device
-and ``--steps`` of them are one dispatch; the best of several is reported. The limit is that of
-memory: the bytes of all weights that a step reads, experts in the number that even routing is
-expected to choose, and the cache's, over ``--bandwidth``. The last line is JSON.
+    python scripts/bench_batch.py --sequences 16 32 64        # random weights of full size, on a GPU
+    python scripts/bench_batch.py -m embedded --sequences 4 --prompt 64   # or a file
+    python scripts/bench_batch.py --preset small --sequences 4 --prompt 32
 
-    python scripts/bench_batch.py --sequences 32 64 --prompt 512
+For each number of sequences:
+  prefill   prompts together, until each has its first token
+  decode    then tokens for all of them, --steps a dispatch, at the prompts' depth
+  mixed     a quarter of the sequences is replaced by new prompts while the others go on: prompt tokens and
+            written tokens of the same seconds
+  skewed    prefill and decode again with routing that follows Zipf's law, most tokens to few experts:
+            random weights route evenly, real ones do not
+
+Every token is sampled (temperature 1, top_k 20, a seed each): greedy sequences of random weights fall into
+loops and share their experts. The best of --repeats counts; the first run compiles and does not. Limits:
+for prompts --tflops; for decoding the bytes of the weights that a step reads, experts in the number that
+even routing is expected to choose, and the cache's, over --bandwidth. The last line is JSON.
 """
 
 import argparse
 import json
 import sys
 import time
-from functools import partial
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,88 +32,263 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import jax
 import jax.numpy as jnp
-from bench_prefill import chunk_step, random_params, types_of
+import numpy as np
+from bench_prefill import random_params, types_of
 from flax.core import FrozenDict
-from jax import lax
 
 from convert.config import PRESETS, Qwen3MoeConfig
-from qwen3_moe_jax.kv_cache import KVCache
-from qwen3_moe_jax.model import Qwen3Moe
+from convert.model_source import open_model
+from qwen3_moe_jax.batching import Batch
+from qwen3_moe_jax.generate import MOST_STEPS, PREFILL_CHUNKS
+from qwen3_moe_jax.jax_runner import FUSED_BATCH, JaxRunner
+from qwen3_moe_jax.kv_cache import KVCache, Span
+from qwen3_moe_jax.limits import prefill_operations
+from qwen3_moe_jax.loader import KV_CACHES, embedded_model
+from qwen3_moe_jax.memory_plan import cache_nbytes
+from qwen3_moe_jax.model import Intervention, Qwen3Moe
+from qwen3_moe_jax.params import GPU_ROLES
+from qwen3_moe_jax.sampling import Sampling
+
+SEED = 11
+ZIPF_EXPONENT = 1.0
+SMALL = {"num_hidden_layers": 2, "num_experts": 16, "num_experts_per_tok": 4, "vocab_size": 4096}
+"""What ``--preset small`` changes of the smallest preset, for machines without a GPU."""
 
 
-@partial(jax.jit, static_argnums=(0, 5), donate_argnums=2)
-def decode_steps(
-    model: Qwen3Moe, params: Any, cache: KVCache, token_ids: jax.Array, start: jax.Array, steps: int
-):
-    """``steps`` greedy tokens of every sequence: the last ones int32 [B], and the cache.
+@dataclass(frozen=True)
+class Subject:
+    """The model that is timed."""
 
-    Args:
-      token_ids: int32 [B], the tokens at position ``start``.
-      start: int32 [B].
+    model: Qwen3Moe
+    params: Any
+    cache_dtype: Any
+
+    @property
+    def config(self) -> Qwen3MoeConfig:
+        return self.model.config
+
+    def batch(self, slots: int, capacity: int) -> Batch:
+        length = -(-(capacity + PREFILL_CHUNKS[-1]) // 64) * 64
+        cache = KVCache.create(self.config, slots, length, self.cache_dtype, jax.devices()[0])
+        return Batch(self.model, self.params, cache, capacity)
+
+
+def of_preset(name: str, cache_dtype: str | None) -> Subject:
+    """Random weights in the types of a Q4_K_M file, made on the device."""
+    config = replace(PRESETS["Qwen3-30B-A3B"], **SMALL) if name == "small" else PRESETS[name]
+    types = types_of(config)
+    on_gpu = jax.devices()[0].platform == "gpu"
+    model = Qwen3Moe(
+        config,
+        jnp.bfloat16,
+        types=FrozenDict(types),
+        roles=FrozenDict(GPU_ROLES),
+        fused_decode=FUSED_BATCH if on_gpu and cache_dtype in (None, "float16", "bfloat16") else 0,
+    )
+    params = jax.block_until_ready(random_params(config, types, GPU_ROLES))
+    return Subject(model, params, jnp.dtype(cache_dtype or "float16"))
+
+
+def of_file(path: str, cache_dtype: str | None) -> Subject:
+    with open_model(embedded_model() if path == "embedded" else path) as source:
+        runner = JaxRunner(source, max_context=64, cache_dtype=cache_dtype)
+    return Subject(runner.model, runner.params, runner.cache_dtype)
+
+
+def skewed(subject: Subject) -> Subject:
+    """The same model with a bias on the router's logits, so that use of experts follows Zipf's law.
+
+    Such a bias is no part of the network: the GPU's fused decode step does not know it and is off.
     """
-
-    def step(i: jax.Array, state: tuple) -> tuple:
-        token_ids, cache = state
-        output = model.apply({"params": params}, token_ids[:, None], cache, start + i)
-        logits = model.apply({"params": params}, output.hidden, method="logits")
-        return jnp.argmax(logits[:, 0], axis=-1).astype(jnp.int32), output.cache
-
-    return lax.fori_loop(0, steps, step, (token_ids, cache))
+    experts = subject.config.num_experts
+    bias = -ZIPF_EXPONENT * np.log(np.arange(1, experts + 1))
+    change = Intervention("ffn_moe_logits", lambda logits: logits + jnp.asarray(bias, jnp.float32))
+    model = subject.model.clone(interventions=(change,), fused_decode=0)
+    return replace(subject, model=model)
 
 
-def step_nbytes(config: Qwen3MoeConfig, params: Any, sequences: int, depth: int) -> float:
+def routing(subject: Subject, tokens: int) -> dict[str, float]:
+    """How uneven the use of experts is for ``tokens`` random tokens, as the mean of all layers."""
+    ids = jnp.asarray(prompts(subject.config, 1, tokens, 0))
+    cache = KVCache.create(subject.config, 1, tokens, subject.cache_dtype)
+    spans = [Span(jnp.zeros(1, jnp.int32), tokens)]
+    run = jax.jit(lambda params, *args: subject.model.apply({"params": params}, *args).expert_ids)
+    chosen = np.asarray(run(subject.params, ids, cache, spans)).reshape(subject.config.num_hidden_layers, -1)
+    counts = np.stack([np.bincount(layer, minlength=subject.config.num_experts) for layer in chosen])
+    return {
+        "busiest_expert_over_mean": round(float((counts.max(1) / counts.mean(1)).mean()), 2),
+        "unused_experts": round(float((counts == 0).sum(1).mean()), 1),
+    }
+
+
+def prompts(config: Qwen3MoeConfig, count: int, tokens: int, seed: int) -> np.ndarray:
+    """Random token ids int32 [count, tokens]."""
+    rng = np.random.default_rng((SEED, seed))
+    return rng.integers(0, config.vocab_size, (count, tokens), dtype=np.int32)
+
+
+def admit(batch: Batch, ids: np.ndarray, max_tokens: int | None = None) -> list[int]:
+    settings = [Sampling(temperature=1.0, top_k=20, seed=i) for i in range(len(ids))]
+    return [batch.admit(p, sampling=s, max_tokens=max_tokens) for p, s in zip(ids, settings, strict=True)]
+
+
+def step(batch: Batch, tokens: int) -> int:
+    """One step; how many tokens it wrote."""
+    progress = batch.step(tokens)
+    if any(p.finish_reason == "nonfinite" for p in progress):
+        raise ArithmeticError("logits are not finite")
+    return sum(len(p.tokens) for p in progress)
+
+
+def read(batch: Batch) -> tuple[float, int]:
+    """Steps until no prompt waits: seconds, and tokens written meanwhile."""
+    began, written = time.perf_counter(), 0
+    while batch.waiting:
+        written += step(batch, 1)
+    return time.perf_counter() - began, written
+
+
+class Timings:
+    """Best seconds of each kind of work; the first round compiles and does not count."""
+
+    def __init__(self, subject: Subject, sequences: int, prompt: int, steps: int, repeats: int):
+        self.subject, self.sequences, self.prompt = subject, sequences, prompt
+        self.steps, self.repeats = steps, repeats
+        self.batch = subject.batch(sequences, prompt + steps * (repeats + 2) + 2 * sequences + 64)
+
+    def prefill(self) -> dict[str, float]:
+        """Every prompt to its first token, and no further."""
+
+        def run(round_: int) -> float:
+            admit(self.batch, prompts(self.subject.config, self.sequences, self.prompt, round_), max_tokens=1)
+            seconds, _ = read(self.batch)
+            self.batch.free_all()
+            return seconds
+
+        seconds = self._best(run)
+        tokens = self.sequences * self.prompt
+        return {"seconds": round(seconds, 5), "tokens_per_second": round(tokens / seconds, 1)}
+
+    def decode(self) -> dict[str, float]:
+        admit(self.batch, prompts(self.subject.config, self.sequences, self.prompt, 0))
+        read(self.batch)
+
+        def run(_: int) -> float:
+            began = time.perf_counter()
+            written = step(self.batch, self.steps)
+            seconds = time.perf_counter() - began
+            if written != self.sequences * self.steps:
+                raise RuntimeError(f"{written} tokens in place of {self.sequences} x {self.steps}")
+            return seconds / self.steps
+
+        seconds = self._best(run)
+        self.batch.free_all()
+        return {
+            "milliseconds_a_step": round(seconds * 1e3, 3),
+            "tokens_per_second": round(self.sequences / seconds, 1),
+        }
+
+    def mixed(self) -> dict[str, float]:
+        """A quarter of the sequences comes anew while the others are written."""
+        count = max(1, self.sequences // 4)
+        admit(self.batch, prompts(self.subject.config, self.sequences, self.prompt, 0))
+        read(self.batch)
+        written: dict[float, int] = {}
+
+        def run(round_: int) -> float:
+            for slot in range(count):
+                self.batch.free(slot)
+            admit(self.batch, prompts(self.subject.config, count, self.prompt, round_ + 1))
+            seconds, tokens = read(self.batch)
+            written[seconds] = tokens
+            return seconds
+
+        seconds = self._best(run)
+        self.batch.free_all()
+        return {
+            "new_prompts": count,
+            "seconds": round(seconds, 5),
+            "prompt_tokens_per_second": round(count * self.prompt / seconds, 1),
+            "written_tokens_per_second": round(written[seconds] / seconds, 1),
+        }
+
+    def _best(self, run: Callable[[int], float]) -> float:
+        began = time.perf_counter()
+        run(0)
+        print(f"  first run {time.perf_counter() - began:.1f} s", flush=True)
+        return min(run(1 + i) for i in range(self.repeats))
+
+
+def step_nbytes(subject: Subject, sequences: int, depth: int) -> float:
     """Bytes that one token of all sequences reads at least, where routing is even."""
+    config, params = subject.config, subject.params
     missed = (1 - config.num_experts_per_tok / config.num_experts) ** sequences
-    total = params["lm_head"].nbytes
+    head = params["lm_head" if "lm_head" in params else "embed_tokens"]
+    total = sum(a.nbytes for a in jax.tree.leaves(head))
     for name, stack in params["stacks"].items():
         used = 1 - missed if "experts" in name else 1.0
         total += used * sum(a.nbytes for a in jax.tree.leaves(stack))
-    cached = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 2
-    return total + cached * sequences * depth
+    return total + cache_nbytes(config, depth, jnp.dtype(subject.cache_dtype).itemsize, sequences)
+
+
+def measure(subject: Subject, sequences: int, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Rows of results for one number of sequences."""
+    rows: list[dict[str, Any]] = []
+
+    def add(work: str, timed: Callable[[], dict[str, Any]], **more: Any) -> None:
+        row = {"work": work, "sequences": sequences, "prompt": args.prompt, **more}
+        try:
+            row |= timed()
+        except (jax.errors.JaxRuntimeError, ArithmeticError) as error:  # out of memory: the others may fit
+            row["error"] = str(error).splitlines()[0]
+        rows.append(row)
+        print(row, flush=True)
+
+    settings = (sequences, args.prompt, args.steps, args.repeats)
+    timings = Timings(subject, *settings)
+    add("prefill", timings.prefill)
+    add("decode", timings.decode)
+    if sequences > 1:
+        add("mixed", timings.mixed)
+    del timings
+    if not args.even_only:
+        uneven = skewed(subject)
+        timings = Timings(uneven, *settings)
+        facts = routing(uneven, min(args.prompt, PREFILL_CHUNKS[-1]))
+        add("prefill, skewed", timings.prefill, **facts)
+        add("decode, skewed", timings.decode)
+    operations = prefill_operations(subject.config, sequences, args.prompt)
+    floor = step_nbytes(subject, sequences, args.prompt) / (args.bandwidth * 1e12)
+    for row in rows:
+        if row["work"].startswith("prefill") and "seconds" in row:
+            row["share_of_limit"] = round(operations / row["seconds"] / (args.tflops * 1e12), 4)
+        if row["work"] == "decode" and "milliseconds_a_step" in row:
+            row["share_of_limit"] = round(floor / (row["milliseconds_a_step"] / 1e3), 4)
+    return rows
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--preset", default="Qwen3-30B-A3B", choices=sorted(PRESETS))
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--preset", default="Qwen3-30B-A3B", choices=["small", *sorted(PRESETS)])
+    parser.add_argument("-m", "--model", help='a file in place of random weights, or "embedded"')
     parser.add_argument("--sequences", type=int, nargs="+", default=[32, 64])
     parser.add_argument("--prompt", type=int, default=512, help="tokens a prompt")
-    parser.add_argument("--steps", type=int, default=16, help="tokens a dispatch")
+    parser.add_argument("--steps", type=int, default=16, help=f"tokens a dispatch, at most {MOST_STEPS}")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--kv-cache", choices=KV_CACHES, help="default: float16 (a file: by the device)")
+    parser.add_argument("--even-only", action="store_true", help="leave out skewed routing")
     parser.add_argument("--bandwidth", type=float, default=3.0, help="TB/s that a copy on the card reaches")
+    parser.add_argument("--tflops", type=float, default=798.0, help="what the card's matrix product reaches")
     args = parser.parse_args()
-    config = PRESETS[args.preset]
-    types = types_of(config)
-    params = jax.block_until_ready(random_params(config, types))
-    model = Qwen3Moe(config, jnp.bfloat16, types=FrozenDict(types))
-    results = []
-    for sequences in args.sequences:
-        shape = (sequences, args.prompt)
-        ids = jax.random.randint(jax.random.key(0), shape, 0, config.vocab_size)
-        cache = KVCache.create(config, sequences, args.prompt + args.steps * (args.repeats + 1), jnp.bfloat16)
-        start = jnp.zeros(sequences, jnp.int32)
-        logits, cache = chunk_step(model, params, cache, ids, start)
-        tokens = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-        start, best = start + args.prompt, float("inf")
-        for repeat in range(args.repeats + 1):
-            jax.block_until_ready((tokens, cache))
-            began = time.perf_counter()
-            tokens, cache = decode_steps(model, params, cache, tokens, start, args.steps)
-            jax.block_until_ready(tokens)
-            if repeat:  # the first run compiles
-                best = min(best, (time.perf_counter() - began) / args.steps)
-            start = start + args.steps
-        floor = step_nbytes(config, params, sequences, args.prompt) / (args.bandwidth * 1e12)
-        results.append(
-            {
-                "sequences": sequences,
-                "depth": args.prompt,
-                "milliseconds_a_step": round(best * 1e3, 3),
-                "tokens_per_second": round(sequences / best),
-                "share_of_limit": round(floor / best, 4),
-            }
-        )
-        print(results[-1], flush=True)
-    print(json.dumps({"device": jax.devices()[0].device_kind, "decode": results}))
+    began = time.perf_counter()
+    subject = of_file(args.model, args.kv_cache) if args.model else of_preset(args.preset, args.kv_cache)
+    device = jax.devices()[0].device_kind
+    print(f"{device}: weights ready in {time.perf_counter() - began:.1f} s", flush=True)
+    rows = [row for count in args.sequences for row in measure(subject, count, args)]
+    facts = {"device": device, "model": args.model or args.preset, "kv_cache": subject.cache_dtype.name}
+    print(json.dumps({**facts, "fused_decode": subject.model.fused_decode, "batches": rows}))
 
 
 if __name__ == "__main__":

@@ -97,9 +97,12 @@ def random_tiles(seed: int, kind: GGMLType, rows: int, columns: int) -> PackedTe
     return PackedTensor(arrays, kind, GPU_TILES)
 
 
-def random_params(config: Qwen3MoeConfig, types: dict[str, GGMLType]) -> dict[str, Any]:
-    """The model's parameters; embeddings are plain bfloat16 bits, which every layout's lookup can read."""
-    _, shapes = stack_layers(config, types, {})
+def random_params(config: Qwen3MoeConfig, types: dict[str, GGMLType], roles: Any = None) -> dict[str, Any]:
+    """The model's parameters; embeddings are plain bfloat16 bits, which every layout's lookup can read.
+
+    ``roles``: tensors that share stacks, as ``params.GPU_ROLES``.
+    """
+    _, shapes = stack_layers(config, types, roles or {})
     stacks: dict[str, Any] = {}
     for i, (name, s) in enumerate(shapes.items()):
         key = jax.random.key(i)
