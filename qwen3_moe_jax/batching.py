@@ -16,14 +16,14 @@ import numpy as np
 
 from qwen3_moe_jax import generate
 from qwen3_moe_jax.errors import BatchFullError, ContextOverflowError
-from qwen3_moe_jax.generate import MOST_STEPS, DecodeState, News, Params, chunk_lengths
+from qwen3_moe_jax.generate import MOST_STEPS, PREFILL_CHUNKS, DecodeState, News, Params, chunk_lengths
 from qwen3_moe_jax.kv_cache import KVCache
 from qwen3_moe_jax.model import Qwen3Moe
 from qwen3_moe_jax.sampling import Sampling
 from qwen3_moe_jax.token_choice import SamplingArrays
 
 PREFILL_TOKENS = 2048
-"""Tokens of prompts that one step reads at most: more rows would not use a GPU better."""
+"""Tokens of prompts that a step reads unless asked otherwise: more rows would not use a GPU better."""
 
 STEPS_A_DISPATCH = 8
 """Tokens a dispatch of ``run_all`` when nobody waits for a slot."""
@@ -179,7 +179,7 @@ class Batch:
         for slot in list(self._sequences):
             self.free(slot)
 
-    def step(self, tokens: int = 1) -> list[Progress]:
+    def step(self, tokens: int = 1, *, prompt_tokens: int = PREFILL_TOKENS) -> list[Progress]:
         """Goes on with every sequence that has not ended.
 
         While prompts are waiting, one forward pass reads a chunk of the oldest ones and writes a
@@ -188,6 +188,8 @@ class Batch:
 
         Args:
           tokens: 1 to ``generate.MOST_STEPS``.
+          prompt_tokens: about how much is read in this step, which the sequences that are written
+            wait for; the shortest chunk of one prompt at least.
 
         Returns:
           One entry for each sequence that has new tokens or has ended, by slot.
@@ -197,7 +199,7 @@ class Batch:
         waiting = [slot for slot, sequence in self._sequences.items() if sequence.is_waiting]
         ready = [slot for slot, sequence in self._sequences.items() if sequence.is_ready]
         if waiting:
-            return self._read_prompts(waiting, self.slots if ready else 0)
+            return self._read_prompts(waiting, self.slots if ready else 0, prompt_tokens)
         if ready:
             rows = min(1 << max(ready).bit_length(), self.slots)  # few shapes, each compiled once
             self._state, news = generate.decode(
@@ -206,10 +208,11 @@ class Batch:
             return self._take(news)
         return []
 
-    def _read_prompts(self, waiting: list[int], rows: int) -> list[Progress]:
+    def _read_prompts(self, waiting: list[int], rows: int, most: int) -> list[Progress]:
         remaining = {slot: self._sequences[slot].length - self._sequences[slot].filled for slot in waiting}
-        chunk = chunk_lengths(remaining[waiting[0]])[0]
-        together = min(len(waiting), max(1, PREFILL_TOKENS // chunk))
+        sizes = [size for size in PREFILL_CHUNKS if size <= most] or PREFILL_CHUNKS[:1]
+        chunk = chunk_lengths(remaining[waiting[0]], sizes)[0]
+        together = min(len(waiting), max(1, most // chunk))
         slots = waiting[: 1 << (together.bit_length() - 1)]  # a power of two: few shapes again
         self._state, news = generate.prefill(
             self._model, self._params, self._state, jnp.asarray(slots, jnp.int32), chunk=chunk, rows=rows

@@ -1,6 +1,5 @@
 """Many sequences in one batch: whatever runs beside a sequence, its text is the one it has alone."""
 
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -26,8 +25,7 @@ SLOTS, CONTEXT = 4, 256
 @pytest.fixture(autouse=True)
 def one_length_of_chunks(monkeypatch):
     """Prompts take several steps, and fewer programs are compiled."""
-    sizes = partial(generate.chunk_lengths, sizes=(16,))
-    monkeypatch.setattr("qwen3_moe_jax.batching.chunk_lengths", sizes)
+    monkeypatch.setattr("qwen3_moe_jax.batching.PREFILL_CHUNKS", (16,))
 
 
 @pytest.fixture
@@ -105,6 +103,25 @@ def test_a_sequence_that_comes_while_others_are_written(batch, golden, greedy, m
     for there, alone in zip(held, (batch._state.cache.k, batch._state.cache.v), strict=True):
         alone = alone[:, 0, : len(golden["ids1"])]
         np.testing.assert_allclose(there, alone, atol=tolerances.CHUNKED_LOGITS, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("budget", "chunk", "together"), [(2048, 128, 2), (128, 128, 1), (127, 16, 2), (31, 16, 1), (1, 16, 1)]
+)
+def test_a_step_reads_no_more_than_it_is_asked_to(batch, golden, monkeypatch, budget, chunk, together):
+    monkeypatch.setattr("qwen3_moe_jax.batching.PREFILL_CHUNKS", generate.PREFILL_CHUNKS)
+    asked = []
+
+    def spy(model, params, state, slots, **options):
+        asked.append((options["chunk"], len(slots)))
+        nothing = generate.News(jnp.zeros((SLOTS, 1)), state.length, state.finished, state.nonfinite)
+        return state, nothing
+
+    monkeypatch.setattr(generate, "prefill", spy)
+    for number in (0, 1, 2):
+        admit(batch, golden, number)
+    batch.step(prompt_tokens=budget)
+    assert asked == [(chunk, together)]
 
 
 def test_a_seed_gives_the_same_text_alone_and_beside_other_settings(jax_runner, batch, golden):
