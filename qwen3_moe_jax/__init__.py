@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from qwen3_moe_jax.api import Answer, Model
     from qwen3_moe_jax.errors import (
         BackendUnavailableError,
+        BatchFullError,
         ContextOverflowError,
         MemoryPlanError,
         NumericalError,
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "Answer": "qwen3_moe_jax.api",
     "BackendUnavailableError": "qwen3_moe_jax.errors",
+    "BatchFullError": "qwen3_moe_jax.errors",
     "ContextOverflowError": "qwen3_moe_jax.errors",
     "Intervention": "qwen3_moe_jax.model",
     "MemoryPlanError": "qwen3_moe_jax.errors",
@@ -45,6 +47,7 @@ _HOMES = {
 __all__ = [
     "Answer",
     "BackendUnavailableError",
+    "BatchFullError",
     "ContextOverflowError",
     "Intervention",
     "MemoryPlanError",

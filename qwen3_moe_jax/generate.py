@@ -18,7 +18,7 @@ from flax import struct
 from qwen3_moe_jax.kv_cache import KVCache, Span
 from qwen3_moe_jax.model import Qwen3Moe
 from qwen3_moe_jax.sampling import Sampling
-from qwen3_moe_jax.token_choice import SamplingArrays, choose_tokens, penalize
+from qwen3_moe_jax.token_choice import SamplingArrays, choose_tokens
 
 Params = dict[str, Any]
 """Flax's parameter tree, its leaves packed tensors and norm weights."""
@@ -199,13 +199,8 @@ def append_tokens(state: DecodeState, rows: jax.Array, logits: jax.Array, writes
     """
     sampling = jax.tree.map(lambda x: x[rows], state.sampling)
     length = state.length[rows]
-    penalized = jax.lax.cond(
-        jnp.any(sampling.penalized),
-        lambda logits: penalize(logits, sampling, state.in_prompt[rows], state.in_output[rows]),
-        lambda logits: logits,
-        logits,
-    )
-    token = choose_tokens(penalized, sampling, length)
+    masks = lambda: (state.in_prompt[rows], state.in_output[rows])
+    token = choose_tokens(logits, sampling, length, masks)
     bad = writes & ~jnp.isfinite(logits).all(axis=-1)
     writes = writes & ~bad
     where = jnp.where(writes, length, state.capacity)  # an index past the end is dropped

@@ -4,6 +4,8 @@ Every setting is an array, one entry a sequence, so other settings are no other 
 sequence asks for is skipped while it runs. A sequence's token depends on its own row alone.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +15,10 @@ from qwen3_moe_jax.sampling import Sampling
 
 CANDIDATES = 64
 """A top_k up to this many is served by a partial sort of the vocabulary."""
+
+
+Masks = Callable[[], tuple[jax.Array, jax.Array]]
+"""Gives bool [B, V] twice: the tokens of each prompt, and those written since."""
 
 
 @struct.dataclass
@@ -66,29 +72,38 @@ def penalize(
     return logits - sampling.presence_penalty[:, None] * in_output.astype(logits.dtype)
 
 
-def choose_tokens(logits: jax.Array, sampling: SamplingArrays, positions: jax.Array) -> jax.Array:
-    """One token id a sequence, int32 [B], from penalized logits [B, V].
+def choose_tokens(
+    logits: jax.Array, sampling: SamplingArrays, positions: jax.Array, masks: Masks | None = None
+) -> jax.Array:
+    """One token id a sequence, int32 [B], from logits [B, V].
 
     The random number of a token depends on the sequence's seed and the token's
     position [B] alone, so the same text comes from any batch and any chunking.
+
+    Args:
+      masks: gives ``penalize``'s masks, where they are needed; None leaves penalties out.
     """
     is_sampled = sampling.temperature > 0
     is_narrow = (sampling.top_k > 0) & (sampling.top_k <= CANDIDATES)
-    tokens = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    is_wide = is_sampled & ~is_narrow
     vocab_size = logits.shape[-1]
-    for wanted, candidates in (
-        (is_sampled & is_narrow, min(CANDIDATES, vocab_size)),
-        (is_sampled & ~is_narrow, vocab_size),
-    ):
-        tokens = jax.lax.cond(
-            jnp.any(wanted),
-            lambda tokens, wanted=wanted, candidates=candidates: jnp.where(
-                wanted, _sample(logits, sampling, positions, candidates), tokens
-            ),
-            lambda tokens: tokens,
-            tokens,
-        )
-    return tokens
+
+    def greedy(logits: jax.Array) -> jax.Array:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+    def narrow(logits: jax.Array) -> jax.Array:
+        logits = logits if masks is None else penalize(logits, sampling, *masks())
+        few = _sample(logits, sampling, positions, min(CANDIDATES, vocab_size))
+        return jnp.where(is_sampled, few, greedy(logits))
+
+    def wide(logits: jax.Array) -> jax.Array:
+        others = narrow(logits)
+        logits = logits if masks is None else penalize(logits, sampling, *masks())
+        return jnp.where(is_wide, _sample(logits, sampling, positions, vocab_size), others)
+
+    # one branch a token, for a GPU waits for the host at each; whichever it is, a row's result is the same
+    work = jnp.where(jnp.any(is_wide), 2, jnp.any(is_sampled | sampling.penalized).astype(jnp.int32))
+    return jax.lax.switch(work, (greedy, narrow, wide), logits)
 
 
 def _sample(logits: jax.Array, sampling: SamplingArrays, positions: jax.Array, candidates: int) -> jax.Array:
