@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 
 from convert.config import PRESETS
-from qwen3_moe_jax import kv_cache
+from qwen3_moe_jax import kv_cache, loader
+from qwen3_moe_jax.errors import BackendUnavailableError
 from qwen3_moe_jax.jax_runner import JaxRunner
 from qwen3_moe_jax.kv_cache import KVCache, Span, write_positions
 from qwen3_moe_jax.memory_plan import cache_nbytes, fitting_slots
+from qwen3_moe_jax.parity.judge import StageJudge
 from tests import tolerances
 
 SEED = 20261123
@@ -80,3 +82,16 @@ def test_what_a_cache_takes():
     assert fitting_slots(config, 16, 4096, 2, 5 << 30) == 12
     assert fitting_slots(config, 16, 4096, 2, 0) == 1
     assert fitting_slots(config, 16, 4096, 2, None) == 16
+
+
+def test_the_cache_is_chosen_by_name_and_judged_by_what_it_rounds_to(source, golden):
+    runner = loader.make_runner(source, "jax", max_context=64, kv_cache="int8")
+    forward = runner.forward(golden["ids0"], capture=["Qcur_rope", "Kcur_rope", "Vcur", "kqv_out"])
+    facts = runner.describe()
+    for dtype, departs in (("int8", False), ("float16", True)):
+        judge = StageJudge(source, {**facts, "cache_dtype": dtype}, golden["ids0"], forward)
+        assert judge.judge(("kqv_out", 2)).departs is departs
+    with pytest.raises(ValueError, match="kv_cache 'int4' is not one of float32, float16, bfloat16, int8"):
+        loader.make_runner(source, "jax", kv_cache="int4")
+    with pytest.raises(BackendUnavailableError, match="reference backend chooses its KV cache.*--kv-cache"):
+        loader.make_runner(source, "reference", kv_cache="int8")
