@@ -29,6 +29,8 @@ class Forward:
 class Runner(Protocol):
     """A backend that holds one loaded model.
 
+    One that runs many sequences at once also has ``generate_batch`` (``jax_runner.JaxRunner``).
+
     Attributes:
       name: "jax", "wgpu" or "reference".
       config: the model's hyper-parameters.

@@ -1,0 +1,101 @@
+"""Compiles a batch's programs for an H100 on a machine without one: they must not copy the KV cache.
+
+Needs what ``compile_for_hopper.py`` needs. For each program the scratch memory beside its arguments is
+printed; a program that keeps more than ``--most`` GB has copied the cache, and ends this with an error.
+
+    python scripts/compile_batch_for_hopper.py --slots 32 --context 2048 --kv-cache float16 int8
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from unittest import mock
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import compile_for_hopper  # sets the platform, so it comes before JAX
+import jax
+import jax.numpy as jnp
+from bench_prefill import random_params, types_of
+from flax.core import FrozenDict
+
+from convert.config import PRESETS
+from kernels_pallas.attention import pallas_sm90 as attention
+from kernels_pallas.expert_matmul import pallas_sm90 as expert_matmul
+from kernels_pallas.moe_mlp import pallas_sm90 as moe_mlp
+from kernels_pallas.prefill import device
+from kernels_pallas.quantized_matmul import pallas_sm90 as quantized_matmul
+from qwen3_moe_jax import generate
+from qwen3_moe_jax.generate import PREFILL_CHUNKS, DecodeState
+from qwen3_moe_jax.jax_runner import FUSED_BATCH
+from qwen3_moe_jax.kv_cache import KVCache
+from qwen3_moe_jax.loader import KV_CACHES
+from qwen3_moe_jax.model import Qwen3Moe
+from qwen3_moe_jax.params import GPU_ROLES
+
+
+def programs(args: argparse.Namespace, kv_cache: str) -> dict[str, Callable[[], jax.stages.Traced]]:
+    """What to trace, by name: decoding, and a chunk of ``--prompts`` prompts beside it."""
+    sharding = compile_for_hopper.h100()
+    config, slots, prompts = PRESETS[args.preset], args.slots, min(args.prompts, args.slots)
+    types = types_of(config)
+    fused = FUSED_BATCH if kv_cache in ("float16", "bfloat16") else 0
+    model = Qwen3Moe(
+        config, jnp.bfloat16, types=FrozenDict(types), roles=FrozenDict(GPU_ROLES), fused_decode=fused
+    )
+
+    def make() -> tuple:
+        cache = KVCache.create(config, slots, args.context + PREFILL_CHUNKS[-1], jnp.dtype(kv_cache))
+        state = DecodeState.empty(cache, args.context, config.vocab_size)
+        return random_params(config, types, GPU_ROLES), jax.tree.map(jnp.asarray, state)
+
+    def there(tree: object) -> object:
+        like = lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding)
+        return jax.tree.map(like, tree)
+
+    arguments, steps, who = there((jax.eval_shape(make), jnp.int32(1), jnp.zeros(prompts, jnp.int32)))
+    chunk, longest = PREFILL_CHUNKS[0], PREFILL_CHUNKS[-1]
+    return {
+        f"decode {slots}": lambda: generate.decode.trace(model, *arguments, steps, rows=slots),
+        f"decode 1 of {slots}": lambda: generate.decode.trace(model, *arguments, steps, rows=1),
+        f"prefill {prompts} x {longest}, decode {slots}": lambda: generate.prefill.trace(
+            model, *arguments, who, chunk=longest, rows=slots
+        ),
+        f"prefill {prompts} x {chunk}": lambda: generate.prefill.trace(
+            model, *arguments, who, chunk=chunk, rows=0
+        ),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--preset", default="Qwen3-30B-A3B", choices=sorted(PRESETS))
+    parser.add_argument("--slots", type=int, default=32)
+    parser.add_argument("--prompts", type=int, default=4, help="that are read at a time")
+    parser.add_argument("--context", type=int, default=2048, help="tokens of a slot")
+    parser.add_argument("--kv-cache", nargs="+", choices=KV_CACHES, default=["float16", "int8"])
+    parser.add_argument("--most", type=float, default=0.5, help="GB of scratch without a copy of the cache")
+    args = parser.parse_args()
+    too_much = []
+    with ExitStack() as patches:
+        for module in (attention, expert_matmul, moe_mlp, quantized_matmul, device):
+            patches.enter_context(mock.patch.object(module, "require_hopper", return_value=None))
+        for kv_cache in args.kv_cache:
+            for name, trace in programs(args, kv_cache).items():
+                began = time.perf_counter()
+                compiled = trace().lower(lowering_platforms=("cuda",)).compile()
+                scratch = compiled.memory_analysis().temp_size_in_bytes / 1e9
+                seconds = time.perf_counter() - began
+                print(f"{kv_cache}, {name}: scratch {scratch:.3f} GB, {seconds:.0f} s", flush=True)
+                if scratch > args.most:
+                    too_much.append(f"{kv_cache}, {name}")
+    if too_much:
+        sys.exit(f"more than {args.most} GB of scratch: {'; '.join(too_much)}")
+
+
+if __name__ == "__main__":
+    main()
