@@ -1,6 +1,5 @@
 """Many sequences in one batch: whatever runs beside a sequence, its text is the one it has alone."""
 
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -172,6 +171,16 @@ def test_more_requests_than_slots_run_as_slots_get_free(batch, golden, greedy):
         expected = expected[: expected.index(stop)] if stop in expected else expected
         assert (result.tokens, result.finish_reason) == (expected, reason), i
     assert batch.free_slots == SLOTS
+
+
+def test_prompts_that_end_beside_the_end_of_a_chunk(batch, reference_runner, golden):
+    """Of n tokens n - 1 are read before the last one is decoded, or all in one chunk."""
+    lengths = (1, 2, 15, 16, 17, 18, 31, 32, 33)
+    prompts = [golden["ids1"][:n] for n in lengths]
+    results = run_all(batch, [Request(prompt, max_tokens=6) for prompt in prompts])
+    for prompt, result in zip(prompts, results, strict=True):
+        alone = list(reference_runner.stream(prompt, max_tokens=6, sampling=Sampling()))
+        assert result.tokens == alone, f"{len(prompt)} tokens"
 
 
 def test_a_request_is_over_when_its_owner_says_so(batch, golden, greedy):
