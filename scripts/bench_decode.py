@@ -99,8 +99,8 @@ def start_state(runner, batch: int, depth: int, steps: int):
         cache = KVCache(fill(cache.k, 1), fill(cache.v, 2))
     tokens = np.zeros((batch, length), np.int32)
     tokens[:, depth] = (17 + 1000 * np.arange(batch)) % runner.config.vocab_size
-    lengths = jnp.full((batch,), depth + 1, jnp.int32)
-    return DecodeState.start(cache, jnp.asarray(tokens), lengths, runner.config.vocab_size)
+    empty = DecodeState.empty(cache, length, runner.config.vocab_size)
+    return empty.replace(tokens=jnp.asarray(tokens), limit=jnp.full((batch,), depth + 1 + steps, jnp.int32))
 
 
 def measure_row(runner, batch: int, depth: int, steps: int, repeats: int) -> dict[str, object]:
@@ -109,21 +109,18 @@ def measure_row(runner, batch: int, depth: int, steps: int, repeats: int) -> dic
     import jax.numpy as jnp
     import numpy as np
 
-    from qwen3_moe_jax.generate import generate
-    from qwen3_moe_jax.sampling import Sampling
-    from qwen3_moe_jax.token_choice import SamplingArrays
+    from qwen3_moe_jax.generate import decode
 
     state = start_state(runner, batch, depth, steps)
-    arrays = SamplingArrays.of([Sampling(temperature=0)] * batch)
-    stops = jnp.zeros((0,), jnp.int32)
-    end = jnp.full((batch,), depth + 1 + steps, jnp.int32)
     seconds, written = [], []
     for _ in range(repeats + 1):
-        lengths = jnp.full((batch,), depth + 1, jnp.int32)
-        again = state.replace(length=lengths, finished=jnp.zeros((batch,), bool))
+        filled = jnp.full((batch,), depth, jnp.int32)
+        again = state.replace(length=filled + 1, filled=filled, finished=jnp.zeros((batch,), bool))
         again = jax.block_until_ready(jax.device_put(again, runner.device))  # as later states are
         began = time.perf_counter()
-        state = jax.block_until_ready(generate(runner.model, runner.params, again, arrays, stops, end))
+        state, _ = jax.block_until_ready(
+            decode(runner.model, runner.params, again, jnp.int32(steps), rows=batch)
+        )
         seconds.append(time.perf_counter() - began)
         written.append(np.asarray(state.tokens[:, depth + 1 : depth + 1 + steps]))
     median = statistics.median(seconds[1:])
