@@ -1,17 +1,23 @@
 """Random packed weights on the device, and a float32 reference for the decode kernel.
 
-The weights have the shapes, types and bytes of a real Q4_K_M file. ``python
-scripts/profile_decode.py`` checks the kernel against the reference and times it; see
-``scripts/bench_decode.py`` for the figures of a file.
+The weights have the shapes and bytes of a real file. Every variant of the kernel (``--tuning``) is checked
+against the reference with the experts that it chose, must give the first variant's bits, and is timed:
+
+    python scripts/profile_decode.py --tuning "" tensor_cores --check 1:300 --speed 1:0 8:0
+
+Results are printed as they come, the last line is JSON. A case that hangs ends the run after --limit seconds
+with the Python stacks. ``--tiny`` runs the same in Pallas' interpreter on a CPU. For the figures of a file
+see ``scripts/bench_decode.py``.
 """
 
 import argparse
+import faulthandler
 import json
 import os
 import sys
 import time
 import traceback
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 
@@ -21,11 +27,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from convert.config import PRESETS
 from convert.ggml_types import GGMLType
 from convert.packed import PackedTensor
 from kernels_pallas.decode_step import api
+from kernels_pallas.decode_step.step_mosaic_gpu import Tuning
 from kernels_pallas.decode_step.weights import DecodeWeights, LayerTypes, column_names, plan_stacks
 from kernels_pallas.embedding_lookup.api import embedding_lookup
 from kernels_pallas.norm_rope import rope, rope_tables
@@ -116,6 +124,18 @@ def q4_k_m(config) -> list[LayerTypes]:
     more = [GGMLType.Q6_K if use_more_bits(i, n) else GGMLType.Q4_K for i in range(n)]
     q4 = GGMLType.Q4_K
     return [LayerTypes(q4, q4, t, q4, q4, t) for t in more]
+
+
+def mixed(config) -> list[LayerTypes]:
+    """Types that a Q4_K_M file lacks, and layers that differ in all roles."""
+    t = GGMLType
+    one = LayerTypes(t.Q5_K, t.Q5_K, t.Q8_0, t.Q5_K, t.Q5_K, t.Q8_0)
+    two = LayerTypes(t.Q8_0, t.Q8_0, t.Q8_0, t.Q8_0, t.Q8_0, t.Q5_K)
+    return [(one, two)[i % 2] for i in range(config.num_hidden_layers)]
+
+
+TYPES = {"q4_k_m": (q4_k_m, GGMLType.Q6_K), "mixed": (mixed, GGMLType.Q8_0)}
+"""Types of the layers, and of lm_head."""
 
 
 # The reference: float32 dequantization of tiles, one matrix at a time.
@@ -234,52 +254,62 @@ def cosine(a, b) -> float:
     return float(a @ b / (np.linalg.norm(a) * np.linalg.norm(b)))
 
 
-def random_cache(config, batch, length, seed=3):
-    cache = api.empty_cache(config, batch, length)
+def random_cache(config, batch, length, dtype, seed=3):
+    cache = api.empty_cache(config, batch, length, dtype)
     key = jax.random.key(seed)
-    make = lambda k: jax.random.normal(jax.random.fold_in(key, k), cache.k.shape, jnp.bfloat16)
+    make = lambda k: jax.random.normal(jax.random.fold_in(key, k), cache.k.shape, dtype)
     return api.KVCache(make(0), make(1))
 
 
-def check(w, config, batch, depth, *, layers=None) -> dict:
-    """Cosine to the reference, equality of two runs, of one token of every sequence."""
+def check(w, config, batch, depth, *, device, dtype, seen: dict) -> dict:
+    """Cosine to the reference with the kernel's experts, and equality of bits: of two runs, with batch 1,
+    and with the first variant, whose logits ``seen`` keeps."""
     rng = np.random.default_rng(5)
     tokens = jnp.asarray(rng.integers(0, config.vocab_size, batch), jnp.int32)
     positions = jnp.asarray([max(depth - 7 * i, 0) for i in range(batch)], jnp.int32)
-    cache = random_cache(config, batch, depth + 64)
-    step = jax.jit(lambda w, t, p, c: api.decode_step(w, config, t, p, c))
+    cache = random_cache(config, batch, depth + 64, dtype)
+    step = jax.jit(lambda w, t, p, c, ids: api.decode_step(w, config, t, p, c, expert_ids=ids, device=device))
     start = time.perf_counter()
-    compiled = step.lower(w, tokens, positions, cache).compile()
+    compiled = step.lower(w, tokens, positions, cache, None).compile()
     seconds = time.perf_counter() - start
-    one = compiled(w, tokens, positions, cache)
-    two = compiled(w, tokens, positions, cache)
+    one = compiled(w, tokens, positions, cache, None)
+    two = compiled(w, tokens, positions, cache, None)
+    first = seen.setdefault((batch, depth), np.asarray(one.logits))
     out = {
         "batch": batch, "depth": depth, "compile_s": round(seconds, 1),
         "finite": bool(jnp.isfinite(one.logits).all()),
         "same_bits": bool((one.logits == two.logits).all()),
+        "same_bits_as_first_variant": bool((np.asarray(one.logits) == first).all()),
     }  # fmt: skip
-    reference = Reference(w, config)
-    cosines, free = [], []
-    for b in range(min(batch, 2)):
-        keys, values = (a[:, b].astype(jnp.float32) for a in cache)
-        expected, moved = reference(int(tokens[b]), int(positions[b]), keys, values, one.expert_ids[:, b])
-        cosines.append(cosine(one.logits[b], expected))
-        free.append(moved)
-    out["cosine"] = [round(v, 7) for v in cosines]
-    out["experts_unlike_reference"] = free
+    replayed = step(w, tokens, positions, cache, one.expert_ids)
+    out["same_bits_replayed"] = bool((one.logits == replayed.logits).all())
+    if seen.get(("reference", batch, depth)) is None or not out["same_bits_as_first_variant"]:
+        seen["reference", batch, depth] = compare(w, config, tokens, positions, cache, one)
+    out |= seen["reference", batch, depth]
     if batch > 1:
-        single = jax.jit(lambda w, t, p, c: api.decode_step(w, config, t, p, c))
-        alone = single(w, tokens[:1], positions[:1], api.KVCache(cache.k[:, :1], cache.v[:, :1]))
+        alone = step(w, tokens[:1], positions[:1], api.KVCache(cache.k[:, :1], cache.v[:, :1]), None)
         out["same_bits_as_batch_1"] = bool((alone.logits[0] == one.logits[0]).all())
     return out
 
 
-def decode_many(w, config, tokens, positions, cache, steps: int):
+def compare(w, config, tokens, positions, cache, out) -> dict:
+    """Cosine of the logits of two sequences to the reference with the kernel's experts."""
+    reference = Reference(w, config)
+    cosines, free = [], []
+    for b in range(min(len(tokens), 2)):
+        keys, values = (a[:, b].astype(jnp.float32) for a in cache)
+        expected, moved = reference(int(tokens[b]), int(positions[b]), keys, values, out.expert_ids[:, b])
+        cosines.append(round(cosine(out.logits[b], expected), 7))
+        free.append(moved)
+    return {"cosine_replayed": cosines, "experts_unlike_reference": free}
+
+
+def decode_many(w, config, tokens, positions, cache, steps: int, device):
     """``steps`` greedy tokens of every sequence in one dispatch: tokens [steps, B] and the cache."""
 
     def one(i, carry):
         written, last, cache = carry
-        out = api.decode_step(w, config, last, positions + i, cache)
+        out = api.decode_step(w, config, last, positions + i, cache, device=device)
         last = jnp.argmax(out.logits, axis=-1).astype(jnp.int32)
         return lax.dynamic_update_slice(written, last[None], (i, 0)), last, out.cache
 
@@ -288,12 +318,12 @@ def decode_many(w, config, tokens, positions, cache, steps: int):
     return written, cache
 
 
-def speed(w, config, batch, depth, steps=64, repeats=4) -> dict:
+def speed(w, config, batch, depth, *, device, dtype, steps=64, repeats=4) -> dict:
     """Tokens a second, best and median of several dispatches."""
-    tokens = jnp.arange(batch, dtype=jnp.int32) * 1000 + 17
+    tokens = jnp.arange(batch, dtype=jnp.int32) * 1000 % config.vocab_size + 17
     positions = jnp.full((batch,), depth, jnp.int32)
-    cache = random_cache(config, batch, depth + steps)
-    run = jax.jit(lambda w, t, p, c: decode_many(w, config, t, p, c, steps), donate_argnums=(3,))
+    cache = random_cache(config, batch, depth + steps, dtype)
+    run = jax.jit(lambda w, t, p, c: decode_many(w, config, t, p, c, steps, device), donate_argnums=(3,))
     times = []
     for _ in range(repeats + 1):
         start = time.perf_counter()
@@ -308,44 +338,96 @@ def speed(w, config, batch, depth, steps=64, repeats=4) -> dict:
     }  # fmt: skip
 
 
-def trace(w, config, batch, depth, folder) -> dict:
+def trace(w, config, batch, depth, *, device, dtype, folder) -> dict:
     """Writes begin and end times of every phase in every block, for one step, into ``folder``."""
-    cache = random_cache(config, batch, depth + 64)
+    cache = random_cache(config, batch, depth + 64, dtype)
     tokens, positions = jnp.full((batch,), 17, jnp.int32), jnp.full((batch,), depth, jnp.int32)
     os.environ["QWEN3_MOE_DECODE_TRACE"] = folder
-    step = jax.jit(lambda w, t, p, c: api.decode_step(w, config, t, p, c))
+    step = jax.jit(lambda w, t, p, c: api.decode_step(w, config, t, p, c, device=device))
     step(w, tokens, positions, cache).logits.block_until_ready()
     jax.effects_barrier()
     del os.environ["QWEN3_MOE_DECODE_TRACE"]
     return {"batch": batch, "depth": depth, "folder": folder}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+def parse_tuning(text: str) -> Tuning:
+    """``Tuning`` from "name,name=number": a name alone is True."""
+    known = {field.name: field.type for field in fields(Tuning)}
+    values = {}
+    for part in filter(None, text.split(",")):
+        name, _, value = part.partition("=")
+        if name not in known:
+            raise SystemExit(f"--tuning: {name} is none of {', '.join(known)}")
+        values[name] = int(value) if value else True
+    return Tuning(**values)
+
+
+def tiny(config):
+    """The smallest shapes that the kernel takes, for the interpreter."""
+    return replace(
+        config, num_hidden_layers=1, vocab_size=64, num_attention_heads=16, num_key_value_heads=2,
+        num_experts=8, num_experts_per_tok=4, moe_intermediate_size=256,
+    )  # fmt: skip
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--layers", type=int, default=48)
+    parser.add_argument("--vocab", type=int, default=151936)
+    parser.add_argument("--types", choices=sorted(TYPES), default="q4_k_m")
+    parser.add_argument("--cache-dtype", choices=("float16", "bfloat16"), default="float16")
+    parser.add_argument("--tuning", nargs="*", default=[""], help="variants: name,name=number,...")
     parser.add_argument("--check", nargs="*", default=["1:100"], help="batch:depth")
-    parser.add_argument("--speed", nargs="*", default=["1:0", "1:4096", "8:0"], help="batch:depth")
+    parser.add_argument("--speed", nargs="*", default=["1:0", "1:4096", "8:0", "16:0"], help="batch:depth")
     parser.add_argument("--trace", nargs="*", default=[], help="batch:depth")
     parser.add_argument("--trace-folder", default="decode-trace")
-    parser.add_argument("--vocab", type=int, default=151936)
-    args = parser.parse_args()
+    parser.add_argument("--steps", type=int, default=64, help="tokens a dispatch of speed")
+    parser.add_argument("--limit", type=float, default=120, help="seconds of one case")
+    parser.add_argument("--tiny", action="store_true", help="smallest shapes in the interpreter")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse()
+    faulthandler.dump_traceback_later(args.limit, exit=True)
     config = replace(PRESETS["Qwen3-30B-A3B"], num_hidden_layers=args.layers, vocab_size=args.vocab)
+    device = api.Device()
+    if args.tiny:
+        config = tiny(config)
+        device = api.Device(blocks=1, splits=2, emulate=True, interpret=plgpu.InterpretGPUParams())
     start = time.perf_counter()
-    w = random_weights(config, q4_k_m(config), GGMLType.Q6_K)
+    types_of, lm_head = TYPES[args.types]
+    w = random_weights(config, types_of(config), lm_head)
     jax.block_until_ready(w)
-    results = {"device": jax.devices()[0].device_kind, "jax": jax.__version__, "bytes": w.nbytes}
+    results = {
+        "device": jax.devices()[0].device_kind, "jax": jax.__version__, "bytes": w.nbytes,
+        "types": args.types, "cache_dtype": args.cache_dtype, "cases": [],
+    }  # fmt: skip
     print("weights", w.nbytes, round(time.perf_counter() - start, 1), "s", flush=True)
-    traced = partial(trace, folder=args.trace_folder)
-    for name, function in (("check", check), ("speed", speed), ("trace", traced)):
-        for case in getattr(args, name):
-            try:
-                result = function(w, config, *map(int, case.split(":")))
-            except Exception:
-                result = {"case": case, "error": traceback.format_exc()[-1500:]}
-            print(name, json.dumps(result), flush=True)
-            results.setdefault(name, []).append(result)
+    dtype, seen = jnp.dtype(args.cache_dtype), {}
+    work = {
+        "check": partial(check, seen=seen),
+        "speed": partial(speed, steps=args.steps),
+        "trace": partial(trace, folder=args.trace_folder),
+    }
+    for tuning in args.tuning:
+        here = replace(device, tuning=parse_tuning(tuning))
+        for name, function in work.items():
+            for case in getattr(args, name):
+                faulthandler.dump_traceback_later(args.limit, exit=True)
+                result = {"work": name, "tuning": tuning, "case": case}
+                try:
+                    result |= function(w, config, *map(int, case.split(":")), device=here, dtype=dtype)
+                except Exception:  # whatever it is belongs into the report, and the other cases go on
+                    result["error"] = traceback.format_exc()[-1500:]
+                print(json.dumps(result), flush=True)
+                results["cases"].append(result)
+    faulthandler.cancel_dump_traceback_later()
     stats = jax.devices()[0].memory_stats() or {}
     results["peak_bytes"] = stats.get("peak_bytes_in_use")
+    for case in results["cases"]:
+        told = case.get("tok_s") or case.get("cosine_replayed") or case.get("error", "")[-100:]
+        print(f"{case['work']:6} {case['case']:>7} {case['tuning'] or 'as measured':60} {told}")
     print(json.dumps(results))
 
 
