@@ -310,7 +310,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rows", nargs="*", default=["1:0", "1:4096", "8:0", "16:0"], help="BATCH:DEPTH")
     parser.add_argument("--context", type=int, default=32768, help="tokens of the KV cache of memory")
     parser.add_argument("--prompt", type=int, default=512, help="tokens of the longer prompt of stream")
-    parser.add_argument("--steps", type=int, default=64, help="tokens a dispatch")
+    parser.add_argument("--steps", type=int, default=32, help="tokens a dispatch; streams have 32 at most")
     parser.add_argument("--repeats", type=int, default=4)
     parser.add_argument("--gate", action="store_true", help="cold: with the check of a file's first load")
     parser.add_argument("--stage-limit", type=float, default=150, help="seconds")
