@@ -200,7 +200,7 @@ def test_replayed_experts_and_batches_give_the_same_bits(model):
     """In float16, which is eight times closer to float32 than bfloat16."""
     weights, plain = model
     cache = random_cache(2, dtype=jnp.float16)
-    ids = np.array([[[7, 1, 4, 2], [0, 3, 5, 6]]], np.int32)
+    ids = np.array([[[7, 1, 4, 2], [0, 7, 5, 4]]], np.int32)  # two experts are both sequences'
     both = run(weights, [5, 9], [0, 70], cache, jnp.asarray(ids))
     np.testing.assert_array_equal(both.expert_ids, ids)
     for b, (token, position) in enumerate(((5, 0), (9, 70))):
@@ -210,3 +210,31 @@ def test_replayed_experts_and_batches_give_the_same_bits(model):
         keys, values = (np.asarray(a[:, b], np.float64) for a in cache)
         logits, *_ = reference(plain, token, position, keys, values, ids[:, b])
         assert cosine(both.logits[b], logits) > 0.99999
+
+
+EVERY_CHOICE = {
+    "tensor_cores": True,
+    "own_sequences": True,
+    "gate_up_ahead": 4,
+    "down_ahead": 6,
+    "sorted_experts": True,
+    "prefetch_qkv": True,
+}
+
+
+def test_every_choice_of_tuning_together_gives_the_measured_bits(model):
+    """Three sequences: one warpgroup has two of its own, and experts are chosen by several."""
+    weights, _ = model
+    cache = random_cache(3, dtype=jnp.float16)
+    ids = jnp.asarray([[[7, 1, 4, 2], [0, 3, 7, 6], [1, 2, 3, 4]]], jnp.int32)
+    call = (weights, [5, 9, 11], [0, 70, 150], cache, ids)
+    measured, tuned = run(*call), run(*call, **EVERY_CHOICE)
+    np.testing.assert_array_equal(tuned.logits, measured.logits)
+    for one, other in zip(tuned.cache, measured.cache, strict=True):
+        np.testing.assert_array_equal(np.asarray(one), np.asarray(other))
+
+
+def test_tensor_cores_give_the_measured_bits_to_one_sequence(model):
+    weights, _ = model
+    call = (weights, [5], [150], random_cache(1, dtype=jnp.float16))
+    np.testing.assert_array_equal(run(*call, tensor_cores=True, prefetch_qkv=True).logits, run(*call).logits)
