@@ -78,7 +78,7 @@ class Tuning:
 
 
 MEASURED = Tuning()
-"""What has run on a GPU; the default."""
+"""The choices of the kernel that was measured on a GPU; the default."""
 
 
 @dataclass(frozen=True)
