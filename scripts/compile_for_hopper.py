@@ -1,15 +1,26 @@
-"""Compiles the model's prefill step for an H100 on a machine that has no GPU.
+"""Compiles the Hopper kernels, or the model's step with them, for an H100 on a machine that has no GPU.
 
-Needs the packages jax-cuda13-plugin and jax-cuda13-pjrt of JAX's version, and CUDA's ptxas. With
-MOSAIC_GPU_DUMP_PTXAS=1 every kernel's registers and spills are printed.
+Needs the packages jax-cuda13-plugin and jax-cuda13-pjrt of JAX's version, and CUDA's ptxas.
 
-    MOSAIC_GPU_DUMP_PTXAS=1 python scripts/compile_for_hopper.py --tokens 2048 --sequences 1
+    python scripts/compile_for_hopper.py kernels                      # registers and spills of every size
+    python scripts/compile_for_hopper.py step --tokens 1 --sequences 32 [--thunks]   # launches a layer
+    python scripts/compile_for_hopper.py count FILE                   # launches in XLA's own dump
+
+"step" compiles a chunk of prompts, or with one token each a step of decoding, and counts what the
+loop over layers launches. On a machine with a GPU the same table comes from ``count`` and the file
+``*thunk_sequence_after_thunk_passes.txt`` that XLA_FLAGS=--xla_dump_to=FOLDER leaves there.
 """
 
 import argparse
+import contextlib
 import os
+import re
 import sys
+import tempfile
 import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
 
@@ -24,10 +35,22 @@ from flax.core import FrozenDict
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
+from convert.ggml_types import GGMLType
 from kernels_pallas.attention import pallas_sm90 as attention
 from kernels_pallas.expert_matmul import pallas_sm90 as expert_matmul
+from kernels_pallas.matrices import Matrices
 from kernels_pallas.moe_mlp import pallas_sm90 as moe_mlp
 from kernels_pallas.prefill import device
+from kernels_pallas.prefill.matmul_sm90 import (
+    REGISTERS,
+    MatmulConfig,
+    _Kernel,
+    dense_config,
+    few_config,
+    grouped_matmul,
+    pick_config,
+)
+from kernels_pallas.prefill.sorting import Tiles, UsedExperts
 from kernels_pallas.quantized_matmul import pallas_sm90 as quantized_matmul
 from qwen3_moe_jax.kv_cache import KVCache
 from qwen3_moe_jax.model import Qwen3Moe
@@ -47,6 +70,8 @@ dnn_version_info { major: 9 minor: 10 }
 runtime_version { major: 13 }
 device_description_str: "NVIDIA H100 80GB HBM3"
 """
+FILE_REGISTERS = 65536
+TYPES = (GGMLType.Q4_K, GGMLType.Q5_K, GGMLType.Q6_K, GGMLType.Q8_0)
 
 
 def h100() -> SingleDeviceSharding:
@@ -58,13 +83,138 @@ def h100() -> SingleDeviceSharding:
     return SingleDeviceSharding(topology.devices[0])
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--preset", default="Qwen3-30B-A3B", choices=sorted(bench_prefill.PRESETS))
-    parser.add_argument("--tokens", type=int, default=2048, help="tokens of a chunk")
-    parser.add_argument("--sequences", type=int, default=1)
-    parser.add_argument("--length", type=int, default=4096, help="tokens that the cache holds")
-    args = parser.parse_args()
+# Kernels
+
+
+@dataclass(frozen=True)
+class Case:
+    """One compiled kernel: ``kind`` is "few", "sorted" or "dense"."""
+
+    kind: str
+    type: GGMLType
+    fused: bool
+    config: MatmulConfig
+    splits: int = 1
+
+    def __str__(self) -> str:
+        c = self.config
+        sizes = f"{c.tile:4} {','.join(map(str, c.widths)):12} {c.slabs} {c.warpgroups} {c.in_flight}"
+        name = "swiglu" if self.fused else "plain"
+        return f"{self.kind:6} {self.type.name} {name:6} {sizes} {'yes' if c.exchange else 'no ':3}"
+
+
+def cases() -> list[Case]:
+    """Every size that the ops choose, and those that ``bench_gpu_ops.py --sizes`` tries."""
+    found = []
+    for fused in (True, False):
+        for type in TYPES:
+            found += [Case("few", type, fused, few_config(tokens)) for tokens in (8, 16, 24, 32, 48, 64)]
+            found += [Case("sorted", type, fused, pick_config(rows)) for rows in (8, 128)]
+            if type is GGMLType.Q4_K or not fused:
+                found.append(Case("sorted", type, fused, MatmulConfig(256, (128, 192, 256), 1)))
+    for type in TYPES:
+        for tokens in (8, 32, 64, 512):
+            config, splits = dense_config(tokens, 4096, 2048)
+            found.append(Case("dense", type, False, config, splits))
+    return found
+
+
+def compile_case(case: Case, sharding: SingleDeviceSharding) -> tuple[int, int]:
+    """Compiles one; gives its slots of weights and of x."""
+    experts = 1 if case.kind == "dense" else 128
+    rows, columns = (768, 2048) if case.fused else (2048, 768)
+    if case.kind == "dense":
+        rows, columns = 4096, 2048
+    shape = (rows, columns) if case.kind == "dense" else (experts, rows, columns)
+    stack = jax.eval_shape(lambda: bench_prefill.random_tiles(0, case.type, experts * rows, columns))
+    w = Matrices(stack, jax.ShapeDtypeStruct((), jnp.int32), shape)
+    tile = case.config.tile
+    kernel = _Kernel(w, case.fused, case.config, case.splits, None)
+    numbers = lambda n: jax.ShapeDtypeStruct((n,), jnp.int32)
+    options = {"config": case.config, "splits": case.splits}
+    if case.kind == "few":
+        work = UsedExperts(numbers(experts))
+        x_rows = tile if case.fused else experts * tile
+    else:
+        work = Tiles(*(numbers(256) for _ in range(3)), numbers(1))
+        x_rows = 4 * tile
+
+    def run(x, scale, work, places, *weights):
+        extra = {"places": places, "out_rows": 8 * tile} if case.kind == "few" and not case.fused else {}
+        return grouped_matmul(x, scale, work, weights, **extra, **options)
+
+    arguments = (
+        jax.ShapeDtypeStruct((x_rows, columns), jnp.float16),
+        jax.ShapeDtypeStruct((x_rows,), jnp.float32),
+        work,
+        numbers(experts * tile),
+        *([w] * (2 if case.fused else 1)),
+    )
+    there = lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding)
+    jax.jit(run).trace(*jax.tree.map(there, arguments)).lower(lowering_platforms=("cuda",)).compile()
+    return kernel.weight_slots, kernel.x_slots
+
+
+@contextlib.contextmanager
+def captured_stdout() -> Iterator[list[str]]:
+    """Lines that libraries write to the process' standard output and error meanwhile."""
+    lines: list[str] = []
+    sys.stdout.flush()
+    with tempfile.TemporaryFile("w+") as file:
+        kept = [os.dup(n) for n in (1, 2)]
+        for n in (1, 2):
+            os.dup2(file.fileno(), n)
+        try:
+            yield lines
+        finally:
+            for n, fd in zip((1, 2), kept, strict=True):
+                os.dup2(fd, n)
+                os.close(fd)
+            file.seek(0)
+            lines += file.read().splitlines()
+
+
+def kernels(args: argparse.Namespace) -> int:
+    """Prints ptxas' report of every case; the number of those that spill, serialize or ask for too much."""
+    os.environ["MOSAIC_GPU_DUMP_PTXAS"] = "1"
+    sharding, bad = h100(), 0
+    print(
+        "kind   type op     tile widths     slabs, warpgroups, in flight, exchange | registers, slots | found"
+    )
+    for case in cases():
+        if args.only not in str(case):
+            continue
+        with captured_stdout() as lines:
+            slots = compile_case(case, sharding)
+        text = "\n".join(lines)
+        used = max(map(int, re.findall(r"Used (\d+) registers", text)), default=0)
+        spilled = max(map(int, re.findall(r"(\d+) bytes spill stores", text)), default=0)
+        threads = 128 * (case.config.warpgroups + 1)
+        most, least = REGISTERS[case.config.warpgroups]
+        wanted = case.config.warpgroups * most + least
+        faults = []
+        if not used:
+            faults.append("ptxas reported nothing")
+        if spilled:
+            faults.append(f"spills {spilled} bytes")
+        if "C7512" in text or "serialized" in text:
+            faults.append("products serialized (C7512)")
+        if "C7508" in text or "setmaxnreg ignored" in text:
+            faults.append("exchange ignored (C7508)")
+        if case.config.exchange and wanted > (case.config.warpgroups + 1) * used:
+            faults.append(f"asks for {wanted} of {(case.config.warpgroups + 1) * used} registers: never ends")
+        if threads * (-(-used // 8) * 8) > FILE_REGISTERS:
+            faults.append(f"{threads} threads do not fit")
+        bad += bool(faults)
+        print(f"{case} | {used:3} {slots[0]} {slots[1]} | {'; '.join(faults) or 'ok'}", flush=True)
+    print(f"{bad} with faults")
+    return bad
+
+
+# A step of the model
+
+
+def compile_step(args: argparse.Namespace) -> None:
     sharding = h100()
     config = bench_prefill.PRESETS[args.preset]
     types = bench_prefill.types_of(config)
@@ -80,18 +230,91 @@ def main() -> None:
     there = lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding)
     began = time.perf_counter()
     modules = (attention, expert_matmul, moe_mlp, quantized_matmul, device)
-    patches = [mock.patch.object(m, "require_hopper", return_value=None) for m in modules]
-    for patch in patches:
-        patch.start()
-    traced = bench_prefill.chunk_step.trace(model, *jax.tree.map(there, arguments))
-    compiled = traced.lower(lowering_platforms=("cuda",)).compile()
-    for patch in patches:
-        patch.stop()
+    with contextlib.ExitStack() as patches:
+        for module in modules:
+            patches.enter_context(mock.patch.object(module, "require_hopper", return_value=None))
+        traced = bench_prefill.chunk_step.trace(model, *jax.tree.map(there, arguments))
+        compiled = traced.lower(lowering_platforms=("cuda",)).compile()
     memory = compiled.memory_analysis()
     print(
         f"compiled in {time.perf_counter() - began:.0f} s; scratch {memory.temp_size_in_bytes / 1e9:.2f} GB, "
         f"arguments {memory.argument_size_in_bytes / 1e9:.2f} GB"
     )
+
+
+LINE = re.compile(r"^( *)(\d+): (k\w+) +\[[^\]]*\] *(\S*)")
+
+
+def count(text: str, *, show: bool) -> None:
+    """Prints what one iteration of the loop over layers launches, from XLA's sequence of thunks.
+
+    A conditional counts as the longest of its branches; each waits for the host. Command buffers are
+    CUDA graphs: their kernels are launched together.
+    """
+    kinds: Counter[str] = Counter()
+    branches: dict[int, Counter[str]] = {}
+    inside, body_indent, of_branch, branch_indent = False, 0, None, 0
+    for line in text.splitlines():
+        stripped, indent = line.strip(), len(line) - len(line.lstrip())
+        if stripped == "body:":
+            inside, body_indent = True, indent
+            continue
+        if not inside:
+            continue
+        if indent <= body_indent - 2 and stripped:
+            break
+        if re.fullmatch(r"branch_\d+:", stripped):
+            of_branch, branch_indent = int(stripped[7:-1]), indent
+            branches[of_branch] = Counter()
+            continue
+        found = LINE.match(line)
+        if not found:
+            continue
+        if of_branch is not None and indent <= branch_indent - 2:
+            kinds += max(branches.values(), key=lambda c: sum(c.values()))
+            of_branch, branches = None, {}
+        (kinds if of_branch is None else branches[of_branch])[found[3]] += 1
+        if show:
+            print(line[:140])
+    if of_branch is not None:
+        kinds += max(branches.values(), key=lambda c: sum(c.values()))
+    graphs, syncs = kinds.pop("kCommandBuffer", 0), kinds.pop("kConditional", 0)
+    named = ", ".join(f"{n} {kind[1:]}" for kind, n in kinds.most_common())
+    print(
+        f"a layer: {sum(kinds.values())} launches ({named}), some in {graphs} CUDA graphs; "
+        f"{syncs} waits for the host"
+    )
+
+
+def step(args: argparse.Namespace) -> int:
+    with tempfile.TemporaryDirectory(prefix="xla-") as folder:
+        dump = f"--xla_dump_to={folder} --xla_dump_hlo_module_re=chunk_step"
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {dump}"
+        compile_step(args)
+        (path,) = Path(folder).glob("*chunk_step*thunk_sequence_after_thunk_passes.txt")
+        count(path.read_text(), show=args.thunks)
+    return 0
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    table = commands.add_parser("kernels", help="ptxas' report of every kernel")
+    table.add_argument("--only", default="", help="cases whose line holds this")
+    model = commands.add_parser("step", help="the model's step: memory, and launches a layer")
+    model.add_argument("--preset", default="Qwen3-30B-A3B", choices=sorted(bench_prefill.PRESETS))
+    model.add_argument("--tokens", type=int, default=2048, help="tokens of a chunk")
+    model.add_argument("--sequences", type=int, default=1)
+    model.add_argument("--length", type=int, default=4096, help="tokens that the cache holds")
+    model.add_argument("--thunks", action="store_true", help="also name every launch")
+    counting = commands.add_parser("count", help="launches a layer in a dump of XLA's")
+    counting.add_argument("file", type=Path)
+    counting.add_argument("--thunks", action="store_true")
+    args = parser.parse_args()
+    if args.command == "count":
+        count(args.file.read_text(), show=args.thunks)
+        return
+    raise SystemExit(bool({"kernels": kernels, "step": step}[args.command](args)))
 
 
 if __name__ == "__main__":

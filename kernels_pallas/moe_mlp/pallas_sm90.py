@@ -58,7 +58,7 @@ def moe_mlp(
     if config is None and x.shape[0] <= MOST_FEW:
         config = few_config(x.shape[0])
     config = config or pick_config(expert_ids.size / gate_proj.shape[0])
-    is_few = x.shape[0] <= config.tile == max(config.widths) <= MOST_FEW and not return_stages
+    is_few = x.shape[0] <= config.tile and config.widths == (config.tile,) and not return_stages
 
     def run(gate: Matrices, up: Matrices, down: Matrices | OneOf) -> tuple[jax.Array, dict]:
         check_supported((gate, up))

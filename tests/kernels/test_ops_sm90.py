@@ -1,7 +1,11 @@
 """The Hopper kernels as compiled code: they lower for CUDA anywhere, and pass the shared cases on a GPU."""
 
+import faulthandler
+import sys
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 if jax.__version_info__ < (0, 11):
@@ -13,11 +17,31 @@ from convert.gpu_tiles import to_gpu_tiles
 from convert.packed import GPU_TILES, PackedTensor
 from kernels_pallas.attention import pallas_sm90 as attention_sm90
 from kernels_pallas.matrices import Matrices
+from kernels_pallas.moe_mlp import pallas_sm90 as moe_sm90
 from kernels_pallas.prefill.device import require_hopper
-from kernels_pallas.prefill.matmul_sm90 import grouped_matmul, pick_config
-from kernels_pallas.prefill.sorting import dense_tiles
+from kernels_pallas.prefill.matmul_sm90 import (
+    MOST_FEW,
+    dense_config,
+    few_config,
+    grouped_matmul,
+    pick_config,
+)
+from kernels_pallas.prefill.sorting import UsedExperts, dense_tiles
+from kernels_pallas.quantized_matmul import pallas_sm90 as matmul_sm90
 from tests import tolerances
-from tests.kernels.op_cases import QUANTIZED, OpCases, random_weights, rng
+from tests.kernels.op_cases import (
+    QUANTIZED,
+    OpCases,
+    attention_oracle,
+    check,
+    dense64,
+    expert_oracle,
+    heavy_tailed,
+    random_weights,
+    rng,
+    silu64,
+    uniform,
+)
 
 __all__ = ["rng"]
 
@@ -26,17 +50,62 @@ def lower(f, *args) -> str:
     return jax.jit(f).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
 
 
-@pytest.mark.parametrize("matrices", [1, 2], ids=["plain", "swiglu"])
-@pytest.mark.parametrize("type", QUANTIZED, ids=lambda t: t.name)
-def test_grouped_matmul_lowers_for_cuda(rng, type, matrices):
-    w = Matrices.of(jax.tree.map(jnp.asarray, to_gpu_tiles(random_weights(rng, type, (256, 256)))))
-    config = pick_config(8 if matrices == 1 else 100)
-    x, scale = jnp.zeros((512, 256), jnp.float16), jnp.ones(512)
+CONFIGS = {
+    **{f"few {config.tile}": config for config in map(few_config, range(8, MOST_FEW + 1, 8))},
+    **{f"dense {tokens}": dense_config(tokens, 4096, 2048)[0] for tokens in (8, 40)},
+    "sorted, few rows": pick_config(8),
+    "sorted, many rows": pick_config(100),
+}
+"""Every size that an op chooses."""
+
+
+def lowering_cases():
+    for name in CONFIGS:
+        for type in (
+            QUANTIZED if name in ("few 8", "sorted, few rows", "sorted, many rows") else QUANTIZED[:1]
+        ):
+            yield from ((name, type, matrices) for matrices in ((1, 2) if "dense" not in name else (1,)))
+
+
+@pytest.mark.parametrize(
+    ("name", "type", "matrices"), list(lowering_cases()), ids=lambda v: getattr(v, "name", str(v))
+)
+def test_grouped_matmul_lowers_for_cuda(rng, name, type, matrices):
+    """Each distinct kernel that the cases below run on a GPU."""
+    experts = 2
+    w = Matrices.of(jax.tree.map(jnp.asarray, to_gpu_tiles(random_weights(rng, type, (experts, 256, 256)))))
+    config = CONFIGS[name]
+    few = name.startswith("few")
+    rows = config.tile * experts if few and matrices == 1 else config.tile
+    places = {"places": jnp.zeros(config.tile * experts, jnp.int32), "out_rows": 9}
 
     def run(x, scale, w):
-        return grouped_matmul(x, scale, dense_tiles(256, config.tile), (w,) * matrices, config=config)
+        work = UsedExperts(jnp.ones(experts, jnp.int32)) if few else dense_tiles(config.tile, config.tile)
+        options = places if few and matrices == 1 else {}
+        return grouped_matmul(x, scale, work, (w,) * matrices, config=config, **options)
 
-    assert "grouped_matmul_" in lower(run, x, scale, w)
+    assert "grouped_matmul_" in lower(run, jnp.zeros((rows, 256), jnp.float16), jnp.ones(rows), w)
+
+
+@pytest.mark.parametrize("tokens", [1, 9, 70])
+def test_ops_lower_for_cuda(rng, monkeypatch, tokens):
+    """The ops as the model calls them, with a choice of types."""
+    for module in (moe_sm90, matmul_sm90):
+        monkeypatch.setattr(module, "require_hopper", lambda interpret: None)
+    tiles = lambda type, *shape: jax.tree.map(jnp.asarray, to_gpu_tiles(random_weights(rng, type, shape)))
+    types = QUANTIZED[0], QUANTIZED[2]
+    stack = tiles(types[0], 4, 256, 512)
+    one_of = lambda *shape: ops.OneOf(tuple(Matrices.of(tiles(t, *shape)) for t in types), jnp.int32(0))
+    x, ids = jnp.ones((tokens, 512)), jnp.zeros((tokens, 2), jnp.int32)
+    dtype = np.dtype(jnp.bfloat16)
+    experts = lower(
+        lambda x, *w: moe_sm90.moe_mlp(x, *w, ids, jnp.ones(ids.shape), dtype, False)[0],
+        x, stack, stack, one_of(4, 512, 256),
+    )  # fmt: skip
+    # Few tokens run both types' kernels, one of them without work; many branch.
+    assert ("stablehlo.case" in experts) == (tokens > MOST_FEW)
+    dense = lower(lambda x, w: matmul_sm90.quantized_matmul(x, w, dtype), x, one_of(256, 512))
+    assert "grouped_matmul_q6_k_plain" in dense
 
 
 def test_attention_lowers_for_cuda(monkeypatch):
@@ -57,17 +126,28 @@ def no_hopper_gpu() -> str:
     return ""
 
 
+SECONDS_A_TEST = 120
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(bool(no_hopper_gpu()), reason=no_hopper_gpu() or "runs here")
 class TestHopper(OpCases):
     """The shared cases on the real kernels; shapes and types that they do not take are skipped."""
 
     implementation, layout, dtypes = "pallas", GPU_TILES, (jnp.bfloat16,)
-    cache_dtypes = (jnp.bfloat16, jnp.float16)
     # Weights have no other use in this layout, and the kernels no derivative.
     test_dequantization_is_bit_exact = test_embedding_lookup_is_bit_exact = None
     test_gradients = test_vmap_over_a_batch = test_matmul_in_tiles_of_rows = None
-    test_attention_gradients = None
+    # The router has no kernel of its own, attention takes other sizes and no derivative.
+    test_router = test_router_replays_given_experts = test_router_keeps_a_nan_row_to_itself = None
+    test_attention_ignores_what_lies_beyond_positions = test_attention_gradients = None
+
+    @pytest.fixture(autouse=True)
+    def ends(self):
+        """A kernel that waits for ever cannot be interrupted: the process says where it is and ends."""
+        faulthandler.dump_traceback_later(SECONDS_A_TEST, exit=True, file=sys.__stderr__)
+        yield
+        faulthandler.cancel_dump_traceback_later()
 
     def prepare(self, w: PackedTensor) -> PackedTensor:
         try:
@@ -82,28 +162,64 @@ class TestHopper(OpCases):
     def moe_bound(self, dtype) -> float:
         return tolerances.MOE_FLOAT16_NMSE
 
-    def attention_bound(self) -> float:
-        return tolerances.ATTENTION_BFLOAT16_NMSE
-
     def supported(self, op, *args, **kwargs):
         try:
-            return op(*args, **kwargs, implementation="pallas")
+            return op(*args, **kwargs, compute_dtype=jnp.bfloat16, implementation=self.implementation)
         except NotImplementedError as error:
             pytest.skip(str(error))
 
     def matmul(self, x, w, dtype):
-        return self.supported(ops.quantized_matmul, x, w, compute_dtype=jnp.bfloat16)
+        return self.supported(ops.quantized_matmul, x, w)
 
     def expert_matmul(self, x, w, ids, dtype):
-        return self.supported(ops.expert_matmul, x, w, ids, compute_dtype=jnp.bfloat16)
+        return self.supported(ops.expert_matmul, x, w, ids)
 
     def moe(self, *args, dtype=None, **kwargs):
-        return self.supported(ops.moe_mlp, *args, **kwargs, compute_dtype=jnp.bfloat16)
+        return self.supported(ops.moe_mlp, *args, **kwargs)
 
-    def attention(self, *args, **kwargs):
-        return self.supported(ops.attention, *args, **kwargs)
+    @pytest.mark.parametrize("type", QUANTIZED, ids=lambda t: t.name)
+    def test_matmul_of_heavy_tailed_inputs(self, rng, type):
+        """As for other implementations, at shapes that the kernels take: few, one tile, several."""
+        w = random_weights(rng, type, (192, 1024))
+        for tokens in (1, 7, 8, 9, 33, 64, 65, 130, 300):
+            x = heavy_tailed(rng, (tokens, 1024))
+            check(self.matmul(x, self.prepare(w), None), x @ dense64(w).T, self.matmul_bound(None), tokens)
+
+    @pytest.mark.parametrize("tokens", [2, 60, 80])
+    def test_moe_mlp_stages(self, rng, tokens):
+        """Stages are products of float16 operands; together they are not the fused op bit for bit."""
+        gate, up, down = (random_weights(rng, t, (6, 256, 256)) for t in QUANTIZED[:3])
+        ids = np.stack([rng.permutation(6)[:2] for _ in range(tokens)]).astype(np.int32)
+        weights, x = rng.uniform(size=(tokens, 2)).astype(np.float32), uniform(rng, (tokens, 256))
+        prepared = [self.prepare(w) for w in (gate, up)] + [self.prepare(down)]
+        out, stages = self.moe(x, *prepared, ids, weights, return_stages=True)
+        gates, ups = expert_oracle(x, gate, ids), expert_oracle(x, up, ids)
+        swiglu = silu64(gates) * ups
+        expected = {"gate": gates, "up": ups, "swiglu": swiglu, "down": expert_oracle(swiglu, down, ids)}
+        for name, value in expected.items():
+            check(stages[f"ffn_moe_{name}"], value, self.moe_bound(None), name)
+        total = (expected["down"] * weights[..., None]).sum(axis=1)
+        for which in (out, self.moe(x, *prepared, ids, weights)):
+            check(which, total, self.moe_bound(None), "sum")
+
+    @pytest.mark.parametrize(
+        "shape",
+        [(1, 1, 8, 2, 64, 1), (2, 5, 8, 2, 128, 7), (1, 300, 4, 1, 64, 520), (3, 17, 8, 2, 128, 256)],
+        ids=str,
+    )
+    def test_attention(self, rng, shape):
+        B, T, N, K, H, S = shape
+        q, k, v = (
+            jnp.asarray(uniform(rng, s) * 3, jnp.bfloat16) for s in ((B, T, N, H), (B, S, K, H), (B, S, K, H))
+        )
+        positions = rng.integers(0, S, (B, T)).astype(np.int32)
+        positions[:, -1] = S - 1
+        positions[0, 0] = -1 if T > 1 else positions[0, 0]  # padding sees nothing
+        expected = attention_oracle(*(np.asarray(a, np.float32) for a in (q, k, v)), positions)
+        actual = ops.attention(q, k, v, positions, implementation="pallas")
+        check(actual, expected, tolerances.ATTENTION_BFLOAT16_NMSE, shape)
 
 
-def test_sizes_that_have_run_on_a_gpu_are_chosen():
+def test_what_has_not_run_is_not_chosen_for_many_rows():
     assert pick_config(2048).tile == 128
     assert pick_config(1).tile == 64
