@@ -162,6 +162,8 @@ def routing_patterns(rng: np.random.Generator) -> dict[str, tuple[int, np.ndarra
         "tile edges, reversed": (4, rng.permutation(3 - edges)),
         "E no power of two": (5, rng.integers(0, 5, 97)),
         "last expert empty": (3, rng.integers(0, 2, 100)),
+        "last expert alone": (6, np.full(41, 5)),
+        "Zipf": (16, rng.zipf(1.3, 200) % 16),
     }
 
 
@@ -308,14 +310,14 @@ class OpCases:
     @pytest.mark.parametrize("type", QUANTIZED, ids=lambda t: t.name)
     def test_expert_matmul_routing(self, rng, type, dtype):
         for name, (experts, ids) in routing_patterns(rng).items():
-            w = poison(random_weights(rng, type, (experts, 32, 256)), ids)
+            w = poison(random_weights(rng, type, (experts, 64, 256)), ids)
             x = heavy_tailed(rng, (len(ids), 256))
             actual = self.expert_matmul(x, self.prepare(w), ids[:, None].astype(np.int32), dtype)
             check(actual, expert_oracle(x, w, ids[:, None]), self.matmul_bound(dtype), name)
 
     @pytest.mark.parametrize("rows", [7, 80])
     def test_every_pattern_of_empty_experts(self, rng, rows):
-        w = random_weights(rng, GGMLType.Q4_K, (8, 16, 256))
+        w = random_weights(rng, GGMLType.Q4_K, (8, 64, 256))
         dense = dense64(w)
         x = uniform(rng, (rows, 256))
         for pattern in range(1, 256):
@@ -342,6 +344,32 @@ class OpCases:
         for dtype in self.dtypes:
             actual = self.moe(x, *prepared, ids, weights, dtype=dtype)
             check(actual, expected, self.moe_bound(dtype), (tokens, dtype.__name__))
+
+    @pytest.mark.parametrize("tokens", [1, 17, 70])
+    def test_moe_mlp_routing(self, rng, tokens):
+        """Skew as real routers have it, and worse: experts without tokens are never read."""
+        experts, used = 12, 3
+        stacks = [random_weights(rng, t, (experts, 256, 256)) for t in (*[GGMLType.Q4_K] * 2, GGMLType.Q6_K)]
+        popular = 1 / np.arange(1, experts + 1) ** 1.5
+        patterns = {
+            "even": np.stack([rng.permutation(experts)[:used] for _ in range(tokens)]),
+            "one expert": np.full((tokens, 1), 4),
+            "the last expert": np.full((tokens, 1), experts - 1),
+            "the same for all": np.tile([7, 0, experts - 1], (tokens, 1)),
+            "Zipf": np.stack(
+                [rng.choice(experts, used, replace=False, p=popular / popular.sum()) for _ in range(tokens)]
+            ),
+            "an expert twice": np.tile([3, 5, 3], (tokens, 1)),
+        }
+        x = uniform(rng, (tokens, 256))
+        for name, ids in patterns.items():
+            ids = ids.astype(np.int32)
+            weights = rng.uniform(size=ids.shape).astype(np.float32)
+            expected = moe_oracle(x, *stacks, ids, weights)
+            prepared = [self.prepare(poison(w, np.unique(ids))) for w in stacks]
+            for dtype in self.dtypes:
+                actual = self.moe(x, *prepared, ids, weights, dtype=dtype)
+                check(actual, expected, self.moe_bound(dtype), (name, dtype.__name__))
 
     @pytest.mark.parametrize("tokens", [2, 60])
     def test_moe_mlp_stages(self, rng, tokens):

@@ -13,6 +13,7 @@ if jax.__version_info__ < (0, 11):
 pytest.importorskip("jax.experimental.pallas.mosaic_gpu")
 
 import kernels_pallas as ops
+from convert.ggml_types import GGMLType
 from convert.gpu_tiles import to_gpu_tiles
 from convert.packed import GPU_TILES, PackedTensor
 from kernels_pallas.attention import pallas_sm90 as attention_sm90
@@ -37,6 +38,8 @@ from tests.kernels.op_cases import (
     dense64,
     expert_oracle,
     heavy_tailed,
+    moe_oracle,
+    poison,
     random_weights,
     rng,
     silu64,
@@ -126,6 +129,36 @@ def no_hopper_gpu() -> str:
     return ""
 
 
+def check_one_of(cases: OpCases, rng) -> None:
+    """``OneOf`` gives what the meant option alone gives; the others are not read."""
+    types = (GGMLType.Q4_K, GGMLType.Q6_K)
+    ids = np.stack([rng.permutation(4)[:2] for _ in range(9)]).astype(np.int32)
+    weights, x = rng.uniform(size=ids.shape).astype(np.float32), uniform(rng, (9, 256))
+    gate, up = (random_weights(rng, GGMLType.Q4_K, (4, 256, 256)) for _ in range(2))
+    downs = [random_weights(rng, t, (4, 256, 256)) for t in types]
+    dtype = cases.dtypes[0]
+    for meant in range(2):
+        kept = [w if i == meant else poison(w, np.array([], int)) for i, w in enumerate(downs)]
+
+        def one_of(part, kept=kept, meant=meant):
+            options = tuple(ops.Matrices.of(cases.prepare(part(w))) for w in kept)
+            return ops.OneOf(options, jnp.int32(meant))
+
+        actual = cases.matmul(x, one_of(lambda w: w[1]), dtype)
+        check(actual, x @ dense64(downs[meant])[1].T, cases.matmul_bound(dtype), "matrix")
+        actual = cases.expert_matmul(x, one_of(lambda w: w), ids, dtype)
+        check(actual, expert_oracle(x, downs[meant], ids), cases.matmul_bound(dtype), "experts")
+        stacks = (cases.prepare(gate), cases.prepare(up), one_of(lambda w: w))
+        actual = cases.moe(x, *stacks, ids, weights, dtype=dtype)
+        check(actual, moe_oracle(x, gate, up, downs[meant], ids, weights), cases.moe_bound(dtype), "layer")
+
+
+def test_weights_of_one_of_several_types_in_xla(rng):
+    cases = OpCases()
+    cases.implementation, cases.layout = "xla", GPU_TILES
+    check_one_of(cases, rng)
+
+
 SECONDS_A_TEST = 120
 
 
@@ -176,6 +209,9 @@ class TestHopper(OpCases):
 
     def moe(self, *args, dtype=None, **kwargs):
         return self.supported(ops.moe_mlp, *args, **kwargs)
+
+    def test_weights_of_one_of_several_types(self, rng):
+        check_one_of(self, rng)
 
     @pytest.mark.parametrize("type", QUANTIZED, ids=lambda t: t.name)
     def test_matmul_of_heavy_tailed_inputs(self, rng, type):
