@@ -108,7 +108,9 @@ def cases() -> list[Case]:
     found = []
     for fused in (True, False):
         for type in TYPES:
-            found += [Case("few", type, fused, few_config(tokens)) for tokens in (8, 16, 24, 32, 48, 64)]
+            found += [
+                Case("few", type, fused, few_config(tokens, type)) for tokens in (8, 16, 24, 32, 48, 64)
+            ]
             found += [Case("sorted", type, fused, pick_config(rows)) for rows in (8, 128)]
             if type is GGMLType.Q4_K or not fused:
                 found.append(Case("sorted", type, fused, MatmulConfig(256, (128, 192, 256), 1)))

@@ -56,7 +56,8 @@ def moe_mlp(
     require_16_bits(compute_dtype)
     weights = [as_matrices(w) for w in (gate_proj, up_proj, down_proj)]
     if config is None and x.shape[0] <= MOST_FEW:
-        config = few_config(x.shape[0])
+        gate = weights[0].options[0] if isinstance(weights[0], OneOf) else weights[0]
+        config = few_config(x.shape[0], gate.stack.type)
     config = config or pick_config(expert_ids.size / gate_proj.shape[0])
     is_few = x.shape[0] <= config.tile and config.widths == (config.tile,) and not return_stages
 

@@ -34,7 +34,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from convert.ggml_types import SUPERBLOCK
+from convert.ggml_types import SUPERBLOCK, GGMLType
 from convert.gpu_tiles import GPU_TILES, TILE_ROWS
 from kernels_pallas.matrices import Matrices
 from kernels_pallas.prefill.activations import SWIGLU_SCALE
@@ -173,14 +173,15 @@ MOST_FEW = 64
 """Up to this many rows are "few": one tile holds them all."""
 
 
-def few_config(rows: int) -> MatmulConfig:
+def few_config(rows: int, type: GGMLType = GGMLType.Q4_K) -> MatmulConfig:
     """Sizes for up to ``MOST_FEW`` rows that every matrix multiplies: unpacking is most of the work.
 
     Four warpgroups hide each other's latencies, in the registers that the launch gives them. More
-    than 32 rows leave none for a second operand, so that a warpgroup waits for its products.
+    than 32 rows (24 of Q5_K, gate_proj's type) leave none for a second operand, so that a warpgroup
+    waits for its products.
     """
     tile = -(-rows // ROW_ALIGN) * ROW_ALIGN
-    in_flight = 1 if tile <= 32 else 0
+    in_flight = 1 if tile <= (24 if type is GGMLType.Q5_K else 32) else 0
     return MatmulConfig(tile, (tile,), 1, 4, in_flight, weight_slots=4, exchange=False)
 
 

@@ -1,6 +1,10 @@
 """Prefill kernels for Hopper in Pallas' interpreter on the CPU: values, bounds of tiles, races."""
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -13,10 +17,15 @@ interpreter = pytest.importorskip("jax._src.pallas.mosaic_gpu.interpret.params")
 from convert.ggml_types import GGMLType  # noqa: E402
 from convert.gpu_tiles import to_gpu_tiles  # noqa: E402
 from kernels_pallas.expert_matmul import pallas_sm90 as expert_sm90  # noqa: E402
-from kernels_pallas.matrices import Matrices  # noqa: E402
+from kernels_pallas.matrices import Matrices, OneOf  # noqa: E402
 from kernels_pallas.moe_mlp import pallas_sm90 as moe_sm90  # noqa: E402
 from kernels_pallas.prefill.activations import float16_operand, operand_order  # noqa: E402
-from kernels_pallas.prefill.matmul_sm90 import REGISTERS, MatmulConfig, grouped_matmul  # noqa: E402
+from kernels_pallas.prefill.matmul_sm90 import (  # noqa: E402
+    REGISTERS,
+    MatmulConfig,
+    few_config,
+    grouped_matmul,
+)
 from kernels_pallas.prefill.sorting import ROW_ALIGN, Tiles, padded_rows, sort_by_expert  # noqa: E402
 from kernels_pallas.quantized_matmul import pallas_sm90 as matmul_sm90  # noqa: E402
 from tests import tolerances  # noqa: E402
@@ -66,7 +75,7 @@ def test_matmul_of_a_matrix_in_a_stack(rng, type):
 
 
 @pytest.mark.parametrize(
-    "config", [MatmulConfig(16, (16,), 1, 2, 0, blocks=1), MatmulConfig(8, (8,), 1, 4, 1, blocks=3)]
+    "config", [MatmulConfig(16, (16,), 1, 2, 0, blocks=1), MatmulConfig(8, (8,), 1, 2, 1, blocks=3)]
 )
 def test_matmul_with_other_sizes_of_pieces(rng, config):
     w, x = random_weights(rng, GGMLType.Q4_K, (128, 512)), heavy_tailed(rng, (9, 512))
@@ -95,9 +104,9 @@ def moe_oracle(x, stacks, ids, weights):
 
 @pytest.mark.parametrize("routing", ["even", "one expert", "repeated"])
 def test_moe_mlp(rng, routing):
-    """With the numbers of warpgroups and slabs that ``pick_config`` chooses, and both slabs of two."""
+    """One slab and two, tiles that a block shares with others."""
     config = {
-        "even": replace(SMALL, slabs=1, warpgroups=4),
+        "even": replace(SMALL, slabs=1, blocks=3),
         "one expert": replace(SMALL, slabs=1),
         "repeated": SMALL,
     }[routing]
@@ -119,6 +128,84 @@ def test_moe_mlp(rng, routing):
         x, *map(tiled, stacks), ids, weights, BFLOAT16, False, config=config, interpret=interpret()
     )
     check(out, moe_oracle(x, stacks, ids, weights), tolerances.MOE_FLOAT16_NMSE, routing)
+
+
+@pytest.mark.parametrize(
+    ("routing", "tokens", "blocks", "types"),
+    [
+        ("one expert", 1, 6, (GGMLType.Q4_K, GGMLType.Q8_0)),
+        ("the last expert", 9, 4, (GGMLType.Q5_K, GGMLType.Q6_K)),
+        ("empty experts", 17, 3, (GGMLType.Q4_K, GGMLType.Q6_K)),
+        ("an expert twice", 5, 1, (GGMLType.Q6_K, GGMLType.Q5_K)),
+    ],
+)
+def test_moe_mlp_of_few_tokens(rng, routing, tokens, blocks, types):
+    """Fewer items than blocks, as many, and more; 4 items an expert in the first kernel, 2 in the second.
+
+    Every second time with down_proj of one of two types.
+    """
+    experts = 5
+    ids = {
+        "one expert": np.full((tokens, 1), 2),
+        "the last expert": np.full((tokens, 1), experts - 1),
+        "empty experts": np.stack([rng.permutation([0, 2, 3])[:2] for _ in range(tokens)]),
+        "an expert twice": np.tile([3, 1, 3], (tokens, 1)),
+    }[routing].astype(np.int32)
+    gate, up, down = (random_weights(rng, t, (experts, 256, 256)) for t in (types[0], *types))
+    stacks = [poison(w, np.unique(ids)) for w in (gate, up, down)]
+    x = rng.standard_normal((tokens, 256)).astype(np.float32)
+    weights = rng.uniform(size=ids.shape).astype(np.float32)
+    given = list(map(tiled, stacks))
+    if blocks % 2:
+        other = tiled(poison(random_weights(rng, GGMLType.Q8_0, (experts, 256, 256)), np.array([], int)))
+        given[2] = OneOf((Matrices.of(other), Matrices.of(given[2])), jnp.int32(1))
+    config = replace(few_config(tokens), warpgroups=2, blocks=blocks)
+    out, _ = moe_sm90.moe_mlp(x, *given, ids, weights, BFLOAT16, False, config=config, interpret=interpret())
+    check(out, moe_oracle(x, stacks, ids, weights), tolerances.MOE_FLOAT16_NMSE, routing)
+
+
+@pytest.mark.parametrize(("tokens", "blocks"), [(3, 11), (17, 12), (24, 13)])
+def test_a_matrix_summed_in_parts(rng, tokens, blocks):
+    """12 items: 3 blocks of rows, 4 parts of K; with fewer blocks, as many and more."""
+    w, x = random_weights(rng, GGMLType.Q6_K, (320, 1024)), heavy_tailed(rng, (tokens, 1024))
+    config = replace(few_config(tokens), warpgroups=2, blocks=blocks)
+    out = matmul_sm90.quantized_matmul(x, tiled(w), BFLOAT16, config=config, splits=4, interpret=interpret())
+    check(out, x.astype(np.float64) @ dense64(w).T, BOUND, tokens)
+
+
+def test_four_warpgroups():
+    """In a process of its own: the interpreter's warpgroups wait inside XLA's threads, one for each core."""
+    code = """if True:
+        import jax, jax.numpy as jnp, numpy as np
+        from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
+        from convert.ggml_types import GGMLType
+        from convert.gpu_tiles import to_gpu_tiles
+        from dataclasses import replace
+        from kernels_pallas.moe_mlp import pallas_sm90
+        from kernels_pallas.prefill.matmul_sm90 import few_config
+        from tests.kernels.op_cases import moe_oracle, nmse, random_weights
+        from tests.tolerances import MOE_FLOAT16_NMSE
+        rng = np.random.default_rng(7)
+        stacks = [random_weights(rng, GGMLType.Q4_K, (3, 256, 256)) for _ in range(3)]
+        ids, x = np.array([[0, 2]] * 3, np.int32), rng.standard_normal((3, 256)).astype(np.float32)
+        weights = rng.uniform(size=ids.shape).astype(np.float32)
+        tiles = [jax.tree.map(jnp.asarray, to_gpu_tiles(w)) for w in stacks]
+        config = replace(few_config(3), blocks=2)
+        assert config.warpgroups == 4
+        out, _ = pallas_sm90.moe_mlp(
+            x, *tiles, ids, weights, np.dtype(jnp.bfloat16), False, config=config,
+            interpret=InterpretGPUParams(detect_races=True),
+        )
+        error = nmse(np.asarray(out), moe_oracle(x, *stacks, ids, weights))
+        assert error <= MOE_FLOAT16_NMSE, error
+    """
+    environment = {**os.environ, "NPROC": "16", "JAX_PLATFORMS": "cpu"}
+    root = Path(__file__).resolve().parents[2]
+    ran = subprocess.run(
+        [sys.executable, "-c", code], cwd=root, env=environment, capture_output=True, text=True, timeout=240
+    )
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    assert "RACE DETECTED" not in ran.stdout
 
 
 def test_what_the_kernels_do_not_take_is_named(rng):
