@@ -1,0 +1,269 @@
+"""Everything that this project claims of a GPU, measured in one go, unattended.
+
+Each stage is a command in a process of its own with a time limit: one that hangs is made to say where
+(its Python stacks), ended, and does not take the others with it. Output goes to the terminal as it comes
+and to OUT/<stage>.log; a stage whose last line is JSON leaves a receipt, OUT/<stage>.json, with the
+command, the commit, the versions and the device. The full-size file is made of random weights when none is
+given. Cheap stages that tell most come first, so that --budget, the seconds in all, cuts the others.
+
+    python scripts/measure_gpu.py --out results [--model FILE] [--stages kernels decode] [--budget 1500]
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import TextIO
+
+ROOT = Path(__file__).resolve().parent.parent
+MODEL = "{model}"
+"""Stands for the full-size file in a stage's command."""
+
+GRACE_SECONDS = 5
+"""Between the signal that prints a hanging process' stacks and its end."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One measurement.
+
+    Attributes:
+      name: of its log and receipt.
+      shows: what it proves, for the table.
+      command: arguments after ``python``; MODEL where the full-size file belongs.
+      seconds: its time limit.
+    """
+
+    name: str
+    shows: str
+    command: tuple[str, ...]
+    seconds: int
+
+
+BATCH_TUNING = "tensor_cores,own_sequences,gate_up_ahead=4,down_ahead=6,sorted_experts"
+VARIANTS = ("", "tensor_cores", "tensor_cores,prefetch_qkv", BATCH_TUNING)
+
+STAGES = (
+    Stage("doctor", "what this machine can run", ("-m", "qwen3_moe_jax.cli", "doctor"), 60),
+    Stage(
+        "kernels",
+        "every prefill kernel against float64",
+        ("-m", "pytest", "-q", "tests/kernels/test_ops_sm90.py"),
+        300,
+    ),
+    Stage(
+        "decode-kernel",
+        "the decode step alone: right, the same bits, its variants side by side",
+        (
+            "scripts/profile_decode.py",
+            "--check",
+            "1:300",
+            "8:200",
+            "--speed",
+            "1:0",
+            "8:0",
+            "--tuning",
+            *VARIANTS,
+        ),
+        400,
+    ),
+    Stage(
+        "verify-embedded",
+        "the parity contract on the embedded model",
+        ("-m", "qwen3_moe_jax.cli", "verify", "--backend", "jax:bfloat16", "--json"),
+        240,
+    ),
+    Stage(
+        "decode",
+        "a file as a user runs it: decode, batches, cold start, memory",
+        ("scripts/bench_decode.py", MODEL, "--sha256"),
+        600,
+    ),
+    Stage(
+        "prefill",
+        "prompts, one and many",
+        ("scripts/bench_prefill.py", "--tokens", "512", "2048", "32768"),
+        240,
+    ),
+    Stage(
+        "prefill-many",
+        "32 prompts of 512 tokens",
+        ("scripts/bench_prefill.py", "--tokens", "512", "--sequences", "32"),
+        180,
+    ),
+    Stage(
+        "batch",
+        "32 and 64 sequences, mixed steps, skewed routing",
+        ("scripts/bench_batch.py", "--sequences", "32", "64"),
+        400,
+    ),
+    Stage("ops", "the prefill kernels alone", ("scripts/bench_gpu_ops.py",), 400),
+    Stage(
+        "verify-full-size",
+        "the parity contract on the full-size file",
+        (
+            "-m",
+            "qwen3_moe_jax.cli",
+            "verify",
+            "-m",
+            MODEL,
+            "--backend",
+            "jax:bfloat16",
+            "--tokens",
+            "64",
+            "--json",
+        ),
+        600,
+    ),
+)
+
+
+def make_model(path: Path) -> None:
+    """Writes the full-size file of random weights."""
+    vocabulary = ROOT / "tests" / "data" / "ggml-vocab-qwen2.gguf"
+    command = [sys.executable, ROOT / "scripts" / "make_random_gguf.py", path, "--vocab", vocabulary]
+    subprocess.run(list(map(str, command)), check=True)
+
+
+def run(stage: Stage, model: str, out: Path, seconds: float) -> tuple[str, float]:
+    """Runs one stage; returns its verdict and how long it took."""
+    arguments = [model if part == MODEL else part for part in stage.command]
+    command = [sys.executable, "-X", "faulthandler", "-u", *arguments]
+    environment = {"JAX_PLATFORMS": "cuda,cpu", **os.environ, "PYTHONPATH": _python_path()}
+    began = time.monotonic()
+    lines: list[str] = []
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+    )
+    reader = threading.Thread(target=_follow, args=(process.stdout, out / f"{stage.name}.log", lines))
+    reader.start()
+    in_time = _wait(process, seconds)
+    reader.join()
+    took = time.monotonic() - began
+    _keep_receipt(stage, arguments, lines, out)
+    if not in_time:
+        return f"hangs: ended after {seconds:.0f} s", took
+    return "done" if process.returncode == 0 else f"failed with exit code {process.returncode}", took
+
+
+def _follow(output: TextIO, log: Path, lines: list[str]) -> None:
+    """Shows and keeps the output as it comes."""
+    with log.open("w") as file:
+        for line in output:
+            print(line, end="", flush=True)
+            file.write(line)
+            file.flush()
+            lines.append(line)
+
+
+def _wait(process: subprocess.Popen, seconds: float) -> bool:
+    """Waits for the process; one that takes too long prints its stacks and is ended."""
+    for patience, last_word in ((seconds, signal.SIGABRT), (GRACE_SECONDS, signal.SIGKILL)):
+        try:
+            process.wait(patience)
+            break
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, last_word)  # SIGABRT: faulthandler's turn
+    in_time = process.returncode is not None and process.returncode != -signal.SIGABRT
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)  # children that it left
+    process.wait()
+    return in_time
+
+
+def _keep_receipt(stage: Stage, arguments: list[str], lines: list[str], out: Path) -> None:
+    """Writes the stage's JSON line with where it comes from."""
+    last = next((line for line in reversed(lines) if line.strip()), "")
+    try:
+        figures = json.loads(last)
+    except json.JSONDecodeError:
+        return
+    receipt = {
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        "command": " ".join(["python", *arguments]),
+        "commit": _output("git", "rev-parse", "--short", "HEAD"),
+        "device": _device(),
+        "versions": {name: _version(name) for name in ("jax", "jaxlib", "flax", "numpy")},
+        "figures": figures,
+    }
+    (out / f"{stage.name}.json").write_text(json.dumps(receipt, indent=1) + "\n")
+
+
+def _python_path() -> str:
+    return os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+
+
+def _output(*command: str) -> str:
+    """What a command prints, or nothing where it does not exist."""
+    try:
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
+    except FileNotFoundError:
+        return ""
+
+
+def _device() -> str:
+    """Name and driver of the GPUs, or nothing."""
+    return _output("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader")
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return ""
+
+
+def main() -> int:
+    names = [stage.name for stage in STAGES]
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("gpu-results"), help="folder of logs and receipts")
+    parser.add_argument(
+        "--model", type=Path, help="a full-size file; made of random weights if none is given"
+    )
+    parser.add_argument(
+        "--stages", nargs="+", choices=names, default=names, metavar="STAGE", help=", ".join(names)
+    )
+    parser.add_argument(
+        "--budget", type=float, default=float("inf"), metavar="SECONDS", help="for all stages"
+    )
+    args = parser.parse_args()
+    if not _device():
+        print("no NVIDIA GPU here (nvidia-smi names none): nothing to measure", file=sys.stderr)
+        return 1
+    args.out.mkdir(parents=True, exist_ok=True)
+    end = time.monotonic() + args.budget
+    chosen = [stage for stage in STAGES if stage.name in args.stages]
+    model = args.model or args.out / "full-size.gguf"
+    if any(MODEL in stage.command for stage in chosen) and not model.exists():
+        make_model(model)
+    table = []
+    for stage in chosen:
+        left = end - time.monotonic()
+        print(f"== {stage.name}: {stage.shows}", flush=True)
+        if left < min(stage.seconds, 30):
+            table.append((stage, "not run: no time left", 0.0))
+            continue
+        table.append((stage, *run(stage, str(model), args.out, min(stage.seconds, left))))
+    print(f"{'stage':<14} {'seconds':>7}  outcome")
+    for stage, outcome, seconds in table:
+        print(f"{stage.name:<14} {seconds:7.0f}  {outcome}")
+    return 0 if all(outcome == "done" for _, outcome, _ in table) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
