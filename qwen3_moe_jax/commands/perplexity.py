@@ -39,6 +39,11 @@ def run(args: argparse.Namespace) -> int:
     check_length(args.file, text, args.context if args.stride is None else 2)
     last, interrupted = None, False
     with load_model(args) as model:
+        facts = {
+            "model": str(model.source.path),
+            "identity": model.source.identity,
+            "backend": model.runner.describe(),
+        }
         progress = _Progress(quiet=args.quiet)
         try:
             with explain_if_slow(COMPILING, quiet=args.quiet) as has_begun:
@@ -54,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
         print("\nqwen3-moe: interrupted before the first window was scored", file=sys.stderr)
         return 130
     if args.json:
-        print(json.dumps(last.as_dict()))
+        print(json.dumps({**last.as_dict(), **facts}))
     else:
         _print(last, quiet=args.quiet)
     return 130 if interrupted else 0

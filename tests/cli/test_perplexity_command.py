@@ -47,6 +47,8 @@ def test_json_is_the_only_output(short, capsys):
     assert found["context"] == found["stride"] == 64
     assert found["perplexity"] > 1
     assert found["bits_per_byte"] > 0
+    assert found["backend"]["compute_dtype"] == "float32"
+    assert found["model"].endswith("tiny-coder-Q4_K_M.gguf")
 
 
 def test_standard_input_gives_what_the_file_gives(short, capsys):
