@@ -324,6 +324,7 @@ def other_sizes(s: Shapes, interpret) -> Iterator[Row]:
                 "tile 256, widths 128 160 256": MatmulConfig(256, (128, 160, 256), 1),
             }
         for label, config in options.items():
+            config = replace(config, blocks=3) if interpret else config
             yield moe_row(s, tokens, "even", Q6_K, config, interpret, f", {label}")
 
 
