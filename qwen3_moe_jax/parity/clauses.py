@@ -9,7 +9,6 @@ import numpy as np
 
 from convert.ggml_types import BLOCK_FORMATS
 from convert.gguf_file import GGUFFile
-from convert.packed import LANES
 from convert.unpack import dequantize
 from qwen3_moe_jax.parity import metrics
 from qwen3_moe_jax.parity.bandwidth import bytes_per_token, peak_bandwidth
@@ -24,6 +23,7 @@ from qwen3_moe_jax.parity.evidence import (
     LogitDistance,
     Oracle,
     broken_invariants,
+    differing_bits,
 )
 from qwen3_moe_jax.parity.judge import FUSED_STAGES
 from qwen3_moe_jax.parity.second_reading import read_blocks
@@ -120,7 +120,7 @@ def check_file_weights(clause: Clause, oracle: Oracle) -> Finding:
                 file.read_into(info, int(row) * raw.nbytes, raw)
                 one = type(packed)({k: a[row : row + 1] for k, a in flat.items()}, packed.type)
                 expected = read_blocks(raw, info.type).reshape(-1)
-                different += _differing_bits(dequantize(one).reshape(-1), expected)
+                different += differing_bits(dequantize(one).reshape(-1), expected)
                 count += columns
     note = f"{count:,} weights of {len(source.specs)} tensors read twice"
     return conclude(clause, "file", different, note, weights=count)
@@ -128,32 +128,12 @@ def check_file_weights(clause: Clause, oracle: Oracle) -> Finding:
 
 def check_device_weights(clause: Clause, evidence: Evidence) -> Finding:
     """QUANT-001 for a backend: what its device unpacks against what the file holds."""
-    runner, source = evidence.runner, evidence.source
-    if not hasattr(runner, "dequantized"):
-        return not_applicable(
-            clause,
-            evidence.label,
-            "its weights cannot be read back; every row of them is judged in STAGES-001",
-        )
-    different = count = 0
-    for path, spec in source.specs.items():
-        if len(spec.shape) == 1:
-            continue
-        weight = source.tensor(path)
-        expert = spec.shape[0] - 1 if len(spec.shape) == 3 else None
-        matrix = weight if expert is None else weight[expert]
-        for tile in {0, (spec.shape[-2] - 1) // LANES}:
-            expected = dequantize(matrix[LANES * tile : LANES * (tile + 1)])
-            actual = runner.dequantized(path, tile, expert)
-            different += _differing_bits(actual, expected)
-            count += expected.size
+    found = evidence.device_weights
+    if found is None:
+        reason = "its weights cannot be read back; every row of them is judged in STAGES-001"
+        return not_applicable(clause, evidence.label, reason)
+    different, count = found
     return conclude(clause, evidence.label, different, f"{count:,} weights read back from the device")
-
-
-def _differing_bits(actual: np.ndarray, expected: np.ndarray) -> int:
-    if actual.shape != expected.shape:
-        return expected.size
-    return int(np.count_nonzero(actual.view(np.uint32) != expected.view(np.uint32)))
 
 
 def check_recorded(clause: Clause, oracle: Oracle) -> Finding:

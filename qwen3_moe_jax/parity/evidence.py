@@ -11,8 +11,10 @@ import numpy as np
 
 from convert.config import Qwen3MoeConfig
 from convert.model_source import ModelSource
+from convert.packed import LANES
+from convert.unpack import dequantize
 from qwen3_moe_jax.parity import metrics
-from qwen3_moe_jax.parity.gate import GateResult, default_cache_dir, forward_options, gate_layers, inspect
+from qwen3_moe_jax.parity.gate import GateResult, default_cache_dir, forward_options, inspect, layers_option
 from qwen3_moe_jax.parity.judge import FUSED_STAGES, Judgement, StageJudge
 from qwen3_moe_jax.parity.recorded import RecordedLogits, recorded_logits
 from qwen3_moe_jax.parity.resident import ResidentPeak
@@ -235,6 +237,13 @@ def broken_invariants(config: Qwen3MoeConfig, forward: Forward, length: int) -> 
     return broken
 
 
+def differing_bits(actual: np.ndarray, expected: np.ndarray) -> int:
+    """How many values differ in any bit; all of them where the shapes do."""
+    if actual.shape != expected.shape:
+        return expected.size
+    return int(np.count_nonzero(actual.view(np.uint32) != expected.view(np.uint32)))
+
+
 def checksums(rows: np.ndarray) -> np.ndarray:
     """A CRC-32 of the bits of each row."""
     return np.array([zlib.crc32(np.ascontiguousarray(row).data) for row in rows], np.int64)
@@ -271,7 +280,7 @@ class Evidence:
 
     def runs(self) -> list[str]:
         """Names of the properties that run the backend, for threads that make them ahead."""
-        return ["free", "replayed", "fused", "written", "single", "gate", "again"]
+        return ["free", "replayed", "fused", "written", "single", "gate", "again", "device_weights"]
 
     @property
     def chunks(self) -> dict[str, tuple[int, ...]]:
@@ -360,8 +369,7 @@ class Evidence:
     @property
     def few(self) -> dict[str, tuple[int, ...]]:
         """Option of ``forward`` for the layers that the gate looks at, where the backend can."""
-        alone = "layers" in forward_options(self.runner)
-        return {"layers": gate_layers(self.source)} if alone else {}
+        return layers_option(self.runner, self.source)
 
     @once
     def single(self) -> Forward | None:
@@ -392,6 +400,28 @@ class Evidence:
         """Writes again."""
         prompt = self.oracle.text_ids[:PROMPT_TOKENS].tolist()
         return list(self.runner.stream(prompt, max_tokens=WRITTEN_TOKENS, sampling=Sampling(temperature=0)))
+
+    @once
+    def device_weights(self) -> tuple[int, int] | None:
+        """Weights of the first and last rows of every matrix that differ on the device, and of how many.
+
+        None where the backend's weights cannot be read back.
+        """
+        if not hasattr(self.runner, "dequantized"):
+            return None
+        different = count = 0
+        for path, spec in self.source.specs.items():
+            if len(spec.shape) == 1:
+                continue
+            weight = self.source.tensor(path)
+            expert = spec.shape[0] - 1 if len(spec.shape) == 3 else None
+            matrix = weight if expert is None else weight[expert]
+            for tile in {0, (spec.shape[-2] - 1) // LANES}:
+                expected = dequantize(matrix[LANES * tile : LANES * (tile + 1)])
+                actual = self.runner.dequantized(path, tile, expert)
+                different += differing_bits(actual, expected)
+                count += expected.size
+        return different, count
 
     @once
     def gate(self) -> GateResult:

@@ -26,6 +26,9 @@ TOKENS = 4
 JUDGED_TOKENS = 2
 JUDGED_ROWS = 128
 
+FEW_LAYERS = 8
+"""A model of no more layers runs whole: its time is compilation, of a program that verify needs too."""
+
 CACHE_NAME = "gates.json"
 MOST_REMEMBERED = 1000
 
@@ -53,7 +56,9 @@ def forward_options(runner: Runner) -> frozenset[str]:
 
 
 def gate_layers(source: ModelSource) -> tuple[int, ...]:
-    """The first layer of every mix of quantization types, and the last layer."""
+    """The first layer of every mix of quantization types, and the last; all of a model of a few layers."""
+    if source.config.num_hidden_layers <= FEW_LAYERS:
+        return tuple(range(source.config.num_hidden_layers))
     first: dict[tuple, int] = {}
     for layer in range(source.config.num_hidden_layers):
         prefix = f"layers.{layer}."
@@ -62,14 +67,20 @@ def gate_layers(source: ModelSource) -> tuple[int, ...]:
     return tuple(sorted({*first.values(), source.config.num_hidden_layers - 1}))
 
 
+def layers_option(runner: Runner, source: ModelSource) -> dict[str, tuple[int, ...]]:
+    """The option of ``forward`` that runs the gate's layers alone; empty where every layer has to run."""
+    layers = gate_layers(source)
+    is_part = len(layers) < source.config.num_hidden_layers
+    return {"layers": layers} if is_part and "layers" in forward_options(runner) else {}
+
+
 def inspect(runner: Runner, source: ModelSource) -> GateResult:
     """Runs the check, whatever is remembered."""
     began = time.perf_counter()
-    alone = "layers" in forward_options(runner)
-    layers = gate_layers(source) if alone else tuple(range(source.config.num_hidden_layers))
+    options = layers_option(runner, source)
+    layers = options.get("layers", tuple(range(source.config.num_hidden_layers)))
     vocab = source.config.vocab_size
     token_ids = np.arange(1, TOKENS + 1) * vocab // (2 * TOKENS)
-    options = {"layers": layers} if alone else {}
     forward = runner.forward(token_ids, capture=FUSED_STAGES, **options)
     judge = StageJudge(
         source,

@@ -6,7 +6,7 @@ import pytest
 from convert.packed import PackedTensor
 from convert.unpack import dequantize
 from qwen3_moe_jax.errors import ParityError
-from qwen3_moe_jax.parity import clauses, evidence, faults
+from qwen3_moe_jax.parity import clauses, evidence, faults, gate
 from qwen3_moe_jax.parity.clauses import BACKEND_CHECKS, FAILED, FILE_CHECKS, PASSED
 from qwen3_moe_jax.parity.contract import load_contract
 from qwen3_moe_jax.parity.evidence import Evidence, Oracle
@@ -283,6 +283,17 @@ def test_loadgate_001_keeps_a_wrong_backend_out(source, plant, reference, tmp_pa
     assert not list(tmp_path.iterdir())
     assert check_once(reference, source, tmp_path) is not None
     assert check_once(reference, source, tmp_path) is None  # remembered
+
+
+@pytest.mark.parametrize("backend", ["reference", "jax"])
+def test_the_gate_takes_few_layers_of_a_deep_model(backend, source, makers, monkeypatch):
+    assert gate.gate_layers(source) == (0, 1, 2, 3, 4, 5)
+    monkeypatch.setattr(gate, "FEW_LAYERS", 3)
+    assert gate.gate_layers(source) == (0, 2, 5)  # another mix of types from layer 2 on, and the last
+    found = gate.inspect(makers[backend](source), source)
+    assert (found.layers, found.stages, found.departures) == ((0, 2, 5), 3 + 3 * 18, ())
+    wrong = gate.inspect(faults.plant(faults.FAULTS["gqa-map"], source, makers[backend]), source)
+    assert wrong.departures[0].where == "kqv_out-0"
 
 
 def test_routing_001_fails_when_the_error_is_beyond_the_margin(oracle, reference):
