@@ -8,12 +8,14 @@ An implementation gets all of them in a line or two::
 The oracle of every case is NumPy in float64 on weights that
 ``convert.unpack.dequantize`` gives. Seeds follow from the test's name and are
 printed. Experts that no token chose hold NaN scales, so a read of the wrong
-expert's weights cannot go unseen. The shapes are those of llama.cpp's
+expert's weights cannot go unseen; outputs land between canary rows, so a write
+beside them cannot either. The shapes are those of llama.cpp's
 test-backend-ops (0c1e57098) for Q4_K, run for every quantized type.
 """
 
 import itertools
 import zlib
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -56,6 +58,9 @@ EXPERT_SHAPES = (
     *((128, 4, True, t, 64, 2048) for t in (16, 32, 64)),
 )
 
+CANARY = np.float32(-1.2345678e30)
+CANARY_ROWS = 8
+
 TOPK_EXPERTS = (8, 31, 32, 40, 71, 128, 129, 160, 256, 288)
 
 
@@ -63,9 +68,13 @@ TOPK_EXPERTS = (8, 31, 32, 40, 71, 128, 129, 160, 256, 288)
 def rng(request) -> np.random.Generator:
     """Random numbers of this test: the seed is the test's name, without its class."""
     name = request.node.name
-    seed = zlib.crc32(name.encode())
-    print(f"seed {seed} of {name}")
-    return np.random.default_rng(seed)
+    print(f"seed {seed_of(name)} of {name}")
+    return np.random.default_rng(seed_of(name))
+
+
+def seed_of(name: str) -> int:
+    """The seed of the test of this name."""
+    return zlib.crc32(name.encode())
 
 
 def random_weights(rng: np.random.Generator, type: GGMLType, shape: tuple[int, ...]) -> PackedTensor:
@@ -128,6 +137,20 @@ def nmse(actual: np.ndarray, expected: np.ndarray) -> float:
     return float(((actual - expected) ** 2).sum() / max((expected**2).sum(), 1e-300))
 
 
+@partial(jax.jit, static_argnames=("op", "dtype"), donate_argnames="buffer")
+def write_between(op, dtype, buffer: jax.Array, *arrays) -> jax.Array:
+    """Rows of ``buffer`` become the op's result; XLA lets the op write there itself where it can."""
+    rows = op(*arrays, dtype)
+    return jax.lax.dynamic_update_slice(buffer, rows, (CANARY_ROWS,) + (0,) * (rows.ndim - 1))
+
+
+def check_canaries(buffer: np.ndarray) -> np.ndarray:
+    """The rows between the canaries, which are as they were."""
+    around = np.concatenate([buffer[:CANARY_ROWS], buffer[-CANARY_ROWS:]])
+    assert (around == CANARY).all(), "rows beside the output were written"
+    return buffer[CANARY_ROWS:-CANARY_ROWS]
+
+
 def check(actual: jax.Array, expected: np.ndarray, bound: float, what: object) -> None:
     error = nmse(np.asarray(actual), expected)
     assert error <= bound, f"NMSE {error:.3g} > {bound:g} for {what}"
@@ -173,6 +196,10 @@ class OpCases:
     implementation: str | None = None
     layout: str = ROWS
     dtypes = DTYPES
+    shape_dtypes = (jnp.float32,)
+    """Dtypes of the cases of every shape; ``dtypes`` are those of heavy tails, routing and real shapes."""
+    is_traceable = True
+    """Whether the ops run under ``jax.jit``, and so write between canary rows."""
     cache_dtypes = (jnp.float32, jnp.bfloat16)
 
     def prepare(self, w: PackedTensor) -> PackedTensor:
@@ -194,6 +221,13 @@ class OpCases:
 
     def expert_matmul(self, x, w: PackedTensor, ids, dtype) -> jax.Array:
         return ops.expert_matmul(x, w, ids, compute_dtype=dtype, implementation=self.implementation)
+
+    def between_canaries(self, op, shape: tuple[int, ...], *arrays, dtype) -> np.ndarray:
+        """``op(*arrays, dtype)``, whose result has this shape, written between canary rows."""
+        if not self.is_traceable:
+            return np.asarray(op(*arrays, dtype))
+        buffer = jnp.full((shape[0] + 2 * CANARY_ROWS, *shape[1:]), CANARY)
+        return check_canaries(np.asarray(write_between(op, dtype, buffer, *arrays)))
 
     def moe(self, *args, dtype=jnp.float32, **kwargs):
         return ops.moe_mlp(*args, compute_dtype=dtype, implementation=self.implementation, **kwargs)
@@ -239,7 +273,8 @@ class OpCases:
             prepared, dense = self.prepare(w), dense64(w)
             for tokens in (s[1] for s in shapes if s[2] == columns):
                 x = uniform(rng, (tokens, columns))
-                actual = self.matmul(x, prepared, jnp.float32)
+                shape = (tokens, rows)
+                actual = self.between_canaries(self.matmul, shape, x, prepared, dtype=jnp.float32)
                 check(actual, x @ dense.T, self.matmul_bound(jnp.float32), (rows, tokens, columns))
 
     @pytest.mark.parametrize("type", QUANTIZED + PLAIN, ids=lambda t: t.name)
@@ -273,7 +308,6 @@ class OpCases:
     @pytest.mark.parametrize("shape", sorted({(s[4], s[5]) for s in EXPERT_SHAPES}), ids=str)
     def test_expert_matmul_shapes(self, rng, shape, type):
         """Cases of 4 experts run on a stack of 8 whose second half is NaN, so that they share programs."""
-        assert len(EXPERT_SHAPES) >= 87
         rows, columns = shape
         cases = [s for s in EXPERT_SHAPES if s[4:] == shape]
         stack_size = max(s[0] for s in cases)
@@ -286,8 +320,12 @@ class OpCases:
             x = uniform(rng, (tokens, columns) if shared else (tokens, used, columns))
             if experts == 128:
                 x *= rng.choice((1, 1e3, 1e5), x.shape).astype(np.float32)
-            actual = self.expert_matmul(x, stacks[experts], ids, jnp.float32)
-            check(actual, expert_oracle(x, dense, ids), self.matmul_bound(jnp.float32), case)
+            expected = expert_oracle(x, dense, ids)
+            for dtype in self.shape_dtypes:
+                actual = self.between_canaries(
+                    self.expert_matmul, expected.shape, x, stacks[experts], ids, dtype=dtype
+                )
+                check(actual, expected, self.matmul_bound(dtype), (case, dtype.__name__))
 
     @pytest.mark.parametrize("type", QUANTIZED, ids=lambda t: t.name)
     def test_expert_matmul_real_shapes(self, rng, type):
@@ -312,8 +350,12 @@ class OpCases:
         for name, (experts, ids) in routing_patterns(rng).items():
             w = poison(random_weights(rng, type, (experts, 64, 256)), ids)
             x = heavy_tailed(rng, (len(ids), 256))
-            actual = self.expert_matmul(x, self.prepare(w), ids[:, None].astype(np.int32), dtype)
-            check(actual, expert_oracle(x, w, ids[:, None]), self.matmul_bound(dtype), name)
+            ids = ids[:, None].astype(np.int32)
+            expected = expert_oracle(x, w, ids)
+            actual = self.between_canaries(
+                self.expert_matmul, expected.shape, x, self.prepare(w), ids, dtype=dtype
+            )
+            check(actual, expected, self.matmul_bound(dtype), name)
 
     @pytest.mark.parametrize("rows", [7, 80])
     def test_every_pattern_of_empty_experts(self, rng, rows):

@@ -9,7 +9,7 @@ import kernels_pallas as ops
 from convert import layouts
 from convert.ggml_types import GGMLType
 from convert.packed import LANES16, ROWS
-from tests.kernels.op_cases import QUANTIZED, OpCases, random_weights, rng, uniform
+from tests.kernels.op_cases import DTYPES, QUANTIZED, OpCases, random_weights, rng, uniform
 
 __all__ = ["rng"]
 
@@ -20,6 +20,7 @@ class TestXlaRows(OpCases):
 
 class TestXlaLanes(OpCases):
     implementation, layout = "xla", LANES16
+    shape_dtypes = DTYPES  # the layout that a CPU uses
 
 
 def test_none_chooses_what_runs_here(rng):
