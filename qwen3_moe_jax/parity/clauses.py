@@ -383,7 +383,7 @@ def check_speed(clause: Clause, evidence: Evidence) -> Finding:
     device = str(evidence.facts["device"])
     if evidence.runner.name not in clause.backends:
         return not_applicable(
-            clause, evidence.label, f"nothing is promised of {evidence.runner.name}'s speed"
+            clause, evidence.label, f"nothing is promised of the {evidence.runner.name} backend"
         )
     kind = CPU if is_cpu(evidence.facts) else NVIDIA
     peak = copy_bandwidth() if kind == CPU else peak_bandwidth(device)

@@ -8,6 +8,7 @@ from PIL import Image
 
 from qwen3_moe_jax import cli, loader
 from qwen3_moe_jax.parity.code_version import code_version
+from qwen3_moe_jax.parity.contract import load_contract
 from qwen3_moe_jax.parity.experts import expert_usage
 from qwen3_moe_jax.parity.faults import FAULTS, plant
 from qwen3_moe_jax.parity.receipt import check_receipt
@@ -66,11 +67,20 @@ def test_verify_fails_with_a_fault_in_jax(name, planted, capsys):
 
 
 def test_verify_lists_the_contract(capsys):
+    clauses = load_contract().clauses
     assert cli.main(["verify", "--contract"]) == 0
-    assert "PARITY-001" in capsys.readouterr().out
+    shown = capsys.readouterr().out
     assert cli.main(["verify", "--contract", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)["clauses"]
-    assert {"id", "statement", "test"} <= rows[0].keys()
+    assert [row["id"] for row in rows] == list(clauses)
+    for row in rows:
+        clause = clauses[row["id"]]
+        assert (row["statement"], row["test"]) == (clause.statement, clause.test)
+        assert row.get("at_least", row.get("at_most")) is not None
+        assert f"{clause.id}  {clause.statement}\n" in shown
+        assert f"falsified by {clause.test}\n" in shown
+        assert all(f"{bound:g}" in shown for bound in clause.bounds.values())
+    assert "share of the bandwidth limit: at least 0.3 (NVIDIA GPU), 0.12 (CPU)" in shown
 
 
 def test_an_unknown_clause_is_one_line(capsys):

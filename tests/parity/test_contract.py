@@ -43,6 +43,9 @@ def test_clause_is_checked_and_has_its_test(id):
     assert callable(getattr(module, function))
     assert parameter == id
     assert id in module.FALSIFIED_BY
+    assert id in {
+        value for mark in getattr(module, function).pytestmark for value in mark.args[1]
+    }  # its name
 
 
 def test_bounds_by_dtype():
@@ -52,6 +55,11 @@ def test_bounds_by_dtype():
     assert clause.holds(0.9995, "bfloat16")
     assert not clause.holds(0.9995, "float32")
     assert not clause.holds(float("nan"))
+    assert CLAUSES["TEXT-001"].bound("bfloat16") == 5e-3
+    speed = CLAUSES["SPEED-001"]
+    assert speed.bound(contract.NVIDIA) > speed.bound(contract.CPU)
+    with pytest.raises(KeyError):
+        speed.bound("float32")
 
 
 def test_a_clause_without_a_bound_is_refused():
