@@ -27,6 +27,9 @@ ROOT = Path(__file__).resolve().parent.parent
 MODEL = "{model}"
 """Stands for the full-size file in a stage's command."""
 
+RECEIPT = "{receipt}"
+"""Stands for OUT/<stage>.json where a command writes its own."""
+
 GRACE_SECONDS = 5
 """Between the signal that prints a hanging process' stacks and its end."""
 
@@ -78,7 +81,7 @@ STAGES = (
     Stage(
         "verify-embedded",
         "the parity contract on the embedded model",
-        ("-m", "qwen3_moe_jax.cli", "verify", "--backend", "jax:bfloat16", "--json"),
+        ("-m", "qwen3_moe_jax.cli", "verify", "--backend", "jax:bfloat16", "--receipt", RECEIPT),
         240,
     ),
     Stage(
@@ -119,8 +122,31 @@ STAGES = (
             "jax:bfloat16",
             "--tokens",
             "64",
+            "--receipt",
+            RECEIPT,
+        ),
+        600,
+    ),
+    Stage(
+        "perplexity",
+        "how well the embedded model expects a text, to hold against the CPU's figure",
+        (
+            "-m",
+            "qwen3_moe_jax.cli",
+            "perplexity",
+            "tests/data/perplexity-text.txt",
+            "--backend",
+            "jax",
+            "--stride",
+            "512",
             "--json",
         ),
+        180,
+    ),
+    Stage(
+        "bench",
+        "a user's table of the full-size file",
+        ("-m", "qwen3_moe_jax.cli", "bench", "-m", MODEL, "--backend", "jax", "--json"),
         600,
     ),
 )
@@ -135,7 +161,8 @@ def make_model(path: Path) -> None:
 
 def run(stage: Stage, model: str, out: Path, seconds: float) -> tuple[str, float]:
     """Runs one stage; returns its verdict and how long it took."""
-    arguments = [model if part == MODEL else part for part in stage.command]
+    places = {MODEL: model, RECEIPT: str(out / f"{stage.name}.json")}
+    arguments = [places.get(part, part) for part in stage.command]
     command = [sys.executable, "-X", "faulthandler", "-u", *arguments]
     environment = {"JAX_PLATFORMS": "cuda,cpu", **os.environ, "PYTHONPATH": _python_path()}
     began = time.monotonic()
