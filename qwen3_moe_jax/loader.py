@@ -88,7 +88,7 @@ def make_runner(
         reference compute in float32.
       kv_cache: dtype of the KV cache on jax, one of KV_CACHES, or None for what suits the device.
       adapter: part of a WebGPU adapter's name.
-      compile_ahead: begin to compile what writing text needs while the weights are read (jax).
+      compile_ahead: begin to compile what writing text needs while the weights are read (jax on a GPU).
       progress: told how far loading is.
 
     Raises:
@@ -114,8 +114,12 @@ def make_runner(
 
 def _make_jax(source, max_context, dtype, kv_cache, compile_ahead, progress) -> Runner:
     set_jax_memory_policy()
+    import jax
+
     from qwen3_moe_jax.jax_runner import JaxRunner
 
+    # a CPU's cores are taken by reading: compiling meanwhile made no first token earlier
+    compile_ahead = compile_ahead and jax.devices()[0].platform == "gpu"
     return JaxRunner(
         source,
         max_context=max_context,
@@ -184,7 +188,7 @@ def load(
       strict: raise where something would fall back: a GPU that JAX cannot use,
         a quantization type without a kernel on the GPU.
       compile_ahead: begin to compile what writing text needs while the weights are read: an earlier
-        first token for a model that is loaded to write (jax).
+        first token for a model that is loaded to write (jax on a GPU).
       progress: called with bytes done and bytes in all.
 
     Raises:

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 import jax
 import pytest
 
-from qwen3_moe_jax import jax_runner
+from qwen3_moe_jax import params
 from qwen3_moe_jax.compile_ahead import CompileAhead
 from qwen3_moe_jax.jax_runner import JaxRunner
 from qwen3_moe_jax.sampling import Sampling
@@ -30,13 +30,10 @@ def compilations():
         jax.monitoring.unregister_event_duration_listener(listen)
 
 
-@pytest.fixture(autouse=True)
-def _is_worth_it(monkeypatch):
-    monkeypatch.setattr(jax_runner, "WORTH_COMPILING_AHEAD", 0)
-
-
+@pytest.mark.parametrize("placer", [params._OnHost, params._OnDevice], ids=["cpu", "gpu"])
 @pytest.mark.parametrize("cache_dtype", ["float32", "int8"])
-def test_a_first_answer_compiles_nothing(source, cache_dtype):
+def test_a_first_answer_compiles_nothing(source, cache_dtype, placer, monkeypatch):
+    monkeypatch.setattr(params, "_OnHost", placer)
     with compilations() as events:
         runner = JaxRunner(source, max_context=CONTEXT, cache_dtype=cache_dtype, compile_ahead=True)
         runner._ahead.wait()
