@@ -33,11 +33,16 @@ from convert.config import Qwen3MoeConfig
 from convert.ggml_types import GGMLType
 from convert.packed import ARRAY_FORMATS, PackedTensor, array_shapes
 from convert.tensor_names import tensor_specs
+from kernels_pallas.decode_layers import api as decode_layers
+from kernels_pallas.decode_layers.weights import LayerWeights, OfLayers
 from qwen3_moe_jax.kv_cache import KVCache, Span, write_positions
 from qwen3_moe_jax.stacks import Place, Roles, Types, split_path, stack_layers
 
 STAGES_COLLECTION = "stages"
 """Flax collection that receives stages when it is mutable; those of layers have L as their first axis."""
+
+OUTSIDE_LAYERS = frozenset({"inp_embd", "result_norm", "result_output"})
+"""Stages that no layer has."""
 
 INSIDE_EXPERTS = frozenset({"ffn_moe_gate", "ffn_moe_up", "ffn_moe_swiglu", "ffn_moe_down"})
 """Stages between the fused operations of the sparse layer: to see them is to run it unfused."""
@@ -308,6 +313,10 @@ class Qwen3Moe(_Part):
         positions = _joined([span.positions for span in spans], token_ids.shape)
         rope = ops.rope_tables(positions, c.head_dim, c.rope_theta, c.rope_scaling)
 
+        weights = self._decode_weights(spans, cache, expert_ids)
+        if weights is not None:
+            return self._decode(weights, x, cache, spans[0], rope)
+
         layers = np.asarray(range(c.num_hidden_layers) if self.layers is None else self.layers, np.int32)
         layer_module = DecoderLayer(c, self.compute_dtype, self.interventions, self.capture, parent=None)
 
@@ -323,6 +332,54 @@ class Qwen3Moe(_Part):
         for name, value in stages.items():
             self.sow(STAGES_COLLECTION, name, value, reduce_fn=lambda _, new: new, init_fn=lambda: None)
         return Output(x, cache, chosen)
+
+    def _decode_weights(
+        self, spans: Sequence[Span], cache: KVCache, expert_ids: jax.Array | None
+    ) -> LayerWeights | None:
+        """All layers' weights, where one operation takes one token of each sequence through them; or None."""
+        changed = {i.stage for i in self.interventions} - OUTSIDE_LAYERS
+        is_plain = self.layers is None and expert_ids is None and cache.scales is None
+        is_plain &= changed <= {"ffn_moe_logits"} and self.capture <= OUTSIDE_LAYERS
+        is_plain &= jnp.dtype(self.compute_dtype) == jnp.bfloat16
+        if not is_plain or len(spans) > 1 or spans[0].length > 1:
+            return None
+        places, _ = stack_layers(self.config, self.types, self.roles)
+        stacks = self.weight("stacks")
+        found: dict[str, Any] = {}
+        for spec in tensor_specs(self.config):
+            number, name = split_path(spec.path)
+            if number == 0:
+                here = [places[f"layers.{n}.{name}"] for n in range(self.config.num_hidden_layers)]
+                is_norm = len(spec.shape) == 1
+                value = stacks[name] if is_norm else _of_layers(stacks, here, spec.shape)
+                found[name.rpartition(".")[2]] = value
+        weights = LayerWeights(**found)
+        return None if decode_layers.reason_against(weights, len(spans[0].start), cache.k) else weights
+
+    def _decode(
+        self,
+        weights: LayerWeights,
+        x: jax.Array,
+        cache: KVCache,
+        span: Span,
+        rope: tuple[jax.Array, jax.Array],
+    ) -> Output:
+        """All layers for x [B, 1, D], as one operation."""
+        logits_change = any(i.stage == "ffn_moe_logits" for i in self.interventions)
+        change = lambda logits, layer: self.stage("ffn_moe_logits", logits[:, None], layer)[:, 0]
+        hidden, k, v, chosen = decode_layers.decode_layers(
+            x[:, 0],
+            weights,
+            cache.k,
+            cache.v,
+            span.start,
+            span.slots,
+            tuple(table[:, 0] for table in rope),
+            num_experts_per_tok=self.config.num_experts_per_tok,
+            eps=self.config.rms_norm_eps,
+            on_logits=change if logits_change else None,
+        )
+        return Output(hidden[:, None], cache.replace(k=k, v=v), chosen[:, :, None])
 
     def _params_of_layer(self, layer: jax.Array) -> dict[str, Any]:
         """Parameters of one layer as views of the stacks."""
@@ -379,6 +436,17 @@ def _layer_weight(
         options.append(ops.Matrices(stacks[name], first if len(names) == 1 else inside, shape))
     which = jnp.asarray([names.index(place.stack) for place in places], jnp.int32)[layer]
     return ops.OneOf(tuple(options), which)
+
+
+def _of_layers(stacks: Mapping[str, PackedTensor], places: list[Place], shape: tuple[int, ...]) -> OfLayers:
+    """A tensor of all layers, from its places."""
+    names = list(dict.fromkeys(place.stack for place in places))
+    return OfLayers(
+        tuple(stacks[name] for name in names),
+        tuple(place.first for place in places),
+        tuple(names.index(place.stack) for place in places),
+        shape,
+    )
 
 
 def _leaves(tree: Mapping[str, Any]):

@@ -33,10 +33,12 @@ import jax
 import jax.numpy as jnp
 from flax.core import FrozenDict
 from jax.experimental import topologies
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import AbstractDevice, AbstractMesh, SingleDeviceSharding, use_abstract_mesh
 
 from convert.ggml_types import GGMLType
 from kernels_pallas.attention import pallas_sm90 as attention
+from kernels_pallas.decode_layers import api as decode_layers_api
+from kernels_pallas.decode_layers import pallas_sm90 as decode_layers
 from kernels_pallas.expert_matmul import pallas_sm90 as expert_matmul
 from kernels_pallas.matrices import Matrices
 from kernels_pallas.moe_mlp import pallas_sm90 as moe_mlp
@@ -44,6 +46,7 @@ from kernels_pallas.prefill import device
 from kernels_pallas.prefill.matmul_sm90 import (
     REGISTERS,
     MatmulConfig,
+    OfLayer,
     _Kernel,
     dense_config,
     few_config,
@@ -54,6 +57,7 @@ from kernels_pallas.prefill.sorting import Tiles, UsedExperts
 from kernels_pallas.quantized_matmul import pallas_sm90 as quantized_matmul
 from qwen3_moe_jax.kv_cache import KVCache
 from qwen3_moe_jax.model import Qwen3Moe
+from qwen3_moe_jax.params import GPU_ROLES
 
 H100 = """
 gpu_device_info {
@@ -81,6 +85,25 @@ def h100() -> SingleDeviceSharding:
         platform="cuda", topology_name="h100", topology="1x1x1", target_config=H100
     )
     return SingleDeviceSharding(topology.devices[0])
+
+
+@contextlib.contextmanager
+def as_on_h100() -> Iterator[None]:
+    """The ops believe in a Hopper GPU meanwhile, and Triton's kernels are made for one."""
+    named = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")
+    with contextlib.ExitStack() as patches:
+        for module in (
+            attention,
+            decode_layers,
+            decode_layers_api,
+            expert_matmul,
+            moe_mlp,
+            quantized_matmul,
+            device,
+        ):
+            patches.enter_context(mock.patch.object(module, "require_hopper", return_value=None))
+        patches.enter_context(use_abstract_mesh(AbstractMesh((), (), abstract_device=named)))
+        yield
 
 
 # Kernels
@@ -135,14 +158,16 @@ def compile_case(case: Case, sharding: SingleDeviceSharding) -> tuple[int, int]:
     numbers = lambda n: jax.ShapeDtypeStruct((n,), jnp.int32)
     options = {"config": case.config, "splits": case.splits}
     if case.kind == "few":
-        work = UsedExperts(numbers(experts))
+        work = UsedExperts(numbers(experts), numbers(1))
         x_rows = tile if case.fused else experts * tile
     else:
         work = Tiles(*(numbers(256) for _ in range(3)), numbers(1))
         x_rows = 4 * tile
 
-    def run(x, scale, work, places, *weights):
+    def run(x, scale, work, places, layer, table, *weights):
         extra = {"places": places, "out_rows": 8 * tile} if case.kind == "few" and not case.fused else {}
+        if case.kind != "sorted" and tile in (32, 64):  # as decode_layers calls it
+            extra["of_layer"] = OfLayer(layer, table, (0,) * len(weights), 48)
         return grouped_matmul(x, scale, work, weights, **extra, **options)
 
     arguments = (
@@ -150,6 +175,8 @@ def compile_case(case: Case, sharding: SingleDeviceSharding) -> tuple[int, int]:
         jax.ShapeDtypeStruct((x_rows,), jnp.float32),
         work,
         numbers(experts * tile),
+        numbers(1),
+        numbers(96),
         *([w] * (2 if case.fused else 1)),
     )
     there = lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding)
@@ -220,10 +247,10 @@ def compile_step(args: argparse.Namespace) -> None:
     sharding = h100()
     config = bench_prefill.PRESETS[args.preset]
     types = bench_prefill.types_of(config)
-    model = Qwen3Moe(config, jnp.bfloat16, types=FrozenDict(types))
+    model = Qwen3Moe(config, jnp.bfloat16, types=FrozenDict(types), roles=FrozenDict(GPU_ROLES))
     arguments = jax.eval_shape(
         lambda: (
-            bench_prefill.random_params(config, types),
+            bench_prefill.random_params(config, types, GPU_ROLES),
             KVCache.create(config, args.sequences, args.length, jnp.bfloat16),
             jnp.zeros((args.sequences, args.tokens), jnp.int32),
             jnp.zeros(args.sequences, jnp.int32),
@@ -231,10 +258,7 @@ def compile_step(args: argparse.Namespace) -> None:
     )
     there = lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding)
     began = time.perf_counter()
-    modules = (attention, expert_matmul, moe_mlp, quantized_matmul, device)
-    with contextlib.ExitStack() as patches:
-        for module in modules:
-            patches.enter_context(mock.patch.object(module, "require_hopper", return_value=None))
+    with as_on_h100():
         traced = bench_prefill.chunk_step.trace(model, *jax.tree.map(there, arguments))
         compiled = traced.lower(lowering_platforms=("cuda",)).compile()
     memory = compiled.memory_analysis()

@@ -41,6 +41,15 @@ class AttentionConfig:
     slots: int = 2
     warpgroups: int = 2
 
+    @property
+    def tile(self) -> int:
+        """Rows of a block."""
+        return ROWS * self.warpgroups
+
+
+ONE_QUERY = AttentionConfig(slots=3, warpgroups=1)
+"""For one position a sequence, whose heads are a few rows of one operand."""
+
 
 def attention(
     q: jax.Array,
@@ -66,45 +75,91 @@ def attention(
         raise NotImplementedError(f"the Hopper kernel reads 16-bit caches, not {k_cache.dtype}")
     if q.shape[-1] % 64:
         raise NotImplementedError(f"the Hopper kernel needs a head_dim in 64s, not {q.shape[-1]}")
-    slots = jnp.arange(len(q)) if slots is None else slots
-    cache_rows = (layer * k_cache.shape[1] + slots).astype(jnp.int32)
-    return _attention(q, k_cache, v_cache, positions, cache_rows, config or AttentionConfig(), interpret)
+    slots = jnp.arange(len(q), dtype=jnp.int32) if slots is None else slots.astype(jnp.int32)
+    config = config or AttentionConfig()
+    return _attention(q, k_cache, v_cache, positions, layer.reshape(1), slots, config, interpret)
 
 
-@partial(jax.jit, static_argnums=(5, 6))
+@partial(jax.jit, static_argnums=(6, 7))
 def _attention(
-    q, k_cache, v_cache, positions, cache_rows, config: AttentionConfig, interpret: Any
+    q, k_cache, v_cache, positions, layer, slots, config: AttentionConfig, interpret: Any
 ) -> jax.Array:
-    """``cache_rows``: int32 [B], each sequence's place in the caches seen as [L * C, S, K * H]."""
     B, T, N, H = q.shape
-    L, C, S, K, _ = k_cache.shape
-    group, tile = N // K, ROWS * config.warpgroups
+    S, K = k_cache.shape[2:4]
+    group, tile = N // K, config.tile
     rows = T * group
     padding = -rows % tile
     q = q.astype(k_cache.dtype).reshape(B, T, K, group, H).transpose(0, 2, 1, 3, 4).reshape(B * K, rows, H)
     q = jnp.pad(q, ((0, 0), (0, padding), (0, 0)))
     row_positions = jnp.pad(jnp.repeat(positions, group, axis=1), ((0, 0), (0, padding)), constant_values=-1)
     by_tile = row_positions.reshape(B, -1, tile)
-    steps = -(-(jnp.clip(by_tile.max(axis=2), -1, S - 1) + 1) // config.keys)
-    unmasked = jnp.clip(by_tile.min(axis=2) + 1, 0, S) // config.keys
-    bounds = jnp.stack([steps, unmasked], axis=-1).astype(jnp.int32)
-    caches = (c.reshape(L * C, S, K * H) for c in (k_cache, v_cache))
-    call = _kernel(config, interpret, batch=B, kv_heads=K, rows=rows + padding, head_dim=H, dtype=q.dtype)
-    out = call(cache_rows, bounds, row_positions, q, *caches)
+    bounds = _bounds(by_tile.min(axis=2), by_tile.max(axis=2), S, config)
+    out = attend_rows(q, k_cache, v_cache, row_positions, bounds, layer, slots, config, interpret)
     out = out[:, :rows].reshape(B, K, T, group, H).transpose(0, 2, 1, 3, 4)
     return out.reshape(B, T, N, H).astype(jnp.float32)
 
 
-def _kernel(config: AttentionConfig, interpret: Any, *, batch, kv_heads, rows, head_dim, dtype):
-    """The compiled kernel's wrapper: (cache_rows, bounds, positions, q, k, v) -> [B * K, rows, H]."""
-    tile = ROWS * config.warpgroups
+def _bounds(least: jax.Array, most: jax.Array, length: int, config: AttentionConfig) -> jax.Array:
+    """Blocks of keys that some row sees and, of these, that all see: int32 [..., 2], from positions."""
+    steps = -(-(jnp.clip(most, -1, length - 1) + 1) // config.keys)
+    return jnp.stack([steps, jnp.clip(least + 1, 0, length) // config.keys], axis=-1).astype(jnp.int32)
+
+
+def one_query_rows(positions: jax.Array, length: int) -> tuple[jax.Array, jax.Array]:
+    """What :func:`attend_rows` wants for one query of each sequence, the same for all layers.
+
+    Args:
+      positions: int32 [B].
+      length: S.
+
+    Returns:
+      Positions [B, rows] and bounds [B, 1, 2], for ``ONE_QUERY``.
+    """
+    rows = jnp.broadcast_to(positions[:, None], (len(positions), ONE_QUERY.tile)).astype(jnp.int32)
+    return rows, _bounds(positions[:, None], positions[:, None], length, ONE_QUERY)
+
+
+def attend_rows(
+    q: jax.Array,
+    k_cache: jax.Array,
+    v_cache: jax.Array,
+    positions: jax.Array,
+    bounds: jax.Array,
+    layer: jax.Array,
+    slots: jax.Array,
+    config: AttentionConfig,
+    interpret: Any = None,
+) -> jax.Array:
+    """The kernel alone.
+
+    Args:
+      q: [B * K, rows, H] in the caches' dtype, rows in ``config.tile``s. A row that is not written is not
+        read by any other.
+      k_cache, v_cache: [L, C, S, K, H].
+      positions: int32 [B, rows], negative for padding.
+      bounds: int32 [B, tiles, 2], blocks of keys to read, and how many of them need no mask.
+      layer: int32 [1].
+      slots: int32 [B].
+
+    Returns:
+      As q.
+    """
+    L, C, S, K, H = k_cache.shape
+    shape = {"batch": len(slots), "kv_heads": K, "rows": q.shape[1], "head_dim": H, "capacity": C}
+    caches = (c.reshape(L * C, S, K * H) for c in (k_cache, v_cache))
+    return _kernel(config, interpret, dtype=q.dtype, **shape)(layer, slots, bounds, positions, q, *caches)
+
+
+def _kernel(config: AttentionConfig, interpret: Any, *, batch, kv_heads, rows, head_dim, capacity, dtype):
+    """The compiled kernel's wrapper: (layer, slots, bounds, positions, q, k, v) -> [B * K, rows, H]."""
+    tile = config.tile
     tiles = rows // tile
     one = lambda *shape: plgpu.SMEM(shape, dtype, transforms=_SWIZZLED)
     used = plgpu.Barrier(num_barriers=config.slots, num_arrivals=config.warpgroups)
     full = plgpu.Barrier(num_barriers=config.slots)
     options = {} if interpret is None else {"interpret": interpret}
 
-    def body(cache_rows, bounds, positions, q, k, v, out, **scratch):
+    def body(layer, slots, bounds, positions, q, k, v, out, **scratch):
         item = lax.axis_index("item")
         # The last tiles see the most keys: they go first, so that none is left alone at the end.
         at = tiles - 1 - lax.div(item, jnp.int32(batch * kv_heads))
@@ -112,7 +167,7 @@ def _kernel(config: AttentionConfig, interpret: Any, *, batch, kv_heads, rows, h
         sequence = lax.div(head, jnp.int32(kv_heads))
         refs = {"bounds": bounds, "positions": positions, "q": q, "k": k, "v": v, "out": out, **scratch}
         block = _Block(config, refs, interpret is not None, tile=at, head=head, sequence=sequence)
-        block.cache = cache_rows[sequence]
+        block.cache = layer[0] * capacity + slots[sequence]
         block.column = lax.rem(head, jnp.int32(kv_heads)) * head_dim
         block.run()
 
@@ -155,15 +210,18 @@ class _Block:
         self.unmasked = refs["bounds"][sequence, tile, 1]
 
     def run(self) -> None:
+        # One warpgroup that multiplies has registers enough by the launch.
+        exchange = not self.emulate and self.c.warpgroups > 1
+
         @pl.when(self.wg < self.c.warpgroups)
         def _():
-            if not self.emulate:
+            if exchange:
                 plgpu.set_max_registers(240 if self.c.warpgroups == 2 else 160, action="increase")
             self.attend()
 
         @pl.when(self.wg == self.c.warpgroups)
         def _():
-            if not self.emulate:
+            if exchange:
                 plgpu.set_max_registers(24 if self.c.warpgroups == 2 else 32, action="decrease")
             self.produce()
 

@@ -29,7 +29,7 @@ from kernels_pallas.prefill.matmul_sm90 import (
     grouped_matmul,
     pick_config,
 )
-from kernels_pallas.prefill.sorting import UsedExperts, sort_by_expert
+from kernels_pallas.prefill.sorting import sort_by_expert, used_experts
 
 Stacks = tuple[Matrices, Matrices, Matrices]
 
@@ -94,13 +94,14 @@ def _few(
     (T, X), E = expert_ids.shape, gate.shape[0]
     options = {"config": config, "interpret": interpret}
     operand, scale = float16_operand(x, config.tile)
-    used, place, weight = _route(expert_ids, expert_weights.astype(jnp.float32), E, config.tile)
-    swiglu = grouped_matmul(operand, scale, UsedExperts(used), (gate, up), **options)
+    used = used_experts(expert_ids, E)
+    place, weight = _route(expert_ids, expert_weights.astype(jnp.float32), E, config.tile)
+    swiglu = grouped_matmul(operand, scale, used, (gate, up), **options)
     places = {"places": place.reshape(-1), "out_rows": T * X}
     parts = None
     for i, down in enumerate(downs):
-        mine = used if which is None else used * (which == i)
-        out = grouped_matmul(swiglu, weight.reshape(-1), UsedExperts(mine), (down,), **places, **options)
+        mine = used if which is None else used._replace(count=used.count * (which == i))
+        out = grouped_matmul(swiglu, weight.reshape(-1), mine, (down,), **places, **options)
         parts = out if parts is None else jnp.where(which == i, out, parts)
     parts = parts.reshape(T, X, -1)
     total = None
@@ -114,11 +115,7 @@ def _few(
 
 
 def _route(expert_ids: jax.Array, weights: jax.Array, experts: int, rows: int) -> tuple[jax.Array, ...]:
-    """For each expert: whether it is used, and of each row its last (token, choice) pair or -1 and a factor.
-
-    Returns:
-      int32 [E], int32 [E, rows], float32 [E, rows].
-    """
+    """Of each expert and row, the last (token, choice) pair or -1, and a factor: int32, float32 [E, rows]."""
     T, X = expert_ids.shape
     ids = jnp.pad(expert_ids, ((0, rows - T), (0, 0)), constant_values=-1)
     weights = jnp.pad(weights, ((0, rows - T), (0, 0)))
@@ -128,8 +125,7 @@ def _route(expert_ids: jax.Array, weights: jax.Array, experts: int, rows: int) -
         chosen = ids[:, choice] == np.arange(experts)[:, None]
         place = jnp.where(chosen, np.arange(rows) * X + choice, place)
         weight = weight + jnp.where(chosen, weights[:, choice], 0.0)
-    used = jnp.any(expert_ids.reshape(-1) == np.arange(experts)[:, None], axis=1)
-    return used.astype(jnp.int32), place, weight
+    return place, weight
 
 
 @partial(jax.jit, static_argnums=(4, 5))

@@ -58,12 +58,12 @@ def float16_operand(x: jax.Array, rows: int | None = None) -> tuple[jax.Array, j
     if rows is not None and rows > x.shape[0]:
         x = jnp.pad(x, ((0, rows - x.shape[0]), (0, 0)))
     # One value a row for the operand and the products, made before the reduction: two kernels of XLA.
-    scale = jnp.max(_operand_scale(jnp.abs(x)), axis=1)
+    scale = jnp.max(operand_scale(jnp.abs(x)), axis=1)
     scaled = (x / (scale * WEIGHT_SCALE)[:, None]).astype(jnp.float16)
     return to_operand_order(scaled), scale
 
 
-def _operand_scale(magnitude: jax.Array) -> jax.Array:
+def operand_scale(magnitude: jax.Array) -> jax.Array:
     """Powers of two, growing with float32 magnitudes, that bring these up to below ``FLOAT16_TOP``.
 
     What is divided by the scale and ``WEIGHT_SCALE`` is in [FLOAT16_TOP / 2, FLOAT16_TOP), but for

@@ -92,6 +92,25 @@ class MatmulConfig:
     exchange: bool = True
 
 
+@dataclass(frozen=True)
+class OfLayer:
+    """Where a layer's matrices lie, for the kernel to look up: no launch picks them.
+
+    Attributes:
+      layer: int32 [1].
+      table: int32 [n], in which the layer's entry is ``layer`` after each of these places:
+      firsts: of each of the weights, its first row, in place of ``Matrices.first``.
+      which: of which of several types the layer's matrices are.
+      option: the type that these weights have; in layers of another nothing is multiplied or written.
+    """
+
+    layer: jax.Array
+    table: jax.Array
+    firsts: tuple[int, ...]
+    which: int
+    option: int = 0
+
+
 def grouped_matmul(
     x: jax.Array,
     scale: jax.Array,
@@ -102,6 +121,7 @@ def grouped_matmul(
     splits: int = 1,
     places: jax.Array | None = None,
     out_rows: int | None = None,
+    of_layer: OfLayer | None = None,
     interpret: Any = None,
 ) -> jax.Array:
     """Multiplies tiles of rows with their matrices.
@@ -119,6 +139,7 @@ def grouped_matmul(
       places: with ``UsedExperts``, int32 [E * config.tile]: the row of the result for each expert's
         product with each row of x, or -1 for a product that nobody wants.
       out_rows: rows of the result, with ``places``.
+      of_layer: which layer's matrices; the weights' own ``first`` is not read then.
       interpret: parameters of Pallas' interpreter, which replaces instructions that it lacks.
 
     Returns:
@@ -135,9 +156,11 @@ def grouped_matmul(
     kernel.scattered = places is not None
     rows = x.shape[0]
     if isinstance(work, UsedExperts):
-        rows = out_rows if kernel.scattered else work.used.shape[0] * config.tile
+        rows = out_rows if kernel.scattered else work.experts.shape[0] * config.tile
     views = [kernel.view(w.stack.arrays[n], n) for w in weights for n in kernel.arrays]
     firsts = [w.first.reshape(1) for w in weights]
+    if of_layer is not None:
+        kernel.of_layer, firsts = of_layer, [of_layer.layer, of_layer.table]
     out = kernel.call(work, rows, [x, scale, *([places] if kernel.scattered else [])], firsts, views)
     return out.reshape(splits, rows, -1) if splits > 1 else out
 
@@ -204,9 +227,11 @@ class _Kernel:
     Attributes:
       shared: all experts multiply the same rows of x.
       scattered: ``places`` says where results go.
+      of_layer: places in the table of which layer's matrices.
     """
 
     shared = scattered = False
+    of_layer: OfLayer | None = None
 
     def __init__(self, weights: Matrices, fused: bool, config: MatmulConfig, splits: int, interpret: Any):
         self.type, self.rows, self.fused, self.config = weights.stack.type, weights.rows, fused, config
@@ -384,7 +409,7 @@ class _Body:
     def each_tile(self, body):
         """Calls ``body(item)`` for each item of this block and gives their number."""
         splits, row_blocks = self.k.splits, self.k.row_blocks
-        items = self.work.count[0] * (splits * row_blocks)
+        items = self.count() * (splits * row_blocks)
         mine = lax.div(items - self.block + self.blocks - 1, jnp.int32(self.blocks))
 
         def step(number, _):
@@ -406,30 +431,38 @@ class _Body:
         return mine
 
     def each_used(self, body):
-        """As ``each_tile``: all rows with every expert in use, found without a list of them."""
-        row_blocks, blocks = self.k.row_blocks, jnp.int32(self.blocks)
-        tile = self.c.tile
+        """As ``each_tile``: all rows with every expert in use."""
+        row_blocks, tile = self.k.row_blocks, self.c.tile
+        items = self.count() * row_blocks
+        mine = lax.div(items - self.block + self.blocks - 1, jnp.int32(self.blocks))
 
-        def of_expert(expert, carry):
-            before, number = carry  # items of earlier experts, modulo blocks, and this block's own
-            first = lax.rem(self.block + blocks - before, blocks)
-            mine = lax.div(row_blocks - 1 - first + blocks, blocks)
-            used = self.work.used[expert]
-            mine = mine * used
+        def step(number, _):
+            at = number * self.blocks + self.block
+            expert = self.work.experts[lax.div(at, jnp.int32(row_blocks))]
+            row_block = lax.rem(at, jnp.int32(row_blocks))
             start = pl.multiple_of(expert * tile, ROW_ALIGN)
+            body(_Item(number, expert, start, row_block, jnp.int32(0), jnp.int32(tile), tile))
+            return _
 
-            def one(i, _):
-                item = _Item(
-                    number + i, expert, start, first + i * blocks, jnp.int32(0), jnp.int32(tile), tile
-                )
-                body(item)
-                return _
+        lax.fori_loop(0, mine, step, None)
+        return mine
 
-            lax.fori_loop(0, mine, one, None)
-            return lax.rem(before + used * row_blocks, blocks), number + mine
+    def count(self):
+        """Tiles, or experts in use; none where the layer's matrices have another type."""
+        count, of_layer = self.work.count[0], self.k.of_layer
+        if of_layer is None:
+            return count
+        return jnp.where(self.entry(of_layer.which) == of_layer.option, count, 0)
 
-        experts = self.work.used.shape[0]
-        return lax.fori_loop(0, experts, of_expert, (jnp.int32(0), jnp.int32(0)))[1]
+    def entry(self, place: int):
+        """The layer's entry of the table."""
+        layer, table = self.firsts
+        return table[place + layer[0]]
+
+    def first(self, i: int):
+        """First row of the weights number i in their stack."""
+        of_layer = self.k.of_layer
+        return self.firsts[i][0] if of_layer is None else self.entry(of_layer.firsts[i])
 
     def x_start(self, item: _Item):
         return 0 if self.k.shared else item.start
@@ -439,6 +472,7 @@ class _Body:
     def produce(self, item: _Item) -> None:
         x, x_slots, weight_slots = self.s["x_tile"], self.k.x_slots, self.k.weight_slots
         width, start = item.width, self.x_start(item)
+        firsts = [self.first(i) for i in range(len(self.views))]
 
         def superblock(i, _):
             step = item.number * self.k.steps + i
@@ -450,7 +484,7 @@ class _Body:
                 plgpu.barrier_wait(self.s["w_free"].at[slot])
                 _fence_async_copies(emulate=self.k.emulate)
 
-            self.copy_weights(item, at, slot)
+            self.copy_weights(item, firsts, at, slot)
             for chunk in range(CHUNKS):
                 x_step = step * CHUNKS + chunk
                 x_slot = lax.rem(x_step, jnp.int32(x_slots))
@@ -476,13 +510,13 @@ class _Body:
 
         lax.fori_loop(steps, steps + slots, wait, None)
 
-    def copy_weights(self, item: _Item, superblock, slot) -> None:
-        """One superblock of all the block's weight rows into slot ``slot``."""
+    def copy_weights(self, item: _Item, firsts: list, superblock, slot) -> None:
+        """One superblock of all the block's weight rows into slot ``slot``; ``firsts`` begin their stacks."""
         k, full = self.k, self.s["w_full"].at[slot]
         expert, row_block = item.expert, item.row_block
         tiles_each = k.rows // TILE_ROWS
         for i, views in enumerate(self.views):
-            first = lax.div(self.firsts[i][0], jnp.int32(TILE_ROWS)) + expert * tiles_each
+            first = lax.div(firsts[i], jnp.int32(TILE_ROWS)) + expert * tiles_each
             for name, view in views.items():
                 parts = k.arrays[name].parts
                 inner = pl.ds(superblock * parts, parts)

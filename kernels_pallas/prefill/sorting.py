@@ -37,10 +37,12 @@ class UsedExperts(NamedTuple):
     """All rows with each of these experts, in place of tiles: for few rows.
 
     Attributes:
-      used: int32 [E], 1 for an expert that multiplies the rows and 0 for one that does not.
+      experts: int32 [E], those that multiply the rows come first.
+      count: int32 [1], how many they are.
     """
 
-    used: jax.Array
+    experts: jax.Array
+    count: jax.Array
 
 
 class SortedRows(NamedTuple):
@@ -105,6 +107,14 @@ def _ranks(expert_ids: jax.Array, experts: int) -> tuple[jax.Array, jax.Array]:
 def _sums_before(values: jax.Array) -> jax.Array:
     """Sums of earlier values [n], in one reduction."""
     return jnp.sum(jnp.where(np.tri(len(values), k=-1, dtype=bool), values, 0), axis=1)
+
+
+def used_experts(expert_ids: jax.Array, experts: int) -> UsedExperts:
+    """The experts that any (token, choice) pair asks for, in order."""
+    used = jnp.any(expert_ids.reshape(-1) == np.arange(experts)[:, None], axis=1).astype(jnp.int32)
+    here = (_sums_before(used) == np.arange(experts)[:, None]) & (used > 0)
+    in_order = jnp.sum(jnp.where(here, np.arange(experts), 0), axis=1, dtype=jnp.int32)
+    return UsedExperts(in_order, jnp.sum(used, dtype=jnp.int32).reshape(1))
 
 
 def sort_by_expert(expert_ids: jax.Array, experts: int, tile: int) -> SortedRows:

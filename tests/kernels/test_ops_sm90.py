@@ -83,7 +83,8 @@ def test_grouped_matmul_lowers_for_cuda(rng, name, type, matrices):
     places = {"places": jnp.zeros(config.tile * experts, jnp.int32), "out_rows": 9}
 
     def run(x, scale, w):
-        work = UsedExperts(jnp.ones(experts, jnp.int32)) if few else dense_tiles(config.tile, config.tile)
+        used = UsedExperts(jnp.arange(experts), jnp.full(1, experts))
+        work = used if few else dense_tiles(config.tile, config.tile)
         options = places if few and matrices == 1 else {}
         return grouped_matmul(x, scale, work, (w,) * matrices, config=config, **options)
 

@@ -1,0 +1,78 @@
+"""decode_layers: one token of each of many sequences through all decoder layers.
+
+The same as the operations of ``kernels_pallas`` one after the other, for a step that writes a token of
+each of up to 64 sequences. There a layer's weights are read in less time than dozens of launches
+between its products take, so the layers are a unit with kernels of their own.
+"""
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from kernels_pallas.decode_layers.weights import LayerWeights
+from kernels_pallas.prefill.device import require_hopper
+
+
+def reason_against(weights: LayerWeights, batch: int, cache: jax.Array) -> str | None:
+    """Why :func:`decode_layers` does not take these weights, this many sequences or this cache; or None."""
+    try:
+        require_hopper()
+        _implementation().check(weights, batch, cache)
+    except NotImplementedError as error:
+        return str(error)
+    return None
+
+
+def decode_layers(
+    x: jax.Array,
+    weights: LayerWeights,
+    cache_k: jax.Array,
+    cache_v: jax.Array,
+    positions: jax.Array,
+    slots: jax.Array | None,
+    rope: tuple[jax.Array, jax.Array],
+    *,
+    num_experts_per_tok: int,
+    eps: float,
+    on_logits: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Runs one token of each sequence through the layers. bfloat16 precision or better throughout.
+
+    Args:
+      x: float32 [B, D], B at most 64: the tokens' embeddings.
+      weights: of all layers.
+      cache_k: bfloat16 or float16 [L, C, S, K, H]; written in place where it is donated, as cache_v.
+      cache_v: as cache_k.
+      positions: int32 [B], at most S - 1.
+      slots: int32 [B], the caches' row of each sequence; None is row b for sequence b.
+      rope: cos and sin of the positions, float32 [B, H / 2] (``norm_rope.rope_tables``).
+      num_experts_per_tok: X.
+      eps: of the norms.
+      on_logits: changes the router's logits, float32 [B, E], of the layer, an int32 scalar.
+
+    Returns:
+      x after the last layer, both caches, and the chosen experts int32 [L, B, X].
+
+    Raises:
+      NotImplementedError: :func:`reason_against` says why.
+    """
+    require_hopper()
+    return _implementation().decode_layers(
+        x,
+        weights,
+        cache_k,
+        cache_v,
+        positions,
+        slots,
+        rope,
+        num_experts_per_tok=num_experts_per_tok,
+        eps=eps,
+        on_logits=on_logits,
+    )
+
+
+def _implementation() -> Any:
+    """Imported where it can run: Mosaic GPU needs a recent JAX and time."""
+    return importlib.import_module("kernels_pallas.decode_layers.pallas_sm90")

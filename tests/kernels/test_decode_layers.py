@@ -1,0 +1,202 @@
+"""One token of each of many sequences through all layers: the kernels in Pallas' interpreters."""
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+pytest.importorskip("jax.experimental.pallas.mosaic_gpu")
+interpreter = pytest.importorskip("jax._src.pallas.mosaic_gpu.interpret.params")
+if jax.__version_info__ < (0, 11):
+    pytest.skip("the kernels need JAX 0.11", allow_module_level=True)
+
+from flax.core import FrozenDict  # noqa: E402
+
+from convert.config import PRESETS  # noqa: E402
+from convert.ggml_types import GGMLType  # noqa: E402
+from convert.gpu_tiles import to_gpu_tiles  # noqa: E402
+from convert.packed import PackedTensor  # noqa: E402
+from convert.tensor_names import tensor_specs  # noqa: E402
+from kernels_pallas.decode_layers import api, pallas_sm90  # noqa: E402
+from kernels_pallas.decode_layers import rows_triton as steps  # noqa: E402
+from kernels_pallas.moe_mlp import pallas_sm90 as moe_sm90  # noqa: E402
+from kernels_pallas.prefill import matmul_sm90  # noqa: E402
+from kernels_pallas.prefill.activations import SWIGLU_SCALE, WEIGHT_SCALE, float16_operand  # noqa: E402
+from kernels_pallas.router.xla import choose_experts  # noqa: E402
+from qwen3_moe_jax.kv_cache import KVCache, Span  # noqa: E402
+from qwen3_moe_jax.model import Intervention, Qwen3Moe  # noqa: E402
+from qwen3_moe_jax.params import GPU_ROLES, is_tiled  # noqa: E402
+from qwen3_moe_jax.stacks import stack_layers  # noqa: E402
+from tests import tolerances  # noqa: E402
+from tests.kernels.op_cases import check, random_weights, rng  # noqa: E402
+
+__all__ = ["rng"]
+
+CONFIG = replace(
+    PRESETS["Qwen3-30B-A3B"],
+    num_hidden_layers=2,
+    hidden_size=512,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=64,
+    num_experts=16,
+    num_experts_per_tok=3,
+    moe_intermediate_size=256,
+    vocab_size=64,
+)
+LENGTH = 256
+
+
+def types_of(kinds: tuple[GGMLType, ...]) -> dict[str, GGMLType]:
+    """``kinds``: of each layer's v_proj and down_proj; Q4_K elsewhere."""
+    types = {}
+    for spec in tensor_specs(CONFIG):
+        types[spec.path] = GGMLType.Q4_K
+        if len(spec.shape) == 1 or spec.path.endswith("router"):
+            types[spec.path] = GGMLType.F32
+        elif spec.path.endswith(("v_proj", "down_proj")):
+            types[spec.path] = kinds[int(spec.path.split(".")[1])]
+    return types
+
+
+def random_params(rng, types: dict[str, GGMLType]) -> dict:
+    _, shapes = stack_layers(CONFIG, types, GPU_ROLES)
+    stacks = {}
+    for name, s in shapes.items():
+        if s.type is None:
+            stacks[name] = rng.uniform(0.5, 1.5, (s.rows, s.columns)).astype(np.float32)
+        elif s.type is GGMLType.F32:
+            w = rng.normal(0, 0.05, (s.rows, s.columns)).astype(np.float32)
+            stacks[name] = PackedTensor({"w": w}, s.type)
+        else:
+            w = random_weights(rng, s.type, (s.rows, s.columns))
+            stacks[name] = to_gpu_tiles(w) if is_tiled(name.rpartition(".")[0], w) else w
+    embedding = rng.normal(size=(CONFIG.vocab_size, CONFIG.hidden_size)).astype(np.float32)
+    params = {"stacks": stacks, "embed_tokens": PackedTensor({"w": embedding}, GGMLType.F32)}
+    return jax.tree.map(jnp.asarray, params)
+
+
+def random_cache(rng, sequences: int) -> KVCache:
+    cache = KVCache.create(CONFIG, sequences, LENGTH, jnp.float16)
+    random = lambda a: jnp.asarray(rng.normal(size=a.shape), a.dtype)
+    return cache.replace(k=random(cache.k), v=random(cache.v))
+
+
+def skew(logits: jax.Array) -> jax.Array:
+    return logits + jnp.asarray(-2 * np.log(np.arange(1, 17)), jnp.float32)
+
+
+def compare(kinds: list[str], is_skewed: bool) -> None:
+    """The kernels in the interpreter against float32 operations of XLA, slots in any order."""
+    rng = np.random.default_rng(5)
+    types = types_of(tuple(GGMLType[kind] for kind in kinds))
+    interventions = (Intervention("ffn_moe_logits", skew),) if is_skewed else ()
+    model = Qwen3Moe(
+        CONFIG, jnp.float32, types=FrozenDict(types), roles=FrozenDict(GPU_ROLES), interventions=interventions
+    )
+    params, cache = random_params(rng, types), random_cache(rng, 5)
+    tokens = jnp.asarray(rng.integers(0, CONFIG.vocab_size, (4, 1)), jnp.int32)
+    span = Span(jnp.asarray([0, 255, 127, 128], jnp.int32), 1, jnp.asarray([4, 0, 3, 2], jnp.int32))
+    expected = model.apply({"params": params}, tokens, cache, [span])
+
+    interpret = interpreter.InterpretGPUParams(detect_races=True)
+    run = partial(pallas_sm90.decode_layers, interpret=interpret)
+    with (
+        mock.patch.object(api, "require_hopper"),
+        mock.patch.object(pallas_sm90, "require_hopper"),
+        mock.patch.object(pallas_sm90, "decode_layers", run),
+        mock.patch.object(matmul_sm90, "MULTIPROCESSORS", 3),
+    ):
+        actual = model.clone(compute_dtype=jnp.bfloat16).apply({"params": params}, tokens, cache, [span])
+    np.testing.assert_array_equal(actual.expert_ids, expected.expert_ids)
+    bound = tolerances.DECODE_LAYERS_NMSE
+    check(actual.hidden, np.asarray(expected.hidden), bound, "hidden")
+    for name in ("k", "v"):
+        check(getattr(actual.cache, name), np.asarray(getattr(expected.cache, name), np.float64), bound, name)
+
+
+@pytest.mark.parametrize(("kinds", "is_skewed"), [(["Q4_K", "Q6_K"], False), (["Q6_K", "Q6_K"], True)])
+def test_layers_equal_the_model(kinds, is_skewed):
+    """Two types, or another than q_proj's alone. In a process with threads for all warpgroups."""
+    code = f"from tests.kernels.test_decode_layers import compare; compare({kinds}, {is_skewed})"
+    ran = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=Path(__file__).resolve().parents[2],
+        env={**os.environ, "NPROC": "24", "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    assert "RACE DETECTED" not in ran.stdout
+
+
+def test_choice_is_the_routers(rng):
+    """Ties go to the lower id; rows after the last are nobody's; an expert that none chose is not in use."""
+    logits = np.round(rng.normal(size=(32, 16)), 1).astype(np.float32)
+    logits[:, 5] = -50
+    parts = jnp.asarray(np.stack([logits * 0.25] * 4))
+    ids = jnp.full((2, 32, 3), -7, jnp.int32)
+    routes = steps.choose_experts(parts, ids, jnp.asarray([1]), 20, interpret=True)
+    _, expected, weights = choose_experts(jnp.asarray(logits), 3, None)
+    np.testing.assert_array_equal(routes.expert_ids[1], expected)
+    np.testing.assert_array_equal(routes.expert_ids[0], -7)
+    places, factors = moe_sm90._route(expected[:20], weights[:20], 16, 32)
+    np.testing.assert_array_equal(routes.places, places)
+    held = np.asarray(places) >= 0
+    np.testing.assert_allclose(np.asarray(routes.factors)[held], np.asarray(factors)[held], rtol=1e-6)
+    used = np.unique(expected[:20])
+    assert routes.count[0] == len(used)
+    assert 5 not in used
+    np.testing.assert_array_equal(routes.used[: len(used)], used)
+
+
+def test_choice_of_a_row_that_is_not_finite(rng):
+    """Its weights are NaN, whatever it chose; the others' are not."""
+    parts = np.array(rng.normal(size=(1, 32, 16)), np.float32)
+    parts[0, 3, 7] = np.inf
+    ids = jnp.zeros((1, 32, 3), jnp.int32)
+    routes = steps.choose_experts(jnp.asarray(parts), ids, jnp.zeros(1, jnp.int32), 32, True)
+    factors, places = np.asarray(routes.factors), np.asarray(routes.places)
+    assert np.asarray(routes.expert_ids).max() < 16
+    assert (places[:, 3] >= 0).any()
+    assert np.isnan(factors[:, 3][places[:, 3] >= 0]).all()
+    assert np.isfinite(np.delete(factors, 3, axis=1)).all()
+    assert WEIGHT_SCALE * SWIGLU_SCALE == 1
+
+
+def test_norm_and_operand(rng):
+    """The operand is that of the norm's result; rows of the tile after the last repeat it."""
+    x = rng.normal(size=(5, 512)).astype(np.float32) * np.array([1e-3, 1, 1e3, 0, 30])[:, None].astype(
+        np.float32
+    )
+    parts = rng.normal(size=(3, 32, 512)).astype(np.float32)
+    parts[:, 3] = 0
+    weight = rng.uniform(0.5, 1.5, (2, 512)).astype(np.float32)
+    layer = jnp.asarray([1])
+    out = steps.add_and_norm(
+        jnp.asarray(x),
+        steps.Addends((jnp.asarray(parts),)),
+        jnp.asarray(weight),
+        layer,
+        layer,
+        1e-6,
+        32,
+        True,
+    )
+    total = x + parts.astype(np.float64)[:, :5].sum(axis=0)
+    normed = total / np.sqrt((total**2).mean(axis=1, keepdims=True) + 1e-6) * weight[1]
+    np.testing.assert_allclose(out.x, total, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(out.normed[:5], normed, rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(out.normed[5:], np.broadcast_to(out.normed[4], (27, 512)))
+    operand, scale = float16_operand(out.normed)
+    np.testing.assert_array_equal(out.operand, operand)
+    np.testing.assert_array_equal(out.scale, scale)
