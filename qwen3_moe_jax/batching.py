@@ -20,7 +20,7 @@ from qwen3_moe_jax.generate import MOST_STEPS, PREFILL_CHUNKS, DecodeState, News
 from qwen3_moe_jax.kv_cache import KVCache
 from qwen3_moe_jax.model import Qwen3Moe
 from qwen3_moe_jax.sampling import Sampling
-from qwen3_moe_jax.token_choice import SamplingArrays
+from qwen3_moe_jax.token_choice import SamplingArrays, is_wide
 
 PREFILL_TOKENS = 2048
 """Tokens of prompts that a step reads unless asked otherwise: more rows would not use a GPU better."""
@@ -49,10 +49,13 @@ class Progress:
 
 @dataclass
 class _Sequence:
-    """What the host knows of a slot's sequence: tokens, those in the cache, and how it ended."""
+    """What the host knows of a slot's sequence: tokens, at most, those in the cache, how it is sampled
+    (``token_choice.is_wide``), and how it ended."""
 
     length: int
+    limit: int
     stop_ids: frozenset[int]
+    is_wide: bool
     filled: int = 0
     finish_reason: FinishReason | None = None
 
@@ -64,6 +67,15 @@ class _Sequence:
     @property
     def is_ready(self) -> bool:
         return self.finish_reason is None and not self.is_waiting
+
+
+@dataclass(frozen=True)
+class _Begun:
+    """A step that the device has been asked for: its news, its sequences, and how many tokens of each."""
+
+    news: News
+    sequences: dict[int, _Sequence]
+    tokens: int
 
 
 class Batch:
@@ -92,6 +104,7 @@ class Batch:
         state = DecodeState.empty(cache, capacity, model.config.vocab_size)
         self._state = jax.device_put(state, self._device)
         self._sequences: dict[int, _Sequence] = {}
+        self._begun: _Begun | None = None
 
     @property
     def free_slots(self) -> int:
@@ -138,9 +151,10 @@ class Batch:
         slot = min(set(range(self.slots)) - self._sequences.keys())
         limit = min(len(token_ids) + (max_tokens or self.capacity), self.capacity)
         numbers = (jnp.int32(n) for n in (len(token_ids), limit))
-        settings = SamplingArrays.of([sampling or Sampling()])
+        sampling = sampling or Sampling()
+        settings = SamplingArrays.of([sampling])
         self._state = generate.admit(self._state, jnp.int32(slot), tokens, *numbers, is_stop, settings)
-        self._sequences[slot] = _Sequence(len(token_ids), frozenset(stop_ids))
+        self._sequences[slot] = _Sequence(len(token_ids), limit, frozenset(stop_ids), is_wide(sampling))
         return slot
 
     def _checked(
@@ -179,7 +193,7 @@ class Batch:
         for slot in list(self._sequences):
             self.free(slot)
 
-    def step(self, tokens: int = 1, *, prompt_tokens: int = PREFILL_TOKENS) -> list[Progress]:
+    def step(self, tokens: int = 1, *, prompt_tokens: int = PREFILL_TOKENS, ahead: int = 0) -> list[Progress]:
         """Goes on with every sequence that has not ended.
 
         While prompts are waiting, one forward pass reads a chunk of the oldest ones and writes a
@@ -190,25 +204,48 @@ class Batch:
           tokens: 1 to ``generate.MOST_STEPS``.
           prompt_tokens: about how much is read in this step, which the sequences that are written
             wait for; the shortest chunk of one prompt at least.
+          ahead: 0 to ``generate.MOST_STEPS``. If this is not 0 and a GPU's decode kernel runs, the device is
+            asked for the next step, of so many tokens, before this one's results are waited for. The next
+            call gives that step's results; what is admitted meanwhile comes after it.
 
         Returns:
           One entry for each sequence that has new tokens or has ended, by slot.
         """
-        if not 1 <= tokens <= MOST_STEPS:
-            raise ValueError(f"a step writes 1 to {MOST_STEPS} tokens, not {tokens}")
+        for count, least in ((tokens, 1), (ahead, 0)):
+            if not least <= count <= MOST_STEPS:
+                raise ValueError(f"a step writes {least} to {MOST_STEPS} tokens, not {count}")
+        begun = self._begun or self._begin(tokens, prompt_tokens)
+        self._begun = None
+        if begun is None:
+            return []
+        if ahead and self._model.fused_decode and self._goes_on(begun):
+            self._begun = self._decode(ahead)
+        return self._take(begun)
+
+    def _goes_on(self, begun: _Begun) -> bool:
+        """Whether no prompt is waiting, some sequence has tokens to write after this step, and asking for
+        more does not wait for it: sampling of the whole vocabulary does (``generate.decode``)."""
+        ready = [s for s in self._sequences.values() if s.is_ready]
+        if self.waiting or any(s.is_wide for s in ready):
+            return False
+        return any(s.length + begun.tokens < s.limit for s in ready)
+
+    def _begin(self, tokens: int, prompt_tokens: int) -> _Begun | None:
         waiting = [slot for slot, sequence in self._sequences.items() if sequence.is_waiting]
         ready = [slot for slot, sequence in self._sequences.items() if sequence.is_ready]
         if waiting:
             return self._read_prompts(waiting, self.slots if ready else 0, prompt_tokens)
-        if ready:
-            rows = min(1 << max(ready).bit_length(), self.slots)  # few shapes, each compiled once
-            self._state, news = generate.decode(
-                self._model, self._params, self._state, jnp.int32(tokens), rows=rows
-            )
-            return self._take(news)
-        return []
+        return self._decode(tokens) if ready else None
 
-    def _read_prompts(self, waiting: list[int], rows: int, most: int) -> list[Progress]:
+    def _decode(self, tokens: int) -> _Begun:
+        ready = [slot for slot, sequence in self._sequences.items() if sequence.is_ready]
+        rows = min(1 << max(ready).bit_length(), self.slots)  # few shapes, each compiled once
+        self._state, news = generate.decode(
+            self._model, self._params, self._state, np.int32(tokens), rows=rows
+        )
+        return _Begun(news, dict(self._sequences), tokens)
+
+    def _read_prompts(self, waiting: list[int], rows: int, most: int) -> _Begun:
         remaining = {slot: self._sequences[slot].length - self._sequences[slot].filled for slot in waiting}
         sizes = [size for size in PREFILL_CHUNKS if size <= most] or PREFILL_CHUNKS[:1]
         chunk = chunk_lengths(remaining[waiting[0]], sizes)[0]
@@ -219,15 +256,17 @@ class Batch:
         )
         for slot in slots:
             self._sequences[slot].filled += min(chunk, remaining[slot])
-        return self._take(news)
+        return _Begun(news, dict(self._sequences), 1)
 
-    def _take(self, news: News) -> list[Progress]:
+    def _take(self, begun: _Begun) -> list[Progress]:
         """Notes what a step has done, and says it."""
-        news = jax.device_get(news)
+        news = jax.device_get(begun.news)
         progress = []
-        for slot, sequence in sorted(self._sequences.items()):
+        for slot, sequence in sorted(begun.sequences.items()):
+            if sequence.finish_reason or self._sequences.get(slot) is not sequence:
+                continue  # it ended in the step before, or was given up, when this one had begun
             added = int(news.length[slot]) - sequence.length
-            if sequence.finish_reason or not (added or news.finished[slot]):
+            if not (added or news.finished[slot]):
                 continue
             sequence.length += added
             sequence.filled = sequence.length - 1
@@ -278,7 +317,7 @@ def run_all(batch: Batch, requests: Sequence[Request], is_over: IsOver | None = 
             number, r = waiting.popleft()
             slot = batch.admit(r.token_ids, sampling=r.sampling, max_tokens=r.max_tokens, stop_ids=r.stop_ids)
             running[slot] = number
-        for progress in batch.step(tokens):
+        for progress in batch.step(tokens, ahead=0 if waiting else STEPS_A_DISPATCH):
             number = running[progress.slot]
             result = results[number]
             result.tokens += progress.tokens

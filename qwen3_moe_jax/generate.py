@@ -18,7 +18,7 @@ from flax import struct
 from qwen3_moe_jax.kv_cache import KVCache, Span
 from qwen3_moe_jax.model import Qwen3Moe
 from qwen3_moe_jax.sampling import Sampling
-from qwen3_moe_jax.token_choice import SamplingArrays, choose_tokens
+from qwen3_moe_jax.token_choice import GREEDY, NARROW, WIDE, SamplingArrays, choose_tokens, work_of
 
 Params = dict[str, Any]
 """Flax's parameter tree, its leaves packed tensors and norm weights."""
@@ -31,6 +31,10 @@ PREFILL_CHUNKS = (16, 128, 512)
 
 MOST_STEPS = 32
 """Tokens of a sequence that one dispatch writes at most."""
+
+LAUNCHES = (1, 8, 32)
+"""How often a dispatch launches the GPU's decode kernel: the fewest that do, up to MOST_STEPS. A loop of a
+fixed number asks nothing of the host, and a kernel that has nothing to do ends at once."""
 
 
 @struct.dataclass
@@ -200,8 +204,8 @@ def append_tokens(state: DecodeState, rows: jax.Array, logits: jax.Array, writes
     sampling = jax.tree.map(lambda x: x[rows], state.sampling)
     length = state.length[rows]
     masks = lambda: (state.in_prompt[rows], state.in_output[rows])
-    token = choose_tokens(logits, sampling, length, masks)
-    bad = writes & ~jnp.isfinite(logits).all(axis=-1)
+    token, finite = choose_tokens(logits, sampling, length, masks)
+    bad = writes & ~finite
     writes = writes & ~bad
     where = jnp.where(writes, length, state.capacity)  # an index past the end is dropped
     ends = state.is_stop[rows, token] | (length + 1 >= state.limit[rows])
@@ -219,21 +223,94 @@ def last_tokens(state: DecodeState, rows: int) -> jax.Array:
     return jnp.take_along_axis(state.tokens[:rows], state.filled[:rows, None], axis=1)
 
 
-def decode_step(model: Qwen3Moe, params: Params, state: DecodeState, rows: int) -> DecodeState:
-    """One token more for each of the first ``rows`` slots that is ready."""
-    start, ready = state.filled[:rows], state.ready[:rows]
-    last = last_tokens(state, rows)
-    if rows <= model.fused_decode:
+@struct.dataclass
+class _Writing:
+    """What changes from token to token while B sequences are written; little, for a GPU launches a kernel
+    for nearly each of these.
+
+    Attributes:
+      cache: keys and values.
+      in_output: bool [slots, V], as in DecodeState.
+      step: int32, tokens since the dispatch began.
+      written: int32 [MOST_STEPS, B], the first ``count[b]`` of them are sequence b's.
+      last: int32 [B], the next inputs.
+      count: int32 [B].
+      goes: bool [B], whether the next step writes a token.
+      finished, nonfinite: bool [B], ended in this dispatch, and so because of its logits.
+    """
+
+    cache: KVCache
+    in_output: jax.Array
+    step: jax.Array
+    written: jax.Array
+    last: jax.Array
+    count: jax.Array
+    goes: jax.Array
+    finished: jax.Array
+    nonfinite: jax.Array
+
+
+@partial(jax.jit, static_argnames="model")
+def _decode_logits(
+    model: Qwen3Moe, params: Params, tokens: jax.Array, start: jax.Array, goes: jax.Array, cache: KVCache
+) -> tuple[jax.Array, KVCache]:
+    """Logits float32 [B, V] after one token of each sequence, int32 [B] at position ``start`` [B].
+
+    A jitted function of its own, so that a program that calls it in several loops has one GPU kernel.
+    """
+    if len(tokens) <= model.fused_decode:
         from qwen3_moe_jax import gpu_decode  # needs a JAX that has Mosaic GPU
 
-        out = gpu_decode.decode_step(params, model.config, model.types, last[:, 0], start, state.cache)
-        logits, cache = out.logits, KVCache(*out.cache)
-    else:
-        variables = {"params": params}
-        output = model.apply(variables, last, state.cache, start)
-        logits, cache = model.apply(variables, output.hidden[:, -1], method="logits"), output.cache
-    state = state.replace(cache=cache, filled=state.filled.at[:rows].add(ready))
-    return append_tokens(state, jnp.arange(rows), logits, ready)
+        out = gpu_decode.decode_step(params, model.config, model.types, tokens, start, cache, goes=goes)
+        return out.logits, KVCache(*out.cache)
+    variables = {"params": params}
+    output = model.apply(variables, tokens[:, None], cache, start)
+    return model.apply(variables, output.hidden[:, -1], method="logits"), output.cache
+
+
+def _write_tokens(
+    model: Qwen3Moe,
+    params: Params,
+    state: DecodeState,
+    steps: jax.Array,
+    now: _Writing,
+    work: int | None = None,
+    launches: int | None = None,
+) -> _Writing:
+    """The loop of ``decode``: every setting is ``state``'s, which it does not change.
+
+    Args:
+      work: of ``choose_tokens``.
+      launches: runs the step so often, at least ``steps`` times; None: until there is nothing to write.
+    """
+    rows = len(now.last)
+    slots = jnp.arange(rows)
+    start, length, limit = state.filled[:rows], state.length[:rows], state.limit[:rows]
+    sampling = jax.tree.map(lambda x: x[:rows], state.sampling)
+
+    def step(now: _Writing) -> _Writing:
+        logits, cache = _decode_logits(model, params, now.last, start + now.count, now.goes, now.cache)
+        masks = lambda: (state.in_prompt[:rows], now.in_output[:rows])
+        token, finite = choose_tokens(logits, sampling, length + now.count, masks, work)
+        writes, bad = now.goes & finite, now.goes & ~finite
+        stops = state.is_stop.at[slots, token].get(mode="promise_in_bounds")
+        ends = stops | (length + now.count + 1 >= limit)
+        in_output = now.in_output if work == GREEDY else now.in_output.at[slots, token].max(writes)
+        return _Writing(
+            cache=cache,
+            in_output=in_output,
+            step=now.step + 1,
+            written=jax.lax.dynamic_update_slice(now.written, token[None], (now.step, 0)),
+            last=token,
+            count=now.count + writes,
+            goes=writes & ~ends & (now.step + 1 < steps),
+            finished=now.finished | bad | (writes & ends),
+            nonfinite=now.nonfinite | bad,
+        )
+
+    if launches is not None:
+        return jax.lax.fori_loop(0, launches, lambda _, now: step(now), now)
+    return jax.lax.while_loop(lambda now: jnp.any(now.goes), step, now)
 
 
 @partial(
@@ -248,15 +325,43 @@ def decode(
       steps: int32 scalar.
       rows: only the first ``rows`` slots take part; all that are ready must be among them.
     """
-    before = state.length
+    before, slots = state.length, jnp.arange(rows)
+    no = lambda: jnp.zeros((rows,), bool)
+    now = _Writing(
+        cache=state.cache,
+        in_output=state.in_output,
+        step=jnp.int32(0),
+        written=jnp.zeros((MOST_STEPS, rows), jnp.int32),
+        last=last_tokens(state, rows)[:, 0],
+        count=jnp.zeros((rows,), jnp.int32),
+        goes=state.ready[:rows] & (steps > 0),
+        finished=no(),
+        nonfinite=no(),
+    )
+    write = partial(_write_tokens, model, params, state, steps)
+    if rows <= model.fused_decode:
+        # Loops without a branch or a condition, at which a GPU waits for the host at each token, for
+        # all but the sampling that takes long itself. All call one compiled kernel.
+        ways = [partial(write, work=work, launches=n) for work in (GREEDY, NARROW) for n in LAUNCHES]
+        work = work_of(jax.tree.map(lambda x: x[:rows], state.sampling))
+        size = jnp.sum(steps > jnp.asarray(LAUNCHES[:-1]))
+        way = jnp.where(work == WIDE, len(ways), work * len(LAUNCHES) + size)
+        now = jax.lax.switch(way, [*ways, partial(write, work=WIDE)], now)
+    else:
+        now = write(now)
 
-    def unfinished(carry: tuple[jax.Array, DecodeState]) -> jax.Array:
-        return (carry[0] < steps) & jnp.any(carry[1].ready[:rows])
-
-    def step(carry: tuple[jax.Array, DecodeState]) -> tuple[jax.Array, DecodeState]:
-        return carry[0] + 1, decode_step(model, params, carry[1], rows)
-
-    _, state = jax.lax.while_loop(unfinished, step, (jnp.int32(0), state))
+    order = jnp.arange(MOST_STEPS)
+    real = order < now.count[:, None]
+    where = jnp.where(real, before[:rows, None] + order, state.capacity)  # an index past the end is dropped
+    state = state.replace(
+        cache=now.cache,
+        tokens=state.tokens.at[slots[:, None], where].set(now.written.T, mode="drop"),
+        length=state.length.at[:rows].add(now.count),
+        filled=state.filled.at[:rows].add(now.count + now.nonfinite),
+        finished=state.finished.at[:rows].max(now.finished),
+        nonfinite=state.nonfinite.at[:rows].max(now.nonfinite),
+        in_output=now.in_output.at[slots[:, None], now.written.T].max(real),
+    )
     return state, News.of(state, before, MOST_STEPS)
 
 

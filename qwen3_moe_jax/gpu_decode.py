@@ -41,6 +41,7 @@ def decode_step(
     start: jax.Array,
     cache: KVCache,
     expert_ids: jax.Array | None = None,
+    goes: jax.Array | None = None,
 ) -> api.StepOutput:
     """One token of every sequence: logits float32 [B, V], the cache with it, expert ids [L, B, X].
 
@@ -52,10 +53,11 @@ def decode_step(
       start: int32 [B], position of each token.
       cache: donated; keys and values of the positions before.
       expert_ids: int32 [L, B, X] to force the routing, or None.
+      goes: bool [B], as of ``api.decode_step``.
     """
     weights = decode_weights(params, config, types)
     cache = api.KVCache(cache.k, cache.v)
-    return api.decode_step(weights, config, token_ids, start, cache, expert_ids=expert_ids)
+    return api.decode_step(weights, config, token_ids, start, cache, expert_ids=expert_ids, goes=goes)
 
 
 def _plan(config: Qwen3MoeConfig, types: Types) -> StackPlan:

@@ -47,11 +47,7 @@ LAYER_STAGE_NAMES = frozenset(stage.name for stage in LAYER_STAGES)
 CACHE_UNIT = 64
 """Positions of the KV cache come in whole tiles of the attention kernels."""
 
-WORTH_COMPILING_AHEAD = 1 << 30
-"""Bytes of a file from which on reading it takes longer than compiling. Below, the threads get into each
-other's way: the embedded model's first text came 0.4 s later on 4 cores."""
-
-SECONDS_A_DISPATCH = 0.05
+SECONDS_A_DISPATCH = 0.06
 """Streaming asks the device for as many tokens at once as take about this long."""
 
 FUSED_BATCH = 16
@@ -101,7 +97,7 @@ class JaxRunner:
             CPU and bfloat16 on a GPU, whose kernels take 16-bit operands.
           cache_dtype: of the KV cache: float32, float16, bfloat16 or int8 (with a float32 scale for
             each head's vector); None is float32 on the CPU and float16 on a GPU.
-          compile_ahead: compile what writing text needs while the weights of a large file are read.
+          compile_ahead: compile what writing text needs while the weights are read.
           progress: told how far loading is.
 
         Raises:
@@ -127,8 +123,7 @@ class JaxRunner:
         )
         self.plan = MemoryPlan.of(source, _cache_length(self.max_context), self.cache_dtype.itemsize)
         self.plan.check(*available_memory(self.device))
-        is_long = source.nbytes >= WORTH_COMPILING_AHEAD
-        self._ahead = self._compile_ahead(roles) if compile_ahead and is_long else None
+        self._ahead = self._compile_ahead(roles) if compile_ahead else None
         self.params = load_params(source, roles, self.device, progress)
         self._spare: Batch | None = None
 
@@ -276,12 +271,14 @@ class JaxRunner:
         batch = self._take_spare()
         try:
             batch.admit(token_ids, sampling=sampling, max_tokens=max_tokens, stop_ids=stop_ids)
-            written, block, reason = 0, 1, None
+            written, block, ahead, reason = 0, 1, 0, None
             while reason is None:
                 began = time.perf_counter()
-                for progress in batch.step(block):
+                for progress in batch.step(block, ahead=ahead):
                     reason, written = progress.finish_reason, written + len(progress.tokens)
-                    block = _next_block(block, time.perf_counter() - began)
+                    if not ahead:
+                        last, block = block, _next_block(block, time.perf_counter() - began)
+                        ahead = block if block in (last, MOST_STEPS) else 0
                     yield from progress.tokens
             if reason == "nonfinite":
                 raise self._nonfinite(len(token_ids) + written - 1)

@@ -16,6 +16,8 @@ from qwen3_moe_jax.sampling import Sampling
 CANDIDATES = 64
 """A top_k up to this many is served by a partial sort of the vocabulary."""
 
+GREEDY, NARROW, WIDE = range(3)
+"""What a batch needs: the largest logit of each; or sampling of CANDIDATES; or of the whole vocabulary."""
 
 Masks = Callable[[], tuple[jax.Array, jax.Array]]
 """Gives bool [B, V] twice: the tokens of each prompt, and those written since."""
@@ -72,38 +74,69 @@ def penalize(
     return logits - sampling.presence_penalty[:, None] * in_output.astype(logits.dtype)
 
 
+def work_of(sampling: SamplingArrays) -> jax.Array:
+    """Which of GREEDY, NARROW and WIDE a batch needs, int32: the most that one of its sequences asks for."""
+    is_sampled = sampling.temperature > 0
+    return jnp.where(
+        jnp.any(is_wide(sampling)), WIDE, jnp.any(is_sampled | sampling.penalized).astype(jnp.int32)
+    )
+
+
 def choose_tokens(
-    logits: jax.Array, sampling: SamplingArrays, positions: jax.Array, masks: Masks | None = None
-) -> jax.Array:
-    """One token id a sequence, int32 [B], from logits [B, V].
+    logits: jax.Array,
+    sampling: SamplingArrays,
+    positions: jax.Array,
+    masks: Masks | None = None,
+    work: int | jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """One token id a sequence, int32 [B], from logits [B, V], and whether its logits are finite, bool [B].
 
     The random number of a token depends on the sequence's seed and the token's
     position [B] alone, so the same text comes from any batch and any chunking.
 
     Args:
       masks: gives ``penalize``'s masks, where they are needed; None leaves penalties out.
+      work: ``work_of(sampling)``, or the same as a Python number, which leaves out the other branches:
+        at a branch a GPU waits for the host. Whichever it is, a row's result is the same.
     """
     is_sampled = sampling.temperature > 0
-    is_narrow = (sampling.top_k > 0) & (sampling.top_k <= CANDIDATES)
-    is_wide = is_sampled & ~is_narrow
     vocab_size = logits.shape[-1]
-
-    def greedy(logits: jax.Array) -> jax.Array:
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
     def narrow(logits: jax.Array) -> jax.Array:
         logits = logits if masks is None else penalize(logits, sampling, *masks())
         few = _sample(logits, sampling, positions, min(CANDIDATES, vocab_size))
-        return jnp.where(is_sampled, few, greedy(logits))
+        return jnp.where(is_sampled, few, _largest(logits)[0])
 
     def wide(logits: jax.Array) -> jax.Array:
         others = narrow(logits)
         logits = logits if masks is None else penalize(logits, sampling, *masks())
-        return jnp.where(is_wide, _sample(logits, sampling, positions, vocab_size), others)
+        return jnp.where(is_wide(sampling), _sample(logits, sampling, positions, vocab_size), others)
 
-    # one branch a token, for a GPU waits for the host at each; whichever it is, a row's result is the same
-    work = jnp.where(jnp.any(is_wide), 2, jnp.any(is_sampled | sampling.penalized).astype(jnp.int32))
-    return jax.lax.switch(work, (greedy, narrow, wide), logits)
+    def checked(choose: Callable[[jax.Array], jax.Array]) -> Callable:
+        return lambda logits: (choose(logits), jnp.isfinite(logits).all(axis=-1))
+
+    branches = (_largest, checked(narrow), checked(wide))
+    work = work_of(sampling) if work is None else work
+    return branches[work](logits) if isinstance(work, int) else jax.lax.switch(work, branches, logits)
+
+
+def is_wide(sampling: Sampling | SamplingArrays) -> bool | jax.Array:
+    """Whether (of each, bool [B]) the whole vocabulary has to be sorted for it."""
+    return (sampling.temperature > 0) & ((sampling.top_k == 0) | (sampling.top_k > CANDIDATES))
+
+
+def _largest(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The first of each row's largest logits, int32 [B], and whether all are finite: one pass over them."""
+    keys = jnp.where(jnp.isfinite(logits), logits, jnp.inf)
+    ids = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
+
+    def larger(a: tuple[jax.Array, jax.Array], b: tuple[jax.Array, jax.Array]) -> tuple:
+        is_a = (a[0] > b[0]) | ((a[0] == b[0]) & (a[1] < b[1]))
+        return jnp.where(is_a, a[0], b[0]), jnp.where(is_a, a[1], b[1])
+
+    start = (jnp.asarray(-jnp.inf, logits.dtype), jnp.int32(0))
+    key, token = jax.lax.reduce((keys, ids), start, larger, (logits.ndim - 1,))
+    return token, key < jnp.inf
 
 
 def _sample(logits: jax.Array, sampling: SamplingArrays, positions: jax.Array, candidates: int) -> jax.Array:

@@ -143,6 +143,7 @@ def decode_step(
     cache: KVCache,
     *,
     expert_ids: jax.Array | None = None,
+    goes: jax.Array | None = None,
     device: Device | None = None,
 ) -> StepOutput:
     """Decodes one token of every sequence. Call inside ``jit``, with the cache donated.
@@ -154,6 +155,8 @@ def decode_step(
       positions: int32 [B], the tokens already in each sequence's cache; less than S.
       cache: keys and values of the earlier tokens; the token's own are written at ``positions``.
       expert_ids: int32 [L, B, X] forces these experts; their weights are still the model's own.
+      goes: bool [B], whose results are wanted; None for all. Where none of a kernel's sequences goes on, it
+        ends at once: logits are then anything, and the cache is as it was.
 
     Raises:
       NotImplementedError: a shape or type that the kernel does not support.
@@ -163,14 +166,15 @@ def decode_step(
     replay = expert_ids is not None
     whole = step_config(weights, config, batch, cache, device, replay=replay)
     x = embedding_lookup(weights.embed_tokens, token_ids)
-    cos, sin = rope_tables(positions, whole.head_dim, config.rope_theta, config.rope_scaling)
+    rope = jnp.stack(rope_tables(positions, whole.head_dim, config.rope_theta, config.rope_scaling), axis=1)
     refs = {"k_cache": jax.new_ref(cache.k), "v_cache": jax.new_ref(cache.v)}
     outputs = []
     for first in range(0, batch, KERNEL_BATCH):
         here = slice(first, min(first + KERNEL_BATCH, batch))
         c = replace(whole, batch=here.stop - first, first_sequence=first)
         forced = expert_ids[:, here] if replay else jnp.zeros((1, 1, 1), jnp.int32)
-        operands = _operands(c, weights, x[here], positions[here], cos[here], sin[here], forced)
+        wanted = jnp.ones(c.batch, jnp.int32) if goes is None else goes[here].astype(jnp.int32)
+        operands = _operands(c, weights, x[here], positions[here], wanted, rope[here], forced)
         outputs.append((c, kernel.decode_step(c, operands | refs, interpret=device.interpret)))
     cache = KVCache(jax.freeze(refs["k_cache"]), jax.freeze(refs["v_cache"]))
     logits = [out["logits"].reshape(c.batch, -1)[:, : config.vocab_size] for c, out in outputs]
@@ -179,19 +183,18 @@ def decode_step(
 
 
 def _operands(
-    c: kernel.StepConfig, weights: DecodeWeights, x, positions, cos, sin, expert_ids
+    c: kernel.StepConfig, weights: DecodeWeights, x, positions, wanted, rope, expert_ids
 ) -> dict[str, Any]:
     """The kernel's operands but for the cache."""
     shape = kernel.state_shape(c)
     state = jnp.zeros(shape, jnp.float32)
     state = lax.dynamic_update_slice(state, x.reshape(1, c.batch, -1, *shape[3:]), (0,) * len(shape))
-    scalars = jnp.concatenate([weights.table.reshape(-1), positions.astype(jnp.int32)])
+    scalars = jnp.concatenate([weights.table.reshape(-1), positions.astype(jnp.int32), wanted])
     scalars = jnp.pad(scalars, (0, kernel.scalar_count(c) - scalars.size))
     split = lambda a: a.reshape(*a.shape[:-1], -1, 2, 4, 4)
     return {
         "scalars_in": scalars,
-        "cos": cos,
-        "sin": sin,
+        "rope": rope,
         "replay_ids": expert_ids.astype(jnp.int32),
         "input_norm": split(weights.input_norm),
         "post_norm": split(weights.post_norm),

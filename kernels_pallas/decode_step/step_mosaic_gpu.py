@@ -36,11 +36,7 @@ SLOTS = 16
 """Tiles of 8 rows in one store of results: a row a lane."""
 KV_TILE = 64
 MAX_SPLITS = 128
-MOST_SORTED = 64
-"""Pairs of a sequence and an expert that are sorted: the rows of one matrix of registers."""
 QUANT_MAX = 127 * 128
-BYTES_128 = 0x80808080 - 2**32
-"""128 in every byte of an int32."""
 LOG2E = prim.LOG2E
 REDUCE_SITES = ("norm", "router", "split_largest", "split_sum")
 
@@ -60,20 +56,10 @@ class Tuning:
 
     Attributes:
       tensor_cores: integer products by mma in place of dp4a.
-      own_sequences: in a batch, a warpgroup norms and quantizes whole sequences of its own, in place
-        of its half of every sequence.
-      gate_up_ahead: tiles of gate and of up that a thread has in flight, at most.
-      down_ahead: tiles of down that a thread has in flight, at most, where not all of them are.
-      sorted_experts: the experts of a batch are read in the order of their ids, so that what several
-        sequences have chosen is read from memory once.
       prefetch_qkv: from the router on, the next layer's q, k and v are brought into the L2 cache.
     """
 
     tensor_cores: bool = False
-    own_sequences: bool = False
-    gate_up_ahead: int = 3
-    down_ahead: int = 4
-    sorted_experts: bool = False
     prefetch_qkv: bool = False
 
 
@@ -156,12 +142,12 @@ class StepConfig:
 
 
 def scalar_count(c: StepConfig) -> int:
-    """Length of the table and the positions, padded for one load a lane."""
-    return ceil_div(c.layers * len(c.columns()) + c.batch, 128) * 128
+    """Length of the table, the positions and the flags of who goes on, padded for one load a lane."""
+    return ceil_div(c.layers * len(c.columns()) + 2 * c.batch, 128) * 128
 
 
 OPERANDS = (
-    "scalars_in", "cos", "sin", "replay_ids", "input_norm", "post_norm", "q_norm", "k_norm",
+    "scalars_in", "rope", "replay_ids", "input_norm", "post_norm", "q_norm", "k_norm",
     "final_norm", "router", "weights", "state", "k_cache", "v_cache",
 )  # fmt: skip
 
@@ -212,7 +198,7 @@ def scratch_types(c: StepConfig) -> dict[str, Any]:
         shape, c.cache_dtype, transforms=(plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
     )
     head = c.head_dim
-    tables = (max(c.padded_batch, ceil_div(MOST_SORTED, c.experts_per_token)), c.experts_per_token)
+    tables = (c.padded_batch, c.experts_per_token)
     return {
         "x_words": plgpu.SMEM((c.batch, 2, superblocks, 4, 2, 2, 4), jnp.int32),
         "zeros": plgpu.SMEM((16,), jnp.int32),
@@ -229,9 +215,6 @@ def scratch_types(c: StepConfig) -> dict[str, Any]:
             ],
         ),
         "scalars": plgpu.SMEM((scalar_count(c),), jnp.int32),
-        "ranks": plgpu.SMEM((WARPGROUPS, MOST_SORTED), jnp.int32),
-        "order": plgpu.SMEM((WARPGROUPS, MOST_SORTED), jnp.int32),
-        "places": plgpu.SMEM((SLOTS,), jnp.int32),
         "new_score": plgpu.SMEM((WARPGROUPS, 64), jnp.float32),
         "new_value": plgpu.SMEM((WARPGROUPS, head), jnp.float32),
         "split_weight": plgpu.SMEM((WARPGROUPS, MAX_SPLITS), jnp.float32),
@@ -289,8 +272,6 @@ class Step:
         self.col = config.columns()
         # Where all tiles of a phase are in registers, straight code shares their activations.
         self.straight = config.batch > 1 or config.tuning.tensor_cores
-        self.own_sequences = config.batch > 1 and config.tuning.own_sequences
-        self.sorts = config.tuning.sorted_experts and config.batch > 1 and config.pairs <= MOST_SORTED
         self.prim = {"emulate": config.emulate}
         # One block needs no grid barrier, and the interpreter has none.
         self.semaphore = pl.get_global(plgpu.SemaphoreType.REGULAR) if config.blocks > 1 else None
@@ -306,6 +287,10 @@ class Step:
 
     def position(self, b):
         return self.r["scalars"][self.c.layers * len(self.col) + b]
+
+    def goes_on(self, b):
+        """1 where sequence b's results are wanted."""
+        return self.r["scalars"][self.c.layers * len(self.col) + self.c.batch + b]
 
     def stream(self, items: int, load, multiply, tiles: tuple, *, together: int = 1) -> tuple:
         """``multiply(i, tiles)`` of items i, i + 1, ..., ``together`` at a time, for all items.
@@ -373,12 +358,8 @@ class Step:
 
     def for_groups(self, together: int, body) -> None:
         """``body(first, size)`` for sequences in groups: a body issues the loads of a group at once."""
-        self.in_groups(self.c.batch, together, body)
-
-    def in_groups(self, count: int, together: int, body) -> None:
-        """``body(first, size)`` for the numbers 0 to ``count - 1`` in groups."""
-        together = min(together, count)
-        whole, rest = divmod(count, together)
+        together = min(together, self.c.batch)
+        whole, rest = divmod(self.c.batch, together)
         prim.fori(whole, lambda i: body(i * together, together))
         if rest:
             body(whole * together, rest)
@@ -394,11 +375,8 @@ class Step:
 
     @property
     def own_chunks(self) -> list:
-        """Chunks of 1,024 columns that this warpgroup norms: all of some sequences, or some of all."""
-        chunks = self.c.hidden // CHUNK
-        if self.own_sequences:
-            return list(range(chunks))
-        return [i + self.wg for i in range(0, chunks, WARPGROUPS)]
+        """Chunks of 1,024 columns that this warpgroup norms."""
+        return [i + self.wg for i in range(0, self.c.hidden // CHUNK, WARPGROUPS)]
 
     def norm_weights(self, norm_ref) -> list:
         """This warpgroup's chunks of a norm's weights; load them before waiting for activations."""
@@ -413,33 +391,16 @@ class Step:
         c = self.c
         chunks = c.hidden // CHUNK
 
-        def group(first, sequences):
+        def group(first, size):
+            sequences = [first + i for i in range(size)]
             whole = [[self.residual(b, i, parts) for i in range(chunks)] for b in sequences]
-            mine = whole
-            if not self.own_sequences:
-                mine = [[self.residual(b, i, parts) for i in self.own_chunks] for b in sequences]
-            for turn, (b, x, own) in enumerate(zip(sequences, whole, mine, strict=True)):
-                squares = self.total(sum(v * v for v in x), prim.SUBBLOCKS, "add", "norm", first + turn)
+            mine = [[self.residual(b, i, parts) for i in self.own_chunks] for b in sequences]
+            for b, x, own in zip(sequences, whole, mine, strict=True):
+                squares = self.total(sum(v * v for v in x), prim.SUBBLOCKS, "add", "norm", b)
                 scale = lax.rsqrt(squares / c.hidden + c.eps)
                 body(b, [v * scale * w for v, w in zip(own, norms, strict=True)])
 
-        together = 4 if chunks <= 2 else 1
-        if self.own_sequences:
-            # The warpgroups take turns; at the end both may do the last one, with the same result.
-            mine = lambda i: jnp.minimum(i * WARPGROUPS + self.wg, c.batch - 1)
-            turns = ceil_div(c.batch, WARPGROUPS)
-            take = lambda first, size: group(first, [mine(first + i) for i in range(size)])
-            self.in_groups(turns, together, take)
-        else:
-            take = lambda first, size: group(first, [first + i for i in range(size)])
-            self.for_groups(together, take)
-
-    def sync_normed(self) -> None:
-        """After :meth:`for_normed`: this warpgroup's columns are quantized, for all sequences."""
-        if self.own_sequences:
-            self.sync_block()
-        else:
-            self.sync_warpgroup()
+        self.for_groups(4 if chunks <= 2 else 1, group)
 
     def quantize(self, b, chunk, x) -> None:
         """Quantizes 1,024 values in two int8 parts, one scale for 32, into shared memory."""
@@ -451,8 +412,7 @@ class Step:
         low = q - (high << 7)
         shift = plgpu.broadcasted_iota(jnp.int32, x.shape, 3, layout=prim.SUBBLOCKS) * 8
         for part, value in enumerate((high, low)):
-            # The sum of shifted signed bytes borrows from its neighbours; the offset takes it back.
-            words = (jnp.sum(value << shift, axis=3) + BYTES_128) ^ BYTES_128
+            words = jnp.sum((value & 0xFF) << shift, axis=3)
             prim.store_subblocks(self.r["x_words"].at[b, part], chunk, words, **self.prim)
         scale = largest * (1.0 / QUANT_MAX)
         prim.store_subblocks(self.r["x_scale"].at[b], chunk, scale, **self.prim)
@@ -567,7 +527,7 @@ class Step:
         norms = self.norm_weights(self.r["input_norm"].at[layer])
         self.wait(count)
         self.for_normed(norms, c.down_parts, self.quantize_chunks)
-        self.sync_normed()
+        self.sync_warpgroup()
         x = self.own_activations(steps)
         if self.straight and steps == 1 and items == len(ahead):
             self.multiply_into_sums(first, ahead, range(items), 0, x)
@@ -654,7 +614,7 @@ class Step:
         ahead = tuple(load(i) for i in range(divisor(items, group)))
         self.wait(count)
         prepare()
-        self.sync_normed()
+        self.sync_warpgroup()
         x = self.own_activations(steps)
 
         together = 2 if c.tuning.tensor_cores and steps == 1 and len(ahead) % 2 == 0 else 1
@@ -736,7 +696,7 @@ class Step:
         """q/k-norm and RoPE (pairs j, j + 64) of one KV head's halves [64], or of query heads' [8, 64]."""
         layout = prim.HEAD_HALVES.reduce(0)
         load = lambda ref: plgpu.load(ref, layout=layout, optimized=False)
-        cos, sin = load(self.r["cos"].at[b]), load(self.r["sin"].at[b])
+        cos, sin = (load(self.r["rope"].at[b, i]) for i in range(2))
         if axis is None:
             # Stay in vectors: every lane group holds the whole of it.
             mean = jnp.sum(halves[0] * halves[0] + halves[1] * halves[1], axis=0) / self.c.head_dim
@@ -953,17 +913,9 @@ class Step:
         def one(b, x):
             def expert_round(i):
                 row = rows[i] if rows else self.router_row(layer, own(i))
-                products = [v * r for v, r in zip(x, row, strict=True)]
-                if self.own_sequences:
-                    # The sums of one sequence alone: first of its columns' halves, then of these.
-                    halves = [sum(products[half::WARPGROUPS]) for half in range(WARPGROUPS)]
-                else:
-                    halves = [sum(products)]
-                for half, product in enumerate(halves):
-                    turn = (b * rounds + i) * len(halves) + half
-                    total = self.total(product, prim.SUBBLOCKS, "add", "router", turn)
-                    place = half if self.own_sequences else self.wg
-                    self.r["router_logits"][place, b, own(i)] = total
+                product = sum(v * r for v, r in zip(x, row, strict=True))
+                total = self.total(product, prim.SUBBLOCKS, "add", "router", b * rounds + i)
+                self.r["router_logits"][self.wg, b, own(i)] = total
 
             if rows:
                 for i in range(rounds):
@@ -1032,30 +984,6 @@ class Step:
 
             self.sync_block()
 
-    def sort_pairs(self) -> None:
-        """This warpgroup's ``order``: pairs b * experts_per_token + k by expert, then by number."""
-        c = self.c
-        ids = self.r["ids"]
-        flat = prim.View(ids, (ids.shape[0] * ids.shape[1],), leading=0, **self.prim)
-        rows, columns = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
-        square = (MOST_SORTED, MOST_SORTED)
-        spread = lambda v, axis: plgpu.layout_cast(
-            lax.broadcast_in_dim(v, square, (axis,)), plgpu.Layout.WGMMA
-        )
-        number = lambda axis: plgpu.broadcasted_iota(jnp.int32, square, axis, layout=plgpu.Layout.WGMMA)
-
-        def keys(axis: int, layout):
-            expert = spread(flat.load((pl.ds(0, MOST_SORTED),), layout), axis)
-            expert = jnp.where(number(axis) < c.pairs, expert, c.experts)
-            return expert * MOST_SORTED + number(axis)
-
-        ranks, order = self.r["ranks"].at[self.wg], self.r["order"].at[self.wg]
-        ranks[...] = jnp.sum((keys(1, columns) < keys(0, rows)).astype(jnp.int32), axis=1)
-        self.sync_warpgroup()
-        ranks = spread(plgpu.load(ranks, layout=columns, optimized=False), 1)
-        order[...] = jnp.sum(jnp.where(ranks == number(0), number(1), 0), axis=1)
-        self.sync_warpgroup()
-
     def replay(self, layer, b) -> None:
         """Overwrites the choice for sequence b by the given experts."""
         chosen = [self.r["replay_ids"][layer, b, i] for i in range(self.c.experts_per_token)]
@@ -1075,8 +1003,6 @@ class Step:
         c = self.c
         self.wait(count)
         self.choose(layer)
-        if self.sorts:
-            self.sort_pairs()
         selector = self.table(layer, "gate_up_type")
         self.one_type(c.gate_up_types, selector, lambda i: self.gate_up_type(layer, i))
         self.signal(by_first=True)
@@ -1102,30 +1028,26 @@ class Step:
         x = self.own_activations(steps)
 
         def item_at(slot):
-            """(sequence, which of its experts, tile, the tile's number among the results)."""
+            """(sequence, which of its experts, tile)."""
             item = jnp.minimum(slot * c.blocks + self.block, items - 1)
             pair, tile = item // per_expert, item % per_expert
             if alone:
-                return 0, pair, tile, item
-            if self.sorts:
-                pair = self.r["order"][self.wg, pair]
-            return pair // c.experts_per_token, pair % c.experts_per_token, tile, pair * per_expert + tile
+                return 0, pair, tile
+            return pair // c.experts_per_token, pair % c.experts_per_token, tile
 
         def load(slot):
-            b, k, tile, _ = item_at(slot)
+            b, k, tile = item_at(slot)
             tile = offset + self.r["ids"][b, k] * per_expert + tile
             return [[fmt.load(s, (tile, self.mine(step))) for s in stacks] for step in range(steps)]
 
         def multiply(slot, place, tiles):
-            b, _, _, number = item_at(slot)
-            if self.sorts:
-                self.r["places"][place] = number
+            b, _, _ = item_at(slot)
             for step in range(steps):
                 here = x or self.activations(b, step * 8 + self.wg * 4)
                 for which, value in enumerate(fmt.multiply(tiles[step], here, **self.prim)):
                     self.store_sums(which, place, step, value)
 
-        depth = divisor(used, c.tuning.gate_up_ahead) if steps == 1 else 1
+        depth = divisor(used, 3) if steps == 1 else 1
 
         def chunk(i, carry):
             first = i * used
@@ -1141,10 +1063,7 @@ class Step:
             def _():
                 gate, up = self.result_rows(0, steps), self.result_rows(1, steps)
                 value = gate / (1.0 + jnp.exp2(gate * -LOG2E)) * up
-                if self.sorts:
-                    prim.store_tiles(self.r["swiglu"], self.r["places"], value, used, **self.prim)
-                else:
-                    self.r["swiglu"][pl.ds(i * used, SLOTS), self.block] = value
+                self.r["swiglu"][pl.ds(i * used, SLOTS), self.block] = value
 
             if chunks > 1:
                 self.sync_block()
@@ -1183,7 +1102,7 @@ class Step:
 
         rounds = ceil_div(tiles * c.down_parts, c.blocks)
         items = c.batch * mine * superblocks
-        depth = items if items <= 6 else divisor(items, c.tuning.down_ahead)
+        depth = items if items <= 6 else divisor(items, 4)
 
         def load(i, tile, part):
             """Item i counts superblocks first, then this warpgroup's experts, then sequences."""
@@ -1211,17 +1130,20 @@ class Step:
             tile, part = (last, place(0)[1]) if early else place(i)
 
             def prepare(first, size):
-                """Chunks of the sequences in turn; at the end both warpgroups may do the last one."""
+                mine = [(first + b, n) for b in range(size) for n in range(ceil_div(chunks, WARPGROUPS))]
                 loaded = []
-                for i in range(size):
-                    place = jnp.minimum((first + i) * WARPGROUPS + self.wg, c.batch * chunks - 1)
-                    b, chunk = (0, place) if c.batch == 1 else (place // chunks, place % chunks)
+                for b, n in mine:
+                    chunk = jnp.minimum(n * WARPGROUPS + self.wg, chunks - 1)
                     start = (b * c.experts_per_token + part * per_part) * c.moe_width // 32 + chunk * 32
-                    loaded.append((b, chunk, source.load((pl.ds(start, 32),), prim.SUBBLOCKS)))
-                for b, chunk, x in loaded:
-                    self.quantize(b, chunk, x)
+                    loaded.append(source.load((pl.ds(start, 32),), prim.SUBBLOCKS))
+                for (b, n), x in zip(mine, loaded, strict=True):
+                    chunk = n * WARPGROUPS + self.wg
 
-            self.in_groups(ceil_div(c.batch * chunks, WARPGROUPS), 4, prepare)
+                    @pl.when(chunk < chunks)
+                    def _(b=b, chunk=chunk, x=x):
+                        self.quantize(b, chunk, x)
+
+            self.for_groups(2, prepare)
             self.sync_block()
             first = ahead or [load(i, tile, part) for i in range(depth)]
             self.stream(items, lambda i: load(i, tile, part), multiply, tuple(first))
@@ -1276,6 +1198,16 @@ class Step:
             prim.store_zeros(self.r["zeros"], **self.prim)
 
         self.sync_block()
+        wanted = self.goes_on(0)
+        for b in range(1, c.batch):
+            wanted |= self.goes_on(b)
+
+        @pl.when(wanted > 0)
+        def _():
+            self.token()
+
+    def token(self) -> None:
+        c = self.c
         split = jnp.int32(0)
         for b in range(c.batch):
             split = jnp.where(self.splits_of(b)[2] > 1, 1, split)

@@ -1,5 +1,7 @@
 """Many sequences in one batch: whatever runs beside a sequence, its text is the one it has alone."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -287,22 +289,34 @@ def test_settings_and_slots_are_no_new_programs(batch, golden):
     assert [program._cache_size() for program in programs] == before
 
 
-def test_decoding_takes_the_fused_step_with_few_rows_of_the_cache(jax_runner, golden, greedy, monkeypatch):
-    """The kernel itself needs a GPU: here its signature is served by the ordinary operations."""
+@pytest.fixture
+def fused_steps(jax_runner, monkeypatch):
+    """The runner with a decode kernel, and the (sequences, rows of the cache) of each that is compiled.
+
+    The kernel itself needs a GPU: here its signature is served by the ordinary operations.
+    """
     step_api = pytest.importorskip("kernels_pallas.decode_step.api", reason="the GPU kernels need JAX 0.11")
     from qwen3_moe_jax import gpu_decode
 
     batches = []
 
-    def step(params, config, types, token_ids, start, cache, expert_ids=None):
+    def step(params, config, types, token_ids, start, cache, expert_ids=None, goes=None):
         batches.append((len(token_ids), cache.k.shape[1]))
         variables, model = {"params": params}, Qwen3Moe(config, types=jax_runner.model.types)
         out = model.apply(variables, token_ids[:, None], cache, start)
         logits = model.apply(variables, out.hidden[:, 0], method="logits")
+        logits = jnp.where(goes.any(), logits, jnp.nan)  # the kernel promises nothing then
         return step_api.StepOutput(logits, (out.cache.k, out.cache.v), out.expert_ids[:, :, 0])
 
     monkeypatch.setattr(gpu_decode, "decode_step", step)
+    monkeypatch.setattr(generate, "LAUNCHES", (32,))
     monkeypatch.setattr(jax_runner, "model", jax_runner.model.clone(fused_decode=16))
+    return batches
+
+
+def test_decoding_takes_the_fused_step_with_few_rows_of_the_cache(
+    jax_runner, golden, greedy, fused_steps, monkeypatch
+):
     batch = jax_runner.open_batch(SLOTS, context=CONTEXT)
     admit(batch, golden, 1, max_tokens=9)
     texts, _ = finish(batch)
@@ -310,7 +324,43 @@ def test_decoding_takes_the_fused_step_with_few_rows_of_the_cache(jax_runner, go
     admit(batch, golden, 0, max_tokens=9)
     texts, _ = finish(batch)
     assert texts[1] == greedy[0][:9]
-    assert batches == [(1, SLOTS), (2, SLOTS)]
+    assert fused_steps == [(1, SLOTS), (2, SLOTS)]
+    check_ahead(batch, golden, greedy)
+    batch.free_all()
+    monkeypatch.setattr(jax_runner, "_take_spare", lambda: batch)
+    monkeypatch.setattr("qwen3_moe_jax.jax_runner.SECONDS_A_DISPATCH", 0.0)  # blocks never grow
+    stream = partial(jax_runner.stream, golden["ids1"], sampling=Sampling())
+    assert list(stream(max_tokens=12)) == greedy[1][:12]
+    stop = greedy[1][7]
+    assert list(stream(max_tokens=12, stop_ids={stop})) == greedy[1][: greedy[1].index(stop)]
+
+
+def check_ahead(batch, golden, greedy):
+    """Steps that are begun ahead: the same texts, whoever ends, goes and comes meanwhile."""
+    batch.free_all()
+    stop = greedy[0][10]
+    first = batch.admit(golden["ids0"], stop_ids={stop}, max_tokens=32)
+    second = admit(batch, golden, 1, max_tokens=30)
+    texts, reasons = {first: [], second: []}, {}
+
+    def step():
+        for p in batch.step(3, ahead=3):
+            texts[p.slot] += p.tokens
+            reasons[p.slot] = p.finish_reason
+
+    while len(texts[second]) < 15:
+        step()
+    assert batch._begun is not None
+    assert texts[first] == greedy[0][: greedy[0].index(stop)]
+    assert reasons[first] == "stop"
+    batch.free(first)
+    assert batch.admit(golden["ids0"][:5], max_tokens=4) == first
+    texts[first].clear()
+    while batch.waiting or reasons[second] is None or reasons[first] != "length":
+        step()
+    assert texts[second] == greedy[1][:30]
+    assert len(texts[first]) == 4
+    assert batch.step(3, ahead=3) == []
 
 
 # What it says when it cannot

@@ -18,7 +18,7 @@ DRAWS = 20_000
 def draw(logits: np.ndarray, sampling: Sampling) -> np.ndarray:
     """Relative frequencies [V] of DRAWS tokens, each at its own position."""
     arrays = SamplingArrays.of([sampling])
-    choose = jax.jit(lambda p: choose_tokens(jnp.asarray(logits)[None], arrays, p[None])[0])
+    choose = jax.jit(lambda p: choose_tokens(jnp.asarray(logits)[None], arrays, p[None])[0][0])
     tokens = jax.lax.map(choose, jnp.arange(DRAWS), batch_size=500)
     return np.bincount(np.asarray(tokens), minlength=len(logits)) / DRAWS
 
@@ -45,13 +45,14 @@ def test_frequencies_follow_the_probabilities(sampling):
 
 def test_greedy_takes_the_lowest_id_among_equals():
     logits = jnp.zeros((1, VOCAB)).at[0, [7, 11]].set(1.0)
-    assert choose_tokens(logits, SamplingArrays.of([Sampling()]), jnp.zeros((1,), jnp.int32)).tolist() == [7]
+    tokens, _ = choose_tokens(logits, SamplingArrays.of([Sampling()]), jnp.zeros((1,), jnp.int32))
+    assert tokens.tolist() == [7]
 
 
 def test_a_batch_mixes_greedy_and_sampled():
     arrays = SamplingArrays.of([Sampling(), Sampling(temperature=100.0, seed=1)])
     logits = jnp.asarray(np.random.default_rng(SEED).normal(size=(1, VOCAB)), jnp.float32).repeat(2, 0)
-    tokens = np.stack([choose_tokens(logits, arrays, jnp.full((2,), p)) for p in range(8)])
+    tokens = np.stack([choose_tokens(logits, arrays, jnp.full((2,), p))[0] for p in range(8)])
     assert (tokens[:, 0] == int(jnp.argmax(logits[0]))).all()
     assert len(set(tokens[:, 1].tolist())) > 1
 
