@@ -10,9 +10,7 @@ import argparse
 import sys
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
 from pathlib import Path
-from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
@@ -24,11 +22,6 @@ from bench_prefill import random_params, types_of
 from flax.core import FrozenDict
 
 from convert.config import PRESETS
-from kernels_pallas.attention import pallas_sm90 as attention
-from kernels_pallas.expert_matmul import pallas_sm90 as expert_matmul
-from kernels_pallas.moe_mlp import pallas_sm90 as moe_mlp
-from kernels_pallas.prefill import device
-from kernels_pallas.quantized_matmul import pallas_sm90 as quantized_matmul
 from qwen3_moe_jax import generate
 from qwen3_moe_jax.generate import PREFILL_CHUNKS, DecodeState
 from qwen3_moe_jax.jax_runner import FUSED_BATCH
@@ -81,9 +74,7 @@ def main() -> None:
     parser.add_argument("--most", type=float, default=0.5, help="GB of scratch without a copy of the cache")
     args = parser.parse_args()
     too_much = []
-    with ExitStack() as patches:
-        for module in (attention, expert_matmul, moe_mlp, quantized_matmul, device):
-            patches.enter_context(mock.patch.object(module, "require_hopper", return_value=None))
+    with compile_for_hopper.as_on_h100():
         for kv_cache in args.kv_cache:
             for name, trace in programs(args, kv_cache).items():
                 began = time.perf_counter()

@@ -27,6 +27,7 @@ from convert.packed import PackedTensor  # noqa: E402
 from convert.tensor_names import tensor_specs  # noqa: E402
 from kernels_pallas.decode_layers import api, pallas_sm90  # noqa: E402
 from kernels_pallas.decode_layers import rows_triton as steps  # noqa: E402
+from kernels_pallas.decode_layers.weights import LayerWeights, OfLayers  # noqa: E402
 from kernels_pallas.moe_mlp import pallas_sm90 as moe_sm90  # noqa: E402
 from kernels_pallas.prefill import matmul_sm90  # noqa: E402
 from kernels_pallas.prefill.activations import SWIGLU_SCALE, WEIGHT_SCALE, float16_operand  # noqa: E402
@@ -123,10 +124,9 @@ def compare(kinds: list[str], is_skewed: bool) -> None:
         check(getattr(actual.cache, name), np.asarray(getattr(expected.cache, name), np.float64), bound, name)
 
 
-@pytest.mark.parametrize(("kinds", "is_skewed"), [(["Q4_K", "Q6_K"], False), (["Q6_K", "Q6_K"], True)])
-def test_layers_equal_the_model(kinds, is_skewed):
-    """Two types, or another than q_proj's alone. In a process with threads for all warpgroups."""
-    code = f"from tests.kernels.test_decode_layers import compare; compare({kinds}, {is_skewed})"
+def test_layers_equal_the_model():
+    """Layers of two types. In a process of its own, with threads for all warpgroups."""
+    code = "from tests.kernels.test_decode_layers import compare; compare(['Q4_K', 'Q6_K'], True)"
     ran = subprocess.run(
         [sys.executable, "-c", code],
         cwd=Path(__file__).resolve().parents[2],
@@ -200,3 +200,28 @@ def test_norm_and_operand(rng):
     operand, scale = float16_operand(out.normed)
     np.testing.assert_array_equal(out.operand, operand)
     np.testing.assert_array_equal(out.scale, scale)
+
+
+def of_layers(stack: PackedTensor, *firsts: int) -> OfLayers:
+    return OfLayers((stack,), firsts, (0,) * len(firsts), (64, 256))
+
+
+def test_which_queries_keys_and_values_are_one_product(rng):
+    qkv, other = (random_weights(rng, GGMLType.Q4_K, (384, 256)) for _ in range(2))
+    q, k = of_layers(qkv, 0, 192), of_layers(qkv, 64, 256)
+    fields = dict.fromkeys(LayerWeights.__dataclass_fields__)
+
+    def together(k: OfLayers, v: OfLayers):
+        return LayerWeights(**fields | {"q_proj": q, "k_proj": k, "v_proj": v}).together()
+
+    assert together(k, of_layers(qkv, 128, 320))[0].shape == (192, 256)
+    whole, others, which = together(k, of_layers(other, 0, 64))
+    assert (whole.shape, others, which) == ((128, 256), (0,), (1, 1))
+    mixed = replace(of_layers(qkv, 128, 0), options=(qkv, other), which=(0, 1))
+    whole, others, which = together(k, mixed)
+    assert (whole.shape, others, which) == ((192, 256), (1,), (0, 1))
+    for keys, values in ((of_layers(qkv, 128, 320), of_layers(other, 0, 64)), (k, of_layers(qkv, 0, 320))):
+        with pytest.raises(NotImplementedError, match="one after the other"):
+            together(keys, values)
+    with pytest.raises(NotImplementedError, match="one type"):
+        together(of_layers(other, 64, 256), of_layers(qkv, 128, 320))

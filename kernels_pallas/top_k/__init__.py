@@ -1,0 +1,1 @@
+"""The largest values of each row of a long array."""

@@ -1,0 +1,40 @@
+"""top_k: the k largest of each row, as ``jax.lax.top_k``, which on a GPU sorts whole rows for k above 16."""
+
+import importlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from kernels_pallas import implementations
+from kernels_pallas.implementations import Implementation
+from kernels_pallas.prefill.device import require_hopper
+
+
+def top_k(
+    x: jax.Array, k: int, *, implementation: Implementation | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """Finds the largest values of each row.
+
+    Args:
+      x: float32 [B, V].
+      k: at most V.
+      implementation: None chooses; a named one runs or raises.
+
+    Returns:
+      Values float32 [B, k] from the largest down, and their places int32 [B, k], the lower one first
+      among equals. Rows with NaN are undefined.
+
+    Raises:
+      ValueError: x is no matrix, or k is not in 1..V.
+      NotImplementedError: the named implementation does not take these arguments.
+    """
+    if x.ndim != 2 or not 0 < k <= x.shape[1]:
+        raise ValueError(f"top_k: {k=} of x {x.shape}, which is to be [B, V]")
+    candidates = {"pallas": _pallas, "xla": jax.lax.top_k}
+    return implementations.run("top_k", implementation, candidates, jnp.asarray(x), k)
+
+
+def _pallas(x: jax.Array, k: int) -> Any:
+    require_hopper()
+    return importlib.import_module("kernels_pallas.top_k.pallas_triton").top_k(x, k)
