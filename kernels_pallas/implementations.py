@@ -22,8 +22,7 @@ def run(
     Args:
       op: the op's name, for messages.
       implementation: None, "xla" or "pallas".
-      candidates: functions by name, in order of preference. One with a ``reason_against(*args)``
-        that gives a text is left out unless it is named.
+      candidates: functions by name, in order of preference.
 
     Raises:
       NotImplementedError: the named implementation does not exist or does not support the arguments.
@@ -34,19 +33,11 @@ def run(
         return candidates[implementation](*args, **kwargs)
     reasons = []
     for function in candidates.values():
-        reason = getattr(function, "reason_against", _no_reason)(*args)
-        if reason:
-            reasons.append(reason)
-            continue
         try:
             return function(*args, **kwargs)
         except NotImplementedError as error:
             reasons.append(str(error))
     raise NotImplementedError(f"{op}: no implementation takes these arguments: {'; '.join(reasons)}")
-
-
-def _no_reason(*_args: Any) -> None:
-    """An implementation without ``reason_against`` is chosen wherever it runs."""
 
 
 def check_compute_dtype(dtype: DTypeLike) -> np.dtype:

@@ -47,7 +47,7 @@ def attention(
         scales = scales and tuple(scale[None] for scale in scales)
     _check_shapes(q, k_cache, v_cache, positions, slots, scales)
     arrays = (jnp.asarray(a) for a in (q, k_cache, v_cache, positions))
-    candidates = {"pallas": OnHopper("attention", tokens_axis=1), "xla": xla.attention}
+    candidates = {"pallas": OnHopper("attention"), "xla": xla.attention}
     layer = jnp.asarray(layer, jnp.int32)
     return implementations.run("attention", implementation, candidates, *arrays, layer, slots, scales)
 

@@ -8,9 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-FEWEST_TOKENS = 1
-"""With fewer, no kernel is chosen where none is named: plain XLA expands whole stacks of weights."""
-
 
 def require_hopper(interpret: Any = None) -> None:
     """Raises NotImplementedError unless JAX is 0.11 and its default device an NVIDIA Hopper GPU.
@@ -41,20 +38,11 @@ class OnHopper:
 
     Attributes:
       op: the op's name; its ``pallas_sm90`` holds a function of the same name.
-      tokens_axis: axis of the first argument that counts tokens.
     """
 
     op: str
-    tokens_axis: int = 0
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         require_hopper()
         implementation = importlib.import_module(f"kernels_pallas.{self.op}.pallas_sm90")
         return getattr(implementation, self.op)(*args, **kwargs)
-
-    def reason_against(self, x: jax.Array, *_: Any) -> str | None:
-        """Why this kernel is not chosen where none is named, or None."""
-        tokens = x.shape[self.tokens_axis]
-        if tokens < FEWEST_TOKENS:
-            return f"{self.op}: Hopper kernels are chosen from {FEWEST_TOKENS} tokens on, not for {tokens}"
-        return None
