@@ -3,14 +3,16 @@
     python scripts/bench_batch.py --sequences 16 32 64        # random weights of full size, on a GPU
     python scripts/bench_batch.py -m embedded --sequences 4 --prompt 64   # or a file
     python scripts/bench_batch.py --preset small --sequences 4 --prompt 32
+    python scripts/bench_batch.py --work decode --random-cache   # one program for each number of sequences
 
-For each number of sequences:
+For each number of sequences, what --work names:
   prefill   prompts together, until each has its first token
-  decode    then tokens for all of them, --steps a dispatch, at the prompts' depth
+  decode    then tokens for all of them, --steps a dispatch, at the prompts' depth; with --random-cache
+            the prompts are not read, their keys and values are random numbers
   mixed     a quarter of the sequences is replaced by new prompts while the others go on: prompt tokens and
             written tokens of the same seconds
-  skewed    prefill and decode again with routing that follows Zipf's law, most tokens to few experts:
-            random weights route evenly, real ones do not
+  skewed    those of prefill and decode that --work names again, with routing that follows Zipf's law, most
+            tokens to few experts: random weights route evenly, real ones do not
 
 Every token is sampled (temperature 1, top_k 20, a seed each): greedy sequences of random weights fall into
 loops and share their experts. The best of --repeats counts; the first run compiles and does not. Limits:
@@ -24,6 +26,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +53,7 @@ from qwen3_moe_jax.params import GPU_ROLES
 from qwen3_moe_jax.sampling import Sampling
 
 SEED = 11
+WORK = ("prefill", "decode", "mixed", "skewed")
 ZIPF_EXPONENT = 1.0
 SMALL = {"num_hidden_layers": 2, "num_experts": 16, "num_experts_per_tok": 4, "vocab_size": 4096}
 """What ``--preset small`` changes of the smallest preset, for machines without a GPU."""
@@ -148,12 +152,31 @@ def read(batch: Batch) -> tuple[float, int]:
     return time.perf_counter() - began, written
 
 
+def pretend_read(batch: Batch) -> None:
+    """Every prompt is read, but keys and values are random: the same for all sequences."""
+    cache = batch._state.cache
+
+    @partial(jax.jit, donate_argnums=0)
+    def fill(stack: jax.Array, seed: jax.Array) -> jax.Array:
+        if stack.dtype == jnp.int8:
+            return stack + jnp.int8(seed)
+        one = jax.random.normal(jax.random.key(seed), (stack.shape[0], 1, *stack.shape[2:]), stack.dtype)
+        return stack + one
+
+    leaves, shape = jax.tree.flatten(cache)
+    cache = jax.tree.unflatten(shape, [fill(a, jnp.uint32(i + 1)) for i, a in enumerate(leaves)])
+    batch._state = batch._state.replace(cache=cache, filled=batch._state.length - 1)
+    for sequence in batch._sequences.values():
+        sequence.filled = sequence.length - 1
+
+
 class Timings:
     """Best seconds of each kind of work; the first round compiles and does not count."""
 
-    def __init__(self, subject: Subject, sequences: int, prompt: int, steps: int, repeats: int):
-        self.subject, self.sequences, self.prompt = subject, sequences, prompt
-        self.steps, self.repeats = steps, repeats
+    def __init__(self, subject: Subject, sequences: int, args: argparse.Namespace):
+        self.subject, self.sequences, self.prompt = subject, sequences, args.prompt
+        self.steps, self.repeats, self.random_cache = args.steps, args.repeats, args.random_cache
+        prompt, steps, repeats = args.prompt, args.steps, args.repeats
         self.batch = subject.batch(sequences, prompt + steps * (repeats + 2) + 2 * sequences + 64)
 
     def prefill(self) -> dict[str, float]:
@@ -171,7 +194,10 @@ class Timings:
 
     def decode(self) -> dict[str, float]:
         admit(self.batch, prompts(self.subject.config, self.sequences, self.prompt, 0))
-        read(self.batch)
+        if self.random_cache:
+            pretend_read(self.batch)
+        else:
+            read(self.batch)
 
         def run(_: int) -> float:
             began = time.perf_counter()
@@ -213,6 +239,7 @@ class Timings:
         }
 
     def _best(self, run: Callable[[int], float]) -> float:
+        print("  compiles and runs once", flush=True)
         began = time.perf_counter()
         run(0)
         print(f"  first run {time.perf_counter() - began:.1f} s", flush=True)
@@ -237,6 +264,7 @@ def measure(subject: Subject, sequences: int, args: argparse.Namespace) -> list[
 
     def add(work: str, timed: Callable[[], dict[str, Any]], **more: Any) -> None:
         row = {"work": work, "sequences": sequences, "prompt": args.prompt, **more}
+        print(f"{sequences} sequences, {work}", flush=True)
         try:
             row |= timed()
         except (jax.errors.JaxRuntimeError, ArithmeticError) as error:  # out of memory: the others may fit
@@ -244,19 +272,22 @@ def measure(subject: Subject, sequences: int, args: argparse.Namespace) -> list[
         rows.append(row)
         print(row, flush=True)
 
-    settings = (sequences, args.prompt, args.steps, args.repeats)
-    timings = Timings(subject, *settings)
-    add("prefill", timings.prefill)
-    add("decode", timings.decode)
-    if sequences > 1:
+    timings = Timings(subject, sequences, args)
+    if "prefill" in args.work:
+        add("prefill", timings.prefill)
+    if "decode" in args.work:
+        add("decode", timings.decode)
+    if "mixed" in args.work and sequences > 1:
         add("mixed", timings.mixed)
     del timings
-    if not args.even_only:
+    if "skewed" in args.work:
         uneven = skewed(subject)
-        timings = Timings(uneven, *settings)
-        facts = routing(uneven, min(args.prompt, PREFILL_CHUNKS[-1]))
-        add("prefill, skewed", timings.prefill, **facts)
-        add("decode, skewed", timings.decode)
+        timings = Timings(uneven, sequences, args)
+        if "prefill" in args.work:
+            facts = routing(uneven, min(args.prompt, PREFILL_CHUNKS[-1]))
+            add("prefill, skewed", timings.prefill, **facts)
+        if "decode" in args.work:
+            add("decode, skewed", timings.decode)
     operations = prefill_operations(subject.config, sequences, args.prompt)
     floor = step_nbytes(subject, sequences, args.prompt) / (args.bandwidth * 1e12)
     for row in rows:
@@ -278,7 +309,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=16, help=f"tokens a dispatch, at most {MOST_STEPS}")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--kv-cache", choices=KV_CACHES, help="default: float16 (a file: by the device)")
-    parser.add_argument("--even-only", action="store_true", help="leave out skewed routing")
+    parser.add_argument("--work", nargs="+", choices=WORK, default=WORK)
+    parser.add_argument("--random-cache", action="store_true", help="decode without reading prompts first")
     parser.add_argument("--bandwidth", type=float, default=3.0, help="TB/s that a copy on the card reaches")
     parser.add_argument("--tflops", type=float, default=798.0, help="what the card's matrix product reaches")
     args = parser.parse_args()
