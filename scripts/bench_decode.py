@@ -188,14 +188,15 @@ def stream(args: argparse.Namespace) -> None:
     limit(args.limit)
     from qwen3_moe_jax.sampling import Sampling
 
-    runner, _ = open_runner(args, args.prompt + 4 * args.steps)
+    new_tokens = 8 * args.steps  # most of them after the blocks have grown
+    runner, _ = open_runner(args, args.prompt + new_tokens + 1)
     for prompt in sorted({16, args.prompt}):
         prompt = min(prompt, runner.max_context - 1)
         for attempt in ("compiles", "warm"):
             limit(args.row_limit)
             ids = [(7 * i + 11) % runner.config.vocab_size for i in range(prompt)]
             began = time.perf_counter()
-            tokens = runner.stream(ids, max_tokens=2 * args.steps, sampling=Sampling(temperature=0))
+            tokens = runner.stream(ids, max_tokens=new_tokens, sampling=Sampling(temperature=0))
             next(tokens)
             first = time.perf_counter()
             say(at="first token", prompt=prompt, attempt=attempt, seconds=round(first - began, 3))

@@ -51,8 +51,7 @@ class Stage:
     seconds: int
 
 
-BATCH_TUNING = "tensor_cores,own_sequences,gate_up_ahead=4,down_ahead=6,sorted_experts"
-VARIANTS = ("", "tensor_cores", "tensor_cores,prefetch_qkv", BATCH_TUNING)
+VARIANTS = ("", "tensor_cores", "tensor_cores,prefetch_qkv")
 
 STAGES = (
     Stage("doctor", "what this machine can run", ("-m", "qwen3_moe_jax.cli", "doctor"), 60),

@@ -7,7 +7,13 @@ import pytest
 
 from qwen3_moe_jax.reference import sampling as reference
 from qwen3_moe_jax.sampling import Sampling
-from qwen3_moe_jax.token_choice import SamplingArrays, choose_tokens, penalize
+from qwen3_moe_jax.token_choice import (
+    SamplingArrays,
+    _largest_in_one_pass,
+    _largest_in_two_passes,
+    choose_tokens,
+    penalize,
+)
 from tests import tolerances
 
 SEED = 20
@@ -47,6 +53,26 @@ def test_greedy_takes_the_lowest_id_among_equals():
     logits = jnp.zeros((1, VOCAB)).at[0, [7, 11]].set(1.0)
     tokens, _ = choose_tokens(logits, SamplingArrays.of([Sampling()]), jnp.zeros((1,), jnp.int32))
     assert tokens.tolist() == [7]
+
+
+@pytest.mark.parametrize("way", [_largest_in_one_pass, _largest_in_two_passes])
+def test_both_ways_to_the_largest_logit_are_one(way):
+    logits = np.random.default_rng(SEED).integers(-3, 4, (5, VOCAB)).astype(np.float32)
+    logits[3, 17] = np.inf
+    key, token = way(jnp.asarray(logits))
+    np.testing.assert_array_equal(token, logits.argmax(axis=1))
+    np.testing.assert_array_equal(key, logits.max(axis=1))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize(
+    "sampling", [Sampling(), Sampling(temperature=1.0, top_k=4), Sampling(temperature=1.0)]
+)
+def test_a_row_that_is_not_finite_is_named(value, sampling):
+    logits = np.random.default_rng(SEED).normal(size=(2, VOCAB)).astype(np.float32)
+    logits[1, 5] = value
+    _, finite = choose_tokens(jnp.asarray(logits), SamplingArrays.of([sampling] * 2), jnp.zeros(2, jnp.int32))
+    assert finite.tolist() == [True, False]
 
 
 def test_a_batch_mixes_greedy_and_sampled():
