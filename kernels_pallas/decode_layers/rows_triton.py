@@ -381,4 +381,4 @@ def choose_experts(
         jax.ShapeDtypeStruct((experts, tile), jnp.int32),
         jax.ShapeDtypeStruct((experts, tile), jnp.float32),
     )
-    return Routes(*_call("choose_experts", body, outs, (1,), 8, interpret, {2: 0})(layer, parts, expert_ids))
+    return Routes(*_call("choose_experts", body, outs, (1,), 16, interpret, {2: 0})(layer, parts, expert_ids))

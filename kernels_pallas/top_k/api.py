@@ -37,4 +37,8 @@ def top_k(
 
 def _pallas(x: jax.Array, k: int) -> Any:
     require_hopper()
-    return importlib.import_module("kernels_pallas.top_k.pallas_triton").top_k(x, k)
+    try:
+        implementation = importlib.import_module("kernels_pallas.top_k.pallas_triton")
+    except ImportError as error:
+        raise NotImplementedError(f"this JAX lacks a part of Pallas: {error}") from error
+    return implementation.top_k(x, k)
