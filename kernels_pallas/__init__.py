@@ -18,6 +18,7 @@ from kernels_pallas.moe_mlp.api import moe_mlp  # noqa: E402
 from kernels_pallas.norm_rope import rms_norm, rope, rope_tables  # noqa: E402
 from kernels_pallas.quantized_matmul.api import quantized_matmul  # noqa: E402
 from kernels_pallas.router.api import Routing, choose_experts, router  # noqa: E402
+from kernels_pallas.top_k.api import top_k  # noqa: E402
 
 __all__ = [
     "Matrices",
@@ -34,4 +35,5 @@ __all__ = [
     "rope",
     "rope_tables",
     "router",
+    "top_k",
 ]

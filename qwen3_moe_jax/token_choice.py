@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
+import kernels_pallas as ops
 from qwen3_moe_jax.sampling import Sampling
 
 CANDIDATES = 64
@@ -153,21 +154,15 @@ def _largest_in_two_passes(keys: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 def _sample(logits: jax.Array, sampling: SamplingArrays, positions: jax.Array, candidates: int) -> jax.Array:
     """Draws from the highest ``candidates`` logits of every sequence: int32 [B]."""
-    return jax.vmap(_sample_one, in_axes=(0, 0, 0, 0, 0, 0, 0, None))(
-        logits,
-        jnp.where(sampling.temperature > 0, sampling.temperature, 1.0),
-        sampling.top_k,
-        sampling.top_p,
-        sampling.min_p,
-        sampling.seed,
-        positions,
-        candidates,
+    temperature = jnp.where(sampling.temperature > 0, sampling.temperature, 1.0)
+    values, ids = ops.top_k(logits / temperature[:, None], candidates)  # sorted, lowest id first among equals
+    return jax.vmap(_sample_one)(
+        values, ids, sampling.top_k, sampling.top_p, sampling.min_p, sampling.seed, positions
     )
 
 
-def _sample_one(logits, temperature, top_k, top_p, min_p, seed, position, candidates):
-    values, ids = jax.lax.top_k(logits / temperature, candidates)  # sorted, lowest id first among equals
-    rank = jnp.arange(candidates)
+def _sample_one(values, ids, top_k, top_p, min_p, seed, position):
+    rank = jnp.arange(len(values))
     kept = jnp.where((top_k == 0) | (rank < top_k), jnp.exp(values - values[0]), 0.0)
     kept = kept / jnp.sum(kept)
     before = jnp.cumsum(kept) - kept

@@ -1,7 +1,7 @@
 """decode_layers: one token of each of many sequences through all decoder layers.
 
 The same as the operations of ``kernels_pallas`` one after the other, for a step that writes a token of
-each of up to 64 sequences. There a layer's weights are read in less time than dozens of launches
+each of 17 to 64 sequences. There a layer's weights are read in less time than dozens of launches
 between its products take, so the layers are a unit with kernels of their own.
 """
 
@@ -41,7 +41,7 @@ def decode_layers(
     """Runs one token of each sequence through the layers. bfloat16 precision or better throughout.
 
     Args:
-      x: float32 [B, D], B at most 64: the tokens' embeddings.
+      x: float32 [B, D], B from 17 to 64: the tokens' embeddings.
       weights: of all layers.
       cache_k: bfloat16 or float16 [L, C, S, K, H]; written in place where it is donated, as cache_v.
       cache_v: as cache_k.

@@ -33,13 +33,15 @@ from kernels_pallas.prefill.matmul_sm90 import (
 from kernels_pallas.prefill.sorting import UsedExperts, dense_tiles
 
 _TILES = (32, MOST_FEW)
+_FEWEST = 17
+"""Fewer sequences are for ``decode_step``, or go layer by layer."""
 
 
 def check(weights: LayerWeights, batch: int, cache: jax.Array, interpret: Any = None) -> None:
     """Raises NotImplementedError, with the reason, for what :func:`decode_layers` does not take."""
     require_hopper(interpret)
-    if batch > MOST_FEW:
-        raise NotImplementedError(f"few launches a layer are for up to {MOST_FEW} sequences, not {batch}")
+    if not _FEWEST <= batch <= MOST_FEW:
+        raise NotImplementedError(f"few launches a layer are for {_FEWEST} to {MOST_FEW} rows, not {batch}")
     if cache.dtype not in (jnp.bfloat16, jnp.float16):
         raise NotImplementedError(f"the Hopper kernels read 16-bit caches, not {cache.dtype}")
     kv_heads, head_dim = cache.shape[3:]

@@ -18,6 +18,8 @@ BLOCK = 128
 _EACH = 16
 """Blocks of one program of the first pass."""
 _MOST_BLOCKS = 4096
+_FEWEST_ROWS = 17
+"""With fewer, XLA's sort is one launch that many multiprocessors share."""
 _LEAST = np.int32(-(2**31))
 
 
@@ -25,10 +27,13 @@ def top_k(x: jax.Array, k: int, interpret: bool = False) -> tuple[jax.Array, jax
     """See ``api.top_k``.
 
     Raises:
-      NotImplementedError: x is not float32, k no power of two or as many as all blocks, or rows too long.
+      NotImplementedError: few rows, x is not float32, k no power of two or as many as all blocks, or rows
+        too long.
     """
     rows, columns = x.shape
     blocks = -(-columns // BLOCK)
+    if rows < _FEWEST_ROWS:
+        raise NotImplementedError(f"the kernels of top_k are for {_FEWEST_ROWS} rows or more, not {rows}")
     if x.dtype != jnp.float32 or k & (k - 1) or not k < blocks <= _MOST_BLOCKS or k > BLOCK:
         raise NotImplementedError(f"{k} of {columns} values of {x.dtype} do not suit the kernels of top_k")
     grid = -(-blocks // _EACH)

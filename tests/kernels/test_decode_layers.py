@@ -114,6 +114,7 @@ def compare(kinds: list[str], is_skewed: bool) -> None:
         mock.patch.object(api, "require_hopper"),
         mock.patch.object(pallas_sm90, "require_hopper"),
         mock.patch.object(pallas_sm90, "decode_layers", run),
+        mock.patch.object(pallas_sm90, "_FEWEST", 1),
         mock.patch.object(matmul_sm90, "MULTIPROCESSORS", 3),
     ):
         actual = model.clone(compute_dtype=jnp.bfloat16).apply({"params": params}, tokens, cache, [span])

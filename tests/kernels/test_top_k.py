@@ -29,7 +29,8 @@ def rows(rng, columns: int) -> dict[str, np.ndarray]:
 
 @pytest.mark.parametrize(("columns", "k"), [(4096, 16), (151936 // 8 + 3, 64)])
 def test_equals_laxs(rng, columns, k):
-    x = jnp.asarray(np.stack(list(rows(rng, columns).values())), jnp.float32) + 0.0
+    x = np.stack(list(rows(rng, columns).values()) * 3)
+    x = jnp.asarray(x, jnp.float32) + 0.0
     values, ids = pallas_triton.top_k(x, k, interpret=True)
     expected = jax.lax.top_k(x, k)
     np.testing.assert_array_equal(values, expected[0])
@@ -40,9 +41,11 @@ def test_what_it_does_not_take_is_xlas(rng):
     x = jnp.asarray(rng.normal(size=(2, 300)), jnp.float32)
     for k in (3, 300):
         np.testing.assert_array_equal(api.top_k(x, k)[1], jax.lax.top_k(x, k)[1])
+    with pytest.raises(NotImplementedError, match="not 2"):
+        pallas_triton.top_k(x, 2)
     for k in (48, 64):
         with pytest.raises(NotImplementedError, match="300 values"):
-            pallas_triton.top_k(x, k)
+            pallas_triton.top_k(jnp.zeros((20, 300)), k)
     with pytest.raises(NotImplementedError, match="Hopper"):
         api.top_k(x, 2, implementation="pallas")
     with pytest.raises(ValueError, match="k=301"):
