@@ -200,11 +200,11 @@ def few_config(rows: int, type: GGMLType = GGMLType.Q4_K) -> MatmulConfig:
     """Sizes for up to ``MOST_FEW`` rows that every matrix multiplies: unpacking is most of the work.
 
     Four warpgroups hide each other's latencies, in the registers that the launch gives them. More
-    than 32 rows (24 of Q5_K, gate_proj's type) leave none for a second operand, so that a warpgroup
+    than 32 rows (16 of Q5_K, gate_proj's type) leave none for a second operand, so that a warpgroup
     waits for its products.
     """
     tile = -(-rows // ROW_ALIGN) * ROW_ALIGN
-    in_flight = 1 if tile <= (24 if type is GGMLType.Q5_K else 32) else 0
+    in_flight = 1 if tile <= (16 if type is GGMLType.Q5_K else 32) else 0
     return MatmulConfig(tile, (tile,), 1, 4, in_flight, weight_slots=4, exchange=False)
 
 
