@@ -19,7 +19,6 @@ from convert.progress import ProgressCallback
 from kernels_pallas import Matrices
 from kernels_pallas import dequantize as dequantize_on_device
 from qwen3_moe_jax.batching import Batch, Generated, IsOver, Request, run_all
-from qwen3_moe_jax.compile_ahead import CompileAhead
 from qwen3_moe_jax.errors import ContextOverflowError, NumericalError
 from qwen3_moe_jax.generate import (
     COMPILER_OPTIONS,
@@ -36,7 +35,7 @@ from qwen3_moe_jax.model import (
     Intervention,
     Qwen3Moe,
 )
-from qwen3_moe_jax.params import GPU_ROLES, load_params, param_shapes
+from qwen3_moe_jax.params import GPU_ROLES, load_params
 from qwen3_moe_jax.runner import Forward
 from qwen3_moe_jax.sampling import Sampling
 from qwen3_moe_jax.stacks import stack_layers
@@ -85,7 +84,6 @@ class JaxRunner:
         max_context: int | None = None,
         compute_dtype: Any = None,
         cache_dtype: Any = None,
-        compile_ahead: bool = False,
         progress: ProgressCallback | None = None,
     ):
         """Loads the weights.
@@ -97,7 +95,6 @@ class JaxRunner:
             CPU and bfloat16 on a GPU, whose kernels take 16-bit operands.
           cache_dtype: of the KV cache: float32, float16, bfloat16 or int8 (with a float32 scale for
             each head's vector); None is float32 on the CPU and float16 on a GPU.
-          compile_ahead: compile what writing text needs while the weights are read.
           progress: told how far loading is.
 
         Raises:
@@ -123,19 +120,8 @@ class JaxRunner:
         )
         self.plan = MemoryPlan.of(source, _cache_length(self.max_context), self.cache_dtype.itemsize)
         self.plan.check(*available_memory(self.device))
-        self._ahead = self._compile_ahead(roles) if compile_ahead else None
         self.params = load_params(source, roles, self.device, progress)
         self._spare: Batch | None = None
-
-    def _compile_ahead(self, roles: Mapping[str, str]) -> CompileAhead:
-        return CompileAhead(
-            self.model,
-            param_shapes(self.config, self.model.types, roles, self.device),
-            capacity=self.max_context,
-            cache_length=_cache_length(self.max_context),
-            cache_dtype=self.cache_dtype,
-            device=self.device,
-        )
 
     def _fallbacks(self, source: ModelSource) -> list[str]:
         """Why this GPU or this file does not take the kernels, one line each; empty when it does."""
@@ -360,8 +346,6 @@ class JaxRunner:
             self._spare = batch
 
     def _new_batch(self, slots: int, context: int) -> Batch:
-        if self._ahead:
-            self._ahead.wait()
         length = _cache_length(context)
         cache = KVCache.create(self.config, slots, length, self.cache_dtype, self.device)
         return Batch(self.model, self.params, cache, context)

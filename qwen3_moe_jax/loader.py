@@ -75,7 +75,6 @@ def make_runner(
     dtype: str | None = None,
     kv_cache: str | None = None,
     adapter: str | None = None,
-    compile_ahead: bool = False,
     progress: ProgressCallback | None = None,
 ) -> Runner:
     """The named backend with the model loaded.
@@ -88,7 +87,6 @@ def make_runner(
         reference compute in float32.
       kv_cache: dtype of the KV cache on jax, one of KV_CACHES, or None for what suits the device.
       adapter: part of a WebGPU adapter's name.
-      compile_ahead: begin to compile what writing text needs while the weights are read (jax on a GPU).
       progress: told how far loading is.
 
     Raises:
@@ -107,37 +105,26 @@ def make_runner(
     max_context = min(DEFAULT_CONTEXT, most) if max_context is None else max_context
     if not 1 < max_context <= most:
         raise ValueError(f"a context of {max_context} tokens: this model takes from 2 to {most}")
-    if backend == "jax":
-        return _make_jax(source, max_context, dtype, kv_cache, compile_ahead, progress)
-    return _MAKERS[backend](source, max_context, dtype, adapter, progress)
+    return _MAKERS[backend](source, max_context, dtype, kv_cache, adapter, progress)
 
 
-def _make_jax(source, max_context, dtype, kv_cache, compile_ahead, progress) -> Runner:
+def _make_jax(source, max_context, dtype, kv_cache, _adapter, progress) -> Runner:
     set_jax_memory_policy()
-    import jax
-
     from qwen3_moe_jax.jax_runner import JaxRunner
 
-    # a CPU's cores are taken by reading: compiling meanwhile made no first token earlier
-    compile_ahead = compile_ahead and jax.devices()[0].platform == "gpu"
     return JaxRunner(
-        source,
-        max_context=max_context,
-        compute_dtype=dtype,
-        cache_dtype=kv_cache,
-        compile_ahead=compile_ahead,
-        progress=progress,
+        source, max_context=max_context, compute_dtype=dtype, cache_dtype=kv_cache, progress=progress
     )
 
 
-def _make_wgpu(source, max_context, dtype, adapter, progress) -> Runner:
+def _make_wgpu(source, max_context, dtype, _kv_cache, adapter, progress) -> Runner:
     _only_float32("wgpu", dtype)
     from qwen3_moe_jax.wgpu_backend.runner import WgpuRunner
 
     return WgpuRunner(source, max_context=max_context, adapter=adapter, progress=progress)
 
 
-def _make_reference(source, max_context, dtype, _adapter, _progress) -> Runner:
+def _make_reference(source, max_context, dtype, _kv_cache, _adapter, _progress) -> Runner:
     _only_float32("reference", dtype)
     from qwen3_moe_jax.reference import ReferenceRunner
 
@@ -153,6 +140,7 @@ def _only_float32(backend: str, dtype: str) -> None:
 
 
 _MAKERS: dict[str, Callable[..., Runner]] = {
+    "jax": _make_jax,
     "wgpu": _make_wgpu,
     "reference": _make_reference,
 }
@@ -168,7 +156,6 @@ def load(
     adapter: str | None = None,
     gate: bool = True,
     strict: bool = False,
-    compile_ahead: bool = False,
     progress: ProgressCallback | None = None,
 ) -> "Model":
     """Loads a model.
@@ -187,8 +174,6 @@ def load(
         meets this file (remembered afterwards).
       strict: raise where something would fall back: a GPU that JAX cannot use,
         a quantization type without a kernel on the GPU.
-      compile_ahead: begin to compile what writing text needs while the weights are read: an earlier
-        first token for a model that is loaded to write (jax on a GPU).
       progress: called with bytes done and bytes in all.
 
     Raises:
@@ -210,7 +195,6 @@ def load(
             dtype=dtype,
             kv_cache=kv_cache,
             adapter=adapter,
-            compile_ahead=compile_ahead,
             progress=progress,
         )
         if strict and runner.describe()["fallbacks"]:

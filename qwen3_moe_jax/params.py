@@ -84,10 +84,7 @@ def load_params(
 
 
 def param_shapes(config: Qwen3MoeConfig, types: Types, roles: Roles, device: jax.Device) -> Params:
-    """The tree of ``load_params`` with ``jax.ShapeDtypeStruct`` in place of arrays.
-
-    Programs can be compiled for it while the weights are still on their way.
-    """
+    """The tree of ``load_params`` with ``jax.ShapeDtypeStruct`` in place of arrays."""
     placer = _placer(device)
     places, shapes = stack_layers(config, types, roles)
     params: Params = {}

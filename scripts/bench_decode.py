@@ -70,7 +70,7 @@ def cold(args: argparse.Namespace) -> None:
     from qwen3_moe_jax.sampling import Sampling
 
     say(at="imported")
-    with load(args.model, backend="jax", gate=args.gate, compile_ahead=True) as model:
+    with load(args.model, backend="jax", gate=args.gate) as model:
         say(at="loaded")
         tokens = model.runner.stream([1, 2, 3], max_tokens=2, sampling=Sampling(temperature=0))
         first = next(tokens)

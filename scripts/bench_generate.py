@@ -79,7 +79,7 @@ def main() -> None:
 
     began = time.perf_counter()
     options = {"backend": args.backend, "dtype": args.dtype, "max_context": args.context}
-    with loader.load(args.model, **options, gate=False, compile_ahead=True) as model:
+    with loader.load(args.model, **options, gate=False) as model:
         load_seconds = time.perf_counter() - began
         ids = model.tokenizer.encode(TEXT)
         prompt = (ids * (args.prompt_tokens // len(ids) + 1))[: args.prompt_tokens]

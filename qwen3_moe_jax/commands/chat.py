@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     thinking = {"on": True, "off": False, "auto": None}[args.thinking]
     start_renderer()  # it is up by the time that the model is
-    with load_model(args, compile_ahead=True) as model:
+    with load_model(args) as model:
         sampling = sampling_from(args, model, thinking=thinking)
         start = [{"role": "system", "content": args.system}] if args.system else []
         messages = list(start)

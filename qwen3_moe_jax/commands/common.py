@@ -59,14 +59,8 @@ def explain_if_slow(text: str, *, quiet: bool = False) -> Iterator[Callable[[], 
         timer.cancel()
 
 
-def load_model(args: argparse.Namespace, *, show_banner: bool = True, compile_ahead: bool = False) -> "Model":
-    """Loads what ``add_model_arguments`` parsed, with progress and a banner on standard error.
-
-    Args:
-      args: the parsed options.
-      show_banner: unless --quiet.
-      compile_ahead: the model is going to write text.
-    """
+def load_model(args: argparse.Namespace, *, show_banner: bool = True) -> "Model":
+    """Loads what ``add_model_arguments`` parsed, with progress and a banner on standard error."""
     slow = "loading (and, when a backend first meets a file, checking it against the reference)"
     with explain_if_slow(slow, quiet=args.quiet), show_progress("loading") as progress:
         model = loader.load(
@@ -78,7 +72,6 @@ def load_model(args: argparse.Namespace, *, show_banner: bool = True, compile_ah
             adapter=args.adapter,
             gate=not args.no_gate,
             strict=args.strict,
-            compile_ahead=compile_ahead,
             progress=progress,
         )
     if show_banner and not args.quiet:

@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
-    with load_model(args, compile_ahead=True) as model:
+    with load_model(args) as model:
         sampling = sampling_from(args, model)
         if args.chat:
             prompt = [{"role": "user", "content": prompt}]
