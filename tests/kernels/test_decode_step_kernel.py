@@ -228,12 +228,10 @@ def test_every_choice_of_tuning_together_gives_the_measured_bits(model):
 
 def test_a_kernel_that_nobody_waits_for_leaves_the_cache_alone(model):
     weights, _ = model
-    cache = random_cache(2, dtype=jnp.float16)
-    out = run(weights, [5, 9], [0, 70], cache, goes=jnp.zeros(2, bool))
+    cache = random_cache(1, dtype=jnp.float16)
+    out = run(weights, [9], [70], cache, goes=jnp.array([False]))
     for new, old in zip(out.cache, cache, strict=True):
         np.testing.assert_array_equal(np.asarray(new), np.asarray(old))
-    one_goes = run(weights, [5, 9], [0, 70], cache, goes=jnp.asarray([False, True]))
-    np.testing.assert_array_equal(one_goes.logits[1], run(weights, [5, 9], [0, 70], cache).logits[1])
 
 
 def test_tensor_cores_give_the_measured_bits_to_one_sequence(model):
