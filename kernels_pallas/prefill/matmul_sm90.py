@@ -472,7 +472,7 @@ class _Body:
     def produce(self, item: _Item) -> None:
         x, x_slots, weight_slots = self.s["x_tile"], self.k.x_slots, self.k.weight_slots
         width, start = item.width, self.x_start(item)
-        firsts = [self.first(i) for i in range(len(self.views))]
+        found = [self.first(i) for i in range(len(self.views))] if self.k.of_layer else None
 
         def superblock(i, _):
             step = item.number * self.k.steps + i
@@ -484,7 +484,7 @@ class _Body:
                 plgpu.barrier_wait(self.s["w_free"].at[slot])
                 _fence_async_copies(emulate=self.k.emulate)
 
-            self.copy_weights(item, firsts, at, slot)
+            self.copy_weights(item, found, at, slot)
             for chunk in range(CHUNKS):
                 x_step = step * CHUNKS + chunk
                 x_slot = lax.rem(x_step, jnp.int32(x_slots))
@@ -510,13 +510,20 @@ class _Body:
 
         lax.fori_loop(steps, steps + slots, wait, None)
 
-    def copy_weights(self, item: _Item, firsts: list, superblock, slot) -> None:
-        """One superblock of all the block's weight rows into slot ``slot``; ``firsts`` begin their stacks."""
+    def copy_weights(self, item: _Item, firsts: list | None, superblock, slot) -> None:
+        """One superblock of all the block's weight rows into slot ``slot``.
+
+        Args:
+          firsts: first rows where they have been looked up; None reads them here, which needs no registers.
+        """
         k, full = self.k, self.s["w_full"].at[slot]
         expert, row_block = item.expert, item.row_block
         tiles_each = k.rows // TILE_ROWS
         for i, views in enumerate(self.views):
-            first = lax.div(firsts[i], jnp.int32(TILE_ROWS)) + expert * tiles_each
+            first = (
+                lax.div(self.first(i) if firsts is None else firsts[i], jnp.int32(TILE_ROWS))
+                + expert * tiles_each
+            )
             for name, view in views.items():
                 parts = k.arrays[name].parts
                 inner = pl.ds(superblock * parts, parts)

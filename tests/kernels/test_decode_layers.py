@@ -1,5 +1,6 @@
 """One token of each of many sequences through all layers: the kernels in Pallas' interpreters."""
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -31,6 +32,7 @@ from kernels_pallas.decode_layers.weights import LayerWeights, OfLayers  # noqa:
 from kernels_pallas.moe_mlp import pallas_sm90 as moe_sm90  # noqa: E402
 from kernels_pallas.prefill import matmul_sm90  # noqa: E402
 from kernels_pallas.prefill.activations import SWIGLU_SCALE, WEIGHT_SCALE, float16_operand  # noqa: E402
+from kernels_pallas.prefill.device import require_hopper  # noqa: E402
 from kernels_pallas.router.xla import choose_experts  # noqa: E402
 from qwen3_moe_jax.kv_cache import KVCache, Span  # noqa: E402
 from qwen3_moe_jax.model import Intervention, Qwen3Moe  # noqa: E402
@@ -40,6 +42,16 @@ from tests import tolerances  # noqa: E402
 from tests.kernels.op_cases import check, random_weights, rng  # noqa: E402
 
 __all__ = ["rng"]
+
+
+def no_hopper_gpu() -> str:
+    """Why the kernels cannot run here, or nothing."""
+    try:
+        require_hopper()
+    except NotImplementedError as error:
+        return str(error)
+    return ""
+
 
 CONFIG = replace(
     PRESETS["Qwen3-30B-A3B"],
@@ -95,29 +107,41 @@ def skew(logits: jax.Array) -> jax.Array:
     return logits + jnp.asarray(-2 * np.log(np.arange(1, 17)), jnp.float32)
 
 
-def compare(kinds: list[str], is_skewed: bool) -> None:
-    """The kernels in the interpreter against float32 operations of XLA, slots in any order."""
+def compare(
+    kinds: list[str], sequences: int, *, is_skewed: bool = False, is_interpreted: bool = False
+) -> None:
+    """The kernels against float32 operations of XLA, slots in any order."""
     rng = np.random.default_rng(5)
     types = types_of(tuple(GGMLType[kind] for kind in kinds))
     interventions = (Intervention("ffn_moe_logits", skew),) if is_skewed else ()
     model = Qwen3Moe(
         CONFIG, jnp.float32, types=FrozenDict(types), roles=FrozenDict(GPU_ROLES), interventions=interventions
     )
-    params, cache = random_params(rng, types), random_cache(rng, 5)
-    tokens = jnp.asarray(rng.integers(0, CONFIG.vocab_size, (4, 1)), jnp.int32)
-    span = Span(jnp.asarray([0, 255, 127, 128], jnp.int32), 1, jnp.asarray([4, 0, 3, 2], jnp.int32))
-    expected = model.apply({"params": params}, tokens, cache, [span])
+    params, cache = random_params(rng, types), random_cache(rng, sequences + 1)
+    tokens = jnp.asarray(rng.integers(0, CONFIG.vocab_size, (sequences, 1)), jnp.int32)
+    starts = np.resize([0, LENGTH - 1, 127, 128, 60], sequences)
+    slots = jnp.asarray(rng.permutation(sequences + 1)[:sequences], jnp.int32)
+    span = Span(jnp.asarray(starts, jnp.int32), 1, slots)
+    with jax.default_matmul_precision("highest"):
+        expected = model.apply({"params": params}, tokens, cache, [span])
 
-    interpret = interpreter.InterpretGPUParams(detect_races=True)
-    run = partial(pallas_sm90.decode_layers, interpret=interpret)
-    with (
-        mock.patch.object(api, "require_hopper"),
-        mock.patch.object(pallas_sm90, "require_hopper"),
-        mock.patch.object(pallas_sm90, "decode_layers", run),
-        mock.patch.object(pallas_sm90, "_FEWEST", 1),
-        mock.patch.object(matmul_sm90, "MULTIPROCESSORS", 3),
-    ):
+    with contextlib.ExitStack() as patches:
+        if is_interpreted:
+            interpret = interpreter.InterpretGPUParams(detect_races=True)
+            run = partial(pallas_sm90.decode_layers, interpret=interpret)
+            for where, name, value in (
+                (api, "require_hopper", lambda: None),
+                (pallas_sm90, "require_hopper", lambda interpret: None),
+                (pallas_sm90, "decode_layers", run),
+                (pallas_sm90, "_FEWEST", 1),
+                (matmul_sm90, "MULTIPROCESSORS", 3),
+            ):
+                patches.enter_context(mock.patch.object(where, name, value))
+        ran = patches.enter_context(
+            mock.patch.object(pallas_sm90, "decode_layers", wraps=pallas_sm90.decode_layers)
+        )
         actual = model.clone(compute_dtype=jnp.bfloat16).apply({"params": params}, tokens, cache, [span])
+        assert ran.called
     np.testing.assert_array_equal(actual.expert_ids, expected.expert_ids)
     bound = tolerances.DECODE_LAYERS_NMSE
     check(actual.hidden, np.asarray(expected.hidden), bound, "hidden")
@@ -125,9 +149,19 @@ def compare(kinds: list[str], is_skewed: bool) -> None:
         check(getattr(actual.cache, name), np.asarray(getattr(expected.cache, name), np.float64), bound, name)
 
 
+@pytest.mark.skipif(bool(no_hopper_gpu()), reason=no_hopper_gpu())
+@pytest.mark.parametrize("sequences", [17, 32, 64])
+@pytest.mark.parametrize("kinds", [["Q4_K", "Q6_K"], ["Q6_K", "Q6_K"], ["Q4_K", "Q4_K"]], ids="-".join)
+def test_layers_equal_the_model_on_a_gpu(kinds, sequences):
+    compare(kinds, sequences)
+
+
 def test_layers_equal_the_model():
     """Layers of two types. In a process of its own, with threads for all warpgroups."""
-    code = "from tests.kernels.test_decode_layers import compare; compare(['Q4_K', 'Q6_K'], True)"
+    code = """if True:
+        from tests.kernels.test_decode_layers import compare
+        compare(["Q4_K", "Q6_K"], 4, is_skewed=True, is_interpreted=True)
+    """
     ran = subprocess.run(
         [sys.executable, "-c", code],
         cwd=Path(__file__).resolve().parents[2],

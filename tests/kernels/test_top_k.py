@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from kernels_pallas.prefill.device import require_hopper
 from kernels_pallas.top_k import api
 from tests.kernels.op_cases import rng
 
@@ -33,6 +34,18 @@ def test_equals_laxs(rng, columns, k):
     x = jnp.asarray(x, jnp.float32) + 0.0
     values, ids = pallas_triton.top_k(x, k, interpret=True)
     expected = jax.lax.top_k(x, k)
+    np.testing.assert_array_equal(values, expected[0])
+    np.testing.assert_array_equal(ids, expected[1])
+
+
+def test_equals_laxs_on_a_gpu(rng):
+    try:
+        require_hopper()
+    except NotImplementedError as error:
+        pytest.skip(str(error))
+    x = jnp.asarray(np.stack(list(rows(rng, 151936).values()) * 9), jnp.float32) + 0.0
+    values, ids = api.top_k(x, 64, implementation="pallas")
+    expected = jax.lax.top_k(x, 64)
     np.testing.assert_array_equal(values, expected[0])
     np.testing.assert_array_equal(ids, expected[1])
 
