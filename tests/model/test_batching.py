@@ -345,6 +345,7 @@ def check_ahead(batch, golden, greedy):
 
     def step():
         for p in batch.step(3, ahead=3):
+            assert len(p.tokens) <= 3
             texts[p.slot] += p.tokens
             reasons[p.slot] = p.finish_reason
 
