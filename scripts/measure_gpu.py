@@ -57,8 +57,17 @@ STAGES = (
     Stage("doctor", "what this machine can run", ("-m", "qwen3_moe_jax.cli", "doctor"), 60),
     Stage(
         "kernels",
-        "every prefill kernel against float64",
-        ("-m", "pytest", "-q", "tests/kernels/test_ops_sm90.py"),
+        "every kernel but the decode step against float64",
+        (
+            "-m",
+            "pytest",
+            "-q",
+            "tests/kernels/test_ops_sm90.py",
+            "tests/kernels/test_decode_layers.py",
+            "tests/kernels/test_top_k.py",
+            "-k",
+            "TestHopper or on_a_gpu",
+        ),
         300,
     ),
     Stage(
@@ -99,6 +108,12 @@ STAGES = (
         "prefill-many",
         "32 prompts of 512 tokens",
         ("scripts/bench_prefill.py", "--tokens", "512", "--sequences", "32"),
+        180,
+    ),
+    Stage(
+        "batch-decode",
+        "32 and 64 sequences at the depth of 512 tokens",
+        ("scripts/bench_batch.py", "--work", "decode", "--random-cache", "--sequences", "32", "64"),
         180,
     ),
     Stage(
