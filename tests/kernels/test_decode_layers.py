@@ -149,6 +149,7 @@ def compare(
         check(getattr(actual.cache, name), np.asarray(getattr(expected.cache, name), np.float64), bound, name)
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(bool(no_hopper_gpu()), reason=no_hopper_gpu())
 @pytest.mark.parametrize("sequences", [17, 32, 64])
 @pytest.mark.parametrize("kinds", [["Q4_K", "Q6_K"], ["Q6_K", "Q6_K"], ["Q4_K", "Q4_K"]], ids="-".join)

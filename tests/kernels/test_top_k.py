@@ -38,6 +38,7 @@ def test_equals_laxs(rng, columns, k):
     np.testing.assert_array_equal(ids, expected[1])
 
 
+@pytest.mark.gpu
 def test_equals_laxs_on_a_gpu(rng):
     try:
         require_hopper()
