@@ -257,14 +257,12 @@ class JaxRunner:
         batch = self._take_spare()
         try:
             batch.admit(token_ids, sampling=sampling, max_tokens=max_tokens, stop_ids=stop_ids)
-            written, block, ahead, reason = 0, 1, 0, None
+            written, block, reason = 0, 1, None
             while reason is None:
                 began = time.perf_counter()
-                for progress in batch.step(block, ahead=ahead):
+                for progress in batch.step(block, ahead=block if written else 0):
                     reason, written = progress.finish_reason, written + len(progress.tokens)
-                    if not ahead:
-                        last, block = block, _next_block(block, time.perf_counter() - began)
-                        ahead = block if block in (last, MOST_STEPS) else 0
+                    block = _next_block(block, time.perf_counter() - began)
                     yield from progress.tokens
             if reason == "nonfinite":
                 raise self._nonfinite(len(token_ids) + written - 1)

@@ -8,6 +8,8 @@ import pytest
 from convert.ggml_types import GGMLType
 from convert.packed import PackedTensor
 from qwen3_moe_jax import generate
+from qwen3_moe_jax import jax_runner as jax_runner_module
+from qwen3_moe_jax.batching import Batch
 from qwen3_moe_jax.errors import ContextOverflowError, NumericalError
 from qwen3_moe_jax.generate import PREFILL_CHUNKS, chunk_lengths
 from qwen3_moe_jax.jax_runner import JaxRunner
@@ -135,3 +137,17 @@ def test_a_model_that_does_not_fit_says_the_plan_and_what_would(source, monkeypa
     monkeypatch.setattr(module, "available_main_memory", lambda: 1 << 20)
     with pytest.raises(MemoryPlanError, match="use a machine with more memory"):
         JaxRunner(source)
+
+
+def test_a_stream_asks_for_more_tokens_at_once_however_long_its_prompt_took(source, monkeypatch):
+    asked, step = [], Batch.step
+
+    def slow_then_fast(batch, tokens, **options):
+        asked.append(tokens)
+        monkeypatch.setattr(jax_runner_module, "SECONDS_A_DISPATCH", 0.0 if len(asked) == 1 else 1e9)
+        return step(batch, tokens, **options)
+
+    monkeypatch.setattr(Batch, "step", slow_then_fast)
+    runner = JaxRunner(source, max_context=96)
+    assert len(list(runner.stream([1, 2, 3], max_tokens=70, sampling=Sampling(temperature=0)))) == 70
+    assert asked == [1, 1, 2, 4, 8, 16, 32, 32]
