@@ -6,7 +6,6 @@ into stacks that were allocated first; nothing is on the host or on the device
 twice.
 """
 
-import math
 from functools import partial
 from typing import Protocol
 
@@ -14,18 +13,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from convert.config import Qwen3MoeConfig
-from convert.ggml_types import GGMLType
 from convert.gpu_tiles import TILE_ROWS, TILED_TYPES, to_gpu_tiles
 from convert.layouts import supports, to_layout
 from convert.model_source import ModelSource
-from convert.packed import ARRAY_FORMATS, LANES, LANES16, PackedTensor, array_shapes
+from convert.packed import LANES16, PackedTensor
 from convert.progress import ProgressCallback
-from convert.tensor_names import tensor_specs
 from convert.unpack import aligned_empty, dequantize
 from kernels_pallas.matrices import rows_a_unit
 from qwen3_moe_jax.generate import Params
-from qwen3_moe_jax.stacks import Roles, Types, stack_layers
+from qwen3_moe_jax.stacks import Roles, stack_layers
 
 GPU_ROLES = {f"self_attn.{name}": "self_attn.qkv" for name in ("q_proj", "k_proj", "v_proj")}
 """The GPU's decode kernel reads queries, keys and values of a layer as one matrix."""
@@ -34,21 +30,16 @@ ROWS_ALWAYS = frozenset({"embed_tokens", "mlp.router"})
 """Kept in the file's order on a GPU: single rows are looked up, or the type is not quantized."""
 
 Value = PackedTensor | np.ndarray | jax.Array
-Shape = PackedTensor | jax.ShapeDtypeStruct
-"""A value's shapes and dtypes; a packed tensor of them."""
 
 
 class _Placer(Protocol):
     """How tensors get to a device."""
 
-    def shape(self, name: str, like: Value | Shape) -> Shape:
-        """Of a tensor like this when it is on the device."""
-
     def whole(self, name: str, value: Value) -> Value:
         """A tensor that stands alone, on the device."""
 
-    def room(self, shape: Shape) -> Value:
-        """An empty stack of this shape."""
+    def room(self, name: str, rows: int, like: Value) -> Value:
+        """An empty stack of ``rows`` rows for tensors like ``like``."""
 
     def put(self, name: str, stack: Value, first: int, value: Value) -> Value:
         """The stack with a tensor's rows from row ``first`` on."""
@@ -64,9 +55,8 @@ def load_params(
 
     Norm weights become float32 vectors, everything else stays packed.
     """
-    placer = _placer(device)
-    places, _ = stack_layers(source.config, source.types, roles)
-    shapes = param_shapes(source.config, source.types, roles, device)["stacks"]
+    placer: _Placer = _OnHost(device) if device.platform == "cpu" else _OnDevice(device)
+    places, shapes = stack_layers(source.config, source.types, roles)
     stacks: dict[str, Value] = {}
     params: Params = {}
     for path, tensor in source.tensors(progress):
@@ -75,52 +65,13 @@ def load_params(
         if place is None:
             params[path] = placer.whole(path, value)
             continue
+        name = place.stack.rpartition(".")[0] or place.stack
+        value = _flat(value)
         if place.stack not in stacks:
-            stacks[place.stack] = placer.room(shapes[place.stack])
-        role = _role(place.stack)
-        stacks[place.stack] = placer.put(role, stacks[place.stack], place.first, _flat(value))
+            stacks[place.stack] = placer.room(name, shapes[place.stack].rows, value)
+        stacks[place.stack] = placer.put(name, stacks[place.stack], place.first, value)
     params["stacks"] = {name: placer.finish(stack) for name, stack in stacks.items()}
     return params
-
-
-def param_shapes(config: Qwen3MoeConfig, types: Types, roles: Roles, device: jax.Device) -> Params:
-    """The tree of ``load_params`` with ``jax.ShapeDtypeStruct`` in place of arrays."""
-    placer = _placer(device)
-    places, shapes = stack_layers(config, types, roles)
-    params: Params = {}
-    stacks: dict[str, Shape] = {}
-    for spec in tensor_specs(config):
-        ggml_type = None if len(spec.shape) == 1 else types[spec.path]
-        place = places.get(spec.path)
-        if place is None:
-            params[spec.path] = placer.shape(spec.path, _file_shape(spec.shape, ggml_type))
-        elif place.stack not in stacks:
-            like = _file_shape((math.prod(spec.shape[:-1]), spec.shape[-1]), ggml_type)
-            one = placer.shape(_role(place.stack), like)
-            units = shapes[place.stack].rows // _unit(one)
-            stacks[place.stack] = jax.tree.map(
-                lambda a, n=units: jax.ShapeDtypeStruct((n, *a.shape[1:]), a.dtype), one
-            )
-    params["stacks"] = stacks
-    sharding = jax.sharding.SingleDeviceSharding(device)
-    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), params)
-
-
-def _placer(device: jax.Device) -> _Placer:
-    return _OnHost(device) if device.platform == "cpu" else _OnDevice(device)
-
-
-def _role(stack: str) -> str:
-    """The role of a stack, "mlp.router" of "mlp.router.F32"; a norm weight's has no type in its name."""
-    return stack.rpartition(".")[0] or stack
-
-
-def _file_shape(shape: tuple[int, ...], ggml_type: GGMLType | None) -> Shape:
-    """A tensor as a file's reader gives it; float32 without a type."""
-    if ggml_type is None:
-        return jax.ShapeDtypeStruct(shape, jnp.float32)
-    formats, shapes = ARRAY_FORMATS[ggml_type], array_shapes(ggml_type, shape)
-    return PackedTensor({n: jax.ShapeDtypeStruct(s, formats[n].dtype) for n, s in shapes.items()}, ggml_type)
 
 
 def _flat(value: Value) -> Value:
@@ -130,7 +81,7 @@ def _flat(value: Value) -> Value:
     return value if value.ndim == 2 else jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), value)
 
 
-def _unit(value: Value | Shape) -> int:
+def _unit(value: Value) -> int:
     return rows_a_unit(value.layout) if isinstance(value, PackedTensor) else 1
 
 
@@ -143,17 +94,10 @@ class _OnHost:
     def whole(self, name: str, value: Value) -> Value:
         return self.finish(self._arranged(value))
 
-    def shape(self, name: str, like: Value | Shape) -> Shape:
-        if not _has_lanes(like):
-            return _shape_of(like)
-        few = jax.tree.map(lambda a: np.zeros((LANES, *a.shape[1:]), a.dtype), like)
-        units = like.shape[0] // LANES
-        return jax.tree.map(
-            lambda a: jax.ShapeDtypeStruct((units, *a.shape[1:]), a.dtype), to_layout(few, LANES16)
-        )
-
-    def room(self, shape: Shape) -> Value:
-        return jax.tree.map(lambda a: aligned_empty(a.shape, a.dtype), shape)
+    def room(self, name: str, rows: int, like: Value) -> Value:
+        arranged = self._arranged(like)
+        units = rows // _unit(arranged)
+        return jax.tree.map(lambda a: aligned_empty((units, *a.shape[1:]), a.dtype), arranged)
 
     def put(self, name: str, stack: Value, first: int, value: Value) -> Value:
         arranged = self._arranged(value)
@@ -169,15 +113,9 @@ class _OnHost:
         return jax.device_put(stack, self._device, may_alias=True)
 
     def _arranged(self, value: Value) -> Value:
-        return to_layout(value, LANES16) if _has_lanes(value) else value
-
-
-def _has_lanes(value: Value | Shape) -> bool:
-    return isinstance(value, PackedTensor) and supports(LANES16, value.type, value.shape)
-
-
-def _shape_of(value: Value | Shape) -> Shape:
-    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), value)
+        if isinstance(value, PackedTensor) and supports(LANES16, value.type, value.shape):
+            return to_layout(value, LANES16)
+        return value
 
 
 class _OnDevice:
@@ -186,14 +124,15 @@ class _OnDevice:
     def __init__(self, device: jax.Device):
         self._device = device
 
-    def shape(self, name: str, like: Value | Shape) -> Shape:
-        return jax.eval_shape(partial(_rearranged, tiled=is_tiled(name, like)), _shape_of(like))
-
     def whole(self, name: str, value: Value) -> Value:
         return _rearrange(jax.device_put(value, self._device), is_tiled(name, value))
 
-    def room(self, shape: Shape) -> Value:
-        return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype, device=self._device), shape)
+    def room(self, name: str, rows: int, like: Value) -> Value:
+        arranged = jax.eval_shape(partial(_rearranged, tiled=is_tiled(name, like)), like)
+        units = rows // _unit(arranged)
+        return jax.tree.map(
+            lambda a: jnp.zeros((units, *a.shape[1:]), a.dtype, device=self._device), arranged
+        )
 
     def put(self, name: str, stack: Value, first: int, value: Value) -> Value:
         begin = first // _unit(stack)
@@ -203,7 +142,7 @@ class _OnDevice:
         return stack
 
 
-def is_tiled(name: str, value: Value | Shape) -> bool:
+def is_tiled(name: str, value: Value) -> bool:
     """Whether a matrix lies in tiles on a GPU."""
     if name in ROWS_ALWAYS or not isinstance(value, PackedTensor) or value.type not in TILED_TYPES:
         return False

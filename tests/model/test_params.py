@@ -36,15 +36,6 @@ def test_every_tensor_is_where_its_place_says(source, placer, roles, monkeypatch
         np.testing.assert_array_equal(np.atleast_2d(dense)[rows], expected, path)
 
 
-@LAYOUTS
-def test_shapes_are_known_before_anything_is_read(source, placer, roles, monkeypatch):
-    params = load(source, placer, roles, monkeypatch)
-    shapes = loading.param_shapes(source.config, source.types, roles, jax.devices("cpu")[0])
-    (leaves, tree), (expected, expected_tree) = jax.tree.flatten(shapes), jax.tree.flatten(params)
-    assert tree == expected_tree
-    assert [(a.shape, a.dtype) for a in leaves] == [(a.shape, a.dtype) for a in expected]
-
-
 def test_a_model_in_gpu_tiles_gives_the_same_logits(source, golden, jax_runner, monkeypatch):
     tiled = JaxRunner(source)
     tiled.params = load(source, loading._OnDevice, loading.GPU_ROLES, monkeypatch)
