@@ -343,16 +343,7 @@ class Qwen3Moe(_Part):
         is_plain &= jnp.dtype(self.compute_dtype) == jnp.bfloat16
         if not is_plain or len(spans) > 1 or spans[0].length > 1:
             return None
-        places, _ = stack_layers(self.config, self.types, self.roles)
-        stacks = self.weight("stacks")
-        found: dict[str, Any] = {}
-        for spec in tensor_specs(self.config):
-            number, name = split_path(spec.path)
-            if number == 0:
-                here = [places[f"layers.{n}.{name}"] for n in range(self.config.num_hidden_layers)]
-                is_norm = len(spec.shape) == 1
-                value = stacks[name] if is_norm else _of_layers(stacks, here, spec.shape)
-                found[name.rpartition(".")[2]] = value
+        found = {name.rpartition(".")[2]: value for name, value in self._tensors_of_layers().items()}
         weights = LayerWeights(**found)
         return None if decode_layers.reason_against(weights, len(spans[0].start), cache.k) else weights
 
@@ -383,21 +374,25 @@ class Qwen3Moe(_Part):
 
     def _params_of_layer(self, layer: jax.Array) -> dict[str, Any]:
         """Parameters of one layer as views of the stacks."""
-        places, _ = stack_layers(self.config, self.types, self.roles)
-        stacks = self.weight("stacks")
         tree: dict[str, Any] = {}
-        for spec in tensor_specs(self.config):
-            number, name = split_path(spec.path)
-            if number != 0:
-                continue
-            here = [places[f"layers.{n}.{name}"] for n in range(self.config.num_hidden_layers)]
+        for name, value in self._tensors_of_layers().items():
             *parents, leaf = name.split(".")
             node = functools.reduce(lambda node, key: node.setdefault(key, {}), parents, tree)
-            if len(spec.shape) == 1:
-                node[leaf] = stacks[name][layer]
-            else:
-                node[leaf] = _layer_weight(stacks, here, spec.shape, layer)
+            node[leaf] = _of_layer(value, layer) if isinstance(value, OfLayers) else value[layer]
         return tree
+
+    def _tensors_of_layers(self) -> dict[str, OfLayers | jax.Array]:
+        """Every tensor of the layers by its name in a layer; norm weights float32 [L, size]."""
+        places, _ = stack_layers(self.config, self.types, self.roles)
+        stacks = self.weight("stacks")
+        found: dict[str, OfLayers | jax.Array] = {}
+        for spec in tensor_specs(self.config):
+            number, name = split_path(spec.path)
+            if number == 0:
+                here = [places[f"layers.{n}.{name}"] for n in range(self.config.num_hidden_layers)]
+                is_norm = len(spec.shape) == 1
+                found[name] = stacks[name] if is_norm else _of_layers(stacks, here, spec.shape)
+        return found
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Logits float32 [B, T, V] of hidden [B, T, D]."""
@@ -423,18 +418,15 @@ def _joined(parts: Sequence[jax.Array], shape: tuple[int, int]) -> jax.Array:
     return rows.reshape(*shape, *rows.shape[1:])
 
 
-def _layer_weight(
-    stacks: Mapping[str, PackedTensor], places: list[Place], shape: tuple[int, ...], layer: jax.Array
-) -> ops.OneOf:
-    """A tensor of one layer, from its places in all layers."""
-    names = list(dict.fromkeys(place.stack for place in places))
-    first = jnp.asarray([place.first for place in places], jnp.int32)[layer]
+def _of_layer(tensor: OfLayers, layer: jax.Array) -> ops.OneOf:
+    """A tensor of one layer."""
+    first, which = (jnp.asarray(of, jnp.int32)[layer] for of in (tensor.firsts, tensor.which))
     options = []
-    for name in names:
+    for i, stack in enumerate(tensor.options):
         # where this is not the layer's type, any row will do: none is read
-        inside = jnp.minimum(first, max(p.first for p in places if p.stack == name))
-        options.append(ops.Matrices(stacks[name], first if len(names) == 1 else inside, shape))
-    which = jnp.asarray([names.index(place.stack) for place in places], jnp.int32)[layer]
+        last = max(f for f, w in zip(tensor.firsts, tensor.which, strict=True) if w == i)
+        inside = first if len(tensor.options) == 1 else jnp.minimum(first, last)
+        options.append(ops.Matrices(stack, inside, tensor.shape))
     return ops.OneOf(tuple(options), which)
 
 

@@ -5,21 +5,21 @@ each of 17 to 64 sequences. There a layer's weights are read in less time than d
 between its products take, so the layers are a unit with kernels of their own.
 """
 
-import importlib
 from collections.abc import Callable
-from typing import Any
 
 import jax
 
 from kernels_pallas.decode_layers.weights import LayerWeights
-from kernels_pallas.prefill.device import require_hopper
+from kernels_pallas.prefill.device import import_kernels, require_hopper
+
+_KERNELS = "decode_layers.pallas_sm90"
 
 
 def reason_against(weights: LayerWeights, batch: int, cache: jax.Array) -> str | None:
     """Why :func:`decode_layers` does not take these weights, this many sequences or this cache; or None."""
     try:
         require_hopper()
-        _implementation().check(weights, batch, cache)
+        import_kernels(_KERNELS).check(weights, batch, cache)
     except NotImplementedError as error:
         return str(error)
     return None
@@ -59,7 +59,7 @@ def decode_layers(
       NotImplementedError: :func:`reason_against` says why.
     """
     require_hopper()
-    return _implementation().decode_layers(
+    return import_kernels(_KERNELS).decode_layers(
         x,
         weights,
         cache_k,
@@ -71,11 +71,3 @@ def decode_layers(
         eps=eps,
         on_logits=on_logits,
     )
-
-
-def _implementation() -> Any:
-    """Imported where it can run: it needs time, and parts of JAX that come and go."""
-    try:
-        return importlib.import_module("kernels_pallas.decode_layers.pallas_sm90")
-    except ImportError as error:
-        raise NotImplementedError(f"this JAX lacks a part of Pallas: {error}") from error

@@ -2,6 +2,7 @@
 
 import importlib
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import jax
@@ -32,17 +33,30 @@ def require_16_bits(compute_dtype: np.dtype) -> None:
         raise NotImplementedError(f"Hopper kernels round operands to 16 bits, not {np.dtype(compute_dtype)}")
 
 
+def import_kernels(module: str) -> ModuleType:
+    """``kernels_pallas.<module>``, imported where it can run: kernels need a recent JAX, and time.
+
+    Raises:
+      NotImplementedError: this JAX lacks a part of Pallas.
+    """
+    try:
+        return importlib.import_module(f"kernels_pallas.{module}")
+    except ImportError as error:
+        raise NotImplementedError(f"this JAX lacks a part of Pallas: {error}") from error
+
+
 @dataclass(frozen=True)
 class OnHopper:
-    """An op's implementation that is imported where it can run: Mosaic GPU needs a recent JAX and time.
+    """An op's implementation for Hopper GPUs.
 
     Attributes:
-      op: the op's name; its ``pallas_sm90`` holds a function of the same name.
+      op: the op's name.
+      module: of the op, holds a function of the op's name.
     """
 
     op: str
+    module: str = "pallas_sm90"
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         require_hopper()
-        implementation = importlib.import_module(f"kernels_pallas.{self.op}.pallas_sm90")
-        return getattr(implementation, self.op)(*args, **kwargs)
+        return getattr(import_kernels(f"{self.op}.{self.module}"), self.op)(*args, **kwargs)

@@ -1,14 +1,11 @@
 """top_k: the k largest of each row, as ``jax.lax.top_k``, which on a GPU sorts whole rows for k above 16."""
 
-import importlib
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 
 from kernels_pallas import implementations
 from kernels_pallas.implementations import Implementation
-from kernels_pallas.prefill.device import require_hopper
+from kernels_pallas.prefill.device import OnHopper
 
 
 def top_k(
@@ -31,14 +28,5 @@ def top_k(
     """
     if x.ndim != 2 or not 0 < k <= x.shape[1]:
         raise ValueError(f"top_k: {k=} of x {x.shape}, which is to be [B, V]")
-    candidates = {"pallas": _pallas, "xla": jax.lax.top_k}
+    candidates = {"pallas": OnHopper("top_k", "pallas_triton"), "xla": jax.lax.top_k}
     return implementations.run("top_k", implementation, candidates, jnp.asarray(x), k)
-
-
-def _pallas(x: jax.Array, k: int) -> Any:
-    require_hopper()
-    try:
-        implementation = importlib.import_module("kernels_pallas.top_k.pallas_triton")
-    except ImportError as error:
-        raise NotImplementedError(f"this JAX lacks a part of Pallas: {error}") from error
-    return implementation.top_k(x, k)

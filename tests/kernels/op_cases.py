@@ -29,6 +29,7 @@ from convert.packed import ROWS, PackedTensor
 from convert.unpack import dequantize, pack
 from kernels_pallas.expert_matmul import arg_specs as expert_specs
 from kernels_pallas.expert_matmul.routing import ROW_TILE
+from kernels_pallas.prefill.device import require_hopper
 from kernels_pallas.quantized_matmul import arg_specs as matmul_specs
 from tests import tolerances
 
@@ -62,6 +63,16 @@ CANARY = np.float32(-1.2345678e30)
 CANARY_ROWS = 8
 
 TOPK_EXPERTS = (8, 31, 32, 40, 71, 128, 129, 160, 256, 288)
+
+
+def needs_hopper_gpu(test):
+    """Marks a test or a class of them as one for Hopper GPUs, which alone is skipped without one."""
+    reason = ""
+    try:
+        require_hopper()
+    except NotImplementedError as error:
+        reason = str(error)
+    return pytest.mark.gpu(pytest.mark.skipif(bool(reason), reason=reason or "runs here")(test))
 
 
 @pytest.fixture

@@ -32,25 +32,15 @@ from kernels_pallas.decode_layers.weights import LayerWeights, OfLayers  # noqa:
 from kernels_pallas.moe_mlp import pallas_sm90 as moe_sm90  # noqa: E402
 from kernels_pallas.prefill import matmul_sm90  # noqa: E402
 from kernels_pallas.prefill.activations import SWIGLU_SCALE, WEIGHT_SCALE, float16_operand  # noqa: E402
-from kernels_pallas.prefill.device import require_hopper  # noqa: E402
 from kernels_pallas.router.xla import choose_experts  # noqa: E402
 from qwen3_moe_jax.kv_cache import KVCache, Span  # noqa: E402
 from qwen3_moe_jax.model import Intervention, Qwen3Moe  # noqa: E402
 from qwen3_moe_jax.params import GPU_ROLES, is_tiled  # noqa: E402
 from qwen3_moe_jax.stacks import stack_layers  # noqa: E402
 from tests import tolerances  # noqa: E402
-from tests.kernels.op_cases import check, random_weights, rng  # noqa: E402
+from tests.kernels.op_cases import check, needs_hopper_gpu, random_weights, rng  # noqa: E402
 
 __all__ = ["rng"]
-
-
-def no_hopper_gpu() -> str:
-    """Why the kernels cannot run here, or nothing."""
-    try:
-        require_hopper()
-    except NotImplementedError as error:
-        return str(error)
-    return ""
 
 
 CONFIG = replace(
@@ -149,8 +139,7 @@ def compare(
         check(getattr(actual.cache, name), np.asarray(getattr(expected.cache, name), np.float64), bound, name)
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(bool(no_hopper_gpu()), reason=no_hopper_gpu())
+@needs_hopper_gpu
 @pytest.mark.parametrize("sequences", [17, 32, 64])
 @pytest.mark.parametrize("kinds", [["Q4_K", "Q6_K"], ["Q6_K", "Q6_K"], ["Q4_K", "Q4_K"]], ids="-".join)
 def test_layers_equal_the_model_on_a_gpu(kinds, sequences):

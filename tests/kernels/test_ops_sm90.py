@@ -19,7 +19,6 @@ from convert.packed import GPU_TILES, PackedTensor
 from kernels_pallas.attention import pallas_sm90 as attention_sm90
 from kernels_pallas.matrices import Matrices
 from kernels_pallas.moe_mlp import pallas_sm90 as moe_sm90
-from kernels_pallas.prefill.device import require_hopper
 from kernels_pallas.prefill.matmul_sm90 import (
     MOST_FEW,
     dense_config,
@@ -39,6 +38,7 @@ from tests.kernels.op_cases import (
     expert_oracle,
     heavy_tailed,
     moe_oracle,
+    needs_hopper_gpu,
     poison,
     random_weights,
     rng,
@@ -121,15 +121,6 @@ def test_attention_lowers_for_cuda(monkeypatch):
     assert "prefill_attention" in lower(attention_sm90.attention, *args, jnp.zeros(1, jnp.int32))
 
 
-def no_hopper_gpu() -> str:
-    """Why the kernels cannot run here, or nothing."""
-    try:
-        require_hopper()
-    except NotImplementedError as error:
-        return str(error)
-    return ""
-
-
 def check_one_of(cases: OpCases, rng) -> None:
     """``OneOf`` gives what the meant option alone gives; the others are not read."""
     types = (GGMLType.Q4_K, GGMLType.Q6_K)
@@ -163,8 +154,7 @@ def test_weights_of_one_of_several_types_in_xla(rng):
 SECONDS_A_TEST = 120
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(bool(no_hopper_gpu()), reason=no_hopper_gpu() or "runs here")
+@needs_hopper_gpu
 class TestHopper(OpCases):
     """The shared cases on the real kernels; shapes and types that they do not take are skipped."""
 

@@ -5,9 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels_pallas.prefill.device import require_hopper
 from kernels_pallas.top_k import api
-from tests.kernels.op_cases import rng
+from tests.kernels.op_cases import needs_hopper_gpu, rng
 
 __all__ = ["rng"]
 
@@ -38,12 +37,8 @@ def test_equals_laxs(rng, columns, k):
     np.testing.assert_array_equal(ids, expected[1])
 
 
-@pytest.mark.gpu
+@needs_hopper_gpu
 def test_equals_laxs_on_a_gpu(rng):
-    try:
-        require_hopper()
-    except NotImplementedError as error:
-        pytest.skip(str(error))
     x = jnp.asarray(np.stack(list(rows(rng, 151936).values()) * 9), jnp.float32) + 0.0
     values, ids = api.top_k(x, 64, implementation="pallas")
     expected = jax.lax.top_k(x, 64)
