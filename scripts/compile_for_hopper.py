@@ -55,7 +55,6 @@ from kernels_pallas.prefill.matmul_sm90 import (
 )
 from kernels_pallas.prefill.sorting import Tiles, UsedExperts
 from kernels_pallas.quantized_matmul import pallas_sm90 as quantized_matmul
-from kernels_pallas.top_k import api as top_k
 from qwen3_moe_jax.kv_cache import KVCache
 from qwen3_moe_jax.model import Qwen3Moe
 from qwen3_moe_jax.params import GPU_ROLES
@@ -101,7 +100,6 @@ def as_on_h100() -> Iterator[None]:
             moe_mlp,
             quantized_matmul,
             device,
-            top_k,
         ):
             patches.enter_context(mock.patch.object(module, "require_hopper", return_value=None))
         patches.enter_context(use_abstract_mesh(AbstractMesh((), (), abstract_device=named)))
