@@ -88,3 +88,5 @@ INT8_CACHE_WORST = 1e-3
 # Operands of 11 bits in three layers (an op gives 2e-7 to 6e-7), keys, values and softmax weights in
 # float16; values of the caches that were there before are equal.
 DECODE_LAYERS_NMSE = 5e-5
+# Of the logits' standard deviation: experts closer than three errors of that size may change places.
+ROUTER_TIE = 3 * DECODE_LAYERS_NMSE**0.5

@@ -34,7 +34,7 @@ from kernels_pallas.prefill import matmul_sm90  # noqa: E402
 from kernels_pallas.prefill.activations import SWIGLU_SCALE, WEIGHT_SCALE, float16_operand  # noqa: E402
 from kernels_pallas.router.xla import choose_experts  # noqa: E402
 from qwen3_moe_jax.kv_cache import KVCache, Span  # noqa: E402
-from qwen3_moe_jax.model import Intervention, Qwen3Moe  # noqa: E402
+from qwen3_moe_jax.model import STAGES_COLLECTION, Intervention, Qwen3Moe  # noqa: E402
 from qwen3_moe_jax.params import GPU_ROLES, is_tiled  # noqa: E402
 from qwen3_moe_jax.stacks import stack_layers  # noqa: E402
 from tests import tolerances  # noqa: E402
@@ -100,7 +100,10 @@ def skew(logits: jax.Array) -> jax.Array:
 def compare(
     kinds: list[str], sequences: int, *, is_skewed: bool = False, is_interpreted: bool = False
 ) -> None:
-    """The kernels against float32 operations of XLA, slots in any order."""
+    """The kernels against float32 operations of XLA with the kernels' experts, slots in any order.
+
+    Each expert must be the choice by the float32 logits too, up to ``ROUTER_TIE`` of their size.
+    """
     rng = np.random.default_rng(5)
     types = types_of(tuple(GGMLType[kind] for kind in kinds))
     interventions = (Intervention("ffn_moe_logits", skew),) if is_skewed else ()
@@ -112,9 +115,6 @@ def compare(
     starts = np.resize([0, LENGTH - 1, 127, 128, 60], sequences)
     slots = jnp.asarray(rng.permutation(sequences + 1)[:sequences], jnp.int32)
     span = Span(jnp.asarray(starts, jnp.int32), 1, slots)
-    with jax.default_matmul_precision("highest"):
-        expected = model.apply({"params": params}, tokens, cache, [span])
-
     with contextlib.ExitStack() as patches:
         if is_interpreted:
             interpret = interpreter.InterpretGPUParams(detect_races=True)
@@ -132,7 +132,17 @@ def compare(
         )
         actual = model.clone(compute_dtype=jnp.bfloat16).apply({"params": params}, tokens, cache, [span])
         assert ran.called
-    np.testing.assert_array_equal(actual.expert_ids, expected.expert_ids)
+    ids = actual.expert_ids
+    recorder = model.clone(capture=frozenset({"ffn_moe_logits"}))
+    with jax.default_matmul_precision("highest"):
+        expected, sown = recorder.apply(
+            {"params": params}, tokens, cache, [span], ids, mutable=[STAGES_COLLECTION]
+        )
+    logits = np.asarray(sown[STAGES_COLLECTION]["ffn_moe_logits"])
+    best = -np.sort(-logits, axis=-1)[..., : ids.shape[-1]]
+    behind = best - np.take_along_axis(logits, np.asarray(ids), axis=-1)
+    assert np.abs(behind).max() <= tolerances.ROUTER_TIE * logits.std()
+    assert (np.diff(np.sort(ids, axis=-1)) > 0).all()
     bound = tolerances.DECODE_LAYERS_NMSE
     check(actual.hidden, np.asarray(expected.hidden), bound, "hidden")
     for name in ("k", "v"):
