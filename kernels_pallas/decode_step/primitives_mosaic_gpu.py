@@ -53,45 +53,6 @@ def _bytes(word, signed: bool):
     return [jnp.where(p > 127, p - 256, p) for p in parts] if signed else parts
 
 
-def dot16(words, x, start, x_layout, *, signed: bool, emulate: bool):
-    """Adds to ``start`` the dot product of 16 weights and 16 activations a lane.
-
-    Args:
-      words: int32 [4, 8, 4, 4], four bytes a word, unsigned unless ``signed``.
-      x: int32 words of four int8 activations, [4, 4, 4] (tile, column group, word) or
-        [4, 4] (the same for all four tiles); its layout is ``x_layout``.
-      start: int32 [4, 8, 4].
-    """
-    if emulate:
-        if x.ndim == 2:
-            x = x[None]
-        pairs = zip(_bytes(words, signed), _bytes(x[:, None], True), strict=True)
-        return start + sum(a * b for a, b in pairs).sum(-1)
-
-    operation = "dp4a.s32.s32 $0, $1, $2, $3;" if signed else "dp4a.u32.s32 $0, $1, $2, $3;"
-
-    @plgpu.inline_mgpu(
-        arg_types=(TILE_WORDS, x_layout, TILE_LANES),
-        return_type=plgpu.ShapeDtypeStruct((4, 8, 4), jnp.int32, layout=TILE_LANES),
-    )
-    def dot(ctx, words, x, start):
-        del ctx
-        from jaxlib.mlir import ir
-        from jaxlib.mlir.dialects import arith, llvm
-
-        i32 = ir.IntegerType.get_signless(32)
-        element = lambda v, i: llvm.extractelement(v, arith.constant(i32, i))
-        w, v, s = (a.registers.flat[0] for a in (words, x, start))
-        total = element(s, 0)
-        for i in range(4):
-            total = llvm.inline_asm(i32, [element(w, i), element(v, i), total], operation, "=r,r,r,r")
-        out = np.empty_like(start.registers)
-        out.flat[0] = llvm.insertelement(llvm.mlir_undef(s.type), total, arith.constant(i32, 0))
-        return mgpu.FragmentedArray(_registers=out, _layout=start.layout, _is_signed=True)
-
-    return dot(words, x, start)
-
-
 def load_fragments(words, zeros, *, shared: bool, emulate: bool) -> list:
     """A lane's activations as the second operand of integer tensor-core products.
 
@@ -99,7 +60,7 @@ def load_fragments(words, zeros, *, shared: bool, emulate: bool) -> list:
     columns. Column 2 * group + part belongs to one column group of the tile and one int8 part,
     and is zero in all rows but that group's own: so the product's element (row, 2 * group + part)
     is that group's dot product alone, and lies in the lane that holds this row and group. Three
-    quarters of the multiplications are with zeros; they are cheaper than dp4a all the same.
+    quarters of the multiplications are with zeros; they are cheaper than dp4a on the words all the same.
 
     Args:
       words: int32 [2 parts, 4 superblocks, 4 groups, 2 subblocks, 2 halves, 4] in shared memory, a

@@ -55,11 +55,9 @@ class Tuning:
     """Ways to the same bits, to be timed against each other on a GPU (``docs/decode_gpu.md``).
 
     Attributes:
-      tensor_cores: integer products by mma in place of dp4a.
       prefetch_qkv: from the router on, the next layer's q, k and v are brought into the L2 cache.
     """
 
-    tensor_cores: bool = False
     prefetch_qkv: bool = False
 
 
@@ -270,8 +268,6 @@ class Step:
         self.block = lax.axis_index("sm")
         self.wg = lax.axis_index("wg")
         self.col = config.columns()
-        # Where all tiles of a phase are in registers, straight code shares their activations.
-        self.straight = config.batch > 1 or config.tuning.tensor_cores
         self.prim = {"emulate": config.emulate}
         # One block needs no grid barrier, and the interpreter has none.
         self.semaphore = pl.get_global(plgpu.SemaphoreType.REGULAR) if config.blocks > 1 else None
@@ -426,24 +422,14 @@ class Step:
     def activations(self, b, superblock, *, shared: bool = False) -> Activations:
         """This lane's activations of four superblocks, or of one for all warps (``shared``)."""
         at = superblock if shared else pl.ds(superblock, 4)
-        layout = prim.TILE_WORDS.reduce((0, 1) if shared else 1)
         value = prim.TILE_LANES.reduce((0, 1) if shared else 1)
         load = lambda ref, layout: plgpu.load(ref, layout=layout, optimized=False)
         words, scale, sums = self.r["x_words"], self.r["x_scale"], self.r["x_sums"]
-        plain = fragments = None
-        if self.c.tuning.tensor_cores:
-            fragments = prim.load_fragments(words.at[b, :, at], self.r["zeros"], shared=shared, **self.prim)
-        else:
-            plain = [
-                [[load(words.at[b, p, at, :, s, h], layout) for h in range(2)] for s in range(2)]
-                for p in range(2)
-            ]
+        fragments = prim.load_fragments(words.at[b, :, at], self.r["zeros"], shared=shared, **self.prim)
         return Activations(
-            words=plain,
             fragments=fragments,
             scale=[load(scale.at[b, at, :, s], value) for s in range(2)],
             sums=[[load(sums.at[b, at, :, s, h], value) for h in range(2)] for s in range(2)],
-            layout=layout,
             dimensions=(2,) if shared else (0, 2),
         )
 
@@ -529,7 +515,7 @@ class Step:
         self.for_normed(norms, c.down_parts, self.quantize_chunks)
         self.sync_warpgroup()
         x = self.own_activations(steps)
-        if self.straight and steps == 1 and items == len(ahead):
+        if steps == 1 and items == len(ahead):  # all tiles are in registers and share their activations
             self.multiply_into_sums(first, ahead, range(items), 0, x)
         elif items:
             self.stream(
@@ -617,7 +603,7 @@ class Step:
         self.sync_warpgroup()
         x = self.own_activations(steps)
 
-        together = 2 if c.tuning.tensor_cores and steps == 1 and len(ahead) % 2 == 0 else 1
+        together = 2 if steps == 1 and len(ahead) % 2 == 0 else 1
 
         def multiply(i, tiles):
             slots = [i // steps + j for j in range(together)]
@@ -635,7 +621,7 @@ class Step:
                 self.sync_block()
             return ahead
 
-        if chunks == 1 and self.straight and items == len(ahead):
+        if chunks == 1 and items == len(ahead):
             for step in range(steps):
                 self.multiply_into_sums(fmt, ahead[step::steps], range(here), step, x)
             self.sync_block()

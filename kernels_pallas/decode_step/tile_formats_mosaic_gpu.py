@@ -3,7 +3,7 @@
 A tile format loads what one lane needs of four tiles (its row and 64 neighbouring columns:
 two subblocks of 32) and multiplies it, alone or with a second tile that takes the same
 quantized activations. ``convert.gpu_tiles`` documents the arrays. Dot products are exact
-integers, by dp4a or by tensor cores; each is scaled once in float32.
+integers by tensor cores; each is scaled once in float32.
 """
 
 from dataclasses import dataclass
@@ -35,19 +35,15 @@ class Activations:
     """One lane's 64 activations, quantized in two int8 parts: value = scale * (128 * high + low).
 
     Attributes:
-      words: ``words[part][subblock][half]``, int32 words of 4 int8, of layout ``layout``; or None.
-      fragments: ``fragments[subblock][half]``, the same for tensor cores (``prim.load_fragments``); or None.
+      fragments: ``fragments[subblock][half]``, int32 words of 4 int8 (``prim.load_fragments``).
       scale: ``scale[subblock]``, float32.
       sums: ``sums[subblock][half]``, int32 sums of 16 integers 128 * high + low.
-      layout: the register layout of ``words``.
       dimensions: where the axes of ``scale`` and ``sums`` lie in ``SHAPE``.
     """
 
-    words: list | None
-    fragments: list | None
+    fragments: list
     scale: list
     sums: list
-    layout: Any
     dimensions: tuple[int, ...]
 
     def spread(self, value: Array) -> Array:
@@ -70,20 +66,8 @@ class Activations:
         Returns:
           int32 [4, 8, 4], one a tile: the exact sum over both parts of the activations.
         """
-        if self.fragments is not None:
-            x = [self.fragments[subblock][half] for half in halves]
-            return prim.dot_tiles(tiles, x, signed=signed, emulate=emulate)
-        totals = []
-        for words in tiles:
-            parts = []
-            for part in range(2):
-                total = prim.full(SHAPE, 0, jnp.int32, prim.TILE_LANES)
-                for half, word in zip(halves, words, strict=True):
-                    x = self.words[part][subblock][half]
-                    total = prim.dot16(word, x, total, self.layout, signed=signed, emulate=emulate)
-                parts.append(total)
-            totals.append(parts[0] * 128 + parts[1])
-        return totals
+        x = [self.fragments[subblock][half] for half in halves]
+        return prim.dot_tiles(tiles, x, signed=signed, emulate=emulate)
 
 
 def _load(ref, layout):

@@ -1,6 +1,6 @@
 """The decode kernel's body in Pallas' interpreter, with one block, against plain float32 NumPy.
 
-One block needs no grid barrier (the interpreter has none); dp4a and a few other instructions
+One block needs no grid barrier (the interpreter has none); integer products and a few other instructions
 have emulated twins. Everything else is the code that runs on the GPU.
 """
 
@@ -23,7 +23,6 @@ from convert.gpu_tiles import TILED_TYPES, to_gpu_tiles
 from convert.packed import PackedTensor
 from convert.unpack import dequantize, pack
 from kernels_pallas.decode_step import api
-from kernels_pallas.decode_step.step_mosaic_gpu import Tuning
 from qwen3_moe_jax import gpu_decode
 from qwen3_moe_jax.params import GPU_ROLES
 from qwen3_moe_jax.stacks import stack_layers
@@ -165,10 +164,8 @@ def cosine(a, b):
     return a @ b / np.sqrt((a @ a) * (b @ b))
 
 
-def run(weights, tokens, positions, cache, expert_ids=None, goes=None, **tuning):
-    device = api.Device(
-        blocks=1, splits=2, emulate=True, interpret=plgpu.InterpretGPUParams(), tuning=Tuning(**tuning)
-    )
+def run(weights, tokens, positions, cache, expert_ids=None, goes=None):
+    device = api.Device(blocks=1, splits=2, emulate=True, interpret=plgpu.InterpretGPUParams())
     step = lambda w, t, p, k: api.decode_step(
         w, CONFIG, t, p, k, expert_ids=expert_ids, goes=goes, device=device
     )
@@ -214,16 +211,19 @@ def test_replayed_experts_and_batches_give_the_same_bits(model):
         assert cosine(both.logits[b], logits) > 0.99999
 
 
-def test_every_choice_of_tuning_together_gives_the_measured_bits(model):
+def test_a_batch_that_is_no_whole_group_gives_the_bits_of_one(model):
     """Three sequences, so that a group of them is not whole; experts are chosen by several."""
     weights, _ = model
     cache = random_cache(3, dtype=jnp.float16)
     ids = jnp.asarray([[[7, 1, 4, 2], [0, 3, 7, 6], [1, 2, 3, 4]]], jnp.int32)
-    call = (weights, [5, 9, 11], [0, 70, 150], cache, ids)
-    measured, tuned = run(*call), run(*call, tensor_cores=True, prefetch_qkv=True)
-    np.testing.assert_array_equal(tuned.logits, measured.logits)
-    for one, other in zip(tuned.cache, measured.cache, strict=True):
-        np.testing.assert_array_equal(np.asarray(one), np.asarray(other))
+    tokens, positions = [5, 9, 11], [0, 70, 150]
+    together = run(weights, tokens, positions, cache, ids)
+    for b in range(3):
+        one = api.KVCache(*(a[:, b : b + 1] for a in cache))
+        alone = run(weights, tokens[b : b + 1], positions[b : b + 1], one, ids[:, b : b + 1])
+        np.testing.assert_array_equal(together.logits[b], alone.logits[0])
+        for all_rows, own in zip(together.cache, alone.cache, strict=True):
+            np.testing.assert_array_equal(np.asarray(all_rows[:, b]), np.asarray(own[:, 0]))
 
 
 def test_a_kernel_that_nobody_waits_for_leaves_the_cache_alone(model):
@@ -232,9 +232,3 @@ def test_a_kernel_that_nobody_waits_for_leaves_the_cache_alone(model):
     out = run(weights, [9], [70], cache, goes=jnp.array([False]))
     for new, old in zip(out.cache, cache, strict=True):
         np.testing.assert_array_equal(np.asarray(new), np.asarray(old))
-
-
-def test_tensor_cores_give_the_measured_bits_to_one_sequence(model):
-    weights, _ = model
-    call = (weights, [5], [150], random_cache(1, dtype=jnp.float16))
-    np.testing.assert_array_equal(run(*call, tensor_cores=True, prefetch_qkv=True).logits, run(*call).logits)
