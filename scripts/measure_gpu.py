@@ -51,7 +51,7 @@ class Stage:
     seconds: int
 
 
-VARIANTS = ("", "tensor_cores", "tensor_cores,prefetch_qkv")
+VARIANTS = ("", "sorted_experts=0", "prefetch_qkv")
 
 STAGES = (
     Stage("doctor", "what this machine can run", ("-m", "qwen3_moe_jax.cli", "doctor"), 60),

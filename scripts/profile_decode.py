@@ -3,7 +3,7 @@
 The weights have the shapes and bytes of a real file. Every variant of the kernel (``--tuning``) is checked
 against the reference with the experts that it chose, must give the first variant's bits, and is timed:
 
-    python scripts/profile_decode.py --tuning "" tensor_cores --check 1:300 --speed 1:0 8:0
+    python scripts/profile_decode.py --tuning "" prefetch_qkv --check 1:300 --speed 1:0 8:0
 
 Results are printed as they come, the last line is JSON. A case that hangs ends the run after --limit seconds
 with the Python stacks. ``--tiny`` runs the same in Pallas' interpreter on a CPU. For the figures of a file
@@ -343,7 +343,11 @@ def speed(w, config, batch, depth, *, device, dtype, steps=64, repeats=4) -> dic
 
 
 def trace(w, config, batch, depth, *, device, dtype, folder) -> dict:
-    """Writes begin and end times of every phase in every block, for one step, into ``folder``."""
+    """Writes begin and end times of every phase in every block, for one step, into ``folder``.
+
+    The times go through shared memory: with 8 sequences there is room for those of about 12 layers.
+    """
+    Path(folder).mkdir(parents=True, exist_ok=True)
     cache = random_cache(config, batch, depth + 64, dtype)
     tokens, positions = jnp.full((batch,), 17, jnp.int32), jnp.full((batch,), depth, jnp.int32)
     os.environ["QWEN3_MOE_DECODE_TRACE"] = folder

@@ -296,22 +296,22 @@ def top_experts(logits, ids, routing, count: int, *, emulate: bool) -> None:
     choose(logits, ids, routing)
 
 
-def warpgroup_reduce(x, layout, operation: str, scratch, *, emulate: bool):
-    """The sum or maximum ("add", "max") of all of ``x``, the same in every lane; a fixed order.
+def warpgroup_reduce(arrays: list, layout, operation: str, scratch, *, emulate: bool) -> list:
+    """The sum or maximum ("add", "max") of all of each array, the same in every lane; a fixed order.
 
     Args:
-      x: float32 of layout ``layout``, each element held by one lane.
-      scratch: float32 [4] in shared memory. Two uses of it need a barrier between them other
-        than the one in here; callers alternate between two.
+      arrays: float32 of layout ``layout``, each element held by one lane.
+      scratch: float32 [most arrays, 4] in shared memory. Two uses of it need a barrier between
+        them other than the one in here; callers alternate between two.
     """
     if emulate:
-        return jnp.sum(x) if operation == "add" else jnp.max(x)
+        return [jnp.sum(x) if operation == "add" else jnp.max(x) for x in arrays]
 
     @plgpu.inline_mgpu(
-        arg_types=(layout, plgpu.RefType()),
-        return_type=plgpu.ShapeDtypeStruct((), jnp.float32, layout=plgpu.Layout.WG_SPLAT(())),
+        arg_types=([layout] * len(arrays), plgpu.RefType()),
+        return_type=[plgpu.ShapeDtypeStruct((), jnp.float32, layout=plgpu.Layout.WG_SPLAT(()))] * len(arrays),
     )
-    def reduce(ctx, x, scratch):
+    def reduce(ctx, arrays, scratch):
         del ctx
         from jaxlib.mlir import ir
         from jaxlib.mlir.dialects import arith, llvm, nvvm, scf
@@ -319,34 +319,94 @@ def warpgroup_reduce(x, layout, operation: str, scratch, *, emulate: bool):
         i32, f32 = ir.IntegerType.get_signless(32), ir.F32Type.get()
         const = lambda v: arith.constant(i32, v)
         join = arith.addf if operation == "add" else arith.maximumf
-        values = []
-        for register in x.registers.flat:
-            if isinstance(register.type, ir.VectorType):
-                length = ir.VectorType(register.type).shape[0]
-                values += [llvm.extractelement(register, const(i)) for i in range(length)]
-            else:
-                values.append(register)
-        while len(values) > 1:
-            paired = [join(a, b) for a, b in zip(values[::2], values[1::2], strict=False)]
-            values = paired + values[len(values) // 2 * 2 :]
-        (total,) = values
+
+        def own(x):
+            """One lane's total."""
+            values = []
+            for register in x.registers.flat:
+                if isinstance(register.type, ir.VectorType):
+                    length = ir.VectorType(register.type).shape[0]
+                    values += [llvm.extractelement(register, const(i)) for i in range(length)]
+                else:
+                    values.append(register)
+            while len(values) > 1:
+                paired = [join(a, b) for a, b in zip(values[::2], values[1::2], strict=False)]
+                values = paired + values[len(values) // 2 * 2 :]
+            return values[0]
+
+        totals = [own(x) for x in arrays]
         for offset in (16, 8, 4, 2, 1):
-            other = nvvm.shfl_sync(const(-1), total, const(offset), const(31), nvvm.ShflKind.bfly)
-            total = join(total, other)
+            shift = lambda v, offset=offset: nvvm.shfl_sync(
+                const(-1), v, const(offset), const(31), nvvm.ShflKind.bfly
+            )
+            others = [shift(total) for total in totals]
+            totals = [join(total, other) for total, other in zip(totals, others, strict=True)]
         base = mgpu.utils.memref_ptr(scratch)
+        at = lambda i, warp: mgpu.utils.getelementptr(base, [arith.addi(const(4 * i), warp)], f32)
         thread = arith.remui(mgpu.utils.thread_idx(), const(WARPGROUP))
         first = arith.cmpi(arith.CmpIPredicate.eq, arith.remui(thread, const(32)), const(0))
         branch = scf.IfOp(first)
         with ir.InsertionPoint(branch.then_block):
             warp = arith.divui(thread, const(32))
-            llvm.store(total, mgpu.utils.getelementptr(base, [warp], f32))
+            for i, total in enumerate(totals):
+                llvm.store(total, at(i, warp))
             scf.yield_([])
         mgpu.utils.warpgroup_barrier()
-        parts = [llvm.load(f32, mgpu.utils.getelementptr(base, [const(i)], f32)) for i in range(4)]
-        total = join(join(parts[0], parts[1]), join(parts[2], parts[3]))
-        return mgpu.FragmentedArray.splat(total, (), is_signed=None)
+        results = []
+        for i in range(len(totals)):
+            parts = [llvm.load(f32, at(i, const(warp))) for warp in range(4)]
+            total = join(join(parts[0], parts[1]), join(parts[2], parts[3]))
+            results.append(mgpu.FragmentedArray.splat(total, (), is_signed=None))
+        return results
 
-    return reduce(x, scratch)
+    return reduce(arrays, scratch)
+
+
+def sort_pairs(ids, order, sequences: int, group: int, *, emulate: bool) -> None:
+    """Orders pairs b * X + k of sequences and their experts; run by a whole warpgroup.
+
+    Args:
+      ids: int32 [at least sequences, X], the experts, in shared memory, contiguous; sequences * X <= 128.
+      order: int32 [at least sequences * X] in shared memory. Its first sequences * X become the
+        pairs: those with the least k // group first, of these those with the least expert, then by number.
+    """
+    experts = ids.shape[1]
+    pairs = sequences * experts
+    # Experts are numbered below 2**16: groups come first, then experts, then numbers of pairs.
+    base = lambda pair: ((pair % experts // group) << 23) + pair
+    if emulate:
+        keys = ids[...].reshape(-1)[:pairs] * WARPGROUP + base(jnp.arange(pairs, dtype=jnp.int32))
+        order[pl.ds(0, pairs)] = jnp.argsort(keys).astype(jnp.int32)
+        return
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType()))
+    def sort(ctx, ids, order):
+        del ctx
+        from jaxlib.mlir import ir
+        from jaxlib.mlir.dialects import arith, llvm, scf
+
+        i32 = ir.IntegerType.get_signless(32)
+        const = lambda v: arith.constant(i32, int(v))
+        vector = ir.VectorType.get((4,), i32)
+        below = lambda a, b: arith.cmpi(arith.CmpIPredicate.ult, a, b)
+        source, to = mgpu.utils.memref_ptr(ids), mgpu.utils.memref_ptr(order)
+        thread = arith.remui(mgpu.utils.thread_idx(), const(WARPGROUP))
+        branch = scf.IfOp(below(thread, const(pairs)))
+        with ir.InsertionPoint(branch.then_block):
+            key = lambda expert, base: arith.addi(arith.muli(expert, const(WARPGROUP)), base)
+            mine = llvm.load(i32, mgpu.utils.getelementptr(source, [thread], i32))
+            own = arith.divui(arith.remui(thread, const(experts)), const(group))
+            own = key(mine, arith.addi(arith.shli(own, const(23)), thread))
+            rank = const(0)
+            for first in range(0, pairs, 4):
+                four = llvm.load(vector, mgpu.utils.getelementptr(source, [const(first)], i32), alignment=16)
+                for i in range(4):
+                    other = key(llvm.extractelement(four, const(i)), const(base(first + i)))
+                    rank = arith.addi(rank, arith.extui(i32, below(other, own)))
+            llvm.store(thread, mgpu.utils.getelementptr(to, [rank], i32))
+            scf.yield_([])
+
+    sort(ids, order)
 
 
 def store_first_rows(ref, values, *, emulate: bool) -> None:
@@ -491,6 +551,168 @@ def store_subblocks(ref, chunk, value, *, emulate: bool) -> None:
         ref[pl.ds(chunk * 4, 4)] = value.reshape(4, *ref.shape[1:])
     else:
         ref.reshape(superblocks * 8, *inner)[pl.ds(chunk * 32, 32)] = value
+
+
+def copy_to_shared(ref, source, *, emulate: bool) -> None:
+    """Begins to copy an array to shared memory; run by a whole warpgroup (:func:`wait_for_copies`).
+
+    Args:
+      ref: 4-byte elements in shared memory, contiguous, a multiple of 16 bytes.
+      source: as many in global memory.
+    """
+    if emulate:
+        ref[...] = source[...]
+        return
+    vectors = int(np.prod(ref.shape)) // 4
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType()))
+    def copy(ctx, ref, source):
+        del ctx
+        from jaxlib.mlir import ir
+        from jaxlib.mlir.dialects import arith, llvm
+
+        i32 = ir.IntegerType.get_signless(32)
+        const = lambda v: arith.constant(i32, v)
+        to, begin = mgpu.utils.memref_ptr(ref), mgpu.utils.memref_ptr(source)
+        thread = arith.remui(mgpu.utils.thread_idx(), const(WARPGROUP))
+        for first in range(0, vectors, WARPGROUP):
+            vector = arith.addi(thread, const(first))
+            at = arith.muli(vector, const(4))
+            inside = arith.cmpi(arith.CmpIPredicate.ult, vector, const(vectors))
+            mgpu.utils.inline_ptx(
+                "cp.async.cg.shared.global [$0], [$1], 16;",
+                llvm.ptrtoint(i32, mgpu.utils.getelementptr(to, [at], i32)),
+                mgpu.utils.getelementptr(begin, [at], i32),
+                predicate=inside,
+                has_side_effects=True,
+            )
+
+    copy(ref, source)
+
+
+def wait_for_copies(*, emulate: bool) -> None:
+    """Waits for this thread's copies to shared memory; other threads see them after a barrier."""
+    if emulate:
+        return
+
+    @plgpu.inline_mgpu()
+    def wait(ctx):
+        del ctx
+        mgpu.utils.inline_ptx("cp.async.wait_all;", has_side_effects=True)
+
+    wait()
+
+
+def warp_largest(x, layout, *, emulate: bool):
+    """The largest of each warp's 32 values, in all its lanes; a NaN if one is among them.
+
+    Args:
+      x: float32, none below zero, 128 values of layout ``layout``: one a lane.
+    """
+    if emulate:
+        return jnp.broadcast_to(x.reshape(4, 32).max(axis=1, keepdims=True), (4, 32)).reshape(x.shape)
+
+    @plgpu.inline_mgpu(
+        arg_types=(layout,), return_type=plgpu.ShapeDtypeStruct(x.shape, jnp.float32, layout=layout)
+    )
+    def largest(ctx, x):
+        del ctx
+        from jaxlib.mlir import ir
+        from jaxlib.mlir.dialects import arith
+
+        i32, f32 = ir.IntegerType.get_signless(32), ir.F32Type.get()
+        bits = arith.bitcast(i32, lane_value(x))  # floats that are not negative are ordered as their bits
+        bits = mgpu.utils.inline_ptx(
+            "redux.sync.max.u32 $0, $1, 0xffffffff;", bits, result_types=i32, has_side_effects=True
+        )
+        return array_of_lane(x, arith.bitcast(f32, bits))
+
+    return largest(x)
+
+
+def lane_value(array):
+    """The scalar of an array that has one value a lane."""
+    from jaxlib.mlir import ir
+    from jaxlib.mlir.dialects import arith, llvm
+
+    (register,) = array.registers.flat
+    if isinstance(register.type, ir.VectorType):
+        register = llvm.extractelement(register, arith.constant(ir.IntegerType.get_signless(32), 0))
+    return register
+
+
+def array_of_lane(like, value):
+    """An array as ``like``, of other values: one a lane."""
+    from jaxlib.mlir import ir
+    from jaxlib.mlir.dialects import arith, llvm
+
+    (register,) = like.registers.flat
+    if isinstance(register.type, ir.VectorType):
+        zero = arith.constant(ir.IntegerType.get_signless(32), 0)
+        value = llvm.insertelement(llvm.mlir_undef(ir.VectorType.get((1,), value.type)), value, zero)
+    registers = np.empty_like(like.registers)
+    registers.flat[0] = value
+    return mgpu.FragmentedArray(_registers=registers, _layout=like.layout, _is_signed=like.is_signed)
+
+
+def store_lanes(refs: list, subblock, warp: int, parts: list, scale, q, layout, *, emulate: bool) -> None:
+    """Stores one warp's 32 quantized values as a subblock.
+
+    Args:
+      refs: words int32 [2, superblocks, 4, 2, 2, 4], scales float32 [superblocks, 4, 2] and sums
+        int32 [superblocks, 4, 2, 2] in global memory, contiguous.
+      subblock: which of the ``8 * superblocks``.
+      parts: high and low parts, int32 [128 values] of layout ``layout``, one a lane.
+      scale, q: float32 and int32, likewise.
+    """
+    words, scales, sums = refs
+    if emulate:
+        own = slice(32 * warp, 32 * warp + 32)
+        at = (subblock // 8, subblock % 8 // 2, subblock % 2)
+        for i, part in enumerate(parts):
+            values = (part.reshape(128)[own] & 0xFF).reshape(2, 4, 4)
+            words[(i, *at)] = (values << (8 * jnp.arange(4))).sum(axis=-1).astype(jnp.int32)
+        scales[at] = scale.reshape(128)[32 * warp]
+        sums[at] = q.reshape(128)[own].reshape(2, 16).sum(axis=1)
+        return
+
+    scalar = plgpu.Layout.WG_SPLAT(())
+
+    @plgpu.inline_mgpu(arg_types=([plgpu.RefType()] * 3, scalar, [layout] * 2, layout, layout))
+    def store(ctx, refs, subblock, parts, scale, q):
+        del ctx
+        from jaxlib.mlir import ir
+        from jaxlib.mlir.dialects import arith, llvm, scf
+
+        i8, i32, f32 = ir.IntegerType.get_signless(8), ir.IntegerType.get_signless(32), ir.F32Type.get()
+        const = lambda v: arith.constant(i32, v)
+        equal = lambda a, b: arith.cmpi(arith.CmpIPredicate.eq, a, b)
+        words, scales, sums = (mgpu.utils.memref_ptr(ref) for ref in refs)
+        stride = refs[0].type.get_strides_and_offset()[0][0]
+        thread = arith.remui(mgpu.utils.thread_idx(), const(WARPGROUP))
+        lane, half = arith.remui(thread, const(32)), arith.divui(arith.remui(thread, const(32)), const(16))
+        place = subblock.registers.item()
+        branch = scf.IfOp(equal(arith.divui(thread, const(32)), const(warp)))
+        with ir.InsertionPoint(branch.then_block):
+            for i, part in enumerate(parts):
+                at = arith.addi(arith.addi(arith.muli(place, const(32)), lane), const(4 * stride * i))
+                pointer = mgpu.utils.getelementptr(words, [at], i8)
+                llvm.store(arith.trunci(i8, lane_value(part)), pointer)
+            totals = []
+            for i in range(2):
+                own = arith.select(equal(half, const(i)), lane_value(q), const(0))
+                code = "redux.sync.add.s32 $0, $1, 0xffffffff;"
+                totals.append(mgpu.utils.inline_ptx(code, own, result_types=i32, has_side_effects=True))
+            first = scf.IfOp(equal(lane, const(0)))
+            with ir.InsertionPoint(first.then_block):
+                llvm.store(lane_value(scale), mgpu.utils.getelementptr(scales, [place], f32))
+                for i, total in enumerate(totals):
+                    at = arith.addi(arith.muli(place, const(2)), const(i))
+                    llvm.store(total, mgpu.utils.getelementptr(sums, [at], i32))
+                scf.yield_([])
+            scf.yield_([])
+
+    store(refs, subblock, parts, scale, q)
 
 
 def grid_signal(semaphore, *, emulate: bool) -> None:

@@ -14,6 +14,7 @@ fixed order that does not depend on the batch.
 
 import os
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -34,10 +35,16 @@ CHUNK = 1024
 STEP = WARPGROUPS * CHUNK
 SLOTS = 16
 """Tiles of 8 rows in one store of results: a row a lane."""
+TOGETHER = 4
+"""Sequences that are normed at a time."""
+GROUP = 4
+"""Tiles whose rows are one subblock of the activations that they make."""
 KV_TILE = 64
 MAX_SPLITS = 128
 QUANT_MAX = 127 * 128
 LOG2E = prim.LOG2E
+QUANTIZED = ("hidden", "attended", "swiglu")
+"""Activations that batches quantize once in the grid: after a norm, after attention, after SwiGLU."""
 REDUCE_SITES = ("norm", "router", "split_largest", "split_sum")
 
 
@@ -55,9 +62,12 @@ class Tuning:
     """Ways to the same bits, to be timed against each other on a GPU (``docs/decode_gpu.md``).
 
     Attributes:
+      sorted_experts: a batch takes its pairs of a sequence and an expert by expert, so that what several
+        sequences chose comes from memory once.
       prefetch_qkv: from the router on, the next layer's q, k and v are brought into the L2 cache.
     """
 
+    sorted_experts: bool = True
     prefetch_qkv: bool = False
 
 
@@ -107,6 +117,11 @@ class StepConfig:
     """Where in the cache's batch axis this kernel's sequences begin."""
 
     @property
+    def shares(self) -> bool:
+        """Whether one block quantizes activations for all; at batch 1 each block for itself is quicker."""
+        return self.batch > 1
+
+    @property
     def pairs(self) -> int:
         return self.batch * self.experts_per_token
 
@@ -154,8 +169,7 @@ def output_types(c: StepConfig) -> dict[str, jax.ShapeDtypeStruct]:
     """Results and the buffers through which blocks hand over activations."""
     f32 = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
     rep = c.heads // c.kv_heads
-    act_slots = expert_slots(c)[0]
-    return {
+    out = {
         "logits": f32(c.batch, c.row_stride(c.vocab) // (8 * c.blocks), c.blocks, 8),
         "expert_ids": jax.ShapeDtypeStruct((c.layers, c.batch, c.experts_per_token), jnp.int32),
         "qkv": f32(c.batch, c.row_stride(c.qkv_tiles * 8) // c.head_dim, 2, c.head_dim // 2),
@@ -163,8 +177,21 @@ def output_types(c: StepConfig) -> dict[str, jax.ShapeDtypeStruct]:
         "part": f32(c.batch, c.kv_heads, c.splits, rep, c.head_dim),
         "part_stats": f32(c.batch, c.kv_heads, 2, 64, MAX_SPLITS),
         "router_logits": f32(WARPGROUPS, c.padded_batch, c.padded_experts),
-        "swiglu": f32(act_slots, c.blocks, 8),
     }
+    if not c.shares:
+        return out | {"swiglu": f32(expert_slots(c)[0], c.blocks, 8)}
+    widths = (c.hidden, c.heads * c.head_dim, c.experts_per_token * c.moe_width)
+    for name, width in zip(QUANTIZED, widths, strict=True):
+        out |= {f"{name}_{k}": v for k, v in quantized_types(c.batch, width // SUPERBLOCK).items()}
+    return out
+
+
+def quantized_types(batch: int, superblocks: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """Quantized activations of all sequences: two int8 parts, scales of 32 and sums of 16."""
+    shapes = {"words": (2, superblocks, 4, 2, 2, 4), "scale": (superblocks, 4, 2)}
+    shapes["sums"] = (superblocks, 4, 2, 2)
+    dtype = {"words": jnp.int32, "scale": jnp.float32, "sums": jnp.int32}
+    return {k: jax.ShapeDtypeStruct((batch, *shape), dtype[k]) for k, shape in shapes.items()}
 
 
 def state_shape(c: StepConfig) -> tuple[int, ...]:
@@ -173,12 +200,14 @@ def state_shape(c: StepConfig) -> tuple[int, ...]:
 
 
 def expert_slots(c: StepConfig) -> tuple[int, int, int]:
-    """(padded slots in all, slots a chunk, chunks) of the gate and up projections."""
-    slots = ceil_div(c.pairs * c.moe_width // 8, c.blocks)
+    """(padded slots in all, slots a chunk, chunks) of the gate and up projections.
+
+    Where activations are shared, four neighbouring slots are a subblock of one expert's SwiGLU.
+    """
+    each = GROUP if c.shares else 1
+    slots = ceil_div(c.pairs * c.moe_width // 8, c.blocks * each) * each
     chunks = ceil_div(slots, SLOTS)
-    used = ceil_div(slots, chunks)
-    if c.batch > 1:
-        used += used % 2
+    used = ceil_div(ceil_div(slots, chunks), each) * each
     return chunks * used + SLOTS, used, chunks
 
 
@@ -198,10 +227,10 @@ def scratch_types(c: StepConfig) -> dict[str, Any]:
     head = c.head_dim
     tables = (c.padded_batch, c.experts_per_token)
     return {
-        "x_words": plgpu.SMEM((c.batch, 2, superblocks, 4, 2, 2, 4), jnp.int32),
+        **{f"x_{k}": plgpu.SMEM(v.shape, v.dtype) for k, v in quantized_types(c.batch, superblocks).items()},
         "zeros": plgpu.SMEM((16,), jnp.int32),
-        "x_scale": plgpu.SMEM((c.batch, superblocks, 4, 2), jnp.float32),
-        "x_sums": plgpu.SMEM((c.batch, superblocks, 4, 2, 2), jnp.int32),
+        "plan": plgpu.SMEM((c.padded_batch, 4), jnp.int32),
+        "order": plgpu.SMEM((2, c.padded_batch * c.experts_per_token), jnp.int32),
         "ids": plgpu.SMEM(tables, jnp.int32),
         "routing": plgpu.SMEM(tables, jnp.float32),
         "either": plgpu.RefUnion(
@@ -216,9 +245,21 @@ def scratch_types(c: StepConfig) -> dict[str, Any]:
         "new_score": plgpu.SMEM((WARPGROUPS, 64), jnp.float32),
         "new_value": plgpu.SMEM((WARPGROUPS, head), jnp.float32),
         "split_weight": plgpu.SMEM((WARPGROUPS, MAX_SPLITS), jnp.float32),
-        "reduce": plgpu.SMEM((WARPGROUPS, len(REDUCE_SITES), 2, 4), jnp.float32),
+        "reduce": plgpu.SMEM((WARPGROUPS, len(REDUCE_SITES), 2, TOGETHER, 4), jnp.float32),
         "barrier": plgpu.Barrier(num_arrivals=WARPGROUPS),
     }  # fmt: skip
+
+
+def inverse_scale(largest):
+    """By what values are multiplied so that the largest of them becomes ``QUANT_MAX``."""
+    return jnp.where(largest > 0, QUANT_MAX / largest, 0.0)
+
+
+def integers(x, inverse) -> tuple:
+    """(q, high, low): x times ``inverse`` as an integer q = 128 * high + low, both parts int8."""
+    q = jnp.round(x * inverse).astype(jnp.int32)
+    high = (q + 64) >> 7
+    return q, high, q - (high << 7)
 
 
 def weight_kinds(formats: list) -> list:
@@ -269,6 +310,7 @@ class Step:
         self.wg = lax.axis_index("wg")
         self.col = config.columns()
         self.prim = {"emulate": config.emulate}
+        self.sorts = config.shares and config.tuning.sorted_experts
         # One block needs no grid barrier, and the interpreter has none.
         self.semaphore = pl.get_global(plgpu.SemaphoreType.REGULAR) if config.blocks > 1 else None
         self.state = refs["state"]
@@ -333,8 +375,8 @@ class Step:
 
     @jax.named_scope("wait")
     def wait(self, count) -> None:
-        """Waits until every block has signalled ``count`` times."""
-        prim.grid_wait(self.semaphore, count * self.c.blocks, self.r["barrier"], **self.prim)
+        """Waits until blocks have signalled ``count`` times in all."""
+        prim.grid_wait(self.semaphore, count, self.r["barrier"], **self.prim)
 
     def sync_block(self) -> None:
         prim.block_barrier(self.r["barrier"], **self.prim)
@@ -342,10 +384,13 @@ class Step:
     def sync_warpgroup(self) -> None:
         prim.warpgroup_barrier(**self.prim)
 
-    def total(self, x, layout, operation: str, site: str, b):
-        """The sum or maximum of all of x, in every lane; ``site`` is the place that asks, ``b`` its turn."""
-        scratch = self.r["reduce"].at[self.wg, REDUCE_SITES.index(site), b % 2]
-        return prim.warpgroup_reduce(x, layout, operation, scratch, **self.prim)
+    def totals(self, values: list, layout, operation: str, site: str, turn) -> list:
+        """The sum or maximum of all of each of at most ``TOGETHER`` arrays, in every lane.
+
+        One barrier serves them all. ``site`` is the place that asks, ``turn`` how often it did.
+        """
+        scratch = self.r["reduce"].at[self.wg, REDUCE_SITES.index(site), turn % 2]
+        return prim.warpgroup_reduce(values, layout, operation, scratch, **self.prim)
 
     def for_batch(self, body) -> None:
         prim.fori(self.c.batch, body)
@@ -380,44 +425,108 @@ class Step:
         return [plgpu.load(ref, layout=prim.SUBBLOCKS, optimized=False) for ref in refs]
 
     def for_normed(self, norms: list, parts: int, body) -> None:
-        """Runs ``body(b, chunks)`` with this warpgroup's chunks of the normed residual stream.
+        """Runs ``body(sequences, chunks)`` with this warpgroup's chunks of their normed residual streams.
 
-        Several sequences are loaded at a time: one after the other, each would wait for memory.
+        Several sequences are loaded and summed at a time: one after the other, each would wait for memory.
         """
+        together = TOGETHER if self.c.hidden // CHUNK <= 2 else 1
+        self.for_groups(together, lambda first, size: self.normed(first, size, norms, parts, body))
+
+    def normed(self, first, size: int, norms: list, parts: int, body) -> None:
+        """``for_normed`` for the ``size`` sequences from ``first`` on."""
         c = self.c
-        chunks = c.hidden // CHUNK
+        sequences = [first + i for i in range(size)]
+        chunks = range(c.hidden // CHUNK)
+        whole = [[self.residual(b, i, parts) for i in chunks] for b in sequences]
+        mine = [[self.residual(b, i, parts) for i in self.own_chunks] for b in sequences]
+        squares = [sum(v * v for v in x) for x in whole]
+        turn = first // size if size > 1 else first
+        squares = self.totals(squares, prim.SUBBLOCKS, "add", "norm", turn)
+        scales = [lax.rsqrt(total / c.hidden + c.eps) for total in squares]
+        normed = [
+            [v * scale * w for v, w in zip(own, norms, strict=True)]
+            for own, scale in zip(mine, scales, strict=True)
+        ]
+        body(sequences, normed)
 
-        def group(first, size):
-            sequences = [first + i for i in range(size)]
-            whole = [[self.residual(b, i, parts) for i in range(chunks)] for b in sequences]
-            mine = [[self.residual(b, i, parts) for i in self.own_chunks] for b in sequences]
-            for b, x, own in zip(sequences, whole, mine, strict=True):
-                squares = self.total(sum(v * v for v in x), prim.SUBBLOCKS, "add", "norm", b)
-                scale = lax.rsqrt(squares / c.hidden + c.eps)
-                body(b, [v * scale * w for v, w in zip(own, norms, strict=True)])
+    def quantized(self, name: str, b) -> list:
+        """Where sequence b's quantized activations are: words, scales, sums. "x": in shared memory."""
+        return [self.r[f"{name}_{part}"].at[b] for part in ("words", "scale", "sums")]
 
-        self.for_groups(4 if chunks <= 2 else 1, group)
-
-    def quantize(self, b, chunk, x) -> None:
-        """Quantizes 1,024 values in two int8 parts, one scale for 32, into shared memory."""
+    def quantize(self, b, chunk, x, into: str = "x") -> None:
+        """Quantizes 1,024 values in two int8 parts, one scale for 32."""
         largest = jnp.max(jnp.max(jnp.max(jnp.abs(x), axis=3), axis=2), axis=1)
-        inverse = jnp.where(largest > 0, QUANT_MAX / largest, 0.0)
+        inverse = inverse_scale(largest)
         spread = lax.broadcast_in_dim(inverse, x.shape, (0,))
-        q = jnp.round(x * plgpu.layout_cast(spread, prim.SUBBLOCKS)).astype(jnp.int32)
-        high = (q + 64) >> 7
-        low = q - (high << 7)
+        q, high, low = integers(x, plgpu.layout_cast(spread, prim.SUBBLOCKS))
         shift = plgpu.broadcasted_iota(jnp.int32, x.shape, 3, layout=prim.SUBBLOCKS) * 8
+        words, scale, sums = self.quantized(into, b)
         for part, value in enumerate((high, low)):
-            words = jnp.sum((value & 0xFF) << shift, axis=3)
-            prim.store_subblocks(self.r["x_words"].at[b, part], chunk, words, **self.prim)
-        scale = largest * (1.0 / QUANT_MAX)
-        prim.store_subblocks(self.r["x_scale"].at[b], chunk, scale, **self.prim)
-        sums = jnp.sum(jnp.sum(q, axis=3), axis=2)
-        prim.store_subblocks(self.r["x_sums"].at[b], chunk, sums, **self.prim)
+            packed = jnp.sum((value & 0xFF) << shift, axis=3)
+            prim.store_subblocks(words.at[part], chunk, packed, **self.prim)
+        prim.store_subblocks(scale, chunk, largest * (1.0 / QUANT_MAX), **self.prim)
+        prim.store_subblocks(sums, chunk, jnp.sum(jnp.sum(q, axis=3), axis=2), **self.prim)
 
-    def quantize_chunks(self, b, chunks: list) -> None:
-        for i, x in zip(self.own_chunks, chunks, strict=True):
-            self.quantize(b, i, x)
+    def quantize_chunks(self, sequences: list, chunks: list, into: str = "x") -> None:
+        for b, own in zip(sequences, chunks, strict=True):
+            for i, x in zip(self.own_chunks, own, strict=True):
+                self.quantize(b, i, x, into)
+
+    def quantize_lanes(self, x, layout, into: str, place, warps: int = 4) -> None:
+        """Quantizes 128 values, one a lane: a warp's 32 are a subblock.
+
+        Args:
+          place: ``place(warp)`` is that subblock's (sequence, index in its row).
+          warps: those of the first warps are stored.
+        """
+        largest = prim.warp_largest(jnp.abs(x), layout, **self.prim)
+        q, high, low = integers(x, inverse_scale(largest))
+        scale = largest * (1.0 / QUANT_MAX)
+        for warp in range(warps):
+            b, subblock = place(warp)
+            refs = self.quantized(into, b)
+            prim.store_lanes(refs, subblock, warp, [high, low], scale, q, layout, **self.prim)
+
+    def owner(self, b):
+        """The block that quantizes sequence b's activations for all."""
+        return b * max(self.c.blocks // self.c.batch, 1) % self.c.blocks
+
+    def share_normed(self, norm_ref, parts: int, count) -> None:
+        """The normed residual stream, quantized by the owners of sequences, with a signal for each."""
+        c = self.c
+
+        def one(b):
+            norms = self.norm_weights(norm_ref)
+            self.wait(count)
+            self.normed(b, 1, norms, parts, partial(self.quantize_chunks, into="hidden"))
+            self.signal()
+
+        if c.blocks < c.batch:
+            prim.fori(c.batch, one)
+            return
+        each = self.owner(1)
+
+        @pl.when((self.block % each == 0) & (self.block // each < c.batch))
+        def _():
+            one(self.block // each)
+
+    def fetch(self, name: str, first, superblocks: int) -> None:
+        """Begins to copy superblocks of all sequences' quantized activations to shared memory."""
+
+        def one(b):
+            here, there = self.quantized("x", b), self.quantized(name, b)
+            half = superblocks // WARPGROUPS
+            copies = [((self.wg, pl.ds(0, superblocks)), (self.wg, pl.ds(first, superblocks)))]
+            copies += [((pl.ds(self.wg * half, half),), (pl.ds(first + self.wg * half, half),))] * 2
+            for to, source, (i, j) in zip(here, there, copies, strict=True):
+                prim.copy_to_shared(to.at[i], source.at[j], **self.prim)
+
+        self.for_batch(one)
+
+    def fetched(self) -> None:
+        """Waits for what :meth:`fetch` copies, for both warpgroups."""
+        prim.wait_for_copies(**self.prim)
+        self.sync_block()
 
     def activations(self, b, superblock, *, shared: bool = False) -> Activations:
         """This lane's activations of four superblocks, or of one for all warps (``shared``)."""
@@ -432,6 +541,20 @@ class Step:
             sums=[[load(sums.at[b, at, :, s, h], value) for h in range(2)] for s in range(2)],
             dimensions=(2,) if shared else (0, 2),
         )
+
+    def normed_activations(self, norm_ref, count) -> None:
+        """Waits for the last layer, and has its normed output quantized in shared memory."""
+        c = self.c
+        if c.shares:
+            self.share_normed(norm_ref, c.down_parts, count)
+            self.wait(count + c.batch)
+            self.fetch("hidden", 0, c.hidden // SUPERBLOCK)
+            self.fetched()
+        else:
+            norms = self.norm_weights(norm_ref)
+            self.wait(count)
+            self.for_normed(norms, c.down_parts, self.quantize_chunks)
+            self.sync_warpgroup()
 
     # Dense projections
 
@@ -510,10 +633,7 @@ class Step:
         mixed_ahead = (
             [self.load_mixed(w, slot, counts, offsets) for slot in mixed] if len(mixed) <= 2 else None
         )
-        norms = self.norm_weights(self.r["input_norm"].at[layer])
-        self.wait(count)
-        self.for_normed(norms, c.down_parts, self.quantize_chunks)
-        self.sync_warpgroup()
+        self.normed_activations(self.r["input_norm"].at[layer], count)
         x = self.own_activations(steps)
         if steps == 1 and items == len(ahead):  # all tiles are in registers and share their activations
             self.multiply_into_sums(first, ahead, range(items), 0, x)
@@ -582,8 +702,13 @@ class Step:
 
         return [(kinds, choose(0, step)) for step in range(c.hidden // STEP)]
 
-    def dense(self, fmt, stack, offset, tiles: int, steps: int, count, prepare, store, *, group: int) -> None:
-        """A projection whose matrix has one type: ``store(b, chunk)`` takes the finished rows."""
+    def dense(self, fmt, stack, offset, tiles: int, steps: int, prepare, store, *, group: int) -> None:
+        """A projection whose matrix has one type.
+
+        Args:
+          prepare: waits for the activations, and leaves them in shared memory.
+          store: ``store(b, chunk)`` takes the finished rows.
+        """
         c = self.c
         slots = ceil_div(tiles, c.blocks)
 
@@ -598,9 +723,7 @@ class Step:
             return fmt.load(stack, (offset + tile, self.mine(i % steps)))
 
         ahead = tuple(load(i) for i in range(divisor(items, group)))
-        self.wait(count)
         prepare()
-        self.sync_warpgroup()
         x = self.own_activations(steps)
 
         together = 2 if steps == 1 and len(ahead) % 2 == 0 else 1
@@ -633,11 +756,22 @@ class Step:
 
     # Attention
 
-    def splits_of(self, b):
-        """(tiles of earlier tokens, tiles a split, splits) of sequence b: functions of its length alone."""
-        tiles = (self.position(b) + KV_TILE - 1) // KV_TILE
-        each = jnp.where(tiles <= 2, 2, (tiles + self.c.splits - 1) // self.c.splits)
-        return tiles, each, jnp.maximum((tiles + each - 1) // each, 1)
+    def plan_splits(self) -> None:
+        """(tiles of earlier tokens, tiles a split, splits) of every sequence, by its length alone."""
+
+        def one(b):
+            tiles = (self.position(b) + KV_TILE - 1) // KV_TILE
+            each = jnp.where(tiles <= 2, 2, (tiles + self.c.splits - 1) // self.c.splits)
+            splits = jnp.maximum((tiles + each - 1) // each, 1)
+            for i, value in enumerate((tiles, each, splits)):
+                self.r["plan"][b, i] = value
+
+        pl.when(self.wg == 0)(lambda: self.for_batch(one))
+        self.sync_block()
+
+    def splits_of(self, b) -> list:
+        """What :meth:`plan_splits` found for sequence b."""
+        return [self.r["plan"][b, i] for i in range(3)]
 
     @jax.named_scope("attention")
     def attention(self, layer, count) -> None:
@@ -795,6 +929,14 @@ class Step:
         @pl.when(splits == 1)
         def _():
             prim.store_first_rows(self.r["attention"].at[b, pl.ds(head * rep, rep)], out, **self.prim)
+            if c.shares:
+                self.sync_warpgroup()
+                shape = (c.batch, c.heads * c.head_dim // 32, 2, 4, 4)
+                source = prim.View(self.r["attention"], shape, leading=1, **self.prim)
+                for i in range(rep * c.head_dim // CHUNK):
+                    chunk = head * (rep * c.head_dim // CHUNK) + i
+                    x = source.load((b, pl.ds(chunk * 32, 32)), prim.SUBBLOCKS)
+                    self.quantize(b, chunk, x, "attended")
 
         @pl.when(splits > 1)
         def _():
@@ -825,9 +967,9 @@ class Step:
                 total = load(self.r["part_stats"].at[b, group, 1, row])
                 used = plgpu.broadcasted_iota(jnp.int32, (MAX_SPLITS,), 0, layout=layout) < splits
                 largest = jnp.where(used, largest, -1e30)
-                shift = self.total(largest, layout, "max", "split_largest", i)
+                (shift,) = self.totals([largest], layout, "max", "split_largest", i)
                 weight = jnp.where(used, total * jnp.exp2(largest - shift), 0.0)
-                total = self.total(weight, layout, "add", "split_sum", i)
+                (total,) = self.totals([weight], layout, "add", "split_sum", i)
                 self.r["split_weight"][self.wg] = weight / total
                 self.sync_warpgroup()
 
@@ -836,7 +978,10 @@ class Step:
                     return acc + value * self.r["split_weight"][self.wg, split]
 
                 out = lax.fori_loop(0, splits, add, prim.full((128,), 0.0, jnp.float32, layout))
-                self.r["attention"][b, head] = out
+                if c.shares:
+                    self.quantize_lanes(out, layout, "attended", lambda warp: (b, head * 4 + warp))
+                else:
+                    self.r["attention"][b, head] = out
                 self.sync_warpgroup()
 
         prim.fori(ceil_div(c.batch * c.heads, workers), one)
@@ -854,15 +999,18 @@ class Step:
         before = []
 
         def prepare():
-            def group(first, size):
-                chunks = [(first + i, 2 * step + self.wg) for i in range(size) for step in range(steps)]
-                loaded = [source.load((b, pl.ds(chunk * 32, 32)), prim.SUBBLOCKS) for b, chunk in chunks]
-                for (b, chunk), x in zip(chunks, loaded, strict=True):
-                    self.quantize(b, chunk, x)
-
+            self.wait(count)
+            if c.shares:
+                self.fetch("attended", 0, width // SUPERBLOCK)
+                self.fetched()
+                return
+            chunks = [2 * step + self.wg for step in range(steps)]
+            loaded = [source.load((0, pl.ds(chunk * 32, 32)), prim.SUBBLOCKS) for chunk in chunks]
             if early:
                 before.append(residual_rows(0, 0))
-            self.for_groups(4 if steps <= 2 else 1, group)
+            for chunk, x in zip(chunks, loaded, strict=True):
+                self.quantize(0, chunk, x)
+            self.sync_warpgroup()
 
         def residual_rows(b, chunk):
             at = (b, pl.ds(chunk * SLOTS, SLOTS), self.block)
@@ -878,7 +1026,7 @@ class Step:
             fmt = TILE_FORMATS[c.o_types[i]]
             stack = self.r["weights"]["o"][i]
             offset = self.table(layer, "o_offset")
-            self.dense(fmt, stack, offset, tiles, steps, count, prepare, store, group=4)
+            self.dense(fmt, stack, offset, tiles, steps, prepare, store, group=4)
 
         self.one_type(c.o_types, self.table(layer, "o_type"), run)
         self.signal(by_first=c.batch == 1)
@@ -896,29 +1044,35 @@ class Step:
         self.wait(count)
         kept = []
 
-        def one(b, x):
+        def group(sequences, x):
+            turn = sequences[0] // len(sequences) * rounds
+
             def expert_round(i):
                 row = rows[i] if rows else self.router_row(layer, own(i))
-                product = sum(v * r for v, r in zip(x, row, strict=True))
-                total = self.total(product, prim.SUBBLOCKS, "add", "router", b * rounds + i)
-                self.r["router_logits"][self.wg, b, own(i)] = total
+                products = [sum(v * r for v, r in zip(chunks, row, strict=True)) for chunks in x]
+                products = self.totals(products, prim.SUBBLOCKS, "add", "router", turn + i)
+                for b, total in zip(sequences, products, strict=True):
+                    self.r["router_logits"][self.wg, b, own(i)] = total
 
             if rows:
                 for i in range(rounds):
                     expert_round(i)
             else:
                 prim.fori(rounds, expert_round)
-            if c.batch == 1:
-                kept.append(x)
-            else:
-                self.quantize_chunks(b, x)
+            if not c.shares:
+                kept.append((sequences, x))
+                return
+            for b, chunks in zip(sequences, x, strict=True):
+                pl.when(self.block == self.owner(b))(
+                    partial(self.quantize_chunks, [b], [chunks], into="hidden")
+                )
 
-        self.for_normed(norms, 0, one)
+        self.for_normed(norms, 0, group)
         if c.tuning.prefetch_qkv:
             self.prefetch_qkv(jnp.minimum(layer + 1, c.layers - 1))
         self.signal()
-        for x in kept:  # nobody waits for this
-            self.quantize_chunks(0, x)
+        for sequences, x in kept:  # no other block waits for this
+            self.quantize_chunks(sequences, x)
 
     def prefetch_qkv(self, layer) -> None:
         """Asks for this block's part of a layer's q, k and v in the L2 cache."""
@@ -969,6 +1123,24 @@ class Step:
                 self.for_batch(lambda b: self.replay(layer, b))
 
             self.sync_block()
+        if self.sorts:
+            self.sort_pairs()
+
+    def sort_pairs(self) -> None:
+        """Orders of pairs b * X + k: by expert, and for each warpgroup's part of down by expert."""
+        own = self.c.experts_per_token // self.c.down_parts // WARPGROUPS
+        for i, size in enumerate((self.c.experts_per_token, own)):
+
+            @pl.when(self.wg == i)
+            def _(i=i, size=size):
+                prim.sort_pairs(self.r["ids"], self.r["order"].at[i], self.c.batch, size, **self.prim)
+
+        self.sync_block()
+
+    def pair_at(self, which: int, place) -> tuple:
+        """(sequence, which of its experts) at a place of an order: 0 all pairs, 1 those of down."""
+        pair = self.r["order"][which, place]
+        return pair // self.c.experts_per_token, pair % self.c.experts_per_token
 
     def replay(self, layer, b) -> None:
         """Overwrites the choice for sequence b by the given experts."""
@@ -988,7 +1160,10 @@ class Step:
         """The choice of experts, and SwiGLU of every chosen one."""
         c = self.c
         self.wait(count)
-        self.choose(layer)
+        if c.shares:
+            self.fetch("hidden", 0, c.hidden // SUPERBLOCK)
+            prim.wait_for_copies(**self.prim)
+        self.choose(layer)  # ends with both warpgroups together
         selector = self.table(layer, "gate_up_type")
         self.one_type(c.gate_up_types, selector, lambda i: self.gate_up_type(layer, i))
         self.signal(by_first=True)
@@ -1010,16 +1185,24 @@ class Step:
         items = c.pairs * per_expert
         _, used, chunks = expert_slots(c)
         steps = c.hidden // STEP
-        alone = c.batch == 1
         x = self.own_activations(steps)
+        subblocks = c.moe_width // 32
+
+        def group_at(group):
+            """(sequence, which of its experts, subblock of its width) of a block's groups of four tiles."""
+            group = jnp.minimum(group * c.blocks + self.block, c.pairs * subblocks - 1)
+            pair, subblock = group // subblocks, group % subblocks
+            if self.sorts:
+                return *self.pair_at(0, pair), subblock
+            return pair // c.experts_per_token, pair % c.experts_per_token, subblock
 
         def item_at(slot):
             """(sequence, which of its experts, tile)."""
+            if c.shares:
+                b, k, subblock = group_at(slot // GROUP)
+                return b, k, subblock * GROUP + slot % GROUP
             item = jnp.minimum(slot * c.blocks + self.block, items - 1)
-            pair, tile = item // per_expert, item % per_expert
-            if alone:
-                return 0, pair, tile
-            return pair // c.experts_per_token, pair % c.experts_per_token, tile
+            return 0, item // per_expert, item % per_expert
 
         def load(slot):
             b, k, tile = item_at(slot)
@@ -1030,18 +1213,21 @@ class Step:
             b, _, _ = item_at(slot)
             for step in range(steps):
                 here = x or self.activations(b, step * 8 + self.wg * 4)
-                for which, value in enumerate(fmt.multiply(tiles[step], here, **self.prim)):
-                    self.store_sums(which, place, step, value)
+                for i, pair in enumerate(tiles):
+                    for which, value in enumerate(fmt.multiply(pair[step], here, **self.prim)):
+                        self.store_sums(which, place + i, step, value)
 
         depth = divisor(used, 3) if steps == 1 else 1
+        together = 2 if c.shares and depth == 2 else 1
 
         def chunk(i, carry):
             first = i * used
             carry = self.stream(
                 used,
                 lambda place: load(first + place),
-                lambda place, tiles: multiply(first + place, place, tiles[0]),
+                lambda place, tiles: multiply(first + place, place, tiles),
                 carry,
+                together=together,
             )
             self.sync_block()
 
@@ -1049,7 +1235,15 @@ class Step:
             def _():
                 gate, up = self.result_rows(0, steps), self.result_rows(1, steps)
                 value = gate / (1.0 + jnp.exp2(gate * -LOG2E)) * up
-                self.r["swiglu"][pl.ds(i * used, SLOTS), self.block] = value
+                if not c.shares:
+                    self.r["swiglu"][pl.ds(i * used, SLOTS), self.block] = value
+                    return
+
+                def place(warp):
+                    b, k, subblock = group_at(i * (used // GROUP) + warp)
+                    return b, k * subblocks + subblock
+
+                self.quantize_lanes(value, prim.OUTPUT_ROWS, "swiglu", place, used // GROUP)
 
             if chunks > 1:
                 self.sync_block()
@@ -1077,10 +1271,6 @@ class Step:
         superblocks = c.moe_width // SUPERBLOCK
         tiles = c.hidden // 32
         mine = per_part // WARPGROUPS
-        chunks = ceil_div(per_part * c.moe_width, CHUNK)
-        swiglu = self.r["swiglu"]
-        size = swiglu.shape[0] * swiglu.shape[1] * 8
-        source = prim.View(swiglu, (size // 32, 2, 4, 4), leading=0, **self.prim)
 
         def place(i):
             item = i * c.blocks + self.block
@@ -1090,17 +1280,23 @@ class Step:
         items = c.batch * mine * superblocks
         depth = items if items <= 6 else divisor(items, 4)
 
-        def load(i, tile, part):
-            """Item i counts superblocks first, then this warpgroup's experts, then sequences."""
-            i = jnp.minimum(i, items - 1)
+        def pair_of(i, part):
+            """Item i counts superblocks first, then pairs: (sequence, which of its experts)."""
             step = i // superblocks
-            k = part * per_part + self.wg * mine + step % mine
-            first = offset + self.r["ids"][step // mine, k] * (c.hidden // 8) + tile * 4
+            if self.sorts:
+                return self.pair_at(1, (part * WARPGROUPS + self.wg) * c.batch * mine + step)
+            return step // mine, part * per_part + self.wg * mine + step % mine
+
+        def load(i, tile, part):
+            i = jnp.minimum(i, items - 1)
+            b, k = pair_of(i, part)
+            first = offset + self.r["ids"][b, k] * (c.hidden // 8) + tile * 4
             return fmt.load(stack, (pl.ds(first, 4), i % superblocks))
 
-        def multiply(i, tiles):
-            step, s = i // superblocks, i % superblocks
-            b, k = step // mine, self.wg * mine + step % mine
+        def multiply(i, tiles, part):
+            s = i % superblocks
+            b, k = pair_of(i, part)
+            k = k - part * per_part
             x = self.activations(b, k * superblocks + s, shared=True)
             (value,) = fmt.multiply(tiles, x, **self.prim)
             rows = jnp.sum(value, axis=2)
@@ -1115,24 +1311,19 @@ class Step:
         def one_place(i):
             tile, part = (last, place(0)[1]) if early else place(i)
 
-            def prepare(first, size):
-                mine = [(first + b, n) for b in range(size) for n in range(ceil_div(chunks, WARPGROUPS))]
-                loaded = []
-                for b, n in mine:
-                    chunk = jnp.minimum(n * WARPGROUPS + self.wg, chunks - 1)
-                    start = (b * c.experts_per_token + part * per_part) * c.moe_width // 32 + chunk * 32
-                    loaded.append(source.load((pl.ds(start, 32),), prim.SUBBLOCKS))
-                for (b, n), x in zip(mine, loaded, strict=True):
-                    chunk = n * WARPGROUPS + self.wg
-
-                    @pl.when(chunk < chunks)
-                    def _(b=b, chunk=chunk, x=x):
-                        self.quantize(b, chunk, x)
-
-            self.for_groups(2, prepare)
-            self.sync_block()
+            if c.shares:
+                self.fetch("swiglu", part * per_part * superblocks, per_part * superblocks)
+                self.fetched()
+            else:
+                self.quantize_swiglu(part, per_part)
+                self.sync_block()
             first = ahead or [load(i, tile, part) for i in range(depth)]
-            self.stream(items, lambda i: load(i, tile, part), multiply, tuple(first))
+            self.stream(
+                items,
+                lambda i: load(i, tile, part),
+                lambda i, tiles: multiply(i, tiles, part),
+                tuple(first),
+            )
             self.sync_block()
 
             def store(b):
@@ -1158,21 +1349,32 @@ class Step:
 
         prim.fori(rounds, guarded)
 
+    def quantize_swiglu(self, part, per_part: int) -> None:
+        """One sequence's SwiGLU of a part of its experts, into shared memory."""
+        c = self.c
+        swiglu = self.r["swiglu"]
+        size = swiglu.shape[0] * swiglu.shape[1] * 8
+        source = prim.View(swiglu, (size // 32, 2, 4, 4), leading=0, **self.prim)
+        chunks = ceil_div(per_part * c.moe_width, CHUNK)
+        own = [n * WARPGROUPS + self.wg for n in range(ceil_div(chunks, WARPGROUPS))]
+        starts = [part * per_part * c.moe_width // 32 + jnp.minimum(n, chunks - 1) * 32 for n in own]
+        loaded = [source.load((pl.ds(start, 32),), prim.SUBBLOCKS) for start in starts]
+        for n, x in zip(own, loaded, strict=True):
+            pl.when(n < chunks)(partial(self.quantize, 0, n, x))
+
     @jax.named_scope("logits")
     def logits(self, count) -> None:
         c = self.c
 
-        norms = self.norm_weights(self.r["final_norm"])
-
         def prepare():
-            self.for_normed(norms, c.down_parts, self.quantize_chunks)
+            self.normed_activations(self.r["final_norm"], count)
 
         def store(b, chunk):
             rows = self.result_rows(b, c.hidden // STEP)
             self.r["logits"][b, pl.ds(chunk * SLOTS, SLOTS), self.block] = rows
 
         fmt, stack = TILE_FORMATS[c.lm_head_type], self.r["weights"]["lm_head"][0]
-        self.dense(fmt, stack, 0, c.vocab // 8, c.hidden // STEP, count, prepare, store, group=4)
+        self.dense(fmt, stack, 0, c.vocab // 8, c.hidden // STEP, prepare, store, group=4)
 
     def run(self) -> None:
         c = self.c
@@ -1194,24 +1396,29 @@ class Step:
 
     def token(self) -> None:
         c = self.c
+        self.plan_splits()
         split = jnp.int32(0)
         for b in range(c.batch):
             split = jnp.where(self.splits_of(b)[2] > 1, 1, split)
 
+        blocks, own = c.blocks, c.batch if c.shares else 0  # signals of a phase, and of owners of sequences
+
         def layer(i, count):
             self.qkv(i, count)
-            self.attention(i, count + 1)
+            count = count + own + blocks
+            self.attention(i, count)
+            count = count + blocks
 
             @pl.when(split > 0)
             def _():
-                self.combine(count + 2)
+                self.combine(count)
 
-            count = count + split
-            self.output_projection(i, count + 2)
-            self.router(i, count + 3)
-            self.gate_up(i, count + 4)
-            self.down(i, count + 5)
-            return count + 6
+            count = count + split * blocks
+            self.output_projection(i, count)
+            self.router(i, count + blocks)
+            self.gate_up(i, count + 2 * blocks)
+            self.down(i, count + 3 * blocks)
+            return count + 4 * blocks
 
         count = lax.fori_loop(0, c.layers, layer, jnp.int32(0))
         self.logits(count)
@@ -1220,7 +1427,7 @@ class Step:
 
             @pl.when((self.block == 0) & (self.wg == 0))
             def _():
-                target = (count + 1) * c.blocks
+                target = count + own + blocks
                 plgpu.semaphore_wait(self.semaphore, target, memory_scope="gpu")  # leaves zero behind
 
 
