@@ -64,10 +64,12 @@ class Tuning:
     Attributes:
       sorted_experts: a batch takes its pairs of a sequence and an expert by expert, so that what several
         sequences chose comes from memory once.
+      gate_up_ahead: tiles of gate and up that a batch has in registers or on their way.
       prefetch_qkv: from the router on, the next layer's q, k and v are brought into the L2 cache.
     """
 
     sorted_experts: bool = True
+    gate_up_ahead: int = 4
     prefetch_qkv: bool = False
 
 
@@ -542,16 +544,18 @@ class Step:
             dimensions=(2,) if shared else (0, 2),
         )
 
-    def normed_activations(self, norm_ref, count) -> None:
-        """Waits for the last layer, and has its normed output quantized in shared memory."""
+    def normed_activations(self, norms: list, count) -> None:
+        """Has the last layer's output, normed and quantized, in shared memory.
+
+        Where activations are shared, ``share_normed`` was called before weights were asked for: the
+        owners' registers are free then, and the others wait for them anyway.
+        """
         c = self.c
         if c.shares:
-            self.share_normed(norm_ref, c.down_parts, count)
             self.wait(count + c.batch)
             self.fetch("hidden", 0, c.hidden // SUPERBLOCK)
             self.fetched()
         else:
-            norms = self.norm_weights(norm_ref)
             self.wait(count)
             self.for_normed(norms, c.down_parts, self.quantize_chunks)
             self.sync_warpgroup()
@@ -622,6 +626,9 @@ class Step:
         counts = [self.table(layer, f"qkv_count{i}") for i in range(len(c.qkv_types))]
         offsets = [self.table(layer, f"qkv_offset{i}") for i in range(len(c.qkv_types))]
         first = TILE_FORMATS[c.qkv_types[0]]
+        norm_ref = self.r["input_norm"].at[layer]
+        if c.shares:
+            self.share_normed(norm_ref, c.down_parts, count)
 
         def load(i):
             tile = offsets[0] + i // steps * c.blocks + self.block
@@ -633,7 +640,7 @@ class Step:
         mixed_ahead = (
             [self.load_mixed(w, slot, counts, offsets) for slot in mixed] if len(mixed) <= 2 else None
         )
-        self.normed_activations(self.r["input_norm"].at[layer], count)
+        self.normed_activations([] if c.shares else self.norm_weights(norm_ref), count)
         x = self.own_activations(steps)
         if steps == 1 and items == len(ahead):  # all tiles are in registers and share their activations
             self.multiply_into_sums(first, ahead, range(items), 0, x)
@@ -1217,8 +1224,8 @@ class Step:
                     for which, value in enumerate(fmt.multiply(pair[step], here, **self.prim)):
                         self.store_sums(which, place + i, step, value)
 
-        depth = divisor(used, 3) if steps == 1 else 1
-        together = 2 if c.shares and depth == 2 else 1
+        depth = divisor(used, c.tuning.gate_up_ahead if c.shares else 3) if steps == 1 else 1
+        together = 2 if depth == 4 else 1  # neighbouring tiles of an expert share their activations
 
         def chunk(i, carry):
             first = i * used
@@ -1366,8 +1373,12 @@ class Step:
     def logits(self, count) -> None:
         c = self.c
 
+        if c.shares:
+            self.share_normed(self.r["final_norm"], c.down_parts, count)
+        norms = [] if c.shares else self.norm_weights(self.r["final_norm"])
+
         def prepare():
-            self.normed_activations(self.r["final_norm"], count)
+            self.normed_activations(norms, count)
 
         def store(b, chunk):
             rows = self.result_rows(b, c.hidden // STEP)
