@@ -362,53 +362,6 @@ def warpgroup_reduce(arrays: list, layout, operation: str, scratch, *, emulate: 
     return reduce(arrays, scratch)
 
 
-def sort_pairs(ids, order, sequences: int, group: int, *, emulate: bool) -> None:
-    """Orders pairs b * X + k of sequences and their experts; run by a whole warpgroup.
-
-    Args:
-      ids: int32 [at least sequences, X], the experts, in shared memory, contiguous; sequences * X <= 128.
-      order: int32 [at least sequences * X] in shared memory. Its first sequences * X become the
-        pairs: those with the least k // group first, of these those with the least expert, then by number.
-    """
-    experts = ids.shape[1]
-    pairs = sequences * experts
-    # Experts are numbered below 2**16: groups come first, then experts, then numbers of pairs.
-    base = lambda pair: ((pair % experts // group) << 23) + pair
-    if emulate:
-        keys = ids[...].reshape(-1)[:pairs] * WARPGROUP + base(jnp.arange(pairs, dtype=jnp.int32))
-        order[pl.ds(0, pairs)] = jnp.argsort(keys).astype(jnp.int32)
-        return
-
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType()))
-    def sort(ctx, ids, order):
-        del ctx
-        from jaxlib.mlir import ir
-        from jaxlib.mlir.dialects import arith, llvm, scf
-
-        i32 = ir.IntegerType.get_signless(32)
-        const = lambda v: arith.constant(i32, int(v))
-        vector = ir.VectorType.get((4,), i32)
-        below = lambda a, b: arith.cmpi(arith.CmpIPredicate.ult, a, b)
-        source, to = mgpu.utils.memref_ptr(ids), mgpu.utils.memref_ptr(order)
-        thread = arith.remui(mgpu.utils.thread_idx(), const(WARPGROUP))
-        branch = scf.IfOp(below(thread, const(pairs)))
-        with ir.InsertionPoint(branch.then_block):
-            key = lambda expert, base: arith.addi(arith.muli(expert, const(WARPGROUP)), base)
-            mine = llvm.load(i32, mgpu.utils.getelementptr(source, [thread], i32))
-            own = arith.divui(arith.remui(thread, const(experts)), const(group))
-            own = key(mine, arith.addi(arith.shli(own, const(23)), thread))
-            rank = const(0)
-            for first in range(0, pairs, 4):
-                four = llvm.load(vector, mgpu.utils.getelementptr(source, [const(first)], i32), alignment=16)
-                for i in range(4):
-                    other = key(llvm.extractelement(four, const(i)), const(base(first + i)))
-                    rank = arith.addi(rank, arith.extui(i32, below(other, own)))
-            llvm.store(thread, mgpu.utils.getelementptr(to, [rank], i32))
-            scf.yield_([])
-
-    sort(ids, order)
-
-
 def store_first_rows(ref, values, *, emulate: bool) -> None:
     """Stores the first 8 (or 16) of 64 rows of a wgmma result.
 
@@ -446,34 +399,6 @@ def store_first_rows(ref, values, *, emulate: bool) -> None:
             scf.yield_([])
 
     store(ref, values)
-
-
-def prefetch(ref, count, *, emulate: bool) -> None:
-    """Asks for ``count`` slices from the one that ``ref`` addresses on to be brought into the L2 cache.
-
-    Args:
-      ref: one slice along the first axis of a contiguous array in global memory, of a multiple of 16 bytes.
-      count: int32 scalar, at least 1.
-    """
-    if emulate:
-        return
-    nbytes = int(np.prod(ref.shape)) * np.dtype(ref.dtype).itemsize
-
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WG_SPLAT(())))
-    def bring(ctx, ref, count):
-        del ctx
-        from jaxlib.mlir import ir
-        from jaxlib.mlir.dialects import arith
-
-        i32 = ir.IntegerType.get_signless(32)
-        size = arith.muli(count.registers.item(), arith.constant(i32, nbytes))
-        one = mgpu.utils.single_thread_predicate(mgpu.utils.ThreadSubset.WARPGROUP)
-        mgpu.utils.inline_ptx(
-            "@$2 cp.async.bulk.prefetch.L2.global [$0], $1;",
-            mgpu.utils.memref_ptr(ref), size, one, has_side_effects=True,
-        )  # fmt: skip
-
-    bring(ref, count)
 
 
 def matmul(a, ref, columns: int, *, transposed: bool, emulate: bool):

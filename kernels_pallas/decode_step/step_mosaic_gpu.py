@@ -62,15 +62,11 @@ class Tuning:
     """Ways to the same bits, to be timed against each other on a GPU (``docs/decode_gpu.md``).
 
     Attributes:
-      sorted_experts: a batch takes its pairs of a sequence and an expert by expert, so that what several
-        sequences chose comes from memory once.
-      gate_up_ahead: tiles of gate and up that a batch has in registers or on their way.
-      prefetch_qkv: from the router on, the next layer's q, k and v are brought into the L2 cache.
+      wide_down: in batches a block multiplies 64 rows of down for half of the sequences, not 32 for all:
+        two tiles fill a tensor-core product, and one reading of the activations serves both.
     """
 
-    sorted_experts: bool = True
-    gate_up_ahead: int = 4
-    prefetch_qkv: bool = False
+    wide_down: bool = False
 
 
 MEASURED = Tuning()
@@ -232,7 +228,6 @@ def scratch_types(c: StepConfig) -> dict[str, Any]:
         **{f"x_{k}": plgpu.SMEM(v.shape, v.dtype) for k, v in quantized_types(c.batch, superblocks).items()},
         "zeros": plgpu.SMEM((16,), jnp.int32),
         "plan": plgpu.SMEM((c.padded_batch, 4), jnp.int32),
-        "order": plgpu.SMEM((2, c.padded_batch * c.experts_per_token), jnp.int32),
         "ids": plgpu.SMEM(tables, jnp.int32),
         "routing": plgpu.SMEM(tables, jnp.float32),
         "either": plgpu.RefUnion(
@@ -312,7 +307,6 @@ class Step:
         self.wg = lax.axis_index("wg")
         self.col = config.columns()
         self.prim = {"emulate": config.emulate}
-        self.sorts = config.shares and config.tuning.sorted_experts
         # One block needs no grid barrier, and the interpreter has none.
         self.semaphore = pl.get_global(plgpu.SemaphoreType.REGULAR) if config.blocks > 1 else None
         self.state = refs["state"]
@@ -512,18 +506,23 @@ class Step:
         def _():
             one(self.block // each)
 
-    def fetch(self, name: str, first, superblocks: int) -> None:
-        """Begins to copy superblocks of all sequences' quantized activations to shared memory."""
+    def fetch(self, name: str, first, superblocks: int, sequences: int = 0, sequence=lambda i: i) -> None:
+        """Begins to copy superblocks of sequences' quantized activations to shared memory.
 
-        def one(b):
+        Args:
+          sequences: how many, 0 for all; ``sequence(i)`` is the number of the i-th.
+        """
+
+        def one(i):
+            b = sequence(i)
             here, there = self.quantized("x", b), self.quantized(name, b)
             half = superblocks // WARPGROUPS
             copies = [((self.wg, pl.ds(0, superblocks)), (self.wg, pl.ds(first, superblocks)))]
             copies += [((pl.ds(self.wg * half, half),), (pl.ds(first + self.wg * half, half),))] * 2
-            for to, source, (i, j) in zip(here, there, copies, strict=True):
-                prim.copy_to_shared(to.at[i], source.at[j], **self.prim)
+            for to, source, (at, begin) in zip(here, there, copies, strict=True):
+                prim.copy_to_shared(to.at[at], source.at[begin], **self.prim)
 
-        self.for_batch(one)
+        prim.fori(sequences or self.c.batch, one)
 
     def fetched(self) -> None:
         """Waits for what :meth:`fetch` copies, for both warpgroups."""
@@ -1075,25 +1074,9 @@ class Step:
                 )
 
         self.for_normed(norms, 0, group)
-        if c.tuning.prefetch_qkv:
-            self.prefetch_qkv(jnp.minimum(layer + 1, c.layers - 1))
         self.signal()
         for sequences, x in kept:  # no other block waits for this
             self.quantize_chunks(sequences, x)
-
-    def prefetch_qkv(self, layer) -> None:
-        """Asks for this block's part of a layer's q, k and v in the L2 cache."""
-        c = self.c
-        for i, stack in enumerate(self.r["weights"]["qkv"]):
-            count, offset = self.table(layer, f"qkv_count{i}"), self.table(layer, f"qkv_offset{i}")
-            each = (count + c.blocks - 1) // c.blocks
-            first = jnp.minimum(self.block * each, count)
-            tiles = jnp.minimum(each, count - first)
-
-            @pl.when((self.wg == 1) & (tiles > 0))
-            def _(stack=stack, offset=offset, first=first, tiles=tiles):
-                for array in stack.values():
-                    prim.prefetch(array.at[offset + first], tiles, **self.prim)
 
     def router_row(self, layer, expert) -> list:
         refs = [self.r["router"].at[layer, expert, pl.ds(i * 32, 32)] for i in self.own_chunks]
@@ -1130,24 +1113,6 @@ class Step:
                 self.for_batch(lambda b: self.replay(layer, b))
 
             self.sync_block()
-        if self.sorts:
-            self.sort_pairs()
-
-    def sort_pairs(self) -> None:
-        """Orders of pairs b * X + k: by expert, and for each warpgroup's part of down by expert."""
-        own = self.c.experts_per_token // self.c.down_parts // WARPGROUPS
-        for i, size in enumerate((self.c.experts_per_token, own)):
-
-            @pl.when(self.wg == i)
-            def _(i=i, size=size):
-                prim.sort_pairs(self.r["ids"], self.r["order"].at[i], self.c.batch, size, **self.prim)
-
-        self.sync_block()
-
-    def pair_at(self, which: int, place) -> tuple:
-        """(sequence, which of its experts) at a place of an order: 0 all pairs, 1 those of down."""
-        pair = self.r["order"][which, place]
-        return pair // self.c.experts_per_token, pair % self.c.experts_per_token
 
     def replay(self, layer, b) -> None:
         """Overwrites the choice for sequence b by the given experts."""
@@ -1199,8 +1164,6 @@ class Step:
             """(sequence, which of its experts, subblock of its width) of a block's groups of four tiles."""
             group = jnp.minimum(group * c.blocks + self.block, c.pairs * subblocks - 1)
             pair, subblock = group // subblocks, group % subblocks
-            if self.sorts:
-                return *self.pair_at(0, pair), subblock
             return pair // c.experts_per_token, pair % c.experts_per_token, subblock
 
         def item_at(slot):
@@ -1224,7 +1187,7 @@ class Step:
                     for which, value in enumerate(fmt.multiply(pair[step], here, **self.prim)):
                         self.store_sums(which, place + i, step, value)
 
-        depth = divisor(used, c.tuning.gate_up_ahead if c.shares else 3) if steps == 1 else 1
+        depth = divisor(used, 4 if c.shares else 3) if steps == 1 else 1
         together = 2 if depth == 4 else 1  # neighbouring tiles of an expert share their activations
 
         def chunk(i, carry):
@@ -1269,82 +1232,88 @@ class Step:
         self.signal(by_first=self.c.batch == 1)
 
     def down_type(self, layer, count, type_index: int) -> None:
-        """Block (tile of 32 rows, part): that part of each token's experts, summed in top-k order."""
+        """Block (tiles of 32 rows, part): that part of each token's experts, summed in top-k order."""
         c = self.c
         fmt = TILE_FORMATS[c.down_types[type_index]]
         stack = self.r["weights"]["down"][type_index]
         offset = self.table(layer, "down_offset")
         per_part = c.experts_per_token // c.down_parts
         superblocks = c.moe_width // SUPERBLOCK
-        tiles = c.hidden // 32
         mine = per_part // WARPGROUPS
+        # ``wide`` tiles of 32 rows for a share of the sequences: as many blocks as one tile for all.
+        wide = 2 if c.shares and c.tuning.wide_down else 1
+        sequences = ceil_div(c.batch, wide)
+        tiles = c.hidden // (32 * wide)
+        rounds = ceil_div(tiles * c.down_parts * wide, c.blocks)
+        items = sequences * mine * superblocks
+        depth = items if items <= 6 else divisor(items, 4 if wide == 1 else 3)
 
         def place(i):
+            """(tile, part, the share of the sequences) of a block's round."""
             item = i * c.blocks + self.block
-            return item // c.down_parts, item % c.down_parts
+            return item // (c.down_parts * wide), item // wide % c.down_parts, item % wide
 
-        rounds = ceil_div(tiles * c.down_parts, c.blocks)
-        items = c.batch * mine * superblocks
-        depth = items if items <= 6 else divisor(items, 4)
+        def sequence(i, share):
+            """The last share may have a sequence less: it does its last one again."""
+            return i if wide == 1 else jnp.minimum(share * sequences + i, c.batch - 1)
 
-        def pair_of(i, part):
-            """Item i counts superblocks first, then pairs: (sequence, which of its experts)."""
-            step = i // superblocks
-            if self.sorts:
-                return self.pair_at(1, (part * WARPGROUPS + self.wg) * c.batch * mine + step)
-            return step // mine, part * per_part + self.wg * mine + step % mine
-
-        def load(i, tile, part):
+        def load(i, where):
+            """Item i counts superblocks first, then this warpgroup's experts, then sequences."""
+            tile, part, share = where
             i = jnp.minimum(i, items - 1)
-            b, k = pair_of(i, part)
-            first = offset + self.r["ids"][b, k] * (c.hidden // 8) + tile * 4
-            return fmt.load(stack, (pl.ds(first, 4), i % superblocks))
+            step = i // superblocks
+            k = part * per_part + self.wg * mine + step % mine
+            first = offset + self.r["ids"][sequence(step // mine, share), k] * (c.hidden // 8)
+            starts = [first + (tile * wide + t) * 4 for t in range(wide)]
+            return [fmt.load(stack, (pl.ds(start, 4), i % superblocks)) for start in starts]
 
-        def multiply(i, tiles, part):
-            s = i % superblocks
-            b, k = pair_of(i, part)
-            k = k - part * per_part
+        def multiply(i, loaded, where):
+            step, s = i // superblocks, i % superblocks
+            b, k = sequence(step // mine, where[2]), self.wg * mine + step % mine
             x = self.activations(b, k * superblocks + s, shared=True)
-            (value,) = fmt.multiply(tiles, x, **self.prim)
-            rows = jnp.sum(value, axis=2)
-            self.r["sums"][b, k, pl.ds(s * 4, 4)] = plgpu.layout_cast(rows, prim.TILE_ROWS)
+            for t, value in enumerate(fmt.multiply(loaded, x, **self.prim)):
+                rows = plgpu.layout_cast(jnp.sum(value, axis=2), prim.TILE_ROWS)
+                self.r["sums"][b, t * per_part + k, pl.ds(s * 4, 4)] = rows
 
         early = rounds == 1
-        tile, part = place(0)
-        last = jnp.minimum(tile, tiles - 1)
-        ahead = [load(i, last, part) for i in range(depth)] if early else None
+        tile, *rest = place(0)
+        nearest = (jnp.minimum(tile, tiles - 1), *rest)
+        ahead = [load(i, nearest) for i in range(depth)] if early else None
         self.wait(count)
 
         def one_place(i):
-            tile, part = (last, place(0)[1]) if early else place(i)
-
+            where = tile, part, share = nearest if early else place(i)
             if c.shares:
-                self.fetch("swiglu", part * per_part * superblocks, per_part * superblocks)
+                own = partial(sequence, share=share)
+                first, count = part * per_part * superblocks, per_part * superblocks
+                self.fetch("swiglu", first, count, sequences, own)
                 self.fetched()
             else:
                 self.quantize_swiglu(part, per_part)
                 self.sync_block()
-            first = ahead or [load(i, tile, part) for i in range(depth)]
             self.stream(
                 items,
-                lambda i: load(i, tile, part),
-                lambda i, tiles: multiply(i, tiles, part),
-                tuple(first),
+                lambda i: load(i, where),
+                lambda i, tiles: multiply(i, tiles[0], where),
+                tuple(ahead or [load(i, where) for i in range(depth)]),
             )
             self.sync_block()
+            shape = (1 + c.down_parts, c.batch, c.row_stride(c.hidden) // 32, 4, 8)
+            out = prim.View(self.state, shape, leading=2, **self.prim)
 
-            def store(b):
-                total = None
-                for k in range(per_part):
-                    refs = [self.r["sums"].at[b, k, pl.ds(s * 4, 4)] for s in range(superblocks)]
-                    value = sum(plgpu.load(ref, layout=prim.TILE_ROWS, optimized=False) for ref in refs)
-                    value = value * self.r["routing"][b, part * per_part + k]
-                    total = value if total is None else total + value
-                shape = (1 + c.down_parts, c.batch, c.row_stride(c.hidden) // 32, 4, 8)
-                out = prim.View(self.state, shape, leading=2, **self.prim)
-                out.store((1 + part, b, tile), total)
+            def store(i):
+                b = sequence(i, share)
+                for t in range(wide):
+                    total = None
+                    for k in range(per_part):
+                        at = (b, t * per_part + k)
+                        refs = [self.r["sums"].at[*at, pl.ds(s * 4, 4)] for s in range(superblocks)]
+                        value = sum(plgpu.load(ref, layout=prim.TILE_ROWS, optimized=False) for ref in refs)
+                        value = value * self.r["routing"][b, part * per_part + k]
+                        total = value if total is None else total + value
+                    out.store((1 + part, b, tile * wide + t), total)
 
-            self.for_my_batch(store)
+            prim.fori(sequences, lambda i: pl.when(i % WARPGROUPS == self.wg)(lambda: store(i)))
 
         def guarded(i):
             @pl.when(place(i)[0] < tiles)
