@@ -51,7 +51,7 @@ class Stage:
     seconds: int
 
 
-VARIANTS = ("", "sorted_experts=0", "prefetch_qkv")
+VARIANTS = ("", "wide_down")
 
 STAGES = (
     Stage("doctor", "what this machine can run", ("-m", "qwen3_moe_jax.cli", "doctor"), 60),

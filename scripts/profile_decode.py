@@ -3,7 +3,7 @@
 The weights have the shapes and bytes of a real file. Every variant of the kernel (``--tuning``) is checked
 against the reference with the experts that it chose, must give the first variant's bits, and is timed:
 
-    python scripts/profile_decode.py --tuning "" prefetch_qkv --check 1:300 --speed 1:0 8:0
+    python scripts/profile_decode.py --tuning "" wide_down --check 8:200 --speed 8:0
 
 Results are printed as they come, the last line is JSON. A case that hangs ends the run after --limit seconds
 with the Python stacks. ``--tiny`` runs the same in Pallas' interpreter on a CPU. For the figures of a file

@@ -4,6 +4,8 @@ A block of two warpgroups runs on every multiprocessor and walks through the lay
 is six phases with a grid-wide barrier between them (a seventh where a long context is split):
 norm + q/k/v, attention with q/k-norm, RoPE and cache write, output projection + residual,
 norm + router, top-k + gate + up + SwiGLU, down + weighting. Final norm and lm_head follow.
+Activations are quantized by every block for itself where there is one sequence, and once for
+all blocks in batches.
 
 Every phase begins by issuing the loads of weights that do not depend on earlier phases, and
 only then waits for the barrier. Matrix rows are dealt out in tiles of 8 rows: block i takes
