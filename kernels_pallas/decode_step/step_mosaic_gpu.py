@@ -37,8 +37,8 @@ CHUNK = 1024
 STEP = WARPGROUPS * CHUNK
 SLOTS = 16
 """Tiles of 8 rows in one store of results: a row a lane."""
-TOGETHER = 4
-"""Sequences that are normed at a time."""
+TOGETHER = 8
+"""Sequences that are normed at a time, at most."""
 GROUP = 4
 """Tiles whose rows are one subblock of the activations that they make."""
 KV_TILE = 64
@@ -229,7 +229,7 @@ def scratch_types(c: StepConfig) -> dict[str, Any]:
     return {
         **{f"x_{k}": plgpu.SMEM(v.shape, v.dtype) for k, v in quantized_types(c.batch, superblocks).items()},
         "zeros": plgpu.SMEM((16,), jnp.int32),
-        "plan": plgpu.SMEM((c.padded_batch, 4), jnp.int32),
+        "plan": plgpu.SMEM((c.padded_batch + 4, 4), jnp.int32),
         "ids": plgpu.SMEM(tables, jnp.int32),
         "routing": plgpu.SMEM(tables, jnp.float32),
         "either": plgpu.RefUnion(
@@ -436,7 +436,8 @@ class Step:
         sequences = [first + i for i in range(size)]
         chunks = range(c.hidden // CHUNK)
         whole = [[self.residual(b, i, parts) for i in chunks] for b in sequences]
-        mine = [[self.residual(b, i, parts) for i in self.own_chunks] for b in sequences]
+        pairs = range(0, c.hidden // CHUNK, WARPGROUPS)
+        mine = [[jnp.where(self.wg == 0, x[i], x[i + 1]) for i in pairs] for x in whole]
         squares = [sum(v * v for v in x) for x in whole]
         turn = first // size if size > 1 else first
         squares = self.totals(squares, prim.SUBBLOCKS, "add", "norm", turn)
@@ -488,6 +489,21 @@ class Step:
     def owner(self, b):
         """The block that quantizes sequence b's activations for all."""
         return b * max(self.c.blocks // self.c.batch, 1) % self.c.blocks
+
+    def for_owner(self, sequences: list, x: list, body) -> None:
+        """Runs ``body([b], [chunks])`` in the block that owns sequence b of ``sequences``."""
+        if self.c.blocks < self.c.batch:
+            body(sequences, x)
+            return
+        each = self.owner(1)
+        mine = self.block // each
+
+        @pl.when((self.block % each == 0) & (mine >= sequences[0]) & (mine <= sequences[-1]))
+        def _():
+            chunks = x[0]
+            for b, others in zip(sequences[1:], x[1:], strict=True):
+                chunks = [jnp.where(mine == b, new, old) for new, old in zip(others, chunks, strict=True)]
+            body([mine], [chunks])
 
     def share_normed(self, norm_ref, parts: int, count) -> None:
         """The normed residual stream, quantized by the owners of sequences, with a signal for each."""
@@ -597,14 +613,13 @@ class Step:
         return total
 
     def for_my_batch(self, body) -> None:
-        """Runs ``body(b)`` for every sequence on one of the two warpgroups."""
-
-        def one(b):
-            @pl.when(b % WARPGROUPS == self.wg)
-            def _():
-                body(b)
-
-        self.for_batch(one)
+        """Runs ``body(i, b)`` for this warpgroup's i-th sequence b: every second one."""
+        for i in range(ceil_div(self.c.batch, WARPGROUPS)):
+            b = i * WARPGROUPS + self.wg
+            if (i + 1) * WARPGROUPS <= self.c.batch:
+                body(i, b)
+            else:
+                pl.when(b < self.c.batch)(partial(body, i, b))
 
     def one_type(self, types, selector, body) -> None:
         """Runs ``body(index)`` for the type of this layer."""
@@ -670,7 +685,7 @@ class Step:
 
                 start = start + counts[i]
 
-        def store(b, chunk):
+        def store(_, b, chunk):
             shape = (c.batch, c.row_stride(c.qkv_tiles * 8) // (8 * c.blocks), c.blocks, 8)
             out = prim.View(self.r["qkv"], shape, leading=1, **self.prim)
             out.store((b, pl.ds(chunk * SLOTS, SLOTS), self.block), self.result_rows(b, steps))
@@ -679,13 +694,13 @@ class Step:
             for i, slot in enumerate(mixed):
                 any_type(slot, slot, mixed_ahead and mixed_ahead[i])
             self.sync_block()
-            self.for_my_batch(lambda b: store(b, 0))
+            self.for_my_batch(lambda i, b: store(i, b, 0))
         else:
 
             def chunk(i):
                 prim.fori(SLOTS, lambda slot: any_type(i * SLOTS + slot, slot))
                 self.sync_block()
-                self.for_my_batch(lambda b: store(b, i))
+                self.for_my_batch(lambda n, b: store(n, b, i))
                 self.sync_block()
 
             prim.fori(ceil_div(slots, SLOTS), chunk)
@@ -715,7 +730,7 @@ class Step:
 
         Args:
           prepare: waits for the activations, and leaves them in shared memory.
-          store: ``store(b, chunk)`` takes the finished rows.
+          store: ``store(i, b, chunk)`` takes the finished rows of this warpgroup's i-th sequence b.
         """
         c = self.c
         slots = ceil_div(tiles, c.blocks)
@@ -747,7 +762,7 @@ class Step:
                 items, lambda j: load(jnp.minimum(first + j, last)), multiply, ahead, together=together
             )
             self.sync_block()
-            self.for_my_batch(lambda b: store(b, i))
+            self.for_my_batch(lambda n, b: store(n, b, i))
             if chunks > 1:
                 self.sync_block()
             return ahead
@@ -756,7 +771,7 @@ class Step:
             for step in range(steps):
                 self.multiply_into_sums(fmt, ahead[step::steps], range(here), step, x)
             self.sync_block()
-            self.for_my_batch(lambda b: store(b, 0))
+            self.for_my_batch(lambda i, b: store(i, b, 0))
         elif chunks == 1:
             chunk(0, ahead)
         else:
@@ -764,18 +779,27 @@ class Step:
 
     # Attention
 
-    def plan_splits(self) -> None:
-        """(tiles of earlier tokens, tiles a split, splits) of every sequence, by its length alone."""
+    def plan_splits(self):
+        """The split of every sequence's attention, by its length alone, into shared memory; items in all.
 
-        def one(b):
+        Row b: tiles of earlier tokens, tiles a split, splits, number of the first item (a KV head's split).
+        """
+        c = self.c
+
+        def one(b, items):
             tiles = (self.position(b) + KV_TILE - 1) // KV_TILE
-            each = jnp.where(tiles <= 2, 2, (tiles + self.c.splits - 1) // self.c.splits)
+            each = jnp.where(tiles <= 2, 2, (tiles + c.splits - 1) // c.splits)
             splits = jnp.maximum((tiles + each - 1) // each, 1)
-            for i, value in enumerate((tiles, each, splits)):
+            for i, value in enumerate((tiles, each, splits, items)):
                 self.r["plan"][b, i] = value
+            return items + splits * c.kv_heads
 
-        pl.when(self.wg == 0)(lambda: self.for_batch(one))
+        @pl.when(self.wg == 0)
+        def _():
+            self.r["plan"][c.batch, 3] = lax.fori_loop(0, c.batch, one, jnp.int32(0))
+
         self.sync_block()
+        return self.r["plan"][c.batch, 3]
 
     def splits_of(self, b) -> list:
         """What :meth:`plan_splits` found for sequence b."""
@@ -784,8 +808,7 @@ class Step:
     @jax.named_scope("attention")
     def attention(self, layer, count) -> None:
         c = self.c
-        workers = WARPGROUPS * c.blocks
-        items = c.kv_heads * c.splits
+        workers, own = WARPGROUPS * c.blocks, self.wg * c.blocks + self.block
         heads = [self.table(layer, f"{n}_head") for n in "qkv"]
         half = c.head_dim // 2
         self.norms = {
@@ -801,23 +824,21 @@ class Step:
         }
         self.wait(count)
 
-        def sequence(b):
+        def one(i, _):
+            item, b = i * workers + own, 0
+            for later in range(1, c.batch):
+                b = jnp.where(item >= self.r["plan"][later, 3], later, b)
             tiles, each, splits = self.splits_of(b)
+            item -= self.r["plan"][b, 3]
+            head, split = item % c.kv_heads, item // c.kv_heads
+            start = split * each
+            self.attend(layer, b, head, split, splits, start, jnp.minimum(start + each, tiles), heads)
 
-            def one(i):
-                turn = (self.wg * c.blocks + self.block + b * (workers // c.batch)) % workers
-                item = i * workers + turn
-                head, split = item % c.kv_heads, item // c.kv_heads
-
-                @pl.when(split < splits)
-                def _():
-                    start = split * each
-                    stop = jnp.minimum(start + each, tiles)
-                    self.attend(layer, b, head, split, splits, start, stop, heads)
-
-            prim.fori(ceil_div(items, workers), one)
-
-        self.for_batch(sequence)
+        items = self.r["plan"][c.batch, 3]
+        if c.batch * c.kv_heads * c.splits <= workers:
+            pl.when(own < items)(lambda: one(0, None))
+        else:
+            lax.fori_loop(0, (items - own + workers - 1) // workers, one, None)
         self.signal()
 
     def rotated(self, b, halves, norm: list, scale: float, axis: int | None):
@@ -1003,30 +1024,35 @@ class Step:
         tiles = c.hidden // 8
         shape = (c.batch, width // 32, 2, 4, 4)
         source = prim.View(self.r["attention"], shape, leading=1, **self.prim)
-        early = c.batch == 1 and ceil_div(tiles, c.blocks) <= SLOTS
-        before = []
+        early = ceil_div(tiles, c.blocks) <= SLOTS
+        before = {}
 
         def prepare():
             self.wait(count)
             if c.shares:
                 self.fetch("attended", 0, width // SUPERBLOCK)
+                load_old()
                 self.fetched()
                 return
             chunks = [2 * step + self.wg for step in range(steps)]
             loaded = [source.load((0, pl.ds(chunk * 32, 32)), prim.SUBBLOCKS) for chunk in chunks]
-            if early:
-                before.append(residual_rows(0, 0))
+            load_old()
             for chunk, x in zip(chunks, loaded, strict=True):
                 self.quantize(0, chunk, x)
             self.sync_warpgroup()
+
+        def load_old():
+            """The residual stream's rows: after the products, each sequence would wait for memory."""
+            for i in range(ceil_div(c.batch, WARPGROUPS) if early else 0):
+                before[i] = residual_rows(jnp.minimum(i * WARPGROUPS + self.wg, c.batch - 1), 0)
 
         def residual_rows(b, chunk):
             at = (b, pl.ds(chunk * SLOTS, SLOTS), self.block)
             parts = range(1 + c.down_parts)
             return sum(self.state_rows.load((part, *at), prim.OUTPUT_ROWS) for part in parts)
 
-        def store(b, chunk):
-            old = before[-1] if early else residual_rows(b, chunk)
+        def store(i, b, chunk):
+            old = before[i] if early else residual_rows(b, chunk)
             at = (b, pl.ds(chunk * SLOTS, SLOTS), self.block)
             self.state_rows.store((0, *at), self.result_rows(b, steps) + old)
 
@@ -1070,10 +1096,7 @@ class Step:
             if not c.shares:
                 kept.append((sequences, x))
                 return
-            for b, chunks in zip(sequences, x, strict=True):
-                pl.when(self.block == self.owner(b))(
-                    partial(self.quantize_chunks, [b], [chunks], into="hidden")
-                )
+            self.for_owner(sequences, x, partial(self.quantize_chunks, into="hidden"))
 
         self.for_normed(norms, 0, group)
         self.signal()
@@ -1351,7 +1374,7 @@ class Step:
         def prepare():
             self.normed_activations(norms, count)
 
-        def store(b, chunk):
+        def store(_, b, chunk):
             rows = self.result_rows(b, c.hidden // STEP)
             self.r["logits"][b, pl.ds(chunk * SLOTS, SLOTS), self.block] = rows
 
@@ -1378,10 +1401,7 @@ class Step:
 
     def token(self) -> None:
         c = self.c
-        self.plan_splits()
-        split = jnp.int32(0)
-        for b in range(c.batch):
-            split = jnp.where(self.splits_of(b)[2] > 1, 1, split)
+        split = (self.plan_splits() > c.batch * c.kv_heads).astype(jnp.int32)
 
         blocks, own = c.blocks, c.batch if c.shares else 0  # signals of a phase, and of owners of sequences
 
