@@ -586,14 +586,15 @@ class Step:
     def multiply_into_sums(self, fmt, tiles, slots, step, x=None) -> None:
         """Multiplies loaded tiles for every sequence and leaves the sums of lanes in shared memory."""
 
-        def one(b):
-            here = x or self.activations(b, step * 8 + self.wg * 4)
+        def group(first, size):
+            here = [x or self.activations(first + j, step * 8 + self.wg * 4) for j in range(size)]
             for i in range(0, len(tiles), 2):
-                values = fmt.multiply(tiles[i : i + 2], here, **self.prim)
-                for slot, value in zip(slots[i : i + 2], values, strict=True):
-                    self.store_sums(b, slot, step, value)
+                for j in range(size):  # one sequence's products pass the time that the other's take
+                    values = fmt.multiply(tiles[i : i + 2], here[j], **self.prim)
+                    for slot, value in zip(slots[i : i + 2], values, strict=True):
+                        self.store_sums(first + j, slot, step, value)
 
-        self.for_batch(one)
+        self.for_groups(2, group)
 
     def own_activations(self, steps: int) -> Activations | None:
         """Activations that stay in registers: one sequence whose columns take one step."""
