@@ -328,7 +328,7 @@ class Step:
         """1 where sequence b's results are wanted."""
         return self.r["scalars"][self.c.layers * len(self.col) + self.c.batch + b]
 
-    def stream(self, items: int, load, multiply, tiles: tuple, *, together: int = 1) -> tuple:
+    def stream(self, items: int, load, multiply, tiles: tuple, *, together: int = 1, index=None) -> tuple:
         """``multiply(i, tiles)`` of items i, i + 1, ..., ``together`` at a time, for all items.
 
         A loop and not straight code: a layer's instructions have to fit the instruction cache.
@@ -338,15 +338,17 @@ class Step:
         Args:
           load: ``load(i)`` makes the tiles after the first.
           tiles: the first tiles, loaded; their number divides ``items``.
+          index: ``index(group, j)`` stands for the j-th item of a group of as many, in place of a number.
 
         Returns:
           The tiles that were loaded ahead.
         """
         depth = len(tiles)
+        index = index or (lambda group, j: group * depth + j)
         if items == depth:
 
             def rotate(i, tiles):
-                multiply(i * together, tiles[:together])
+                multiply(index(0, i * together), tiles[:together])
                 return (*tiles[together:], *tiles[:together])
 
             return lax.fori_loop(0, items // together, rotate, tiles)
@@ -354,10 +356,9 @@ class Step:
         def several(group, tiles):
             tiles = list(tiles)
             for j in range(0, depth, together):
-                i = group * depth + j
-                multiply(i, tiles[j : j + together])
+                multiply(index(group, j), tiles[j : j + together])
                 for k in range(j, j + together):
-                    tiles[k] = load(group * depth + k + depth)
+                    tiles[k] = load(index(group + 1, k))
             return tuple(tiles)
 
         return lax.fori_loop(0, items // depth, several, tiles)
@@ -1283,18 +1284,23 @@ class Step:
             """The last share may have a sequence less: it does its last one again."""
             return i if wide == 1 else jnp.minimum(share * sequences + i, c.batch - 1)
 
-        def load(i, where):
-            """Item i counts superblocks first, then this warpgroup's experts, then sequences."""
-            tile, part, share = where
-            i = jnp.minimum(i, items - 1)
-            step = i // superblocks
+        def index(group, j):
+            """(pair, superblock): items count superblocks first, then own experts, then sequences."""
+            if depth % superblocks == 0:
+                return group * (depth // superblocks) + j // superblocks, j % superblocks
+            i = group * depth + j
+            return i // superblocks, i % superblocks
+
+        def load(item, where):
+            (step, s), (tile, part, share) = item, where
+            step = jnp.minimum(step, sequences * mine - 1)
             k = part * per_part + self.wg * mine + step % mine
             first = offset + self.r["ids"][sequence(step // mine, share), k] * (c.hidden // 8)
             starts = [first + (tile * wide + t) * 4 for t in range(wide)]
-            return [fmt.load(stack, (pl.ds(start, 4), i % superblocks)) for start in starts]
+            return [fmt.load(stack, (pl.ds(start, 4), s)) for start in starts]
 
-        def multiply(i, loaded, where):
-            step, s = i // superblocks, i % superblocks
+        def multiply(item, loaded, where):
+            step, s = item
             b, k = sequence(step // mine, where[2]), self.wg * mine + step % mine
             x = self.activations(b, k * superblocks + s, shared=True)
             for t, value in enumerate(fmt.multiply(loaded, x, **self.prim)):
@@ -1304,7 +1310,7 @@ class Step:
         early = rounds == 1
         tile, *rest = place(0)
         nearest = (jnp.minimum(tile, tiles - 1), *rest)
-        ahead = [load(i, nearest) for i in range(depth)] if early else None
+        ahead = [load(index(0, j), nearest) for j in range(depth)] if early else None
         self.wait(count)
 
         def one_place(i):
@@ -1319,9 +1325,10 @@ class Step:
                 self.sync_block()
             self.stream(
                 items,
-                lambda i: load(i, where),
-                lambda i, tiles: multiply(i, tiles[0], where),
-                tuple(ahead or [load(i, where) for i in range(depth)]),
+                lambda item: load(item, where),
+                lambda item, tiles: multiply(item, tiles[0], where),
+                tuple(ahead or [load(index(0, j), where) for j in range(depth)]),
+                index=index,
             )
             self.sync_block()
             shape = (1 + c.down_parts, c.batch, c.row_stride(c.hidden) // 32, 4, 8)

@@ -198,6 +198,7 @@ def test_one_token_and_its_cache_rows(model):
         np.testing.assert_array_equal(np.asarray(new)[:, :, others], np.asarray(old)[:, :, others])
 
 
+@pytest.mark.timeout(900)
 def test_replayed_experts_and_batches_give_the_same_bits(model):
     """In float16, which is eight times closer to float32 than bfloat16."""
     weights, plain = model
@@ -214,14 +215,14 @@ def test_replayed_experts_and_batches_give_the_same_bits(model):
         assert cosine(both.logits[b], logits) > 0.99999
 
 
-@pytest.mark.parametrize("wide_down", [False, True])
-def test_a_batch_that_is_no_whole_group_gives_the_bits_of_one(model, wide_down):
-    """Three sequences, so that a group of them is not whole; experts are chosen by several."""
+@pytest.mark.timeout(900)  # the interpreter takes two minutes on an idle machine
+def test_a_batch_that_is_no_whole_group_gives_the_bits_of_one(model):
+    """Three sequences, so that groups and shares of them are not whole; experts are chosen by several."""
     weights, _ = model
     cache = random_cache(3, dtype=jnp.float16)
     ids = jnp.asarray([[[7, 1, 4, 2], [0, 3, 7, 6], [1, 2, 3, 4]]], jnp.int32)
     tokens, positions = [5, 9, 11], [0, 70, 150]
-    together = run(weights, tokens, positions, cache, ids, wide_down=wide_down)
+    together = run(weights, tokens, positions, cache, ids, wide_down=True)
     one = api.KVCache(*(a[:, 2:] for a in cache))
     alone = run(weights, tokens[2:], positions[2:], one, ids[:, 2:])
     np.testing.assert_array_equal(together.logits[2], alone.logits[0])
