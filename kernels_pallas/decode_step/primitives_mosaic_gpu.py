@@ -16,6 +16,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, llvm, nvvm, scf
 
 _TILED = plgpu.Layout.TILED
 
@@ -46,6 +48,36 @@ LOG2E = 1.4426950408889634
 def lanes(n: int):
     """The layout of a vector of ``n`` values, one a lane and ``n / 128`` registers."""
     return plgpu.Layout.WG_STRIDED((n,), 1)
+
+
+def _const(value: int) -> ir.Value:
+    """An int32."""
+    return arith.constant(ir.IntegerType.get_signless(32), value)
+
+
+def _equal(a: ir.Value, b: ir.Value) -> ir.Value:
+    return arith.cmpi(arith.CmpIPredicate.eq, a, b)
+
+
+def _lane_and_warp() -> tuple[ir.Value, ir.Value]:
+    """This thread's place in its warp, and the warp's in its warpgroup."""
+    thread = arith.remui(mgpu.utils.thread_idx(), _const(WARPGROUP))
+    return arith.remui(thread, _const(32)), arith.divui(thread, _const(32))
+
+
+def _lane_value(array: mgpu.FragmentedArray) -> ir.Value:
+    """This lane's value of an array that has one a lane."""
+    (register,) = array.registers.flat
+    return llvm.extractelement(register, _const(0))
+
+
+def _one_a_lane(shape: tuple[int, ...], layout, value: ir.Value, *, is_signed) -> mgpu.FragmentedArray:
+    """The array of one value a lane, which this lane's is; ``is_signed`` as ``FragmentedArray`` has it."""
+    layout = layout.to_mgpu()
+    registers = np.full(layout.registers_shape(shape), None, object)
+    empty = llvm.mlir_undef(ir.VectorType.get((1,), value.type))
+    registers.flat[0] = llvm.insertelement(empty, value, _const(0))
+    return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=is_signed)
 
 
 def _bytes(word, signed: bool):
@@ -86,26 +118,21 @@ def load_fragments(words, zeros, *, shared: bool, emulate: bool) -> list:
     )
     def load(ctx, words, zeros):
         del ctx
-        from jaxlib.mlir import ir
-        from jaxlib.mlir.dialects import arith, llvm
-
         i32 = ir.IntegerType.get_signless(32)
         vector = ir.VectorType.get((4,), i32)
-        const = lambda v: arith.constant(i32, v)
         strides, _ = words.type.get_strides_and_offset()
-        thread = arith.remui(mgpu.utils.thread_idx(), const(WARPGROUP))
-        lane, warp = arith.remui(thread, const(32)), arith.divui(thread, const(32))
-        column, group = arith.divui(lane, const(4)), arith.remui(lane, const(4))
-        at = arith.muli(arith.remui(column, const(2)), const(strides[0]))
-        at = arith.addi(at, arith.muli(group, const(strides[-4])))
+        lane, warp = _lane_and_warp()
+        column, group = arith.divui(lane, _const(4)), arith.remui(lane, _const(4))
+        at = arith.muli(arith.remui(column, _const(2)), _const(strides[0]))
+        at = arith.addi(at, arith.muli(group, _const(strides[-4])))
         if not shared:
-            at = arith.addi(at, arith.muli(warp, const(strides[1])))
-        own = arith.cmpi(arith.CmpIPredicate.eq, arith.divui(column, const(2)), group)
+            at = arith.addi(at, arith.muli(warp, _const(strides[1])))
+        own = _equal(arith.divui(column, _const(2)), group)
         here = mgpu.utils.getelementptr(mgpu.utils.memref_ptr(words), [at], i32)
         base = arith.select(own, here, mgpu.utils.memref_ptr(zeros))
 
         def fragment(s: int, h: int):
-            offset = const(s * strides[-3] + h * strides[-2])
+            offset = _const(s * strides[-3] + h * strides[-2])
             value = llvm.load(vector, mgpu.utils.getelementptr(base, [offset], i32), alignment=16)
             layout = TILE_WORDS.to_mgpu()
             registers = np.full(layout.registers_shape((4, 8, 4, 4)), None, object)
@@ -153,34 +180,26 @@ def dot_tiles(tiles: list, fragments: list, *, signed: bool, emulate: bool) -> l
     )
     def dot(ctx, tiles, fragments):
         del ctx
-        from jaxlib.mlir import ir
-        from jaxlib.mlir.dialects import arith, llvm
-
         i32 = ir.IntegerType.get_signless(32)
-        const = lambda v: arith.constant(i32, v)
         result = llvm.StructType.get_literal([i32] * 4)
-        element = lambda array, i: llvm.extractelement(array.registers.flat[0], const(i))
-        sums = [const(0)] * 4
+        element = lambda array, i: llvm.extractelement(array.registers.flat[0], _const(i))
+        sums = [_const(0)] * 4
         for piece, fragment in enumerate(fragments):
             for first in (0, 2):
                 rows = []
                 for word in (first, first + 1):
                     rows += [element(tile[piece], word) for tile in tiles]
-                    rows += [const(0)] * (2 - len(tiles))
+                    rows += [_const(0)] * (2 - len(tiles))
                 columns = [element(fragment, first), element(fragment, first + 1)]
                 out = llvm.inline_asm(
                     result, [*rows, *columns, *sums], operation, "=r,=r,=r,=r," + ",".join(["r"] * 10)
                 )
                 sums = [llvm.extractvalue(i32, out, [i]) for i in range(4)]
-        arrays = []
-        layout = TILE_LANES.to_mgpu()
-        for i in range(len(tiles)):
-            total = arith.addi(arith.shli(sums[2 * i], const(7)), sums[2 * i + 1])
-            vector = ir.VectorType.get((1,), i32)
-            registers = np.full(layout.registers_shape((4, 8, 4)), None, object)
-            registers.flat[0] = llvm.insertelement(llvm.mlir_undef(vector), total, const(0))
-            arrays.append(mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=True))
-        return arrays
+        totals = [
+            arith.addi(arith.shli(high, _const(7)), low)
+            for high, low in zip(sums[::2], sums[1::2], strict=True)
+        ]
+        return [_one_a_lane((4, 8, 4), TILE_LANES, total, is_signed=True) for total in totals[: len(tiles)]]
 
     return dot(tiles, fragments)
 
@@ -233,12 +252,8 @@ def top_experts(logits, ids, routing, count: int, *, emulate: bool) -> None:
     @plgpu.inline_mgpu(arg_types=(EXPERTS, plgpu.RefType(), plgpu.RefType()))
     def choose(ctx, logits, ids, routing):
         del ctx
-        from jaxlib.mlir import ir
-        from jaxlib.mlir.dialects import arith, llvm, scf
-
         i32, f32 = ir.IntegerType.get_signless(32), ir.F32Type.get()
-        const = lambda v: arith.constant(i32, v)
-        lowest = const(-(2**31))
+        lowest = _const(-(2**31))
 
         def over_warp(value, operation):
             text = f"redux.sync.{operation}.u32 $0, $1, 0xffffffff;"
@@ -246,18 +261,17 @@ def top_experts(logits, ids, routing, count: int, *, emulate: bool) -> None:
 
         def flip(bits):
             """Maps float bits to unsigned integers of the same order; ``unflip`` is the way back."""
-            return arith.xori(bits, arith.ori(arith.shrsi(bits, const(31)), lowest))
+            return arith.xori(bits, arith.ori(arith.shrsi(bits, _const(31)), lowest))
 
         def unflip(key):
-            return arith.xori(key, arith.ori(arith.shrsi(arith.xori(key, const(-1)), const(31)), lowest))
+            return arith.xori(key, arith.ori(arith.shrsi(arith.xori(key, _const(-1)), _const(31)), lowest))
 
-        thread = arith.remui(mgpu.utils.thread_idx(), const(WARPGROUP))
-        lane, warp = arith.remui(thread, const(32)), arith.divui(thread, const(32))
+        lane, warp = _lane_and_warp()
         keys, indices = [], []
         for r, register in enumerate(logits.registers.flat):
             for i in range(4):
-                keys.append(flip(arith.bitcast(i32, llvm.extractelement(register, const(i)))))
-                indices.append(arith.addi(arith.muli(lane, const(4)), const(r * 128 + i)))
+                keys.append(flip(arith.bitcast(i32, llvm.extractelement(register, _const(i)))))
+                indices.append(arith.addi(arith.muli(lane, _const(4)), _const(r * 128 + i)))
 
         def tree(join, values):
             while len(values) > 1:
@@ -268,11 +282,11 @@ def top_experts(logits, ids, routing, count: int, *, emulate: bool) -> None:
         best, chosen = [], []
         for _ in range(count):
             key = over_warp(tree(arith.maxui, keys), "max")
-            equal = [arith.cmpi(arith.CmpIPredicate.eq, k, key) for k in keys]
-            places = [arith.select(e, i, const(-1)) for e, i in zip(equal, indices, strict=True)]
+            equal = [_equal(k, key) for k in keys]
+            places = [arith.select(e, i, _const(-1)) for e, i in zip(equal, indices, strict=True)]
             winner = over_warp(tree(arith.minui, places), "min")
-            same = [arith.cmpi(arith.CmpIPredicate.eq, i, winner) for i in indices]
-            keys = [arith.select(e, const(0), k) for e, k in zip(same, keys, strict=True)]
+            same = [_equal(i, winner) for i in indices]
+            keys = [arith.select(e, _const(0), k) for e, k in zip(same, keys, strict=True)]
             best.append(arith.bitcast(f32, unflip(key)))
             chosen.append(winner)
         log2e = arith.constant(f32, LOG2E)
@@ -284,10 +298,10 @@ def top_experts(logits, ids, routing, count: int, *, emulate: bool) -> None:
         for power in powers[1:]:
             total = arith.addf(total, power)
         id_base, routing_base = mgpu.utils.memref_ptr(ids), mgpu.utils.memref_ptr(routing)
-        branch = scf.IfOp(arith.cmpi(arith.CmpIPredicate.eq, lane, const(0)))
+        branch = scf.IfOp(_equal(lane, _const(0)))
         with ir.InsertionPoint(branch.then_block):
             for i, (winner, power) in enumerate(zip(chosen, powers, strict=True)):
-                at = arith.addi(arith.muli(warp, const(count)), const(i))
+                at = arith.addi(arith.muli(warp, _const(count)), _const(i))
                 llvm.store(winner, mgpu.utils.getelementptr(id_base, [at], i32))
                 weight = arith.divf(power, total)
                 llvm.store(weight, mgpu.utils.getelementptr(routing_base, [at], f32))
@@ -313,11 +327,7 @@ def warpgroup_reduce(arrays: list, layout, operation: str, scratch, *, emulate: 
     )
     def reduce(ctx, arrays, scratch):
         del ctx
-        from jaxlib.mlir import ir
-        from jaxlib.mlir.dialects import arith, llvm, nvvm, scf
-
-        i32, f32 = ir.IntegerType.get_signless(32), ir.F32Type.get()
-        const = lambda v: arith.constant(i32, v)
+        _i32, f32 = ir.IntegerType.get_signless(32), ir.F32Type.get()
         join = arith.addf if operation == "add" else arith.maximumf
 
         def own(x):
@@ -326,7 +336,7 @@ def warpgroup_reduce(arrays: list, layout, operation: str, scratch, *, emulate: 
             for register in x.registers.flat:
                 if isinstance(register.type, ir.VectorType):
                     length = ir.VectorType(register.type).shape[0]
-                    values += [llvm.extractelement(register, const(i)) for i in range(length)]
+                    values += [llvm.extractelement(register, _const(i)) for i in range(length)]
                 else:
                     values.append(register)
             while len(values) > 1:
@@ -337,24 +347,22 @@ def warpgroup_reduce(arrays: list, layout, operation: str, scratch, *, emulate: 
         totals = [own(x) for x in arrays]
         for offset in (16, 8, 4, 2, 1):
             shift = lambda v, offset=offset: nvvm.shfl_sync(
-                const(-1), v, const(offset), const(31), nvvm.ShflKind.bfly
+                _const(-1), v, _const(offset), _const(31), nvvm.ShflKind.bfly
             )
             others = [shift(total) for total in totals]
             totals = [join(total, other) for total, other in zip(totals, others, strict=True)]
         base = mgpu.utils.memref_ptr(scratch)
-        at = lambda i, warp: mgpu.utils.getelementptr(base, [arith.addi(const(4 * i), warp)], f32)
-        thread = arith.remui(mgpu.utils.thread_idx(), const(WARPGROUP))
-        first = arith.cmpi(arith.CmpIPredicate.eq, arith.remui(thread, const(32)), const(0))
-        branch = scf.IfOp(first)
+        at = lambda i, warp: mgpu.utils.getelementptr(base, [arith.addi(_const(4 * i), warp)], f32)
+        lane, warp = _lane_and_warp()
+        branch = scf.IfOp(_equal(lane, _const(0)))
         with ir.InsertionPoint(branch.then_block):
-            warp = arith.divui(thread, const(32))
             for i, total in enumerate(totals):
                 llvm.store(total, at(i, warp))
             scf.yield_([])
         mgpu.utils.warpgroup_barrier()
         results = []
         for i in range(len(totals)):
-            parts = [llvm.load(f32, at(i, const(warp))) for warp in range(4)]
+            parts = [llvm.load(f32, at(i, _const(warp))) for warp in range(4)]
             total = join(join(parts[0], parts[1]), join(parts[2], parts[3]))
             results.append(mgpu.FragmentedArray.splat(total, (), is_signed=None))
         return results
@@ -377,24 +385,20 @@ def store_first_rows(ref, values, *, emulate: bool) -> None:
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WGMMA))
     def store(ctx, ref, values):
         del ctx
-        from jaxlib.mlir import ir
-        from jaxlib.mlir.dialects import arith, llvm, scf
-
-        i32 = ir.IntegerType.get_signless(32)
-        const = lambda v: arith.constant(i32, v)
+        ir.IntegerType.get_signless(32)
         base = mgpu.utils.memref_ptr(ref)
-        lane = arith.remui(mgpu.utils.thread_idx(), const(WARPGROUP))
-        first = arith.cmpi(arith.CmpIPredicate.ult, lane, const(32))
+        lane = arith.remui(mgpu.utils.thread_idx(), _const(WARPGROUP))
+        first = arith.cmpi(arith.CmpIPredicate.ult, lane, _const(32))
         branch = scf.IfOp(first)
         with ir.InsertionPoint(branch.then_block):
-            row = arith.divui(lane, const(4))
-            column = arith.muli(arith.remui(lane, const(4)), const(2))
-            offset = arith.addi(arith.muli(row, const(columns)), column)
+            row = arith.divui(lane, _const(4))
+            column = arith.muli(arith.remui(lane, _const(4)), _const(2))
+            offset = arith.addi(arith.muli(row, _const(columns)), column)
             f32 = ir.F32Type.get()
             for half in range(rows // 8):
                 for j in range(columns // 8):
                     (pair,) = values.registers[0, j, :, :, half].flat
-                    at = arith.addi(offset, const(half * 8 * columns + j * 8))
+                    at = arith.addi(offset, _const(half * 8 * columns + j * 8))
                     llvm.store(pair, mgpu.utils.getelementptr(base, [at], f32))
             scf.yield_([])
 
@@ -493,17 +497,13 @@ def copy_to_shared(ref, source, *, emulate: bool) -> None:
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType()))
     def copy(ctx, ref, source):
         del ctx
-        from jaxlib.mlir import ir
-        from jaxlib.mlir.dialects import arith, llvm
-
         i32 = ir.IntegerType.get_signless(32)
-        const = lambda v: arith.constant(i32, v)
         to, begin = mgpu.utils.memref_ptr(ref), mgpu.utils.memref_ptr(source)
-        thread = arith.remui(mgpu.utils.thread_idx(), const(WARPGROUP))
+        thread = arith.remui(mgpu.utils.thread_idx(), _const(WARPGROUP))
         for first in range(0, vectors, WARPGROUP):
-            vector = arith.addi(thread, const(first))
-            at = arith.muli(vector, const(4))
-            inside = arith.cmpi(arith.CmpIPredicate.ult, vector, const(vectors))
+            vector = arith.addi(thread, _const(first))
+            at = arith.muli(vector, _const(4))
+            inside = arith.cmpi(arith.CmpIPredicate.ult, vector, _const(vectors))
             mgpu.utils.inline_ptx(
                 "cp.async.cg.shared.global [$0], [$1], 16;",
                 llvm.ptrtoint(i32, mgpu.utils.getelementptr(to, [at], i32)),
@@ -536,48 +536,21 @@ def warp_largest(x, layout, *, emulate: bool):
     """
     if emulate:
         return jnp.broadcast_to(x.reshape(4, 32).max(axis=1, keepdims=True), (4, 32)).reshape(x.shape)
+    shape = x.shape
 
     @plgpu.inline_mgpu(
-        arg_types=(layout,), return_type=plgpu.ShapeDtypeStruct(x.shape, jnp.float32, layout=layout)
+        arg_types=(layout,), return_type=plgpu.ShapeDtypeStruct(shape, jnp.float32, layout=layout)
     )
     def largest(ctx, x):
         del ctx
-        from jaxlib.mlir import ir
-        from jaxlib.mlir.dialects import arith
-
         i32, f32 = ir.IntegerType.get_signless(32), ir.F32Type.get()
-        bits = arith.bitcast(i32, lane_value(x))  # floats that are not negative are ordered as their bits
+        bits = arith.bitcast(i32, _lane_value(x))  # floats that are not negative are ordered as their bits
         bits = mgpu.utils.inline_ptx(
             "redux.sync.max.u32 $0, $1, 0xffffffff;", bits, result_types=i32, has_side_effects=True
         )
-        return array_of_lane(x, arith.bitcast(f32, bits))
+        return _one_a_lane(shape, layout, arith.bitcast(f32, bits), is_signed=None)
 
     return largest(x)
-
-
-def lane_value(array):
-    """The scalar of an array that has one value a lane."""
-    from jaxlib.mlir import ir
-    from jaxlib.mlir.dialects import arith, llvm
-
-    (register,) = array.registers.flat
-    if isinstance(register.type, ir.VectorType):
-        register = llvm.extractelement(register, arith.constant(ir.IntegerType.get_signless(32), 0))
-    return register
-
-
-def array_of_lane(like, value):
-    """An array as ``like``, of other values: one a lane."""
-    from jaxlib.mlir import ir
-    from jaxlib.mlir.dialects import arith, llvm
-
-    (register,) = like.registers.flat
-    if isinstance(register.type, ir.VectorType):
-        zero = arith.constant(ir.IntegerType.get_signless(32), 0)
-        value = llvm.insertelement(llvm.mlir_undef(ir.VectorType.get((1,), value.type)), value, zero)
-    registers = np.empty_like(like.registers)
-    registers.flat[0] = value
-    return mgpu.FragmentedArray(_registers=registers, _layout=like.layout, _is_signed=like.is_signed)
 
 
 def store_lanes(refs: list, subblock, warp: int, parts: list, scale, q, layout, *, emulate: bool) -> None:
@@ -606,33 +579,28 @@ def store_lanes(refs: list, subblock, warp: int, parts: list, scale, q, layout, 
     @plgpu.inline_mgpu(arg_types=([plgpu.RefType()] * 3, scalar, [layout] * 2, layout, layout))
     def store(ctx, refs, subblock, parts, scale, q):
         del ctx
-        from jaxlib.mlir import ir
-        from jaxlib.mlir.dialects import arith, llvm, scf
-
         i8, i32, f32 = ir.IntegerType.get_signless(8), ir.IntegerType.get_signless(32), ir.F32Type.get()
-        const = lambda v: arith.constant(i32, v)
-        equal = lambda a, b: arith.cmpi(arith.CmpIPredicate.eq, a, b)
         words, scales, sums = (mgpu.utils.memref_ptr(ref) for ref in refs)
         stride = refs[0].type.get_strides_and_offset()[0][0]
-        thread = arith.remui(mgpu.utils.thread_idx(), const(WARPGROUP))
-        lane, half = arith.remui(thread, const(32)), arith.divui(arith.remui(thread, const(32)), const(16))
+        lane, own_warp = _lane_and_warp()
+        half = arith.divui(lane, _const(16))
         place = subblock.registers.item()
-        branch = scf.IfOp(equal(arith.divui(thread, const(32)), const(warp)))
+        branch = scf.IfOp(_equal(own_warp, _const(warp)))
         with ir.InsertionPoint(branch.then_block):
             for i, part in enumerate(parts):
-                at = arith.addi(arith.addi(arith.muli(place, const(32)), lane), const(4 * stride * i))
+                at = arith.addi(arith.addi(arith.muli(place, _const(32)), lane), _const(4 * stride * i))
                 pointer = mgpu.utils.getelementptr(words, [at], i8)
-                llvm.store(arith.trunci(i8, lane_value(part)), pointer)
+                llvm.store(arith.trunci(i8, _lane_value(part)), pointer)
             totals = []
             for i in range(2):
-                own = arith.select(equal(half, const(i)), lane_value(q), const(0))
+                own = arith.select(_equal(half, _const(i)), _lane_value(q), _const(0))
                 code = "redux.sync.add.s32 $0, $1, 0xffffffff;"
                 totals.append(mgpu.utils.inline_ptx(code, own, result_types=i32, has_side_effects=True))
-            first = scf.IfOp(equal(lane, const(0)))
+            first = scf.IfOp(_equal(lane, _const(0)))
             with ir.InsertionPoint(first.then_block):
-                llvm.store(lane_value(scale), mgpu.utils.getelementptr(scales, [place], f32))
+                llvm.store(_lane_value(scale), mgpu.utils.getelementptr(scales, [place], f32))
                 for i, total in enumerate(totals):
-                    at = arith.addi(arith.muli(place, const(2)), const(i))
+                    at = arith.addi(arith.muli(place, _const(2)), _const(i))
                     llvm.store(total, mgpu.utils.getelementptr(sums, [at], i32))
                 scf.yield_([])
             scf.yield_([])
@@ -661,11 +629,7 @@ def grid_wait(semaphore, target, barrier, *, emulate: bool) -> None:
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WG_SPLAT(())))
     def wait(ctx, semaphore, target):
         del ctx
-        from jaxlib.mlir import ir
-        from jaxlib.mlir.dialects import arith, scf
-
         i32 = ir.IntegerType.get_signless(32)
-        const = lambda v: arith.constant(i32, v)
         below = arith.CmpIPredicate.ult
         pointer, value = mgpu.utils.memref_ptr(semaphore), target.registers.item()
         ptx = lambda code, *operands, **options: mgpu.utils.inline_ptx(
@@ -674,22 +638,22 @@ def grid_wait(semaphore, target, barrier, *, emulate: bool) -> None:
         # An elected thread in place of a comparison of thread numbers, and a store to address 0 in place of
         # a branch to a trap: with these, ptxas spilled 3 times as much in batches of eight.
         with mgpu.utils.single_thread(scope=mgpu.utils.ThreadSubset.WARPGROUP):
-            loop = scf.WhileOp([i32], [const(0)])
+            loop = scf.WhileOp([i32], [_const(0)])
             before = loop.before.blocks.append(i32)
             with ir.InsertionPoint(before):
                 (polls,) = before.arguments
                 seen = ptx("ld.relaxed.gpu.global.b32 $0, [$1];", pointer, result_types=i32)
                 waits = arith.cmpi(below, seen, value)
-                waits = arith.andi(waits, arith.cmpi(below, polls, const(MOST_POLLS)))
+                waits = arith.andi(waits, arith.cmpi(below, polls, _const(MOST_POLLS)))
                 scf.condition(waits, [polls])
             after = loop.after.blocks.append(i32)
             with ir.InsertionPoint(after):
                 (polls,) = after.arguments
-                scf.yield_([arith.addi(polls, const(1))])
+                scf.yield_([arith.addi(polls, _const(1))])
             ptx(
                 "{ .reg .pred late; .reg .u64 nowhere; setp.eq.u32 late, $0, 0; cvt.u64.u32 nowhere, $0; "
                 "@late st.global.u32 [nowhere], $0; }",
-                arith.subi(const(MOST_POLLS), loop.results[0]),
+                arith.subi(_const(MOST_POLLS), loop.results[0]),
             )
             ptx("fence.acquire.gpu;")
         mgpu.utils.warpgroup_barrier()
@@ -706,9 +670,6 @@ def store_zeros(ref, *, emulate: bool) -> None:
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
     def store(ctx, ref):
         del ctx
-        from jaxlib.mlir import ir
-        from jaxlib.mlir.dialects import arith, llvm
-
         i32 = ir.IntegerType.get_signless(32)
         # Lanes beyond the sixteenth write the same zeros again.
         at = arith.remui(mgpu.utils.thread_idx(), arith.constant(i32, 16))

@@ -188,10 +188,12 @@ def output_types(c: StepConfig) -> dict[str, jax.ShapeDtypeStruct]:
 
 def quantized_types(batch: int, superblocks: int) -> dict[str, jax.ShapeDtypeStruct]:
     """Quantized activations of all sequences: two int8 parts, scales of 32 and sums of 16."""
-    shapes = {"words": (2, superblocks, 4, 2, 2, 4), "scale": (superblocks, 4, 2)}
-    shapes["sums"] = (superblocks, 4, 2, 2)
-    dtype = {"words": jnp.int32, "scale": jnp.float32, "sums": jnp.int32}
-    return {k: jax.ShapeDtypeStruct((batch, *shape), dtype[k]) for k, shape in shapes.items()}
+    array = lambda dtype, *shape: jax.ShapeDtypeStruct((batch, *shape), dtype)
+    return {
+        "words": array(jnp.int32, 2, superblocks, 4, 2, 2, 4),
+        "scale": array(jnp.float32, superblocks, 4, 2),
+        "sums": array(jnp.int32, superblocks, 4, 2, 2),
+    }
 
 
 def state_shape(c: StepConfig) -> tuple[int, ...]:
@@ -440,8 +442,7 @@ class Step:
         pairs = range(0, c.hidden // CHUNK, WARPGROUPS)
         mine = [[jnp.where(self.wg == 0, x[i], x[i + 1]) for i in pairs] for x in whole]
         squares = [sum(v * v for v in x) for x in whole]
-        turn = first // size if size > 1 else first
-        squares = self.totals(squares, prim.SUBBLOCKS, "add", "norm", turn)
+        squares = self.totals(squares, prim.SUBBLOCKS, "add", "norm", first // size)
         scales = [lax.rsqrt(total / c.hidden + c.eps) for total in squares]
         normed = [
             [v * scale * w for v, w in zip(own, norms, strict=True)]
@@ -487,43 +488,26 @@ class Step:
             refs = self.quantized(into, b)
             prim.store_lanes(refs, subblock, warp, [high, low], scale, q, layout, **self.prim)
 
-    def owner(self, b):
-        """The block that quantizes sequence b's activations for all."""
-        return b * max(self.c.blocks // self.c.batch, 1) % self.c.blocks
-
-    def for_owner(self, sequences: list, x: list, body) -> None:
-        """Runs ``body([b], [chunks])`` in the block that owns sequence b of ``sequences``."""
-        if self.c.blocks < self.c.batch:
-            body(sequences, x)
-            return
-        each = self.owner(1)
-        mine = self.block // each
-
-        @pl.when((self.block % each == 0) & (mine >= sequences[0]) & (mine <= sequences[-1]))
-        def _():
-            chunks = x[0]
-            for b, others in zip(sequences[1:], x[1:], strict=True):
-                chunks = [jnp.where(mine == b, new, old) for new, old in zip(others, chunks, strict=True)]
-            body([mine], [chunks])
-
-    def share_normed(self, norm_ref, parts: int, count) -> None:
-        """The normed residual stream, quantized by the owners of sequences, with a signal for each."""
+    def for_own(self, first, size: int, body) -> None:
+        """Runs ``body(b)`` for that of the sequences from ``first`` on that this block quantizes for all."""
         c = self.c
+        if c.blocks < c.batch:
+            prim.fori(size, lambda i: body(first + i))
+            return
+        each = c.blocks // c.batch
+        b = self.block // each
+        pl.when((self.block % each == 0) & (b >= first) & (b < first + size))(lambda: body(b))
+
+    def share_normed(self, norm_ref, count) -> None:
+        """The normed residual stream, quantized by the owners of sequences, with a signal for each."""
 
         def one(b):
             norms = self.norm_weights(norm_ref)
             self.wait(count)
-            self.normed(b, 1, norms, parts, partial(self.quantize_chunks, into="hidden"))
+            self.normed(b, 1, norms, self.c.down_parts, partial(self.quantize_chunks, into="hidden"))
             self.signal()
 
-        if c.blocks < c.batch:
-            prim.fori(c.batch, one)
-            return
-        each = self.owner(1)
-
-        @pl.when((self.block % each == 0) & (self.block // each < c.batch))
-        def _():
-            one(self.block // each)
+        self.for_own(0, self.c.batch, one)
 
     def fetch(self, name: str, first, superblocks: int, sequences: int = 0, sequence=lambda i: i) -> None:
         """Begins to copy superblocks of sequences' quantized activations to shared memory.
@@ -535,11 +519,18 @@ class Step:
         def one(i):
             b = sequence(i)
             here, there = self.quantized("x", b), self.quantized(name, b)
+            words = (
+                here[0].at[self.wg, pl.ds(0, superblocks)],
+                there[0].at[self.wg, pl.ds(first, superblocks)],
+            )
             half = superblocks // WARPGROUPS
-            copies = [((self.wg, pl.ds(0, superblocks)), (self.wg, pl.ds(first, superblocks)))]
-            copies += [((pl.ds(self.wg * half, half),), (pl.ds(first + self.wg * half, half),))] * 2
-            for to, source, (at, begin) in zip(here, there, copies, strict=True):
-                prim.copy_to_shared(to.at[at], source.at[begin], **self.prim)
+            own = self.wg * half
+            halves = [
+                (to.at[pl.ds(own, half)], source.at[pl.ds(first + own, half)])
+                for to, source in zip(here[1:], there[1:], strict=True)
+            ]
+            for to, source in (words, *halves):
+                prim.copy_to_shared(to, source, **self.prim)
 
         prim.fori(sequences or self.c.batch, one)
 
@@ -562,7 +553,7 @@ class Step:
             dimensions=(2,) if shared else (0, 2),
         )
 
-    def normed_activations(self, norms: list, count) -> None:
+    def normed_activations(self, norm_ref, count) -> None:
         """Has the last layer's output, normed and quantized, in shared memory.
 
         Where activations are shared, ``share_normed`` was called before weights were asked for: the
@@ -574,6 +565,7 @@ class Step:
             self.fetch("hidden", 0, c.hidden // SUPERBLOCK)
             self.fetched()
         else:
+            norms = self.norm_weights(norm_ref)
             self.wait(count)
             self.for_normed(norms, c.down_parts, self.quantize_chunks)
             self.sync_warpgroup()
@@ -646,7 +638,7 @@ class Step:
         first = TILE_FORMATS[c.qkv_types[0]]
         norm_ref = self.r["input_norm"].at[layer]
         if c.shares:
-            self.share_normed(norm_ref, c.down_parts, count)
+            self.share_normed(norm_ref, count)
 
         def load(i):
             tile = offsets[0] + i // steps * c.blocks + self.block
@@ -658,7 +650,7 @@ class Step:
         mixed_ahead = (
             [self.load_mixed(w, slot, counts, offsets) for slot in mixed] if len(mixed) <= 2 else None
         )
-        self.normed_activations([] if c.shares else self.norm_weights(norm_ref), count)
+        self.normed_activations(norm_ref, count)
         x = self.own_activations(steps)
         if steps == 1 and items == len(ahead):  # all tiles are in registers and share their activations
             self.multiply_into_sums(first, ahead, range(items), 0, x)
@@ -962,18 +954,23 @@ class Step:
             prim.store_first_rows(self.r["attention"].at[b, pl.ds(head * rep, rep)], out, **self.prim)
             if c.shares:
                 self.sync_warpgroup()
-                shape = (c.batch, c.heads * c.head_dim // 32, 2, 4, 4)
-                source = prim.View(self.r["attention"], shape, leading=1, **self.prim)
-                for i in range(rep * c.head_dim // CHUNK):
-                    chunk = head * (rep * c.head_dim // CHUNK) + i
-                    x = source.load((b, pl.ds(chunk * 32, 32)), prim.SUBBLOCKS)
-                    self.quantize(b, chunk, x, "attended")
+                chunks = rep * c.head_dim // CHUNK
+                for i in range(chunks):
+                    chunk = head * chunks + i
+                    self.quantize(b, chunk, self.attended(b, chunk), "attended")
 
         @pl.when(splits > 1)
         def _():
             prim.store_first_rows(self.r["part"].at[b, head, split], out, **self.prim)
             self.r["part_stats"][b, head, 0, :, split] = largest
             self.r["part_stats"][b, head, 1, :, split] = total
+
+    def attended(self, b, chunk):
+        """float32 [32, 2, 4, 4]: 1,024 values of attention's output."""
+        c = self.c
+        shape = (c.batch, c.heads * c.head_dim // 32, 2, 4, 4)
+        view = prim.View(self.r["attention"], shape, leading=1, **self.prim)
+        return view.load((b, pl.ds(chunk * 32, 32)), prim.SUBBLOCKS)
 
     @jax.named_scope("combine")
     def combine(self, count) -> None:
@@ -1024,8 +1021,6 @@ class Step:
         width = c.heads * c.head_dim
         steps = width // STEP
         tiles = c.hidden // 8
-        shape = (c.batch, width // 32, 2, 4, 4)
-        source = prim.View(self.r["attention"], shape, leading=1, **self.prim)
         early = ceil_div(tiles, c.blocks) <= SLOTS
         before = {}
 
@@ -1037,7 +1032,7 @@ class Step:
                 self.fetched()
                 return
             chunks = [2 * step + self.wg for step in range(steps)]
-            loaded = [source.load((0, pl.ds(chunk * 32, 32)), prim.SUBBLOCKS) for chunk in chunks]
+            loaded = [self.attended(0, chunk) for chunk in chunks]
             load_old()
             for chunk, x in zip(chunks, loaded, strict=True):
                 self.quantize(0, chunk, x)
@@ -1098,7 +1093,16 @@ class Step:
             if not c.shares:
                 kept.append((sequences, x))
                 return
-            self.for_owner(sequences, x, partial(self.quantize_chunks, into="hidden"))
+
+            def quantize(b):
+                chunks = x[0]
+                for other, theirs in zip(sequences[1:], x[1:], strict=True):
+                    chunks = [
+                        jnp.where(b == other, new, old) for new, old in zip(theirs, chunks, strict=True)
+                    ]
+                self.quantize_chunks([b], [chunks], "hidden")
+
+            self.for_own(sequences[0], len(sequences), quantize)
 
         self.for_normed(norms, 0, group)
         self.signal()
@@ -1375,12 +1379,12 @@ class Step:
     def logits(self, count) -> None:
         c = self.c
 
+        norm_ref = self.r["final_norm"]
         if c.shares:
-            self.share_normed(self.r["final_norm"], c.down_parts, count)
-        norms = [] if c.shares else self.norm_weights(self.r["final_norm"])
+            self.share_normed(norm_ref, count)
 
         def prepare():
-            self.normed_activations(norms, count)
+            self.normed_activations(norm_ref, count)
 
         def store(_, b, chunk):
             rows = self.result_rows(b, c.hidden // STEP)
