@@ -62,13 +62,15 @@ STAGES = (
             "-m",
             "pytest",
             "-q",
+            "-n",
+            "8",
             "tests/kernels/test_ops_sm90.py",
             "tests/kernels/test_decode_layers.py",
             "tests/kernels/test_top_k.py",
             "-k",
             "TestHopper or on_a_gpu",
         ),
-        300,
+        600,
     ),
     Stage(
         "decode-kernel",
@@ -178,7 +180,9 @@ def run(stage: Stage, model: str, out: Path, seconds: float) -> tuple[str, float
     places = {MODEL: model, RECEIPT: str(out / f"{stage.name}.json")}
     arguments = [places.get(part, part) for part in stage.command]
     command = [sys.executable, "-X", "faulthandler", "-u", *arguments]
-    environment = {"JAX_PLATFORMS": "cuda,cpu", **os.environ, "PYTHONPATH": _python_path()}
+    # Stages of several processes share the card's memory.
+    environment = {"JAX_PLATFORMS": "cuda,cpu", "XLA_PYTHON_CLIENT_PREALLOCATE": "false", **os.environ}
+    environment["PYTHONPATH"] = _python_path()
     began = time.monotonic()
     lines: list[str] = []
     process = subprocess.Popen(
