@@ -126,10 +126,11 @@ class JaxRunner:
     def _fallbacks(self, source: ModelSource) -> list[str]:
         """Why this GPU or this file does not take the kernels, one line each; empty when it does."""
         try:
-            from kernels_pallas.prefill.device import require_hopper
+            from kernels_pallas.prefill.device import ask_ptxas_once, require_hopper
             from qwen3_moe_jax import gpu_decode
 
             require_hopper()
+            ask_ptxas_once()
             gpu_decode.check_supported(source.config, source.types)
         except (ImportError, NotImplementedError) as error:
             return [f"XLA in place of the GPU kernels: {error}"]

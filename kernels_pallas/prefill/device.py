@@ -1,5 +1,6 @@
 """Whether this process' device runs Hopper kernels."""
 
+import functools
 import importlib
 from dataclasses import dataclass
 from types import ModuleType
@@ -43,6 +44,22 @@ def import_kernels(module: str) -> ModuleType:
         return importlib.import_module(f"kernels_pallas.{module}")
     except ImportError as error:
         raise NotImplementedError(f"this JAX lacks a part of Pallas: {error}") from error
+
+
+def ask_ptxas_once() -> None:
+    """Keeps the answer of ptxas to what its version is.
+
+    JAX 0.11 starts ptxas for it at each conversion to or from 8 bits or fewer, comparisons among them: a
+    hundred times in the decode kernel, half of the time of its lowering, with the interpreter's lock
+    held. Nothing changes in a JAX without that function.
+    """
+    try:
+        bindings = importlib.import_module("jax._src.lib.mosaic_gpu")._mosaic_gpu_ext
+        ask = bindings._get_ptxas_isa_version
+    except (ImportError, AttributeError):
+        return
+    if not hasattr(ask, "cache_info"):
+        bindings._get_ptxas_isa_version = functools.cache(ask)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import faulthandler
 import sys
+from types import ModuleType, SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,7 @@ from convert.packed import GPU_TILES, PackedTensor
 from kernels_pallas.attention import pallas_sm90 as attention_sm90
 from kernels_pallas.matrices import Matrices
 from kernels_pallas.moe_mlp import pallas_sm90 as moe_sm90
+from kernels_pallas.prefill.device import ask_ptxas_once
 from kernels_pallas.prefill.matmul_sm90 import (
     MOST_FEW,
     dense_config,
@@ -258,3 +260,19 @@ class TestHopper(OpCases):
 def test_what_has_not_run_is_not_chosen_for_many_rows():
     assert pick_config(2048).tile == 128
     assert pick_config(1).tile == 64
+
+
+def test_ptxas_is_asked_once(monkeypatch):
+    asked = []
+    bindings = SimpleNamespace(_get_ptxas_isa_version=lambda: asked.append(1) or 90)
+    module = ModuleType("mosaic_gpu")
+    module._mosaic_gpu_ext = bindings
+    monkeypatch.setitem(sys.modules, "jax._src.lib.mosaic_gpu", module)
+    ask_ptxas_once()
+    ask_ptxas_once()
+    assert [bindings._get_ptxas_isa_version() for _ in range(3)] == [90] * 3
+    assert len(asked) == 1
+    module._mosaic_gpu_ext = SimpleNamespace()
+    ask_ptxas_once()  # a JAX that has no such function
+    monkeypatch.setitem(sys.modules, "jax._src.lib.mosaic_gpu", None)
+    ask_ptxas_once()  # a machine without the bindings
