@@ -39,6 +39,7 @@ from qwen3_moe_jax.reference.model import (
 from qwen3_moe_jax.rope import rope_tables
 from qwen3_moe_jax.runner import Forward
 from qwen3_moe_jax.stages import INPUT_STAGES, LAYER_STAGES, OUTPUT_STAGES, STAGES, StageKey
+from qwen3_moe_jax.workers import ALONE, Workers
 
 MAX_SIGMAS = 8.0
 
@@ -131,6 +132,7 @@ class StageJudge:
       layers: the layers that were run, in order.
       most_rows: rows of each matrix to judge; None judges all.
       most_tokens: positions of the prompt to judge; None judges all.
+      workers: share the work on a matrix.
     """
 
     source: ModelSource
@@ -140,6 +142,7 @@ class StageJudge:
     layers: Sequence[int] | None = None
     most_rows: int | None = None
     most_tokens: int | None = None
+    workers: Workers = ALONE
     _tensors: dict[str, PackedTensor] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
@@ -256,11 +259,12 @@ class StageJudge:
         """x [T, K] times the transpose of weight [N, K]."""
         channels = sample(weight.shape[0], self.most_rows)
         rows = weight if channels is None else weight[channels]
-        values, sigmas = [], []
-        for start in range(0, rows.shape[0], ROWS_AT_A_TIME):
-            dense = dequantize(rows[start : start + ROWS_AT_A_TIME]).astype(np.float64)
-            values.append(x @ dense.T)
-            sigmas.append(self.product_sigma(x * x, dense * dense, operand))
+        step = ROWS_AT_A_TIME // self.workers.count
+
+        def part(start: int) -> tuple[np.ndarray, np.ndarray]:
+            return self._dense(x, rows[start : start + step], operand)
+
+        values, sigmas = zip(*self.workers.map(part, range(0, rows.shape[0], step)), strict=True)
         return Expectation(np.concatenate(values, -1), np.concatenate(sigmas, -1), channels)
 
     def product_sigma(self, x2: np.ndarray, w2: np.ndarray, operand: float | None = None) -> np.ndarray:
@@ -423,7 +427,8 @@ class StageJudge:
         channels = sample(down_proj.shape[1], self.most_rows)
         count = down_proj.shape[1] if channels is None else len(channels)
         value, variance = np.zeros((len(x), count)), np.zeros((len(x), count))
-        for expert in np.unique(ids):
+
+        def of_expert(expert: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
             tokens, choices = np.nonzero(ids == expert)
             gate, gate_sigma = self._dense(x[tokens], gate_proj[int(expert)])
             up, up_sigma = self._dense(x[tokens], up_proj[int(expert)])
@@ -434,16 +439,21 @@ class StageJudge:
             matrix = down_proj[int(expert)]
             dense = dequantize(matrix if channels is None else matrix[channels]).astype(np.float64)
             weight = weights[tokens, choices][:, None]
-            value[tokens] += weight * (act @ dense.T)
             own = self.product_sigma(act * act, dense * dense) ** 2
-            variance[tokens] += weight**2 * (own + act_variance @ (dense * dense).T)
+            return tokens, weight * (act @ dense.T), weight**2 * (own + act_variance @ (dense * dense).T)
+
+        for tokens, its_value, its_variance in self.workers.map(of_expert, np.unique(ids)):
+            value[tokens] += its_value
+            variance[tokens] += its_variance
         spread = FLOAT32 * ids.shape[1] ** 0.5 * np.abs(value)
         return Expectation(value, np.sqrt(variance) + spread, channels)
 
-    def _dense(self, x: np.ndarray, weight: PackedTensor) -> tuple[np.ndarray, np.ndarray]:
+    def _dense(
+        self, x: np.ndarray, weight: PackedTensor, operand: float | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Product and sigma with every row of one matrix."""
         dense = dequantize(weight).astype(np.float64)
-        return x @ dense.T, self.product_sigma(x * x, dense * dense)
+        return x @ dense.T, self.product_sigma(x * x, dense * dense, operand)
 
     def embedding(self) -> Expectation:
         value = dequantize(self.weight("embed_tokens")[self.token_ids[self.tokens]]).astype(np.float64)

@@ -23,9 +23,10 @@ from qwen3_moe_jax.rope import rope_tables
 from qwen3_moe_jax.runner import Forward
 from qwen3_moe_jax.sampling import Sampling
 from qwen3_moe_jax.stages import StageKey
+from qwen3_moe_jax.workers import ALONE, Workers
 
 ROWS_AT_A_TIME = 8192
-"""Rows of a matrix that are dequantized together."""
+"""Rows of a matrix that are dequantized at a time, by all workers together."""
 
 SCORED_TOKENS = 256
 """Tokens whose logits are there at once where only log-likelihoods are asked for."""
@@ -58,22 +59,28 @@ def silu(x: np.ndarray) -> np.ndarray:
     return x / (1.0 + np.exp(-np.maximum(x, -80.0)))
 
 
-def matmul(x: np.ndarray, weight: PackedTensor) -> np.ndarray:
+def matmul(x: np.ndarray, weight: PackedTensor, workers: Workers = ALONE) -> np.ndarray:
     """x [T, K] times the transpose of weight [N, K]: [T, N]."""
-    rows = weight.shape[0]
-    parts = [
-        x @ dequantize(weight[start : start + ROWS_AT_A_TIME], x.dtype).T
-        for start in range(0, rows, ROWS_AT_A_TIME)
-    ]
+    step = ROWS_AT_A_TIME // workers.count
+
+    def part(start: int) -> np.ndarray:
+        return x @ dequantize(weight[start : start + step], x.dtype).T
+
+    parts = list(workers.map(part, range(0, weight.shape[0], step)))
     return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=-1)
 
 
-def expert_matmul(x: np.ndarray, weight: PackedTensor, expert_ids: np.ndarray) -> np.ndarray:
+def expert_matmul(
+    x: np.ndarray, weight: PackedTensor, expert_ids: np.ndarray, workers: Workers = ALONE
+) -> np.ndarray:
     """x [T, X, K] times, for every (token, choice), the expert weight[expert_ids] [N, K]: [T, X, N]."""
     out = np.empty((*expert_ids.shape, weight.shape[1]), x.dtype)
-    for expert in np.unique(expert_ids):
+
+    def fill(expert: int) -> None:
         chosen = expert_ids == expert
         out[chosen] = x[chosen] @ dequantize(weight[expert], x.dtype).T
+
+    list(workers.map(fill, np.unique(expert_ids)))
     return out
 
 
@@ -153,6 +160,7 @@ class ReferenceRunner:
         max_context: int | None = None,
         dtype: type = np.float32,
         resident: bool = True,
+        workers: Workers = ALONE,
     ):
         """Loads the weights.
 
@@ -161,10 +169,12 @@ class ReferenceRunner:
           max_context: tokens of a prompt and what is written after it; None is the model's own limit.
           dtype: np.float32 or np.float64.
           resident: keep every packed tensor in memory; False reads each from ``source`` when it is used.
+          workers: share the work on a matrix.
         """
         self.config = source.config
         self.max_context = max_context or source.config.max_position_embeddings
         self.dtype = np.dtype(dtype)
+        self.workers = workers
         self.weights: Mapping[str, PackedTensor] = TensorsOnDemand(source)
         if resident:
             self.weights = {path: source.tensor(path) for path in source.paths()}
@@ -268,6 +278,9 @@ class ReferenceRunner:
     def _norm_weight(self, path: str) -> np.ndarray:
         return dequantize(self.weights[path], self.dtype)
 
+    def _matmul(self, x: np.ndarray, weight: PackedTensor) -> np.ndarray:
+        return matmul(x, weight, self.workers)
+
     def _layers(self, token_ids, cache, record, expert_ids, layers):
         """These decoder layers; returns hidden [T, D], the chosen experts [L, T, X] and the longer cache."""
         start = cache[0][0].shape[0]
@@ -292,9 +305,9 @@ class ReferenceRunner:
 
         h = rms_norm(x, self._norm_weight(f"{prefix}.input_layernorm"), eps)
         record("attn_norm", layer, h)
-        q = matmul(h, self.weights[f"{prefix}.self_attn.q_proj"]).reshape(heads)
-        k = matmul(h, self.weights[f"{prefix}.self_attn.k_proj"]).reshape(heads)
-        v = matmul(h, self.weights[f"{prefix}.self_attn.v_proj"]).reshape(heads)
+        q = self._matmul(h, self.weights[f"{prefix}.self_attn.q_proj"]).reshape(heads)
+        k = self._matmul(h, self.weights[f"{prefix}.self_attn.k_proj"]).reshape(heads)
+        v = self._matmul(h, self.weights[f"{prefix}.self_attn.v_proj"]).reshape(heads)
         record("Qcur", layer, q)
         record("Kcur", layer, k)
         record("Vcur", layer, v)
@@ -310,7 +323,7 @@ class ReferenceRunner:
         keys, values = np.concatenate([cache[0], k]), np.concatenate([cache[1], v])
         out = attention(q, keys, values, positions)
         record("kqv_out", layer, out)
-        out = matmul(out.reshape(len(positions), -1), self.weights[f"{prefix}.self_attn.o_proj"])
+        out = self._matmul(out.reshape(len(positions), -1), self.weights[f"{prefix}.self_attn.o_proj"])
         record("attn_out", layer, out)
         x = x + out
         record("ffn_inp", layer, x)
@@ -322,7 +335,7 @@ class ReferenceRunner:
             x, self._norm_weight(f"layers.{layer}.post_attention_layernorm"), self.config.rms_norm_eps
         )
         record("ffn_norm", layer, h)
-        logits = matmul(h, self.weights[f"{prefix}.router"])
+        logits = self._matmul(h, self.weights[f"{prefix}.router"])
         probs, ids, weights = choose_experts(logits, self.config.num_experts_per_tok, forced_ids)
         record("ffn_moe_logits", layer, logits)
         record("ffn_moe_probs", layer, probs)
@@ -330,10 +343,10 @@ class ReferenceRunner:
         record("ffn_moe_weights_norm", layer, weights)
 
         inputs = np.repeat(h[:, None, :], ids.shape[1], axis=1)
-        gate = expert_matmul(inputs, self.weights[f"{prefix}.experts.gate_proj"], ids)
-        up = expert_matmul(inputs, self.weights[f"{prefix}.experts.up_proj"], ids)
+        gate = expert_matmul(inputs, self.weights[f"{prefix}.experts.gate_proj"], ids, self.workers)
+        up = expert_matmul(inputs, self.weights[f"{prefix}.experts.up_proj"], ids, self.workers)
         act = silu(gate) * up
-        down = expert_matmul(act, self.weights[f"{prefix}.experts.down_proj"], ids)
+        down = expert_matmul(act, self.weights[f"{prefix}.experts.down_proj"], ids, self.workers)
         record("ffn_moe_gate", layer, gate)
         record("ffn_moe_up", layer, up)
         record("ffn_moe_swiglu", layer, act)
@@ -350,7 +363,7 @@ class ReferenceRunner:
     def _logits(self, hidden, record):
         h = rms_norm(hidden, self._norm_weight("norm"), self.config.rms_norm_eps)
         record("result_norm", None, h)
-        logits = matmul(h, self.weights["lm_head" if "lm_head" in self.weights else "embed_tokens"])
+        logits = self._matmul(h, self.weights["lm_head" if "lm_head" in self.weights else "embed_tokens"])
         record("result_output", None, logits)
         return logits
 
