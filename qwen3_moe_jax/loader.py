@@ -50,7 +50,7 @@ def choose_backend() -> Choice:
     """An NVIDIA GPU through JAX; else a hardware WebGPU adapter; else JAX on the CPU."""
     why, fallbacks = "no NVIDIA GPU", ()
     if nvidia_gpus():
-        if _jax_sees_gpu():
+        if jax_sees_gpu():
             return Choice("jax", "JAX sees an NVIDIA GPU")
         why = "JAX does not see the NVIDIA GPU"
         fallbacks = (f"{why}: run `qwen3-moe doctor`",)
@@ -60,7 +60,8 @@ def choose_backend() -> Choice:
     return Choice("jax", f"{why}, no WebGPU hardware", fallbacks)
 
 
-def _jax_sees_gpu() -> bool:
+def jax_sees_gpu() -> bool:
+    """Whether the jax backend is going to run on a GPU."""
     set_jax_memory_policy()
     import jax
 

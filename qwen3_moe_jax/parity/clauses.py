@@ -16,7 +16,6 @@ from qwen3_moe_jax.parity.contract import CPU, NVIDIA, Clause
 from qwen3_moe_jax.parity.evidence import (
     BATCH_TOKENS,
     BATCHES,
-    PROMPT_TOKENS,
     STAGE_CHUNK,
     STAGE_TOKENS,
     Evidence,
@@ -291,11 +290,10 @@ def _after_a_flip(flipped: np.ndarray) -> np.ndarray:
 
 def check_decode(clause: Clause, evidence: Evidence) -> Finding:
     """DECODE-001: every written token is the reference's best one, within twice the error of the logits."""
-    prompt, written = evidence.oracle.text_ids[:PROMPT_TOKENS], evidence.written
+    written = evidence.written
     if not written:
         return conclude(clause, evidence.label, np.inf, "nothing was written")
-    ids = np.concatenate([prompt, written])
-    logits = evidence.oracle.runner.forward(ids).logits[len(prompt) - 1 : -1].astype(np.float64)
+    logits = evidence.expected
     gap = logits.max(axis=-1) - logits[np.arange(len(written)), written]
     allowed = 2 * max(evidence.free.distance.largest, 1e-6)
     wrong = np.flatnonzero(~(gap <= allowed))
@@ -334,10 +332,10 @@ def check_determinism(clause: Clause, evidence: Evidence) -> Finding:
 
 def _differences_in_batches(evidence: Evidence) -> tuple[dict[int, int], float]:
     """Positions that differ in any bit of logits or experts, by size of the batch; the largest difference."""
-    alone = evidence.in_batch(1)
+    alone = evidence.in_batches[1]()
     found, largest = {}, 0.0
     for size in BATCHES:
-        among = evidence.in_batch(size)
+        among = evidence.in_batches[size]()
         if among.logits.shape != alone.logits.shape:
             found[size] = len(alone.logits)
             continue

@@ -2,10 +2,11 @@
 
 import tempfile
 import zlib
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from threading import RLock
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 
@@ -21,6 +22,7 @@ from qwen3_moe_jax.parity.resident import ResidentPeak
 from qwen3_moe_jax.reference import ReferenceRunner
 from qwen3_moe_jax.runner import Forward, Runner
 from qwen3_moe_jax.sampling import Sampling
+from qwen3_moe_jax.workers import ALONE, Workers
 
 SMALL_MODEL_BYTES = 1 << 30
 """Up to this size the reference computes in float64 and is kept in memory, and runs are made side by side.
@@ -46,6 +48,21 @@ DECODED_TOKENS = 24
 
 ROWS_AT_A_TIME = 128
 
+RUNS = {
+    "VRAM-001": ("memory",),
+    "LOADGATE-001": ("gate",),
+    "STAGES-001": ("fused", "single", "judgements"),
+    "INVARIANTS-001": ("free",),
+    "PARITY-001": ("free", "replayed", "decoded"),
+    "TEXT-001": ("free", "replayed"),
+    "ROUTING-001": ("free", "replayed"),
+    "DECODE-001": ("free", "written", "expected"),
+    "DETERMINISM-001": ("free", "written", "again"),
+    "QUANT-001": ("device_weights",),
+}
+"""Properties of the evidence that a clause asks for; those that a property waits for come before it."""
+
+T = TypeVar("T")
 
 _ONCE = RLock()
 
@@ -69,6 +86,19 @@ class once:
         return instance.__dict__[self._name]
 
 
+class Lazily(Generic[T]):
+    """A value that is computed when it is first asked for, once, also by several threads."""
+
+    def __init__(self, compute: Callable[[], T]):
+        self._compute, self._lock, self._found = compute, RLock(), []
+
+    def __call__(self) -> T:
+        with self._lock:
+            if not self._found:
+                self._found.append(self._compute())
+        return self._found[0]
+
+
 def by_rows(function, *arrays: np.ndarray) -> np.ndarray:
     """``function`` of a few rows at a time, so that float64 copies stay small."""
     parts = [
@@ -85,6 +115,7 @@ class Oracle:
       source: the open model.
       text_ids: token ids of the text.
       windows: parts of the text that are run one after the other; the whole of it where its logits fit.
+      workers: share the work on the matrices of a large model.
     """
 
     def __init__(self, source: ModelSource, text_ids: Sequence[int]):
@@ -92,6 +123,7 @@ class Oracle:
         self.text_ids = np.asarray(text_ids, np.int32)
         self.is_small = source.nbytes <= SMALL_MODEL_BYTES
         self.dtype = np.float64 if self.is_small else np.float32
+        self.workers = ALONE if self.is_small else Workers.one_a_core()
         row = 4 * source.config.vocab_size
         step = max(1, MOST_LOGIT_BYTES // row)
         if len(self.text_ids) > step:  # windows of one length, a power of two, so that they share programs
@@ -101,7 +133,7 @@ class Oracle:
 
     @once
     def runner(self) -> ReferenceRunner:
-        return ReferenceRunner(self.source, dtype=self.dtype, resident=self.is_small)
+        return ReferenceRunner(self.source, dtype=self.dtype, resident=self.is_small, workers=self.workers)
 
     @once
     def text(self) -> Forward:
@@ -128,6 +160,11 @@ class Oracle:
     def router_logits(self) -> np.ndarray:
         """[L, T, E]."""
         return stacked(self.text, "ffn_moe_logits")
+
+    @once
+    def sha256(self) -> str:
+        """Of the file, all of which is read."""
+        return self.source.sha256()
 
     @once
     def recorded(self) -> list[RecordedLogits]:
@@ -257,6 +294,7 @@ class Evidence:
       runner: the backend.
       facts: its ``describe()``.
       resident: the process's memory since before the backend was loaded; None where that is not known.
+      in_batches: a few tokens one by one, by the size of the batch in whose middle they run.
     """
 
     def __init__(self, oracle: Oracle, runner: Runner, resident: ResidentPeak | None = None):
@@ -264,6 +302,9 @@ class Evidence:
         self.runner = runner
         self.facts = runner.describe()
         self.resident = resident
+        self.in_batches: Mapping[int, Lazily[Forward]] = {
+            size: Lazily(partial(self._in_batch, size)) for size in (1, *BATCHES)
+        }
 
     @property
     def source(self) -> ModelSource:
@@ -278,9 +319,13 @@ class Evidence:
         """Backend and compute dtype: "jax bfloat16"."""
         return f"{self.runner.name} {self.compute_dtype}"
 
-    def runs(self) -> list[str]:
-        """Names of the properties that run the backend, for threads that make them ahead."""
-        return ["free", "replayed", "fused", "written", "single", "gate", "again", "device_weights"]
+    def runs(self, clauses: Collection[str]) -> list[Callable[[], Any]]:
+        """What these clauses are going to ask for and threads can make ahead, in the order of the clauses."""
+        names = dict.fromkeys(name for id, used in RUNS.items() if id in clauses for name in used)
+        runs = [partial(getattr, self, name) for name in names]
+        if "DETERMINISM-001" in clauses and self.is_batch_invariant:
+            runs += [self.in_batches[size] for size in sorted(self.in_batches, reverse=True)]
+        return runs
 
     @property
     def chunks(self) -> dict[str, tuple[int, ...]]:
@@ -295,6 +340,7 @@ class Evidence:
     @once
     def again(self) -> TextRun:
         """``free`` a second time."""
+        _ = self.free  # whose programs this takes
         return self._run_text()
 
     @once
@@ -344,8 +390,8 @@ class Evidence:
         forward = self.runner.forward(ids, expert_ids=forced, chunk_sizes=(1,))
         return LogitDistance.of(self.oracle.text.logits[: len(ids)], forward.logits)
 
-    def in_batch(self, size: int) -> Forward:
-        """A few tokens one by one, in the middle of a batch of ``size`` other pieces of the text."""
+    def _in_batch(self, size: int) -> Forward:
+        """A few tokens one by one, in the middle of a batch of ``size`` pieces of the text."""
         ids = self.oracle.text_ids
         others = [ids[3 * n : 3 * n + BATCH_TOKENS] for n in range(1, size)]
         options = {"beside": others} if others else {}
@@ -389,7 +435,8 @@ class Evidence:
         return found
 
     def _judge(self, ids: np.ndarray, forward: Forward, **options) -> list[Judgement]:
-        return list(StageJudge(self.source, self.facts, ids, forward, **options).judgements())
+        judge = StageJudge(self.source, self.facts, ids, forward, workers=self.oracle.workers, **options)
+        return list(judge.judgements())
 
     @once
     def written(self) -> list[int]:
@@ -400,6 +447,13 @@ class Evidence:
         """Writes again."""
         prompt = self.oracle.text_ids[:PROMPT_TOKENS].tolist()
         return list(self.runner.stream(prompt, max_tokens=WRITTEN_TOKENS, sampling=Sampling(temperature=0)))
+
+    @once
+    def expected(self) -> np.ndarray:
+        """The reference's logits at every token of ``written``, which it chose from: float64 [n, V]."""
+        prompt = self.oracle.text_ids[:PROMPT_TOKENS]
+        ids = np.concatenate([prompt, self.written])
+        return self.oracle.runner.forward(ids).logits[len(prompt) - 1 : -1].astype(np.float64)
 
     @once
     def device_weights(self) -> tuple[int, int] | None:

@@ -7,8 +7,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
@@ -18,6 +17,7 @@ import numpy as np
 from convert.model_source import ModelSource
 from qwen3_moe_jax.errors import ContextOverflowError, MemoryPlanError
 from qwen3_moe_jax.memory_plan import available_main_memory
+from qwen3_moe_jax.parity.ahead import Ahead
 from qwen3_moe_jax.parity.blas_threads import one_thread_a_product
 from qwen3_moe_jax.parity.clauses import (
     BACKEND_CHECKS,
@@ -35,6 +35,7 @@ from qwen3_moe_jax.parity.recorded import parity_text
 from qwen3_moe_jax.parity.resident import ResidentPeak
 from qwen3_moe_jax.runner import Runner
 from qwen3_moe_jax.tokenizer import Tokenizer
+from qwen3_moe_jax.workers import shares_the_lock
 
 TEXT_TOKENS = 2048
 LEAST_TOKENS = 64
@@ -42,9 +43,20 @@ LEAST_TOKENS = 64
 WORKING_BYTES = 500 << 20
 """One dequantized layer's tensors and the judge's copies, beside logits."""
 
+WORKER_BYTES = 100 << 20
+"""What each further worker holds of a matrix that is judged, in float64."""
+
+RUNS_AT_A_TIME = 8
+"""Of a large model on a device. More would not end sooner: a third of a program's time is tracing, which is
+Python, one thread at a time."""
+
+TIMED_CLAUSES = frozenset({"SPEED-001"})
+"""Clauses that measure time, with nothing else running."""
+
 VERSIONS_OF = ("jax", "jaxlib", "flax", "numpy", "wgpu")
 
 Progress = Callable[[Finding], None]
+Begins = Callable[[str, str], None]
 
 
 @dataclass(frozen=True)
@@ -112,10 +124,12 @@ class Unloaded:
     Attributes:
       load: gives the loaded backend.
       max_context: tokens that its cache is going to hold.
+      has_own_memory: whether its weights are going to lie in the memory of a device, not in the main memory.
     """
 
     load: Callable[[], Runner]
     max_context: int
+    has_own_memory: bool = False
 
 
 def verify(
@@ -125,12 +139,14 @@ def verify(
     text_tokens: int = TEXT_TOKENS,
     clauses: Sequence[str] | None = None,
     progress: Progress | None = None,
+    begins: Begins | None = None,
 ) -> Report:
     """Runs the contract's clauses.
 
     Backends of a small model are loaded together and their runs made side by side.
     Of a large one a single backend is in memory at any time, if they are given
-    ``Unloaded``, and the reference reads its tensors as it needs them.
+    ``Unloaded``, and the reference reads its tensors as it needs them; runs are made
+    side by side where a device has the weights in its own memory.
 
     Args:
       source: the open file or checkpoint that every runner is loaded from.
@@ -138,6 +154,7 @@ def verify(
       text_tokens: length of the text; less where a context does not hold it.
       clauses: ids of the clauses to check; None is all.
       progress: told each finding as it is made.
+      begins: told what is turned to, a clause or what clauses need, and of which subject.
 
     Raises:
       ValueError: no runner, an unknown clause, or a text or context below LEAST_TOKENS.
@@ -163,56 +180,93 @@ def verify(
         if progress:
             progress(finding)
 
+    begins = begins or (lambda what, subject: None)
+
     with ExitStack() as stack:
+        stack.enter_context(one_thread_a_product())
         if oracle.is_small:
-            stack.enter_context(one_thread_a_product())
-            subjects = _all_at_once(stack, oracle, runners, ahead=clauses is None)
+            ahead = stack.enter_context(Ahead.open(os.cpu_count() or 1))
+            subjects = _all_at_once(stack, oracle, runners, ahead, wanted)
         else:
-            subjects = _one_by_one(oracle, runners, with_text=not TEXT_CLAUSES.isdisjoint(wanted))
+            stack.enter_context(shares_the_lock())
+            ahead = stack.enter_context(Ahead.open(RUNS_AT_A_TIME))
+            subjects = _one_by_one(oracle, runners, ahead, wanted, begins)
         for id in wanted:
             if id in FILE_CHECKS:
+                begins(id, "file")
                 found(_checked(FILE_CHECKS[id], contract.clauses[id], oracle, "file"))
         for evidence in subjects:
             backends.append({"label": evidence.label, **_plain(evidence.facts)})
             for id, check in BACKEND_CHECKS.items():
                 if id in wanted:
+                    begins(id, evidence.label)
+                    if id in TIMED_CLAUSES:
+                        ahead.wait()
                     found(_checked(check, contract.clauses[id], evidence, evidence.label))
-    facts = _facts(source, backends, contract.version, len(oracle.text_ids), time.perf_counter() - began)
+        begins("SHA-256", "file")
+        facts = _facts(oracle, backends, contract.version, began)
     return Report(facts, tuple(findings))
 
 
 def _all_at_once(
-    stack: ExitStack, oracle: Oracle, runners: Sequence[Runner | Unloaded], *, ahead: bool
+    stack: ExitStack,
+    oracle: Oracle,
+    runners: Sequence[Runner | Unloaded],
+    ahead: Ahead,
+    wanted: Sequence[str],
 ) -> list[Evidence]:
-    """Every backend loaded, and its runs begun if they are to be made ahead; closed with ``stack``."""
+    """Every backend loaded, to be closed with ``stack``, and the runs begun of those that allow it."""
     subjects = []
     for runner in runners:
         loaded = stack.enter_context(closing(runner.load())) if isinstance(runner, Unloaded) else runner
         subjects.append(Evidence(oracle, loaded))
-    if ahead:
-        stack.enter_context(_made_ahead(subjects))
+    for evidence in subjects:
+        if _takes_threads(evidence.runner):
+            ahead.start(evidence.runs(wanted))
     return subjects
 
 
 def _one_by_one(
-    oracle: Oracle, runners: Sequence[Runner | Unloaded], *, with_text: bool
+    oracle: Oracle,
+    runners: Sequence[Runner | Unloaded],
+    ahead: Ahead,
+    wanted: Sequence[str],
+    begins: Begins,
 ) -> Iterator[Evidence]:
     """One backend after the other; those that are loaded here are closed before the next is.
 
     Raises:
       MemoryPlanError: there is no room for a backend, or beside it for the text's logits.
     """
-    if with_text:
+    with_text = not TEXT_CLAUSES.isdisjoint(wanted)
+    beside = all(isinstance(runner, Unloaded) and runner.has_own_memory for runner in runners)
+    if with_text and beside:
+        ahead.start([lambda: oracle.text])
+    elif with_text:
+        begins("the text", "reference")
         _ = oracle.text  # before a backend is in memory
     for runner in runners:
         if not isinstance(runner, Unloaded):
             yield Evidence(oracle, runner)
             continue
         resident = ResidentPeak.start()
+        begins("loading", "backend")
         with closing(runner.load()) as loaded:
             if with_text:
                 check_room_for_logits(oracle, available_main_memory())
-            yield Evidence(oracle, loaded, resident)
+            evidence = Evidence(oracle, loaded, resident)
+            if _takes_threads(loaded) and runner.has_own_memory:
+                runs = evidence.runs(wanted)
+                # memory is measured before anything else is there
+                first = (lambda e=evidence: e.memory) if "VRAM-001" in wanted else (lambda: None)
+                ahead.start_after(first, [*runs, lambda: oracle.sha256])
+            yield evidence
+            ahead.wait()
+
+
+def _takes_threads(runner: Runner) -> bool:
+    """Whether runs of a backend may be made at the same time."""
+    return getattr(runner, "thread_safe", False)
 
 
 def check_room_for_logits(oracle: Oracle, free: int | None) -> None:
@@ -220,31 +274,13 @@ def check_room_for_logits(oracle: Oracle, free: int | None) -> None:
 
     They are there twice for a moment: in pieces, and joined.
     """
-    needed = 2 * oracle.logits_nbytes + WORKING_BYTES
+    needed = 2 * oracle.logits_nbytes + WORKING_BYTES + WORKER_BYTES * (oracle.workers.count - 1)
     if free is None or free >= needed:
         return
     raise MemoryPlanError(
         f"verify needs {needed / 1e9:.2f} GB of main memory for logits beside the loaded model, and "
         f"{free / 1e9:.2f} GB are free: --clause STAGES-001 needs none of it"
     )
-
-
-@contextmanager
-def _made_ahead(subjects: Sequence[Evidence]) -> Iterator[None]:
-    """Makes the runs of backends that allow it in other threads: most of a run's time is compilation.
-
-    Only for small models, whose runs fit in memory side by side. A run that
-    fails here fails again, and is reported, where a clause asks for it.
-    """
-    able = [e for e in subjects if getattr(e.runner, "thread_safe", False)]
-    pool = ThreadPoolExecutor(max(1, (os.cpu_count() or 1)), thread_name_prefix="verify")
-    for evidence in able:
-        for name in evidence.runs():
-            pool.submit(getattr, evidence, name)
-    try:
-        yield
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
 
 
 def _text_ids(source: ModelSource, count: int) -> list[int]:
@@ -261,17 +297,15 @@ def _checked(check: Callable[[Clause, Any], Finding], clause: Clause, subject: A
         return Finding(clause.id, label, FAILED, None, None, note)
 
 
-def _facts(
-    source: ModelSource, backends: list[dict], contract_version: int, text_tokens: int, seconds: float
-) -> dict[str, Any]:
+def _facts(oracle: Oracle, backends: list[dict], contract_version: int, began: float) -> dict[str, Any]:
     """Everything about a run that is no finding."""
+    source = oracle.source
     return {
         "format": RECEIPT_FORMAT,
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "seconds": seconds,
         "file": {
             "name": source.path.name,
-            "sha256": source.sha256(),
+            "sha256": oracle.sha256,
             "identity": source.identity,
             "nbytes": source.nbytes,
             "model": str(source.metadata.get("general.name", "")),
@@ -279,10 +313,11 @@ def _facts(
         },
         "code_version": code_version(),
         "contract_version": contract_version,
-        "text_tokens": text_tokens,
+        "text_tokens": len(oracle.text_ids),
         "machine": {"system": platform.platform(), "processor": platform.machine()},
         "versions": {"python": sys.version.split()[0], **_versions()},
         "backends": backends,
+        "seconds": time.perf_counter() - began,
     }
 
 

@@ -1,17 +1,23 @@
 """What verify does for models that fit in memory once; limits are lowered until the embedded one is large."""
 
+import threading
+
 import numpy as np
 import pytest
 
 from qwen3_moe_jax import cli, loader
 from qwen3_moe_jax.errors import MemoryPlanError
+from qwen3_moe_jax.jax_runner import JaxRunner
 from qwen3_moe_jax.parity import blas_threads, evidence
 from qwen3_moe_jax.parity import verify as verify_function
+from qwen3_moe_jax.parity.ahead import Ahead
 from qwen3_moe_jax.parity.evidence import Evidence, Oracle
+from qwen3_moe_jax.parity.judge import FUSED_STAGES, StageJudge
 from qwen3_moe_jax.parity.resident import ResidentPeak
 from qwen3_moe_jax.parity.verify import Unloaded, check_room_for_logits
 from qwen3_moe_jax.reference import ReferenceRunner
 from qwen3_moe_jax.reference.model import TensorsOnDemand
+from qwen3_moe_jax.workers import ALONE, Workers
 
 TOKENS = 100
 
@@ -115,3 +121,90 @@ def test_products_stay_on_one_thread_within():
     with blas_threads.one_thread_a_product():
         assert blas_threads.threads_a_product() == 1
     assert blas_threads.threads_a_product() == before
+
+
+def test_a_backend_in_a_devices_memory_is_run_ahead_of_the_clauses(is_large, source, text_ids, monkeypatch):
+    """Memory is measured alone; everything else side by side, each once; what is timed runs alone again."""
+    runner = JaxRunner(source, max_context=TOKENS + 60)
+    kept = {name: getattr(runner, name) for name in ("forward", "stream", "memory")}
+    events, running = [], []
+
+    def watched(name):
+        def call(*args, **options):
+            events.append((name, threading.current_thread(), len(running)))
+            running.append(name)
+            try:
+                return kept[name](*args, **options)
+            finally:
+                running.remove(name)
+
+        return call
+
+    for name in ("forward", "stream"):
+        monkeypatch.setattr(runner, name, watched(name))
+
+    def memory():
+        events.append(("memory", threading.current_thread(), len(running)))
+        return {"peak": 1, "cache": 0}
+
+    monkeypatch.setattr(runner, "memory", memory)
+    begun, main = [], threading.current_thread()
+    backends = [Unloaded(lambda: runner, runner.max_context, has_own_memory=True)]
+    report = verify_function(
+        source, backends, text_tokens=TOKENS, begins=lambda what, subject: begun.append(what)
+    )
+    assert report.passed, report.failures
+    report.receipt()
+    assert [name for name, _, _ in events[:2]] == ["stream", "memory"]
+    assert events[1][2] == 0  # nothing beside it
+    ahead = [name for name, thread, _ in events if thread is not main]
+    assert len(ahead) >= 10
+    assert [(n, beside) for n, thread, beside in events if thread is main][-1] == ("stream", 0)
+    assert begun[-2:] == ["SPEED-001", "SHA-256"]
+    assert {f.clause for f in report.findings} <= set(begun)
+
+
+def test_a_run_that_fails_ahead_is_reported_by_its_clause(is_large, source, text_ids, monkeypatch):
+    runner = JaxRunner(source, max_context=TOKENS + 60)
+    true = runner.forward
+
+    def forward(token_ids, **options):
+        if options.get("expert_ids") is not None:
+            raise RuntimeError("a fault of the device")
+        return true(token_ids, **options)
+
+    monkeypatch.setattr(runner, "forward", forward)
+    backends = [Unloaded(lambda: runner, runner.max_context, has_own_memory=True)]
+    report = verify_function(source, backends, text_tokens=TOKENS)
+    assert {f.clause for f in report.failures} == {"PARITY-001", "ROUTING-001"}
+    assert all("a fault of the device" in f.note for f in report.failures)
+
+
+def test_what_is_called_after_another_waits_for_it_and_comes_though_it_fails():
+    first, order = threading.Event(), []
+
+    def slow():
+        first.wait(5)
+        order.append("first")
+        raise ValueError
+
+    with Ahead.open(2) as ahead:
+        ahead.start_after(slow, [lambda: order.append("then")])
+        first.set()
+        ahead.wait()
+    assert order == ["first", "then"]
+
+
+@pytest.mark.parametrize("workers", [2, 3])
+def test_workers_find_the_same(workers, source, text_ids):
+    """But for the last bits of a product, which may depend on how many rows it has."""
+    found = []
+    for shared in (ALONE, Workers(workers)):
+        runner = ReferenceRunner(source, max_context=512, workers=shared)
+        forward = runner.forward(text_ids[:20], capture=FUSED_STAGES)
+        judge = StageJudge(source, runner.describe(), text_ids[:20], forward, workers=shared)
+        found.append((forward.logits, list(judge.judgements())))
+    np.testing.assert_allclose(found[0][0], found[1][0], rtol=1e-6, atol=1e-5)
+    alone, shared = found[0][1], found[1][1]
+    assert [j.where for j in alone] == [j.where for j in shared]
+    assert [j.nmse for j in alone] == pytest.approx([j.nmse for j in shared], rel=1e-3)

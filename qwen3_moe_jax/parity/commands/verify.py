@@ -3,6 +3,9 @@
 import argparse
 import json
 import sys
+import threading
+import time
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 
@@ -20,6 +23,39 @@ MARKS = {PASSED: ("pass", "green"), FAILED: ("FAIL", "bold red"), NOT_APPLICABLE
 
 DEFAULT_CONTEXT = 2304
 """Tokens of cache: the text and what is written after it."""
+
+SECONDS_UNTOLD = 2.0
+"""After so long it is said what verify is at, and again each time that it has taken twice as long."""
+
+
+class Waits:
+    """Says on standard error what is being waited for."""
+
+    def __init__(self):
+        self._timer: threading.Timer | None = None
+
+    def begins(self, what: str, subject: str) -> None:
+        """Something else is turned to."""
+        self.close()
+        self._tell_later(what, subject, time.perf_counter(), SECONDS_UNTOLD)
+
+    def close(self) -> None:
+        """Nothing is waited for."""
+        if self._timer:
+            self._timer.cancel()
+        self._timer = None
+
+    def _tell_later(self, what: str, subject: str, began: float, seconds: float) -> None:
+        def tell() -> None:
+            elapsed = time.perf_counter() - began
+            print(f"...   {what:<16} {subject:<18} {elapsed:.0f} s", file=sys.stderr, flush=True)
+            if self._timer is timer:
+                self._tell_later(what, subject, began, 2 * elapsed)
+
+        timer = threading.Timer(seconds - (time.perf_counter() - began), tell)
+        timer.daemon = True
+        self._timer = timer
+        timer.start()
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,14 +85,21 @@ def run(args: argparse.Namespace) -> int:
         show_contract(load_contract(), as_json=args.json)
         return 0
     console = Console(stderr=args.json, soft_wrap=True, highlight=False)
-    with open_model(args.model or loader.embedded_model()) as source:
+    waits = Waits()
+
+    def found(finding: Finding) -> None:
+        waits.close()
+        show_finding(console, finding)
+
+    with open_model(args.model or loader.embedded_model()) as source, closing(waits):
         runners = unloaded_runners(source, args.backend or TARGETS[:3], args.adapter)
         report = verify(
             source,
             runners,
             text_tokens=args.tokens,
             clauses=args.clause,
-            progress=lambda finding: show_finding(console, finding),
+            progress=found,
+            begins=waits.begins,
         )
     show_verdict(console, report)
     if args.receipt:
@@ -74,7 +117,8 @@ def unloaded_runners(source: ModelSource, targets: list[str], adapter: str | Non
     for target in dict.fromkeys(targets):
         backend, _, dtype = target.partition(":")
         options = {"max_context": context, "dtype": dtype or "float32", "adapter": adapter}
-        runners.append(Unloaded(partial(loader.make_runner, source, backend, **options), context))
+        on_gpu = backend == "jax" and loader.jax_sees_gpu()
+        runners.append(Unloaded(partial(loader.make_runner, source, backend, **options), context, on_gpu))
     return runners
 
 
