@@ -46,9 +46,12 @@ WORKING_BYTES = 500 << 20
 WORKER_BYTES = 100 << 20
 """What each further worker holds of a matrix that is judged, in float64."""
 
-RUNS_AT_A_TIME = 8
+RUNS_AT_A_TIME = 6
 """Of a large model on a device. More would not end sooner: a third of a program's time is tracing, which is
 Python, one thread at a time."""
+
+TEXT_RUNS = 3
+"""Runs of the text, with its logits, that are made side by side: free, replayed and a second time."""
 
 TIMED_CLAUSES = frozenset({"SPEED-001"})
 """Clauses that measure time, with nothing else running."""
@@ -255,7 +258,9 @@ def _one_by_one(
             if with_text:
                 check_room_for_logits(oracle, available_main_memory())
             evidence = Evidence(oracle, loaded, resident)
-            if _takes_threads(loaded) and runner.has_own_memory:
+            free = available_main_memory()
+            has_room = free is None or free >= needed_for_logits(oracle, TEXT_RUNS)
+            if _takes_threads(loaded) and runner.has_own_memory and has_room:
                 runs = evidence.runs(wanted)
                 # memory is measured before anything else is there
                 first = (lambda e=evidence: e.memory) if "VRAM-001" in wanted else (lambda: None)
@@ -269,12 +274,17 @@ def _takes_threads(runner: Runner) -> bool:
     return getattr(runner, "thread_safe", False)
 
 
-def check_room_for_logits(oracle: Oracle, free: int | None) -> None:
-    """Raises MemoryPlanError unless a backend's logits of one window fit what is free.
+def needed_for_logits(oracle: Oracle, runs: int = 1) -> int:
+    """Bytes of main memory that so many runs of the text at once take beside the loaded model.
 
-    They are there twice for a moment: in pieces, and joined.
+    Logits of a window are there twice for a moment: in pieces, and joined.
     """
-    needed = 2 * oracle.logits_nbytes + WORKING_BYTES + WORKER_BYTES * (oracle.workers.count - 1)
+    return 2 * runs * oracle.logits_nbytes + WORKING_BYTES + WORKER_BYTES * (oracle.workers.count - 1)
+
+
+def check_room_for_logits(oracle: Oracle, free: int | None) -> None:
+    """Raises MemoryPlanError unless a backend's logits of one window fit what is free."""
+    needed = needed_for_logits(oracle)
     if free is None or free >= needed:
         return
     raise MemoryPlanError(
