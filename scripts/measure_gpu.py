@@ -51,8 +51,6 @@ class Stage:
     seconds: int
 
 
-VARIANTS = ("", "wide_down")
-
 STAGES = (
     Stage("doctor", "what this machine can run", ("-m", "qwen3_moe_jax.cli", "doctor"), 60),
     Stage(
@@ -74,7 +72,7 @@ STAGES = (
     ),
     Stage(
         "decode-kernel",
-        "the decode step alone: right, the same bits, its variants side by side",
+        "the decode step alone: right, the same bits, its speed",
         (
             "scripts/profile_decode.py",
             "--check",
@@ -83,8 +81,6 @@ STAGES = (
             "--speed",
             "1:0",
             "8:0",
-            "--tuning",
-            *VARIANTS,
         ),
         400,
     ),

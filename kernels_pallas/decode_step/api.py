@@ -47,7 +47,6 @@ class Device:
     splits: int = 66
     emulate: bool = False
     interpret: Any = None
-    tuning: kernel.Tuning = kernel.MEASURED
 
 
 def empty_cache(config: Any, batch: int, length: int, dtype: Any = jnp.bfloat16) -> KVCache:
@@ -131,7 +130,6 @@ def step_config(
         splits=device.splits,
         replay=replay,
         emulate=device.emulate,
-        tuning=device.tuning,
     )
 
 

@@ -232,25 +232,26 @@ def block_barrier(barrier, *, emulate: bool) -> None:
     sync()
 
 
-def top_experts(logits, ids, routing, count: int, *, emulate: bool) -> None:
-    """The ``count`` largest of each row of logits and their softmax, a row a warp.
+def top_experts(logits, scale, ids, routing, count: int, *, emulate: bool) -> None:
+    """The ``count`` largest of each row of logits times its scale, and their softmax, a row a warp.
 
     Equal logits are ordered by index. The exponentials are of differences to the largest and
     their sum runs from the largest down, so a row's result depends on that row alone.
 
     Args:
       logits: float32 [4, n] of layout ``EXPERTS``.
+      scale: float32 [4], above zero, of that layout without its second axis.
       ids, routing: int32 and float32 [4, count] in shared memory, to be written.
     """
     if emulate:
-        best, index = lax.top_k(logits, count)
+        best, index = lax.top_k(logits * scale[:, None], count)
         p = jnp.exp2((best - best[:, :1]) * LOG2E)
         ids[...] = index
         routing[...] = p / jnp.sum(p, axis=1, keepdims=True)
         return
 
-    @plgpu.inline_mgpu(arg_types=(EXPERTS, plgpu.RefType(), plgpu.RefType()))
-    def choose(ctx, logits, ids, routing):
+    @plgpu.inline_mgpu(arg_types=(EXPERTS, EXPERTS.reduce(1), plgpu.RefType(), plgpu.RefType()))
+    def choose(ctx, logits, scale, ids, routing):
         del ctx
         i32, f32 = ir.IntegerType.get_signless(32), ir.F32Type.get()
         lowest = _const(-(2**31))
@@ -270,7 +271,8 @@ def top_experts(logits, ids, routing, count: int, *, emulate: bool) -> None:
         keys, indices = [], []
         for r, register in enumerate(logits.registers.flat):
             for i in range(4):
-                keys.append(flip(arith.bitcast(i32, llvm.extractelement(register, _const(i)))))
+                logit = arith.mulf(llvm.extractelement(register, _const(i)), _lane_value(scale))
+                keys.append(flip(arith.bitcast(i32, logit)))
                 indices.append(arith.addi(arith.muli(lane, _const(4)), _const(r * 128 + i)))
 
         def tree(join, values):
@@ -307,7 +309,7 @@ def top_experts(logits, ids, routing, count: int, *, emulate: bool) -> None:
                 llvm.store(weight, mgpu.utils.getelementptr(routing_base, [at], f32))
             scf.yield_([])
 
-    choose(logits, ids, routing)
+    choose(logits, scale, ids, routing)
 
 
 def warpgroup_reduce(arrays: list, layout, operation: str, scratch, *, emulate: bool) -> list:

@@ -37,7 +37,7 @@ CHUNK = 1024
 STEP = WARPGROUPS * CHUNK
 SLOTS = 16
 """Tiles of 8 rows in one store of results: a row a lane."""
-TOGETHER = 8
+TOGETHER = 4
 """Sequences that are normed at a time, at most."""
 GROUP = 4
 """Tiles whose rows are one subblock of the activations that they make."""
@@ -60,22 +60,6 @@ def divisor(n: int, most: int) -> int:
 
 
 @dataclass(frozen=True)
-class Tuning:
-    """Ways to the same bits, to be timed against each other on a GPU (``docs/decode_gpu.md``).
-
-    Attributes:
-      wide_down: in batches a block multiplies 64 rows of down for half of the sequences, not 32 for all:
-        two tiles fill a tensor-core product, and one reading of the activations serves both.
-    """
-
-    wide_down: bool = False
-
-
-MEASURED = Tuning()
-"""The choices of the kernel that was measured on a GPU; the default."""
-
-
-@dataclass(frozen=True)
 class StepConfig:
     """Everything that is fixed when the kernel is compiled.
 
@@ -86,7 +70,6 @@ class StepConfig:
       blocks: one for each multiprocessor; 1 in the interpreter, which has no grid barrier.
       splits: parts that attention over one sequence and KV head is split into, at most.
       replay: expert ids are given instead of chosen.
-      tuning: which of the ways to the same result is taken.
     """
 
     batch: int
@@ -112,7 +95,6 @@ class StepConfig:
     splits: int = 66
     replay: bool = False
     emulate: bool = False
-    tuning: Tuning = MEASURED
     first_sequence: int = 0
     """Where in the cache's batch axis this kernel's sequences begin."""
 
@@ -246,7 +228,8 @@ def scratch_types(c: StepConfig) -> dict[str, Any]:
         "new_score": plgpu.SMEM((WARPGROUPS, 64), jnp.float32),
         "new_value": plgpu.SMEM((WARPGROUPS, head), jnp.float32),
         "split_weight": plgpu.SMEM((WARPGROUPS, MAX_SPLITS), jnp.float32),
-        "reduce": plgpu.SMEM((WARPGROUPS, len(REDUCE_SITES), 2, TOGETHER, 4), jnp.float32),
+        "reduce": plgpu.SMEM((WARPGROUPS, len(REDUCE_SITES), 2, 2 * TOGETHER, 4), jnp.float32),
+        "squares": plgpu.SMEM((WARPGROUPS, c.padded_batch), jnp.float32),
         "barrier": plgpu.Barrier(num_arrivals=WARPGROUPS),
     }  # fmt: skip
 
@@ -386,7 +369,7 @@ class Step:
         prim.warpgroup_barrier(**self.prim)
 
     def totals(self, values: list, layout, operation: str, site: str, turn) -> list:
-        """The sum or maximum of all of each of at most ``TOGETHER`` arrays, in every lane.
+        """The sum or maximum of all of each of at most ``2 * TOGETHER`` arrays, in every lane.
 
         One barrier serves them all. ``site`` is the place that asks, ``turn`` how often it did.
         """
@@ -425,30 +408,18 @@ class Step:
         refs = [norm_ref.at[pl.ds(i * 32, 32)] for i in self.own_chunks]
         return [plgpu.load(ref, layout=prim.SUBBLOCKS, optimized=False) for ref in refs]
 
-    def for_normed(self, norms: list, parts: int, body) -> None:
-        """Runs ``body(sequences, chunks)`` with this warpgroup's chunks of their normed residual streams.
+    def normed(self, b, norms: list, parts: int) -> list:
+        """This warpgroup's chunks of sequence b's normed residual stream."""
+        chunks = [self.residual(b, i, parts) for i in self.own_chunks]
+        (total,) = self.totals([sum(v * v for v in chunks)], prim.SUBBLOCKS, "add", "norm", 0)
+        self.r["squares"][self.wg, b] = total
+        self.sync_block()
+        return self.scaled(b, chunks, norms)
 
-        Several sequences are loaded and summed at a time: one after the other, each would wait for memory.
-        """
-        together = TOGETHER if self.c.hidden // CHUNK <= 2 else 1
-        self.for_groups(together, lambda first, size: self.normed(first, size, norms, parts, body))
-
-    def normed(self, first, size: int, norms: list, parts: int, body) -> None:
-        """``for_normed`` for the ``size`` sequences from ``first`` on."""
-        c = self.c
-        sequences = [first + i for i in range(size)]
-        chunks = range(c.hidden // CHUNK)
-        whole = [[self.residual(b, i, parts) for i in chunks] for b in sequences]
-        pairs = range(0, c.hidden // CHUNK, WARPGROUPS)
-        mine = [[jnp.where(self.wg == 0, x[i], x[i + 1]) for i in pairs] for x in whole]
-        squares = [sum(v * v for v in x) for x in whole]
-        squares = self.totals(squares, prim.SUBBLOCKS, "add", "norm", first // size)
-        scales = [lax.rsqrt(total / c.hidden + c.eps) for total in squares]
-        normed = [
-            [v * scale * w for v, w in zip(own, norms, strict=True)]
-            for own, scale in zip(mine, scales, strict=True)
-        ]
-        body(sequences, normed)
+    def scaled(self, b, chunks: list, norms: list) -> list:
+        """This warpgroup's chunks of sequence b, normed by the sums of both warpgroups' squares."""
+        scale = lax.rsqrt((self.r["squares"][0, b] + self.r["squares"][1, b]) / self.c.hidden + self.c.eps)
+        return [v * scale * w for v, w in zip(chunks, norms, strict=True)]
 
     def quantized(self, name: str, b) -> list:
         """Where sequence b's quantized activations are: words, scales, sums. "x": in shared memory."""
@@ -468,10 +439,9 @@ class Step:
         prim.store_subblocks(scale, chunk, largest * (1.0 / QUANT_MAX), **self.prim)
         prim.store_subblocks(sums, chunk, jnp.sum(jnp.sum(q, axis=3), axis=2), **self.prim)
 
-    def quantize_chunks(self, sequences: list, chunks: list, into: str = "x") -> None:
-        for b, own in zip(sequences, chunks, strict=True):
-            for i, x in zip(self.own_chunks, own, strict=True):
-                self.quantize(b, i, x, into)
+    def quantize_chunks(self, b, chunks: list, into: str = "x") -> None:
+        for i, x in zip(self.own_chunks, chunks, strict=True):
+            self.quantize(b, i, x, into)
 
     def quantize_lanes(self, x, layout, into: str, place, warps: int = 4) -> None:
         """Quantizes 128 values, one a lane: a warp's 32 are a subblock.
@@ -504,7 +474,7 @@ class Step:
         def one(b):
             norms = self.norm_weights(norm_ref)
             self.wait(count)
-            self.normed(b, 1, norms, self.c.down_parts, partial(self.quantize_chunks, into="hidden"))
+            self.quantize_chunks(b, self.normed(b, norms, self.c.down_parts), "hidden")
             self.signal()
 
         self.for_own(0, self.c.batch, one)
@@ -567,7 +537,7 @@ class Step:
         else:
             norms = self.norm_weights(norm_ref)
             self.wait(count)
-            self.for_normed(norms, c.down_parts, self.quantize_chunks)
+            self.quantize_chunks(0, self.normed(0, norms, c.down_parts))
             self.sync_warpgroup()
 
     # Dense projections
@@ -1066,32 +1036,51 @@ class Step:
 
     @jax.named_scope("router")
     def router(self, layer, count) -> None:
-        """Normed activations for the experts, and this block's rows of router logits."""
+        """This block's rows of router logits, and the normed activations for the experts.
+
+        A norm's scale is one number a sequence, so the logits are written without it, from one pass over the
+        residual stream of which each warpgroup reads its own columns; who reads them multiplies.
+        """
         c = self.c
         rounds = ceil_div(c.experts, c.blocks)
         norms = self.norm_weights(self.r["post_norm"].at[layer])
         own = lambda i: jnp.minimum(i * c.blocks + self.block, c.experts - 1)
-        rows = [self.router_row(layer, own(i)) for i in range(rounds)] if rounds <= 2 else None
+        row = lambda i: [w * r for w, r in zip(norms, self.router_row(layer, own(i)), strict=True)]
+        rows = [row(i) for i in range(rounds)] if rounds <= 2 else None
         self.wait(count)
         kept = []
 
-        def group(sequences, x):
-            turn = sequences[0] // len(sequences) * rounds
+        def group(first, size):
+            sequences = [first + i for i in range(size)]
+            x = [[self.residual(b, i, 0) for i in self.own_chunks] for b in sequences]
+            turn = first // size * (rounds if rows else rounds + 1)  # sums that a group asks for
+            squares = [sum(v * v for v in chunks) for chunks in x]
 
-            def expert_round(i):
-                row = rows[i] if rows else self.router_row(layer, own(i))
-                products = [sum(v * r for v, r in zip(chunks, row, strict=True)) for chunks in x]
-                products = self.totals(products, prim.SUBBLOCKS, "add", "router", turn + i)
+            def dots(row):
+                return [sum(v * r for v, r in zip(chunks, row, strict=True)) for chunks in x]
+
+            def store(i, products):
                 for b, total in zip(sequences, products, strict=True):
                     self.r["router_logits"][self.wg, b, own(i)] = total
 
+            together = [*squares, *(dots(rows[0]) if rows else [])]
+            together = self.totals(together, prim.SUBBLOCKS, "add", "router", turn)
+            for b, total in zip(sequences, together[:size], strict=True):
+                self.r["squares"][self.wg, b] = total
             if rows:
-                for i in range(rounds):
-                    expert_round(i)
+                store(0, together[size:])
+                for i in range(1, rounds):
+                    products = self.totals(dots(rows[i]), prim.SUBBLOCKS, "add", "router", turn + i)
+                    store(i, products)
             else:
+
+                def expert_round(i):
+                    products = self.totals(dots(row(i)), prim.SUBBLOCKS, "add", "router", turn + i + 1)
+                    store(i, products)
+
                 prim.fori(rounds, expert_round)
             if not c.shares:
-                kept.append((sequences, x))
+                kept.append((first, x[0]))
                 return
 
             def quantize(b):
@@ -1100,14 +1089,16 @@ class Step:
                     chunks = [
                         jnp.where(b == other, new, old) for new, old in zip(theirs, chunks, strict=True)
                     ]
-                self.quantize_chunks([b], [chunks], "hidden")
+                self.sync_block()  # both warpgroups' squares are there
+                self.quantize_chunks(b, self.scaled(b, chunks, norms), "hidden")
 
-            self.for_own(sequences[0], len(sequences), quantize)
+            self.for_own(first, size, quantize)
 
-        self.for_normed(norms, 0, group)
+        together = TOGETHER if c.hidden // CHUNK <= 4 else 1
+        self.for_groups(together, group)
         self.signal()
-        for sequences, x in kept:  # no other block waits for this
-            self.quantize_chunks(sequences, x)
+        for b, chunks in kept:  # no other block waits for this
+            self.quantize_chunks(b, self.scaled(b, chunks, norms))
 
     def router_row(self, layer, expert) -> list:
         refs = [self.r["router"].at[layer, expert, pl.ds(i * 32, 32)] for i in self.own_chunks]
@@ -1130,11 +1121,17 @@ class Step:
                     plgpu.load(self.r["router_logits"].at[i, rows], layout=prim.EXPERTS, optimized=False)
                     for i in range(WARPGROUPS)
                 ]
+                squares = [
+                    plgpu.load(self.r["squares"].at[i, rows], layout=prim.EXPERTS.reduce(1), optimized=False)
+                    for i in range(WARPGROUPS)
+                ]
+                scale = lax.rsqrt((squares[0] + squares[1]) / c.hidden + c.eps)
                 logits = logits[0] + logits[1]
                 if c.experts < c.padded_experts:
                     index = plgpu.broadcasted_iota(jnp.int32, logits.shape, 1, layout=prim.EXPERTS)
                     logits = jnp.where(index < c.experts, logits, -1e30)
-                prim.top_experts(logits, ids.at[rows], routing.at[rows], c.experts_per_token, **self.prim)
+                count = c.experts_per_token
+                prim.top_experts(logits, scale, ids.at[rows], routing.at[rows], count, **self.prim)
 
         self.sync_block()
         if c.replay:
@@ -1148,7 +1145,10 @@ class Step:
     def replay(self, layer, b) -> None:
         """Overwrites the choice for sequence b by the given experts."""
         chosen = [self.r["replay_ids"][layer, b, i] for i in range(self.c.experts_per_token)]
+        squares = self.r["squares"][0, b] + self.r["squares"][1, b]
+        scale = lax.rsqrt(squares / self.c.hidden + self.c.eps)
         logits = [self.r["router_logits"][0, b, e] + self.r["router_logits"][1, b, e] for e in chosen]
+        logits = [value * scale for value in logits]
         largest = logits[0]
         for value in logits[1:]:
             largest = jnp.maximum(largest, value)
@@ -1271,8 +1271,9 @@ class Step:
         per_part = c.experts_per_token // c.down_parts
         superblocks = c.moe_width // SUPERBLOCK
         mine = per_part // WARPGROUPS
-        # ``wide`` tiles of 32 rows for a share of the sequences: as many blocks as one tile for all.
-        wide = 2 if c.shares and c.tuning.wide_down else 1
+        # In batches two tiles of 32 rows for half of the sequences: as many blocks as one for all, but a
+        # product has two tiles in it and not one and zeros, and one reading of the activations serves both.
+        wide = 2 if c.shares else 1
         sequences = ceil_div(c.batch, wide)
         tiles = c.hidden // (32 * wide)
         rounds = ceil_div(tiles * c.down_parts * wide, c.blocks)
@@ -1488,4 +1489,4 @@ def decode_step(
     return dict(zip(outputs, kernel(*leaves), strict=True))
 
 
-__all__ = ["MEASURED", "OPERANDS", "StepConfig", "Tuning", "decode_step", "output_types", "state_shape"]
+__all__ = ["OPERANDS", "StepConfig", "decode_step", "output_types", "state_shape"]

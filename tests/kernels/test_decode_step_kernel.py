@@ -23,7 +23,6 @@ from convert.gpu_tiles import TILED_TYPES, to_gpu_tiles
 from convert.packed import PackedTensor
 from convert.unpack import dequantize, pack
 from kernels_pallas.decode_step import api
-from kernels_pallas.decode_step.step_mosaic_gpu import Tuning
 from qwen3_moe_jax import gpu_decode
 from qwen3_moe_jax.params import GPU_ROLES
 from qwen3_moe_jax.stacks import stack_layers
@@ -165,10 +164,8 @@ def cosine(a, b):
     return a @ b / np.sqrt((a @ a) * (b @ b))
 
 
-def run(weights, tokens, positions, cache, expert_ids=None, goes=None, **tuning):
-    device = api.Device(
-        blocks=1, splits=2, emulate=True, interpret=plgpu.InterpretGPUParams(), tuning=Tuning(**tuning)
-    )
+def run(weights, tokens, positions, cache, expert_ids=None, goes=None):
+    device = api.Device(blocks=1, splits=2, emulate=True, interpret=plgpu.InterpretGPUParams())
     step = lambda w, t, p, k: api.decode_step(
         w, CONFIG, t, p, k, expert_ids=expert_ids, goes=goes, device=device
     )
@@ -222,7 +219,7 @@ def test_a_batch_that_is_no_whole_group_gives_the_bits_of_one(model):
     cache = random_cache(3, dtype=jnp.float16)
     ids = jnp.asarray([[[7, 1, 4, 2], [0, 3, 7, 6], [1, 2, 3, 4]]], jnp.int32)
     tokens, positions = [5, 9, 11], [0, 70, 150]
-    together = run(weights, tokens, positions, cache, ids, wide_down=True)
+    together = run(weights, tokens, positions, cache, ids)
     one = api.KVCache(*(a[:, 2:] for a in cache))
     alone = run(weights, tokens[2:], positions[2:], one, ids[:, 2:])
     np.testing.assert_array_equal(together.logits[2], alone.logits[0])
