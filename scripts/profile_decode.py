@@ -5,6 +5,11 @@ experts that it chose, must give the same bits again and alone, and is timed:
 
     python scripts/profile_decode.py --check 8:200 --speed 8:0
 
+``--without PART`` times the kernel with a part of its work left out and the experts given, which says what
+the part costs; ``--without nothing`` is what to compare with:
+
+    python scripts/profile_decode.py --without gate_up --check --speed 8:0 --layers 12 --vocab 8192
+
 Results are printed as they come, the last line is JSON. A case that hangs ends the run after --limit seconds
 with the Python stacks. ``--tiny`` runs the same in Pallas' interpreter on a CPU. For the figures of a file
 see ``scripts/bench_decode.py``.
@@ -17,9 +22,11 @@ import os
 import sys
 import time
 import traceback
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 # Nothing here gains from tuning of XLA's own products, and it takes minutes.
@@ -35,6 +42,9 @@ from convert.config import PRESETS
 from convert.ggml_types import GGMLType
 from convert.packed import PackedTensor
 from kernels_pallas.decode_step import api
+from kernels_pallas.decode_step import primitives_mosaic_gpu as prim
+from kernels_pallas.decode_step.step_mosaic_gpu import Step
+from kernels_pallas.decode_step.tile_formats_mosaic_gpu import SHAPE, TILE_FORMATS
 from kernels_pallas.decode_step.weights import DecodeWeights, LayerTypes, column_names, plan_stacks
 from kernels_pallas.embedding_lookup.api import embedding_lookup
 from kernels_pallas.norm_rope import rope, rope_tables
@@ -303,13 +313,66 @@ def check(w, config, batch, depth, *, device, dtype) -> dict:
     }  # fmt: skip
 
 
-def decode_many(w, config, tokens, positions, cache, steps: int, device):
-    """``steps`` greedy tokens of every sequence in one dispatch: tokens [steps, B] and the cache."""
+def no_products(phase: str) -> None:
+    """Products of a phase become zeros, so that compilers drop the reading of their weights too."""
+    original = getattr(Step, phase)
+
+    def zeros(tiles, x, *, emulate):
+        return [prim.full(SHAPE, 0.0, jnp.float32, prim.TILE_LANES) for _ in tiles]
+
+    def without(self, *args):
+        with ExitStack() as stack:
+            for fmt in set(TILE_FORMATS.values()):
+                stack.enter_context(mock.patch.object(fmt, "multiply", zeros))
+            return original(self, *args)
+
+    setattr(Step, phase, without)
+
+
+def nothing(self, *args, **kwargs) -> None:
+    """In place of a method of the kernel."""
+
+
+def only_signal(self, layer, count) -> None:
+    self.wait(count)
+    self.signal()
+
+
+def only_signal_of_owners(self, norm_ref, count) -> None:
+    self.for_own(0, self.c.batch, lambda b: only_signal(self, None, count))
+
+
+WITHOUT = {
+    "nothing": lambda: None,
+    "gate_up": partial(no_products, "gate_up_type"),
+    "down": partial(no_products, "down_type"),
+    "dense": partial(setattr, Step, "multiply_into_sums", nothing),
+    "copies": partial(setattr, Step, "fetch", nothing),
+    "router": partial(setattr, Step, "router", only_signal),
+    "norm": partial(setattr, Step, "share_normed", only_signal_of_owners),
+}
+"""What ``--without`` leaves out of the kernel. The results are wrong then."""
+
+
+def given_experts(config, batch: int):
+    """Different experts for each token, int32 [L, B, X]: as evenly as a random model chooses."""
+    rng = np.random.default_rng(7)
+    shape = (config.num_hidden_layers, batch, config.num_experts)
+    order = rng.permuted(np.broadcast_to(np.arange(config.num_experts), shape), axis=-1)
+    return jnp.asarray(order[..., : config.num_experts_per_tok], jnp.int32)
+
+
+def decode_many(w, config, tokens, positions, cache, steps: int, device, expert_ids=None):
+    """``steps`` greedy tokens of every sequence in one dispatch: tokens [steps, B] and the cache.
+
+    With given experts every step has the same tokens, whatever its results are.
+    """
 
     def one(i, carry):
         written, last, cache = carry
-        out = api.decode_step(w, config, last, positions + i, cache, device=device)
-        last = jnp.argmax(out.logits, axis=-1).astype(jnp.int32)
+        out = api.decode_step(w, config, last, positions + i, cache, expert_ids=expert_ids, device=device)
+        chosen = jnp.argmax(out.logits, axis=-1).astype(jnp.int32)
+        last = chosen if expert_ids is None else jnp.where(chosen < 0, chosen, last)
         return lax.dynamic_update_slice(written, last[None], (i, 0)), last, out.cache
 
     written = jnp.zeros((steps, len(tokens)), jnp.int32)
@@ -317,12 +380,13 @@ def decode_many(w, config, tokens, positions, cache, steps: int, device):
     return written, cache
 
 
-def speed(w, config, batch, depth, *, device, dtype, steps=64, repeats=4) -> dict:
-    """Tokens a second, best and median of several dispatches."""
+def speed(w, config, batch, depth, *, device, dtype, steps=64, repeats=4, given=False) -> dict:
+    """Tokens a second, best and median of several dispatches; with ``given`` experts or free ones."""
     tokens = jnp.arange(batch, dtype=jnp.int32) * 1000 % config.vocab_size + 17
     positions = jnp.full((batch,), depth, jnp.int32)
     cache = random_cache(config, batch, depth + steps, dtype)
-    run = jax.jit(lambda w, t, p, c: decode_many(w, config, t, p, c, steps, device), donate_argnums=(3,))
+    ids = given_experts(config, batch) if given else None
+    run = jax.jit(lambda w, t, p, c: decode_many(w, config, t, p, c, steps, device, ids), donate_argnums=(3,))
     times = []
     for _ in range(repeats + 1):
         start = time.perf_counter()
@@ -333,6 +397,7 @@ def speed(w, config, batch, depth, *, device, dtype, steps=64, repeats=4) -> dic
     median = times[len(times) // 2]
     return {
         "batch": batch, "depth": depth, "ms_per_step": round(median / steps * 1e3, 4),
+        "us_per_layer": round(median / steps / config.num_hidden_layers * 1e6, 2),
         "tok_s": round(batch * steps / median, 1), "best_tok_s": round(batch * steps / times[0], 1),
     }  # fmt: skip
 
@@ -371,6 +436,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--speed", nargs="*", default=["1:0", "1:4096", "8:0", "16:0"], help="batch:depth")
     parser.add_argument("--trace", nargs="*", default=[], help="batch:depth")
     parser.add_argument("--trace-folder", default="decode-trace")
+    parser.add_argument("--without", choices=WITHOUT, help="leave a part out, and give the experts")
     parser.add_argument("--steps", type=int, default=64, help="tokens a dispatch of speed")
     parser.add_argument("--limit", type=float, default=120, help="seconds of one case")
     parser.add_argument("--tiny", action="store_true", help="smallest shapes in the interpreter")
@@ -391,13 +457,14 @@ def main() -> None:
     jax.block_until_ready(w)
     results = {
         "device": jax.devices()[0].device_kind, "jax": jax.__version__, "bytes": w.nbytes,
-        "types": args.types, "cache_dtype": args.cache_dtype, "cases": [],
+        "types": args.types, "cache_dtype": args.cache_dtype, "without": args.without, "cases": [],
     }  # fmt: skip
     print("weights", w.nbytes, round(time.perf_counter() - start, 1), "s", flush=True)
     dtype = jnp.dtype(args.cache_dtype)
+    WITHOUT[args.without or "nothing"]()
     work = {
         "check": check,
-        "speed": partial(speed, steps=args.steps),
+        "speed": partial(speed, steps=args.steps, given=args.without is not None),
         "trace": partial(trace, folder=args.trace_folder),
     }
     for name, function in work.items():
