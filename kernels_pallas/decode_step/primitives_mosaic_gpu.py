@@ -39,6 +39,8 @@ HEAD_HALVES = _TILED(plgpu.Tiling(((8, 64), (2, 4))), warp_dims=(-4,), lane_dims
 EXPERTS = _TILED(plgpu.Tiling(((4, 128), (4,))), warp_dims=(-3,), lane_dims=(-2,), vector_dim=-1)
 """float32 [4 sequences, 128 n experts]: a sequence a warp."""
 
+_SCALAR = plgpu.Layout.WG_SPLAT(())
+
 WARPGROUP = 128
 MOST_POLLS = 1 << 25
 """Reads of the grid's counter before a wait gives up: ten seconds and more; a whole token takes 2 ms."""
@@ -78,6 +80,22 @@ def _one_a_lane(shape: tuple[int, ...], layout, value: ir.Value, *, is_signed) -
     empty = llvm.mlir_undef(ir.VectorType.get((1,), value.type))
     registers.flat[0] = llvm.insertelement(empty, value, _const(0))
     return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=is_signed)
+
+
+def _run(emit) -> None:
+    """Code that takes and returns nothing: ``emit()`` writes it."""
+
+    @plgpu.inline_mgpu()
+    def code(ctx):
+        del ctx
+        emit()
+
+    code()
+
+
+def sum_groups(value):
+    """[4, 8] of layout ``TILE_ROWS``: the sum of each row's four column groups, of [4, 8, 4]."""
+    return plgpu.layout_cast(jnp.sum(value, axis=2), TILE_ROWS)
 
 
 def _bytes(word, signed: bool):
@@ -209,12 +227,7 @@ def warpgroup_barrier(*, emulate: bool) -> None:
     if emulate:
         return
 
-    @plgpu.inline_mgpu()
-    def barrier(ctx):
-        del ctx
-        mgpu.utils.warpgroup_barrier()
-
-    barrier()
+    _run(mgpu.utils.warpgroup_barrier)
 
 
 def block_barrier(barrier, *, emulate: bool) -> None:
@@ -224,12 +237,7 @@ def block_barrier(barrier, *, emulate: bool) -> None:
         plgpu.barrier_wait(barrier)
         return
 
-    @plgpu.inline_mgpu()
-    def sync(ctx):
-        del ctx
-        mgpu.utils.inline_ptx("bar.sync 0, 256;", has_side_effects=True)
-
-    sync()
+    _run(lambda: mgpu.utils.inline_ptx("bar.sync 0, 256;", has_side_effects=True))
 
 
 def top_experts(logits, scale, ids, routing, count: int, *, emulate: bool) -> None:
@@ -325,11 +333,11 @@ def warpgroup_reduce(arrays: list, layout, operation: str, scratch, *, emulate: 
 
     @plgpu.inline_mgpu(
         arg_types=([layout] * len(arrays), plgpu.RefType()),
-        return_type=[plgpu.ShapeDtypeStruct((), jnp.float32, layout=plgpu.Layout.WG_SPLAT(()))] * len(arrays),
+        return_type=[plgpu.ShapeDtypeStruct((), jnp.float32, layout=_SCALAR)] * len(arrays),
     )
     def reduce(ctx, arrays, scratch):
         del ctx
-        _i32, f32 = ir.IntegerType.get_signless(32), ir.F32Type.get()
+        f32 = ir.F32Type.get()
         join = arith.addf if operation == "add" else arith.maximumf
 
         def own(x):
@@ -387,7 +395,6 @@ def store_first_rows(ref, values, *, emulate: bool) -> None:
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WGMMA))
     def store(ctx, ref, values):
         del ctx
-        ir.IntegerType.get_signless(32)
         base = mgpu.utils.memref_ptr(ref)
         lane = arith.remui(mgpu.utils.thread_idx(), _const(WARPGROUP))
         first = arith.cmpi(arith.CmpIPredicate.ult, lane, _const(32))
@@ -522,12 +529,7 @@ def wait_for_copies(*, emulate: bool) -> None:
     if emulate:
         return
 
-    @plgpu.inline_mgpu()
-    def wait(ctx):
-        del ctx
-        mgpu.utils.inline_ptx("cp.async.wait_all;", has_side_effects=True)
-
-    wait()
+    _run(lambda: mgpu.utils.inline_ptx("cp.async.wait_all;", has_side_effects=True))
 
 
 def warp_largest(x, layout, *, emulate: bool):
@@ -576,9 +578,7 @@ def store_lanes(refs: list, subblock, warp: int, parts: list, scale, q, layout, 
         sums[at] = q.reshape(128)[own].reshape(2, 16).sum(axis=1)
         return
 
-    scalar = plgpu.Layout.WG_SPLAT(())
-
-    @plgpu.inline_mgpu(arg_types=([plgpu.RefType()] * 3, scalar, [layout] * 2, layout, layout))
+    @plgpu.inline_mgpu(arg_types=([plgpu.RefType()] * 3, _SCALAR, [layout] * 2, layout, layout))
     def store(ctx, refs, subblock, parts, scale, q):
         del ctx
         i8, i32, f32 = ir.IntegerType.get_signless(8), ir.IntegerType.get_signless(32), ir.F32Type.get()
@@ -628,7 +628,7 @@ def grid_wait(semaphore, target, barrier, *, emulate: bool) -> None:
         block_barrier(barrier, emulate=emulate)
         return
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WG_SPLAT(())))
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), _SCALAR))
     def wait(ctx, semaphore, target):
         del ctx
         i32 = ir.IntegerType.get_signless(32)
@@ -674,9 +674,9 @@ def store_zeros(ref, *, emulate: bool) -> None:
         del ctx
         i32 = ir.IntegerType.get_signless(32)
         # Lanes beyond the sixteenth write the same zeros again.
-        at = arith.remui(mgpu.utils.thread_idx(), arith.constant(i32, 16))
+        at = arith.remui(mgpu.utils.thread_idx(), _const(16))
         pointer = mgpu.utils.getelementptr(mgpu.utils.memref_ptr(ref), [at], i32)
-        llvm.store(arith.constant(i32, 0), pointer)
+        llvm.store(_const(0), pointer)
 
     store(ref)
 

@@ -382,12 +382,12 @@ class Step:
     # Activations
 
     def for_groups(self, together: int, body) -> None:
-        """``body(first, size)`` for sequences in groups: a body issues the loads of a group at once."""
+        """``body(number, first, size)`` for groups of sequences, whose loads a body issues at once."""
         together = min(together, self.c.batch)
         whole, rest = divmod(self.c.batch, together)
-        prim.fori(whole, lambda i: body(i * together, together))
+        prim.fori(whole, lambda i: body(i, i * together, together))
         if rest:
-            body(whole * together, rest)
+            body(whole, whole * together, rest)
 
     def residual(self, b, chunk, parts: int):
         """float32 [32, 2, 4, 4]: 1,024 values of the residual stream, ``parts`` parts added to it."""
@@ -416,9 +416,14 @@ class Step:
         self.sync_block()
         return self.scaled(b, chunks, norms)
 
+    def norm_scale(self, load):
+        """A norm's scale; ``load`` reads a warpgroup's sums of squares of the sequences that are meant."""
+        first, second = (load(self.r["squares"].at[i]) for i in range(WARPGROUPS))
+        return lax.rsqrt((first + second) / self.c.hidden + self.c.eps)
+
     def scaled(self, b, chunks: list, norms: list) -> list:
-        """This warpgroup's chunks of sequence b, normed by the sums of both warpgroups' squares."""
-        scale = lax.rsqrt((self.r["squares"][0, b] + self.r["squares"][1, b]) / self.c.hidden + self.c.eps)
+        """This warpgroup's chunks of sequence b, normed; both warpgroups' squares are there."""
+        scale = self.norm_scale(lambda squares: squares[b])
         return [v * scale * w for v, w in zip(chunks, norms, strict=True)]
 
     def quantized(self, name: str, b) -> list:
@@ -549,7 +554,7 @@ class Step:
     def multiply_into_sums(self, fmt, tiles, slots, step, x=None) -> None:
         """Multiplies loaded tiles for every sequence and leaves the sums of lanes in shared memory."""
 
-        def group(first, size):
+        def group(_, first, size):
             here = [x or self.activations(first + j, step * 8 + self.wg * 4) for j in range(size)]
             for i in range(0, len(tiles), 2):
                 for j in range(size):  # one sequence's products pass the time that the other's take
@@ -564,8 +569,7 @@ class Step:
         return self.activations(0, self.wg * 4) if self.c.batch == 1 and steps == 1 else None
 
     def store_sums(self, b, slot, step: int, value) -> None:
-        rows = plgpu.layout_cast(jnp.sum(value, axis=2), prim.TILE_ROWS)
-        self.r["sums"][b, slot, pl.ds(step * 8 + self.wg * 4, 4)] = rows
+        self.r["sums"][b, slot, pl.ds(step * 8 + self.wg * 4, 4)] = prim.sum_groups(value)
 
     def result_rows(self, b, steps: int):
         """float32 [16 slots, 8 rows]: the finished rows of this block's tiles."""
@@ -1050,35 +1054,32 @@ class Step:
         self.wait(count)
         kept = []
 
-        def group(first, size):
+        def group(number, first, size):
             sequences = [first + i for i in range(size)]
             x = [[self.residual(b, i, 0) for i in self.own_chunks] for b in sequences]
-            turn = first // size * (rounds if rows else rounds + 1)  # sums that a group asks for
+            turn = number * rounds
             squares = [sum(v * v for v in chunks) for chunks in x]
 
-            def dots(row):
-                return [sum(v * r for v, r in zip(chunks, row, strict=True)) for chunks in x]
+            def products(i) -> list:
+                own_row = rows[i] if rows else row(i)
+                return [sum(v * r for v, r in zip(chunks, own_row, strict=True)) for chunks in x]
 
-            def store(i, products):
-                for b, total in zip(sequences, products, strict=True):
+            def sums(i, values: list) -> list:
+                return self.totals(values, prim.SUBBLOCKS, "add", "router", turn + i)
+
+            def store(i, logits: list) -> None:
+                for b, total in zip(sequences, logits, strict=True):
                     self.r["router_logits"][self.wg, b, own(i)] = total
 
-            together = [*squares, *(dots(rows[0]) if rows else [])]
-            together = self.totals(together, prim.SUBBLOCKS, "add", "router", turn)
-            for b, total in zip(sequences, together[:size], strict=True):
+            found = sums(0, [*squares, *products(0)])
+            for b, total in zip(sequences, found[:size], strict=True):
                 self.r["squares"][self.wg, b] = total
+            store(0, found[size:])
             if rows:
-                store(0, together[size:])
                 for i in range(1, rounds):
-                    products = self.totals(dots(rows[i]), prim.SUBBLOCKS, "add", "router", turn + i)
-                    store(i, products)
+                    store(i, sums(i, products(i)))
             else:
-
-                def expert_round(i):
-                    products = self.totals(dots(row(i)), prim.SUBBLOCKS, "add", "router", turn + i + 1)
-                    store(i, products)
-
-                prim.fori(rounds, expert_round)
+                prim.fori(rounds - 1, lambda i: store(i + 1, sums(i + 1, products(i + 1))))
             if not c.shares:
                 kept.append((first, x[0]))
                 return
@@ -1094,8 +1095,7 @@ class Step:
 
             self.for_own(first, size, quantize)
 
-        together = TOGETHER if c.hidden // CHUNK <= 4 else 1
-        self.for_groups(together, group)
+        self.for_groups(TOGETHER if c.hidden // CHUNK <= 4 else 1, group)
         self.signal()
         for b, chunks in kept:  # no other block waits for this
             self.quantize_chunks(b, self.scaled(b, chunks, norms))
@@ -1121,11 +1121,11 @@ class Step:
                     plgpu.load(self.r["router_logits"].at[i, rows], layout=prim.EXPERTS, optimized=False)
                     for i in range(WARPGROUPS)
                 ]
-                squares = [
-                    plgpu.load(self.r["squares"].at[i, rows], layout=prim.EXPERTS.reduce(1), optimized=False)
-                    for i in range(WARPGROUPS)
-                ]
-                scale = lax.rsqrt((squares[0] + squares[1]) / c.hidden + c.eps)
+                scale = self.norm_scale(
+                    lambda squares, rows=rows: plgpu.load(
+                        squares.at[rows], layout=prim.EXPERTS.reduce(1), optimized=False
+                    )
+                )
                 logits = logits[0] + logits[1]
                 if c.experts < c.padded_experts:
                     index = plgpu.broadcasted_iota(jnp.int32, logits.shape, 1, layout=prim.EXPERTS)
@@ -1145,8 +1145,7 @@ class Step:
     def replay(self, layer, b) -> None:
         """Overwrites the choice for sequence b by the given experts."""
         chosen = [self.r["replay_ids"][layer, b, i] for i in range(self.c.experts_per_token)]
-        squares = self.r["squares"][0, b] + self.r["squares"][1, b]
-        scale = lax.rsqrt(squares / self.c.hidden + self.c.eps)
+        scale = self.norm_scale(lambda squares: squares[b])
         logits = [self.r["router_logits"][0, b, e] + self.r["router_logits"][1, b, e] for e in chosen]
         logits = [value * scale for value in logits]
         largest = logits[0]
@@ -1309,8 +1308,7 @@ class Step:
             b, k = sequence(step // mine, where[2]), self.wg * mine + step % mine
             x = self.activations(b, k * superblocks + s, shared=True)
             for t, value in enumerate(fmt.multiply(loaded, x, **self.prim)):
-                rows = plgpu.layout_cast(jnp.sum(value, axis=2), prim.TILE_ROWS)
-                self.r["sums"][b, t * per_part + k, pl.ds(s * 4, 4)] = rows
+                self.r["sums"][b, t * per_part + k, pl.ds(s * 4, 4)] = prim.sum_groups(value)
 
         early = rounds == 1
         tile, *rest = place(0)

@@ -5,6 +5,7 @@ have emulated twins. Everything else is the code that runs on the GPU.
 """
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +24,7 @@ from convert.gpu_tiles import TILED_TYPES, to_gpu_tiles
 from convert.packed import PackedTensor
 from convert.unpack import dequantize, pack
 from kernels_pallas.decode_step import api
+from kernels_pallas.decode_step.step_mosaic_gpu import Step
 from qwen3_moe_jax import gpu_decode
 from qwen3_moe_jax.params import GPU_ROLES
 from qwen3_moe_jax.stacks import stack_layers
@@ -220,11 +222,22 @@ def test_a_batch_that_is_no_whole_group_gives_the_bits_of_one(model):
     ids = jnp.asarray([[[7, 1, 4, 2], [0, 3, 7, 6], [1, 2, 3, 4]]], jnp.int32)
     tokens, positions = [5, 9, 11], [0, 70, 150]
     together = run(weights, tokens, positions, cache, ids)
-    one = api.KVCache(*(a[:, 2:] for a in cache))
-    alone = run(weights, tokens[2:], positions[2:], one, ids[:, 2:])
-    np.testing.assert_array_equal(together.logits[2], alone.logits[0])
-    for all_rows, own in zip(together.cache, alone.cache, strict=True):
-        np.testing.assert_array_equal(np.asarray(all_rows[:, 2]), np.asarray(own[:, 0]))
+    for b in range(3):
+        one = api.KVCache(*(a[:, b : b + 1] for a in cache))
+        alone = run(weights, tokens[b : b + 1], positions[b : b + 1], one, ids[:, b : b + 1])
+        np.testing.assert_array_equal(together.logits[b], alone.logits[0])
+        for all_rows, own in zip(together.cache, alone.cache, strict=True):
+            np.testing.assert_array_equal(np.asarray(all_rows[:, b]), np.asarray(own[:, 0]))
+
+
+@pytest.mark.parametrize("batch", [1, 4, 5, 6, 7])
+def test_groups_of_sequences_are_numbered_one_after_the_other(batch):
+    """Neighbours sum in different scratch by their numbers, and the interpreter could not see them meet."""
+    groups = []
+    step = SimpleNamespace(c=SimpleNamespace(batch=batch))
+    Step.for_groups(step, 4, lambda *group: groups.append(group))
+    assert [number for number, _, _ in groups] == list(range(len(groups)))
+    assert [b for _, first, size in groups for b in range(first, first + size)] == list(range(batch))
 
 
 def test_a_kernel_that_nobody_waits_for_leaves_the_cache_alone(model):
