@@ -67,25 +67,6 @@ T = TypeVar("T")
 _ONCE = RLock()
 
 
-class once:
-    """A property that is computed once, also when several threads ask for it."""
-
-    def __init__(self, compute):
-        self._compute = compute
-        self.__doc__ = compute.__doc__
-
-    def __set_name__(self, owner: type, name: str) -> None:
-        self._name = name
-
-    def __get__(self, instance: Any, owner: type) -> Any:
-        with _ONCE:
-            lock = instance.__dict__.setdefault(f"_lock of {self._name}", RLock())
-        with lock:
-            if self._name not in instance.__dict__:
-                instance.__dict__[self._name] = self._compute(instance)
-        return instance.__dict__[self._name]
-
-
 class Lazily(Generic[T]):
     """A value that is computed when it is first asked for, once, also by several threads."""
 
@@ -97,6 +78,24 @@ class Lazily(Generic[T]):
             if not self._found:
                 self._found.append(self._compute())
         return self._found[0]
+
+
+class once:
+    """A property that is computed ``Lazily``."""
+
+    def __init__(self, compute):
+        self._compute = compute
+        self.__doc__ = compute.__doc__
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, instance: Any, owner: type) -> Any:
+        value = Lazily(partial(self._compute, instance))
+        with _ONCE:
+            value = instance.__dict__.setdefault(f"_lazily {self._name}", value)
+        instance.__dict__[self._name] = value()
+        return instance.__dict__[self._name]
 
 
 def by_rows(function, *arrays: np.ndarray) -> np.ndarray:
