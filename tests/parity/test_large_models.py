@@ -161,6 +161,13 @@ def test_a_backend_in_a_devices_memory_is_run_ahead_of_the_clauses(is_large, sou
         return {"peak": 1, "cache": 0}
 
     monkeypatch.setattr(runner, "memory", memory)
+    waited, true = [], Ahead.wait
+
+    def wait(ahead):
+        true(ahead)
+        waited.append(len(events))
+
+    monkeypatch.setattr(Ahead, "wait", wait)
     begun, main = [], threading.current_thread()
     backends = [Unloaded(lambda: runner, runner.max_context, has_own_memory=True)]
     report = verify_function(
@@ -173,6 +180,8 @@ def test_a_backend_in_a_devices_memory_is_run_ahead_of_the_clauses(is_large, sou
     ahead = [name for name, thread, _ in events if thread is not main]
     assert len(ahead) >= 10
     assert [(n, beside) for n, thread, beside in events if thread is main][-1] == ("stream", 0)
+    timed = max(i for i, (name, thread, _) in enumerate(events) if name == "stream" and thread is main)
+    assert min(waited) <= timed  # not luck: it was waited for
     assert begun[-2:] == ["SPEED-001", "SHA-256"]
     assert {f.clause for f in report.findings} <= set(begun)
 
