@@ -222,6 +222,25 @@ def dot_tiles(tiles: list, fragments: list, *, signed: bool, emulate: bool) -> l
     return dot(tiles, fragments)
 
 
+def as_new(value, *, emulate: bool):
+    """The int32 ``value``, of which the compiler does not know that it is what it was before."""
+    if emulate:
+        return value
+
+    @plgpu.inline_mgpu(
+        arg_types=(_SCALAR,), return_type=plgpu.ShapeDtypeStruct((), jnp.int32, layout=_SCALAR)
+    )
+    def copy(ctx, value):
+        del ctx
+        i32 = ir.IntegerType.get_signless(32)
+        result = mgpu.utils.inline_ptx(
+            "mov.b32 $0, $1;", value.registers.item(), result_types=i32, has_side_effects=True
+        )
+        return mgpu.FragmentedArray.splat(result, (), is_signed=True)
+
+    return copy(value)
+
+
 def warpgroup_barrier(*, emulate: bool) -> None:
     """Makes a warpgroup's memory accesses visible to all its lanes (one thread when emulated)."""
     if emulate:
@@ -318,6 +337,44 @@ def top_experts(logits, scale, ids, routing, count: int, *, emulate: bool) -> No
             scf.yield_([])
 
     choose(logits, scale, ids, routing)
+
+
+def sort_pairs(ids, order, *, emulate: bool) -> None:
+    """Numbers of pairs (a sequence and one of its experts) in the order of their experts.
+
+    Args:
+      ids: int32 [sequences, experts a token] in shared memory, at least as many as pairs.
+      order: int32 [pairs] in shared memory, to be written; at most 128.
+    """
+    (pairs,) = order.shape
+    if emulate:
+        order[...] = jnp.argsort(ids[...].reshape(-1)[:pairs], stable=True).astype(jnp.int32)
+        return
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType()))
+    def sort(ctx, ids, order):
+        del ctx
+        i32 = ir.IntegerType.get_signless(32)
+        vector = ir.VectorType.get((4,), i32)
+        base, out = mgpu.utils.memref_ptr(ids), mgpu.utils.memref_ptr(order)
+        own = arith.remui(mgpu.utils.thread_idx(), _const(WARPGROUP))
+        inside = arith.cmpi(arith.CmpIPredicate.ult, own, _const(pairs))
+        branch = scf.IfOp(inside)
+        with ir.InsertionPoint(branch.then_block):
+            key = lambda expert, pair: arith.addi(arith.shli(expert, _const(7)), pair)
+            mine = key(llvm.load(i32, mgpu.utils.getelementptr(base, [own], i32)), own)
+            ranks = [_const(0)] * 4
+            for first in range(0, pairs, 4):
+                four = llvm.load(vector, mgpu.utils.getelementptr(base, [_const(first)], i32), alignment=16)
+                for i in range(4):
+                    other = key(llvm.extractelement(four, _const(i)), _const(first + i))
+                    less = arith.cmpi(arith.CmpIPredicate.ult, other, mine)
+                    ranks[i] = arith.addi(ranks[i], arith.extui(i32, less))
+            rank = arith.addi(arith.addi(ranks[0], ranks[1]), arith.addi(ranks[2], ranks[3]))
+            llvm.store(own, mgpu.utils.getelementptr(out, [rank], i32))
+            scf.yield_([])
+
+    sort(ids, order)
 
 
 def warpgroup_reduce(arrays: list, layout, operation: str, scratch, *, emulate: bool) -> list:
@@ -679,6 +736,11 @@ def store_zeros(ref, *, emulate: bool) -> None:
         llvm.store(_const(0), pointer)
 
     store(ref)
+
+
+def carried(n: int, body, carry):
+    """``for i in range(n): carry = body(i, carry)``, without a loop when ``n`` is 1."""
+    return body(0, carry) if n == 1 else lax.fori_loop(0, n, body, carry)
 
 
 def fori(n, body) -> None:

@@ -216,6 +216,7 @@ def scratch_types(c: StepConfig) -> dict[str, Any]:
         "plan": plgpu.SMEM((c.padded_batch + 4, 4), jnp.int32),
         "ids": plgpu.SMEM(tables, jnp.int32),
         "routing": plgpu.SMEM(tables, jnp.float32),
+        "order": plgpu.SMEM((c.pairs,), jnp.int32),
         "either": plgpu.RefUnion(
             plgpu.SMEM((max(2, c.batch), SLOTS, parts + 1, 8), jnp.float32),
             [
@@ -290,16 +291,23 @@ class Step:
         self.c = config
         sums, (q, k, v) = refs["either"]  # attention needs no sums, and the rest no tiles
         self.r = refs | {"sums": sums, "q": q, "k": k, "v": v}
-        self.block = lax.axis_index("sm")
-        self.wg = lax.axis_index("wg")
         self.col = config.columns()
         self.prim = {"emulate": config.emulate}
+        self.begin()
         # One block needs no grid barrier, and the interpreter has none.
         self.semaphore = pl.get_global(plgpu.SemaphoreType.REGULAR) if config.blocks > 1 else None
         self.state = refs["state"]
         tiles = config.row_stride(config.hidden) // (8 * config.blocks)
         leading = (1 + config.down_parts, config.batch)
         self.state_rows = prim.View(self.state, (*leading, tiles, config.blocks, 8), leading=2, **self.prim)
+
+    def begin(self) -> None:
+        """Begins a phase: this block and warpgroup, as numbers that the compiler has to take as new.
+
+        Else it computes the addresses of all phases before the loop over layers, some 250 of them, and keeps
+        them in registers that the phases need, or in memory (docs/decode_gpu.md has the figures).
+        """
+        self.block, self.wg = (prim.as_new(lax.axis_index(name), **self.prim) for name in ("sm", "wg"))
 
     # Small helpers
 
@@ -602,6 +610,7 @@ class Step:
 
     @jax.named_scope("qkv")
     def qkv(self, layer, count) -> None:
+        self.begin()
         c, w = self.c, self.r["weights"]["qkv"]
         steps = c.hidden // STEP
         slots = ceil_div(c.qkv_tiles, c.blocks)
@@ -740,10 +749,8 @@ class Step:
                 self.multiply_into_sums(fmt, ahead[step::steps], range(here), step, x)
             self.sync_block()
             self.for_my_batch(lambda i, b: store(i, b, 0))
-        elif chunks == 1:
-            chunk(0, ahead)
         else:
-            lax.fori_loop(0, chunks, chunk, ahead)
+            prim.carried(chunks, chunk, ahead)
 
     # Attention
 
@@ -775,6 +782,7 @@ class Step:
 
     @jax.named_scope("attention")
     def attention(self, layer, count) -> None:
+        self.begin()
         c = self.c
         workers, own = WARPGROUPS * c.blocks, self.wg * c.blocks + self.block
         heads = [self.table(layer, f"{n}_head") for n in "qkv"]
@@ -949,6 +957,7 @@ class Step:
     @jax.named_scope("combine")
     def combine(self, count) -> None:
         """Joins the splits of long contexts, in their order."""
+        self.begin()
         c = self.c
         workers = WARPGROUPS * c.blocks
         rep = c.heads // c.kv_heads
@@ -991,6 +1000,7 @@ class Step:
 
     @jax.named_scope("output_projection")
     def output_projection(self, layer, count) -> None:
+        self.begin()
         c = self.c
         width = c.heads * c.head_dim
         steps = width // STEP
@@ -1045,6 +1055,7 @@ class Step:
         A norm's scale is one number a sequence, so the logits are written without it, from one pass over the
         residual stream of which each warpgroup reads its own columns; who reads them multiplies.
         """
+        self.begin()
         c = self.c
         rounds = ceil_div(c.experts, c.blocks)
         norms = self.norm_weights(self.r["post_norm"].at[layer])
@@ -1133,12 +1144,21 @@ class Step:
                 count = c.experts_per_token
                 prim.top_experts(logits, scale, ids.at[rows], routing.at[rows], count, **self.prim)
 
+        if c.shares:
+            prim.wait_for_copies(**self.prim)
         self.sync_block()
         if c.replay:
 
             @pl.when(self.wg == 0)
             def _():
                 self.for_batch(lambda b: self.replay(layer, b))
+
+            self.sync_block()
+        if c.shares:
+
+            @pl.when(self.wg == 0)
+            def _():
+                prim.sort_pairs(ids, self.r["order"], **self.prim)
 
             self.sync_block()
 
@@ -1160,15 +1180,14 @@ class Step:
     @jax.named_scope("gate_up")
     def gate_up(self, layer, count) -> None:
         """The choice of experts, and SwiGLU of every chosen one."""
+        self.begin()
         c = self.c
         self.wait(count)
         if c.shares:
             self.fetch("hidden", 0, c.hidden // SUPERBLOCK)
-            prim.wait_for_copies(**self.prim)
-        self.choose(layer)  # ends with both warpgroups together
+        self.choose(layer)  # ends with both warpgroups together and what was fetched in place
         selector = self.table(layer, "gate_up_type")
         self.one_type(c.gate_up_types, selector, lambda i: self.gate_up_type(layer, i))
-        self.signal(by_first=True)
 
         @pl.when((self.block == c.blocks - 1) & (self.wg == 1 % WARPGROUPS))
         def _():
@@ -1193,7 +1212,7 @@ class Step:
         def group_at(group):
             """(sequence, which of its experts, subblock of its width) of a block's groups of four tiles."""
             group = jnp.minimum(group * c.blocks + self.block, c.pairs * subblocks - 1)
-            pair, subblock = group // subblocks, group % subblocks
+            pair, subblock = self.r["order"][group // subblocks], group % subblocks
             return pair // c.experts_per_token, pair % c.experts_per_token, subblock
 
         def item_at(slot):
@@ -1209,54 +1228,66 @@ class Step:
             tile = offset + self.r["ids"][b, k] * per_expert + tile
             return [[fmt.load(s, (tile, self.mine(step))) for s in stacks] for step in range(steps)]
 
-        def multiply(slot, place, tiles):
+        def multiply(slot, place, tiles, first_sums):
             b, _, _ = item_at(slot)
             for step in range(steps):
                 here = x or self.activations(b, step * 8 + self.wg * 4)
                 for i, pair in enumerate(tiles):
                     for which, value in enumerate(fmt.multiply(pair[step], here, **self.prim)):
-                        self.store_sums(which, place + i, step, value)
+                        self.store_sums(first_sums + which, place + i, step, value)
 
         depth = divisor(used, 4 if c.shares else 3) if steps == 1 else 1
         together = 2 if depth == 4 else 1  # neighbouring tiles of an expert share their activations
 
-        def chunk(i, carry):
+        room = divisor(
+            chunks, self.r["sums"].shape[0] // 2
+        )  # chunks whose sums both warpgroups leave at once
+
+        def finish(i, first_sums):
+            """SwiGLU of chunk i's tiles."""
+            gate, up = (self.result_rows(first_sums + which, steps) for which in range(2))
+            value = gate / (1.0 + jnp.exp2(gate * -LOG2E)) * up
+            if not c.shares:
+                self.r["swiglu"][pl.ds(i * used, SLOTS), self.block] = value
+                return
+
+            def place(warp):
+                b, k, subblock = group_at(i * (used // GROUP) + warp)
+                return b, k * subblocks + subblock
+
+            self.quantize_lanes(value, prim.OUTPUT_ROWS, "swiglu", place, used // GROUP)
+
+        def chunk(i, first_sums, carry):
             first = i * used
-            carry = self.stream(
+            return self.stream(
                 used,
                 lambda place: load(first + place),
-                lambda place, tiles: multiply(first + place, place, tiles),
+                lambda place, tiles: multiply(first + place, place, tiles, first_sums),
                 carry,
                 together=together,
             )
+
+        def round_of_chunks(n, carry):
+            start = n * room
+            carry = prim.carried(room, lambda j, carry: chunk(start + j, 2 * j, carry), carry)
             self.sync_block()
 
-            @pl.when(self.wg == 0)
-            def _():
-                gate, up = self.result_rows(0, steps), self.result_rows(1, steps)
-                value = gate / (1.0 + jnp.exp2(gate * -LOG2E)) * up
-                if not c.shares:
-                    self.r["swiglu"][pl.ds(i * used, SLOTS), self.block] = value
-                    return
+            def own(n):
+                j = n * WARPGROUPS + self.wg
+                pl.when(j < room)(lambda: finish(start + j, 2 * j))
 
-                def place(warp):
-                    b, k, subblock = group_at(i * (used // GROUP) + warp)
-                    return b, k * subblocks + subblock
-
-                self.quantize_lanes(value, prim.OUTPUT_ROWS, "swiglu", place, used // GROUP)
-
-            if chunks > 1:
+            prim.fori(ceil_div(room, WARPGROUPS), own)
+            if chunks > room:
                 self.sync_block()
             return carry
 
         ahead = tuple(load(slot) for slot in range(depth))
-        if chunks == 1:
-            chunk(0, ahead)
-        else:
-            lax.fori_loop(0, chunks, chunk, ahead)
+        prim.carried(chunks // room, round_of_chunks, ahead)
+        self.signal(by_first=room == 1)
 
     @jax.named_scope("down")
     def down(self, layer, count) -> None:
+        self.begin()
         selector = self.table(layer, "down_type")
         self.one_type(self.c.down_types, selector, lambda i: self.down_type(layer, count, i))
         self.signal(by_first=self.c.batch == 1)
@@ -1376,6 +1407,7 @@ class Step:
 
     @jax.named_scope("logits")
     def logits(self, count) -> None:
+        self.begin()
         c = self.c
 
         norm_ref = self.r["final_norm"]
