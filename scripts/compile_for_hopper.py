@@ -3,6 +3,7 @@
 Needs the packages jax-cuda13-plugin and jax-cuda13-pjrt of JAX's version, and CUDA's ptxas.
 
     python scripts/compile_for_hopper.py kernels                      # registers and spills of every size
+    python scripts/compile_for_hopper.py decode --sequences 1 8       # the same of the one-kernel decode step
     python scripts/compile_for_hopper.py step --tokens 1 --sequences 32 [--thunks]   # launches a layer
     python scripts/compile_for_hopper.py count FILE                   # launches in XLA's own dump
 
@@ -21,6 +22,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -39,6 +41,7 @@ from convert.ggml_types import GGMLType
 from kernels_pallas.attention import pallas_sm90 as attention
 from kernels_pallas.decode_layers import api as decode_layers_api
 from kernels_pallas.decode_layers import pallas_sm90 as decode_layers
+from kernels_pallas.decode_step import api as decode_step_api
 from kernels_pallas.expert_matmul import pallas_sm90 as expert_matmul
 from kernels_pallas.matrices import Matrices
 from kernels_pallas.moe_mlp import pallas_sm90 as moe_mlp
@@ -203,6 +206,14 @@ def captured_stdout() -> Iterator[list[str]]:
             lines += file.read().splitlines()
 
 
+SPILL_STORES, SPILL_LOADS = r"(\d+) bytes spill stores", r"(\d+) bytes spill loads"
+
+
+def found_in(text: str, pattern: str) -> int:
+    """The largest number that ``pattern`` finds in ptxas' report."""
+    return max(map(int, re.findall(pattern, text)), default=0)
+
+
 def kernels(args: argparse.Namespace) -> int:
     """Prints ptxas' report of every case; the number of those that spill, serialize or ask for too much."""
     os.environ["MOSAIC_GPU_DUMP_PTXAS"] = "1"
@@ -216,8 +227,7 @@ def kernels(args: argparse.Namespace) -> int:
         with captured_stdout() as lines:
             slots = compile_case(case, sharding)
         text = "\n".join(lines)
-        used = max(map(int, re.findall(r"Used (\d+) registers", text)), default=0)
-        spilled = max(map(int, re.findall(r"(\d+) bytes spill stores", text)), default=0)
+        used, spilled = found_in(text, r"Used (\d+) registers"), found_in(text, SPILL_STORES)
         threads = 128 * (case.config.warpgroups + 1)
         most, least = REGISTERS[case.config.warpgroups]
         wanted = case.config.warpgroups * most + least
@@ -237,6 +247,41 @@ def kernels(args: argparse.Namespace) -> int:
         bad += bool(faults)
         print(f"{case} | {used:3} {slots[0]} {slots[1]} | {'; '.join(faults) or 'ok'}", flush=True)
     print(f"{bad} with faults")
+    return bad
+
+
+# The decode step's one kernel
+
+
+def decode(args: argparse.Namespace) -> int:
+    """Prints ptxas' report of the decode kernel; the number of batches at which it spills."""
+    import profile_decode  # sets options of XLA that the other commands do not want
+
+    os.environ["MOSAIC_GPU_DUMP_PTXAS"] = "1"
+    sharding, bad = h100(), 0
+    config = bench_prefill.PRESETS[args.preset]
+    types_of, lm_head = profile_decode.TYPES["q4_k_m"]
+    there = lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding)
+    for batch in args.sequences:
+        arguments = jax.eval_shape(
+            lambda batch=batch: (
+                profile_decode.random_weights(config, types_of(config), lm_head),
+                jnp.zeros(batch, jnp.int32),
+                jnp.zeros(batch, jnp.int32),
+                decode_step_api.empty_cache(config, batch, args.length, jnp.float16),
+            )
+        )
+        step = partial(profile_decode.one_step, config=config, device=decode_step_api.Device())
+        kernel = lambda w, t, p, c, step=step: step(w, tokens=t, positions=p, cache=c)
+        with captured_stdout() as lines:
+            traced = jax.jit(kernel, donate_argnums=(3,)).trace(*jax.tree.map(there, arguments))
+            traced.lower(lowering_platforms=("cuda",)).compile()
+        text = "\n".join(lines)
+        used = found_in(text, r"Used (\d+) registers")
+        stores, loads = found_in(text, SPILL_STORES), found_in(text, SPILL_LOADS)
+        bad += bool(stores or not used)
+        report = f"{used} registers, bytes spilled: {stores} stored, {loads} loaded"
+        print(f"{batch:2} sequences: {report if used else 'ptxas reported nothing'}", flush=True)
     return bad
 
 
@@ -327,6 +372,10 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     table = commands.add_parser("kernels", help="ptxas' report of every kernel")
     table.add_argument("--only", default="", help="cases whose line holds this")
+    one = commands.add_parser("decode", help="ptxas' report of the one-kernel decode step")
+    one.add_argument("--preset", default="Qwen3-30B-A3B", choices=sorted(bench_prefill.PRESETS))
+    one.add_argument("--sequences", type=int, nargs="+", default=[1, 8], help="batches, 1 to 16")
+    one.add_argument("--length", type=int, default=1024, help="tokens that the cache holds")
     model = commands.add_parser("step", help="the model's step: memory, and launches a layer")
     model.add_argument("--preset", default="Qwen3-30B-A3B", choices=sorted(bench_prefill.PRESETS))
     model.add_argument("--tokens", type=int, default=2048, help="tokens of a chunk")
@@ -340,7 +389,7 @@ def main() -> None:
     if args.command == "count":
         count(args.file.read_text(), show=args.thunks)
         return
-    raise SystemExit(bool({"kernels": kernels, "step": step}[args.command](args)))
+    raise SystemExit(bool({"kernels": kernels, "decode": decode, "step": step}[args.command](args)))
 
 
 if __name__ == "__main__":
