@@ -215,14 +215,19 @@ def test_replayed_experts_and_batches_give_the_same_bits(model):
 
 
 @pytest.mark.timeout(900)  # the interpreter takes two minutes on an idle machine
-def test_a_batch_that_is_no_whole_group_gives_the_bits_of_one(model):
-    """Three sequences, so that groups and shares of them are not whole; experts are chosen by several."""
+@pytest.mark.parametrize("batch", [3, 5])
+def test_a_batch_that_is_no_whole_group_gives_the_bits_of_one(model, batch):
+    """Groups and shares of sequences are not whole, and experts are chosen by several.
+
+    From four sequences on, the sums of several chunks of gate + up are there at once.
+    """
     weights, _ = model
-    cache = random_cache(3, dtype=jnp.float16)
-    ids = jnp.asarray([[[7, 1, 4, 2], [0, 3, 7, 6], [1, 2, 3, 4]]], jnp.int32)
-    tokens, positions = [5, 9, 11], [0, 70, 150]
+    cache = random_cache(batch, dtype=jnp.float16)
+    ids = [[7, 1, 4, 2], [0, 3, 7, 6], [1, 2, 3, 4], [5, 0, 6, 1], [2, 7, 3, 0]]
+    ids = jnp.asarray([ids[:batch]], jnp.int32)
+    tokens, positions = [5, 9, 11, 3, 60][:batch], [0, 70, 150, 1, 129][:batch]
     together = run(weights, tokens, positions, cache, ids)
-    for b in range(3):
+    for b in range(batch):
         one = api.KVCache(*(a[:, b : b + 1] for a in cache))
         alone = run(weights, tokens[b : b + 1], positions[b : b + 1], one, ids[:, b : b + 1])
         np.testing.assert_array_equal(together.logits[b], alone.logits[0])
