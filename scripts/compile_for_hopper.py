@@ -22,7 +22,6 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -206,12 +205,10 @@ def captured_stdout() -> Iterator[list[str]]:
             lines += file.read().splitlines()
 
 
-SPILL_STORES, SPILL_LOADS = r"(\d+) bytes spill stores", r"(\d+) bytes spill loads"
-
-
-def found_in(text: str, pattern: str) -> int:
-    """The largest number that ``pattern`` finds in ptxas' report."""
-    return max(map(int, re.findall(pattern, text)), default=0)
+def ptxas_report(text: str) -> tuple[int, int, int]:
+    """(registers, bytes spilled: stored, loaded), the most of any kernel; 0 where nothing is said."""
+    patterns = (r"Used (\d+) registers", r"(\d+) bytes spill stores", r"(\d+) bytes spill loads")
+    return tuple(max(map(int, re.findall(pattern, text)), default=0) for pattern in patterns)
 
 
 def kernels(args: argparse.Namespace) -> int:
@@ -227,7 +224,7 @@ def kernels(args: argparse.Namespace) -> int:
         with captured_stdout() as lines:
             slots = compile_case(case, sharding)
         text = "\n".join(lines)
-        used, spilled = found_in(text, r"Used (\d+) registers"), found_in(text, SPILL_STORES)
+        used, spilled, _ = ptxas_report(text)
         threads = 128 * (case.config.warpgroups + 1)
         most, least = REGISTERS[case.config.warpgroups]
         wanted = case.config.warpgroups * most + least
@@ -262,6 +259,7 @@ def decode(args: argparse.Namespace) -> int:
     config = bench_prefill.PRESETS[args.preset]
     types_of, lm_head = profile_decode.TYPES["q4_k_m"]
     there = lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding)
+    step = lambda w, t, p, c: profile_decode.one_step(w, config, decode_step_api.Device(), t, p, c)
     for batch in args.sequences:
         arguments = jax.eval_shape(
             lambda batch=batch: (
@@ -271,14 +269,10 @@ def decode(args: argparse.Namespace) -> int:
                 decode_step_api.empty_cache(config, batch, args.length, jnp.float16),
             )
         )
-        step = partial(profile_decode.one_step, config=config, device=decode_step_api.Device())
-        kernel = lambda w, t, p, c, step=step: step(w, tokens=t, positions=p, cache=c)
         with captured_stdout() as lines:
-            traced = jax.jit(kernel, donate_argnums=(3,)).trace(*jax.tree.map(there, arguments))
+            traced = jax.jit(step, donate_argnums=(3,)).trace(*jax.tree.map(there, arguments))
             traced.lower(lowering_platforms=("cuda",)).compile()
-        text = "\n".join(lines)
-        used = found_in(text, r"Used (\d+) registers")
-        stores, loads = found_in(text, SPILL_STORES), found_in(text, SPILL_LOADS)
+        used, stores, loads = ptxas_report("\n".join(lines))
         bad += bool(stores or not used)
         report = f"{used} registers, bytes spilled: {stores} stored, {loads} loaded"
         print(f"{batch:2} sequences: {report if used else 'ptxas reported nothing'}", flush=True)

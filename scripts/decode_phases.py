@@ -28,8 +28,8 @@ from pathlib import Path
 
 BATCH_1 = ("norm, q k v", "attention", "join splits", "o", "router", "top-k, gate, up", "down", "lm_head")
 BATCHES = ("norm", "q k v", *BATCH_1[1:-1], "norm", "lm_head")
-OF_A_TOKEN = {BATCH_1: 1, BATCHES: 2}
-"""How many of the last phases run once a token and not once a layer."""
+LAST_OF_A_LAYER = "down"
+"""What comes after it runs once a token."""
 SOURCE, SAMPLES, STALL = "Source", "# Samples", "stall_"
 
 DEFERRED = 48
@@ -67,28 +67,26 @@ def read(path: Path) -> list[dict[str, str]]:
 def phases(instructions: list[dict[str, str]]) -> list[Phase]:
     """Phases in the order of the code; what follows the last signal belongs to the last."""
     reasons = [name for name in instructions[0] if name.startswith(STALL) and "(" not in name]
-    waits = {i for i, row in enumerate(instructions) if "CCTL.IVALL" in row[SOURCE]}
-    signals = [i for i, row in enumerate(instructions) if "REDG" in row[SOURCE]]
-    if not signals:
-        sys.exit("no instruction signals other blocks (REDG): is this the decode kernel?")
-    found, here, polling, since_wait = [], Phase(), False, None
-    for i, row in enumerate(instructions):
-        polling = ("LDG" in row[SOURCE] and "STRONG" in row[SOURCE]) or (polling and i not in waits)
-        if i in waits:
-            since_wait = 0
-        elif since_wait is not None:
-            since_wait += 1
+    found, here, polling, deferred = [], Phase(), False, 0
+    for row in instructions:
+        code = row[SOURCE]
+        acquired = "CCTL.IVALL" in code
+        polling = not acquired and (polling or ("LDG" in code and "STRONG" in code))
+        deferred = DEFERRED if acquired else deferred - 1
         counts = Counter({name[len(STALL) :]: number(row[name]) for name in reasons})
         if polling:
             here.waiting += counts.total()
         else:
-            if since_wait is not None and since_wait < DEFERRED:
+            if deferred > 0:
                 here.waiting += counts.pop("barrier", 0)
             here.reasons.update(counts)
-        if i in signals:
+        if "REDG" in code:
             found.append(here)
-            if i != signals[-1]:
-                here = Phase()
+            here = Phase()
+    if not found:
+        sys.exit("no instruction signals other blocks (REDG): is this the decode kernel?")
+    found[-1].waiting += here.waiting
+    found[-1].reasons.update(here.reasons)
     return found
 
 
@@ -107,7 +105,7 @@ def main() -> None:
     total = sum(phase.samples for phase in found)
     out = []
     for i, (name, phase) in enumerate(zip(names, found, strict=True)):
-        once = i >= len(names) - OF_A_TOKEN[names]
+        once = i > names.index(LAST_OF_A_LAYER)
         each = args.us / total / (1 if once else args.layers)
         most = {reason: round(n * each, 2) for reason, n in phase.reasons.most_common(4)}
         row = {"phase": name, "per": "token" if once else "layer", "us": round(phase.samples * each, 2)}

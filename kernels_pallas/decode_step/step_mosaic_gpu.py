@@ -1116,7 +1116,7 @@ class Step:
         return [plgpu.load(ref, layout=prim.SUBBLOCKS, optimized=False) for ref in refs]
 
     def choose(self, layer) -> None:
-        """Top-k experts and their weights for every sequence, into shared memory.
+        """Top-k experts and their weights for every sequence, and the order of pairs, into shared memory.
 
         Softmax over all experts followed by renormalization over the chosen is a softmax over
         the chosen: the common denominator cancels.
@@ -1145,8 +1145,9 @@ class Step:
                 prim.top_experts(logits, scale, ids.at[rows], routing.at[rows], count, **self.prim)
 
         if c.shares:
-            prim.wait_for_copies(**self.prim)
-        self.sync_block()
+            self.fetched()
+        else:
+            self.sync_block()
         if c.replay:
 
             @pl.when(self.wg == 0)
@@ -1239,9 +1240,8 @@ class Step:
         depth = divisor(used, 4 if c.shares else 3) if steps == 1 else 1
         together = 2 if depth == 4 else 1  # neighbouring tiles of an expert share their activations
 
-        room = divisor(
-            chunks, self.r["sums"].shape[0] // 2
-        )  # chunks whose sums both warpgroups leave at once
+        # Chunks whose sums are there at once: both warpgroups take their share of them behind one barrier.
+        room = divisor(chunks, self.r["sums"].shape[0] // 2)
 
         def finish(i, first_sums):
             """SwiGLU of chunk i's tiles."""
@@ -1272,8 +1272,8 @@ class Step:
             carry = prim.carried(room, lambda j, carry: chunk(start + j, 2 * j, carry), carry)
             self.sync_block()
 
-            def own(n):
-                j = n * WARPGROUPS + self.wg
+            def own(i):
+                j = i * WARPGROUPS + self.wg
                 pl.when(j < room)(lambda: finish(start + j, 2 * j))
 
             prim.fori(ceil_div(room, WARPGROUPS), own)
