@@ -11,10 +11,10 @@ import sys
 import time
 from typing import Any
 
-from convert.errors import ModelFileError
-from convert.model_source import open_model
-from convert.output_folder import OutputError
-from convert.progress import format_bytes, show_progress
+from qwen3_moe_jax.convert.errors import ModelFileError
+from qwen3_moe_jax.convert.model_source import open_model
+from qwen3_moe_jax.convert.output_folder import OutputError
+from qwen3_moe_jax.convert.progress import format_bytes, show_progress
 
 EXIT_MODEL = 1
 EXIT_OUTPUT = 3
@@ -32,7 +32,7 @@ def convert_model(model: str | os.PathLike, out: str | os.PathLike) -> str:
     # Orbax asks JAX for its devices; converting needs none, and a GPU's memory is not to be taken for it.
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     silence_orbax()
-    from convert.checkpoint_writer import write_checkpoint
+    from qwen3_moe_jax.convert.checkpoint_writer import write_checkpoint
 
     start = time.monotonic()
     with open_model(model) as source, show_progress(f"converting {os.path.basename(model)}") as progress:

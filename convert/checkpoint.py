@@ -9,7 +9,7 @@
       tensors/           one orbax checkpoint a layer, and one each for embed_tokens, norm, lm_head
         layers.0/self_attn.q_proj.q/0.0 ...
 
-:mod:`convert.checkpoint_writer` writes it with orbax, and orbax can restore it.
+:mod:`qwen3_moe_jax.convert.checkpoint_writer` writes it with orbax, and orbax can restore it.
 The reader here does not go through orbax: an uncompressed Zarr chunk that holds
 a whole array *is* the array's bytes, and a reader of its own can hash the very
 bytes that it hands out, in parallel, into their final place, one tensor at a
@@ -31,10 +31,10 @@ from pathlib import Path
 
 import numpy as np
 
-from convert.config import Qwen3MoeConfig
-from convert.errors import ModelFileError, printable, quote
-from convert.ggml_types import BLOCK_FORMATS, GGMLType
-from convert.manifest import (
+from qwen3_moe_jax.convert.config import Qwen3MoeConfig
+from qwen3_moe_jax.convert.errors import ModelFileError, printable, quote
+from qwen3_moe_jax.convert.ggml_types import BLOCK_FORMATS, GGMLType
+from qwen3_moe_jax.convert.manifest import (
     CHECKSUM_NAME,
     MANIFEST_NAME,
     MAX_MANIFEST_BYTES,
@@ -49,11 +49,11 @@ from convert.manifest import (
     piece_digest,
     pieces,
 )
-from convert.model_source import READ_CHUNK_BYTES, READ_THREADS, ModelSource, refuse_nonfinite
-from convert.packed import PackedTensor, array_nbytes, array_shapes, packed_nbytes
-from convert.progress import ProgressCallback
-from convert.tensor_names import TensorSpec, tensor_specs
-from convert.unpack import block_arrays, empty_packed
+from qwen3_moe_jax.convert.model_source import READ_CHUNK_BYTES, READ_THREADS, ModelSource, refuse_nonfinite
+from qwen3_moe_jax.convert.packed import PackedTensor, array_nbytes, array_shapes, packed_nbytes
+from qwen3_moe_jax.convert.progress import ProgressCallback
+from qwen3_moe_jax.convert.tensor_names import TensorSpec, tensor_specs
+from qwen3_moe_jax.convert.unpack import block_arrays, empty_packed
 
 _MAX_SMALL_FILE = 16 << 20
 _SMALL_FILE_PART = re.compile(r"\.zarray|[A-Za-z0-9_][A-Za-z0-9_.]*")
@@ -83,7 +83,7 @@ def array_files(path: str, type: GGMLType, shape: tuple[int, ...]) -> dict[str, 
 
 
 class CheckpointSource(ModelSource):
-    """A model in a packed checkpoint; see :func:`convert.model_source.open_model`."""
+    """A model in a packed checkpoint; see :func:`qwen3_moe_jax.convert.model_source.open_model`."""
 
     def __init__(self, path: str | os.PathLike, *, check: bool = True, threads: int = READ_THREADS):
         self.path = Path(path)

@@ -33,7 +33,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from convert.errors import ModelFileError, quote
+from qwen3_moe_jax.convert.errors import ModelFileError, quote
 
 ARCHITECTURE = "qwen3moe"
 _PREFIX = ARCHITECTURE + "."

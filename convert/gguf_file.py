@@ -1,6 +1,6 @@
 """Open a GGUF file, or all shards of a split one, and read tensor bytes from it.
 
-The header is parsed and checked by :mod:`convert.gguf_header`; this module
+The header is parsed and checked by :mod:`qwen3_moe_jax.convert.gguf_header`; this module
 joins shards and hands out bytes. Nothing is mapped into memory and no weight
 is read before it is asked for.
 
@@ -17,9 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from convert.errors import ModelFileError, quote
-from convert.gguf_header import Header, TensorInfo, read_header
-from convert.regular_file import RegularFile
+from qwen3_moe_jax.convert.errors import ModelFileError, quote
+from qwen3_moe_jax.convert.gguf_header import Header, TensorInfo, read_header
+from qwen3_moe_jax.convert.regular_file import RegularFile
 
 __all__ = ["GGUFFile", "TensorInfo"]
 

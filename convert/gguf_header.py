@@ -18,9 +18,9 @@ import struct
 import sys
 from dataclasses import dataclass
 
-from convert.errors import ModelFileError, quote
-from convert.ggml_types import KNOWN_TYPES, SUPPORTED_TYPES, GGMLType
-from convert.regular_file import RegularFile
+from qwen3_moe_jax.convert.errors import ModelFileError, quote
+from qwen3_moe_jax.convert.ggml_types import KNOWN_TYPES, SUPPORTED_TYPES, GGMLType
+from qwen3_moe_jax.convert.regular_file import RegularFile
 
 MAX_ENTRIES = 65_536
 """Most metadata entries, and most tensors."""

@@ -16,8 +16,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from convert.errors import ModelFileError
-from convert.packed import LAYOUT_VERSION, ROWS
+from qwen3_moe_jax.convert.errors import ModelFileError
+from qwen3_moe_jax.convert.packed import LAYOUT_VERSION, ROWS
 
 FORMAT = "qwen3-moe-jax packed checkpoint"
 FORMAT_VERSION = 1

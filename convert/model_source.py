@@ -16,15 +16,21 @@ from pathlib import Path
 
 import numpy as np
 
-from convert.config import Qwen3MoeConfig, check_architecture
-from convert.errors import ModelFileError, quote
-from convert.ggml_types import BLOCK_FORMATS, GGMLType
-from convert.gguf_file import GGUFFile, TensorInfo
-from convert.packed import PackedTensor
-from convert.progress import ProgressCallback
-from convert.regular_file import RegularFile
-from convert.tensor_names import TensorSpec, check_tensors, tensor_specs
-from convert.unpack import aligned_empty, block_arrays, empty_packed, find_nonfinite_blocks, unpack_blocks
+from qwen3_moe_jax.convert.config import Qwen3MoeConfig, check_architecture
+from qwen3_moe_jax.convert.errors import ModelFileError, quote
+from qwen3_moe_jax.convert.ggml_types import BLOCK_FORMATS, GGMLType
+from qwen3_moe_jax.convert.gguf_file import GGUFFile, TensorInfo
+from qwen3_moe_jax.convert.packed import PackedTensor
+from qwen3_moe_jax.convert.progress import ProgressCallback
+from qwen3_moe_jax.convert.regular_file import RegularFile
+from qwen3_moe_jax.convert.tensor_names import TensorSpec, check_tensors, tensor_specs
+from qwen3_moe_jax.convert.unpack import (
+    aligned_empty,
+    block_arrays,
+    empty_packed,
+    find_nonfinite_blocks,
+    unpack_blocks,
+)
 
 READ_CHUNK_BYTES = 4 << 20
 """Read and unpacked at a time: the bytes are still in the processor's cache when they are unpacked."""
@@ -113,7 +119,7 @@ def open_model(path: str | os.PathLike, *, check: bool = True, threads: int = RE
     path = Path(path)
     if not path.is_dir():
         return GGUFSource(path, check=check, threads=threads)
-    from convert.checkpoint import CheckpointSource
+    from qwen3_moe_jax.convert.checkpoint import CheckpointSource
 
     return CheckpointSource(path, check=check, threads=threads)
 

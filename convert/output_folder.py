@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from convert.errors import ModelFileError, printable
+from qwen3_moe_jax.convert.errors import ModelFileError, printable
 
 SPACE_MARGIN = 1.1
 """A disk must have this many times the bytes that will be written."""

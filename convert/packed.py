@@ -2,7 +2,7 @@
 
 ``PackedTensor`` is what the converter makes and what every backend computes
 with. Its arrays are a re-arrangement of the bytes of the file: nothing is
-rounded, and :func:`convert.unpack.dequantize` gives back bit for bit what
+rounded, and :func:`qwen3_moe_jax.convert.unpack.dequantize` gives back bit for bit what
 ggml's own dequantizer gives.
 
 Arrays of layout ``"rows"`` for a tensor of logical shape ``[..., N, K]`` (a
@@ -34,17 +34,17 @@ from typing import Any
 
 import numpy as np
 
-from convert.ggml_types import SUPERBLOCK, GGMLType
+from qwen3_moe_jax.convert.ggml_types import SUPERBLOCK, GGMLType
 
 Array = Any
 """A NumPy or JAX array: this package only looks at ``shape``, ``dtype`` and indexing."""
 
 ROWS = "rows"
 LANES16 = "lanes16"
-"""Sixteen rows side by side, see :mod:`convert.layouts`."""
+"""Sixteen rows side by side, see :mod:`qwen3_moe_jax.convert.layouts.lanes16`."""
 
 GPU_TILES = "gpu_tiles"
-"""Tiles of 8 rows x 256 columns, see :mod:`convert.gpu_tiles`."""
+"""Tiles of 8 rows x 256 columns, see :mod:`qwen3_moe_jax.convert.layouts.gpu_tiles`."""
 
 LANES = 16
 """Rows side by side in layout ``LANES16``."""

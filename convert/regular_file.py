@@ -9,7 +9,7 @@ import os
 import stat
 from pathlib import Path
 
-from convert.errors import ModelFileError, printable
+from qwen3_moe_jax.convert.errors import ModelFileError, printable
 
 
 class RegularFile:

@@ -8,10 +8,10 @@ what is missing, extra or misshapen before any weight is read.
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from convert.config import Qwen3MoeConfig
-from convert.errors import ModelFileError, printable, quote
-from convert.ggml_types import BLOCK_FORMATS, SUPPORTED_TYPES, GGMLType
-from convert.gguf_file import GGUFFile
+from qwen3_moe_jax.convert.config import Qwen3MoeConfig
+from qwen3_moe_jax.convert.errors import ModelFileError, printable, quote
+from qwen3_moe_jax.convert.ggml_types import BLOCK_FORMATS, SUPPORTED_TYPES, GGMLType
+from qwen3_moe_jax.convert.gguf_file import GGUFFile
 
 NORM_TYPES: tuple[GGMLType, ...] = (GGMLType.F32, GGMLType.F16, GGMLType.BF16)
 MATRIX_TYPES: tuple[GGMLType, ...] = SUPPORTED_TYPES

@@ -8,7 +8,7 @@ Qwen3-MoE file has it, and another one would split text differently.
 
 from collections.abc import Mapping
 
-from convert.errors import ModelFileError, quote
+from qwen3_moe_jax.convert.errors import ModelFileError, quote
 
 _PREFIX = "tokenizer.ggml."
 _TOKEN_TYPES = range(1, 7)  # normal, unknown, control, user-defined, unused, byte

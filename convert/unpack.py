@@ -1,7 +1,7 @@
 """From the bytes of a file to packed arrays, and from packed arrays to floating point.
 
 ``pack`` re-arranges blocks of ggml's types into the arrays of a
-:class:`~convert.packed.PackedTensor`; nothing is rounded. ``dequantize`` gives
+:class:`~qwen3_moe_jax.convert.packed.PackedTensor`; nothing is rounded. ``dequantize`` gives
 back, in float32, bit for bit what ggml's own dequantizer gives for the same
 bytes: the operations and their order are those of the C source that each
 function names.
@@ -19,8 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from convert.ggml_types import BLOCK_FORMATS, SUPERBLOCK, GGMLType
-from convert.packed import ARRAY_FORMATS, ROWS, PackedTensor, array_shapes
+from qwen3_moe_jax.convert.ggml_types import BLOCK_FORMATS, SUPERBLOCK, GGMLType
+from qwen3_moe_jax.convert.packed import ARRAY_FORMATS, ROWS, PackedTensor, array_shapes
 
 ALIGNMENT = 64
 """Byte alignment of packed arrays: JAX's CPU backend can use such memory without a copy."""

@@ -5,20 +5,20 @@ Importing the package registers ``PackedTensor`` as a JAX pytree. Every op takes
 here, a named one runs or raises ``NotImplementedError``.
 """
 
-from kernels_pallas import packed_pytree
+from qwen3_moe_jax.kernels_pallas.packed import pytree
 
-packed_pytree.register()
+pytree.register()
 
-from kernels_pallas.attention.api import attention  # noqa: E402
-from kernels_pallas.dequantize import dequantize  # noqa: E402
-from kernels_pallas.embedding_lookup.api import embedding_lookup  # noqa: E402
-from kernels_pallas.expert_matmul.api import expert_matmul  # noqa: E402
-from kernels_pallas.matrices import Matrices, OneOf  # noqa: E402
-from kernels_pallas.moe_mlp.api import moe_mlp  # noqa: E402
-from kernels_pallas.norm_rope import rms_norm, rope, rope_tables  # noqa: E402
-from kernels_pallas.quantized_matmul.api import quantized_matmul  # noqa: E402
-from kernels_pallas.router.api import Routing, choose_experts, router  # noqa: E402
-from kernels_pallas.top_k.api import top_k  # noqa: E402
+from qwen3_moe_jax.kernels_pallas.attention.api import attention  # noqa: E402
+from qwen3_moe_jax.kernels_pallas.embedding_lookup.api import embedding_lookup  # noqa: E402
+from qwen3_moe_jax.kernels_pallas.expert_matmul.api import expert_matmul  # noqa: E402
+from qwen3_moe_jax.kernels_pallas.moe_mlp.api import moe_mlp  # noqa: E402
+from qwen3_moe_jax.kernels_pallas.norm_rope.api import rms_norm, rope, rope_tables  # noqa: E402
+from qwen3_moe_jax.kernels_pallas.packed.dequantize import dequantize  # noqa: E402
+from qwen3_moe_jax.kernels_pallas.packed.stacks import Matrices, OneOf  # noqa: E402
+from qwen3_moe_jax.kernels_pallas.quantized_matmul.api import quantized_matmul  # noqa: E402
+from qwen3_moe_jax.kernels_pallas.router.api import Routing, choose_experts, router  # noqa: E402
+from qwen3_moe_jax.kernels_pallas.top_k.api import top_k  # noqa: E402
 
 __all__ = [
     "Matrices",

@@ -9,9 +9,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from convert.errors import ModelFileError
     from qwen3_moe_jax.api import Answer, Model
-    from qwen3_moe_jax.errors import (
+    from qwen3_moe_jax.convert.errors import ModelFileError
+    from qwen3_moe_jax.core.errors import (
         BackendUnavailableError,
         BatchFullError,
         ContextOverflowError,
@@ -19,29 +19,29 @@ if TYPE_CHECKING:
         NumericalError,
         ParityError,
     )
+    from qwen3_moe_jax.core.sampling import Sampling
+    from qwen3_moe_jax.inspection.interventions import ablate_expert, force_experts, steer
+    from qwen3_moe_jax.jax_backend.model import Intervention
     from qwen3_moe_jax.loader import load
-    from qwen3_moe_jax.model import Intervention
-    from qwen3_moe_jax.parity.research import ablate_expert, force_experts, steer
-    from qwen3_moe_jax.perplexity import Perplexity
-    from qwen3_moe_jax.sampling import Sampling
+    from qwen3_moe_jax.measure.perplexity import Perplexity
 
 _HOMES = {
     "Answer": "qwen3_moe_jax.api",
-    "BackendUnavailableError": "qwen3_moe_jax.errors",
-    "BatchFullError": "qwen3_moe_jax.errors",
-    "ContextOverflowError": "qwen3_moe_jax.errors",
-    "Intervention": "qwen3_moe_jax.model",
-    "MemoryPlanError": "qwen3_moe_jax.errors",
+    "BackendUnavailableError": "qwen3_moe_jax.core.errors",
+    "BatchFullError": "qwen3_moe_jax.core.errors",
+    "ContextOverflowError": "qwen3_moe_jax.core.errors",
+    "Intervention": "qwen3_moe_jax.jax_backend.model",
+    "MemoryPlanError": "qwen3_moe_jax.core.errors",
     "Model": "qwen3_moe_jax.api",
-    "ModelFileError": "convert.errors",
-    "NumericalError": "qwen3_moe_jax.errors",
-    "ParityError": "qwen3_moe_jax.errors",
-    "Perplexity": "qwen3_moe_jax.perplexity",
-    "Sampling": "qwen3_moe_jax.sampling",
-    "ablate_expert": "qwen3_moe_jax.parity.research",
-    "force_experts": "qwen3_moe_jax.parity.research",
+    "ModelFileError": "qwen3_moe_jax.convert.errors",
+    "NumericalError": "qwen3_moe_jax.core.errors",
+    "ParityError": "qwen3_moe_jax.core.errors",
+    "Perplexity": "qwen3_moe_jax.measure.perplexity",
+    "Sampling": "qwen3_moe_jax.core.sampling",
+    "ablate_expert": "qwen3_moe_jax.inspection.interventions",
+    "force_experts": "qwen3_moe_jax.inspection.interventions",
     "load": "qwen3_moe_jax.loader",
-    "steer": "qwen3_moe_jax.parity.research",
+    "steer": "qwen3_moe_jax.inspection.interventions",
 }
 
 __all__ = [

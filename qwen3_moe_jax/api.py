@@ -6,21 +6,21 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from convert.model_source import ModelSource
-from qwen3_moe_jax.chat_template import RenderedChat, find_template, render_chat, special_tokens
-from qwen3_moe_jax.errors import ContextOverflowError, NumericalError
-from qwen3_moe_jax.perplexity import Perplexity, measure_perplexity
-from qwen3_moe_jax.runner import Forward, Runner
-from qwen3_moe_jax.sampling import Sampling, recommended_sampling
-from qwen3_moe_jax.stages import STAGES
-from qwen3_moe_jax.text_stream import StopStrings, TextStream
-from qwen3_moe_jax.tokenizer import StreamDecoder, Tokenizer
+from qwen3_moe_jax.convert.model_source import ModelSource
+from qwen3_moe_jax.core.errors import ContextOverflowError, NumericalError
+from qwen3_moe_jax.core.runner import Forward, Runner
+from qwen3_moe_jax.core.sampling import Sampling, recommended_sampling
+from qwen3_moe_jax.core.stages import STAGES
+from qwen3_moe_jax.measure.perplexity import Perplexity, measure_perplexity
+from qwen3_moe_jax.text.chat_template import RenderedChat, find_template, render_chat, special_tokens
+from qwen3_moe_jax.text.stream import StopStrings, TextStream
+from qwen3_moe_jax.text.tokenizer import StreamDecoder, Tokenizer
 
 if TYPE_CHECKING:
+    from qwen3_moe_jax.inspection.experts import ExpertUsage
+    from qwen3_moe_jax.inspection.trace import Trace
     from qwen3_moe_jax.parity import Report
     from qwen3_moe_jax.parity.bisect import Departure
-    from qwen3_moe_jax.parity.experts import ExpertUsage
-    from qwen3_moe_jax.parity.trace import Trace
 
 Messages = Sequence[dict[str, Any]]
 
@@ -250,7 +250,7 @@ class Model:
         ``.forward.stages["l_out", 3]`` is an array [T, ...], ``.figures()`` are norms, ranges and
         non-finite counts, ``.experts()`` each token's experts and weights; ``.save`` writes it all.
         """
-        from qwen3_moe_jax.parity import trace
+        from qwen3_moe_jax.inspection import trace
 
         return trace.trace(self.runner, self._some_ids(prompt), stages or tuple(STAGES), **options)
 
@@ -264,7 +264,7 @@ class Model:
 
     def experts(self, text: str | Messages, *, window: int | None = None) -> "ExpertUsage":
         """How often every expert of every layer is chosen; ``.save_picture`` draws it layer by expert."""
-        from qwen3_moe_jax.parity import experts
+        from qwen3_moe_jax.inspection import experts
 
         ids = self._some_ids(text)
         name = str(self.source.metadata.get("general.name", self.source.path.name))
@@ -292,7 +292,7 @@ class Model:
         Returns:
           The logit, and float32 [T, ...] in the stage's shape.
         """
-        from qwen3_moe_jax.parity import research
+        from qwen3_moe_jax.inspection import interventions as research
 
         return research.logit_gradient(
             self.runner, self._some_ids(prompt), token=token, stage=stage, layer=layer, position=position

@@ -11,7 +11,7 @@ import importlib
 import os
 import sys
 
-from qwen3_moe_jax.errors import MemoryPlanError
+from qwen3_moe_jax.core.errors import MemoryPlanError
 
 PROGRAM = "qwen3-moe"
 
@@ -22,10 +22,10 @@ COMMANDS = {
     "bench": ("qwen3_moe_jax.commands.bench", "measure how fast the model is on this machine"),
     "convert": ("qwen3_moe_jax.commands.convert", "pack a GGUF file into a checkpoint folder"),
     "inspect": ("qwen3_moe_jax.commands.inspect", "show what a model file holds and what will run"),
-    "verify": ("qwen3_moe_jax.parity.commands.verify", "prove on this machine that a backend is right"),
-    "trace": ("qwen3_moe_jax.parity.commands.trace", "show every stage of every layer for a prompt"),
-    "bisect": ("qwen3_moe_jax.parity.commands.bisect", "name the first stage where two backends part"),
-    "experts": ("qwen3_moe_jax.parity.commands.experts", "draw which experts a text uses"),
+    "verify": ("qwen3_moe_jax.commands.verify", "prove on this machine that a backend is right"),
+    "trace": ("qwen3_moe_jax.commands.trace", "show every stage of every layer for a prompt"),
+    "bisect": ("qwen3_moe_jax.commands.bisect", "name the first stage where two backends part"),
+    "experts": ("qwen3_moe_jax.commands.experts", "draw which experts a text uses"),
     "doctor": (
         "qwen3_moe_jax.commands.doctor",
         "say what this machine can run, and what to do about the rest",

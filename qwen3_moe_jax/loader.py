@@ -6,12 +6,12 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from convert.model_source import ModelSource, open_model
-from convert.progress import ProgressCallback
-from qwen3_moe_jax.errors import BackendUnavailableError
-from qwen3_moe_jax.machine import nvidia_gpus, set_jax_memory_policy
-from qwen3_moe_jax.memory_plan import MemoryPlan, available_main_memory
-from qwen3_moe_jax.runner import Runner
+from qwen3_moe_jax.convert.model_source import ModelSource, open_model
+from qwen3_moe_jax.convert.progress import ProgressCallback
+from qwen3_moe_jax.core.errors import BackendUnavailableError
+from qwen3_moe_jax.core.runner import Runner
+from qwen3_moe_jax.machine.memory import MemoryPlan, available_main_memory
+from qwen3_moe_jax.machine.probe import nvidia_gpus, set_jax_memory_policy
 from qwen3_moe_jax.wgpu_backend.adapter import list_adapters
 
 if TYPE_CHECKING:
@@ -111,7 +111,7 @@ def make_runner(
 
 def _make_jax(source, max_context, dtype, kv_cache, _adapter, progress) -> Runner:
     set_jax_memory_policy()
-    from qwen3_moe_jax.jax_runner import JaxRunner
+    from qwen3_moe_jax.jax_backend.runner import JaxRunner
 
     return JaxRunner(
         source, max_context=max_context, compute_dtype=dtype, cache_dtype=kv_cache, progress=progress

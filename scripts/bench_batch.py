@@ -39,18 +39,18 @@ import numpy as np
 from bench_prefill import random_params, types_of
 from flax.core import FrozenDict
 
-from convert.config import PRESETS, Qwen3MoeConfig
-from convert.model_source import open_model
-from qwen3_moe_jax.batching import Batch
-from qwen3_moe_jax.generate import MOST_STEPS, PREFILL_CHUNKS
-from qwen3_moe_jax.jax_runner import FUSED_BATCH, JaxRunner
-from qwen3_moe_jax.kv_cache import KVCache, Span
-from qwen3_moe_jax.limits import prefill_operations
+from qwen3_moe_jax.convert.config import PRESETS, Qwen3MoeConfig
+from qwen3_moe_jax.convert.model_source import open_model
+from qwen3_moe_jax.core.sampling import Sampling
+from qwen3_moe_jax.jax_backend.batching import Batch
+from qwen3_moe_jax.jax_backend.generate import MOST_STEPS, PREFILL_CHUNKS
+from qwen3_moe_jax.jax_backend.kv_cache import KVCache, Span
+from qwen3_moe_jax.jax_backend.model import Intervention, Qwen3Moe
+from qwen3_moe_jax.jax_backend.params import GPU_ROLES
+from qwen3_moe_jax.jax_backend.runner import FUSED_BATCH, JaxRunner
 from qwen3_moe_jax.loader import KV_CACHES, embedded_model
-from qwen3_moe_jax.memory_plan import cache_nbytes
-from qwen3_moe_jax.model import Intervention, Qwen3Moe
-from qwen3_moe_jax.params import GPU_ROLES
-from qwen3_moe_jax.sampling import Sampling
+from qwen3_moe_jax.machine.limits import prefill_operations
+from qwen3_moe_jax.machine.memory import cache_nbytes
 
 SEED = 11
 WORK = ("prefill", "decode", "mixed", "skewed")

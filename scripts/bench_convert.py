@@ -25,10 +25,10 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from convert.ggml_types import BLOCK_FORMATS, GGMLType
-from convert.model_source import READ_CHUNK_BYTES, ModelSource, open_model, refuse_nonfinite
-from convert.packed import packed_nbytes
-from convert.unpack import block_arrays, empty_packed, pack, unpack_blocks
+from qwen3_moe_jax.convert.ggml_types import BLOCK_FORMATS, GGMLType
+from qwen3_moe_jax.convert.model_source import READ_CHUNK_BYTES, ModelSource, open_model, refuse_nonfinite
+from qwen3_moe_jax.convert.packed import packed_nbytes
+from qwen3_moe_jax.convert.unpack import block_arrays, empty_packed, pack, unpack_blocks
 from scripts.make_random_gguf import random_blocks, tensor_nbytes
 
 _PACK_BYTES = 256 << 20

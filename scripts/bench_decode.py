@@ -55,7 +55,7 @@ def limit(seconds: float) -> None:
 
 def open_runner(args: argparse.Namespace, context: int):
     """The file's weights in a JaxRunner, and the open file."""
-    from convert.model_source import open_model
+    from qwen3_moe_jax.convert.model_source import open_model
     from qwen3_moe_jax.loader import embedded_model, make_runner
 
     source = open_model(args.model or embedded_model())
@@ -66,8 +66,8 @@ def open_runner(args: argparse.Namespace, context: int):
 def cold(args: argparse.Namespace) -> None:
     """Times are the parent's: it reads these lines."""
     limit(args.limit)
+    from qwen3_moe_jax.core.sampling import Sampling
     from qwen3_moe_jax.loader import load
-    from qwen3_moe_jax.sampling import Sampling
 
     say(at="imported")
     with load(args.model, backend="jax", gate=args.gate) as model:
@@ -84,9 +84,9 @@ def start_state(runner, batch: int, depth: int, steps: int):
     import jax.numpy as jnp
     import numpy as np
 
-    from qwen3_moe_jax.generate import DecodeState
-    from qwen3_moe_jax.jax_runner import CACHE_UNIT
-    from qwen3_moe_jax.kv_cache import KVCache
+    from qwen3_moe_jax.jax_backend.generate import DecodeState
+    from qwen3_moe_jax.jax_backend.kv_cache import KVCache
+    from qwen3_moe_jax.jax_backend.runner import CACHE_UNIT
 
     length = -(-(depth + 1 + steps) // CACHE_UNIT) * CACHE_UNIT
     cache = KVCache.create(runner.config, batch, length, runner.cache_dtype)
@@ -109,7 +109,7 @@ def measure_row(runner, batch: int, depth: int, steps: int, repeats: int) -> dic
     import jax.numpy as jnp
     import numpy as np
 
-    from qwen3_moe_jax.generate import decode
+    from qwen3_moe_jax.jax_backend.generate import decode
 
     state = start_state(runner, batch, depth, steps)
     seconds, written = [], []
@@ -162,8 +162,8 @@ def describe(runner, source) -> dict[str, object]:
 
 def memory(args: argparse.Namespace) -> None:
     limit(args.limit)
-    from qwen3_moe_jax.memory_plan import cache_nbytes
-    from qwen3_moe_jax.sampling import Sampling
+    from qwen3_moe_jax.core.sampling import Sampling
+    from qwen3_moe_jax.machine.memory import cache_nbytes
 
     runner, source = open_runner(args, args.context)
     loaded = runner.memory()
@@ -186,7 +186,7 @@ def memory(args: argparse.Namespace) -> None:
 
 def stream(args: argparse.Namespace) -> None:
     limit(args.limit)
-    from qwen3_moe_jax.sampling import Sampling
+    from qwen3_moe_jax.core.sampling import Sampling
 
     new_tokens = 8 * args.steps  # most of them after the blocks have grown
     runner, _ = open_runner(args, args.prompt + new_tokens + 1)
@@ -327,7 +327,7 @@ def main() -> None:
         children[sys.argv[2]](argparse.Namespace(**json.loads(sys.argv[3])))
         return
     args = parse()
-    from convert.model_source import open_model
+    from qwen3_moe_jax.convert.model_source import open_model
     from qwen3_moe_jax.loader import embedded_model
 
     path = Path(args.model or embedded_model())

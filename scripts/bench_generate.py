@@ -22,7 +22,7 @@ import jax
 import numpy as np
 
 from qwen3_moe_jax import loader
-from qwen3_moe_jax.benchmark import Benchmark, Workload
+from qwen3_moe_jax.measure.benchmark import Benchmark, Workload
 from qwen3_moe_jax.parity.metrics import cosine
 from qwen3_moe_jax.reference import ReferenceRunner
 

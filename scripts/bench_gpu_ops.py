@@ -40,14 +40,14 @@ import numpy as np
 from bench_prefill import random_tiles
 from jax import lax
 
-from convert.ggml_types import GGMLType
-from kernels_pallas.attention import pallas_sm90 as attention_sm90
-from kernels_pallas.attention import xla as attention_xla
-from kernels_pallas.matrices import Matrices
-from kernels_pallas.moe_mlp import pallas_sm90 as moe_sm90
-from kernels_pallas.prefill.matmul_sm90 import MOST_FEW, MatmulConfig, few_config
-from kernels_pallas.quantized_matmul import pallas_sm90 as matmul_sm90
-from kernels_pallas.tiles import dequantize_tiles
+from qwen3_moe_jax.convert.ggml_types import GGMLType
+from qwen3_moe_jax.kernels_pallas.attention import kernel_sm90 as attention_sm90
+from qwen3_moe_jax.kernels_pallas.attention import xla as attention_xla
+from qwen3_moe_jax.kernels_pallas.gpu.grouped_matmul_sm90 import MOST_FEW, MatmulConfig, few_config
+from qwen3_moe_jax.kernels_pallas.moe_mlp import kernel_sm90 as moe_sm90
+from qwen3_moe_jax.kernels_pallas.packed.gpu_tiles import dequantize_tiles
+from qwen3_moe_jax.kernels_pallas.packed.stacks import Matrices
+from qwen3_moe_jax.kernels_pallas.quantized_matmul import kernel_sm90 as matmul_sm90
 
 SEED = 20261123
 MATMUL_NMSE = 1e-6

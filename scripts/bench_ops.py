@@ -19,15 +19,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-import kernels_pallas as ops
-from convert import layouts
-from convert.ggml_types import BLOCK_FORMATS, GGMLType
-from convert.packed import LANES16, ROWS, PackedTensor
-from convert.unpack import dequantize, pack
-from kernels_pallas.attention import arg_specs as attention_specs
-from kernels_pallas.expert_matmul import arg_specs as expert_specs
-from kernels_pallas.moe_mlp import arg_specs as moe_specs
-from kernels_pallas.quantized_matmul import arg_specs as matmul_specs
+import qwen3_moe_jax.kernels_pallas as ops
+from qwen3_moe_jax.convert.ggml_types import BLOCK_FORMATS, GGMLType
+from qwen3_moe_jax.convert.layouts import lanes16 as layouts
+from qwen3_moe_jax.convert.packed import LANES16, ROWS, PackedTensor
+from qwen3_moe_jax.convert.unpack import dequantize, pack
+from qwen3_moe_jax.kernels_pallas.attention import arg_specs as attention_specs
+from qwen3_moe_jax.kernels_pallas.expert_matmul import arg_specs as expert_specs
+from qwen3_moe_jax.kernels_pallas.moe_mlp import arg_specs as moe_specs
+from qwen3_moe_jax.kernels_pallas.quantized_matmul import arg_specs as matmul_specs
 
 SEED = 20260923
 MAX_NMSE = {"float32": 1e-10, "bfloat16": 5e-5}

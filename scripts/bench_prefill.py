@@ -24,15 +24,15 @@ import jax.numpy as jnp
 from flax.core import FrozenDict
 from jax import lax
 
-from convert.config import PRESETS, Qwen3MoeConfig
-from convert.ggml_types import GGMLType
-from convert.packed import GPU_TILES, PackedTensor
-from convert.tensor_names import tensor_specs
-from qwen3_moe_jax.benchmark import random_prompts, repeated
-from qwen3_moe_jax.kv_cache import KVCache
-from qwen3_moe_jax.limits import prefill_operations
-from qwen3_moe_jax.model import Qwen3Moe
-from qwen3_moe_jax.stacks import stack_layers
+from qwen3_moe_jax.convert.config import PRESETS, Qwen3MoeConfig
+from qwen3_moe_jax.convert.ggml_types import GGMLType
+from qwen3_moe_jax.convert.packed import GPU_TILES, PackedTensor
+from qwen3_moe_jax.convert.tensor_names import tensor_specs
+from qwen3_moe_jax.jax_backend.kv_cache import KVCache
+from qwen3_moe_jax.jax_backend.model import Qwen3Moe
+from qwen3_moe_jax.jax_backend.stacks import stack_layers
+from qwen3_moe_jax.machine.limits import prefill_operations
+from qwen3_moe_jax.measure.benchmark import random_prompts, repeated
 
 SCALES = {GGMLType.Q4_K: 1.4e-4, GGMLType.Q5_K: 0.7e-4, GGMLType.Q6_K: 1.5e-5, GGMLType.Q8_0: 2.7e-4}
 """Superblock scales that give weights of about 0.02."""

@@ -29,10 +29,10 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from convert.model_source import ModelSource, open_model
-from convert.progress import show_progress
+from qwen3_moe_jax.convert.model_source import ModelSource, open_model
+from qwen3_moe_jax.convert.progress import show_progress
+from qwen3_moe_jax.core.sampling import Sampling
 from qwen3_moe_jax.reference import ReferenceRunner
-from qwen3_moe_jax.sampling import Sampling
 from qwen3_moe_jax.wgpu_backend.runner import WgpuRunner
 
 EMBEDDED = Path(__file__).resolve().parents[1] / "qwen3_moe_jax" / "assets" / "tiny-coder-Q4_K_M.gguf"

@@ -31,11 +31,11 @@ from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from convert.__main__ import silence_orbax
-from convert.checkpoint_writer import checkpoint_nbytes, write_checkpoint
-from convert.errors import ModelFileError
-from convert.model_source import open_model
-from convert.output_folder import OutputError
+from qwen3_moe_jax.convert.__main__ import silence_orbax
+from qwen3_moe_jax.convert.checkpoint_writer import checkpoint_nbytes, write_checkpoint
+from qwen3_moe_jax.convert.errors import ModelFileError
+from qwen3_moe_jax.convert.model_source import open_model
+from qwen3_moe_jax.convert.output_folder import OutputError
 from scripts.make_random_gguf import SMALL, write_random_gguf
 
 _READY = b"ready\n"
@@ -276,7 +276,7 @@ def fill_tmpfs(model: Path, mount_point: Path, share: float) -> tuple[str, list[
         need = sum(source.tensor_nbytes(path) for path in source.paths())
     with small_tmpfs(mount_point, max(4096, int(need * share))):
         out = mount_point / "out"
-        with mock.patch("convert.output_folder._check_space"):
+        with mock.patch("qwen3_moe_jax.convert.output_folder._check_space"):
             try:
                 convert(model, out)
                 code = "none"

@@ -21,14 +21,14 @@ import jax.numpy as jnp
 from bench_prefill import random_params, types_of
 from flax.core import FrozenDict
 
-from convert.config import PRESETS
-from qwen3_moe_jax import generate
-from qwen3_moe_jax.generate import PREFILL_CHUNKS, DecodeState
-from qwen3_moe_jax.jax_runner import FUSED_BATCH
-from qwen3_moe_jax.kv_cache import KVCache
+from qwen3_moe_jax.convert.config import PRESETS
+from qwen3_moe_jax.jax_backend import generate
+from qwen3_moe_jax.jax_backend.generate import PREFILL_CHUNKS, DecodeState
+from qwen3_moe_jax.jax_backend.kv_cache import KVCache
+from qwen3_moe_jax.jax_backend.model import Qwen3Moe
+from qwen3_moe_jax.jax_backend.params import GPU_ROLES
+from qwen3_moe_jax.jax_backend.runner import FUSED_BATCH
 from qwen3_moe_jax.loader import KV_CACHES
-from qwen3_moe_jax.model import Qwen3Moe
-from qwen3_moe_jax.params import GPU_ROLES
 
 
 def programs(args: argparse.Namespace, kv_cache: str) -> dict[str, Callable[[], jax.stages.Traced]]:

@@ -36,16 +36,17 @@ from flax.core import FrozenDict
 from jax.experimental import topologies
 from jax.sharding import AbstractDevice, AbstractMesh, SingleDeviceSharding, use_abstract_mesh
 
-from convert.ggml_types import GGMLType
-from kernels_pallas.attention import pallas_sm90 as attention
-from kernels_pallas.decode_layers import api as decode_layers_api
-from kernels_pallas.decode_layers import pallas_sm90 as decode_layers
-from kernels_pallas.decode_step import api as decode_step_api
-from kernels_pallas.expert_matmul import pallas_sm90 as expert_matmul
-from kernels_pallas.matrices import Matrices
-from kernels_pallas.moe_mlp import pallas_sm90 as moe_mlp
-from kernels_pallas.prefill import device
-from kernels_pallas.prefill.matmul_sm90 import (
+from qwen3_moe_jax.convert.ggml_types import GGMLType
+from qwen3_moe_jax.jax_backend.kv_cache import KVCache
+from qwen3_moe_jax.jax_backend.model import Qwen3Moe
+from qwen3_moe_jax.jax_backend.params import GPU_ROLES
+from qwen3_moe_jax.kernels_pallas.attention import kernel_sm90 as attention
+from qwen3_moe_jax.kernels_pallas.decode_layers import api as decode_layers_api
+from qwen3_moe_jax.kernels_pallas.decode_layers import kernel_sm90 as decode_layers
+from qwen3_moe_jax.kernels_pallas.decode_step import api as decode_step_api
+from qwen3_moe_jax.kernels_pallas.expert_matmul import kernel_sm90 as expert_matmul
+from qwen3_moe_jax.kernels_pallas.gpu import device
+from qwen3_moe_jax.kernels_pallas.gpu.grouped_matmul_sm90 import (
     REGISTERS,
     MatmulConfig,
     OfLayer,
@@ -55,11 +56,10 @@ from kernels_pallas.prefill.matmul_sm90 import (
     grouped_matmul,
     pick_config,
 )
-from kernels_pallas.prefill.sorting import Tiles, UsedExperts
-from kernels_pallas.quantized_matmul import pallas_sm90 as quantized_matmul
-from qwen3_moe_jax.kv_cache import KVCache
-from qwen3_moe_jax.model import Qwen3Moe
-from qwen3_moe_jax.params import GPU_ROLES
+from qwen3_moe_jax.kernels_pallas.gpu.sorting import Tiles, UsedExperts
+from qwen3_moe_jax.kernels_pallas.moe_mlp import kernel_sm90 as moe_mlp
+from qwen3_moe_jax.kernels_pallas.packed.stacks import Matrices
+from qwen3_moe_jax.kernels_pallas.quantized_matmul import kernel_sm90 as quantized_matmul
 
 H100 = """
 gpu_device_info {

@@ -34,12 +34,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from convert.config import Qwen3MoeConfig, RopeScaling, check_architecture
-from convert.errors import ModelFileError
-from convert.gguf_file import GGUFFile
-from convert.tensor_names import check_tensors
-from convert.tokenizer_metadata import check_tokenizer
-from tests.gguf_builder import (
+from qwen3_moe_jax.convert.config import Qwen3MoeConfig, RopeScaling, check_architecture
+from qwen3_moe_jax.convert.errors import ModelFileError
+from qwen3_moe_jax.convert.gguf_file import GGUFFile
+from qwen3_moe_jax.convert.tensor_names import check_tensors
+from qwen3_moe_jax.convert.tokenizer_metadata import check_tokenizer
+from qwen3_moe_jax.testing.gguf_builder import (
     F64,
     I8,
     I32,

@@ -24,10 +24,10 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from convert.config import ARCHITECTURE, PRESETS, Qwen3MoeConfig
-from convert.ggml_types import BLOCK_FORMATS, SUPPORTED_TYPES, GGMLType
-from convert.gguf_file import GGUFFile
-from convert.tensor_names import TensorSpec, q4_k_m_types, tensor_specs
+from qwen3_moe_jax.convert.config import ARCHITECTURE, PRESETS, Qwen3MoeConfig
+from qwen3_moe_jax.convert.ggml_types import BLOCK_FORMATS, SUPPORTED_TYPES, GGMLType
+from qwen3_moe_jax.convert.gguf_file import GGUFFile
+from qwen3_moe_jax.convert.tensor_names import TensorSpec, q4_k_m_types, tensor_specs
 
 ALIGNMENT = 32
 WEIGHT_STD = 0.02

@@ -38,16 +38,21 @@ import numpy as np
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from convert.config import PRESETS
-from convert.ggml_types import GGMLType
-from convert.packed import PackedTensor
-from kernels_pallas.decode_step import api
-from kernels_pallas.decode_step import primitives_mosaic_gpu as prim
-from kernels_pallas.decode_step.step_mosaic_gpu import Step
-from kernels_pallas.decode_step.tile_formats_mosaic_gpu import SHAPE, TILE_FORMATS
-from kernels_pallas.decode_step.weights import DecodeWeights, LayerTypes, column_names, plan_stacks
-from kernels_pallas.embedding_lookup.api import embedding_lookup
-from kernels_pallas.norm_rope import rope, rope_tables
+from qwen3_moe_jax.convert.config import PRESETS
+from qwen3_moe_jax.convert.ggml_types import GGMLType
+from qwen3_moe_jax.convert.packed import PackedTensor
+from qwen3_moe_jax.kernels_pallas.decode_step import api
+from qwen3_moe_jax.kernels_pallas.decode_step import primitives_mosaic_gpu as prim
+from qwen3_moe_jax.kernels_pallas.decode_step.step_mosaic_gpu import Step
+from qwen3_moe_jax.kernels_pallas.decode_step.tile_formats_mosaic_gpu import SHAPE, TILE_FORMATS
+from qwen3_moe_jax.kernels_pallas.decode_step.weights import (
+    DecodeWeights,
+    LayerTypes,
+    column_names,
+    plan_stacks,
+)
+from qwen3_moe_jax.kernels_pallas.embedding_lookup.api import embedding_lookup
+from qwen3_moe_jax.kernels_pallas.norm_rope.api import rope, rope_tables
 
 D_SCALE = {GGMLType.Q4_K: 1.4e-4, GGMLType.Q5_K: 0.7e-4, GGMLType.Q6_K: 1.5e-5, GGMLType.Q8_0: 2.7e-4}
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from convert.model_source import open_model
+from qwen3_moe_jax.convert.model_source import open_model
 from qwen3_moe_jax.parity.recorded import LOGITS_NAME, TEXT_NAME, fingerprint
 
 ROOT = Path(__file__).parents[1]

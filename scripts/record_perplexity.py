@@ -13,12 +13,12 @@ from pathlib import Path
 
 import numpy as np
 
-from convert.model_source import open_model
+from qwen3_moe_jax.convert.model_source import open_model
 from qwen3_moe_jax.loader import embedded_model
+from qwen3_moe_jax.measure.perplexity import windows
 from qwen3_moe_jax.parity.recorded import fingerprint
-from qwen3_moe_jax.perplexity import windows
 from qwen3_moe_jax.reference import ReferenceRunner
-from qwen3_moe_jax.tokenizer import Tokenizer
+from qwen3_moe_jax.text.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parents[1]
 TEXT = ROOT / "tests" / "data" / "perplexity-text.txt"
@@ -26,8 +26,8 @@ RECORD = ROOT / "tests" / "data" / "perplexity-reference.npz"
 TEXT_SOURCES = (
     "docs/parity.md",
     "docs/glossary.md",
-    "qwen3_moe_jax/chat_template.py",
-    "qwen3_moe_jax/tokenizer.py",
+    "qwen3_moe_jax/text/chat_template.py",
+    "qwen3_moe_jax/text/tokenizer.py",
 )
 CONTEXT = 512
 

@@ -39,7 +39,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 @pytest.fixture(scope="session")
 def source():
     """The embedded model, open."""
-    from convert.model_source import open_model
+    from qwen3_moe_jax.convert.model_source import open_model
     from qwen3_moe_jax.loader import embedded_model
 
     with open_model(embedded_model()) as opened:
@@ -57,7 +57,7 @@ def reference_runner(source):
 @pytest.fixture(scope="session")
 def jax_runner(source):
     """The embedded model in JAX, float32."""
-    from qwen3_moe_jax.jax_runner import JaxRunner
+    from qwen3_moe_jax.jax_backend.runner import JaxRunner
 
     return JaxRunner(source)
 

@@ -3,10 +3,10 @@
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas import implementations
-from kernels_pallas.attention import xla
-from kernels_pallas.implementations import Implementation
-from kernels_pallas.prefill.device import OnHopper
+from qwen3_moe_jax.kernels_pallas import implementations
+from qwen3_moe_jax.kernels_pallas.attention import xla
+from qwen3_moe_jax.kernels_pallas.gpu.device import OnHopper
+from qwen3_moe_jax.kernels_pallas.implementations import Implementation
 
 
 def attention(

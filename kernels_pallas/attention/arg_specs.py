@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from kernels_pallas.quantized_matmul.arg_specs import TOKENS
+from qwen3_moe_jax.kernels_pallas.quantized_matmul.arg_specs import TOKENS
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,10 @@ from collections.abc import Callable
 
 import jax
 
-from kernels_pallas.decode_layers.weights import LayerWeights
-from kernels_pallas.prefill.device import import_kernels, require_hopper
+from qwen3_moe_jax.kernels_pallas.decode_layers.weights import LayerWeights
+from qwen3_moe_jax.kernels_pallas.gpu.device import import_kernels, require_hopper
 
-_KERNELS = "decode_layers.pallas_sm90"
+_KERNELS = "decode_layers.kernel_sm90"
 
 
 def reason_against(weights: LayerWeights, batch: int, cache: jax.Array) -> str | None:

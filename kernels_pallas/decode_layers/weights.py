@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 import jax
 
-from convert.packed import PackedTensor
+from qwen3_moe_jax.convert.packed import PackedTensor
 
 
 @jax.tree_util.register_dataclass

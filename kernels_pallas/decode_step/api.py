@@ -12,12 +12,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from convert.ggml_types import GGMLType
-from kernels_pallas.decode_step import step_mosaic_gpu as kernel
-from kernels_pallas.decode_step.tile_formats_mosaic_gpu import TILE_FORMATS
-from kernels_pallas.decode_step.weights import DecodeWeights
-from kernels_pallas.embedding_lookup.api import embedding_lookup
-from kernels_pallas.norm_rope import rope_tables
+from qwen3_moe_jax.convert.ggml_types import GGMLType
+from qwen3_moe_jax.kernels_pallas.decode_step import step_mosaic_gpu as kernel
+from qwen3_moe_jax.kernels_pallas.decode_step.tile_formats_mosaic_gpu import TILE_FORMATS
+from qwen3_moe_jax.kernels_pallas.decode_step.weights import DecodeWeights
+from qwen3_moe_jax.kernels_pallas.embedding_lookup.api import embedding_lookup
+from qwen3_moe_jax.kernels_pallas.norm_rope.api import rope_tables
 
 MAX_BATCH = 16
 KERNEL_BATCH = 8
@@ -147,7 +147,7 @@ def decode_step(
     """Decodes one token of every sequence. Call inside ``jit``, with the cache donated.
 
     Args:
-      weights: the model's arrays in tiles (``qwen3_moe_jax.gpu_decode`` takes them from its parameters).
+      weights: the model's arrays in tiles (``jax_backend.gpu_decode`` takes them from its parameters).
       config: the model's ``Qwen3MoeConfig``.
       token_ids: int32 [B].
       positions: int32 [B], the tokens already in each sequence's cache; less than S.

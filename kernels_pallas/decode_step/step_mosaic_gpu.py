@@ -25,10 +25,14 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from convert.ggml_types import SUPERBLOCK, GGMLType
-from kernels_pallas.decode_step import primitives_mosaic_gpu as prim
-from kernels_pallas.decode_step.tile_formats_mosaic_gpu import TILE_FORMATS, WEIGHT_KINDS, Activations
-from kernels_pallas.decode_step.weights import column_names
+from qwen3_moe_jax.convert.ggml_types import SUPERBLOCK, GGMLType
+from qwen3_moe_jax.kernels_pallas.decode_step import primitives_mosaic_gpu as prim
+from qwen3_moe_jax.kernels_pallas.decode_step.tile_formats_mosaic_gpu import (
+    TILE_FORMATS,
+    WEIGHT_KINDS,
+    Activations,
+)
+from qwen3_moe_jax.kernels_pallas.decode_step.weights import column_names
 
 Array = Any
 WARPGROUPS = 2

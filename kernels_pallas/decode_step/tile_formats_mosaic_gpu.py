@@ -2,7 +2,7 @@
 
 A tile format loads what one lane needs of four tiles (its row and 64 neighbouring columns:
 two subblocks of 32) and multiplies it, alone or with a second tile that takes the same
-quantized activations. ``convert.gpu_tiles`` documents the arrays. Dot products are exact
+quantized activations. ``convert.layouts.gpu_tiles`` documents the arrays. Dot products are exact
 integers by tensor cores; each is scaled once in float32.
 """
 
@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from convert.ggml_types import GGMLType
-from kernels_pallas.decode_step import primitives_mosaic_gpu as prim
+from qwen3_moe_jax.convert.ggml_types import GGMLType
+from qwen3_moe_jax.kernels_pallas.decode_step import primitives_mosaic_gpu as prim
 
 Array = Any
 SHAPE = (4, 8, 4)

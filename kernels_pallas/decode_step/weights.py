@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from convert.ggml_types import GGMLType
+from qwen3_moe_jax.convert.ggml_types import GGMLType
 
 ROLES = ("qkv", "o", "gate", "up", "down", "lm_head")
 
@@ -22,7 +22,7 @@ class DecodeWeights:
     """Arrays of the model for the decode kernel.
 
     Attributes:
-      stacks: for each role, one dictionary of arrays a type (``convert.gpu_tiles``).
+      stacks: for each role, one dictionary of arrays a type (``convert.layouts.gpu_tiles``).
       table: int32 [L, columns].
       router: float32 [L, E, D].
       input_norm, post_norm: float32 [L, D]; q_norm, k_norm: float32 [L, H]; final_norm: float32 [D].

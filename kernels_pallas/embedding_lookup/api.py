@@ -3,11 +3,11 @@
 import jax
 import jax.numpy as jnp
 
-from convert.packed import PackedTensor
-from kernels_pallas import implementations
-from kernels_pallas.embedding_lookup import xla
-from kernels_pallas.implementations import Implementation
-from kernels_pallas.packed_pytree import to_device
+from qwen3_moe_jax.convert.packed import PackedTensor
+from qwen3_moe_jax.kernels_pallas import implementations
+from qwen3_moe_jax.kernels_pallas.embedding_lookup import xla
+from qwen3_moe_jax.kernels_pallas.implementations import Implementation
+from qwen3_moe_jax.kernels_pallas.packed.pytree import to_device
 
 
 def embedding_lookup(

@@ -2,9 +2,9 @@
 
 import jax
 
-from convert.packed import LANES16, PackedTensor
-from kernels_pallas import lanes
-from kernels_pallas.dequantize import dequantize
+from qwen3_moe_jax.convert.packed import LANES16, PackedTensor
+from qwen3_moe_jax.kernels_pallas.packed import lanes16 as lanes
+from qwen3_moe_jax.kernels_pallas.packed.dequantize import dequantize
 
 
 @jax.jit

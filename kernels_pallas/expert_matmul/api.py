@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from convert.packed import PackedTensor
-from kernels_pallas import implementations
-from kernels_pallas.expert_matmul import xla
-from kernels_pallas.implementations import Implementation
-from kernels_pallas.matrices import Matrices, OneOf, as_matrices, switch_types
-from kernels_pallas.prefill.device import OnHopper
+from qwen3_moe_jax.convert.packed import PackedTensor
+from qwen3_moe_jax.kernels_pallas import implementations
+from qwen3_moe_jax.kernels_pallas.expert_matmul import xla
+from qwen3_moe_jax.kernels_pallas.gpu.device import OnHopper
+from qwen3_moe_jax.kernels_pallas.implementations import Implementation
+from qwen3_moe_jax.kernels_pallas.packed.stacks import Matrices, OneOf, as_matrices, switch_types
 
 
 def expert_matmul(

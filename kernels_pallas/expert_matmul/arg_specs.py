@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from convert.ggml_types import GGMLType
-from kernels_pallas.quantized_matmul.arg_specs import TOKENS
+from qwen3_moe_jax.convert.ggml_types import GGMLType
+from qwen3_moe_jax.kernels_pallas.quantized_matmul.arg_specs import TOKENS
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from convert.packed import LANES16
-from kernels_pallas import lanes
-from kernels_pallas.dots import DenseMatrix, dense
-from kernels_pallas.matrices import Matrices
+from qwen3_moe_jax.convert.packed import LANES16
+from qwen3_moe_jax.kernels_pallas.packed import lanes16 as lanes
+from qwen3_moe_jax.kernels_pallas.packed.dots import DenseMatrix, dense
+from qwen3_moe_jax.kernels_pallas.packed.stacks import Matrices
 
 ROW_TILE = 32
 """Rows of one expert that are multiplied at a time in the sorted form."""

@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kernels_pallas import dots
-from kernels_pallas.expert_matmul import routing
-from kernels_pallas.matrices import Matrices
+from qwen3_moe_jax.kernels_pallas.expert_matmul import routing
+from qwen3_moe_jax.kernels_pallas.packed import dots
+from qwen3_moe_jax.kernels_pallas.packed.stacks import Matrices
 
 
 def expert_matmul(x: jax.Array, w: Matrices, expert_ids: jax.Array, compute_dtype: np.dtype) -> jax.Array:

@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kernels_pallas import dots
-from kernels_pallas.dots import DenseMatrix
-from kernels_pallas.expert_matmul import routing
-from kernels_pallas.matrices import Matrices
+from qwen3_moe_jax.kernels_pallas.expert_matmul import routing
+from qwen3_moe_jax.kernels_pallas.packed import dots
+from qwen3_moe_jax.kernels_pallas.packed.dots import DenseMatrix
+from qwen3_moe_jax.kernels_pallas.packed.stacks import Matrices
 
 Multiply = Callable[[jax.Array, int], jax.Array]
 """(rows, which of gate, up and down) -> products."""

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from convert.ggml_types import GGMLType
+from qwen3_moe_jax.convert.ggml_types import GGMLType
 
 
 @dataclass(frozen=True)

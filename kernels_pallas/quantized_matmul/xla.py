@@ -13,9 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from convert.packed import LANES, LANES16
-from kernels_pallas import dots, lanes
-from kernels_pallas.matrices import Matrices
+from qwen3_moe_jax.convert.packed import LANES, LANES16
+from qwen3_moe_jax.kernels_pallas.packed import dots
+from qwen3_moe_jax.kernels_pallas.packed import lanes16 as lanes
+from qwen3_moe_jax.kernels_pallas.packed.stacks import Matrices
 
 MAX_MATVEC_ROWS = 8
 """Up to this many rows of x, layout "lanes16" is multiplied in packed form."""

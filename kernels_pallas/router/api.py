@@ -5,11 +5,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from convert.packed import PackedTensor
-from kernels_pallas import implementations
-from kernels_pallas.implementations import Implementation
-from kernels_pallas.matrices import Matrices
-from kernels_pallas.router import xla
+from qwen3_moe_jax.convert.packed import PackedTensor
+from qwen3_moe_jax.kernels_pallas import implementations
+from qwen3_moe_jax.kernels_pallas.implementations import Implementation
+from qwen3_moe_jax.kernels_pallas.packed.stacks import Matrices
+from qwen3_moe_jax.kernels_pallas.router import xla
 
 
 class Routing(NamedTuple):

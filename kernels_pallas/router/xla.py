@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from kernels_pallas.matrices import Matrices
-from kernels_pallas.quantized_matmul.xla import quantized_matmul
+from qwen3_moe_jax.kernels_pallas.packed.stacks import Matrices
+from qwen3_moe_jax.kernels_pallas.quantized_matmul.xla import quantized_matmul
 
 MIN_WEIGHT_SUM = 6.103515625e-5
 """The least sum of chosen probabilities that weights are divided by (the smallest normal float16)."""

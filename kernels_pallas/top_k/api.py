@@ -3,9 +3,9 @@
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas import implementations
-from kernels_pallas.implementations import Implementation
-from kernels_pallas.prefill.device import OnHopper
+from qwen3_moe_jax.kernels_pallas import implementations
+from qwen3_moe_jax.kernels_pallas.gpu.device import OnHopper
+from qwen3_moe_jax.kernels_pallas.implementations import Implementation
 
 
 def top_k(
@@ -28,5 +28,5 @@ def top_k(
     """
     if x.ndim != 2 or not 0 < k <= x.shape[1]:
         raise ValueError(f"top_k: {k=} of x {x.shape}, which is to be [B, V]")
-    candidates = {"pallas": OnHopper("top_k", "pallas_triton"), "xla": jax.lax.top_k}
+    candidates = {"pallas": OnHopper("top_k", "kernel_triton"), "xla": jax.lax.top_k}
     return implementations.run("top_k", implementation, candidates, jnp.asarray(x), k)

@@ -9,12 +9,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from convert.config import Qwen3MoeConfig
-from convert.model_source import open_model
 from qwen3_moe_jax import loader
-from qwen3_moe_jax.benchmark import FAILED, MEASURED, Benchmark, Row, Workload, plan
 from qwen3_moe_jax.commands.common import add_model_arguments, banner, explain_if_slow, load_model
-from qwen3_moe_jax.machine import nvidia_gpus
+from qwen3_moe_jax.convert.config import Qwen3MoeConfig
+from qwen3_moe_jax.convert.model_source import open_model
+from qwen3_moe_jax.machine.probe import nvidia_gpus
+from qwen3_moe_jax.measure.benchmark import FAILED, MEASURED, Benchmark, Row, Workload, plan
 
 EPILOG = """\
 Rows are llama-bench's: pp512 reads a prompt of 512 tokens, tg128 writes 128 tokens after an empty cache,

@@ -3,7 +3,6 @@
 import argparse
 import sys
 
-from qwen3_moe_jax.chat_template import start_renderer
 from qwen3_moe_jax.commands.common import (
     add_model_arguments,
     add_sampling_arguments,
@@ -11,6 +10,7 @@ from qwen3_moe_jax.commands.common import (
     load_model,
     sampling_from,
 )
+from qwen3_moe_jax.text.chat_template import start_renderer
 
 HELP = "/reset forgets the conversation, /exit or Ctrl-D ends, Ctrl-C stops an answer"
 

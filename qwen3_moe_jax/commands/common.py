@@ -8,9 +8,9 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from convert.progress import show_progress
 from qwen3_moe_jax import loader
-from qwen3_moe_jax.sampling import Sampling
+from qwen3_moe_jax.convert.progress import show_progress
+from qwen3_moe_jax.core.sampling import Sampling
 
 if TYPE_CHECKING:
     from qwen3_moe_jax.api import Model

@@ -2,7 +2,7 @@
 
 import argparse
 
-from convert import __main__ as converter
+from qwen3_moe_jax.convert import __main__ as converter
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -4,11 +4,12 @@ import argparse
 import dataclasses
 import json
 
-from convert.errors import ModelFileError
-from convert.model_source import open_model
-from qwen3_moe_jax import loader, machine
-from qwen3_moe_jax.machine import Finding, Machine
-from qwen3_moe_jax.memory_plan import MemoryPlan
+from qwen3_moe_jax import loader
+from qwen3_moe_jax.convert.errors import ModelFileError
+from qwen3_moe_jax.convert.model_source import open_model
+from qwen3_moe_jax.machine import probe as machine
+from qwen3_moe_jax.machine.memory import MemoryPlan
+from qwen3_moe_jax.machine.probe import Finding, Machine
 
 MARKS = {"ok": "ok     ", "note": "note   ", "problem": "PROBLEM"}
 

@@ -4,10 +4,10 @@ import argparse
 import json
 from collections import Counter
 
-from convert.errors import ModelFileError
-from convert.gguf_file import GGUFFile
-from convert.model_source import open_model
 from qwen3_moe_jax import loader
+from qwen3_moe_jax.convert.errors import ModelFileError
+from qwen3_moe_jax.convert.gguf_file import GGUFFile
+from qwen3_moe_jax.convert.model_source import open_model
 
 LONGEST_VALUE = 100
 

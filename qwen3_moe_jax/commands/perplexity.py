@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 from qwen3_moe_jax.commands.common import SLOW_SECONDS, add_model_arguments, explain_if_slow, load_model
-from qwen3_moe_jax.perplexity import DEFAULT_CONTEXT, Perplexity, check_windows, estimates
+from qwen3_moe_jax.measure.perplexity import DEFAULT_CONTEXT, Perplexity, check_windows, estimates
 
 EPILOG = """\
 Without --stride the definition is llama-perplexity's: windows of --context tokens beside each other, of

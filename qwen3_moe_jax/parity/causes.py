@@ -11,10 +11,11 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from convert.ggml_types import BLOCK_FORMATS, GGMLType
-from convert.gguf_file import GGUFFile
-from convert.packed import PackedTensor
-from convert.unpack import dequantize, pack
+from qwen3_moe_jax.convert.ggml_types import BLOCK_FORMATS, GGMLType
+from qwen3_moe_jax.convert.gguf_file import GGUFFile
+from qwen3_moe_jax.convert.packed import PackedTensor
+from qwen3_moe_jax.convert.unpack import dequantize, pack
+from qwen3_moe_jax.core.stages import STAGES, StageKey
 from qwen3_moe_jax.parity.judge import (
     INSIDE_EXPERTS,
     MAX_SIGMAS,
@@ -24,7 +25,6 @@ from qwen3_moe_jax.parity.judge import (
     StageJudge,
 )
 from qwen3_moe_jax.reference.model import rms_norm, softmax
-from qwen3_moe_jax.stages import STAGES, StageKey
 
 MATCHING_SHARE = 0.99
 """Share of the values that a suspicion has to explain."""

@@ -7,11 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from convert.ggml_types import BLOCK_FORMATS
-from convert.gguf_file import GGUFFile
-from convert.unpack import dequantize
+from qwen3_moe_jax.convert.ggml_types import BLOCK_FORMATS
+from qwen3_moe_jax.convert.gguf_file import GGUFFile
+from qwen3_moe_jax.convert.unpack import dequantize
+from qwen3_moe_jax.core.sampling import Sampling
+from qwen3_moe_jax.machine.bandwidth import bytes_per_token, peak_bandwidth
 from qwen3_moe_jax.parity import metrics
-from qwen3_moe_jax.parity.bandwidth import bytes_per_token, peak_bandwidth
 from qwen3_moe_jax.parity.contract import CPU, NVIDIA, Clause
 from qwen3_moe_jax.parity.evidence import (
     BATCH_TOKENS,
@@ -26,7 +27,6 @@ from qwen3_moe_jax.parity.evidence import (
 )
 from qwen3_moe_jax.parity.judge import FUSED_STAGES
 from qwen3_moe_jax.parity.second_reading import read_blocks
-from qwen3_moe_jax.sampling import Sampling
 
 PASSED, FAILED, NOT_APPLICABLE = "passed", "failed", "not applicable"
 
@@ -376,7 +376,7 @@ def _why_no_memory(evidence: Evidence) -> str:
 
 def check_speed(clause: Clause, evidence: Evidence) -> Finding:
     """SPEED-001; the share is stated also where nothing is promised."""
-    from qwen3_moe_jax.limits import copy_bandwidth, is_cpu  # limits imports this package
+    from qwen3_moe_jax.machine.limits import copy_bandwidth, is_cpu  # limits imports this package
 
     device = str(evidence.facts["device"])
     if evidence.runner.name not in clause.backends:

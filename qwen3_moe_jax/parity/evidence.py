@@ -10,19 +10,19 @@ from typing import Any, Generic, TypeVar
 
 import numpy as np
 
-from convert.config import Qwen3MoeConfig
-from convert.model_source import ModelSource
-from convert.packed import LANES
-from convert.unpack import dequantize
+from qwen3_moe_jax.convert.config import Qwen3MoeConfig
+from qwen3_moe_jax.convert.model_source import ModelSource
+from qwen3_moe_jax.convert.packed import LANES
+from qwen3_moe_jax.convert.unpack import dequantize
+from qwen3_moe_jax.core.runner import Forward, Runner
+from qwen3_moe_jax.core.sampling import Sampling
+from qwen3_moe_jax.machine.resident import ResidentPeak
+from qwen3_moe_jax.machine.workers import ALONE, Workers
 from qwen3_moe_jax.parity import metrics
 from qwen3_moe_jax.parity.gate import GateResult, default_cache_dir, forward_options, inspect, layers_option
 from qwen3_moe_jax.parity.judge import FUSED_STAGES, Judgement, StageJudge
 from qwen3_moe_jax.parity.recorded import RecordedLogits, recorded_logits
-from qwen3_moe_jax.parity.resident import ResidentPeak
 from qwen3_moe_jax.reference import ReferenceRunner
-from qwen3_moe_jax.runner import Forward, Runner
-from qwen3_moe_jax.sampling import Sampling
-from qwen3_moe_jax.workers import ALONE, Workers
 
 SMALL_MODEL_BYTES = 1 << 30
 """Up to this size the reference computes in float64 and is kept in memory, and runs are made side by side.

@@ -16,11 +16,11 @@ from pathlib import Path
 
 import numpy as np
 
-from convert.model_source import ModelSource
-from qwen3_moe_jax.errors import ParityError
+from qwen3_moe_jax.convert.model_source import ModelSource
+from qwen3_moe_jax.core.errors import ParityError
+from qwen3_moe_jax.core.runner import Runner
 from qwen3_moe_jax.parity.code_version import code_version
 from qwen3_moe_jax.parity.judge import FUSED_STAGES, Judgement, StageJudge
-from qwen3_moe_jax.runner import Runner
 
 TOKENS = 4
 JUDGED_TOKENS = 2

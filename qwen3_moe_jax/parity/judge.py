@@ -23,10 +23,14 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from convert.config import Qwen3MoeConfig
-from convert.model_source import ModelSource
-from convert.packed import PackedTensor
-from convert.unpack import dequantize
+from qwen3_moe_jax.convert.config import Qwen3MoeConfig
+from qwen3_moe_jax.convert.model_source import ModelSource
+from qwen3_moe_jax.convert.packed import PackedTensor
+from qwen3_moe_jax.convert.unpack import dequantize
+from qwen3_moe_jax.core.rope import rope_tables
+from qwen3_moe_jax.core.runner import Forward
+from qwen3_moe_jax.core.stages import INPUT_STAGES, LAYER_STAGES, OUTPUT_STAGES, STAGES, StageKey
+from qwen3_moe_jax.machine.workers import ALONE, Workers
 from qwen3_moe_jax.parity.metrics import nmse
 from qwen3_moe_jax.reference.model import (
     ROWS_AT_A_TIME,
@@ -36,10 +40,6 @@ from qwen3_moe_jax.reference.model import (
     silu,
     softmax,
 )
-from qwen3_moe_jax.rope import rope_tables
-from qwen3_moe_jax.runner import Forward
-from qwen3_moe_jax.stages import INPUT_STAGES, LAYER_STAGES, OUTPUT_STAGES, STAGES, StageKey
-from qwen3_moe_jax.workers import ALONE, Workers
 
 MAX_SIGMAS = 8.0
 

@@ -1,6 +1,6 @@
 """A second, independent reading of quantized blocks, straight from a file's bytes.
 
-``convert.unpack`` spreads a block's fields over arrays and computes from those.
+``qwen3_moe_jax.convert.unpack`` spreads a block's fields over arrays and computes from those.
 Here one table says, for weight i of a block, in which byte and bits its parts
 are. Two programs that share nothing agree on every bit, or one of them is wrong.
 
@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from convert.ggml_types import BLOCK_FORMATS, GGMLType
+from qwen3_moe_jax.convert.ggml_types import BLOCK_FORMATS, GGMLType
 
 _I = np.arange(256)
 _SUBBLOCK = _I // 32

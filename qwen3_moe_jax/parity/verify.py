@@ -14,11 +14,14 @@ from typing import Any
 
 import numpy as np
 
-from convert.model_source import ModelSource
-from qwen3_moe_jax.errors import ContextOverflowError, MemoryPlanError
-from qwen3_moe_jax.memory_plan import available_main_memory
+from qwen3_moe_jax.convert.model_source import ModelSource
+from qwen3_moe_jax.core.errors import ContextOverflowError, MemoryPlanError
+from qwen3_moe_jax.core.runner import Runner
+from qwen3_moe_jax.machine.blas_threads import one_thread_a_product
+from qwen3_moe_jax.machine.memory import available_main_memory
+from qwen3_moe_jax.machine.resident import ResidentPeak
+from qwen3_moe_jax.machine.workers import shares_the_lock
 from qwen3_moe_jax.parity.ahead import Ahead
-from qwen3_moe_jax.parity.blas_threads import one_thread_a_product
 from qwen3_moe_jax.parity.clauses import (
     BACKEND_CHECKS,
     FAILED,
@@ -32,10 +35,7 @@ from qwen3_moe_jax.parity.contract import Clause, load_contract
 from qwen3_moe_jax.parity.evidence import Evidence, Oracle
 from qwen3_moe_jax.parity.receipt import RECEIPT_FORMAT, check_receipt
 from qwen3_moe_jax.parity.recorded import parity_text
-from qwen3_moe_jax.parity.resident import ResidentPeak
-from qwen3_moe_jax.runner import Runner
-from qwen3_moe_jax.tokenizer import Tokenizer
-from qwen3_moe_jax.workers import shares_the_lock
+from qwen3_moe_jax.text.tokenizer import Tokenizer
 
 TEXT_TOKENS = 2048
 LEAST_TOKENS = 64

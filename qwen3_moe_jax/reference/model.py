@@ -13,17 +13,17 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import numpy as np
 
-from convert.model_source import ModelSource
-from convert.packed import PackedTensor
-from convert.unpack import dequantize
-from qwen3_moe_jax.errors import ContextOverflowError, NumericalError
-from qwen3_moe_jax.likelihood import target_log_likelihoods
+from qwen3_moe_jax.convert.model_source import ModelSource
+from qwen3_moe_jax.convert.packed import PackedTensor
+from qwen3_moe_jax.convert.unpack import dequantize
+from qwen3_moe_jax.core.errors import ContextOverflowError, NumericalError
+from qwen3_moe_jax.core.likelihood import target_log_likelihoods
+from qwen3_moe_jax.core.rope import rope_tables
+from qwen3_moe_jax.core.runner import Forward
+from qwen3_moe_jax.core.sampling import Sampling
+from qwen3_moe_jax.core.stages import StageKey
+from qwen3_moe_jax.machine.workers import ALONE, Workers
 from qwen3_moe_jax.reference.sampling import Sampler
-from qwen3_moe_jax.rope import rope_tables
-from qwen3_moe_jax.runner import Forward
-from qwen3_moe_jax.sampling import Sampling
-from qwen3_moe_jax.stages import StageKey
-from qwen3_moe_jax.workers import ALONE, Workers
 
 ROWS_AT_A_TIME = 8192
 """Rows of a matrix that are dequantized at a time, by all workers together."""

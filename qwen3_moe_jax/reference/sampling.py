@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from qwen3_moe_jax.sampling import Sampling
+from qwen3_moe_jax.core.sampling import Sampling
 
 
 def penalize(logits: np.ndarray, sampling: Sampling, seen: np.ndarray, written: np.ndarray) -> np.ndarray:

@@ -8,7 +8,7 @@ import tempfile
 from dataclasses import dataclass, fields
 from typing import Any
 
-from qwen3_moe_jax.errors import BackendUnavailableError
+from qwen3_moe_jax.core.errors import BackendUnavailableError
 
 ADAPTER_VARIABLE = "QWEN3_MOE_WGPU_ADAPTER"
 """Environment variable: part of the summary of the adapter to use."""

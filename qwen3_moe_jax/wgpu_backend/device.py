@@ -17,7 +17,7 @@ from typing import Any
 import jinja2
 import numpy as np
 
-from qwen3_moe_jax.errors import BackendUnavailableError, MemoryPlanError
+from qwen3_moe_jax.core.errors import BackendUnavailableError, MemoryPlanError
 from qwen3_moe_jax.wgpu_backend.adapter import TUNINGS, AdapterReport, Tuning, probe
 from qwen3_moe_jax.wgpu_backend.layout import WORD_FORMATS
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from convert.ggml_types import GGMLType
+from qwen3_moe_jax.convert.ggml_types import GGMLType
 from qwen3_moe_jax.wgpu_backend.device import Device, Dispatch, Launch
 from qwen3_moe_jax.wgpu_backend.layout import WORD_FORMATS
 

@@ -26,8 +26,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from convert.ggml_types import GGMLType
-from convert.packed import PackedTensor
+from qwen3_moe_jax.convert.ggml_types import GGMLType
+from qwen3_moe_jax.convert.packed import PackedTensor
 
 
 @dataclass(frozen=True)

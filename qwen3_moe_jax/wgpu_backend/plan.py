@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from convert.config import Qwen3MoeConfig
-from convert.ggml_types import GGMLType
-from qwen3_moe_jax.errors import MemoryPlanError
+from qwen3_moe_jax.convert.config import Qwen3MoeConfig
+from qwen3_moe_jax.convert.ggml_types import GGMLType
+from qwen3_moe_jax.core.errors import MemoryPlanError
 from qwen3_moe_jax.wgpu_backend.adapter import AdapterReport, Tuning
 from qwen3_moe_jax.wgpu_backend.kernels import most_tiles
 from qwen3_moe_jax.wgpu_backend.weights import weight_nbytes

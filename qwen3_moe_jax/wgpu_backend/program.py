@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from convert.config import Qwen3MoeConfig
-from qwen3_moe_jax.rope import rope_tables
-from qwen3_moe_jax.stages import StageKey
+from qwen3_moe_jax.convert.config import Qwen3MoeConfig
+from qwen3_moe_jax.core.rope import rope_tables
+from qwen3_moe_jax.core.stages import StageKey
 from qwen3_moe_jax.wgpu_backend import kernels
 from qwen3_moe_jax.wgpu_backend.device import Device, Launch
 from qwen3_moe_jax.wgpu_backend.kernels import Shape, Site

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from convert.model_source import ModelSource
-from convert.progress import ProgressCallback
-from qwen3_moe_jax.errors import ContextOverflowError, NumericalError
-from qwen3_moe_jax.likelihood import target_log_likelihoods
-from qwen3_moe_jax.runner import Forward
-from qwen3_moe_jax.sampling import Sampling
-from qwen3_moe_jax.stages import STAGES, StageKey
+from qwen3_moe_jax.convert.model_source import ModelSource
+from qwen3_moe_jax.convert.progress import ProgressCallback
+from qwen3_moe_jax.core.errors import ContextOverflowError, NumericalError
+from qwen3_moe_jax.core.likelihood import target_log_likelihoods
+from qwen3_moe_jax.core.runner import Forward
+from qwen3_moe_jax.core.sampling import Sampling
+from qwen3_moe_jax.core.stages import STAGES, StageKey
 from qwen3_moe_jax.wgpu_backend import kernels
 from qwen3_moe_jax.wgpu_backend.adapter import Tuning
 from qwen3_moe_jax.wgpu_backend.device import Device, Launch, Readback

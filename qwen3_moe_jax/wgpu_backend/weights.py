@@ -5,14 +5,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from convert.config import Qwen3MoeConfig
-from convert.ggml_types import GGMLType
-from convert.model_source import ModelSource
-from convert.packed import PackedTensor
-from convert.progress import ProgressCallback
-from convert.tensor_names import tensor_specs
-from convert.unpack import dequantize
-from qwen3_moe_jax.errors import BackendUnavailableError, MemoryPlanError
+from qwen3_moe_jax.convert.config import Qwen3MoeConfig
+from qwen3_moe_jax.convert.ggml_types import GGMLType
+from qwen3_moe_jax.convert.model_source import ModelSource
+from qwen3_moe_jax.convert.packed import PackedTensor
+from qwen3_moe_jax.convert.progress import ProgressCallback
+from qwen3_moe_jax.convert.tensor_names import tensor_specs
+from qwen3_moe_jax.convert.unpack import dequantize
+from qwen3_moe_jax.core.errors import BackendUnavailableError, MemoryPlanError
 from qwen3_moe_jax.wgpu_backend.device import UPLOAD_CHUNK, Device
 from qwen3_moe_jax.wgpu_backend.kernels import DenseBuffer, ExpertBuffer, Segment
 from qwen3_moe_jax.wgpu_backend.layout import (

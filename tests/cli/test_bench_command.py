@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from qwen3_moe_jax import limits
-from qwen3_moe_jax.benchmark import Benchmark
 from qwen3_moe_jax.cli import main
+from qwen3_moe_jax.machine import limits
+from qwen3_moe_jax.measure.benchmark import Benchmark
 
 QUICK = ("--backend", "reference", "--no-gate", "-r", "1")
 SMALL = ("-p", "8", "-n", "2", "-d", "0", "4", "-b", "2")

@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from qwen3_moe_jax.machine import Machine, NvidiaGpu, detect, diagnose, judge_memory
-from qwen3_moe_jax.memory_plan import MemoryPlan
+from qwen3_moe_jax.machine.memory import MemoryPlan
+from qwen3_moe_jax.machine.probe import Machine, NvidiaGpu, detect, diagnose, judge_memory
 
 H100 = NvidiaGpu("NVIDIA H100 80GB HBM3", "580.159.04", "9.0", 80 << 30)
 GOOD = Machine(

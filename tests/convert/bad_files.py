@@ -12,8 +12,8 @@ import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from convert.ggml_types import GGMLType
-from tests.gguf_builder import (
+from qwen3_moe_jax.convert.ggml_types import GGMLType
+from qwen3_moe_jax.testing.gguf_builder import (
     ARRAY,
     BOOL,
     F32,

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from convert.checkpoint_writer import write_checkpoint
-from convert.config import Qwen3MoeConfig
-from convert.model_source import open_model
+from qwen3_moe_jax.convert.checkpoint_writer import write_checkpoint
+from qwen3_moe_jax.convert.config import Qwen3MoeConfig
+from qwen3_moe_jax.convert.model_source import open_model
 from scripts.make_random_gguf import SMALL, write_random_gguf
 
 

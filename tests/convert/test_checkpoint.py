@@ -13,16 +13,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from convert.__main__ import main
-from convert.checkpoint import array_files
-from convert.checkpoint_writer import checkpoint_nbytes, write_checkpoint
-from convert.errors import ModelFileError
-from convert.ggml_types import GGMLType
-from convert.manifest import CHECKSUM_NAME, MANIFEST_NAME, PIECE_BYTES, Manifest, checksum_file, piece_digest
-from convert.model_source import open_model
-from convert.output_folder import OutputError, output_folder
-from convert.packed import array_nbytes
-from convert.progress import format_bytes, show_progress
+from qwen3_moe_jax.convert.__main__ import main
+from qwen3_moe_jax.convert.checkpoint import array_files
+from qwen3_moe_jax.convert.checkpoint_writer import checkpoint_nbytes, write_checkpoint
+from qwen3_moe_jax.convert.errors import ModelFileError
+from qwen3_moe_jax.convert.ggml_types import GGMLType
+from qwen3_moe_jax.convert.manifest import (
+    CHECKSUM_NAME,
+    MANIFEST_NAME,
+    PIECE_BYTES,
+    Manifest,
+    checksum_file,
+    piece_digest,
+)
+from qwen3_moe_jax.convert.model_source import open_model
+from qwen3_moe_jax.convert.output_folder import OutputError, output_folder
+from qwen3_moe_jax.convert.packed import array_nbytes
+from qwen3_moe_jax.convert.progress import format_bytes, show_progress
 from scripts.make_random_gguf import write_random_gguf
 
 NUM_FLIPS = 150
@@ -196,7 +203,9 @@ def test_case_of_the_checksum_matters(copy):
 def test_file_of_another_size_is_refused_before_memory_is_taken(copy, data_file, change, monkeypatch):
     os.truncate(data_file, data_file.stat().st_size + change)
     with open_model(copy) as source:
-        monkeypatch.setattr("convert.checkpoint.empty_packed", lambda *_: pytest.fail("allocated"))
+        monkeypatch.setattr(
+            "qwen3_moe_jax.convert.checkpoint.empty_packed", lambda *_: pytest.fail("allocated")
+        )
         with pytest.raises(ModelFileError, match="bytes"):
             source.tensor(DOWN)
 
@@ -421,7 +430,9 @@ def test_command_refuses_a_type_that_is_not_supported(small_gguf, tmp_path, caps
 
 def test_command_says_that_the_disk_is_too_small(small_gguf, tmp_path, capsys, monkeypatch):
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr("convert.output_folder.shutil.disk_usage", lambda _: usage(0, 0, 1_000_000))
+    monkeypatch.setattr(
+        "qwen3_moe_jax.convert.output_folder.shutil.disk_usage", lambda _: usage(0, 0, 1_000_000)
+    )
     code, err = run(capsys, small_gguf, tmp_path / "out")
     assert (code, "E_DISK_FULL" in err, "1000000 free" in err) == (3, True, True)
     assert list(tmp_path.iterdir()) == []
@@ -467,7 +478,7 @@ def test_lock_is_held_until_the_end(tmp_path):
 
 def test_progress_without_a_terminal_is_plain_lines(monkeypatch):
     clock = iter([0.0, 0.5, 2.0, 3.0, 10.0])
-    monkeypatch.setattr("convert.progress.time.monotonic", lambda: next(clock))
+    monkeypatch.setattr("qwen3_moe_jax.convert.progress.time.monotonic", lambda: next(clock))
     stream = io.StringIO()
     with show_progress("reading", stream) as report:
         for done in (1, 2, 3, 4):
@@ -483,7 +494,7 @@ def test_progress_on_a_terminal_is_a_bar(monkeypatch):
     stream = io.StringIO()
     stream.isatty = lambda: True
     monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setattr("convert.progress.QUIET_SECONDS", 0.0)
+    monkeypatch.setattr("qwen3_moe_jax.convert.progress.QUIET_SECONDS", 0.0)
     with show_progress("reading", stream) as report:
         report(10**9, 2 * 10**9)
     assert "1.0/2.0 GB" in stream.getvalue()

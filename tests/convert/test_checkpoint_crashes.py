@@ -16,9 +16,9 @@ from pathlib import Path
 
 import pytest
 
-from convert.checkpoint_writer import write_checkpoint
-from convert.model_source import open_model
-from convert.output_folder import OutputError, output_folder
+from qwen3_moe_jax.convert.checkpoint_writer import write_checkpoint
+from qwen3_moe_jax.convert.model_source import open_model
+from qwen3_moe_jax.convert.output_folder import OutputError, output_folder
 from scripts.check_checkpoints import (
     begin,
     convert,
@@ -129,7 +129,7 @@ def test_write_that_fails_for_another_reason_is_one_clear_error(small_gguf, tmp_
     """A limit on file size stands for a failing disk: the process ends with one line, and nothing is left."""
     program = (
         "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)); "
-        "from convert.__main__ import main; sys.exit(main(sys.argv[1:]))"
+        "from qwen3_moe_jax.convert.__main__ import main; sys.exit(main(sys.argv[1:]))"
     )
     command = [sys.executable, "-c", program, small_gguf, tmp_path / "out"]
     result = subprocess.run(command, capture_output=True, text=True)

@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import pytest
 
-from convert.config import PRESETS, Qwen3MoeConfig, RopeScaling
-from convert.errors import ModelFileError
-from tests.gguf_builder import TINY, model_metadata
+from qwen3_moe_jax.convert.config import PRESETS, Qwen3MoeConfig, RopeScaling
+from qwen3_moe_jax.convert.errors import ModelFileError
+from qwen3_moe_jax.testing.gguf_builder import TINY, model_metadata
 
 NAN, INF = math.nan, math.inf
 MISSING = object()

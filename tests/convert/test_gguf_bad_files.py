@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from convert.errors import ModelFileError
-from convert.gguf_file import GGUFFile
+from qwen3_moe_jax.convert.errors import ModelFileError
+from qwen3_moe_jax.convert.gguf_file import GGUFFile
 from tests.convert.bad_files import ALL, ALL_VALUES, EXTRA, UPSTREAM, Case
 
 ROOT = Path(__file__).resolve().parents[2]

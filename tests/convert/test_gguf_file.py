@@ -14,12 +14,12 @@ import gguf
 import numpy as np
 import pytest
 
-from convert import gguf_header
-from convert.errors import ModelFileError
-from convert.ggml_types import BLOCK_FORMATS, KNOWN_TYPES, SUPPORTED_TYPES, GGMLType
-from convert.gguf_file import GGUFFile
-from convert.tokenizer_metadata import BYTE_ALPHABET
-from tests.gguf_builder import (
+from qwen3_moe_jax.convert import gguf_header
+from qwen3_moe_jax.convert.errors import ModelFileError
+from qwen3_moe_jax.convert.ggml_types import BLOCK_FORMATS, KNOWN_TYPES, SUPPORTED_TYPES, GGMLType
+from qwen3_moe_jax.convert.gguf_file import GGUFFile
+from qwen3_moe_jax.convert.tokenizer_metadata import BYTE_ALPHABET
+from qwen3_moe_jax.testing.gguf_builder import (
     ARRAY,
     BOOL,
     F32,

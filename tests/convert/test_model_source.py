@@ -9,11 +9,11 @@ import gguf
 import numpy as np
 import pytest
 
-from convert.errors import ModelFileError
-from convert.ggml_types import BLOCK_FORMATS, SUPPORTED_TYPES, GGMLType
-from convert.gguf_file import GGUFFile
-from convert.model_source import open_model
-from convert.unpack import ALIGNMENT, dequantize, pack
+from qwen3_moe_jax.convert.errors import ModelFileError
+from qwen3_moe_jax.convert.ggml_types import BLOCK_FORMATS, SUPPORTED_TYPES, GGMLType
+from qwen3_moe_jax.convert.gguf_file import GGUFFile
+from qwen3_moe_jax.convert.model_source import open_model
+from qwen3_moe_jax.convert.unpack import ALIGNMENT, dequantize, pack
 from scripts.make_random_gguf import WEIGHT_STD, main, random_blocks, write_random_gguf
 
 
@@ -49,7 +49,7 @@ def test_tensors_are_bit_for_bit_those_of_the_gguf_package(small_gguf):
 
 @pytest.mark.parametrize("chunk_bytes", [300, 10_000, 1 << 22])
 def test_chunks_do_not_matter(small_gguf, monkeypatch, chunk_bytes):
-    monkeypatch.setattr("convert.model_source.READ_CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setattr("qwen3_moe_jax.convert.model_source.READ_CHUNK_BYTES", chunk_bytes)
     with GGUFFile.open(small_gguf) as file, open_model(small_gguf) as source:
         for path in ("embed_tokens", "layers.1.mlp.experts.down_proj", "layers.0.mlp.router", "norm"):
             info = file.tensors[source.specs[path].gguf_name]
@@ -113,7 +113,7 @@ def test_progress_reaches_the_total(small_gguf):
 def test_nonfinite_number_is_refused_by_default(
     small_config, tmp_path, monkeypatch, path, block, field, where, chunk_bytes
 ):
-    monkeypatch.setattr("convert.model_source.READ_CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setattr("qwen3_moe_jax.convert.model_source.READ_CHUNK_BYTES", chunk_bytes)
     model = tmp_path / "model.gguf"
     types = dict.fromkeys(("layers.0.mlp.experts.up_proj", "layers.1.mlp.experts.down_proj"), GGMLType.Q4_K)
     write_random_gguf(model, small_config, types=types)

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from convert.config import PRESETS
-from convert.errors import ModelFileError
-from convert.ggml_types import KNOWN_TYPES, GGMLType
-from convert.gguf_file import GGUFFile
-from convert.tensor_names import check_tensors, q4_k_m_types, tensor_specs, uses_more_bits
-from tests.gguf_builder import TINY, GGUFBuilder, Tensor, model_tensors
+from qwen3_moe_jax.convert.config import PRESETS
+from qwen3_moe_jax.convert.errors import ModelFileError
+from qwen3_moe_jax.convert.ggml_types import KNOWN_TYPES, GGMLType
+from qwen3_moe_jax.convert.gguf_file import GGUFFile
+from qwen3_moe_jax.convert.tensor_names import check_tensors, q4_k_m_types, tensor_specs, uses_more_bits
+from qwen3_moe_jax.testing.gguf_builder import TINY, GGUFBuilder, Tensor, model_tensors
 
 CODER = PRESETS["Qwen3-Coder-30B-A3B"]
 LAYER_PATHS = [s.path for s in tensor_specs(TINY) if s.path.startswith("layers.1.")]

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from convert.errors import ModelFileError
-from convert.gguf_file import GGUFFile
-from convert.tokenizer_metadata import BYTE_ALPHABET, check_tokenizer
-from tests.gguf_builder import Typed, tokenizer_metadata
+from qwen3_moe_jax.convert.errors import ModelFileError
+from qwen3_moe_jax.convert.gguf_file import GGUFFile
+from qwen3_moe_jax.convert.tokenizer_metadata import BYTE_ALPHABET, check_tokenizer
+from qwen3_moe_jax.testing.gguf_builder import Typed, tokenizer_metadata
 
 DATA = Path(__file__).resolve().parents[1] / "data"
 VOCAB = 270

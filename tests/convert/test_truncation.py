@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from convert.errors import ModelFileError
-from convert.gguf_file import GGUFFile
-from tests.gguf_builder import GGUFBuilder, Tensor, model_builder
+from qwen3_moe_jax.convert.errors import ModelFileError
+from qwen3_moe_jax.convert.gguf_file import GGUFFile
+from qwen3_moe_jax.testing.gguf_builder import GGUFBuilder, Tensor, model_builder
 
 ROOT = Path(__file__).resolve().parents[2]
 RUNS = 100
@@ -67,9 +67,9 @@ def test_model_cut_around_every_tensor(tmp_path: Path):
 # end in ModelFileError. Reads are counted on a sound load first, so the last one is hit too.
 _CHILD = """
 import os, pathlib, sys
-from convert.errors import ModelFileError
-from convert.gguf_file import GGUFFile
-from tests.gguf_builder import model_builder
+from qwen3_moe_jax.convert.errors import ModelFileError
+from qwen3_moe_jax.convert.gguf_file import GGUFFile
+from qwen3_moe_jax.testing.gguf_builder import model_builder
 
 path = pathlib.Path(sys.argv[1])
 content = model_builder().build()

@@ -9,11 +9,11 @@ import gguf
 import numpy as np
 import pytest
 
-from convert.errors import ModelFileError
-from convert.ggml_types import BLOCK_FORMATS, SUPPORTED_TYPES, GGMLType
-from convert.model_source import refuse_nonfinite
-from convert.packed import ARRAY_FORMATS, PackedTensor, array_shapes, packed_nbytes
-from convert.unpack import (
+from qwen3_moe_jax.convert.errors import ModelFileError
+from qwen3_moe_jax.convert.ggml_types import BLOCK_FORMATS, SUPPORTED_TYPES, GGMLType
+from qwen3_moe_jax.convert.model_source import refuse_nonfinite
+from qwen3_moe_jax.convert.packed import ARRAY_FORMATS, PackedTensor, array_shapes, packed_nbytes
+from qwen3_moe_jax.convert.unpack import (
     ALIGNMENT,
     aligned_empty,
     block_arrays,
@@ -149,7 +149,7 @@ def test_filling_in_pieces_equals_packing_at_once(kind):
 
 
 def test_many_chunks_and_threads_fill_everything(monkeypatch):
-    monkeypatch.setattr("convert.unpack.PACK_CHUNK_BYTES", 1000)
+    monkeypatch.setattr("qwen3_moe_jax.convert.unpack.PACK_CHUNK_BYTES", 1000)
     raw = random_raw(GGMLType.Q6_K, 1001)
     packed = pack(raw.reshape(-1), GGMLType.Q6_K, (1001, 256))
     got, want = dequantize(packed), oracle(raw, GGMLType.Q6_K)

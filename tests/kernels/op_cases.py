@@ -6,7 +6,7 @@ An implementation gets all of them in a line or two::
         implementation, layout = "xla", ROWS
 
 The oracle of every case is NumPy in float64 on weights that
-``convert.unpack.dequantize`` gives. Seeds follow from the test's name and are
+``qwen3_moe_jax.convert.unpack.dequantize`` gives. Seeds follow from the test's name and are
 printed. Experts that no token chose hold NaN scales, so a read of the wrong
 expert's weights cannot go unseen; outputs land between canary rows, so a write
 beside them cannot either. The shapes are those of llama.cpp's
@@ -22,15 +22,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import kernels_pallas as ops
-from convert import layouts
-from convert.ggml_types import BLOCK_FORMATS, GGMLType
-from convert.packed import ROWS, PackedTensor
-from convert.unpack import dequantize, pack
-from kernels_pallas.expert_matmul import arg_specs as expert_specs
-from kernels_pallas.expert_matmul.routing import ROW_TILE
-from kernels_pallas.prefill.device import require_hopper
-from kernels_pallas.quantized_matmul import arg_specs as matmul_specs
+import qwen3_moe_jax.kernels_pallas as ops
+from qwen3_moe_jax.convert.ggml_types import BLOCK_FORMATS, GGMLType
+from qwen3_moe_jax.convert.layouts import lanes16 as layouts
+from qwen3_moe_jax.convert.packed import ROWS, PackedTensor
+from qwen3_moe_jax.convert.unpack import dequantize, pack
+from qwen3_moe_jax.kernels_pallas.expert_matmul import arg_specs as expert_specs
+from qwen3_moe_jax.kernels_pallas.expert_matmul.routing import ROW_TILE
+from qwen3_moe_jax.kernels_pallas.gpu.device import require_hopper
+from qwen3_moe_jax.kernels_pallas.quantized_matmul import arg_specs as matmul_specs
 from tests import tolerances
 
 QUANTIZED = (GGMLType.Q4_K, GGMLType.Q5_K, GGMLType.Q6_K, GGMLType.Q8_0)

@@ -8,14 +8,17 @@ import pytest
 pytest.importorskip("jax.experimental.pallas.mosaic_gpu")
 interpreter = pytest.importorskip("jax._src.pallas.mosaic_gpu.interpret.params")
 
-from kernels_pallas.attention import pallas_sm90, xla  # noqa: E402
+from qwen3_moe_jax.kernels_pallas.attention import (
+    kernel_sm90,
+    xla,
+)
 from tests import tolerances  # noqa: E402
 from tests.kernels.op_cases import check, rng  # noqa: E402
 
 __all__ = ["rng"]
 
 pytestmark = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the kernels need JAX 0.11")
-SMALL = pallas_sm90.AttentionConfig(keys=64)
+SMALL = kernel_sm90.AttentionConfig(keys=64)
 
 
 @pytest.mark.parametrize(
@@ -40,7 +43,7 @@ def test_attention(rng, capfd, tokens, starts, group, slots):
     positions = np.asarray(starts)[:, None] + np.arange(tokens)
     positions[1, -1] = -1
     k, v = (c.at[0].set(jnp.nan).at[:, others].set(jnp.nan) for c in (k, v))
-    out = pallas_sm90.attention(
+    out = kernel_sm90.attention(
         jnp.asarray(q), k, v, jnp.asarray(positions, jnp.int32), jnp.int32(1), slots,
         config=SMALL, interpret=interpreter.InterpretGPUParams(detect_races=True),
     )  # fmt: skip
@@ -56,10 +59,10 @@ def test_what_the_kernel_does_not_take_is_named(rng):
     q, cache = jnp.zeros((1, 2, 2, 64)), jnp.zeros((1, 1, 64, 1, 64))
     positions, interpret = jnp.zeros((1, 2), jnp.int32), interpreter.InterpretGPUParams()
     with pytest.raises(NotImplementedError, match="float32"):
-        pallas_sm90.attention(q, cache, cache, positions, jnp.int32(0), interpret=interpret)
+        kernel_sm90.attention(q, cache, cache, positions, jnp.int32(0), interpret=interpret)
     scales, whole = (jnp.ones((1, 1, 64, 1)),) * 2, cache.astype(jnp.int8)
     with pytest.raises(NotImplementedError, match="int8"):
-        pallas_sm90.attention(q, whole, whole, positions, jnp.int32(0), None, scales, interpret=interpret)
+        kernel_sm90.attention(q, whole, whole, positions, jnp.int32(0), None, scales, interpret=interpret)
     q, cache = q[..., :32], cache[..., :32].astype(jnp.bfloat16)
     with pytest.raises(NotImplementedError, match="head_dim"):
-        pallas_sm90.attention(q, cache, cache, positions, jnp.int32(0), interpret=interpret)
+        kernel_sm90.attention(q, cache, cache, positions, jnp.int32(0), interpret=interpret)

@@ -21,22 +21,25 @@ if jax.__version_info__ < (0, 11):
 
 from flax.core import FrozenDict  # noqa: E402
 
-from convert.config import PRESETS  # noqa: E402
-from convert.ggml_types import GGMLType  # noqa: E402
-from convert.gpu_tiles import to_gpu_tiles  # noqa: E402
-from convert.packed import PackedTensor  # noqa: E402
-from convert.tensor_names import tensor_specs  # noqa: E402
-from kernels_pallas.decode_layers import api, pallas_sm90  # noqa: E402
-from kernels_pallas.decode_layers import rows_triton as steps  # noqa: E402
-from kernels_pallas.decode_layers.weights import LayerWeights, OfLayers  # noqa: E402
-from kernels_pallas.moe_mlp import pallas_sm90 as moe_sm90  # noqa: E402
-from kernels_pallas.prefill import matmul_sm90  # noqa: E402
-from kernels_pallas.prefill.activations import SWIGLU_SCALE, WEIGHT_SCALE, float16_operand  # noqa: E402
-from kernels_pallas.router.xla import choose_experts  # noqa: E402
-from qwen3_moe_jax.kv_cache import KVCache, Span  # noqa: E402
-from qwen3_moe_jax.model import STAGES_COLLECTION, Intervention, Qwen3Moe  # noqa: E402
-from qwen3_moe_jax.params import GPU_ROLES, is_tiled  # noqa: E402
-from qwen3_moe_jax.stacks import stack_layers  # noqa: E402
+from qwen3_moe_jax.convert.config import PRESETS  # noqa: E402
+from qwen3_moe_jax.convert.ggml_types import GGMLType  # noqa: E402
+from qwen3_moe_jax.convert.layouts.gpu_tiles import to_gpu_tiles  # noqa: E402
+from qwen3_moe_jax.convert.packed import PackedTensor  # noqa: E402
+from qwen3_moe_jax.convert.tensor_names import tensor_specs  # noqa: E402
+from qwen3_moe_jax.jax_backend.kv_cache import KVCache, Span  # noqa: E402
+from qwen3_moe_jax.jax_backend.model import STAGES_COLLECTION, Intervention, Qwen3Moe  # noqa: E402
+from qwen3_moe_jax.jax_backend.params import GPU_ROLES, is_tiled  # noqa: E402
+from qwen3_moe_jax.jax_backend.stacks import stack_layers  # noqa: E402
+from qwen3_moe_jax.kernels_pallas.decode_layers import (
+    api,
+    kernel_sm90,
+)
+from qwen3_moe_jax.kernels_pallas.decode_layers import row_steps_triton as steps  # noqa: E402
+from qwen3_moe_jax.kernels_pallas.decode_layers.weights import LayerWeights, OfLayers  # noqa: E402
+from qwen3_moe_jax.kernels_pallas.gpu import grouped_matmul_sm90 as matmul_sm90  # noqa: E402
+from qwen3_moe_jax.kernels_pallas.gpu.activations import SWIGLU_SCALE, WEIGHT_SCALE, float16_operand  # noqa: E402
+from qwen3_moe_jax.kernels_pallas.moe_mlp import kernel_sm90 as moe_sm90  # noqa: E402
+from qwen3_moe_jax.kernels_pallas.router.xla import choose_experts  # noqa: E402
 from tests import tolerances  # noqa: E402
 from tests.kernels.op_cases import check, needs_hopper_gpu, random_weights, rng  # noqa: E402
 
@@ -118,17 +121,17 @@ def compare(
     with contextlib.ExitStack() as patches:
         if is_interpreted:
             interpret = interpreter.InterpretGPUParams(detect_races=True)
-            run = partial(pallas_sm90.decode_layers, interpret=interpret)
+            run = partial(kernel_sm90.decode_layers, interpret=interpret)
             for where, name, value in (
                 (api, "require_hopper", lambda: None),
-                (pallas_sm90, "require_hopper", lambda interpret: None),
-                (pallas_sm90, "decode_layers", run),
-                (pallas_sm90, "_FEWEST", 1),
+                (kernel_sm90, "require_hopper", lambda interpret: None),
+                (kernel_sm90, "decode_layers", run),
+                (kernel_sm90, "_FEWEST", 1),
                 (matmul_sm90, "MULTIPROCESSORS", 3),
             ):
                 patches.enter_context(mock.patch.object(where, name, value))
         ran = patches.enter_context(
-            mock.patch.object(pallas_sm90, "decode_layers", wraps=pallas_sm90.decode_layers)
+            mock.patch.object(kernel_sm90, "decode_layers", wraps=kernel_sm90.decode_layers)
         )
         actual = model.clone(compute_dtype=jnp.bfloat16).apply({"params": params}, tokens, cache, [span])
         assert ran.called

@@ -6,12 +6,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from convert.config import PRESETS
-from convert.ggml_types import GGMLType
+from qwen3_moe_jax.convert.config import PRESETS
+from qwen3_moe_jax.convert.ggml_types import GGMLType
 
-api = pytest.importorskip("kernels_pallas.decode_step.api", reason="the GPU kernels need JAX 0.11")
+api = pytest.importorskip("qwen3_moe_jax.kernels_pallas.decode_step.api", reason="GPU kernels need JAX 0.11")
 
-from kernels_pallas.decode_step.weights import LayerTypes, plan_stacks  # noqa: E402
+from qwen3_moe_jax.kernels_pallas.decode_step.weights import LayerTypes, plan_stacks  # noqa: E402
 
 CONFIG = PRESETS["Qwen3-30B-A3B"]
 Q4, Q6 = GGMLType.Q4_K, GGMLType.Q6_K

@@ -18,16 +18,16 @@ if tuple(map(int, jax.__version__.split(".")[:2])) < (0, 11):
 
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from convert.config import PRESETS
-from convert.ggml_types import BLOCK_FORMATS, GGMLType
-from convert.gpu_tiles import TILED_TYPES, to_gpu_tiles
-from convert.packed import PackedTensor
-from convert.unpack import dequantize, pack
-from kernels_pallas.decode_step import api
-from kernels_pallas.decode_step.step_mosaic_gpu import Step
-from qwen3_moe_jax import gpu_decode
-from qwen3_moe_jax.params import GPU_ROLES
-from qwen3_moe_jax.stacks import stack_layers
+from qwen3_moe_jax.convert.config import PRESETS
+from qwen3_moe_jax.convert.ggml_types import BLOCK_FORMATS, GGMLType
+from qwen3_moe_jax.convert.layouts.gpu_tiles import TILED_TYPES, to_gpu_tiles
+from qwen3_moe_jax.convert.packed import PackedTensor
+from qwen3_moe_jax.convert.unpack import dequantize, pack
+from qwen3_moe_jax.jax_backend import gpu_decode
+from qwen3_moe_jax.jax_backend.params import GPU_ROLES
+from qwen3_moe_jax.jax_backend.stacks import stack_layers
+from qwen3_moe_jax.kernels_pallas.decode_step import api
+from qwen3_moe_jax.kernels_pallas.decode_step.step_mosaic_gpu import Step
 
 SEED = 20260924
 CONFIG = replace(

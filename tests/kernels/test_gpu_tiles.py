@@ -4,10 +4,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from convert.ggml_types import BLOCK_FORMATS, SUPERBLOCK, GGMLType
-from convert.gpu_tiles import TILED_TYPES, from_gpu_tiles, to_gpu_tiles
-from convert.packed import PackedTensor
-from convert.unpack import dequantize, pack
+from qwen3_moe_jax.convert.ggml_types import BLOCK_FORMATS, SUPERBLOCK, GGMLType
+from qwen3_moe_jax.convert.layouts.gpu_tiles import TILED_TYPES, from_gpu_tiles, to_gpu_tiles
+from qwen3_moe_jax.convert.packed import PackedTensor
+from qwen3_moe_jax.convert.unpack import dequantize, pack
 
 SEED = 20260923
 SHAPE = (2, 16, 512)

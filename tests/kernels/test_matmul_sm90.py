@@ -14,20 +14,20 @@ import pytest
 pytest.importorskip("jax.experimental.pallas.mosaic_gpu")
 interpreter = pytest.importorskip("jax._src.pallas.mosaic_gpu.interpret.params")
 
-from convert.ggml_types import GGMLType  # noqa: E402
-from convert.gpu_tiles import to_gpu_tiles  # noqa: E402
-from kernels_pallas.expert_matmul import pallas_sm90 as expert_sm90  # noqa: E402
-from kernels_pallas.matrices import Matrices, OneOf  # noqa: E402
-from kernels_pallas.moe_mlp import pallas_sm90 as moe_sm90  # noqa: E402
-from kernels_pallas.prefill.activations import float16_operand, operand_order  # noqa: E402
-from kernels_pallas.prefill.matmul_sm90 import (  # noqa: E402
+from qwen3_moe_jax.convert.ggml_types import GGMLType  # noqa: E402
+from qwen3_moe_jax.convert.layouts.gpu_tiles import to_gpu_tiles  # noqa: E402
+from qwen3_moe_jax.kernels_pallas.expert_matmul import kernel_sm90 as expert_sm90  # noqa: E402
+from qwen3_moe_jax.kernels_pallas.gpu.activations import float16_operand, operand_order  # noqa: E402
+from qwen3_moe_jax.kernels_pallas.gpu.grouped_matmul_sm90 import (  # noqa: E402
     REGISTERS,
     MatmulConfig,
     few_config,
     grouped_matmul,
 )
-from kernels_pallas.prefill.sorting import ROW_ALIGN, Tiles, padded_rows, sort_by_expert  # noqa: E402
-from kernels_pallas.quantized_matmul import pallas_sm90 as matmul_sm90  # noqa: E402
+from qwen3_moe_jax.kernels_pallas.gpu.sorting import ROW_ALIGN, Tiles, padded_rows, sort_by_expert  # noqa: E402
+from qwen3_moe_jax.kernels_pallas.moe_mlp import kernel_sm90 as moe_sm90  # noqa: E402
+from qwen3_moe_jax.kernels_pallas.packed.stacks import Matrices, OneOf  # noqa: E402
+from qwen3_moe_jax.kernels_pallas.quantized_matmul import kernel_sm90 as matmul_sm90  # noqa: E402
 from tests import tolerances  # noqa: E402
 from tests.kernels.op_cases import (  # noqa: E402
     QUANTIZED,
@@ -178,11 +178,11 @@ def test_four_warpgroups():
     code = """if True:
         import jax, jax.numpy as jnp, numpy as np
         from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
-        from convert.ggml_types import GGMLType
-        from convert.gpu_tiles import to_gpu_tiles
+        from qwen3_moe_jax.convert.ggml_types import GGMLType
+        from qwen3_moe_jax.convert.layouts.gpu_tiles import to_gpu_tiles
         from dataclasses import replace
-        from kernels_pallas.moe_mlp import pallas_sm90
-        from kernels_pallas.prefill.matmul_sm90 import few_config
+        from qwen3_moe_jax.kernels_pallas.moe_mlp import kernel_sm90
+        from qwen3_moe_jax.kernels_pallas.gpu.grouped_matmul_sm90 import few_config
         from tests.kernels.op_cases import moe_oracle, nmse, random_weights
         from tests.tolerances import MOE_FLOAT16_NMSE
         rng = np.random.default_rng(7)
@@ -192,7 +192,7 @@ def test_four_warpgroups():
         tiles = [jax.tree.map(jnp.asarray, to_gpu_tiles(w)) for w in stacks]
         config = replace(few_config(3), blocks=2)
         assert config.warpgroups == 4
-        out, _ = pallas_sm90.moe_mlp(
+        out, _ = kernel_sm90.moe_mlp(
             x, *tiles, ids, weights, np.dtype(jnp.bfloat16), False, config=config,
             interpret=InterpretGPUParams(detect_races=True),
         )

@@ -13,23 +13,23 @@ if jax.__version_info__ < (0, 11):
     pytest.skip("the kernels need JAX 0.11", allow_module_level=True)
 pytest.importorskip("jax.experimental.pallas.mosaic_gpu")
 
-import kernels_pallas as ops
-from convert.ggml_types import GGMLType
-from convert.gpu_tiles import to_gpu_tiles
-from convert.packed import GPU_TILES, PackedTensor
-from kernels_pallas.attention import pallas_sm90 as attention_sm90
-from kernels_pallas.matrices import Matrices
-from kernels_pallas.moe_mlp import pallas_sm90 as moe_sm90
-from kernels_pallas.prefill.device import ask_ptxas_once
-from kernels_pallas.prefill.matmul_sm90 import (
+import qwen3_moe_jax.kernels_pallas as ops
+from qwen3_moe_jax.convert.ggml_types import GGMLType
+from qwen3_moe_jax.convert.layouts.gpu_tiles import to_gpu_tiles
+from qwen3_moe_jax.convert.packed import GPU_TILES, PackedTensor
+from qwen3_moe_jax.kernels_pallas.attention import kernel_sm90 as attention_sm90
+from qwen3_moe_jax.kernels_pallas.gpu.device import ask_ptxas_once
+from qwen3_moe_jax.kernels_pallas.gpu.grouped_matmul_sm90 import (
     MOST_FEW,
     dense_config,
     few_config,
     grouped_matmul,
     pick_config,
 )
-from kernels_pallas.prefill.sorting import UsedExperts, dense_tiles
-from kernels_pallas.quantized_matmul import pallas_sm90 as matmul_sm90
+from qwen3_moe_jax.kernels_pallas.gpu.sorting import UsedExperts, dense_tiles
+from qwen3_moe_jax.kernels_pallas.moe_mlp import kernel_sm90 as moe_sm90
+from qwen3_moe_jax.kernels_pallas.packed.stacks import Matrices
+from qwen3_moe_jax.kernels_pallas.quantized_matmul import kernel_sm90 as matmul_sm90
 from tests import tolerances
 from tests.kernels.op_cases import (
     QUANTIZED,

@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import kernels_pallas as ops
-from convert import layouts
-from convert.ggml_types import GGMLType
-from convert.packed import LANES16, ROWS
+import qwen3_moe_jax.kernels_pallas as ops
+from qwen3_moe_jax.convert.ggml_types import GGMLType
+from qwen3_moe_jax.convert.layouts import lanes16 as layouts
+from qwen3_moe_jax.convert.packed import LANES16, ROWS
 from tests.kernels.op_cases import DTYPES, QUANTIZED, OpCases, random_weights, rng, uniform
 
 __all__ = ["rng"]

@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import kernels_pallas as ops
-from convert.ggml_types import BLOCK_FORMATS
-from convert.gpu_tiles import TILED_TYPES, to_gpu_tiles
-from convert.unpack import dequantize, pack
+import qwen3_moe_jax.kernels_pallas as ops
+from qwen3_moe_jax.convert.ggml_types import BLOCK_FORMATS
+from qwen3_moe_jax.convert.layouts.gpu_tiles import TILED_TYPES, to_gpu_tiles
+from qwen3_moe_jax.convert.unpack import dequantize, pack
 
 SEED = 5
 SHAPE = (3, 24, 512)

@@ -5,12 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels_pallas.top_k import api
+from qwen3_moe_jax.kernels_pallas.top_k import api
 from tests.kernels.op_cases import needs_hopper_gpu, rng
 
 __all__ = ["rng"]
 
-pallas_triton = pytest.importorskip("kernels_pallas.top_k.pallas_triton")
+kernel_triton = pytest.importorskip("qwen3_moe_jax.kernels_pallas.top_k.kernel_triton")
 
 
 def rows(rng, columns: int) -> dict[str, np.ndarray]:
@@ -31,7 +31,7 @@ def rows(rng, columns: int) -> dict[str, np.ndarray]:
 def test_equals_laxs(rng, columns, k):
     x = np.stack(list(rows(rng, columns).values()) * 3)
     x = jnp.asarray(x, jnp.float32) + 0.0
-    values, ids = pallas_triton.top_k(x, k, interpret=True)
+    values, ids = kernel_triton.top_k(x, k, interpret=True)
     expected = jax.lax.top_k(x, k)
     np.testing.assert_array_equal(values, expected[0])
     np.testing.assert_array_equal(ids, expected[1])
@@ -51,10 +51,10 @@ def test_what_it_does_not_take_is_xlas(rng):
     for k in (3, 300):
         np.testing.assert_array_equal(api.top_k(x, k)[1], jax.lax.top_k(x, k)[1])
     with pytest.raises(NotImplementedError, match="not 2"):
-        pallas_triton.top_k(x, 2)
+        kernel_triton.top_k(x, 2)
     for k in (48, 64):
         with pytest.raises(NotImplementedError, match="300 values"):
-            pallas_triton.top_k(jnp.zeros((20, 300)), k)
+            kernel_triton.top_k(jnp.zeros((20, 300)), k)
     with pytest.raises(NotImplementedError, match="Hopper"):
         api.top_k(x, 2, implementation="pallas")
     with pytest.raises(ValueError, match="k=301"):

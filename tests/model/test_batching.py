@@ -7,15 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qwen3_moe_jax import generate
 from qwen3_moe_jax.api import Model
-from qwen3_moe_jax.batching import Request, run_all
-from qwen3_moe_jax.errors import BatchFullError, ContextOverflowError, MemoryPlanError
-from qwen3_moe_jax.generate import COMPILER_OPTIONS
-from qwen3_moe_jax.jax_runner import JaxRunner
-from qwen3_moe_jax.kv_cache import KVCache, Span
-from qwen3_moe_jax.model import Qwen3Moe
-from qwen3_moe_jax.sampling import Sampling
+from qwen3_moe_jax.core.errors import BatchFullError, ContextOverflowError, MemoryPlanError
+from qwen3_moe_jax.core.sampling import Sampling
+from qwen3_moe_jax.jax_backend import generate
+from qwen3_moe_jax.jax_backend.batching import Request, run_all
+from qwen3_moe_jax.jax_backend.generate import COMPILER_OPTIONS
+from qwen3_moe_jax.jax_backend.kv_cache import KVCache, Span
+from qwen3_moe_jax.jax_backend.model import Qwen3Moe
+from qwen3_moe_jax.jax_backend.runner import JaxRunner
 from tests import tolerances
 
 NEW = 32
@@ -26,7 +26,7 @@ SLOTS, CONTEXT = 4, 256
 @pytest.fixture(autouse=True)
 def one_length_of_chunks(monkeypatch):
     """Prompts take several steps, and fewer programs are compiled."""
-    monkeypatch.setattr("qwen3_moe_jax.batching.PREFILL_CHUNKS", (16,))
+    monkeypatch.setattr("qwen3_moe_jax.jax_backend.batching.PREFILL_CHUNKS", (16,))
 
 
 @pytest.fixture
@@ -110,7 +110,7 @@ def test_a_sequence_that_comes_while_others_are_written(batch, golden, greedy, m
     ("budget", "chunk", "together"), [(2048, 128, 2), (128, 128, 1), (127, 16, 2), (31, 16, 1), (1, 16, 1)]
 )
 def test_a_step_reads_no_more_than_it_is_asked_to(batch, golden, monkeypatch, budget, chunk, together):
-    monkeypatch.setattr("qwen3_moe_jax.batching.PREFILL_CHUNKS", generate.PREFILL_CHUNKS)
+    monkeypatch.setattr("qwen3_moe_jax.jax_backend.batching.PREFILL_CHUNKS", generate.PREFILL_CHUNKS)
     asked = []
 
     def spy(model, params, state, slots, **options):
@@ -295,8 +295,10 @@ def fused_steps(jax_runner, monkeypatch):
 
     The kernel itself needs a GPU: here its signature is served by the ordinary operations.
     """
-    step_api = pytest.importorskip("kernels_pallas.decode_step.api", reason="the GPU kernels need JAX 0.11")
-    from qwen3_moe_jax import gpu_decode
+    step_api = pytest.importorskip(
+        "qwen3_moe_jax.kernels_pallas.decode_step.api", reason="GPU kernels need JAX 0.11"
+    )
+    from qwen3_moe_jax.jax_backend import gpu_decode
 
     batches = []
 
@@ -328,7 +330,7 @@ def test_decoding_takes_the_fused_step_with_few_rows_of_the_cache(
     check_ahead(batch, golden, greedy)
     batch.free_all()
     monkeypatch.setattr(jax_runner, "_take_spare", lambda: batch)
-    monkeypatch.setattr("qwen3_moe_jax.jax_runner.SECONDS_A_DISPATCH", 0.0)  # blocks never grow
+    monkeypatch.setattr("qwen3_moe_jax.jax_backend.runner.SECONDS_A_DISPATCH", 0.0)  # blocks never grow
     stream = partial(jax_runner.stream, golden["ids1"], sampling=Sampling())
     assert list(stream(max_tokens=12)) == greedy[1][:12]
     stop = greedy[1][7]
@@ -391,7 +393,7 @@ def test_errors_name_what_is_wrong(batch, golden):
 
 
 def test_slots_that_do_not_fit_say_what_they_cost_and_what_would(jax_runner, monkeypatch):
-    from qwen3_moe_jax import memory_plan
+    from qwen3_moe_jax.machine import memory as memory_plan
 
     monkeypatch.setattr(memory_plan, "available_main_memory", lambda: 500 << 20)
     with pytest.raises(

@@ -3,10 +3,13 @@
 import numpy as np
 import pytest
 
-from convert.config import PRESETS
-from qwen3_moe_jax import benchmark, limits
-from qwen3_moe_jax import jax_runner as jax_runner_module
-from qwen3_moe_jax.benchmark import (
+from qwen3_moe_jax.convert.config import PRESETS
+from qwen3_moe_jax.jax_backend import runner as jax_runner_module
+from qwen3_moe_jax.machine import limits
+from qwen3_moe_jax.machine.bandwidth import bytes_per_token
+from qwen3_moe_jax.machine.limits import Limit, Limits
+from qwen3_moe_jax.measure import benchmark
+from qwen3_moe_jax.measure.benchmark import (
     FAILED,
     MEASURED,
     NO_MEMORY,
@@ -20,8 +23,6 @@ from qwen3_moe_jax.benchmark import (
     random_prompts,
     repeated,
 )
-from qwen3_moe_jax.limits import Limit, Limits
-from qwen3_moe_jax.parity.bandwidth import bytes_per_token
 
 KNOWN = Limits(Limit(1e9, "a gigabyte a second"), Limit(1e12, "a teraflop a second"))
 

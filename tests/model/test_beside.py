@@ -4,8 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qwen3_moe_jax import jax_runner as module
-from qwen3_moe_jax.model import Qwen3Moe
+from qwen3_moe_jax.jax_backend import runner as module
+from qwen3_moe_jax.jax_backend.model import Qwen3Moe
 from tests import tolerances
 
 
@@ -47,8 +47,8 @@ def test_decoding_takes_the_fused_step_up_to_its_largest_batch(
 ):
     """The kernel itself needs a GPU: here its signature is served by the ordinary operations."""
     pytest.importorskip("jax.experimental.pallas.mosaic_gpu")
-    from kernels_pallas.decode_step import api as decode_step
-    from qwen3_moe_jax import gpu_decode
+    from qwen3_moe_jax.jax_backend import gpu_decode
+    from qwen3_moe_jax.kernels_pallas.decode_step import api as decode_step
 
     assert module.FUSED_BATCH == decode_step.MAX_BATCH
     batches = []

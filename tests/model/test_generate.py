@@ -5,16 +5,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from convert.ggml_types import GGMLType
-from convert.packed import PackedTensor
-from qwen3_moe_jax import generate
-from qwen3_moe_jax import jax_runner as jax_runner_module
-from qwen3_moe_jax.batching import Batch
-from qwen3_moe_jax.errors import ContextOverflowError, NumericalError
-from qwen3_moe_jax.generate import PREFILL_CHUNKS, chunk_lengths
-from qwen3_moe_jax.jax_runner import JaxRunner
+from qwen3_moe_jax.convert.ggml_types import GGMLType
+from qwen3_moe_jax.convert.packed import PackedTensor
+from qwen3_moe_jax.core.errors import ContextOverflowError, NumericalError
+from qwen3_moe_jax.core.sampling import Sampling
+from qwen3_moe_jax.jax_backend import generate
+from qwen3_moe_jax.jax_backend import runner as jax_runner_module
+from qwen3_moe_jax.jax_backend.batching import Batch
+from qwen3_moe_jax.jax_backend.generate import PREFILL_CHUNKS, chunk_lengths
+from qwen3_moe_jax.jax_backend.runner import JaxRunner
 from qwen3_moe_jax.reference import ReferenceRunner
-from qwen3_moe_jax.sampling import Sampling
 from tests import tolerances
 
 GREEDY = Sampling(temperature=0)
@@ -126,8 +126,8 @@ def test_after_a_step_that_ran_out_of_memory_the_next_request_works(source, gold
 
 
 def test_a_model_that_does_not_fit_says_the_plan_and_what_would(source, monkeypatch):
-    from qwen3_moe_jax import memory_plan as module
-    from qwen3_moe_jax.errors import MemoryPlanError
+    from qwen3_moe_jax.core.errors import MemoryPlanError
+    from qwen3_moe_jax.machine import memory as module
 
     monkeypatch.setattr(module, "available_main_memory", lambda: 450 << 20)
     with pytest.raises(

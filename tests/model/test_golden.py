@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 
-from convert.checkpoint_writer import write_checkpoint
-from convert.model_source import open_model
-from qwen3_moe_jax.jax_runner import JaxRunner
+from qwen3_moe_jax.convert.checkpoint_writer import write_checkpoint
+from qwen3_moe_jax.convert.model_source import open_model
+from qwen3_moe_jax.core.sampling import Sampling
+from qwen3_moe_jax.jax_backend.runner import JaxRunner
 from qwen3_moe_jax.reference import ReferenceRunner
-from qwen3_moe_jax.sampling import Sampling
 from tests import tolerances
 
 PROMPTS = (0, 1, 2)

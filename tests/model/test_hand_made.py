@@ -4,9 +4,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import kernels_pallas as ops
-from convert.ggml_types import GGMLType
-from convert.packed import PackedTensor
+import qwen3_moe_jax.kernels_pallas as ops
+from qwen3_moe_jax.convert.ggml_types import GGMLType
+from qwen3_moe_jax.convert.packed import PackedTensor
 from qwen3_moe_jax.reference import model as reference
 
 HIDDEN = 4

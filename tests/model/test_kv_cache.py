@@ -5,12 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from convert.config import PRESETS
-from qwen3_moe_jax import kv_cache, loader
-from qwen3_moe_jax.errors import BackendUnavailableError
-from qwen3_moe_jax.jax_runner import JaxRunner
-from qwen3_moe_jax.kv_cache import KVCache, Span, write_positions
-from qwen3_moe_jax.memory_plan import cache_nbytes, fitting_slots
+from qwen3_moe_jax import loader
+from qwen3_moe_jax.convert.config import PRESETS
+from qwen3_moe_jax.core.errors import BackendUnavailableError
+from qwen3_moe_jax.jax_backend import kv_cache
+from qwen3_moe_jax.jax_backend.kv_cache import KVCache, Span, write_positions
+from qwen3_moe_jax.jax_backend.runner import JaxRunner
+from qwen3_moe_jax.machine.memory import cache_nbytes, fitting_slots
 from qwen3_moe_jax.parity.judge import StageJudge
 from tests import tolerances
 

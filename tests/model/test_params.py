@@ -5,11 +5,11 @@ import numpy as np
 import pytest
 from flax.core import FrozenDict
 
-from convert.unpack import dequantize
-from kernels_pallas import dequantize as dequantize_on_device
-from qwen3_moe_jax import params as loading
-from qwen3_moe_jax.jax_runner import JaxRunner
-from qwen3_moe_jax.stacks import stack_layers
+from qwen3_moe_jax.convert.unpack import dequantize
+from qwen3_moe_jax.jax_backend import params as loading
+from qwen3_moe_jax.jax_backend.runner import JaxRunner
+from qwen3_moe_jax.jax_backend.stacks import stack_layers
+from qwen3_moe_jax.kernels_pallas import dequantize as dequantize_on_device
 from tests import tolerances
 
 LAYOUTS = pytest.mark.parametrize(

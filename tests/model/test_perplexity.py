@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from qwen3_moe_jax.api import Model
-from qwen3_moe_jax.errors import ContextOverflowError, NumericalError
-from qwen3_moe_jax.jax_runner import JaxRunner
+from qwen3_moe_jax.core.errors import ContextOverflowError, NumericalError
+from qwen3_moe_jax.jax_backend.runner import JaxRunner
+from qwen3_moe_jax.measure.perplexity import Window, check_windows, estimates, measure_perplexity, windows
 from qwen3_moe_jax.parity.recorded import fingerprint
-from qwen3_moe_jax.perplexity import Window, check_windows, estimates, measure_perplexity, windows
-from qwen3_moe_jax.tokenizer import Tokenizer
+from qwen3_moe_jax.text.tokenizer import Tokenizer
 from tests.tolerances import PERPLEXITY_PROMISE, RECORDED_LOG_LIKELIHOOD, SCORED_LOG_LIKELIHOOD
 
 DATA = Path(__file__).parents[1] / "data"

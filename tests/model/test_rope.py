@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import kernels_pallas as ops
-from convert.config import PRESETS, RopeScaling
+import qwen3_moe_jax.kernels_pallas as ops
+from qwen3_moe_jax.convert.config import PRESETS, RopeScaling
+from qwen3_moe_jax.core.rope import rope_frequencies, rope_tables
 from qwen3_moe_jax.reference.model import apply_rope
-from qwen3_moe_jax.rope import rope_frequencies, rope_tables
 from tests import tolerances
 
 CONFIG = PRESETS["Qwen3-Coder-30B-A3B"]

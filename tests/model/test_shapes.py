@@ -7,12 +7,12 @@ import jax.numpy as jnp
 import pytest
 from flax.core import FrozenDict
 
-from convert.config import PRESETS
-from convert.tensor_names import q4_k_m_types, tensor_specs
-from qwen3_moe_jax.kv_cache import KVCache
-from qwen3_moe_jax.memory_plan import cache_nbytes
-from qwen3_moe_jax.model import Qwen3Moe
-from qwen3_moe_jax.stacks import stack_layers
+from qwen3_moe_jax.convert.config import PRESETS
+from qwen3_moe_jax.convert.tensor_names import q4_k_m_types, tensor_specs
+from qwen3_moe_jax.jax_backend.kv_cache import KVCache
+from qwen3_moe_jax.jax_backend.model import Qwen3Moe
+from qwen3_moe_jax.jax_backend.stacks import stack_layers
+from qwen3_moe_jax.machine.memory import cache_nbytes
 
 FILE_GB = {"Qwen3-30B-A3B": 18.55, "Qwen3-235B-A22B": 142.2, "Qwen3-Coder-480B-A35B": 290.1}
 """Sizes of the Q4_K_M files, from their tensor tables."""

@@ -5,15 +5,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qwen3_moe_jax.reference import sampling as reference
-from qwen3_moe_jax.sampling import Sampling
-from qwen3_moe_jax.token_choice import (
+from qwen3_moe_jax.core.sampling import Sampling
+from qwen3_moe_jax.jax_backend.token_choice import (
     SamplingArrays,
     _largest_in_one_pass,
     _largest_in_two_passes,
     choose_tokens,
     penalize,
 )
+from qwen3_moe_jax.reference import sampling as reference
 from tests import tolerances
 
 SEED = 20

@@ -5,11 +5,11 @@ import sys
 import numpy as np
 import pytest
 
-from convert.model_source import open_model
+from qwen3_moe_jax.convert.model_source import open_model
 from qwen3_moe_jax.loader import embedded_model
 from qwen3_moe_jax.parity.recorded import parity_text
 from qwen3_moe_jax.reference import ReferenceRunner
-from qwen3_moe_jax.tokenizer import Tokenizer
+from qwen3_moe_jax.text.tokenizer import Tokenizer
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -44,7 +44,7 @@ def makers():
         return ReferenceRunner(source, max_context=512)
 
     def make_jax(source):
-        from qwen3_moe_jax.jax_runner import JaxRunner
+        from qwen3_moe_jax.jax_backend.runner import JaxRunner
 
         return JaxRunner(source, max_context=512)
 

@@ -5,13 +5,13 @@ import json
 import numpy as np
 import pytest
 
+from qwen3_moe_jax.core.stages import STAGES
+from qwen3_moe_jax.inspection.trace import Trace, trace
 from qwen3_moe_jax.parity import judge as judges
 from qwen3_moe_jax.parity.bisect import bisect, bisect_trace, compare
 from qwen3_moe_jax.parity.causes import explain
-from qwen3_moe_jax.parity.faults import FAULTS, plant
 from qwen3_moe_jax.parity.judge import StageJudge
-from qwen3_moe_jax.parity.trace import Trace, trace
-from qwen3_moe_jax.stages import STAGES
+from qwen3_moe_jax.testing.faults import FAULTS, plant
 
 SHORT = 40
 

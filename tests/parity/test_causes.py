@@ -5,9 +5,9 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from convert.unpack import dequantize
+from qwen3_moe_jax.convert.unpack import dequantize
+from qwen3_moe_jax.inspection.trace import trace
 from qwen3_moe_jax.parity.bisect import bisect_trace
-from qwen3_moe_jax.parity.trace import trace
 
 T = 20
 LAYER = 2

@@ -3,15 +3,16 @@
 import numpy as np
 import pytest
 
-from convert.packed import PackedTensor
-from convert.unpack import dequantize
-from qwen3_moe_jax.errors import ParityError
-from qwen3_moe_jax.parity import clauses, evidence, faults, gate
+from qwen3_moe_jax.convert.packed import PackedTensor
+from qwen3_moe_jax.convert.unpack import dequantize
+from qwen3_moe_jax.core.errors import ParityError
+from qwen3_moe_jax.core.runner import Forward
+from qwen3_moe_jax.parity import clauses, evidence, gate
 from qwen3_moe_jax.parity.clauses import BACKEND_CHECKS, FAILED, FILE_CHECKS, PASSED
 from qwen3_moe_jax.parity.contract import load_contract
 from qwen3_moe_jax.parity.evidence import Evidence, Oracle
 from qwen3_moe_jax.parity.gate import check_once
-from qwen3_moe_jax.runner import Forward
+from qwen3_moe_jax.testing import faults
 
 TOKENS = 96
 

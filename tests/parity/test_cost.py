@@ -5,8 +5,8 @@ from contextlib import contextmanager
 import jax
 import pytest
 
-from qwen3_moe_jax.jax_runner import JaxRunner
-from qwen3_moe_jax.sampling import Sampling
+from qwen3_moe_jax.core.sampling import Sampling
+from qwen3_moe_jax.jax_backend.runner import JaxRunner
 
 PROGRAMS = {"jit(_forward_chunk)", "jit(prefill_chunk)", "jit(generate)"}
 

@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 
 from qwen3_moe_jax import cli, loader
-from qwen3_moe_jax.errors import MemoryPlanError
-from qwen3_moe_jax.jax_runner import JaxRunner
-from qwen3_moe_jax.parity import blas_threads, evidence
+from qwen3_moe_jax.core.errors import MemoryPlanError
+from qwen3_moe_jax.jax_backend.runner import JaxRunner
+from qwen3_moe_jax.machine import blas_threads
+from qwen3_moe_jax.machine.workers import ALONE, Workers
+from qwen3_moe_jax.parity import evidence
 from qwen3_moe_jax.parity import verify as verify_function
 from qwen3_moe_jax.parity.ahead import Ahead
 from qwen3_moe_jax.parity.evidence import Evidence, Oracle
@@ -18,7 +20,6 @@ from qwen3_moe_jax.parity.judge import FUSED_STAGES, StageJudge
 from qwen3_moe_jax.parity.verify import Unloaded, check_room_for_logits
 from qwen3_moe_jax.reference import ReferenceRunner
 from qwen3_moe_jax.reference.model import TensorsOnDemand
-from qwen3_moe_jax.workers import ALONE, Workers
 
 TOKENS = 100
 
@@ -93,7 +94,7 @@ def test_no_room_for_logits_is_one_line(source, text_ids):
 
 @pytest.mark.parametrize("backend", ["reference", "jax"])
 def test_a_backend_that_does_not_fit_is_one_line_and_exit_code_3(is_large, backend, monkeypatch, capsys):
-    place = loader if backend == "reference" else "qwen3_moe_jax.memory_plan"
+    place = loader if backend == "reference" else "qwen3_moe_jax.machine.memory"
     name = "available_main_memory"
     monkeypatch.setattr(place, name, lambda: 1 << 20) if backend == "reference" else monkeypatch.setattr(
         f"{place}.{name}", lambda: 1 << 20
@@ -107,7 +108,7 @@ def test_a_backend_that_does_not_fit_is_one_line_and_exit_code_3(is_large, backe
 
 GROWTH = """
 import numpy as np
-from qwen3_moe_jax.parity.resident import ResidentPeak
+from qwen3_moe_jax.machine.resident import ResidentPeak
 
 peak = ResidentPeak.start()
 if peak:

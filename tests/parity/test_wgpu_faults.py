@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from qwen3_moe_jax.parity.faults import FAULTS
+from qwen3_moe_jax.testing.faults import FAULTS
 
 ROOT = Path(__file__).parents[2]
 

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from convert.gguf_file import GGUFFile
-from qwen3_moe_jax.tokenizer import Tokenizer
+from qwen3_moe_jax.convert.gguf_file import GGUFFile
+from qwen3_moe_jax.text.tokenizer import Tokenizer
 
 DATA = Path(__file__).parents[1] / "data"
 

@@ -8,16 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from convert.gguf_file import GGUFFile
-from qwen3_moe_jax import chat_template
-from qwen3_moe_jax.chat_template import (
+from qwen3_moe_jax.convert.gguf_file import GGUFFile
+from qwen3_moe_jax.text import chat_template
+from qwen3_moe_jax.text.chat_template import (
     MessageError,
     TemplateError,
     check_template_kwargs,
     find_template,
     render_chat,
 )
-from qwen3_moe_jax.tokenizer import Tokenizer
+from qwen3_moe_jax.text.tokenizer import Tokenizer
 
 TEMPLATES = ("Qwen3", "Qwen3-Coder")
 DATA = Path(__file__).parents[1] / "data" / "chat"
@@ -92,7 +92,7 @@ def test_the_templates_own_control_tokens_count(qwen3_tokenizer, templates, name
 
 
 def test_the_embedded_models_own_template_and_tokens(templates):
-    with GGUFFile.open(Path(chat_template.__file__).parent / "assets" / "tiny-coder-Q4_K_M.gguf") as file:
+    with GGUFFile.open(Path(chat_template.__file__).parents[1] / "assets" / "tiny-coder-Q4_K_M.gguf") as file:
         metadata = dict(file.metadata)
     template = find_template(metadata)
     assert template == templates["Qwen3"]

@@ -5,8 +5,8 @@ from dataclasses import fields
 import numpy as np
 import pytest
 
-from convert.errors import ModelFileError
-from qwen3_moe_jax.sampling import CODER, NON_THINKING, THINKING, Sampling, recommended_sampling
+from qwen3_moe_jax.convert.errors import ModelFileError
+from qwen3_moe_jax.core.sampling import CODER, NON_THINKING, THINKING, Sampling, recommended_sampling
 
 BAD = {
     "repetition_penalty": (0, -1, 0.001, 101),

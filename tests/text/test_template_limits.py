@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from qwen3_moe_jax import chat_template, template_worker
-from qwen3_moe_jax.chat_template import TemplateError, render_chat
+from qwen3_moe_jax.text import chat_template, template_worker
+from qwen3_moe_jax.text.chat_template import TemplateError, render_chat
 
 USER = [{"role": "user", "content": "hi"}]
 

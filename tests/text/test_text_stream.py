@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from qwen3_moe_jax.text_stream import Piece, ReasoningSplitter, StopStrings, TextStream
+from qwen3_moe_jax.text.stream import Piece, ReasoningSplitter, StopStrings, TextStream
 
 
 def cuts(text: str, rng: random.Random) -> list[str]:

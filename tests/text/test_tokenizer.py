@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from convert.errors import ModelFileError
-from qwen3_moe_jax.chat_template import RenderedChat
-from qwen3_moe_jax.tokenizer import StreamDecoder, Tokenizer
+from qwen3_moe_jax.convert.errors import ModelFileError
+from qwen3_moe_jax.text.chat_template import RenderedChat
+from qwen3_moe_jax.text.tokenizer import StreamDecoder, Tokenizer
 
 DATA = Path(__file__).parents[1] / "data"
 IM_START, IM_END, END_OF_TEXT = 151644, 151645, 151643

@@ -2,9 +2,9 @@
 
 import numpy as np
 
-from convert.ggml_types import BLOCK_FORMATS, GGMLType
-from convert.packed import PackedTensor
-from convert.unpack import dequantize, pack
+from qwen3_moe_jax.convert.ggml_types import BLOCK_FORMATS, GGMLType
+from qwen3_moe_jax.convert.packed import PackedTensor
+from qwen3_moe_jax.convert.unpack import dequantize, pack
 
 SEED = 20260923
 

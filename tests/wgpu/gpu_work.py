@@ -11,14 +11,14 @@ from typing import Any
 
 import numpy as np
 
-from convert.model_source import ModelSource, open_model
-from convert.packed import PackedTensor
-from qwen3_moe_jax.errors import BackendUnavailableError
-from qwen3_moe_jax.runner import Forward
-from qwen3_moe_jax.sampling import Sampling
+from qwen3_moe_jax.convert.model_source import ModelSource, open_model
+from qwen3_moe_jax.convert.packed import PackedTensor
+from qwen3_moe_jax.core.errors import BackendUnavailableError
+from qwen3_moe_jax.core.runner import Forward
+from qwen3_moe_jax.core.sampling import Sampling
+from qwen3_moe_jax.testing.wgpu_ops import Ops
 from qwen3_moe_jax.wgpu_backend.adapter import TUNINGS, probe
 from qwen3_moe_jax.wgpu_backend.device import Device
-from qwen3_moe_jax.wgpu_backend.ops import Ops
 from qwen3_moe_jax.wgpu_backend.runner import WgpuRunner
 
 EMBEDDED = Path(__file__).parents[2] / "qwen3_moe_jax" / "assets" / "tiny-coder-Q4_K_M.gguf"

@@ -8,8 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from qwen3_moe_jax.errors import BackendUnavailableError
-from qwen3_moe_jax.sampling import Sampling
+from qwen3_moe_jax.core.errors import BackendUnavailableError
+from qwen3_moe_jax.core.sampling import Sampling
 from qwen3_moe_jax.wgpu_backend import adapter
 from qwen3_moe_jax.wgpu_backend.plan import MEMORY_VARIABLE, parse_bytes
 from tests.wgpu import gpu_work

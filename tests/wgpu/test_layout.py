@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from convert.ggml_types import BLOCK_FORMATS, SUPPORTED_TYPES, GGMLType
-from convert.unpack import pack
+from qwen3_moe_jax.convert.ggml_types import BLOCK_FORMATS, SUPPORTED_TYPES, GGMLType
+from qwen3_moe_jax.convert.unpack import pack
 from qwen3_moe_jax.wgpu_backend.layout import (
     WORD_FORMATS,
     device_nbytes,

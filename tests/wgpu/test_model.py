@@ -5,11 +5,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from convert.config import PRESETS, RopeScaling
-from convert.model_source import open_model
+from qwen3_moe_jax.convert.config import PRESETS, RopeScaling
+from qwen3_moe_jax.convert.model_source import open_model
+from qwen3_moe_jax.core.sampling import Sampling
+from qwen3_moe_jax.core.stages import STAGES
 from qwen3_moe_jax.reference import ReferenceRunner
-from qwen3_moe_jax.sampling import Sampling
-from qwen3_moe_jax.stages import STAGES
 from scripts.make_random_gguf import write_random_gguf
 from tests.tolerances import (
     SCORED_LOG_LIKELIHOOD,

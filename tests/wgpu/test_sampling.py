@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
+from qwen3_moe_jax.core.sampling import Sampling
 from qwen3_moe_jax.reference.sampling import penalize, token_probabilities
-from qwen3_moe_jax.sampling import Sampling
 from tests.tolerances import WGPU_TOTAL_VARIATION
 from tests.wgpu import gpu_work
 from tests.wgpu.cases import rng_of

@@ -1,0 +1,1 @@
+"""Arrangements of packed arrays, one file each."""

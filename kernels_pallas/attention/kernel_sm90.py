@@ -1,0 +1,318 @@
+"""attention on Hopper GPUs for many queries: a flash-attention kernel in Pallas:Mosaic GPU.
+
+The query heads that share a KV head are rows of one operand (row = token * group + head), so
+keys and values are read once for all of them, and a tile of 128 rows spans few positions.
+Two warpgroups multiply, a third brings keys and values through the tensor memory accelerator;
+while one warpgroup computes its softmax the other one has the tensor cores. Blocks of keys
+that every row sees need no mask, blocks that none sees are not read.
+
+The recurrence is that of Milakov and Gimelshein 2018 (https://arxiv.org/abs/1805.02867), the
+division of labour that of FlashAttention-3 (https://arxiv.org/abs/2407.08608) and of JAX's
+own ``pallas.ops.gpu.attention_mgpu``.
+"""
+
+import math
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from qwen3_moe_jax.kernels_pallas.gpu.device import require_hopper
+
+ROWS = 64
+"""Rows of one warpgroup's operand."""
+_MASKED = -1e30
+_DTYPES = (jnp.bfloat16, jnp.float16)
+_SWIZZLED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+_RESULT = plgpu.Layout.WGMMA
+_PER_ROW = _RESULT.reduce(1)
+
+
+@dataclass(frozen=True)
+class AttentionConfig:
+    """Sizes: keys a step, slots of keys and values in shared memory, warpgroups that multiply."""
+
+    keys: int = 128
+    slots: int = 2
+    warpgroups: int = 2
+
+    @property
+    def tile(self) -> int:
+        """Rows of a block."""
+        return ROWS * self.warpgroups
+
+
+ONE_QUERY = AttentionConfig(slots=3, warpgroups=1)
+"""For one position a sequence, whose heads are a few rows of one operand."""
+
+
+def attention(
+    q: jax.Array,
+    k_cache: jax.Array,
+    v_cache: jax.Array,
+    positions: jax.Array,
+    layer: jax.Array,
+    slots: jax.Array | None = None,
+    scales: Any = None,
+    *,
+    config: AttentionConfig | None = None,
+    interpret: Any = None,
+) -> jax.Array:
+    """See ``api.attention``; k_cache and v_cache are [L, C, S, K, H] of bfloat16 or float16.
+
+    Queries, softmax weights and the result are rounded to the cache's dtype, sums are float32.
+
+    Raises:
+      NotImplementedError: not a Hopper GPU, or arrays that the kernel does not take.
+    """
+    require_hopper(interpret)
+    if scales is not None or k_cache.dtype not in _DTYPES or v_cache.dtype != k_cache.dtype:
+        raise NotImplementedError(f"the Hopper kernel reads 16-bit caches, not {k_cache.dtype}")
+    if q.shape[-1] % 64:
+        raise NotImplementedError(f"the Hopper kernel needs a head_dim in 64s, not {q.shape[-1]}")
+    slots = jnp.arange(len(q), dtype=jnp.int32) if slots is None else slots.astype(jnp.int32)
+    config = config or AttentionConfig()
+    return _attention(q, k_cache, v_cache, positions, layer.reshape(1), slots, config, interpret)
+
+
+@partial(jax.jit, static_argnums=(6, 7))
+def _attention(
+    q, k_cache, v_cache, positions, layer, slots, config: AttentionConfig, interpret: Any
+) -> jax.Array:
+    B, T, N, H = q.shape
+    S, K = k_cache.shape[2:4]
+    group, tile = N // K, config.tile
+    rows = T * group
+    padding = -rows % tile
+    q = q.astype(k_cache.dtype).reshape(B, T, K, group, H).transpose(0, 2, 1, 3, 4).reshape(B * K, rows, H)
+    q = jnp.pad(q, ((0, 0), (0, padding), (0, 0)))
+    row_positions = jnp.pad(jnp.repeat(positions, group, axis=1), ((0, 0), (0, padding)), constant_values=-1)
+    by_tile = row_positions.reshape(B, -1, tile)
+    bounds = _bounds(by_tile.min(axis=2), by_tile.max(axis=2), S, config)
+    out = attend_rows(q, k_cache, v_cache, row_positions, bounds, layer, slots, config, interpret)
+    out = out[:, :rows].reshape(B, K, T, group, H).transpose(0, 2, 1, 3, 4)
+    return out.reshape(B, T, N, H).astype(jnp.float32)
+
+
+def _bounds(least: jax.Array, most: jax.Array, length: int, config: AttentionConfig) -> jax.Array:
+    """Blocks of keys that some row sees and, of these, that all see: int32 [..., 2], from positions."""
+    steps = -(-(jnp.clip(most, -1, length - 1) + 1) // config.keys)
+    return jnp.stack([steps, jnp.clip(least + 1, 0, length) // config.keys], axis=-1).astype(jnp.int32)
+
+
+def one_query_rows(positions: jax.Array, length: int) -> tuple[jax.Array, jax.Array]:
+    """What :func:`attend_rows` wants for one query of each sequence, the same for all layers.
+
+    Args:
+      positions: int32 [B].
+      length: S.
+
+    Returns:
+      Positions [B, rows] and bounds [B, 1, 2], for ``ONE_QUERY``.
+    """
+    rows = jnp.broadcast_to(positions[:, None], (len(positions), ONE_QUERY.tile)).astype(jnp.int32)
+    return rows, _bounds(positions[:, None], positions[:, None], length, ONE_QUERY)
+
+
+def attend_rows(
+    q: jax.Array,
+    k_cache: jax.Array,
+    v_cache: jax.Array,
+    positions: jax.Array,
+    bounds: jax.Array,
+    layer: jax.Array,
+    slots: jax.Array,
+    config: AttentionConfig,
+    interpret: Any = None,
+) -> jax.Array:
+    """The kernel alone.
+
+    Args:
+      q: [B * K, rows, H] in the caches' dtype, rows in ``config.tile``s. A row that is not written is not
+        read by any other.
+      k_cache, v_cache: [L, C, S, K, H].
+      positions: int32 [B, rows], negative for padding.
+      bounds: int32 [B, tiles, 2], blocks of keys to read, and how many of them need no mask.
+      layer: int32 [1].
+      slots: int32 [B].
+
+    Returns:
+      As q.
+    """
+    L, C, S, K, H = k_cache.shape
+    shape = {"batch": len(slots), "kv_heads": K, "rows": q.shape[1], "head_dim": H, "capacity": C}
+    caches = (c.reshape(L * C, S, K * H) for c in (k_cache, v_cache))
+    return _kernel(config, interpret, dtype=q.dtype, **shape)(layer, slots, bounds, positions, q, *caches)
+
+
+def _kernel(config: AttentionConfig, interpret: Any, *, batch, kv_heads, rows, head_dim, capacity, dtype):
+    """The compiled kernel's wrapper: (layer, slots, bounds, positions, q, k, v) -> [B * K, rows, H]."""
+    tile = config.tile
+    tiles = rows // tile
+    one = lambda *shape: plgpu.SMEM(shape, dtype, transforms=_SWIZZLED)
+    used = plgpu.Barrier(num_barriers=config.slots, num_arrivals=config.warpgroups)
+    full = plgpu.Barrier(num_barriers=config.slots)
+    options = {} if interpret is None else {"interpret": interpret}
+
+    def body(layer, slots, bounds, positions, q, k, v, out, **scratch):
+        item = lax.axis_index("item")
+        # The last tiles see the most keys: they go first, so that none is left alone at the end.
+        at = tiles - 1 - lax.div(item, jnp.int32(batch * kv_heads))
+        head = lax.rem(item, jnp.int32(batch * kv_heads))
+        sequence = lax.div(head, jnp.int32(kv_heads))
+        refs = {"bounds": bounds, "positions": positions, "q": q, "k": k, "v": v, "out": out, **scratch}
+        block = _Block(config, refs, interpret is not None, tile=at, head=head, sequence=sequence)
+        block.cache = layer[0] * capacity + slots[sequence]
+        block.column = lax.rem(head, jnp.int32(kv_heads)) * head_dim
+        block.run()
+
+    return plgpu.kernel(
+        body,
+        out_type=jax.ShapeDtypeStruct((batch * kv_heads, rows, head_dim), dtype),
+        scratch_types={
+            "q_tile": one(config.warpgroups, ROWS, head_dim),
+            "k_tile": one(config.slots, config.keys, head_dim),
+            "v_tile": one(config.slots, config.keys, head_dim),
+            "q_full": plgpu.Barrier(num_barriers=config.warpgroups),
+            "k_full": full,
+            "v_full": full,
+            "k_used": used,
+            "v_used": used,
+        },
+        grid=(tiles * batch * kv_heads,),
+        grid_names=("item",),
+        num_threads=config.warpgroups + 1,
+        thread_name="wg",
+        kernel_name="prefill_attention",
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True,
+            unsafe_no_auto_barriers=interpret is None,
+            lowering_semantics=plgpu.LoweringSemantics.Lane,
+        ),
+        **options,
+    )
+
+
+class _Block:
+    """One tile of rows of one KV head: methods are what its warpgroups do."""
+
+    def __init__(self, config: AttentionConfig, refs: dict, emulate: bool, *, tile, head, sequence):
+        self.c, self.r, self.emulate = config, refs, emulate
+        self.tile, self.head, self.sequence = tile, head, sequence
+        self.wg = lax.axis_index("wg")
+        self.head_dim = refs["q"].shape[-1]
+        self.steps = refs["bounds"][sequence, tile, 0]
+        self.unmasked = refs["bounds"][sequence, tile, 1]
+
+    def run(self) -> None:
+        # One warpgroup that multiplies has registers enough by the launch.
+        exchange = not self.emulate and self.c.warpgroups > 1
+
+        @pl.when(self.wg < self.c.warpgroups)
+        def _():
+            if exchange:
+                plgpu.set_max_registers(240 if self.c.warpgroups == 2 else 160, action="increase")
+            self.attend()
+
+        @pl.when(self.wg == self.c.warpgroups)
+        def _():
+            if exchange:
+                plgpu.set_max_registers(24 if self.c.warpgroups == 2 else 32, action="decrease")
+            self.produce()
+
+    def slot(self, step):
+        return lax.rem(step, jnp.int32(self.c.slots))
+
+    def produce(self) -> None:
+        """Copies keys and values, a slot ahead of their use where there is one."""
+
+        def copy(step, _):
+            slot = self.slot(step)
+            keys = pl.ds(step * self.c.keys, self.c.keys)
+            for name in ("k", "v"):
+
+                @pl.when(step >= self.c.slots)
+                def _wait(name=name):
+                    plgpu.barrier_wait(self.r[f"{name}_used"].at[slot])
+
+                source = self.r[name].at[self.cache, keys, pl.ds(self.column, self.head_dim)]
+                plgpu.copy_gmem_to_smem(
+                    source, self.r[f"{name}_tile"].at[slot], self.r[f"{name}_full"].at[slot]
+                )
+            return _
+
+        def drain(step, _):
+            @pl.when(step >= self.c.slots)
+            def _wait():
+                plgpu.barrier_wait(self.r["k_used"].at[self.slot(step)])
+                plgpu.barrier_wait(self.r["v_used"].at[self.slot(step)])
+
+            return _
+
+        lax.fori_loop(0, self.steps, copy, None)
+        lax.fori_loop(self.steps, self.steps + self.c.slots, drain, None)
+
+    def attend(self) -> None:
+        first = self.tile * (ROWS * self.c.warpgroups) + self.wg * ROWS
+        rows = (self.head, pl.ds(first, ROWS))
+        q_tile = self.r["q_tile"].at[self.wg]
+        plgpu.copy_gmem_to_smem(self.r["q"].at[rows], q_tile, self.r["q_full"].at[self.wg])
+        at = self.r["positions"].at[self.sequence, pl.ds(first, ROWS)]
+        position = plgpu.load(at, layout=_PER_ROW, optimized=False)
+        fill = lambda shape, value, layout: plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
+        state = (
+            fill((ROWS, self.head_dim), 0, _RESULT),
+            fill((ROWS,), -jnp.inf, _PER_ROW),
+            fill((ROWS,), 0, _PER_ROW),
+        )
+        plgpu.barrier_wait(self.r["q_full"].at[self.wg])
+        step = partial(self.step, q_tile, position)
+        state = lax.fori_loop(0, self.unmasked, partial(step, False), state)
+        out, _, total = lax.fori_loop(self.unmasked, self.steps, partial(step, True), state)
+        # A row that sees nothing (padding) has a sum of masked weights, or none: its result is zero.
+        share = jnp.where(position >= 0, 1 / jnp.maximum(total, 1e-30), 0.0)
+        out = out * lax.broadcast_in_dim(share, out.shape, [0])
+        q_tile[...] = out.astype(self.r["q"].dtype)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(q_tile, self.r["out"].at[rows])
+        plgpu.wait_smem_to_gmem(0)
+
+    def step(self, q_tile, position, masked: bool, number, state):
+        out, peak, total = state
+        slot, keys = self.slot(number), self.c.keys
+        dtype = self.r["q"].dtype
+        plgpu.barrier_wait(self.r["k_full"].at[slot])
+
+        def scores(acc):
+            plgpu.wgmma(acc, q_tile, self.r["k_tile"].at[slot].T)
+            return acc[...]
+
+        score = pl.run_scoped(scores, plgpu.ACC((ROWS, keys), jnp.float32))
+        plgpu.barrier_arrive(self.r["k_used"].at[slot])
+        score = score * (math.log2(math.e) * self.head_dim**-0.5)
+        if masked:
+            key = plgpu.broadcasted_iota(jnp.int32, (ROWS, keys), 1, layout=_RESULT) + number * keys
+            visible = key <= lax.broadcast_in_dim(position, (ROWS, keys), [0])
+            score = jnp.where(visible, score, _MASKED)
+        new_peak = jnp.maximum(peak, score.max(axis=1))
+        weights = jnp.exp2(score - lax.broadcast_in_dim(new_peak, score.shape, [0]))
+        shrink = jnp.exp2(peak - new_peak)
+        total = total * shrink + weights.sum(axis=1)
+        out = out * lax.broadcast_in_dim(shrink, out.shape, [0])
+        weights = weights.astype(dtype)
+        plgpu.barrier_wait(self.r["v_full"].at[slot])
+        if self.emulate:
+            values = self.r["v_tile"][slot].astype(jnp.float32)
+            out = out + jnp.dot(weights.astype(jnp.float32), values)
+            plgpu.commit_smem()  # an ordinary read before the next copy into the slot
+        else:
+            out = pl.run_state(lambda acc: plgpu.wgmma(acc, weights, self.r["v_tile"].at[slot]))(
+                plgpu.ACC.init(out)
+            )
+        plgpu.barrier_arrive(self.r["v_used"].at[slot])
+        return out, new_peak, total

@@ -1,0 +1,1 @@
+"""What the GPU kernels of several operations share: device checks, grouped products, operands."""

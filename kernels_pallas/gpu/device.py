@@ -1,0 +1,79 @@
+"""Whether this process' device runs Hopper kernels."""
+
+import functools
+import importlib
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def require_hopper(interpret: Any = None) -> None:
+    """Raises NotImplementedError unless JAX is 0.11 and its default device an NVIDIA Hopper GPU.
+
+    Args:
+      interpret: parameters of Pallas' interpreter, which needs no GPU; or None.
+    """
+    if interpret is not None:
+        return
+    if jax.__version_info__ < (0, 11):
+        raise NotImplementedError(f"Hopper kernels need JAX 0.11, and this is {jax.__version__}")
+    device = jax.devices()[0]
+    capability = getattr(device, "compute_capability", None)
+    if device.platform != "gpu" or capability != "9.0":
+        found = device.device_kind if capability is None else f"{device.device_kind}, {capability}"
+        raise NotImplementedError(f"Hopper kernels need a GPU of compute capability 9.0, and this is {found}")
+
+
+def require_16_bits(compute_dtype: np.dtype) -> None:
+    """Raises NotImplementedError for float32 operands, which tensor cores do not take."""
+    if compute_dtype != jnp.bfloat16:
+        raise NotImplementedError(f"Hopper kernels round operands to 16 bits, not {np.dtype(compute_dtype)}")
+
+
+def import_kernels(module: str) -> ModuleType:
+    """``kernels_pallas.<module>``, imported where it can run: kernels need a recent JAX, and time.
+
+    Raises:
+      NotImplementedError: this JAX lacks a part of Pallas.
+    """
+    try:
+        return importlib.import_module(f"qwen3_moe_jax.kernels_pallas.{module}")
+    except ImportError as error:
+        raise NotImplementedError(f"this JAX lacks a part of Pallas: {error}") from error
+
+
+def ask_ptxas_once() -> None:
+    """Keeps the answer of ptxas to what its version is.
+
+    JAX 0.11 starts ptxas for it at each conversion to or from 8 bits or fewer, comparisons among them: a
+    hundred times in the decode kernel, half of the time of its lowering, with the interpreter's lock
+    held. Nothing changes in a JAX without that function.
+    """
+    try:
+        bindings = importlib.import_module("jax._src.lib.mosaic_gpu")._mosaic_gpu_ext
+        ask = bindings._get_ptxas_isa_version
+    except (ImportError, AttributeError):
+        return
+    if not hasattr(ask, "cache_info"):
+        bindings._get_ptxas_isa_version = functools.cache(ask)
+
+
+@dataclass(frozen=True)
+class OnHopper:
+    """An op's implementation for Hopper GPUs.
+
+    Attributes:
+      op: the op's name.
+      module: of the op, holds a function of the op's name.
+    """
+
+    op: str
+    module: str = "kernel_sm90"
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        require_hopper()
+        return getattr(import_kernels(f"{self.op}.{self.module}"), self.op)(*args, **kwargs)

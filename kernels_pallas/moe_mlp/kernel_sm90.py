@@ -1,0 +1,164 @@
+"""moe_mlp on Hopper GPUs: sort by expert, gate + up + SwiGLU, down with weighting, sum in order.
+
+Two launches of the kernel in ``gpu.grouped_matmul_sm90`` and a few small steps of XLA. SwiGLU's
+results stay sorted, in float16 and in the order in which the second launch reads them. Every
+token adds its experts' results in the order of ``expert_ids``.
+
+Few tokens, as in a step of decoding for many sequences, are not sorted: reading the weights
+takes as long as multiplying all tokens with every expert in use, and only what tokens chose is
+written. That leaves out a dozen small launches.
+"""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qwen3_moe_jax.convert.packed import PackedTensor
+from qwen3_moe_jax.kernels_pallas.expert_matmul.kernel_sm90 import expert_matmul
+from qwen3_moe_jax.kernels_pallas.gpu.activations import SWIGLU_SCALE, WEIGHT_SCALE, float16_operand
+from qwen3_moe_jax.kernels_pallas.gpu.device import require_16_bits, require_hopper
+from qwen3_moe_jax.kernels_pallas.gpu.grouped_matmul_sm90 import (
+    MOST_FEW,
+    MatmulConfig,
+    check_supported,
+    few_config,
+    grouped_matmul,
+    pick_config,
+)
+from qwen3_moe_jax.kernels_pallas.gpu.sorting import sort_by_expert, used_experts
+from qwen3_moe_jax.kernels_pallas.packed.stacks import Matrices, OneOf, as_matrices, switch_types
+
+Stacks = tuple[Matrices, Matrices, Matrices]
+
+
+def moe_mlp(
+    x: jax.Array,
+    gate_proj: PackedTensor | Matrices | OneOf,
+    up_proj: PackedTensor | Matrices | OneOf,
+    down_proj: PackedTensor | Matrices | OneOf,
+    expert_ids: jax.Array,
+    expert_weights: jax.Array,
+    compute_dtype: np.dtype,
+    return_stages: bool,
+    *,
+    config: MatmulConfig | None = None,
+    interpret: Any = None,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """See ``api.moe_mlp``. Operands are float16 with powers of two as scales, not bfloat16.
+
+    Raises:
+      NotImplementedError: not a Hopper GPU, ``compute_dtype`` float32, or weights that it does not take.
+    """
+    require_hopper(interpret)
+    require_16_bits(compute_dtype)
+    weights = [as_matrices(w) for w in (gate_proj, up_proj, down_proj)]
+    if config is None and x.shape[0] <= MOST_FEW:
+        gate = weights[0].options[0] if isinstance(weights[0], OneOf) else weights[0]
+        config = few_config(x.shape[0], gate.stack.type)
+    config = config or pick_config(expert_ids.size / gate_proj.shape[0])
+    is_few = x.shape[0] <= config.tile and config.widths == (config.tile,) and not return_stages
+
+    def run(gate: Matrices, up: Matrices, down: Matrices | OneOf) -> tuple[jax.Array, dict]:
+        check_supported((gate, up))
+        downs = down.options if isinstance(down, OneOf) else (down,)
+        for option in downs:
+            check_supported((option,))
+        if is_few:
+            which = down.which if isinstance(down, OneOf) else None
+            return _few(x, (gate, up, downs), which, expert_ids, expert_weights, config, interpret), {}
+        stacks = (gate, up, down)
+        if return_stages:
+            return _with_stages(x, stacks, expert_ids, expert_weights, compute_dtype, config, interpret)
+        return _experts(x, stacks, expert_ids, expert_weights, config, interpret), {}
+
+    if is_few:
+        return switch_types(lambda gate, up: run(gate, up, weights[2]), *weights[:2])
+    return switch_types(run, *weights)
+
+
+@partial(jax.jit, static_argnums=(5, 6))
+def _few(
+    x: jax.Array,
+    stacks: tuple[Matrices, Matrices, tuple[Matrices, ...]],
+    which: jax.Array | None,
+    expert_ids: jax.Array,
+    expert_weights: jax.Array,
+    config: MatmulConfig,
+    interpret: Any,
+) -> jax.Array:
+    """All tokens with every expert in use; of several matrices for down, ``which`` is meant."""
+    gate, up, downs = stacks
+    (T, X), E = expert_ids.shape, gate.shape[0]
+    options = {"config": config, "interpret": interpret}
+    operand, scale = float16_operand(x, config.tile)
+    used = used_experts(expert_ids, E)
+    place, weight = _route(expert_ids, expert_weights.astype(jnp.float32), E, config.tile)
+    swiglu = grouped_matmul(operand, scale, used, (gate, up), **options)
+    places = {"places": place.reshape(-1), "out_rows": T * X}
+    parts = None
+    for i, down in enumerate(downs):
+        mine = used if which is None else used._replace(count=used.count * (which == i))
+        out = grouped_matmul(swiglu, weight.reshape(-1), mine, (down,), **places, **options)
+        parts = out if parts is None else jnp.where(which == i, out, parts)
+    parts = parts.reshape(T, X, -1)
+    total = None
+    for choice in range(X):
+        part = parts[:, choice]
+        for later in range(choice + 1, X):  # an expert that a token chose twice stands at the last place
+            again = expert_ids[:, choice] == expert_ids[:, later]
+            part = jnp.where(again[:, None], 0.0, part)
+        total = part if total is None else total + part
+    return total
+
+
+def _route(expert_ids: jax.Array, weights: jax.Array, experts: int, rows: int) -> tuple[jax.Array, ...]:
+    """Of each expert and row, the last (token, choice) pair or -1, and a factor: int32, float32 [E, rows]."""
+    T, X = expert_ids.shape
+    ids = jnp.pad(expert_ids, ((0, rows - T), (0, 0)), constant_values=-1)
+    weights = jnp.pad(weights, ((0, rows - T), (0, 0)))
+    weights = weights / (SWIGLU_SCALE * WEIGHT_SCALE)
+    place, weight = jnp.full((experts, rows), -1, jnp.int32), jnp.zeros((experts, rows), jnp.float32)
+    for choice in range(X):  # not a reduction, so that XLA makes one kernel of it
+        chosen = ids[:, choice] == np.arange(experts)[:, None]
+        place = jnp.where(chosen, np.arange(rows) * X + choice, place)
+        weight = weight + jnp.where(chosen, weights[:, choice], 0.0)
+    return place, weight
+
+
+@partial(jax.jit, static_argnums=(4, 5))
+def _experts(
+    x: jax.Array,
+    stacks: Stacks,
+    expert_ids: jax.Array,
+    expert_weights: jax.Array,
+    config: MatmulConfig,
+    interpret: Any,
+) -> jax.Array:
+    gate, up, down = stacks
+    options = {"config": config, "interpret": interpret}
+    order = sort_by_expert(expert_ids, gate.shape[0], config.tile)
+    operand, scale = float16_operand(x)
+    token = order.source // expert_ids.shape[1]
+    swiglu = grouped_matmul(operand[token], scale[token], order.tiles, (gate, up), **options)
+    weight = expert_weights.astype(jnp.float32).reshape(-1)[order.source] / (SWIGLU_SCALE * WEIGHT_SCALE)
+    parts = grouped_matmul(swiglu, weight, order.tiles, (down,), **options)
+    total = parts[order.place[:, 0]]
+    for choice in range(1, expert_ids.shape[1]):
+        total = total + parts[order.place[:, choice]]
+    return total
+
+
+def _with_stages(x, weights: Stacks, expert_ids, expert_weights, compute_dtype, config, interpret):
+    """The same unfused, every stage in the order of tokens."""
+    options = {"config": config, "interpret": interpret}
+    gate, up = (expert_matmul(x, w, expert_ids, compute_dtype, **options) for w in weights[:2])
+    swiglu = jax.nn.silu(gate) * up
+    down = expert_matmul(swiglu, weights[2], expert_ids, compute_dtype, **options)
+    total = down[:, 0] * expert_weights[:, :1]
+    for choice in range(1, expert_ids.shape[1]):
+        total = total + down[:, choice] * expert_weights[:, choice : choice + 1]
+    names = ("ffn_moe_gate", "ffn_moe_up", "ffn_moe_swiglu", "ffn_moe_down")
+    return total, dict(zip(names, (gate, up, swiglu, down), strict=True))

@@ -1,0 +1,1 @@
+"""Packed weights inside jit: pytrees, stacks of layers, conversion to float."""

@@ -1,0 +1,76 @@
+"""quantized_matmul on Hopper GPUs: one group of the kernel in ``gpu.grouped_matmul_sm90``."""
+
+import functools
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qwen3_moe_jax.convert.packed import PackedTensor
+from qwen3_moe_jax.kernels_pallas.gpu.activations import float16_operand
+from qwen3_moe_jax.kernels_pallas.gpu.device import require_16_bits, require_hopper
+from qwen3_moe_jax.kernels_pallas.gpu.grouped_matmul_sm90 import (
+    MOST_FEW,
+    MatmulConfig,
+    check_supported,
+    dense_config,
+    grouped_matmul,
+)
+from qwen3_moe_jax.kernels_pallas.gpu.sorting import dense_tiles
+from qwen3_moe_jax.kernels_pallas.packed.stacks import Matrices, OneOf, as_matrices, switch_types
+
+
+def quantized_matmul(
+    x: jax.Array,
+    w: PackedTensor | Matrices | OneOf,
+    compute_dtype: np.dtype,
+    *,
+    config: MatmulConfig | None = None,
+    splits: int = 1,
+    interpret: Any = None,
+) -> jax.Array:
+    """See ``api.quantized_matmul``. Operands are float16 with a power of two a row, not bfloat16.
+
+    Args:
+      config: sizes, or None to choose them and ``splits``.
+      splits: parts of K that are summed apart and then added in order.
+
+    Raises:
+      NotImplementedError: not a Hopper GPU, ``compute_dtype`` float32, or weights that it does not take.
+    """
+    require_hopper(interpret)
+    require_16_bits(compute_dtype)
+    w = as_matrices(w)
+    options = w.options if isinstance(w, OneOf) else (w,)
+    for option in options:
+        check_supported((option,))
+    if config is None:
+        config, splits = dense_config(x.shape[0], *w.shape)
+    if len(options) == 1 or x.shape[0] <= MOST_FEW:
+        which = w.which if isinstance(w, OneOf) else None
+        return _multiply(x, options, which, config, splits, interpret)
+    return switch_types(lambda w: _multiply(x, (w,), None, config, splits, interpret), w)
+
+
+@partial(jax.jit, static_argnums=(3, 4, 5))
+def _multiply(
+    x: jax.Array,
+    options: tuple[Matrices, ...],
+    which: jax.Array | None,
+    config: MatmulConfig,
+    splits: int,
+    interpret: Any,
+) -> jax.Array:
+    """The product with option ``which``; kernels of the others find no tiles."""
+    tokens = x.shape[0]
+    tiles = dense_tiles(tokens, config.tile)
+    operand, scale = float16_operand(x, tiles.start.shape[0] * config.tile)
+    total = None
+    for i, w in enumerate(options):
+        mine = tiles if which is None else tiles._replace(count=tiles.count * (which == i))
+        out = grouped_matmul(operand, scale, mine, (w,), config=config, splits=splits, interpret=interpret)
+        out = functools.reduce(jnp.add, [out[part] for part in range(splits)] if splits > 1 else [out])
+        total = out if total is None else jnp.where(which == i, out, total)
+    return total[:tokens]

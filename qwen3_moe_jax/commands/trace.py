@@ -1,0 +1,76 @@
+"""``qwen3-moe trace``: norms, ranges and non-finite counts of every stage, and the experts of every token."""
+
+import argparse
+import json
+
+from rich.console import Console
+
+from qwen3_moe_jax.commands.common import add_model_arguments, load_model
+from qwen3_moe_jax.core.stages import STAGES
+from qwen3_moe_jax.inspection.trace import Trace, figures_json, trace
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("prompt", nargs="?", default="def fib(n):\n", help="the text to run")
+    parser.add_argument(
+        "--stage", action="append", choices=tuple(STAGES), metavar="NAME", help="this stage only; repeatable"
+    )
+    parser.add_argument(
+        "--layer", action="append", type=int, metavar="N", help="show this layer only; repeatable"
+    )
+    parser.add_argument("--payload", metavar="FILE.npz", help="write every array here, for numpy and bisect")
+    parser.add_argument("--json", action="store_true", help="figures and experts as one JSON object")
+    add_model_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    with load_model(args) as model:
+        token_ids = model.tokenizer.encode(args.prompt)
+        if not token_ids:
+            raise ValueError("the prompt is empty: give at least one character")
+        recorded = trace(model.runner, token_ids, args.stage or tuple(STAGES))
+    if args.payload:
+        recorded.save(args.payload)
+    if args.json:
+        print(json.dumps(_of_layers(figures_json(recorded), args.layer)))
+    else:
+        show(recorded, args.layer)
+        if args.payload:
+            print(f"arrays: {args.payload}")
+    return 1 if any(f.nonfinite for f in recorded.figures()) else 0
+
+
+def _of_layers(data: dict, layers: list[int] | None) -> dict:
+    """The part of the JSON that speaks of these layers, and of what is outside all layers."""
+    if layers is None:
+        return data
+    kept = {row: [r for r in data[row] if r["layer"] in (None, *layers)] for row in ("stages", "experts")}
+    return {**data, **kept}
+
+
+def show(recorded: Trace, layers: list[int] | None) -> None:
+    """One line a stage, and under each layer's choice the experts of the last token."""
+    console = Console(highlight=False, soft_wrap=True, markup=False)
+    console.print(f"{len(recorded.token_ids)} tokens on {recorded.facts['backend']}")
+    console.print(
+        f"{'stage':<24} {'shape':<16} {'min':>11} {'max':>11} {'mean':>11} {'norm':>11}  non-finite",
+        style="bold",
+    )
+    experts = {row["layer"]: row for row in recorded.experts()}  # the last token's remain
+    for figures in recorded.figures():
+        if layers is not None and figures.layer not in (None, *layers):
+            continue
+        shape = "x".join(map(str, figures.shape))
+        numbers = " ".join(f"{v:>11.4g}" for v in (figures.min, figures.max, figures.mean, figures.norm))
+        bad = f"  {figures.nonfinite}" if figures.nonfinite else ""
+        console.print(
+            f"{figures.where:<24} {shape:<16} {numbers}{bad}", style="bold red" if figures.nonfinite else None
+        )
+        if figures.stage == "ffn_moe_topk":
+            console.print(f"{'':<24} last token: {_choice(experts[figures.layer])}", style="dim")
+
+
+def _choice(row: dict) -> str:
+    if "weights" not in row:
+        return ", ".join(map(str, row["experts"]))
+    return ", ".join(f"{e} ({w:.2f})" for e, w in zip(row["experts"], row["weights"], strict=True))

@@ -1,0 +1,1 @@
+"""The words that every backend shares: runners, stages, sampling, errors."""

@@ -1,0 +1,92 @@
+"""``experts``: which experts a text uses, as a layer-by-expert table and as a picture of it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from qwen3_moe_jax.core.runner import Runner
+
+
+@dataclass(frozen=True)
+class ExpertUsage:
+    """How often every expert of every layer was chosen.
+
+    Attributes:
+      counts: int64 [L, E]; every row sums to tokens times experts per token.
+      tokens: length of the text.
+      experts_per_token: X.
+      model: the model's name.
+      text: the beginning of the text.
+    """
+
+    counts: np.ndarray
+    tokens: int
+    experts_per_token: int
+    model: str = ""
+    text: str = ""
+
+    @property
+    def share(self) -> np.ndarray:
+        """Share of the tokens that chose each expert: float64 [L, E]."""
+        return self.counts / self.tokens
+
+    @property
+    def even_share(self) -> float:
+        """What every share would be if experts were chosen evenly: X / E."""
+        return self.experts_per_token / self.counts.shape[1]
+
+    def balance(self) -> np.ndarray:
+        """Entropy of each layer's choices over that of an even one: float64 [L], 1 is even."""
+        p = self.counts / self.counts.sum(axis=1, keepdims=True)
+        entropy = -np.sum(np.where(p > 0, p * np.log(np.where(p > 0, p, 1)), 0), axis=1)
+        return entropy / np.log(self.counts.shape[1])
+
+    def unused(self) -> np.ndarray:
+        """How many experts of each layer no token chose: int64 [L]."""
+        return (self.counts == 0).sum(axis=1)
+
+    def save_arrays(self, path: str | Path) -> None:
+        """Writes counts and shares to a ``.npz`` file."""
+        np.savez_compressed(
+            path,
+            counts=self.counts,
+            share=self.share,
+            tokens=np.array(self.tokens),
+            experts_per_token=np.array(self.experts_per_token),
+        )
+
+    def save_picture(self, path: str | Path) -> None:
+        """Draws the heatmap as a PNG."""
+        from qwen3_moe_jax.inspection.heatmap import draw_usage
+
+        draw_usage(self).save(path, format="PNG")
+
+
+def expert_usage(
+    runner: Runner, token_ids: Sequence[int], *, model: str = "", text: str = "", window: int | None = None
+) -> ExpertUsage:
+    """Runs a text and counts the experts of every layer.
+
+    Args:
+      runner: a loaded backend.
+      token_ids: the text; longer than the context it is run in windows, each from an empty cache.
+      model: a name for the picture.
+      text: what the text is, for the picture.
+      window: tokens of a window; the backend's context by default.
+
+    Raises:
+      ValueError: no tokens.
+    """
+    ids = np.asarray(token_ids, np.int32)
+    if not ids.size:
+        raise ValueError("the text is empty: give at least one character")
+    config = runner.config
+    counts = np.zeros((config.num_hidden_layers, config.num_experts), np.int64)
+    step = min(window or runner.max_context, runner.max_context)
+    for start in range(0, len(ids), step):
+        chosen = runner.forward(ids[start : start + step]).expert_ids
+        for layer, layer_ids in enumerate(chosen):
+            counts[layer] += np.bincount(layer_ids.reshape(-1), minlength=config.num_experts)
+    return ExpertUsage(counts, len(ids), config.num_experts_per_tok, model, text)

@@ -1,0 +1,112 @@
+"""Interventions and gradients inside the jitted model, for people who study it.
+
+Everything here goes through ``model.Intervention`` and the stages of
+``stages.py``: what is looked at and changed is the model that generates text.
+Needs the jax backend.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qwen3_moe_jax.core.stages import STAGES
+from qwen3_moe_jax.jax_backend.kv_cache import KVCache
+from qwen3_moe_jax.jax_backend.model import Intervention
+from qwen3_moe_jax.jax_backend.runner import JaxRunner
+
+
+def ablate_expert(expert: int, layer: int | None = None) -> Intervention:
+    """No token is sent to this expert: the next most probable one takes its place.
+
+    Args:
+      expert: its id.
+      layer: the layer, or None for every layer.
+    """
+    return Intervention("ffn_moe_logits", partial(_without, experts=(expert,)), layer)
+
+
+def force_experts(experts: Sequence[int], layer: int | None = None) -> Intervention:
+    """Every token is sent to these experts, with the router's own probabilities of them, renormalized.
+
+    Args:
+      experts: as many ids as the model uses a token, or more to choose among.
+      layer: the layer, or None for every layer.
+    """
+    return Intervention("ffn_moe_logits", partial(_only, experts=tuple(experts)), layer)
+
+
+def steer(stage: str, vector: np.ndarray, layer: int | None = None, *, scale: float = 1.0) -> Intervention:
+    """Adds ``scale * vector`` to a stage at every position.
+
+    Args:
+      stage: a name of ``stages.STAGES``.
+      vector: as the stage's last axes.
+      layer: the layer, or None for every layer and for stages outside the layers.
+      scale: how much of it.
+
+    Raises:
+      ValueError: no such stage.
+    """
+    if stage not in STAGES:
+        raise ValueError(f"there is no stage {stage!r}; there are {', '.join(STAGES)}")
+    added = jnp.asarray(vector, jnp.float32) * scale
+    return Intervention(stage, lambda value: value + added.astype(value.dtype), layer)
+
+
+def logit_gradient(
+    runner: JaxRunner,
+    token_ids: Sequence[int],
+    *,
+    token: int,
+    stage: str,
+    layer: int | None = None,
+    position: int = -1,
+) -> tuple[float, np.ndarray]:
+    """A logit and its gradient with respect to an activation, through the packed weights.
+
+    Args:
+      runner: the jax backend.
+      token_ids: the prompt, T tokens.
+      token: the logit's token.
+      stage: the activation, a name of ``stages.STAGES`` with float values.
+      layer: its layer, or None outside the layers.
+      position: of the logit.
+
+    Returns:
+      The logit and its gradient, float32 [T, ...] in the stage's shape.
+
+    Raises:
+      ValueError: the stage does not exist there, or the runner is of another backend.
+    """
+    if not isinstance(runner, JaxRunner):
+        raise ValueError(f'the {runner.name} backend has no gradients: load(backend="jax") has')
+    ids = np.asarray(token_ids, np.int32)
+    captured = runner.forward(ids, capture=(stage,)).stages
+    if (stage, layer) not in captured or captured[stage, layer].dtype != np.float32:
+        raise ValueError(
+            f"there is no float stage {stage!r} at layer {layer}; see qwen3_moe_jax.core.stages.STAGES"
+        )
+    zero = jnp.zeros((1, *captured[stage, layer].shape), jnp.float32)
+    cache = KVCache.create(runner.config, 1, len(ids))
+
+    @jax.jit
+    @jax.value_and_grad
+    def logit(delta: jax.Array, params) -> jax.Array:
+        model = runner.model.clone(interventions=(Intervention(stage, lambda x: x + delta, layer),))
+        output = model.apply({"params": params}, ids[None], cache, jnp.zeros(1, jnp.int32))
+        return model.apply({"params": params}, output.hidden, method="logits")[0, position, token]
+
+    value, gradient = logit(zero, runner.params)
+    return float(value), np.asarray(gradient[0])
+
+
+def _without(logits: jax.Array, experts: tuple[int, ...]) -> jax.Array:
+    return logits.at[..., jnp.asarray(experts)].set(-jnp.inf)
+
+
+def _only(logits: jax.Array, experts: tuple[int, ...]) -> jax.Array:
+    kept = jnp.zeros(logits.shape[-1], bool).at[jnp.asarray(experts)].set(True)
+    return jnp.where(kept, logits, -jnp.inf)

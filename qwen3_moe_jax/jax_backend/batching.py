@@ -1,0 +1,338 @@
+"""Many sequences at once: the host's side of ``generate.DecodeState``.
+
+A ``Batch`` holds a fixed number of slots. A scheduler fills them, calls ``step`` again and
+again, and frees them; which request comes first, and how long it may wait, is the scheduler's
+business.
+"""
+
+from collections import deque
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qwen3_moe_jax.core.errors import BatchFullError, ContextOverflowError
+from qwen3_moe_jax.core.sampling import Sampling
+from qwen3_moe_jax.jax_backend import generate
+from qwen3_moe_jax.jax_backend.generate import (
+    MOST_STEPS,
+    PREFILL_CHUNKS,
+    DecodeState,
+    News,
+    Params,
+    chunk_lengths,
+)
+from qwen3_moe_jax.jax_backend.kv_cache import KVCache
+from qwen3_moe_jax.jax_backend.model import Qwen3Moe
+from qwen3_moe_jax.jax_backend.token_choice import SamplingArrays, is_wide
+
+PREFILL_TOKENS = 2048
+"""Tokens of prompts that a step reads unless asked otherwise: more rows would not use a GPU better."""
+
+STEPS_A_DISPATCH = 8
+"""Tokens a dispatch of ``run_all`` when nobody waits for a slot."""
+
+FinishReason = Literal["stop", "length", "nonfinite"]
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What a step did for one sequence.
+
+    Attributes:
+      slot: its slot.
+      tokens: the new tokens, without a stop token.
+      finish_reason: "stop" (a stop token), "length" (max_tokens or the context), "nonfinite" (its
+        logits were NaN or infinite), or None while it goes on.
+    """
+
+    slot: int
+    tokens: list[int]
+    finish_reason: FinishReason | None
+
+
+@dataclass
+class _Sequence:
+    """What the host knows of a slot's sequence: tokens, at most, those in the cache, how it is sampled
+    (``token_choice.is_wide``), and how it ended."""
+
+    length: int
+    limit: int
+    stop_ids: frozenset[int]
+    is_wide: bool
+    filled: int = 0
+    finish_reason: FinishReason | None = None
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether some of its prompt has to be read before it can be written."""
+        return self.finish_reason is None and self.filled < self.length - 1
+
+    @property
+    def is_ready(self) -> bool:
+        return self.finish_reason is None and not self.is_waiting
+
+
+@dataclass(frozen=True)
+class _Begun:
+    """A step that the device has been asked for: its news, its sequences, and how many tokens of each."""
+
+    news: News
+    sequences: dict[int, _Sequence]
+    tokens: int
+
+
+class Batch:
+    """Slots for sequences that share every forward pass.
+
+    Not thread-safe: one thread at a time may call its methods. Different batches of one model may
+    be used from different threads.
+
+    Attributes:
+      slots: how many.
+      capacity: tokens that a sequence may have, prompt and output.
+    """
+
+    def __init__(self, model: Qwen3Moe, params: Params, cache: KVCache, capacity: int):
+        """Makes empty slots, one for each row of ``cache``, which this batch owns from now on.
+
+        Args:
+          model, params: the network; ``params`` are shared, not copied.
+          cache: ``capacity`` positions and room for the longest of ``generate.PREFILL_CHUNKS``.
+          capacity: tokens that a sequence may have.
+        """
+        self.slots, self.capacity = cache.k.shape[1], capacity
+        self._model, self._params = model, params
+        # bound to its device as every later state, so that one program serves all
+        (self._device,) = cache.k.devices()
+        state = DecodeState.empty(cache, capacity, model.config.vocab_size)
+        self._state = jax.device_put(state, self._device)
+        self._sequences: dict[int, _Sequence] = {}
+        self._begun: _Begun | None = None
+
+    @property
+    def free_slots(self) -> int:
+        """How many sequences could be admitted now."""
+        return self.slots - len(self._sequences)
+
+    @property
+    def waiting(self) -> int:
+        """How many sequences have prompts that are not read to their end."""
+        return sum(sequence.is_waiting for sequence in self._sequences.values())
+
+    @property
+    def is_whole(self) -> bool:
+        """False after a step that failed on the device (out of memory, say) and took the state with it."""
+        return not any(x.is_deleted() for x in jax.tree.leaves(self._state))
+
+    def admit(
+        self,
+        token_ids: Sequence[int],
+        *,
+        sampling: Sampling | None = None,
+        max_tokens: int | None = None,
+        stop_ids: Collection[int] = (),
+    ) -> int:
+        """Takes a prompt into a free slot; the next steps read it and write after it.
+
+        Args:
+          token_ids: the prompt, at least one token.
+          sampling: None is greedy.
+          max_tokens: at most this many new tokens; None fills the capacity.
+          stop_ids: tokens that end the sequence.
+
+        Returns:
+          The slot, the lowest that is free, until ``free`` gives it back.
+
+        Raises:
+          BatchFullError: every slot is taken.
+          ContextOverflowError: the prompt leaves no room for a token.
+          ValueError: an empty prompt, max_tokens below 1, or an id that is not in the vocabulary.
+        """
+        tokens, is_stop = self._checked(token_ids, max_tokens, stop_ids)
+        if not self.free_slots:
+            raise BatchFullError(self.slots)
+        slot = min(set(range(self.slots)) - self._sequences.keys())
+        limit = min(len(token_ids) + (max_tokens or self.capacity), self.capacity)
+        numbers = (jnp.int32(n) for n in (len(token_ids), limit))
+        sampling = sampling or Sampling()
+        settings = SamplingArrays.of([sampling])
+        self._state = generate.admit(self._state, jnp.int32(slot), tokens, *numbers, is_stop, settings)
+        self._sequences[slot] = _Sequence(len(token_ids), limit, frozenset(stop_ids), is_wide(sampling))
+        return slot
+
+    def _checked(
+        self, token_ids: Sequence[int], max_tokens: int | None, stop_ids: Collection[int]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The prompt padded to int32 [S] and the stop tokens as bool [V]."""
+        vocab_size, count = self._model.config.vocab_size, len(token_ids)
+        if not count:
+            raise ValueError("the prompt is empty: it needs at least one token")
+        if max_tokens is not None and max_tokens < 1:
+            raise ValueError(f"max_tokens is {max_tokens}; it must be at least 1")
+        if count >= self.capacity:
+            raise ContextOverflowError(count, self.capacity)
+        tokens, is_stop = np.zeros(self.capacity, np.int32), np.zeros(vocab_size, bool)
+        stops = np.asarray(sorted(stop_ids), np.int64)
+        for ids in (np.asarray(token_ids), stops):
+            outside = ids[(ids < 0) | (ids >= vocab_size)]
+            if outside.size:
+                raise ValueError(f"token id {outside[0]} is not in 0..{vocab_size - 1}")
+        tokens[:count], is_stop[stops] = token_ids, True
+        return tokens, is_stop
+
+    def free(self, slot: int) -> None:
+        """Gives a slot back, at any time: a sequence that has not ended is given up.
+
+        Raises:
+          KeyError: there is no sequence in this slot.
+        """
+        sequence = self._sequences.pop(slot)
+        if sequence.finish_reason == "nonfinite":
+            self._state = generate.clear(self._state, jnp.int32(slot))
+        self._state = generate.release(self._state, jnp.int32(slot))
+
+    def free_all(self) -> None:
+        """Gives every slot back."""
+        for slot in list(self._sequences):
+            self.free(slot)
+
+    def step(self, tokens: int = 1, *, prompt_tokens: int = PREFILL_TOKENS, ahead: int = 0) -> list[Progress]:
+        """Goes on with every sequence that has not ended.
+
+        While prompts are waiting, one forward pass reads a chunk of the oldest ones and writes a
+        token for every sequence that is ready. Otherwise those write ``tokens`` tokens each, in
+        one dispatch.
+
+        Args:
+          tokens: 1 to ``generate.MOST_STEPS``.
+          prompt_tokens: about how much is read in this step, which the sequences that are written
+            wait for; the shortest chunk of one prompt at least.
+          ahead: 0 to ``generate.MOST_STEPS``. If this is not 0 and a GPU's decode kernel runs, the device is
+            asked for the next step, of so many tokens, before this one's results are waited for. The next
+            call gives that step's results; what is admitted meanwhile comes after it.
+
+        Returns:
+          One entry for each sequence that has new tokens or has ended, by slot.
+        """
+        for count, least in ((tokens, 1), (ahead, 0)):
+            if not least <= count <= MOST_STEPS:
+                raise ValueError(f"a step writes {least} to {MOST_STEPS} tokens, not {count}")
+        begun = self._begun or self._begin(tokens, prompt_tokens)
+        self._begun = None
+        if begun is None:
+            return []
+        if ahead and self._model.fused_decode and self._goes_on(begun):
+            self._begun = self._decode(ahead)
+        return self._take(begun)
+
+    def _goes_on(self, begun: _Begun) -> bool:
+        """Whether no prompt is waiting, some sequence has tokens to write after this step, and asking for
+        more does not wait for it: sampling of the whole vocabulary does (``generate.decode``)."""
+        ready = [s for s in self._sequences.values() if s.is_ready]
+        if self.waiting or any(s.is_wide for s in ready):
+            return False
+        return any(s.length + begun.tokens < s.limit for s in ready)
+
+    def _begin(self, tokens: int, prompt_tokens: int) -> _Begun | None:
+        waiting = [slot for slot, sequence in self._sequences.items() if sequence.is_waiting]
+        ready = [slot for slot, sequence in self._sequences.items() if sequence.is_ready]
+        if waiting:
+            return self._read_prompts(waiting, self.slots if ready else 0, prompt_tokens)
+        return self._decode(tokens) if ready else None
+
+    def _decode(self, tokens: int) -> _Begun:
+        ready = [slot for slot, sequence in self._sequences.items() if sequence.is_ready]
+        rows = min(1 << max(ready).bit_length(), self.slots)  # few shapes, each compiled once
+        self._state, news = generate.decode(
+            self._model, self._params, self._state, np.int32(tokens), rows=rows
+        )
+        return _Begun(news, dict(self._sequences), tokens)
+
+    def _read_prompts(self, waiting: list[int], rows: int, most: int) -> _Begun:
+        remaining = {slot: self._sequences[slot].length - self._sequences[slot].filled for slot in waiting}
+        sizes = [size for size in PREFILL_CHUNKS if size <= most] or PREFILL_CHUNKS[:1]
+        chunk = chunk_lengths(remaining[waiting[0]], sizes)[0]
+        together = min(len(waiting), max(1, most // chunk))
+        slots = waiting[: 1 << (together.bit_length() - 1)]  # a power of two: few shapes again
+        self._state, news = generate.prefill(
+            self._model, self._params, self._state, jnp.asarray(slots, jnp.int32), chunk=chunk, rows=rows
+        )
+        for slot in slots:
+            self._sequences[slot].filled += min(chunk, remaining[slot])
+        return _Begun(news, dict(self._sequences), 1)
+
+    def _take(self, begun: _Begun) -> list[Progress]:
+        """Notes what a step has done, and says it."""
+        news = jax.device_get(begun.news)
+        progress = []
+        for slot, sequence in sorted(begun.sequences.items()):
+            if sequence.finish_reason or self._sequences.get(slot) is not sequence:
+                continue  # it ended in the step before, or was given up, when this one had begun
+            added = int(news.length[slot]) - sequence.length
+            if not (added or news.finished[slot]):
+                continue
+            sequence.length += added
+            sequence.filled = sequence.length - 1
+            tokens = news.tokens[slot, :added].tolist()
+            if news.nonfinite[slot]:
+                sequence.finish_reason = "nonfinite"
+            elif news.finished[slot]:
+                is_stopped = tokens[-1] in sequence.stop_ids
+                sequence.finish_reason = "stop" if is_stopped else "length"
+                tokens = tokens[:-1] if is_stopped else tokens
+            progress.append(Progress(slot, tokens, sequence.finish_reason))
+        return progress
+
+
+@dataclass(frozen=True)
+class Request:
+    """What ``Batch.admit`` is asked for."""
+
+    token_ids: Sequence[int]
+    sampling: Sampling = field(default_factory=Sampling)
+    max_tokens: int | None = None
+    stop_ids: Collection[int] = ()
+
+
+@dataclass
+class Generated:
+    """What was written after one prompt: tokens, without a stop token, and why it ended."""
+
+    tokens: list[int] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+
+
+IsOver = Callable[[int, list[int]], bool]
+"""Told a request's number and its new tokens; True ends it, as a stop token would."""
+
+
+def run_all(batch: Batch, requests: Sequence[Request], is_over: IsOver | None = None) -> list[Generated]:
+    """Runs every request, in their order as slots get free.
+
+    Raises:
+      ContextOverflowError, ValueError: a request that ``Batch.admit`` does not take.
+    """
+    waiting, running = deque(enumerate(requests)), {}
+    results = [Generated() for _ in requests]
+    tokens = 1
+    while waiting or running:
+        while waiting and batch.free_slots:
+            number, r = waiting.popleft()
+            slot = batch.admit(r.token_ids, sampling=r.sampling, max_tokens=r.max_tokens, stop_ids=r.stop_ids)
+            running[slot] = number
+        for progress in batch.step(tokens, ahead=0 if waiting else STEPS_A_DISPATCH):
+            number = running[progress.slot]
+            result = results[number]
+            result.tokens += progress.tokens
+            result.finish_reason = progress.finish_reason
+            if is_over is not None and is_over(number, progress.tokens):
+                result.finish_reason = "stop"
+            if result.finish_reason:
+                batch.free(progress.slot)
+                del running[progress.slot]
+        tokens = 1 if waiting else STEPS_A_DISPATCH
+    return results

@@ -1,0 +1,420 @@
+"""Generation as jitted programs on one state: prompts in chunks, and tokens in a loop on the device.
+
+``DecodeState`` has a number of slots, each with a sequence of its own length, sampling
+and end. ``decode`` writes a few tokens for all that are ready; ``prefill`` reads a chunk of
+some prompts and may write one token for the others in the same forward pass. Everything that
+changes is in the state, whose buffers are donated from call to call: no setting of a sequence
+compiles anything. ``batching.Batch`` is the host's side.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from qwen3_moe_jax.core.sampling import Sampling
+from qwen3_moe_jax.jax_backend.kv_cache import KVCache, Span
+from qwen3_moe_jax.jax_backend.model import Qwen3Moe
+from qwen3_moe_jax.jax_backend.token_choice import (
+    GREEDY,
+    NARROW,
+    WIDE,
+    SamplingArrays,
+    choose_tokens,
+    work_of,
+)
+
+Params = dict[str, Any]
+"""Flax's parameter tree, its leaves packed tensors and norm weights."""
+
+COMPILER_OPTIONS = {"xla_cpu_prefer_vector_width": 512}
+"""One instruction for sixteen rows of weights on CPUs that have it; other platforms ignore it."""
+
+PREFILL_CHUNKS = (16, 128, 512)
+"""Lengths of a prefill chunk: a prompt is cut into these, so only these shapes are compiled."""
+
+MOST_STEPS = 32
+"""Tokens of a sequence that one dispatch writes at most."""
+
+LAUNCHES = (2, 8, 32)
+"""How often a dispatch launches the GPU's decode kernel: the fewest that do, up to MOST_STEPS. A loop of a
+fixed number asks nothing of the host, and a kernel that has nothing to do ends at once. A loop of one would
+be no loop to XLA, which then copies the cache."""
+
+
+@struct.dataclass
+class DecodeState:
+    """B slots, each empty or with a sequence that is read or written.
+
+    A sequence of n tokens is ready to be written when its first n - 1 are in the cache; the
+    last one is the next step's input. What a step computes for a slot that is not ready (empty,
+    finished, still reading its prompt) goes to the cache at position ``filled``, where whatever
+    comes next overwrites it before it is seen.
+
+    Attributes:
+      cache: keys and values, S positions and room for one more chunk.
+      tokens: int32 [B, S], prompt and output.
+      length: int32 [B], tokens of each sequence.
+      filled: int32 [B], how many of them are in the cache.
+      limit: int32 [B], the length at which a sequence ends; at most S.
+      finished: bool [B], ended (a stop token stays in ``tokens``), or the slot is empty.
+      nonfinite: bool [B], its logits were NaN or infinite; such a sequence is finished.
+      in_prompt: bool [B, V], tokens of the prompt.
+      in_output: bool [B, V], tokens written since.
+      is_stop: bool [B, V], tokens that end the sequence.
+      sampling: of each sequence.
+    """
+
+    cache: KVCache
+    tokens: jax.Array
+    length: jax.Array
+    filled: jax.Array
+    limit: jax.Array
+    finished: jax.Array
+    nonfinite: jax.Array
+    in_prompt: jax.Array
+    in_output: jax.Array
+    is_stop: jax.Array
+    sampling: SamplingArrays
+
+    @classmethod
+    def empty(cls, cache: KVCache, capacity: int, vocab_size: int) -> "DecodeState":
+        """A slot without a sequence for each row of the cache; ``capacity`` is S."""
+        batch = cache.k.shape[1]
+        # every field a buffer of its own: each is donated
+        counts = [jnp.zeros((batch,), jnp.int32) for _ in range(3)]
+        masks = [jnp.zeros((batch, vocab_size), bool) for _ in range(3)]
+        return cls(
+            cache=cache,
+            tokens=jnp.zeros((batch, capacity), jnp.int32),
+            length=counts[0],
+            filled=counts[1],
+            limit=counts[2],
+            finished=jnp.ones((batch,), bool),
+            nonfinite=jnp.zeros((batch,), bool),
+            in_prompt=masks[0],
+            in_output=masks[1],
+            is_stop=masks[2],
+            sampling=SamplingArrays.of([Sampling()] * batch),
+        )
+
+    @property
+    def capacity(self) -> int:
+        """Tokens S that a sequence may have."""
+        return self.tokens.shape[1]
+
+    @property
+    def ready(self) -> jax.Array:
+        """bool [B], whether a slot's next step writes a token."""
+        return ~self.finished & (self.filled == self.length - 1)
+
+
+@struct.dataclass
+class News:
+    """What the host wants to know after a step.
+
+    Attributes:
+      tokens: int32 [B, n], the tokens from the length before the step on.
+      length: int32 [B], tokens of each sequence now.
+      finished, nonfinite: bool [B].
+    """
+
+    tokens: jax.Array
+    length: jax.Array
+    finished: jax.Array
+    nonfinite: jax.Array
+
+    @classmethod
+    def of(cls, state: DecodeState, before: jax.Array, most: int) -> "News":
+        """``before``: the lengths int32 [B] that ``most`` tokens may have been added to."""
+        columns = jnp.minimum(before[:, None] + jnp.arange(most), state.capacity - 1)
+        tokens = jnp.take_along_axis(state.tokens, columns, axis=1)
+        return cls(tokens, state.length, state.finished, state.nonfinite)
+
+
+def chunk_lengths(num_tokens: int, sizes: Sequence[int] = PREFILL_CHUNKS) -> list[int]:
+    """Chunks that cover a prompt: the longest while they fit, then the shortest that holds the rest."""
+    lengths, largest = [], max(sizes)
+    while num_tokens > 0:
+        lengths.append(largest if num_tokens >= largest else min(c for c in sizes if c >= num_tokens))
+        num_tokens -= lengths[-1]
+    return lengths
+
+
+@partial(jax.jit, donate_argnames="state")
+def admit(
+    state: DecodeState,
+    slot: jax.Array,
+    tokens: jax.Array,
+    length: jax.Array,
+    limit: jax.Array,
+    is_stop: jax.Array,
+    sampling: SamplingArrays,
+) -> DecodeState:
+    """Puts a sequence into a slot.
+
+    Args:
+      slot: int32 scalar.
+      tokens: int32 [S], the prompt's ``length`` tokens and anything after them.
+      length: int32 scalar, at least 1.
+      limit: int32 scalar, above ``length`` and at most S.
+      is_stop: bool [V].
+      sampling: of one sequence, [1].
+    """
+    real = jnp.arange(state.capacity) < length
+    zero, no = jnp.int32(0), jnp.zeros_like(is_stop)
+    row = {
+        "tokens": tokens,
+        "length": length,
+        "filled": zero,
+        "limit": limit,
+        "finished": False,
+        "nonfinite": False,
+        "in_prompt": no.at[tokens].max(real),
+        "in_output": no,
+        "is_stop": is_stop,
+    }
+    changed = {name: getattr(state, name).at[slot].set(value) for name, value in row.items()}
+    settings = jax.tree.map(lambda all_, one: all_.at[slot].set(one[0]), state.sampling, sampling)
+    return state.replace(**changed, sampling=settings)
+
+
+@partial(jax.jit, donate_argnames="state")
+def release(state: DecodeState, slot: jax.Array) -> DecodeState:
+    """Empties a slot, whatever its sequence was at."""
+    settings = jax.tree.map(lambda all_: all_.at[slot].set(0), state.sampling)  # temperature 0: greedy
+    return state.replace(
+        length=state.length.at[slot].set(0),
+        filled=state.filled.at[slot].set(0),
+        finished=state.finished.at[slot].set(True),
+        nonfinite=state.nonfinite.at[slot].set(False),
+        sampling=settings.replace(repetition_penalty=settings.repetition_penalty.at[slot].set(1)),
+    )
+
+
+@partial(jax.jit, donate_argnames="state")
+def clear(state: DecodeState, slot: jax.Array) -> DecodeState:
+    """Zeros in a slot's cache, which a sequence with NaN leaves behind."""
+    return state.replace(cache=state.cache.cleared(slot))
+
+
+def append_tokens(state: DecodeState, rows: jax.Array, logits: jax.Array, writes: jax.Array) -> DecodeState:
+    """Chooses the next token of some slots and writes it down.
+
+    Args:
+      rows: int32 [W], slots; one that is named twice may write once.
+      logits: float32 [W, V].
+      writes: bool [W], whether this row is meant.
+    """
+    sampling = jax.tree.map(lambda x: x[rows], state.sampling)
+    length = state.length[rows]
+    masks = lambda: (state.in_prompt[rows], state.in_output[rows])
+    token, finite = choose_tokens(logits, sampling, length, masks)
+    bad = writes & ~finite
+    writes = writes & ~bad
+    where = jnp.where(writes, length, state.capacity)  # an index past the end is dropped
+    ends = state.is_stop[rows, token] | (length + 1 >= state.limit[rows])
+    return state.replace(
+        tokens=state.tokens.at[rows, where].set(token, mode="drop"),
+        length=state.length.at[rows].add(writes),
+        finished=state.finished.at[rows].max(bad | (writes & ends)),
+        nonfinite=state.nonfinite.at[rows].max(bad),
+        in_output=state.in_output.at[rows, token].max(writes),
+    )
+
+
+def last_tokens(state: DecodeState, rows: int) -> jax.Array:
+    """int32 [rows, 1], what the first slots decode: their tokens at position ``filled``."""
+    return jnp.take_along_axis(state.tokens[:rows], state.filled[:rows, None], axis=1)
+
+
+@struct.dataclass
+class _Writing:
+    """What changes from token to token while B sequences are written; little, for a GPU launches a kernel
+    for nearly each of these.
+
+    Attributes:
+      cache: keys and values.
+      in_output: bool [slots, V], as in DecodeState.
+      step: int32, tokens since the dispatch began.
+      written: int32 [MOST_STEPS, B], the first ``count[b]`` of them are sequence b's.
+      last: int32 [B], the next inputs.
+      count: int32 [B].
+      goes: bool [B], whether the next step writes a token.
+      finished, nonfinite: bool [B], ended in this dispatch, and so because of its logits.
+    """
+
+    cache: KVCache
+    in_output: jax.Array
+    step: jax.Array
+    written: jax.Array
+    last: jax.Array
+    count: jax.Array
+    goes: jax.Array
+    finished: jax.Array
+    nonfinite: jax.Array
+
+
+@partial(jax.jit, static_argnames="model")
+def _decode_logits(
+    model: Qwen3Moe, params: Params, tokens: jax.Array, start: jax.Array, goes: jax.Array, cache: KVCache
+) -> tuple[jax.Array, KVCache]:
+    """Logits float32 [B, V] after one token of each sequence, int32 [B] at position ``start`` [B].
+
+    A jitted function of its own, so that a program that calls it in several loops has one GPU kernel.
+    """
+    if len(tokens) <= model.fused_decode:
+        from qwen3_moe_jax.jax_backend import gpu_decode  # needs a JAX that has Mosaic GPU
+
+        out = gpu_decode.decode_step(params, model.config, model.types, tokens, start, cache, goes=goes)
+        return out.logits, KVCache(*out.cache)
+    variables = {"params": params}
+    output = model.apply(variables, tokens[:, None], cache, start)
+    return model.apply(variables, output.hidden[:, -1], method="logits"), output.cache
+
+
+def _write_tokens(
+    model: Qwen3Moe,
+    params: Params,
+    state: DecodeState,
+    steps: jax.Array,
+    now: _Writing,
+    work: int | None = None,
+    launches: int | None = None,
+) -> _Writing:
+    """The loop of ``decode``: every setting is ``state``'s, which it does not change.
+
+    Args:
+      work: of ``choose_tokens``.
+      launches: runs the step so often, at least ``steps`` times; None: until there is nothing to write.
+    """
+    rows = len(now.last)
+    slots = jnp.arange(rows)
+    start, length, limit = state.filled[:rows], state.length[:rows], state.limit[:rows]
+    sampling = jax.tree.map(lambda x: x[:rows], state.sampling)
+
+    def step(now: _Writing) -> _Writing:
+        logits, cache = _decode_logits(model, params, now.last, start + now.count, now.goes, now.cache)
+        masks = lambda: (state.in_prompt[:rows], now.in_output[:rows])
+        token, finite = choose_tokens(logits, sampling, length + now.count, masks, work)
+        writes, bad = now.goes & finite, now.goes & ~finite
+        stops = state.is_stop.at[slots, token].get(mode="promise_in_bounds")
+        ends = stops | (length + now.count + 1 >= limit)
+        in_output = now.in_output if work == GREEDY else now.in_output.at[slots, token].max(writes)
+        return _Writing(
+            cache=cache,
+            in_output=in_output,
+            step=now.step + 1,
+            written=jnp.where(jnp.arange(MOST_STEPS)[:, None] == now.step, token, now.written),
+            last=token,
+            count=now.count + writes,
+            goes=writes & ~ends & (now.step + 1 < steps),
+            finished=now.finished | bad | (writes & ends),
+            nonfinite=now.nonfinite | bad,
+        )
+
+    if launches is not None:
+        return jax.lax.fori_loop(0, launches, lambda _, now: step(now), now)
+    return jax.lax.while_loop(lambda now: jnp.any(now.goes), step, now)
+
+
+@partial(
+    jax.jit, static_argnames=("model", "rows"), donate_argnames="state", compiler_options=COMPILER_OPTIONS
+)
+def decode(
+    model: Qwen3Moe, params: Params, state: DecodeState, steps: jax.Array, *, rows: int
+) -> tuple[DecodeState, News]:
+    """Writes ``steps`` tokens, at most MOST_STEPS, for the sequences that are ready, less where they end.
+
+    Args:
+      steps: int32 scalar.
+      rows: only the first ``rows`` slots take part; all that are ready must be among them.
+    """
+    before, slots = state.length, jnp.arange(rows)
+    no = lambda: jnp.zeros((rows,), bool)
+    now = _Writing(
+        cache=state.cache,
+        in_output=state.in_output,
+        step=jnp.int32(0),
+        written=jnp.zeros((MOST_STEPS, rows), jnp.int32),
+        last=last_tokens(state, rows)[:, 0],
+        count=jnp.zeros((rows,), jnp.int32),
+        goes=state.ready[:rows] & (steps > 0),
+        finished=no(),
+        nonfinite=no(),
+    )
+    write = partial(_write_tokens, model, params, state, steps)
+    if rows <= model.fused_decode:
+        # Loops without a branch or a condition, at which a GPU waits for the host at each token, for
+        # all but the sampling that takes long itself. All call one compiled kernel.
+        ways = [partial(write, work=work, launches=n) for work in (GREEDY, NARROW) for n in LAUNCHES]
+        work = work_of(jax.tree.map(lambda x: x[:rows], state.sampling))
+        size = jnp.sum(steps > jnp.asarray(LAUNCHES[:-1]))
+        way = jnp.where(work == WIDE, len(ways), work * len(LAUNCHES) + size)
+        now = jax.lax.switch(way, [*ways, partial(write, work=WIDE)], now)
+    else:
+        now = write(now)
+
+    order = jnp.arange(MOST_STEPS)
+    real = order < now.count[:, None]
+    where = jnp.where(real, before[:rows, None] + order, state.capacity)  # an index past the end is dropped
+    state = state.replace(
+        cache=now.cache,
+        tokens=state.tokens.at[slots[:, None], where].set(now.written.T, mode="drop"),
+        length=state.length.at[:rows].add(now.count),
+        filled=state.filled.at[:rows].add(now.count + now.nonfinite),
+        finished=state.finished.at[:rows].max(now.finished),
+        nonfinite=state.nonfinite.at[:rows].max(now.nonfinite),
+        in_output=now.in_output.at[slots[:, None], now.written.T].max(real),
+    )
+    return state, News.of(state, before, MOST_STEPS)
+
+
+@partial(
+    jax.jit,
+    static_argnames=("model", "chunk", "rows"),
+    donate_argnames="state",
+    compiler_options=COMPILER_OPTIONS,
+)
+def prefill(
+    model: Qwen3Moe, params: Params, state: DecodeState, slots: jax.Array, *, chunk: int, rows: int
+) -> tuple[DecodeState, News]:
+    """Reads a chunk of some prompts; a prompt's last token gives its first new one.
+
+    Args:
+      slots: int32 [P], different slots that are not ready. What their prompts lack of a whole
+        chunk is padding: what it writes to the cache is overwritten before it is ever seen.
+      chunk: one of PREFILL_CHUNKS.
+      rows: the first ``rows`` slots also decode in the same forward pass, those that are ready;
+        0 for none.
+    """
+    before = state.length
+    start, length = state.filled[slots], state.length[slots]
+    columns = jnp.minimum(start[:, None] + jnp.arange(chunk), state.capacity - 1)
+    token_ids, spans = state.tokens[slots[:, None], columns], [Span(start, chunk, slots)]
+    ready = state.ready[:rows]
+    if rows:
+        # the decoded rows come first: where one is not ready, the chunk overwrites what it leaves
+        spans.insert(0, Span(state.filled[:rows], 1))
+        token_ids = jnp.concatenate([last_tokens(state, rows)[:, 0], token_ids.reshape(-1)])[None]
+    variables = {"params": params}
+    output = model.apply(variables, token_ids, state.cache, spans)
+
+    ends_here = length <= start + chunk
+    filled = state.filled.at[slots].set(jnp.minimum(start + chunk, length)).at[:rows].add(ready)
+    state = state.replace(cache=output.cache, filled=filled)
+    hidden = output.hidden.reshape(-1, output.hidden.shape[-1])
+    of_prompts = hidden[rows:].reshape(len(slots), chunk, -1)
+    last = jnp.clip(length - 1 - start, 0, chunk - 1)
+    hidden = jnp.concatenate([hidden[:rows], of_prompts[jnp.arange(len(slots)), last]])
+    writes = jnp.concatenate([ready, ends_here])
+
+    def write(state: DecodeState) -> DecodeState:
+        logits = model.apply(variables, hidden, method="logits")
+        return append_tokens(state, jnp.concatenate([jnp.arange(rows), slots]), logits, writes)
+
+    state = jax.lax.cond(jnp.any(writes), write, lambda state: state, state)
+    return state, News.of(state, before, 1)

@@ -1,0 +1,135 @@
+"""The KV cache: a pytree of fixed shape, written in place when its buffers are donated.
+
+A cache has one row of S positions for each sequence; ``Span`` says which rows and
+positions the tokens of a batch belong to.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from qwen3_moe_jax.convert.config import Qwen3MoeConfig
+
+MOST_SLICES = 8
+"""Sequences that are written one by one; a scatter for more. XLA's CPU runs a scatter row by row,
+and a GPU launches a kernel for each slice."""
+
+
+@struct.dataclass
+class KVCache:
+    """Keys and values of every layer.
+
+    Attributes:
+      k: [L, B, S, K, H], keys after their norm and RoPE; float, or int8 with scales.
+      v: [L, B, S, K, H].
+      k_scale, v_scale: float32 [L, B, S, K], what each int8 vector of H is multiplied by; or None.
+    """
+
+    k: jax.Array
+    v: jax.Array
+    k_scale: jax.Array | None = None
+    v_scale: jax.Array | None = None
+
+    @classmethod
+    def create(
+        cls,
+        config: Qwen3MoeConfig,
+        batch: int,
+        length: int,
+        dtype: Any = jnp.float32,
+        device: jax.Device | None = None,
+    ) -> "KVCache":
+        """An empty cache of ``length`` positions for ``batch`` sequences.
+
+        With the weights' ``device`` it is bound to that device as every later cache is, so that the first
+        chunk of a prompt shares a compiled program with the others.
+        """
+        c = config
+        shape = (c.num_hidden_layers, batch, length, c.num_key_value_heads, c.head_dim)
+        values = [jnp.zeros(shape, dtype, device=device) for _ in "kv"]
+        if dtype != jnp.int8:
+            return cls(*values)
+        return cls(*values, *(jnp.zeros(shape[:-1], jnp.float32, device=device) for _ in "kv"))
+
+    @property
+    def length(self) -> int:
+        """Positions S that the cache holds."""
+        return self.k.shape[2]
+
+    @property
+    def scales(self) -> tuple[jax.Array, jax.Array] | None:
+        """Scales of keys and values, or None where the cache holds floats."""
+        return None if self.k_scale is None else (self.k_scale, self.v_scale)
+
+    def cleared(self, row: jax.Array) -> "KVCache":
+        """The cache with zeros in one sequence's row: NaN there would outlive its sequence."""
+
+        def clear(stack: jax.Array) -> jax.Array:
+            zeros = jnp.zeros((stack.shape[0], 1, *stack.shape[2:]), stack.dtype)
+            return jax.lax.dynamic_update_slice(stack, zeros, (0, row, *(0 for _ in stack.shape[2:])))
+
+        return jax.tree.map(clear, self)
+
+
+@struct.dataclass
+class Span:
+    """Consecutive tokens of some sequences, T of each: rows of a batch, sequence after sequence.
+
+    Attributes:
+      start: int32 [B], the position of each sequence's first token.
+      length: T; static.
+      slots: int32 [B], the cache's row of each sequence; None is row b for sequence b.
+    """
+
+    start: jax.Array
+    length: int = struct.field(pytree_node=False)
+    slots: jax.Array | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(B, T)."""
+        return len(self.start), self.length
+
+    @property
+    def positions(self) -> jax.Array:
+        """int32 [B, T]."""
+        return self.start[:, None] + jnp.arange(self.length, dtype=self.start.dtype)
+
+
+def write_positions(cache: KVCache, k: jax.Array, v: jax.Array, span: Span, layer: jax.Array) -> KVCache:
+    """Writes k and v [B, T, K, H] of one layer at the span's places.
+
+    The caller keeps ``start + T <= S``: XLA would move a write that does not fit.
+    """
+    if cache.scales is None:
+        return cache.replace(k=_write(cache.k, k, span, layer), v=_write(cache.v, v, span, layer))
+    values = dict(zip(("k", "k_scale", "v", "v_scale"), (*_to_int8(k), *_to_int8(v)), strict=True))
+    return cache.replace(**{n: _write(getattr(cache, n), x, span, layer) for n, x in values.items()})
+
+
+def _to_int8(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Each vector as int8 [..., H] and float32 [...]. What is not finite leaves a scale that is not."""
+    scale = jnp.max(jnp.abs(x), axis=-1) / 127
+    values = jnp.round(x / jnp.where(scale == 0, 1.0, scale)[..., None])
+    return values.astype(jnp.int8), scale
+
+
+def _write(stack: jax.Array, new: jax.Array, span: Span, layer: jax.Array) -> jax.Array:
+    """One stack [L, B, S, ...] with ``new`` [B, T, ...] at the span's places."""
+    new, batch = new.astype(stack.dtype), len(new)
+    if batch <= MOST_SLICES:
+        for b in range(batch):
+            row = b if span.slots is None else span.slots[b]
+            corner = (layer, row, span.start[b], *(0 for _ in stack.shape[3:]))
+            stack = jax.lax.dynamic_update_slice(stack, new[None, b : b + 1], corner)
+        return stack
+    rows = jnp.arange(batch, dtype=span.start.dtype) if span.slots is None else span.slots
+    corners = jnp.stack([jnp.broadcast_to(layer, rows.shape), rows, span.start], axis=1)
+    numbers = jax.lax.ScatterDimensionNumbers(
+        update_window_dims=tuple(range(1, new.ndim)),
+        inserted_window_dims=(0, 1),
+        scatter_dims_to_operand_dims=(0, 1, 2),
+    )
+    return jax.lax.scatter(stack, corners, new, numbers, mode=jax.lax.GatherScatterMode.CLIP)

@@ -1,0 +1,450 @@
+"""Qwen3-MoE as a Flax model on packed weights: the definition of the network.
+
+Every matrix is a ``PackedTensor`` parameter of its own quantization type, and
+the operations on it are ``kernels_pallas``'. Parameters have Hugging Face's
+names. Norms, router and softmax are float32 whatever the compute dtype.
+
+The layers are one loop over stacked weights (``stacks.py``): a program holds
+the code of one layer, however many there are, and reads a layer's weights from
+the stacks without a copy. Where a tensor's type differs from layer to layer
+(``v_proj`` and ``down_proj`` of a Q4_K_M file), its operation alone is a switch.
+
+``stage`` names the values that ``qwen3-moe trace`` shows: it sows those that
+are asked for, and it is where an intervention changes them.
+
+Equations: Qwen3 technical report (arXiv 2505.09388); Transformers'
+``modeling_qwen3_moe.py``.
+"""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from flax.core import FrozenDict
+
+import qwen3_moe_jax.kernels_pallas as ops
+from qwen3_moe_jax.convert.config import Qwen3MoeConfig
+from qwen3_moe_jax.convert.ggml_types import GGMLType
+from qwen3_moe_jax.convert.packed import ARRAY_FORMATS, PackedTensor, array_shapes
+from qwen3_moe_jax.convert.tensor_names import tensor_specs
+from qwen3_moe_jax.jax_backend.kv_cache import KVCache, Span, write_positions
+from qwen3_moe_jax.jax_backend.stacks import Place, Roles, Types, split_path, stack_layers
+from qwen3_moe_jax.kernels_pallas.decode_layers import api as decode_layers
+from qwen3_moe_jax.kernels_pallas.decode_layers.weights import LayerWeights, OfLayers
+
+STAGES_COLLECTION = "stages"
+"""Flax collection that receives stages when it is mutable; those of layers have L as their first axis."""
+
+OUTSIDE_LAYERS = frozenset({"inp_embd", "result_norm", "result_output"})
+"""Stages that no layer has."""
+
+INSIDE_EXPERTS = frozenset({"ffn_moe_gate", "ffn_moe_up", "ffn_moe_swiglu", "ffn_moe_down"})
+"""Stages between the fused operations of the sparse layer: to see them is to run it unfused."""
+
+
+@dataclass(frozen=True)
+class Intervention:
+    """A change of one stage's value inside the jitted model.
+
+    Attributes:
+      stage: name of the stage.
+      change: maps the stage's value to another of the same shape; axes as in
+        ``stages.STAGES`` with B before T.
+      layer: the layer, or None for every layer and for stages outside the layers.
+    """
+
+    stage: str
+    change: Callable[[jax.Array], jax.Array]
+    layer: int | None = None
+
+
+@struct.dataclass
+class Output:
+    """Result of the decoder layers.
+
+    Attributes:
+      hidden: float32 [B, T, D], after the last layer and before the final norm.
+      cache: the cache with T more positions.
+      expert_ids: int32 [L, B, T, X].
+    """
+
+    hidden: jax.Array
+    cache: KVCache
+    expert_ids: jax.Array
+
+
+def zero_params(config: Qwen3MoeConfig, types: Types, roles: Roles) -> dict[str, Any]:
+    """The parameter tree with zeros in layout "rows": vectors float32, everything else packed.
+
+    Keys: ``stacks`` (by name, ``stacks.stack_layers``) and the paths of the tensors outside the layers.
+    """
+    _, shapes = stack_layers(config, types, roles)
+    params: dict[str, Any] = {
+        "stacks": {name: _zeros((s.rows, s.columns), s.type) for name, s in shapes.items()}
+    }
+    for spec in tensor_specs(config):
+        if split_path(spec.path)[0] is None:
+            params[spec.path] = _zeros(spec.shape, types[spec.path] if len(spec.shape) > 1 else None)
+    return params
+
+
+def _zeros(shape: tuple[int, ...], ggml_type: GGMLType | None) -> PackedTensor | jax.Array:
+    if ggml_type is None:
+        return jnp.zeros(shape, jnp.float32)
+    formats = ARRAY_FORMATS[ggml_type]
+    shapes = array_shapes(ggml_type, shape)
+    return PackedTensor({n: jnp.zeros(s, formats[n].dtype) for n, s in shapes.items()}, ggml_type)
+
+
+# The network
+
+
+class _Part(nn.Module):
+    """What every part of the network needs.
+
+    Attributes:
+      config: hyper-parameters.
+      compute_dtype: operands of the matrix products; accumulation is float32.
+      interventions: changes of stages, in the order in which they are applied.
+      capture: stages to sow; those inside the fused operations make them unfused.
+    """
+
+    config: Qwen3MoeConfig
+    compute_dtype: Any = jnp.float32
+    interventions: tuple[Intervention, ...] = ()
+    capture: frozenset[str] = frozenset()
+
+    def part(self, cls: type["_Part"]) -> "_Part":
+        """A sub-part with the same settings."""
+        return cls(self.config, self.compute_dtype, self.interventions, self.capture)
+
+    def weight(self, name: str) -> Any:
+        """This part's parameter: an ``ops.OneOf`` or a packed tensor, or float32 norm weights."""
+        return self.get_variable("params", name)
+
+    def stage(self, name: str, value: jax.Array, layer: jax.Array | None = None) -> jax.Array:
+        """Names a value of the forward pass: applies interventions, then shows it to a trace."""
+        for intervention in self.interventions:
+            if intervention.stage == name:
+                changed = intervention.change(value)
+                everywhere = layer is None or intervention.layer is None
+                value = changed if everywhere else jnp.where(layer == intervention.layer, changed, value)
+        if name in self.capture:
+            self.sow(STAGES_COLLECTION, name, value, reduce_fn=lambda _, new: new, init_fn=lambda: None)
+        return value
+
+    def matmul(self, x: jax.Array, name: str, dtype: Any = None) -> jax.Array:
+        """x [B, T, K] times the transpose of the weight of this name [N, K]: float32 [B, T, N]."""
+        flat = x.reshape(-1, x.shape[-1])
+        out = ops.quantized_matmul(flat, self.weight(name), compute_dtype=dtype or self.compute_dtype)
+        return out.reshape(*x.shape[:-1], -1)
+
+    def norm(self, x: jax.Array, name: str) -> jax.Array:
+        """RMS norm of the last axis with the weight of this name."""
+        return ops.rms_norm(x, self.weight(name), self.config.rms_norm_eps)
+
+
+class Attention(_Part):
+    """Grouped-query attention with normed queries and keys, over the KV cache."""
+
+    def __call__(
+        self,
+        x: jax.Array,
+        cache: KVCache,
+        spans: Sequence[Span],
+        rope: tuple[jax.Array, jax.Array],
+        layer: jax.Array,
+    ) -> tuple[jax.Array, KVCache]:
+        """x [B, T, D], whose rows the spans place, and rope's cos and sin [B, T, H / 2] of these places."""
+        heads = (*x.shape[:2], -1, self.config.head_dim)
+        q = self.stage("Qcur", self.matmul(x, "q_proj").reshape(heads), layer)
+        k = self.stage("Kcur", self.matmul(x, "k_proj").reshape(heads), layer)
+        v = self.stage("Vcur", self.matmul(x, "v_proj").reshape(heads), layer)
+        q = self.stage("Qcur_normed", self.norm(q, "q_norm"), layer)
+        k = self.stage("Kcur_normed", self.norm(k, "k_norm"), layer)
+        q = self.stage("Qcur_rope", ops.rope(q, *rope), layer)
+        k = self.stage("Kcur_rope", ops.rope(k, *rope), layer)
+
+        for span, key, value in zip(spans, _parts(k, spans), _parts(v, spans), strict=True):
+            cache = write_positions(cache, key, value, span, layer)
+        parts = [
+            ops.attention(
+                part, cache.k, cache.v, span.positions, layer=layer, slots=span.slots, scales=cache.scales
+            )
+            for span, part in zip(spans, _parts(q, spans), strict=True)
+        ]
+        out = self.stage("kqv_out", _joined(parts, x.shape[:2]), layer)
+        return self.stage("attn_out", self.matmul(out.reshape(*x.shape[:2], -1), "o_proj"), layer), cache
+
+
+class Experts(_Part):
+    """The experts' feed-forward networks."""
+
+    def __call__(
+        self, x: jax.Array, expert_ids: jax.Array, weights: jax.Array, layer: jax.Array
+    ) -> jax.Array:
+        """x [B, T, D], expert_ids and weights [B, T, X]: the experts' weighted sum [B, T, D]."""
+        weights_of = [self.weight(name) for name in ("gate_proj", "up_proj", "down_proj")]
+        ids = expert_ids.reshape(-1, expert_ids.shape[-1])
+        flat, flat_weights = x.reshape(-1, x.shape[-1]), weights.reshape(ids.shape)
+        if self._is_observed_inside():
+            return self._unfused(flat, weights_of, ids, flat_weights, layer, x.shape)
+        out = ops.moe_mlp(flat, *weights_of, ids, flat_weights, compute_dtype=self.compute_dtype)
+        return out.reshape(x.shape)
+
+    def _is_observed_inside(self) -> bool:
+        return bool((self.capture | {i.stage for i in self.interventions}) & INSIDE_EXPERTS)
+
+    def _unfused(self, x, weights_of, ids, weights, layer: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+        """As ``moe_mlp``, one operation after the other, each result a stage [B, T, X, ...]."""
+
+        def project(value: jax.Array, weight: ops.OneOf) -> jax.Array:
+            return ops.expert_matmul(value, weight, ids, compute_dtype=self.compute_dtype)
+
+        def stage(name: str, value: jax.Array) -> jax.Array:
+            return self.stage(name, value.reshape(*shape[:2], *value.shape[1:]), layer).reshape(value.shape)
+
+        gate = stage("ffn_moe_gate", project(x, weights_of[0]))
+        up = stage("ffn_moe_up", project(x, weights_of[1]))
+        act = stage("ffn_moe_swiglu", jax.nn.silu(gate) * up)
+        down = stage("ffn_moe_down", project(act, weights_of[2]))
+        out = jnp.zeros_like(down[:, 0])
+        for choice in range(ids.shape[1]):  # the order of the sum is part of the definition
+            out = out + down[:, choice] * weights[:, choice, None]
+        return out.reshape(shape)
+
+
+class SparseMoeBlock(_Part):
+    """Router and experts: every layer of the model is sparse, there is no dense FFN."""
+
+    def setup(self) -> None:
+        self.experts = self.part(Experts)
+
+    def __call__(
+        self, x: jax.Array, forced_ids: jax.Array | None, layer: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """x [B, T, D], forced_ids [B, T, X] or None: the output [B, T, D] and the experts [B, T, X]."""
+        logits = self.stage("ffn_moe_logits", self.matmul(x, "router", jnp.float32), layer)
+        routing = ops.choose_experts(
+            logits.reshape(-1, logits.shape[-1]),
+            self.config.num_experts_per_tok,
+            None if forced_ids is None else forced_ids.reshape(-1, forced_ids.shape[-1]),
+        )
+        probs, expert_ids, weights = (value.reshape(*x.shape[:2], -1) for value in routing)
+        self.stage("ffn_moe_probs", probs, layer)
+        expert_ids = self.stage("ffn_moe_topk", expert_ids, layer)
+        weights = self.stage("ffn_moe_weights_norm", weights, layer)
+        return self.stage("ffn_moe_out", self.experts(x, expert_ids, weights, layer), layer), expert_ids
+
+
+class DecoderLayer(_Part):
+    """Attention and the sparse block, each after a norm and beside the residual."""
+
+    def setup(self) -> None:
+        self.self_attn = self.part(Attention)
+        self.mlp = self.part(SparseMoeBlock)
+
+    def __call__(
+        self,
+        x: jax.Array,
+        cache: KVCache,
+        spans: Sequence[Span],
+        rope: tuple[jax.Array, jax.Array],
+        forced_ids: jax.Array | None,
+        layer: jax.Array,
+    ) -> tuple[jax.Array, KVCache, jax.Array]:
+        h = self.stage("attn_norm", self.norm(x, "input_layernorm"), layer)
+        out, cache = self.self_attn(h, cache, spans, rope, layer)
+        x = self.stage("ffn_inp", x + out, layer)
+        h = self.stage("ffn_norm", self.norm(x, "post_attention_layernorm"), layer)
+        out, expert_ids = self.mlp(h, forced_ids, layer)
+        return self.stage("l_out", x + out, layer), cache, expert_ids
+
+
+class Qwen3Moe(_Part):
+    """The whole network: ``__call__`` runs the decoder layers, ``logits`` the head on chosen rows.
+
+    Attributes:
+      types: quantization type of each parameter, by its path.
+      roles: tensors that share stacks (``stacks.stack_layers``).
+      fused_decode: batches of up to this many sequences decode in the GPU's one-kernel step; 0: none.
+      layers: the layers to run, or None for all.
+    """
+
+    types: FrozenDict[str, GGMLType] = FrozenDict()
+    roles: FrozenDict[str, str] = FrozenDict()
+    fused_decode: int = 0
+    layers: tuple[int, ...] | None = None
+
+    def setup(self) -> None:
+        if self.is_initializing():
+            for name, value in zero_params(self.config, self.types, self.roles).items():
+                self.put_variable("params", name, value)
+
+    def __call__(
+        self,
+        token_ids: jax.Array,
+        cache: KVCache,
+        places: jax.Array | Sequence[Span],
+        expert_ids: jax.Array | None = None,
+    ) -> Output:
+        """Runs T tokens of B sequences; or, with spans of different lengths, whatever these say.
+
+        Everything but attention treats a token by itself, so tokens of a prompt and of sequences
+        that are being written may run together: the weights are read once for all of them.
+
+        Args:
+          token_ids: int32 [B, T]; with several spans [1, R], the tokens of one span after the other.
+          cache: holds the positions before those of each sequence, and room for them.
+          places: int32 [B], position of each sequence's first token; or spans, which must not
+            share a sequence's positions, unless what the last one writes is meant to stay.
+          expert_ids: int32 [L, B, T, X] to force the routing of the layers that run, or None.
+        """
+        c = self.config
+        spans = places if isinstance(places, (list, tuple)) else (Span(places, token_ids.shape[1]),)
+        x = ops.embedding_lookup(self.weight("embed_tokens"), token_ids.reshape(-1))
+        x = self.stage("inp_embd", x.reshape(*token_ids.shape, -1))
+        positions = _joined([span.positions for span in spans], token_ids.shape)
+        rope = ops.rope_tables(positions, c.head_dim, c.rope_theta, c.rope_scaling)
+
+        weights = self._decode_weights(spans, cache, expert_ids)
+        if weights is not None:
+            return self._decode(weights, x, cache, spans[0], rope)
+
+        layers = np.asarray(range(c.num_hidden_layers) if self.layers is None else self.layers, np.int32)
+        layer_module = DecoderLayer(c, self.compute_dtype, self.interventions, self.capture, parent=None)
+
+        def step(carry: tuple, xs: tuple) -> tuple:
+            layer, forced_ids = xs
+            variables = {"params": self._params_of_layer(layer)}
+            (x, cache, chosen), sown = layer_module.apply(
+                variables, *carry, spans, rope, forced_ids, layer, mutable=[STAGES_COLLECTION]
+            )
+            return (x, cache), (chosen, dict(_leaves(sown.get(STAGES_COLLECTION, {}))))
+
+        (x, cache), (chosen, stages) = jax.lax.scan(step, (x, cache), (layers, expert_ids))
+        for name, value in stages.items():
+            self.sow(STAGES_COLLECTION, name, value, reduce_fn=lambda _, new: new, init_fn=lambda: None)
+        return Output(x, cache, chosen)
+
+    def _decode_weights(
+        self, spans: Sequence[Span], cache: KVCache, expert_ids: jax.Array | None
+    ) -> LayerWeights | None:
+        """All layers' weights, where one operation takes one token of each sequence through them; or None."""
+        changed = {i.stage for i in self.interventions} - OUTSIDE_LAYERS
+        is_plain = self.layers is None and expert_ids is None and cache.scales is None
+        is_plain &= changed <= {"ffn_moe_logits"} and self.capture <= OUTSIDE_LAYERS
+        is_plain &= jnp.dtype(self.compute_dtype) == jnp.bfloat16
+        if not is_plain or len(spans) > 1 or spans[0].length > 1:
+            return None
+        found = {name.rpartition(".")[2]: value for name, value in self._tensors_of_layers().items()}
+        weights = LayerWeights(**found)
+        return None if decode_layers.reason_against(weights, len(spans[0].start), cache.k) else weights
+
+    def _decode(
+        self,
+        weights: LayerWeights,
+        x: jax.Array,
+        cache: KVCache,
+        span: Span,
+        rope: tuple[jax.Array, jax.Array],
+    ) -> Output:
+        """All layers for x [B, 1, D], as one operation."""
+        logits_change = any(i.stage == "ffn_moe_logits" for i in self.interventions)
+        change = lambda logits, layer: self.stage("ffn_moe_logits", logits[:, None], layer)[:, 0]
+        hidden, k, v, chosen = decode_layers.decode_layers(
+            x[:, 0],
+            weights,
+            cache.k,
+            cache.v,
+            span.start,
+            span.slots,
+            tuple(table[:, 0] for table in rope),
+            num_experts_per_tok=self.config.num_experts_per_tok,
+            eps=self.config.rms_norm_eps,
+            on_logits=change if logits_change else None,
+        )
+        return Output(hidden[:, None], cache.replace(k=k, v=v), chosen[:, :, None])
+
+    def _params_of_layer(self, layer: jax.Array) -> dict[str, Any]:
+        """Parameters of one layer as views of the stacks."""
+        tree: dict[str, Any] = {}
+        for name, value in self._tensors_of_layers().items():
+            *parents, leaf = name.split(".")
+            node = functools.reduce(lambda node, key: node.setdefault(key, {}), parents, tree)
+            node[leaf] = _of_layer(value, layer) if isinstance(value, OfLayers) else value[layer]
+        return tree
+
+    def _tensors_of_layers(self) -> dict[str, OfLayers | jax.Array]:
+        """Every tensor of the layers by its name in a layer; norm weights float32 [L, size]."""
+        places, _ = stack_layers(self.config, self.types, self.roles)
+        stacks = self.weight("stacks")
+        found: dict[str, OfLayers | jax.Array] = {}
+        for spec in tensor_specs(self.config):
+            number, name = split_path(spec.path)
+            if number == 0:
+                here = [places[f"layers.{n}.{name}"] for n in range(self.config.num_hidden_layers)]
+                is_norm = len(spec.shape) == 1
+                found[name] = stacks[name] if is_norm else _of_layers(stacks, here, spec.shape)
+        return found
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """Logits float32 [B, T, V] of hidden [B, T, D]."""
+        h = self.stage("result_norm", self.norm(hidden, "norm"))
+        head = "embed_tokens" if self.config.tie_word_embeddings else "lm_head"
+        return self.stage("result_output", self.matmul(h, head))
+
+
+def _parts(rows: jax.Array, spans: Sequence[Span]) -> list[jax.Array]:
+    """rows [B, T, ...] of a batch as those of each span, each with its own B and T."""
+    flat, parts, first = rows.reshape(-1, *rows.shape[2:]), [], 0
+    for span in spans:
+        batch, length = span.shape
+        parts.append(flat[first : first + batch * length].reshape(batch, length, *rows.shape[2:]))
+        first += batch * length
+    return parts
+
+
+def _joined(parts: Sequence[jax.Array], shape: tuple[int, int]) -> jax.Array:
+    """The rows of all spans as one batch of this (B, T): the reverse of ``_parts``."""
+    flat = [part.reshape(-1, *part.shape[2:]) for part in parts]
+    rows = flat[0] if len(flat) == 1 else jnp.concatenate(flat)
+    return rows.reshape(*shape, *rows.shape[1:])
+
+
+def _of_layer(tensor: OfLayers, layer: jax.Array) -> ops.OneOf:
+    """A tensor of one layer."""
+    first, which = (jnp.asarray(of, jnp.int32)[layer] for of in (tensor.firsts, tensor.which))
+    options = []
+    for i, stack in enumerate(tensor.options):
+        # where this is not the layer's type, any row will do: none is read
+        last = max(f for f, w in zip(tensor.firsts, tensor.which, strict=True) if w == i)
+        inside = first if len(tensor.options) == 1 else jnp.minimum(first, last)
+        options.append(ops.Matrices(stack, inside, tensor.shape))
+    return ops.OneOf(tuple(options), which)
+
+
+def _of_layers(stacks: Mapping[str, PackedTensor], places: list[Place], shape: tuple[int, ...]) -> OfLayers:
+    """A tensor of all layers, from its places."""
+    names = list(dict.fromkeys(place.stack for place in places))
+    return OfLayers(
+        tuple(stacks[name] for name in names),
+        tuple(place.first for place in places),
+        tuple(names.index(place.stack) for place in places),
+        shape,
+    )
+
+
+def _leaves(tree: Mapping[str, Any]):
+    """(name, value) of every value in Flax's nested collection."""
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value)
+        else:
+            yield name, value

@@ -1,0 +1,422 @@
+"""The jax backend: the Flax model, jitted as a whole, behind the ``Runner`` protocol."""
+
+import os
+import time
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.core import FrozenDict
+
+from qwen3_moe_jax.convert.layouts.gpu_tiles import TILED_TYPES
+from qwen3_moe_jax.convert.model_source import ModelSource
+from qwen3_moe_jax.convert.packed import LANES
+from qwen3_moe_jax.convert.progress import ProgressCallback
+from qwen3_moe_jax.core.errors import ContextOverflowError, NumericalError
+from qwen3_moe_jax.core.runner import Forward
+from qwen3_moe_jax.core.sampling import Sampling
+from qwen3_moe_jax.core.stages import LAYER_STAGES, StageKey
+from qwen3_moe_jax.jax_backend.batching import Batch, Generated, IsOver, Request, run_all
+from qwen3_moe_jax.jax_backend.generate import (
+    COMPILER_OPTIONS,
+    MOST_STEPS,
+    PREFILL_CHUNKS,
+    Params,
+    chunk_lengths,
+)
+from qwen3_moe_jax.jax_backend.kv_cache import KVCache
+from qwen3_moe_jax.jax_backend.likelihood import log_likelihoods
+from qwen3_moe_jax.jax_backend.model import STAGES_COLLECTION, Intervention, Qwen3Moe
+from qwen3_moe_jax.jax_backend.params import GPU_ROLES, load_params
+from qwen3_moe_jax.jax_backend.stacks import stack_layers
+from qwen3_moe_jax.kernels_pallas import Matrices
+from qwen3_moe_jax.kernels_pallas import dequantize as dequantize_on_device
+from qwen3_moe_jax.machine.memory import MemoryPlan, available_memory, check_slots, fitting_slots
+
+LAYER_STAGE_NAMES = frozenset(stage.name for stage in LAYER_STAGES)
+
+CACHE_UNIT = 64
+"""Positions of the KV cache come in whole tiles of the attention kernels."""
+
+SECONDS_A_DISPATCH = 0.06
+"""Streaming asks the device for as many tokens at once as take about this long."""
+
+FUSED_BATCH = 16
+"""Sequences of the GPU's one-kernel decode step (``decode_step.api.MAX_BATCH``)."""
+
+FEWEST_BATCH_TOKENS = 256
+"""Slots of ``generate_batch`` have room for at least this many tokens."""
+
+
+def enable_compilation_cache() -> None:
+    """Keeps compiled programs on disk between runs, unless the user has chosen a place already."""
+    if jax.config.jax_compilation_cache_dir is None:
+        root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        jax.config.update("jax_compilation_cache_dir", str(root / "qwen3_moe_jax" / "xla"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
+class JaxRunner:
+    """The model on JAX's default device; see ``runner.Runner`` for the protocol.
+
+    Attributes:
+      model: the Flax module.
+      params: its parameters, packed.
+      plan: the memory that it is expected to take.
+    """
+
+    name = "jax"
+    forward_options = frozenset({"layers", "chunk_sizes", "beside", "interventions"})
+    thread_safe = True  # forward passes, and one stream, may run at the same time
+
+    def __init__(
+        self,
+        source: ModelSource,
+        *,
+        max_context: int | None = None,
+        compute_dtype: Any = None,
+        cache_dtype: Any = None,
+        progress: ProgressCallback | None = None,
+    ):
+        """Loads the weights.
+
+        Args:
+          source: an open model.
+          max_context: tokens of the KV cache; None is all that the model was trained for.
+          compute_dtype: float32 or bfloat16 operands of matrix products; None is float32 on the
+            CPU and bfloat16 on a GPU, whose kernels take 16-bit operands.
+          cache_dtype: of the KV cache: float32, float16, bfloat16 or int8 (with a float32 scale for
+            each head's vector); None is float32 on the CPU and float16 on a GPU.
+          progress: told how far loading is.
+
+        Raises:
+          MemoryPlanError: weights and cache do not fit the device.
+        """
+        enable_compilation_cache()
+        self.config = source.config
+        self.max_context = max_context or source.config.max_position_embeddings
+        self.device = jax.devices()[0]
+        on_gpu = self.device.platform == "gpu"
+        self.compute_dtype = jnp.dtype(compute_dtype or (jnp.bfloat16 if on_gpu else jnp.float32))
+        self.cache_dtype = jnp.dtype(cache_dtype or (jnp.float16 if on_gpu else jnp.float32))
+        without_kernels = self._fallbacks(source) if on_gpu else []
+        self.has_kernels = on_gpu and not without_kernels
+        self.fallbacks = without_kernels + (self._cache_fallbacks() if self.has_kernels else [])
+        roles = GPU_ROLES if on_gpu else {}
+        self.model = Qwen3Moe(
+            source.config,
+            self.compute_dtype,
+            types=FrozenDict(source.types),
+            roles=FrozenDict(roles),
+            fused_decode=FUSED_BATCH if self.has_kernels and not self.fallbacks else 0,
+        )
+        self.plan = MemoryPlan.of(source, _cache_length(self.max_context), self.cache_dtype.itemsize)
+        self.plan.check(*available_memory(self.device))
+        self.params = load_params(source, roles, self.device, progress)
+        self._spare: Batch | None = None
+
+    def _fallbacks(self, source: ModelSource) -> list[str]:
+        """Why this GPU or this file does not take the kernels, one line each; empty when it does."""
+        try:
+            from qwen3_moe_jax.jax_backend import gpu_decode
+            from qwen3_moe_jax.kernels_pallas.gpu.device import ask_ptxas_once, require_hopper
+
+            require_hopper()
+            ask_ptxas_once()
+            gpu_decode.check_supported(source.config, source.types)
+        except (ImportError, NotImplementedError) as error:
+            return [f"XLA in place of the GPU kernels: {error}"]
+        if self.compute_dtype != jnp.bfloat16:
+            return ["XLA in place of the GPU kernels: they take bfloat16, and compute_dtype is float32"]
+        return []
+
+    def _cache_fallbacks(self) -> list[str]:
+        """What the KV cache's dtype keeps from the GPU's kernels."""
+        if self.cache_dtype in (jnp.float16, jnp.bfloat16):
+            return []
+        return [
+            "XLA in place of the GPU's attention kernel and one-kernel decode step: they read a KV cache "
+            f"of 16 bits, and it is {self.cache_dtype.name}"
+        ]
+
+    def describe(self) -> dict[str, object]:
+        device = self.device
+        types = sorted({t for t in self.model.types.values()})
+        return {
+            "backend": self.name,
+            "device": f"{device.device_kind} ({device.platform})",
+            "compute_dtype": self.compute_dtype.name,
+            "cache_dtype": self.cache_dtype.name,
+            "implementations": {
+                t.name: "pallas" if self.has_kernels and t in TILED_TYPES else "xla" for t in types
+            },
+            "fallbacks": self.fallbacks,
+            "batch_invariant": self.model.fused_decode > 0,
+        }
+
+    def close(self) -> None:
+        self.params = {}
+
+    def dequantized(self, path: str, tile: int, expert: int | None = None) -> np.ndarray:
+        """Sixteen rows of a matrix as this backend's own code unpacks them on the device: float32 [16, K].
+
+        Args:
+          path: of the parameter.
+          tile: rows 16 tile to 16 tile + 15 are wanted.
+          expert: which matrix of an expert stack.
+        """
+        place = stack_layers(self.config, self.model.types, self.model.roles)[0].get(path)
+        value = self.params[path] if place is None else self.params["stacks"][place.stack]
+        first = 0 if place is None else place.first
+        if expert is not None:
+            first += expert * (place.rows // self.config.num_experts)
+        w = Matrices(value, jnp.int32(first + LANES * tile), (LANES, value.shape[1]))
+        return np.asarray(_dequantize_rows(w))
+
+    def memory(self) -> dict[str, int] | None:
+        """Bytes of device memory at the peak, as planned, and of the KV cache; None where JAX cannot say."""
+        stats = self.device.memory_stats()
+        if not stats:
+            return None
+        return {"peak": stats["peak_bytes_in_use"], "planned": self.plan.total, "cache": self.plan.cache}
+
+    def forward(
+        self,
+        token_ids: Sequence[int],
+        *,
+        capture: Collection[str] = (),
+        expert_ids: np.ndarray | None = None,
+        layers: Sequence[int] | None = None,
+        chunk_sizes: Sequence[int] = PREFILL_CHUNKS,
+        beside: Sequence[Sequence[int]] = (),
+        interventions: Sequence[Intervention] = (),
+    ) -> Forward:
+        """As ``Runner.forward``; ``interventions`` change stages inside the jitted model."""
+        if len(token_ids) > self.max_context:
+            raise ContextOverflowError(len(token_ids), self.max_context)
+        row = len(beside) // 2
+        tokens = _rows([*beside[:row], token_ids, *beside[row:]], len(token_ids))
+        chosen = tuple(range(self.config.num_hidden_layers) if layers is None else layers)
+        model = self.model.clone(
+            capture=frozenset(capture),
+            interventions=tuple(interventions),
+            layers=None if layers is None else chosen,
+        )
+        chunks = chunk_lengths(len(token_ids), chunk_sizes)
+        length = -(-sum(chunks) // CACHE_UNIT) * CACHE_UNIT  # prompts of nearby lengths share a program
+        cache = KVCache.create(self.config, len(tokens), length, self.cache_dtype, self.device)
+        parts, start = [], 0
+        for chunk in chunks:
+            part = slice(start, start + chunk)
+            forced = None
+            if expert_ids is not None:
+                forced = _padded(expert_ids[:, part], 1, chunk)[:, None].repeat(len(tokens), axis=1)
+            outputs = _forward_chunk(
+                model,
+                self.params,
+                cache,
+                _padded(tokens[:, part], 1, chunk),
+                jnp.full((len(tokens),), start),
+                forced,
+                row,
+            )
+            cache = outputs.pop("cache")
+            real = min(chunk, len(token_ids) - start)
+            parts.append(jax.tree.map(lambda x, n=real: np.asarray(x)[:n], outputs))
+            start += chunk
+        whole = jax.tree.map(lambda *p: np.concatenate(p), *parts)
+        stages = {
+            (name, None if index is None else chosen[index]): value
+            for (name, index), value in whole["stages"].items()
+        }
+        return Forward(whole["logits"], np.moveaxis(whole["expert_ids"], 0, 1), stages)
+
+    def log_likelihoods(self, token_ids: Sequence[int], *, first: int = 1) -> np.ndarray:
+        if len(token_ids) > self.max_context:
+            raise ContextOverflowError(len(token_ids), self.max_context)
+        chunks = chunk_lengths(len(token_ids) - 1)
+        length = -(-sum(chunks) // CACHE_UNIT) * CACHE_UNIT
+        cache = KVCache.create(self.config, 1, length, self.cache_dtype, self.device)
+        return log_likelihoods(self.model, self.params, cache, token_ids, chunks, first)
+
+    def stream(
+        self,
+        token_ids: Sequence[int],
+        *,
+        max_tokens: int,
+        sampling: Sampling,
+        stop_ids: Collection[int] = (),
+    ) -> Iterator[int]:
+        batch = self._take_spare()
+        try:
+            batch.admit(token_ids, sampling=sampling, max_tokens=max_tokens, stop_ids=stop_ids)
+            written, block, reason = 0, 1, None
+            while reason is None:
+                began = time.perf_counter()
+                for progress in batch.step(block, ahead=block if written else 0):
+                    reason, written = progress.finish_reason, written + len(progress.tokens)
+                    block = _next_block(block, time.perf_counter() - began)
+                    yield from progress.tokens
+            if reason == "nonfinite":
+                raise self._nonfinite(len(token_ids) + written - 1)
+        finally:
+            self._keep_spare(batch)
+
+    def open_batch(self, slots: int, *, context: int | None = None) -> Batch:
+        """Slots for sequences that run together, with a KV cache of their own.
+
+        Args:
+          slots: how many.
+          context: tokens that each may have; None is ``max_context``.
+
+        Raises:
+          MemoryPlanError: they do not fit the memory that is free.
+        """
+        context = context or self.max_context
+        length, itemsize = _cache_length(context), self.cache_dtype.itemsize
+        check_slots(self.config, slots, length, itemsize, *available_memory(self.device))
+        return self._new_batch(slots, context)
+
+    def generate_batch(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_tokens: int | Sequence[int],
+        sampling: Sampling | Sequence[Sampling],
+        stop_ids: Collection[int] = (),
+        slots: int | None = None,
+        is_over: IsOver | None = None,
+    ) -> list[Generated]:
+        """What the model writes after each prompt, many of them at a time.
+
+        Args:
+          prompts: token ids of each.
+          max_tokens: new tokens at most, of all or of each.
+          sampling: of all, their seed included, or of each.
+          stop_ids: tokens that end a sequence.
+          slots: sequences at a time; None is up to 16, as memory allows.
+          is_over: see ``batching.run_all``.
+
+        Raises:
+          ContextOverflowError: a prompt leaves no room in the context.
+          MemoryPlanError: the cache does not fit the memory that is free.
+        """
+        if not prompts:
+            return []
+        limits = [max_tokens] * len(prompts) if isinstance(max_tokens, int) else max_tokens
+        samplings = [sampling] * len(prompts) if isinstance(sampling, Sampling) else sampling
+        longest = max(len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True))
+        # of few lengths, so that few shapes are compiled
+        context = min(max(FEWEST_BATCH_TOKENS, 1 << (longest - 1).bit_length()), self.max_context)
+        if slots is None:
+            available, _ = available_memory(self.device)
+            most, itemsize = min(len(prompts), FUSED_BATCH), self.cache_dtype.itemsize
+            slots = fitting_slots(self.config, most, _cache_length(context), itemsize, available)
+        batch = self.open_batch(slots, context=context)
+        requests = [
+            Request(prompt, its_sampling, limit, frozenset(stop_ids))
+            for prompt, its_sampling, limit in zip(prompts, samplings, limits, strict=True)
+        ]
+        return run_all(batch, requests, is_over)
+
+    def _nonfinite(self, position: int) -> NumericalError:
+        return NumericalError(
+            f"the jax backend's logits are not finite at position {position}: "
+            "run `qwen3-moe trace` to find the first stage that is not"
+        )
+
+    def _take_spare(self) -> Batch:
+        """A batch with one slot: the last request's buffers, unless another one has them."""
+        batch, self._spare = self._spare, None
+        return batch or self._new_batch(1, self.max_context)
+
+    def _keep_spare(self, batch: Batch) -> None:
+        """Lets the next request use this one's buffers, unless a failed step has taken them."""
+        if batch.is_whole:
+            batch.free_all()
+            self._spare = batch
+
+    def _new_batch(self, slots: int, context: int) -> Batch:
+        length = _cache_length(context)
+        cache = KVCache.create(self.config, slots, length, self.cache_dtype, self.device)
+        return Batch(self.model, self.params, cache, context)
+
+
+def _cache_length(context: int) -> int:
+    """Positions of a cache for ``context`` tokens and one more chunk, in whole tiles."""
+    return -(-(context + PREFILL_CHUNKS[-1]) // CACHE_UNIT) * CACHE_UNIT
+
+
+def _next_block(block: int, seconds: float) -> int:
+    """Tokens to ask for after ``block`` tokens took ``seconds``."""
+    return min(2 * block, MOST_STEPS) if seconds < SECONDS_A_DISPATCH / 2 else block
+
+
+@jax.jit
+def _dequantize_rows(w: Matrices) -> jax.Array:
+    """The first rows of a matrix, as many as one tile has."""
+    return dequantize_on_device(w.slice(0, LANES))
+
+
+@partial(
+    jax.jit, static_argnames=("model", "row"), donate_argnames="cache", compiler_options=COMPILER_OPTIONS
+)
+def _forward_chunk(
+    model: Qwen3Moe,
+    params: Params,
+    cache: KVCache,
+    token_ids: jax.Array,
+    start: jax.Array,
+    expert_ids: jax.Array | None,
+    row: int,
+) -> dict[str, Any]:
+    """One chunk of a batch of prompts [B, T], its row ``row`` alone: logits [T, V], expert_ids [T, L, X],
+    stages with T first; and the cache of the batch."""
+    is_plain = not model.capture and not model.interventions
+    if token_ids.shape[1] == 1 and len(token_ids) <= model.fused_decode and is_plain:
+        from qwen3_moe_jax.jax_backend import gpu_decode  # needs a JAX that has Mosaic GPU
+
+        forced = None if expert_ids is None else expert_ids[:, :, 0]
+        out = gpu_decode.decode_step(params, model.config, model.types, token_ids[:, 0], start, cache, forced)
+        logits, chosen = out.logits[row, None], out.expert_ids[:, row][None]
+        return {"logits": logits, "expert_ids": chosen, "cache": KVCache(*out.cache), "stages": {}}
+
+    def whole(model: Qwen3Moe, *args: Any) -> dict[str, Any]:
+        output = model(*args)
+        logits = model.logits(output.hidden)
+        chosen = jnp.moveaxis(output.expert_ids[:, row], 0, 1)
+        return {"logits": logits[row], "expert_ids": chosen, "cache": output.cache}
+
+    outputs, variables = model.apply(
+        {"params": params}, token_ids, cache, start, expert_ids, method=whole, mutable=[STAGES_COLLECTION]
+    )
+    return {**outputs, "stages": dict(_sown(variables.get(STAGES_COLLECTION, {}), row))}
+
+
+def _sown(stages: Mapping[str, jax.Array], row: int) -> Iterator[tuple[StageKey, jax.Array]]:
+    """Stages of one sequence out of Flax's collection: ((name, index of the layer), value [T, ...])."""
+    for name, value in stages.items():
+        if name in LAYER_STAGE_NAMES:
+            yield from (((name, i), layer[row]) for i, layer in enumerate(value))
+        else:
+            yield (name, None), value[row]
+
+
+def _rows(sequences: Sequence[Sequence[int]], length: int) -> np.ndarray:
+    """Token ids int32 [B, length]: longer sequences are cut, zeros follow shorter ones."""
+    rows = np.zeros((len(sequences), length), np.int32)
+    for row, sequence in zip(rows, sequences, strict=True):
+        part = np.asarray(sequence[:length])
+        row[: len(part)] = part
+    return rows
+
+
+def _padded(values: np.ndarray, axis: int, length: int) -> np.ndarray:
+    """``values`` with zeros after them up to ``length`` along ``axis``."""
+    widths = [(0, 0)] * values.ndim
+    widths[axis] = (0, length - values.shape[axis])
+    return np.pad(values, widths)

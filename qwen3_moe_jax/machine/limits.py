@@ -1,0 +1,135 @@
+"""What a machine allows: the speeds that memory and arithmetic units set, for benchmarks to be held against.
+
+Decoding is limited by memory: every step reads each weight that it uses, and the KV cache, at least
+once (``parity.bandwidth`` has the weights' bytes). A prompt is limited by arithmetic: the
+operations of its matrix products and of causal attention. On an NVIDIA GPU both speeds are the data
+sheet's; on a CPU they are measured here, with NumPy, and said to be.
+"""
+
+import os
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+
+from qwen3_moe_jax.convert.config import Qwen3MoeConfig
+from qwen3_moe_jax.convert.model_source import ModelSource
+from qwen3_moe_jax.machine.bandwidth import bytes_per_token, peak_bandwidth
+from qwen3_moe_jax.machine.memory import cache_nbytes
+
+PEAK_FLOPS = {
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "L40": 181e12,
+    "L4": 121e12,
+    "RTX 5090": 209.5e12,
+    "RTX 4090": 165.2e12,
+    "RTX 3090": 71e12,
+}
+"""Dense 16-bit tensor-core operations a second with float32 accumulation, by part of the device's
+name, the more particular first; from NVIDIA's data sheets and architecture white papers."""
+
+COPY_NBYTES = 256 << 20
+PRODUCT_SIZE = 1536
+REPEATS = 5
+
+
+@dataclass(frozen=True)
+class Limit:
+    """A speed and where it comes from: bytes or operations a second; None where unknown."""
+
+    rate: float | None
+    origin: str
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What limits decoding (``memory``, bytes a second) and prompts (``arithmetic``, operations a second)."""
+
+    memory: Limit
+    arithmetic: Limit
+
+    @classmethod
+    def of(cls, facts: dict[str, object]) -> "Limits":
+        """The limits of the device that a runner's ``describe`` names; measures those of a CPU."""
+        device = str(facts["device"])
+        if is_cpu(facts):
+            memory = Limit(copy_bandwidth(), "a copy in main memory, read and write, measured with NumPy")
+            return cls(memory, Limit(product_rate(), "a float32 matrix product, measured with NumPy"))
+        return cls(
+            _memory_of(device), _arithmetic_of(device, str(facts["backend"]), str(facts["compute_dtype"]))
+        )
+
+
+def is_cpu(facts: dict[str, object]) -> bool:
+    """Whether a runner's device is the processor itself."""
+    device = str(facts["device"]).lower()
+    return bool(facts.get("software")) or "cpu" in device
+
+
+def _memory_of(device: str) -> Limit:
+    peak = peak_bandwidth(device)
+    return Limit(peak, f"{device}'s memory, data sheet" if peak else f"no memory speed is known for {device}")
+
+
+def _arithmetic_of(device: str, backend: str, dtype: str) -> Limit:
+    peak = next((rate for name, rate in PEAK_FLOPS.items() if name in device), None)
+    if backend != "jax" or dtype != "bfloat16":
+        return Limit(None, f"the {backend} backend computes in {dtype} and takes no tensor cores")
+    if peak is None:
+        return Limit(None, f"no tensor-core speed is known for {device}")
+    return Limit(peak, f"{device}'s tensor cores, dense 16-bit, data sheet")
+
+
+def copy_bandwidth() -> float:
+    """Bytes a second, read and written, of a copy in main memory by every core; the best of a few."""
+    threads = os.cpu_count() or 1
+    words = COPY_NBYTES // 8 // threads
+    pairs = [(np.ones(words), np.zeros(words)) for _ in range(threads)]
+    best = float("inf")
+    with ThreadPoolExecutor(threads) as pool:
+        for _ in range(REPEATS):
+            began = time.perf_counter()
+            list(pool.map(lambda pair: np.copyto(pair[1], pair[0]), pairs))
+            best = min(best, time.perf_counter() - began)
+    return 2 * words * 8 * threads / best
+
+
+def product_rate() -> float:
+    """Operations a second of a float32 matrix product in NumPy; the best of a few."""
+    a = np.ones((PRODUCT_SIZE, PRODUCT_SIZE), np.float32)
+    best = float("inf")
+    for _ in range(REPEATS):
+        began = time.perf_counter()
+        a @ a
+        best = min(best, time.perf_counter() - began)
+    return 2 * PRODUCT_SIZE**3 / best
+
+
+def step_nbytes(source: ModelSource, itemsize: int, sequences: int, depth: float) -> float:
+    """Bytes that one token of each sequence reads at least.
+
+    Args:
+      source: the open model.
+      itemsize: of a value in the KV cache.
+      sequences: that run together; routing is taken as even, so that they use as many different
+        experts as can be expected then.
+      depth: positions of each sequence in the cache.
+    """
+    cached = cache_nbytes(source.config, 1, itemsize) * sequences * depth
+    return bytes_per_token(source, sequences) + cached
+
+
+def prefill_operations(config: Qwen3MoeConfig, sequences: int, tokens: int) -> float:
+    """Floating-point operations of prompts of ``tokens``, without those for logits of the last ones."""
+    c = config
+    width, kv = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+    dense = c.hidden_size * (2 * width + 2 * kv + c.num_experts)
+    experts = 3 * c.hidden_size * c.moe_intermediate_size * c.num_experts_per_tok
+    attention = 2 * width * (tokens + 1) / 2
+    return 2.0 * c.num_hidden_layers * sequences * tokens * (dense + experts + attention)

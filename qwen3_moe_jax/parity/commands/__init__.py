@@ -1,1 +1,0 @@
-"""The commands that prove and explain: verify, trace, bisect, experts."""

@@ -1,0 +1,1 @@
+"""Random models, planted faults and builders of files, for tests and scripts."""

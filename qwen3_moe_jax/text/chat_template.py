@@ -1,0 +1,386 @@
+"""Messages to a prompt, through the Jinja template that the model file carries.
+
+The template is untrusted: every one, known or not, is rendered in a child process
+(``template_worker``) that is killed when it takes more than 0.5 s of CPU, 256 MiB
+or its share of output. One path for all templates means one behaviour to test; a
+rendering costs about a millisecond once the child runs.
+
+Message text is untrusted too: ``<|im_end|>`` in it must not end the turn. A mark
+around each string would break templates that look at their strings (``startswith``,
+``trim``, ``split('</think>')``), so one character is exchanged instead: every ``|``
+in a string or key from the caller becomes a symbol that occurs nowhere else, and is
+exchanged back after rendering, when its places are known. Control tokens contain
+``|``, so one that touches such a place came from a message, or was completed by one,
+and ``Tokenizer.encode_chat`` keeps it as text. No template operation that leaves
+``|`` alone can tell the difference.
+"""
+
+import atexit
+import contextlib
+import importlib.util
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from qwen3_moe_jax.text.template_worker import CPU_SECONDS
+
+MAX_INPUT_BYTES = 16 << 20
+MAX_ANSWER_BYTES = 256 << 20
+MAX_EXTRA_OUTPUT = 1 << 20
+DEADLINE_SECONDS = 10.0
+"""Of wall-clock time: the backstop where the CPU limit does not work, or the machine is very busy."""
+
+ROLES = ("system", "user", "assistant", "tool")
+
+_MASKED = "|"
+_MASKS = [chr(c) for r in ((0x4DC0, 0x4E00), (0x1F030, 0x1F094), (0xE000, 0xF900)) for c in range(*r)]
+"""Stand-ins for ``|``: hexagrams, dominoes, private use. The first two print, so ``repr`` keeps them."""
+
+
+class TemplateError(ValueError):
+    """The chat template is missing, broken or harmful, or refuses the messages.
+
+    Attributes:
+      line: of the template, or None where that is not known.
+    """
+
+    def __init__(self, message: str, *, line: int | None = None):
+        self.line = line
+        where = "chat template" if line is None else f"chat template, line {line}"
+        super().__init__(f"{where}: {message}")
+
+
+class MessageError(ValueError):
+    """Messages or tools are not what a chat is made of; the text names the place."""
+
+
+@dataclass(frozen=True)
+class RenderedChat:
+    """A chat as the prompt that the model reads.
+
+    Attributes:
+      text: the prompt.
+      inert: ascending places of characters in ``text`` that came from messages or tools
+        and must not be part of a control token.
+      notes: what the user should know, one line each.
+    """
+
+    text: str
+    inert: tuple[int, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def starts_in_reasoning(self) -> bool:
+        """Whether the prompt ends inside an open ``<think>``, so that the answer starts with reasoning."""
+        return self.text.rstrip().endswith("<think>")
+
+
+def find_template(metadata: Mapping[str, object]) -> str:
+    """The chat template of a model file.
+
+    Raises:
+      TemplateError: the file has none.
+    """
+    template = metadata.get("tokenizer.chat_template")
+    if not isinstance(template, str) or not template.strip():
+        raise TemplateError("the model file has none: give one, or use generate with plain text")
+    return template
+
+
+def special_tokens(metadata: Mapping[str, object]) -> dict[str, str]:
+    """``bos_token``, ``eos_token`` and ``pad_token``, as templates may name them."""
+    tokens = metadata.get("tokenizer.ggml.tokens", [])
+    keys = {"bos_token": "bos", "eos_token": "eos", "pad_token": "padding"}
+    ids = {name: metadata.get(f"tokenizer.ggml.{key}_token_id") for name, key in keys.items()}
+    return {name: tokens[i] for name, i in ids.items() if isinstance(i, int) and 0 <= i < len(tokens)}
+
+
+def has_thinking_switch(template: str) -> bool:
+    """Whether the template reads ``enable_thinking``."""
+    return "enable_thinking" in template
+
+
+def check_template_kwargs(kwargs: Mapping[str, object]) -> dict[str, bool]:
+    """The arguments of ``render_chat`` that a request may set.
+
+    Raises:
+      MessageError: an unknown key, or a value of the wrong type.
+    """
+    for key, value in kwargs.items():
+        if key != "enable_thinking":
+            raise MessageError(f"chat_template_kwargs: {key!r} is not known, only 'enable_thinking' is")
+        if not isinstance(value, bool):
+            raise MessageError(f"chat_template_kwargs: {key} must be true or false, not {value!r}")
+    return dict(kwargs)
+
+
+def render_chat(
+    template: str,
+    messages: Sequence[Mapping[str, object]],
+    tools: Sequence[Mapping[str, object]] | None = None,
+    *,
+    add_generation_prompt: bool = True,
+    enable_thinking: bool | None = None,
+    special: Mapping[str, str] | None = None,
+) -> RenderedChat:
+    """Renders messages with a chat template.
+
+    Args:
+      template: Jinja source, trusted no more than the file it came from.
+      messages: OpenAI's form: ``role`` (system, user, assistant, tool), ``content``, and for the
+        assistant ``reasoning_content`` and ``tool_calls`` (arguments as a dict or as JSON text).
+      tools: function definitions, in OpenAI's form or as bare functions.
+      add_generation_prompt: end with the opening of the assistant's turn.
+      enable_thinking: given to the template; None leaves the template's default.
+      special: ``special_tokens(metadata)``.
+
+    Raises:
+      MessageError: messages or tools are malformed.
+      TemplateError: the template is broken, refuses the messages, or goes over its limits.
+    """
+    chat = {
+        "messages": [_check_message(m, f"messages[{i}]") for i, m in enumerate(_list(messages, "messages"))],
+        "tools": [_check_tool(t, f"tools[{i}]") for i, t in enumerate(_list(tools or [], "tools"))] or None,
+    }
+    if not chat["messages"]:
+        raise MessageError("messages is empty: a chat needs at least one")
+    settings = {"documents": None, "add_generation_prompt": add_generation_prompt, **(special or {})}
+    notes = ()
+    if enable_thinking is not None:
+        settings["enable_thinking"] = enable_thinking
+        if not has_thinking_switch(template):
+            notes = ("this model's chat template has no thinking switch: the setting has no effect",)
+    chat_json = _to_json(chat)
+    mask = _choose_mask(template, chat_json, *(special or {}).values())
+    text = _renderer().render(
+        {
+            "template": template,
+            "chat": chat_json.replace(_MASKED, mask),  # in JSON text "|" stands in strings and keys alone
+            "settings": settings,
+            "mask": mask,
+            "max_output": MAX_EXTRA_OUTPUT + 2 * len(chat_json),
+        }
+    )
+    inert = tuple(match.start() for match in re.finditer(mask, text))
+    return RenderedChat(text.replace(mask, _MASKED), inert, notes)
+
+
+def start_renderer() -> None:
+    """Starts the child process now, so that the first rendering does not wait for it."""
+    _renderer().start()
+
+
+def _list(value: object, place: str) -> Sequence:
+    if isinstance(value, str | bytes | Mapping) or not isinstance(value, Sequence):
+        raise MessageError(f"{place} must be a list, not {type(value).__name__}")
+    return value
+
+
+def _check_message(message: object, place: str) -> dict[str, object]:
+    """The message with the keys that templates read, in the form that they expect."""
+    if not isinstance(message, Mapping):
+        raise MessageError(f"{place} must be an object with role and content, not {type(message).__name__}")
+    role = message.get("role")
+    if role not in ROLES:
+        raise MessageError(f"{place}.role must be one of {', '.join(ROLES)}, not {role!r}")
+    checked: dict[str, object] = {"role": role, "content": _check_content(message, place)}
+    for key in ("reasoning_content", "name", "tool_call_id"):
+        value = message.get(key)
+        if value is not None:
+            if not isinstance(value, str):
+                raise MessageError(f"{place}.{key} must be a string, not {type(value).__name__}")
+            checked[key] = value
+    if message.get("tool_calls"):
+        if role != "assistant":
+            raise MessageError(f"{place}.tool_calls belongs to the assistant, not to role {role!r}")
+        calls = _list(message["tool_calls"], f"{place}.tool_calls")
+        checked["tool_calls"] = [_check_call(c, f"{place}.tool_calls[{i}]") for i, c in enumerate(calls)]
+    return checked
+
+
+def _check_content(message: Mapping[str, object], place: str) -> str:
+    content = message.get("content")
+    if content is None and message["role"] == "assistant":
+        return ""  # a turn of tool calls alone
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        found = type(content).__name__
+        raise MessageError(f"{place}.content must be a string or a list of text parts, not {found}")
+    for i, part in enumerate(content):
+        is_text = isinstance(part, Mapping) and part.get("type") == "text"
+        if not is_text or not isinstance(part.get("text"), str):
+            raise MessageError(
+                f"{place}.content[{i}] must be a part of type 'text': the model reads text only"
+            )
+    return "".join(part["text"] for part in content)
+
+
+def _check_call(call: object, place: str) -> dict[str, object]:
+    if not isinstance(call, Mapping):
+        raise MessageError(f"{place} must be an object, not {type(call).__name__}")
+    function = call.get("function", call)
+    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+        raise MessageError(f"{place} needs a function with a name")
+    arguments = function.get("arguments")
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments) if arguments.strip() else {}
+        except (ValueError, RecursionError) as error:
+            raise MessageError(f"{place}.function.arguments is not valid JSON: {error}") from error
+    arguments = {} if arguments is None else arguments
+    if not isinstance(arguments, Mapping):
+        raise MessageError(f"{place}.function.arguments must be an object, not {type(arguments).__name__}")
+    checked = {"type": "function", "function": {"name": function["name"], "arguments": dict(arguments)}}
+    return checked | ({"id": call["id"]} if isinstance(call.get("id"), str) else {})
+
+
+def _check_tool(tool: object, place: str) -> dict[str, object]:
+    function = tool.get("function", tool) if isinstance(tool, Mapping) else None
+    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+        raise MessageError(f"{place} needs a function with a name")
+    return dict(tool)
+
+
+def _to_json(value: object) -> str:
+    try:
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+        text.encode()  # half of a surrogate pair has no UTF-8 form
+    except (TypeError, ValueError, RecursionError) as error:
+        raise MessageError(f"messages and tools must be plain JSON values: {error}") from error
+    return text
+
+
+def _choose_mask(*texts: str) -> str:
+    used = set().union(*texts)
+    mask = next((mask for mask in _MASKS if mask not in used), None)
+    if mask is None:
+        raise MessageError("messages and template use every symbol that could stand for '|'")
+    return mask
+
+
+class _Renderer:
+    """The child process; started at need and anew after each death. One request at a time."""
+
+    def __init__(self):
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen | None = None
+        atexit.register(self.close)
+
+    def start(self) -> None:
+        with self._lock:
+            self._ensure_running()
+
+    def close(self) -> None:
+        with self._lock:
+            self._discard()
+
+    def render(self, request: Mapping[str, object]) -> str:
+        content = json.dumps(request).encode()
+        if len(content) > MAX_INPUT_BYTES:
+            raise MessageError(f"messages and tools take {len(content)} bytes, more than {MAX_INPUT_BYTES}")
+        with self._lock:
+            answer = self._ask(content)
+        if "error" in answer:
+            raise TemplateError(answer["error"], line=answer["line"])
+        return answer["text"]
+
+    def _ask(self, content: bytes) -> dict:
+        process = self._ensure_running()
+        deadline = threading.Timer(DEADLINE_SECONDS, process.kill)
+        deadline.daemon = True
+        deadline.start()
+        try:
+            frame = _exchange_frames(process, content)
+        except BaseException:  # Ctrl-C too: an answer left in the pipe would be taken for the next one
+            self._discard()
+            raise
+        finally:
+            deadline.cancel()
+        if frame is None:
+            raise TemplateError(_cause_of_death(self._discard()))
+        answer = json.loads(frame)
+        if answer.get("fatal"):
+            self._discard()
+        return answer
+
+    def _ensure_running(self) -> subprocess.Popen:
+        if self._process is not None and self._process.poll() is not None:
+            self._discard()
+        if self._process is None:
+            self._process = _start_worker()
+        return self._process
+
+    def _discard(self) -> int | None:
+        """Ends the child; returns its exit status, negative for a signal (an earlier death keeps its own)."""
+        process, self._process = self._process, None
+        if process is None:
+            return None
+        process.kill()
+        status = process.wait()
+        process.stdout.close()
+        with contextlib.suppress(BrokenPipeError):  # a request that it did not live to read
+            process.stdin.close()
+        return status
+
+
+@cache
+def _renderer_of(process_id: int) -> _Renderer:
+    return _Renderer()
+
+
+def _renderer() -> _Renderer:
+    """This process's renderer: a forked child must not share its parent's pipes."""
+    return _renderer_of(os.getpid())
+
+
+def _start_worker() -> subprocess.Popen:
+    """Starts the child with nothing but the standard library and Jinja, and next to no environment."""
+    specs = [importlib.util.find_spec(name) for name in ("jinja2", "markupsafe")]
+    if None in specs:
+        raise TemplateError("rendering needs the jinja2 package: pip install jinja2")
+    folders = sorted({str(Path(spec.origin).parent.parent) for spec in specs})
+    worker = Path(__file__).with_name("template_worker.py")
+    kept = ("TZ", "SYSTEMROOT", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH")
+    try:
+        return subprocess.Popen(
+            [sys.executable or "python3", "-I", "-S", str(worker), *folders],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env={name: os.environ[name] for name in kept if name in os.environ},
+            start_new_session=True,  # Ctrl-C in a terminal is not meant for it
+        )
+    except OSError as error:
+        raise TemplateError(f"the process that renders it cannot start: {error}") from error
+
+
+def _exchange_frames(process: subprocess.Popen, content: bytes) -> bytes | None:
+    """Sends a request and returns the answer, or None when the child died of it."""
+    try:
+        process.stdin.write(len(content).to_bytes(4, "big") + content)
+        process.stdin.flush()
+    except BrokenPipeError:
+        return None
+    header = process.stdout.read(4)
+    size = int.from_bytes(header, "big")
+    if len(header) < 4 or size > MAX_ANSWER_BYTES:
+        return None
+    frame = process.stdout.read(size)
+    return frame if len(frame) == size else None
+
+
+def _cause_of_death(status: int) -> str:
+    if status == -getattr(signal, "SIGPROF", 0):
+        return f"it takes more than {CPU_SECONDS} s of CPU time"
+    if status == -getattr(signal, "SIGKILL", 0):
+        return f"it takes longer than {DEADLINE_SECONDS:g} s"
+    return f"the process that renders it ended with status {status}"

@@ -1,0 +1,216 @@
+"""Token ids, as they come from a runner, to text: whole characters, stop strings, reasoning set apart.
+
+Text is held back only as long as what follows can change its meaning: half a
+character, the beginning of a stop string, the beginning of a ``</think>``.
+"""
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from qwen3_moe_jax.text.tokenizer import StreamDecoder, Tokenizer
+
+THINK, END_THINK = "<think>", "</think>"
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A piece of an answer; ``reasoning`` is what a model writes between <think> and </think>."""
+
+    kind: Literal["reasoning", "content"]
+    text: str
+
+
+class TextStream:
+    """The text of one generation; iterate once, over strings or, with ``pieces``, over typed ones.
+
+    Attributes:
+      finish_reason: "stop" (an end token or a stop string), "length" (max_tokens), or None
+        before the end.
+      stop_string: the stop string that ended the text, or None.
+      prompt_tokens: tokens of the prompt.
+      new_tokens: tokens generated so far; an end token is not counted.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        token_ids: Iterable[int],
+        *,
+        stop: Sequence[str] = (),
+        max_tokens: int | None = None,
+        prompt_tokens: int = 0,
+        starts_in_reasoning: bool = False,
+    ):
+        """Prepares; the first token is computed when iteration starts.
+
+        Args:
+          tokenizer: of the model that generates.
+          token_ids: new tokens, without the end token (``Runner.stream``).
+          stop: strings that end the text; they are not part of it.
+          max_tokens: what the runner was asked for, the context's room included: tells
+            "length" from "stop".
+          prompt_tokens: for the counts.
+          starts_in_reasoning: the prompt left a <think> open.
+
+        Raises:
+          ValueError: a stop string is empty or no string.
+        """
+        self.finish_reason: Literal["stop", "length"] | None = None
+        self.prompt_tokens = prompt_tokens
+        self.new_tokens = 0
+        self._decoder = StreamDecoder(tokenizer)
+        self._token_ids = iter(token_ids)
+        self._stops = StopStrings(stop)
+        self._max_tokens = max_tokens
+        self._starts_in_reasoning = starts_in_reasoning
+
+    @property
+    def stop_string(self) -> str | None:
+        """The stop string that ended the text, or None."""
+        return self._stops.found
+
+    def __iter__(self) -> Iterator[str]:
+        """Pieces of text, none of them empty."""
+        try:
+            for token_id in self._token_ids:
+                self.new_tokens += 1
+                yield from self._emit(self._decoder.push(token_id))
+                if self.finish_reason:
+                    return
+            yield from self._emit(self._decoder.finish(), is_last=True)
+            if not self.finish_reason:
+                self.finish_reason = "length" if self.new_tokens == self._max_tokens else "stop"
+        finally:
+            self._close()
+
+    def pieces(self) -> Iterator[Piece]:
+        """Pieces that say whether they are reasoning or content; the tags themselves are left out."""
+        splitter = ReasoningSplitter(starts_in_reasoning=self._starts_in_reasoning)
+        for text in self:
+            yield from splitter.push(text)
+        yield from splitter.finish()
+
+    def _emit(self, text: str, *, is_last: bool = False) -> Iterator[str]:
+        text = self._stops.push(text)
+        if self._stops.found is not None:
+            self.finish_reason = "stop"
+        elif is_last:
+            text += self._stops.finish()
+        if text:
+            yield text
+
+    def _close(self) -> None:
+        """Ends the runner's generator, so that it gives back what it holds."""
+        close = getattr(self._token_ids, "close", None)
+        if close is not None:
+            close()
+
+
+class StopStrings:
+    """Cuts a text, as it comes, before the stop string that is complete first.
+
+    Where the pieces are cut makes no difference to the result.
+
+    Attributes:
+      found: the stop string that was met, or None.
+    """
+
+    def __init__(self, stop: Sequence[str] = ()):
+        self._stops = (stop,) if isinstance(stop, str) else tuple(stop)
+        for text in self._stops:
+            if not isinstance(text, str) or not text:
+                raise ValueError(f"a stop string must be a text of at least one character, not {text!r}")
+        self.found: str | None = None
+        self._held = ""
+
+    def push(self, text: str) -> str:
+        """The text that is safe to show now; none any more once a stop string was found."""
+        if self.found is not None:
+            return ""
+        text = self._held + text
+        ends = [(start + len(stop), start, stop) for stop in self._stops if (start := text.find(stop)) >= 0]
+        if ends:
+            _, start, self.found = min(ends)
+            self._held = ""
+            return text[:start]
+        kept = max((_overlap(text, stop) for stop in self._stops), default=0)
+        self._held = text[len(text) - kept :]
+        return text[: len(text) - kept]
+
+    def finish(self) -> str:
+        """What was held back and turned out to be no stop string."""
+        held, self._held = self._held, ""
+        return held
+
+
+class ReasoningSplitter:
+    """Tells reasoning from content as text comes.
+
+    Reasoning is what stands in a <think>...</think> that opens the answer (or that the
+    prompt has opened already); the newlines around it belong to the tags. Tags anywhere
+    else are content.
+    """
+
+    def __init__(self, *, starts_in_reasoning: bool = False):
+        self._kind_without_tag: Literal["reasoning", "content"] = (
+            "reasoning" if starts_in_reasoning else "content"
+        )
+        self._state: Literal["start", "reasoning", "content"] = "start"
+        self._held = ""
+        self._strip_newlines = False
+
+    def push(self, text: str) -> list[Piece]:
+        """The pieces that this text completes."""
+        self._held += text
+        pieces: list[Piece] = []
+        if self._state == "start":
+            self._start(pieces)
+        if self._state == "reasoning":
+            self._reason(pieces)
+        if self._state == "content":
+            self._take(pieces, "content", len(self._held))
+        return pieces
+
+    def finish(self) -> list[Piece]:
+        """What was held back when the answer ended."""
+        pieces: list[Piece] = []
+        kind = self._kind_without_tag if self._state == "start" else self._state
+        self._take(pieces, kind, len(self._held))
+        return pieces
+
+    def _start(self, pieces: list[Piece]) -> None:
+        head = self._held.lstrip()
+        if head.startswith(THINK):
+            self._held = head[len(THINK) :]
+            self._state, self._strip_newlines = "reasoning", True
+        elif not THINK.startswith(head):
+            self._state = self._kind_without_tag
+            self._strip_newlines = self._state == "reasoning"
+
+    def _reason(self, pieces: list[Piece]) -> None:
+        end = self._held.find(END_THINK)
+        if end < 0:
+            tail = re.search(r"\n*\Z", self._held[: len(self._held) - _overlap(self._held, END_THINK)])
+            self._take(pieces, "reasoning", tail.start())
+            return
+        rest = self._held[end + len(END_THINK) :]
+        self._held = self._held[:end].rstrip("\n")
+        self._take(pieces, "reasoning", len(self._held))
+        self._held, self._state, self._strip_newlines = rest, "content", True
+
+    def _take(self, pieces: list[Piece], kind: Literal["reasoning", "content"], count: int) -> None:
+        """Moves the first ``count`` held characters into a piece."""
+        text, self._held = self._held[:count], self._held[count:]
+        if self._strip_newlines:
+            text = text.lstrip("\n")
+            self._strip_newlines = not text
+        if text:
+            pieces.append(Piece(kind, text))
+
+
+def _overlap(text: str, word: str) -> int:
+    """How many characters at the end of ``text`` begin ``word`` without completing it."""
+    longest = min(len(text), len(word) - 1)
+    return next((n for n in range(longest, 0, -1) if text.endswith(word[:n])), 0)

@@ -1,0 +1,1 @@
+"""Benchmarks, checks, profiles and makers of files; run as `python -m scripts.NAME`."""
