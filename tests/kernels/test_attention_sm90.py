@@ -8,10 +8,7 @@ import pytest
 pytest.importorskip("jax.experimental.pallas.mosaic_gpu")
 interpreter = pytest.importorskip("jax._src.pallas.mosaic_gpu.interpret.params")
 
-from qwen3_moe_jax.kernels_pallas.attention import (
-    kernel_sm90,
-    xla,
-)
+from qwen3_moe_jax.kernels_pallas.attention import kernel_sm90, xla  # noqa: E402
 from tests import tolerances  # noqa: E402
 from tests.kernels.op_cases import check, rng  # noqa: E402
 

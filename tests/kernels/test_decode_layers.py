@@ -30,10 +30,7 @@ from qwen3_moe_jax.jax_backend.kv_cache import KVCache, Span  # noqa: E402
 from qwen3_moe_jax.jax_backend.model import STAGES_COLLECTION, Intervention, Qwen3Moe  # noqa: E402
 from qwen3_moe_jax.jax_backend.params import GPU_ROLES, is_tiled  # noqa: E402
 from qwen3_moe_jax.jax_backend.stacks import stack_layers  # noqa: E402
-from qwen3_moe_jax.kernels_pallas.decode_layers import (
-    api,
-    kernel_sm90,
-)
+from qwen3_moe_jax.kernels_pallas.decode_layers import api, kernel_sm90  # noqa: E402
 from qwen3_moe_jax.kernels_pallas.decode_layers import row_steps_triton as steps  # noqa: E402
 from qwen3_moe_jax.kernels_pallas.decode_layers.weights import LayerWeights, OfLayers  # noqa: E402
 from qwen3_moe_jax.kernels_pallas.gpu import grouped_matmul_sm90 as matmul_sm90  # noqa: E402
