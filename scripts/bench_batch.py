@@ -1,9 +1,9 @@
 """Speed of many sequences at once, through the batch that a server's scheduler fills.
 
-    python scripts/bench_batch.py --sequences 16 32 64        # random weights of full size, on a GPU
-    python scripts/bench_batch.py -m embedded --sequences 4 --prompt 64   # or a file
-    python scripts/bench_batch.py --preset small --sequences 4 --prompt 32
-    python scripts/bench_batch.py --work decode --random-cache   # one program for each number of sequences
+    python -m scripts.bench_batch --sequences 16 32 64        # random weights of full size, on a GPU
+    python -m scripts.bench_batch -m embedded --sequences 4 --prompt 64   # or a file
+    python -m scripts.bench_batch --preset small --sequences 4 --prompt 32
+    python -m scripts.bench_batch --work decode --random-cache   # one program for each number of sequences
 
 For each number of sequences, what --work names:
   prefill   prompts together, until each has its first token
@@ -22,21 +22,15 @@ even routing is expected to choose, and the cache's, over --bandwidth. The last 
 
 import argparse
 import json
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from bench_prefill import random_params, types_of
 from flax.core import FrozenDict
 
 from qwen3_moe_jax.convert.config import PRESETS, Qwen3MoeConfig
@@ -51,6 +45,7 @@ from qwen3_moe_jax.jax_backend.runner import FUSED_BATCH, JaxRunner
 from qwen3_moe_jax.loader import KV_CACHES, embedded_model
 from qwen3_moe_jax.machine.limits import prefill_operations
 from qwen3_moe_jax.machine.memory import cache_nbytes
+from scripts.bench_prefill import random_params, types_of
 
 SEED = 11
 WORK = ("prefill", "decode", "mixed", "skewed")

@@ -1,6 +1,6 @@
 """How fast a model is packed, checked, converted and loaded, and in how much memory.
 
-    python scripts/bench_convert.py model.gguf /tmp/checkpoint --receipt docs/receipts/convert_full_size.json
+    python -m scripts.bench_convert model.gguf /tmp/checkpoint --receipt docs/receipts/convert_full_size.json
 
 Converts MODEL to the folder OUT (which must not exist, and is kept), then reads
 both from start to end, one tensor at a time, each in a process of its own whose
@@ -23,12 +23,11 @@ from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from qwen3_moe_jax.convert.ggml_types import BLOCK_FORMATS, GGMLType
 from qwen3_moe_jax.convert.model_source import READ_CHUNK_BYTES, ModelSource, open_model, refuse_nonfinite
 from qwen3_moe_jax.convert.packed import packed_nbytes
 from qwen3_moe_jax.convert.unpack import block_arrays, empty_packed, pack, unpack_blocks
+from scripts import child_environment
 from scripts.make_random_gguf import random_blocks, tensor_nbytes
 
 _PACK_BYTES = 256 << 20
@@ -110,15 +109,16 @@ def read_model(path: str, threads: int, limit: int) -> dict:
 
 def read_in_child(path: str, threads: int, limit: int = sys.maxsize) -> dict:
     """:func:`read_model` in a process of its own."""
-    command = [sys.executable, __file__, path, path, "--read", str(threads), str(limit)]
-    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    return json.loads(output.splitlines()[-1])
+    command = [sys.executable, "-m", "scripts.bench_convert", path, path, "--read", str(threads), str(limit)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, env=child_environment())
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def convert_in_child(model: str, out: str) -> dict:
-    """Runs ``python -m convert``; seconds, rate and its peak memory."""
+    """Runs ``qwen3-moe convert``; seconds, rate and its peak memory."""
     start = time.perf_counter()
-    subprocess.run([sys.executable, "-m", "convert", model, out], check=True)
+    command = [sys.executable, "-m", "qwen3_moe_jax.convert", model, out]
+    subprocess.run(command, check=True, env=child_environment())
     seconds = time.perf_counter() - start
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
     with open_model(model) as source:
@@ -162,7 +162,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     cores = os.cpu_count() or 1
     result = {
-        "what": "python scripts/bench_convert.py",
+        "what": "python -m scripts.bench_convert",
         "machine": f"{cores} cores, {platform.machine()}, Python {platform.python_version()}",
         "load_average_before": round(os.getloadavg()[0], 1),
         "disk_write_gb_per_s": round(disk_rate(Path(args.out).absolute().parent), 2),

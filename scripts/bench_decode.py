@@ -1,6 +1,6 @@
 """Decode of a GGUF file as a user gets it: tokens a second, device memory, seconds to the first token.
 
-    python scripts/bench_decode.py FILE [--rows 1:0 1:4096 8:0 16:0] [--context 32768] [--stages cold rows]
+    python -m scripts.bench_decode FILE [--rows 1:0 1:4096 8:0 16:0] [--context 32768] [--stages cold rows]
 
 Every stage is a process of its own (``JaxRunner`` on the file) with a time limit: one that hangs says where
 (its Python stacks), is ended, and costs only itself. Stages, in the order of what they risk:
@@ -18,7 +18,6 @@ Results are printed as they come; the last line is one JSON object. Without FILE
 import argparse
 import faulthandler
 import json
-import os
 import platform
 import statistics
 import subprocess
@@ -29,8 +28,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from scripts import ROOT, child_environment
 
 STAGES = ("cold", "rows", "memory", "stream")
 GRACE_SECONDS = 10
@@ -217,8 +215,8 @@ def stream(args: argparse.Namespace) -> None:
 def lines_of(args: argparse.Namespace, stage: str, seconds: float, cache: str, **changes: object) -> Iterator:
     """Runs one stage in a process; yields its results with the seconds at which they came, then its end."""
     options = {**vars(args), **changes, "limit": seconds}
-    environment = {**os.environ, "XDG_CACHE_HOME": cache, "CUDA_CACHE_PATH": f"{cache}/nv"}
-    command = [sys.executable, "-u", str(Path(__file__).resolve()), "--child", stage, json.dumps(options)]
+    environment = child_environment(XDG_CACHE_HOME=cache, CUDA_CACHE_PATH=f"{cache}/nv")
+    command = [sys.executable, "-u", "-m", "scripts.bench_decode", "--child", stage, json.dumps(options)]
     began = time.perf_counter()
     process = subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True

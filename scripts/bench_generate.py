@@ -1,6 +1,6 @@
 """Speed of generation on this machine, with what ``qwen3-moe bench`` does not measure.
 
-    python scripts/bench_generate.py [--model FILE] [--backend jax] [--prompt-tokens 512] [--new-tokens 256]
+    python -m scripts.bench_generate [--model FILE] [--backend jax] [--prompt-tokens 512] [--new-tokens 256]
 
 Two rows of ``qwen3-moe bench`` (a prompt, and writing after it, the median of --repeats runs after
 one that compiles) beside llama.cpp's; the first token of a cold process, which is the time from its

@@ -8,7 +8,7 @@ A row has --row-seconds. One that does not end is named, the rows so far are wri
 with status 3 (a kernel that hangs cannot be interrupted); --skip N goes on after it. A wrong value fails
 its row alone and makes the status 1. The last line is JSON, and --out keeps it in a file after every row.
 
-    python scripts/bench_gpu_ops.py --out rows.json [--only moe_mlp] [--sizes]
+    python -m scripts.bench_gpu_ops --out rows.json [--only moe_mlp] [--sizes]
 
 --sizes adds rows with other sizes of the kernels' pieces; --tiny runs everything at small shapes in
 Pallas' interpreter, without a GPU.
@@ -28,8 +28,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 if "--tiny" in sys.argv:
     # The interpreter's warpgroups wait inside XLA's threads: with no more than four, five wait for ever.
     os.environ.setdefault("NPROC", "16")
@@ -37,7 +35,6 @@ if "--tiny" in sys.argv:
 import jax
 import jax.numpy as jnp
 import numpy as np
-from bench_prefill import random_tiles
 from jax import lax
 
 from qwen3_moe_jax.convert.ggml_types import GGMLType
@@ -48,6 +45,7 @@ from qwen3_moe_jax.kernels_pallas.moe_mlp import kernel_sm90 as moe_sm90
 from qwen3_moe_jax.kernels_pallas.packed.gpu_tiles import dequantize_tiles
 from qwen3_moe_jax.kernels_pallas.packed.stacks import Matrices
 from qwen3_moe_jax.kernels_pallas.quantized_matmul import kernel_sm90 as matmul_sm90
+from scripts.bench_prefill import random_tiles
 
 SEED = 20261123
 MATMUL_NMSE = 1e-6

@@ -1,6 +1,6 @@
 """Speed of the ops on packed weights at the real shapes of Qwen3-30B-A3B, on JAX's default device.
 
-    python scripts/bench_ops.py [--only NAME] [--layout lanes16] [--phases decode1,prefill512] [--list]
+    python -m scripts.bench_ops [--only NAME] [--layout lanes16] [--phases decode1,prefill512] [--list]
 
 Weights are random. Every case is checked against float64 before it is timed, on its first
 rows. Times are of whole calls from the host, the best and the median of several; beside them

@@ -5,19 +5,15 @@ tokens each; the last line is JSON. The limit is that of the tensor cores: the o
 the matrix products and of causal attention over ``--tflops``, which should be what a large
 16-bit matrix product reaches on the same card.
 
-    python scripts/bench_prefill.py --tokens 512 2048 --sequences 1
+    python -m scripts.bench_prefill --tokens 512 2048 --sequences 1
 """
 
 import argparse
 import itertools
 import json
-import sys
 import time
 from functools import partial
-from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import jax
 import jax.numpy as jnp

@@ -1,8 +1,8 @@
 """Speed and parity of the wgpu backend on one graphics adapter.
 
-    python scripts/bench_wgpu.py                              # the embedded model
-    python scripts/bench_wgpu.py --model FILE --parity        # a full-size file on a GPU
-    python scripts/bench_wgpu.py --model FILE --kernels --sweep
+    python -m scripts.bench_wgpu                              # the embedded model
+    python -m scripts.bench_wgpu --model FILE --parity        # a full-size file on a GPU
+    python -m scripts.bench_wgpu --model FILE --kernels --sweep
 
 Decode is the rate of the tokens after the first, prefill the prompt's tokens over the time to
 the first token; the best of --repeats runs, after one that compiles. The share of bandwidth
@@ -26,8 +26,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from qwen3_moe_jax.convert.model_source import ModelSource, open_model
 from qwen3_moe_jax.convert.progress import show_progress

@@ -1,6 +1,6 @@
 """What a packed checkpoint survives: flipped bits, kill -9, a full disk, two writers at once.
 
-    python scripts/check_checkpoints.py --receipt docs/receipts/checkpoint_integrity.json
+    python -m scripts.check_checkpoints --receipt docs/receipts/checkpoint_integrity.json
 
 runs 1,000 single-bit flips, 200 kills at random moments, 20 full disks (really
 full, on a small tmpfs, where the user may mount one; injected otherwise) and 20
@@ -29,13 +29,12 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from unittest import mock
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from qwen3_moe_jax.convert.__main__ import silence_orbax
 from qwen3_moe_jax.convert.checkpoint_writer import checkpoint_nbytes, write_checkpoint
 from qwen3_moe_jax.convert.errors import ModelFileError
 from qwen3_moe_jax.convert.model_source import open_model
 from qwen3_moe_jax.convert.output_folder import OutputError
+from scripts import child_environment
 from scripts.make_random_gguf import SMALL, write_random_gguf
 
 _READY = b"ready\n"
@@ -100,8 +99,8 @@ def flip_bit(file: Path, bit: int) -> None:
 
 def ready_writer(model: Path, out: Path) -> subprocess.Popen:
     """A process that has loaded its modules and waits for :func:`begin` to write ``out``."""
-    command = [sys.executable, __file__, "--write", str(model), str(out)]
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-m", "scripts.check_checkpoints", "--write", str(model), str(out)]
+    environment = child_environment(JAX_PLATFORMS="cpu")
     process = subprocess.Popen(
         command,
         stdin=subprocess.PIPE,
@@ -379,7 +378,7 @@ def main(argv: list[str] | None = None) -> int:
         with open_model(work / "model.gguf") as source:
             nbytes = checkpoint_nbytes(source)
         result = {
-            "what": "python scripts/check_checkpoints.py",
+            "what": "python -m scripts.check_checkpoints",
             "machine": f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}",
             "seed": args.seed,
             "checkpoint_bytes": nbytes,

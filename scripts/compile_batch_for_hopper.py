@@ -3,22 +3,16 @@
 Needs what ``compile_for_hopper.py`` needs. For each program the scratch memory beside its arguments is
 printed; a program that keeps more than ``--most`` GB has copied the cache, and ends this with an error.
 
-    python scripts/compile_batch_for_hopper.py --slots 32 --context 2048 --kv-cache float16 int8
+    python -m scripts.compile_batch_for_hopper --slots 32 --context 2048 --kv-cache float16 int8
 """
 
 import argparse
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
-import compile_for_hopper  # sets the platform, so it comes before JAX
 import jax
 import jax.numpy as jnp
-from bench_prefill import random_params, types_of
 from flax.core import FrozenDict
 
 from qwen3_moe_jax.convert.config import PRESETS
@@ -29,6 +23,8 @@ from qwen3_moe_jax.jax_backend.model import Qwen3Moe
 from qwen3_moe_jax.jax_backend.params import GPU_ROLES
 from qwen3_moe_jax.jax_backend.runner import FUSED_BATCH
 from qwen3_moe_jax.loader import KV_CACHES
+from scripts import compile_for_hopper  # sets the platform, so it comes before JAX
+from scripts.bench_prefill import random_params, types_of
 
 
 def programs(args: argparse.Namespace, kv_cache: str) -> dict[str, Callable[[], jax.stages.Traced]]:

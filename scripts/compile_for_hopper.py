@@ -2,10 +2,10 @@
 
 Needs the packages jax-cuda13-plugin and jax-cuda13-pjrt of JAX's version, and CUDA's ptxas.
 
-    python scripts/compile_for_hopper.py kernels                      # registers and spills of every size
-    python scripts/compile_for_hopper.py decode --sequences 1 8       # the same of the one-kernel decode step
-    python scripts/compile_for_hopper.py step --tokens 1 --sequences 32 [--thunks]   # launches a layer
-    python scripts/compile_for_hopper.py count FILE                   # launches in XLA's own dump
+    python -m scripts.compile_for_hopper kernels                      # registers and spills of every size
+    python -m scripts.compile_for_hopper decode --sequences 1 8       # the same of the one-kernel decode step
+    python -m scripts.compile_for_hopper step --tokens 1 --sequences 32 [--thunks]   # launches a layer
+    python -m scripts.compile_for_hopper count FILE                   # launches in XLA's own dump
 
 "step" compiles a chunk of prompts, or with one token each a step of decoding, and counts what the
 loop over layers launches. On a machine with a GPU the same table comes from ``count`` and the file
@@ -25,11 +25,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 os.environ["JAX_PLATFORMS"] = "cpu"
 
-import bench_prefill
 import jax
 import jax.numpy as jnp
 from flax.core import FrozenDict
@@ -60,6 +57,7 @@ from qwen3_moe_jax.kernels_pallas.gpu.sorting import Tiles, UsedExperts
 from qwen3_moe_jax.kernels_pallas.moe_mlp import kernel_sm90 as moe_mlp
 from qwen3_moe_jax.kernels_pallas.packed.stacks import Matrices
 from qwen3_moe_jax.kernels_pallas.quantized_matmul import kernel_sm90 as quantized_matmul
+from scripts import bench_prefill
 
 H100 = """
 gpu_device_info {

@@ -4,10 +4,10 @@ On the GPU, a kernel of 6 layers, its sixth launch:
 
     ncu --clock-control none -k regex:qwen3_moe_decode --launch-skip 5 --launch-count 1 \\
         --section SourceCounters --section SpeedOfLight -o REPORT \\
-        python scripts/profile_decode.py --check --speed 8:0 --layers 6 --vocab 8192
+        python -m scripts.profile_decode --check --speed 8:0 --layers 6 --vocab 8192
     ncu --import REPORT.ncu-rep --page details | grep Duration
     ncu --import REPORT.ncu-rep --page source --csv --print-source sass > REPORT.csv
-    python scripts/decode_phases.py REPORT.csv --us DURATION --layers 6
+    python -m scripts.decode_phases REPORT.csv --us DURATION --layers 6
 
 All warps of the persistent kernel are there from its start to its end, so the share of samples that lie in a
 phase's instructions is the share of time that it takes. A phase ends where its blocks signal (``REDG``), and

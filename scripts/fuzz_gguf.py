@@ -7,8 +7,8 @@ vocabulary. A crash, more than one second of CPU time, or any other exception
 
 A mutant depends on the seed and its number alone:
 
-    python scripts/fuzz_gguf.py --count 20000
-    python scripts/fuzz_gguf.py --seed 7 --first 123 --count 1 --keep /tmp/mutant.gguf
+    python -m scripts.fuzz_gguf --count 20000
+    python -m scripts.fuzz_gguf --seed 7 --first 123 --count 1 --keep /tmp/mutant.gguf
 
 The last line of the output is JSON; the exit code is 0 only without a failure.
 """
@@ -32,8 +32,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from qwen3_moe_jax.convert.config import Qwen3MoeConfig, RopeScaling, check_architecture
 from qwen3_moe_jax.convert.errors import ModelFileError
 from qwen3_moe_jax.convert.gguf_file import GGUFFile
@@ -53,6 +51,7 @@ from qwen3_moe_jax.testing.gguf_builder import (
     model_metadata,
     model_tensors,
 )
+from scripts import child_environment
 
 MUTANT_NAME = "m-00001-of-00002.gguf"
 HANG_SECONDS = 1.0
@@ -270,10 +269,19 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     with tempfile.TemporaryDirectory() as folder:
         while first < last:
             count = min(args.batch, last - first)
-            command = [sys.executable, *(["-O"] if args.optimize else []), __file__, "--worker", folder]
-            command += ["--seed", str(args.seed), "--first", str(first), "--count", str(count)]
+            command = [sys.executable, *(["-O"] if args.optimize else []), "-m", "scripts.fuzz_gguf"]
+            command += [
+                "--worker",
+                folder,
+                "--seed",
+                str(args.seed),
+                "--first",
+                str(first),
+                "--count",
+                str(count),
+            ]
             child = subprocess.run(
-                command, stdout=subprocess.PIPE, text=True, env={**os.environ, "OPENBLAS_NUM_THREADS": "1"}
+                command, stdout=subprocess.PIPE, text=True, env=child_environment(OPENBLAS_NUM_THREADS="1")
             )
             if child.returncode:
                 crashed = int((Path(folder) / "number").read_text())

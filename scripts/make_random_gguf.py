@@ -5,24 +5,20 @@ recipe by default), and scales chosen so that activations stay sane, so it
 measures what a real file measures. Blocks are drawn from a pool of random ones:
 the full size of Qwen3-30B-A3B (18.6 GB) takes about as long as the disk.
 
-    python scripts/make_random_gguf.py /tmp/random-30b.gguf --vocab vocab.gguf
-    python scripts/make_random_gguf.py /tmp/tiny.gguf --layers 2 --hidden 256 --heads 4 --kv 2 \\
+    python -m scripts.make_random_gguf /tmp/random-30b.gguf --vocab vocab.gguf
+    python -m scripts.make_random_gguf /tmp/tiny.gguf --layers 2 --hidden 256 --heads 4 --kv 2 \\
         --head-dim 64 --experts 8 --experts-per-token 2 --ff 256 --vocab-size 320 --mix all
 """
 
 import argparse
 import os
 import struct
-import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from itertools import cycle
-from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from qwen3_moe_jax.convert.config import ARCHITECTURE, PRESETS, Qwen3MoeConfig
 from qwen3_moe_jax.convert.ggml_types import BLOCK_FORMATS, SUPPORTED_TYPES, GGMLType

@@ -6,7 +6,7 @@ and to OUT/<stage>.log; a stage whose last line is JSON leaves a receipt, OUT/<s
 command, the commit, the versions and the device. The full-size file is made of random weights when none is
 given. Cheap stages that tell most come first, so that --budget, the seconds in all, cuts the others.
 
-    python scripts/measure_gpu.py --out results [--model FILE] [--stages kernels decode] [--budget 1500]
+    python -m scripts.measure_gpu --out results [--model FILE] [--stages kernels decode] [--budget 1500]
 """
 
 import argparse
@@ -23,7 +23,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import TextIO
 
-ROOT = Path(__file__).resolve().parent.parent
+from scripts import ROOT, child_environment
+
 MODEL = "{model}"
 """Stands for the full-size file in a stage's command."""
 
@@ -74,7 +75,8 @@ STAGES = (
         "decode-kernel",
         "the decode step alone: right, the same bits, its speed",
         (
-            "scripts/profile_decode.py",
+            "-m",
+            "scripts.profile_decode",
             "--check",
             "1:300",
             "8:200",
@@ -93,34 +95,42 @@ STAGES = (
     Stage(
         "decode",
         "a file as a user runs it: decode, batches, cold start, memory",
-        ("scripts/bench_decode.py", MODEL, "--sha256"),
+        ("-m", "scripts.bench_decode", MODEL, "--sha256"),
         600,
     ),
     Stage(
         "prefill",
         "prompts, one and many",
-        ("scripts/bench_prefill.py", "--tokens", "512", "2048", "32768"),
+        ("-m", "scripts.bench_prefill", "--tokens", "512", "2048", "32768"),
         240,
     ),
     Stage(
         "prefill-many",
         "32 prompts of 512 tokens",
-        ("scripts/bench_prefill.py", "--tokens", "512", "--sequences", "32"),
+        ("-m", "scripts.bench_prefill", "--tokens", "512", "--sequences", "32"),
         180,
     ),
     Stage(
         "batch-decode",
         "32 and 64 sequences at the depth of 512 tokens",
-        ("scripts/bench_batch.py", "--work", "decode", "--random-cache", "--sequences", "32", "64"),
+        ("-m", "scripts.bench_batch", "--work", "decode", "--random-cache", "--sequences", "32", "64"),
         180,
     ),
     Stage(
         "batch",
         "32 and 64 sequences, mixed steps, skewed routing",
-        ("scripts/bench_batch.py", "--sequences", "32", "64"),
+        ("-m", "scripts.bench_batch", "--sequences", "32", "64"),
         400,
     ),
-    Stage("ops", "the prefill kernels alone", ("scripts/bench_gpu_ops.py",), 400),
+    Stage(
+        "ops",
+        "the prefill kernels alone",
+        (
+            "-m",
+            "scripts.bench_gpu_ops",
+        ),
+        400,
+    ),
     Stage(
         "verify-full-size",
         "the parity contract on the full-size file",
@@ -167,8 +177,8 @@ STAGES = (
 def make_model(path: Path) -> None:
     """Writes the full-size file of random weights."""
     vocabulary = ROOT / "tests" / "data" / "ggml-vocab-qwen2.gguf"
-    command = [sys.executable, ROOT / "scripts" / "make_random_gguf.py", path, "--vocab", vocabulary]
-    subprocess.run(list(map(str, command)), check=True)
+    command = [sys.executable, "-m", "scripts.make_random_gguf", path, "--vocab", vocabulary]
+    subprocess.run(list(map(str, command)), cwd=ROOT, check=True)
 
 
 def run(stage: Stage, model: str, out: Path, seconds: float) -> tuple[str, float]:
@@ -177,14 +187,13 @@ def run(stage: Stage, model: str, out: Path, seconds: float) -> tuple[str, float
     arguments = [places.get(part, part) for part in stage.command]
     command = [sys.executable, "-X", "faulthandler", "-u", *arguments]
     # Stages of several processes share the card's memory.
-    environment = {"JAX_PLATFORMS": "cuda,cpu", "XLA_PYTHON_CLIENT_PREALLOCATE": "false", **os.environ}
-    environment["PYTHONPATH"] = _python_path()
+    defaults = {"JAX_PLATFORMS": "cuda,cpu", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
     began = time.monotonic()
     lines: list[str] = []
     process = subprocess.Popen(
         command,
         cwd=ROOT,
-        env=environment,
+        env={**defaults, **child_environment()},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -243,10 +252,6 @@ def _keep_receipt(stage: Stage, arguments: list[str], lines: list[str], out: Pat
         "figures": figures,
     }
     (out / f"{stage.name}.json").write_text(json.dumps(receipt, indent=1) + "\n")
-
-
-def _python_path() -> str:
-    return os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
 
 
 def _output(*command: str) -> str:

@@ -1,6 +1,6 @@
 """Plants each of ten faults in each backend and sees ``verify`` fail and ``bisect`` name it.
 
-    python scripts/plant_faults.py --json receipt.json
+    python -m scripts.plant_faults --json receipt.json
 
 ``verify`` is the command itself, with every clause and its full text: what is recorded is its exit code and
 the clauses that failed. Ends with one line of JSON: faults caught and named of those planted, per backend.

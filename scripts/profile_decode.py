@@ -3,12 +3,12 @@
 The weights have the shapes and bytes of a real file. The kernel is checked against the reference with the
 experts that it chose, must give the same bits again and alone, and is timed:
 
-    python scripts/profile_decode.py --check 8:200 --speed 8:0
+    python -m scripts.profile_decode --check 8:200 --speed 8:0
 
 ``--without PART`` times the kernel with a part of its work left out and the experts given, which says what
 the part costs; ``--without nothing`` is what to compare with:
 
-    python scripts/profile_decode.py --without gate_up --check --speed 8:0 --layers 12 --vocab 8192
+    python -m scripts.profile_decode --without gate_up --check --speed 8:0 --layers 12 --vocab 8192
 
 Results are printed as they come, the last line is JSON. A case that hangs ends the run after --limit seconds
 with the Python stacks. ``--tiny`` runs the same in Pallas' interpreter on a CPU. For the figures of a file
@@ -19,7 +19,6 @@ import argparse
 import faulthandler
 import json
 import os
-import sys
 import time
 import traceback
 from contextlib import ExitStack
@@ -28,7 +27,6 @@ from functools import partial
 from pathlib import Path
 from unittest import mock
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 # Nothing here gains from tuning of XLA's own products, and it takes minutes.
 os.environ["XLA_FLAGS"] = f"--xla_gpu_autotune_level=0 {os.environ.get('XLA_FLAGS', '')}"
 

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "fuzz_gguf.py"
+from scripts import child_environment
 
 
 def fuzz(*options: str) -> tuple[int, str, dict]:
-    child = subprocess.run([sys.executable, SCRIPT, *options], capture_output=True, text=True, timeout=280)
+    command = [sys.executable, "-m", "scripts.fuzz_gguf", *options]
+    child = subprocess.run(command, capture_output=True, text=True, timeout=280, env=child_environment())
     return child.returncode, child.stdout, json.loads(child.stdout.splitlines()[-1])
 
 

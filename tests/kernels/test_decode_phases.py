@@ -1,4 +1,4 @@
-"""scripts/decode_phases.py on a page of instructions with known samples."""
+"""``scripts.decode_phases`` on a page of instructions with known samples."""
 
 import csv
 import json
@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "decode_phases.py"
+from scripts import child_environment
+
 PHASES = 8  # of the kernel for one sequence
 REASONS = ("stall_barrier", "stall_long_sb", "stall_wait")
 
@@ -37,8 +38,8 @@ def page(path: Path, phases: int) -> Path:
 
 
 def run(path: Path) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(SCRIPT), str(path), "--us", "592", "--layers", "2"]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-m", "scripts.decode_phases", str(path), "--us", "592", "--layers", "2"]
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=child_environment())
 
 
 def test_samples_become_microseconds_of_phases(tmp_path):

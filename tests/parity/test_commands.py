@@ -58,7 +58,7 @@ def test_verify_fails_with_a_fault_in_the_reference(name, planted, capsys):
 @pytest.mark.parametrize("name", ["sub-scale", "swapped-experts", "last-chunk"])
 def test_verify_fails_with_a_fault_in_jax(name, planted, capsys):
     planted(name)
-    # For time one clause and three faults: bisect's tests see all ten, scripts/plant_faults.py runs it all.
+    # For time one clause and three faults: bisect's tests see all ten, scripts.plant_faults runs it all.
     clauses = ["--clause", "STAGES-001"]
     assert cli.main(["verify", "--backend", "jax", *clauses, "--tokens", "64", "--json"]) == 1
     receipt = json.loads(capsys.readouterr().out)

@@ -4,22 +4,19 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from qwen3_moe_jax.testing.faults import FAULTS
-
-ROOT = Path(__file__).parents[2]
+from scripts import child_environment
 
 
 def test_every_fault_in_wgpu_is_named():
     done = subprocess.run(
-        [sys.executable, "scripts/plant_faults.py", "--backend", "wgpu", "--tokens", "0"],
+        [sys.executable, "-m", "scripts.plant_faults", "--backend", "wgpu", "--tokens", "0"],
         capture_output=True,
         text=True,
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OPENBLAS_NUM_THREADS": "1"},
+        env=child_environment(OPENBLAS_NUM_THREADS="1"),
         check=False,
     )
     if "BackendUnavailableError" in done.stderr and os.environ.get("QWEN3_MOE_REQUIRE_WGPU") != "1":

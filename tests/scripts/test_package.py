@@ -1,0 +1,45 @@
+"""The scripts are a package: each starts by its module's name, and none reaches for ``sys.path``."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from scripts import ROOT, child_environment
+
+NAMES = sorted(path.stem for path in (ROOT / "scripts").glob("*.py") if path.stem != "__init__")
+
+HELP_OF_ALL = """
+import contextlib, io, runpy, sys
+for name in sys.argv[1:]:
+    sys.argv = [name, "--help"]
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        try:
+            runpy.run_module(f"scripts.{name}", run_name="__main__")
+        except SystemExit as end:
+            assert not end.code, (name, end.code)
+    assert "usage:" in out.getvalue(), name
+"""
+
+
+def test_every_script_starts(tmp_path: Path):
+    """All in one process, because most of a start is the import of JAX."""
+    command = [sys.executable, "-c", HELP_OF_ALL, *NAMES]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=child_environment())
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_script_changes_the_path(name: str):
+    assert "sys.path" not in (ROOT / "scripts" / f"{name}.py").read_text()
+
+
+def test_texts_name_scripts_that_exist():
+    """In help, docs and messages: ``python -m scripts.NAME``, never the file."""
+    texts = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "scripts").glob("*.py")]
+    for path in texts:
+        text = path.read_text()
+        assert not re.findall(r"python scripts/\w+\.py", text), path
+        assert set(re.findall(r"-m scripts\.(\w+)", text)) - {"NAME"} <= set(NAMES), path
