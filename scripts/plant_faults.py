@@ -19,9 +19,9 @@ from unittest import mock
 
 from qwen3_moe_jax import cli, loader
 from qwen3_moe_jax.convert.model_source import ModelSource, open_model
+from qwen3_moe_jax.core.code_version import code_version
 from qwen3_moe_jax.core.runner import Runner
 from qwen3_moe_jax.parity.bisect import LONG_TOKENS, bisect
-from qwen3_moe_jax.parity.code_version import code_version
 from qwen3_moe_jax.parity.recorded import parity_text
 from qwen3_moe_jax.parity.verify import TEXT_TOKENS
 from qwen3_moe_jax.testing.faults import FAULTS, Fault, plant

@@ -17,9 +17,9 @@ from pathlib import Path
 import numpy as np
 
 from qwen3_moe_jax.convert.model_source import ModelSource
+from qwen3_moe_jax.core.code_version import code_version
 from qwen3_moe_jax.core.errors import ParityError
 from qwen3_moe_jax.core.runner import Runner
-from qwen3_moe_jax.parity.code_version import code_version
 from qwen3_moe_jax.parity.judge import FUSED_STAGES, Judgement, StageJudge
 
 TOKENS = 4

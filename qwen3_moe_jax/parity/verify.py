@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from qwen3_moe_jax.convert.model_source import ModelSource
+from qwen3_moe_jax.core.code_version import code_version
 from qwen3_moe_jax.core.errors import ContextOverflowError, MemoryPlanError
 from qwen3_moe_jax.core.runner import Runner
 from qwen3_moe_jax.machine.blas_threads import one_thread_a_product
@@ -30,7 +31,6 @@ from qwen3_moe_jax.parity.clauses import (
     TEXT_CLAUSES,
     Finding,
 )
-from qwen3_moe_jax.parity.code_version import code_version
 from qwen3_moe_jax.parity.contract import Clause, load_contract
 from qwen3_moe_jax.parity.evidence import Evidence, Oracle
 from qwen3_moe_jax.parity.receipt import RECEIPT_FORMAT, check_receipt

@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 
 from qwen3_moe_jax import cli, loader
+from qwen3_moe_jax.core.code_version import code_version
 from qwen3_moe_jax.inspection.experts import expert_usage
-from qwen3_moe_jax.parity.code_version import code_version
 from qwen3_moe_jax.parity.contract import load_contract
 from qwen3_moe_jax.parity.receipt import check_receipt
 from qwen3_moe_jax.testing.faults import FAULTS, plant

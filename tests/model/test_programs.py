@@ -1,0 +1,254 @@
+"""Compiled programs on disk: found where they are right, compiled again where anything is different."""
+
+import dataclasses
+import errno
+import os
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from qwen3_moe_jax.jax_backend import program_store, programs
+from qwen3_moe_jax.jax_backend.program_store import ProgramStore
+
+ROOT = Path(__file__).parents[2]
+
+
+def scaled_sum(x, factor, *, times):
+    for _ in range(times):
+        x = jnp.tanh(x * factor)
+    return x
+
+
+def new_program() -> programs.Program:
+    return programs.Program(scaled_sum, static_argnames=("times",))
+
+
+@pytest.fixture
+def store(tmp_path):
+    store = ProgramStore(tmp_path / "programs")
+    programs.use_store(store)
+    yield store
+    programs.use_store(None)
+
+
+@pytest.fixture
+def made():
+    """What programs were made, as they are."""
+    found: list[programs.Made] = []
+    stop = programs.listen(lambda _, what: found.append(what) if what else None)
+    yield found
+    stop()
+
+
+def run(program: programs.Program, times: int = 2) -> np.ndarray:
+    return np.asarray(program(jnp.arange(6.0), jnp.float32(0.5), times=times))
+
+
+def sources(made: list[programs.Made]) -> list[str]:
+    return [what.source for what in made]
+
+
+def test_a_second_process_would_find_it_and_trace_nothing(store, made):
+    first = run(new_program())
+    again = new_program()
+    again._jitted = None  # any tracing would fail
+    np.testing.assert_array_equal(run(again), first)
+    assert sources(made) == ["compiler", "disk"]
+
+
+def test_one_program_for_each_shape_and_static_argument(store, made):
+    program = new_program()
+    run(program), run(program), run(program, times=3)
+    program(jnp.arange(7.0), jnp.float32(0.5), times=2)
+    assert len(made) == 3
+    assert len(list(store.folder.iterdir())) == 3
+
+
+def test_prepare_makes_the_program_that_a_call_then_uses(store, made):
+    program = new_program()
+    shapes = jax.ShapeDtypeStruct((6,), jnp.float32), jax.ShapeDtypeStruct((), jnp.float32)
+    program.prepare(*shapes, times=2)
+    assert program.is_ready(*shapes, times=2)
+    run(program)
+    assert sources(made) == ["compiler"]
+
+
+@pytest.mark.parametrize(
+    "change", ["driver", "code", "device", "versions", "flags", "runtime", "cores", "machine", "settings"]
+)
+def test_a_changed_environment_compiles_again(store, made, monkeypatch, change):
+    run(new_program())
+    now = programs.environment()
+    monkeypatch.setattr(programs, "environment", lambda: {**now, change: "another"})
+    run(new_program())
+    assert sources(made) == ["compiler", "compiler"]
+
+
+def test_the_code_is_part_of_the_key():
+    facts = programs.environment()
+    assert len(facts["code"]) == 16
+    assert facts["versions"]["jax"] == jax.__version__
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "empty", "foreign", "extended"])
+def test_a_damaged_file_is_compiled_again_and_replaced(store, made, damage):
+    want = run(new_program())
+    (path,) = store.folder.iterdir()
+    content = bytearray(path.read_bytes())
+    if damage == "flip":
+        content[len(content) // 2] ^= 1
+    path.write_bytes(
+        {
+            "flip": bytes(content),
+            "cut": bytes(content[:-1]),
+            "empty": b"",
+            "foreign": os.urandom(999),
+            "extended": bytes(content) + b"x",
+        }[damage]
+    )
+    np.testing.assert_array_equal(run(new_program()), want)
+    assert sources(made) == ["compiler", "compiler"]
+    assert len(store.trouble) == 1
+    assert "damaged" in store.trouble[0]
+    run(new_program())
+    assert sources(made)[-1] == "disk"
+
+
+def test_a_whole_file_that_is_no_program_is_compiled_again(store, made):
+    program = new_program()
+    run(program)
+    (path,) = store.folder.iterdir()
+    store.put(path.stem, b"not a pickle")
+    run(new_program())
+    assert sources(made) == ["compiler", "compiler"]
+    assert "could not be loaded" in store.trouble[0]
+
+
+def test_the_folder_is_the_users_alone(store):
+    run(new_program())
+    assert stat.S_IMODE(store.folder.stat().st_mode) == 0o700
+
+
+def test_a_folder_that_others_could_write_to_is_closed_and_emptied(store, made):
+    run(new_program())
+    store.folder.chmod(0o777)
+    run(new_program())
+    assert sources(made) == ["compiler", "compiler"]
+    assert stat.S_IMODE(store.folder.stat().st_mode) == 0o700
+    assert "open to other users" in store.trouble[0]
+
+
+def test_a_folder_of_somebody_else_is_not_used(store, made, monkeypatch):
+    run(new_program())
+    monkeypatch.setattr(program_store.os, "geteuid", lambda: os.getuid() + 1)
+    run(new_program())
+    assert sources(made) == ["compiler", "compiler"]
+    assert "not a folder of this user" in store.trouble[0]
+
+
+def test_a_link_to_another_folder_is_not_used(store, made, tmp_path):
+    (tmp_path / "elsewhere").mkdir(mode=0o700)
+    store.folder.symlink_to(tmp_path / "elsewhere")
+    run(new_program())
+    assert list((tmp_path / "elsewhere").iterdir()) == []
+
+
+def test_a_read_only_place_says_so_once_and_compiles(tmp_path, made):
+    blocker = tmp_path / "file"
+    blocker.write_text("")
+    store = ProgramStore(blocker / "programs")  # no folder can be made below a file
+    programs.use_store(store)
+    try:
+        run(new_program()), run(new_program())
+    finally:
+        programs.use_store(None)
+    assert sources(made) == ["compiler", "compiler"]
+    assert len(store.trouble) == 1
+    assert "Not a directory" in store.trouble[0]
+
+
+def test_a_full_disk_leaves_no_half_file(store, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(program_store.os, "replace", full)
+    run(new_program())
+    assert list(store.folder.iterdir()) == []
+    assert "No space left" in store.trouble[0]
+
+
+def test_the_ones_used_longest_ago_make_room(tmp_path):
+    store = ProgramStore(tmp_path / "programs", max_bytes=399)
+    for age, key in enumerate("abc"):
+        store.put(key, bytes(60))
+        os.utime(tmp_path / "programs" / f"{key}.program", (age, age))
+    assert store.get("a") is not None  # used now
+    store.put("d", bytes(160))
+    assert [store.get(key) is not None for key in "abcd"] == [True, False, False, True]
+    assert store.nbytes() <= 399
+    assert not store.put("e", bytes(500))
+
+
+def test_what_a_killed_process_left_half_written_goes(tmp_path):
+    store = ProgramStore(tmp_path / "programs")
+    store.put("a", b"1")
+    left, recent = store.folder / "old.part", store.folder / "new.part"
+    left.write_bytes(b"half"), recent.write_bytes(b"half")
+    os.utime(left, (0, 0))
+    store.put("b", b"2")
+    assert [left.exists(), recent.exists()] == [False, True]
+
+
+def test_two_processes_at_once(tmp_path):
+    """Both write the same program to one folder; a third finds it."""
+    code = """
+import sys, jax.numpy as jnp
+from pathlib import Path
+from tests.model import test_programs as t
+from qwen3_moe_jax.jax_backend import programs
+found = []
+programs.listen(lambda _, what: found.append(what) if what else None)
+programs.use_store(t.ProgramStore(Path(sys.argv[1])))
+t.run(t.new_program())
+print(found[0].source)
+"""
+    command = [sys.executable, "-c", code, str(tmp_path / "programs")]
+    start = lambda: subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    both = [start(), start()]
+    assert all(process.communicate()[0].strip() in ("compiler", "disk") for process in both)
+    assert start().communicate()[0].strip() == "disk"
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    names: frozenset[str]
+    dtype: np.dtype
+
+
+def test_a_fingerprint_is_the_same_in_every_process():
+    value = Settings(frozenset({"b", "a", "c"}), np.dtype("float32"))
+    assert programs.fingerprint(value) == [
+        "Settings",
+        ["names", ["set", '"a"', '"b"', '"c"']],
+        ["dtype", "float32"],
+    ]
+
+
+def test_what_has_no_fingerprint_is_refused_and_still_runs(store, made):
+    with pytest.raises(TypeError, match="no fingerprint"):
+        programs.fingerprint(lambda: 0)
+    program = programs.Program(lambda x, f: f(x), static_argnames=("f",))
+    assert float(program(jnp.float32(2), lambda x: x + 1)) == 3
+    assert not store.folder.exists()
+
+
+def test_inside_another_jit_it_is_part_of_that_program(store, made):
+    program = new_program()
+    jax.jit(lambda x: program(x, jnp.float32(0.5), times=2))(jnp.arange(3.0))
+    assert made == []
