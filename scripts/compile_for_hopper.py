@@ -74,6 +74,7 @@ dnn_version_info { major: 9 minor: 10 }
 runtime_version { major: 13 }
 device_description_str: "NVIDIA H100 80GB HBM3"
 """
+H100_CORES = int(re.search(r"core_count: (\d+)", H100)[1])
 FILE_REGISTERS = 65536
 TYPES = (GGMLType.Q4_K, GGMLType.Q5_K, GGMLType.Q6_K, GGMLType.Q8_0)
 
@@ -90,7 +91,7 @@ def h100() -> SingleDeviceSharding:
 @contextlib.contextmanager
 def as_on_h100() -> Iterator[None]:
     """The ops believe in a Hopper GPU meanwhile, and Triton's kernels are made for one."""
-    named = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")
+    named = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=H100_CORES, platform="gpu")
     with contextlib.ExitStack() as patches:
         for module in (
             attention,
@@ -216,10 +217,12 @@ def kernels(args: argparse.Namespace) -> int:
     print(
         "kind   type op     tile widths     slabs, warpgroups, in flight, exchange | registers, slots | found"
     )
-    for case in cases():
+    with as_on_h100():
+        found = cases()
+    for case in found:
         if args.only not in str(case):
             continue
-        with captured_stdout() as lines:
+        with captured_stdout() as lines, as_on_h100():
             slots = compile_case(case, sharding)
         text = "\n".join(lines)
         used, spilled, _ = ptxas_report(text)
@@ -257,7 +260,8 @@ def decode(args: argparse.Namespace) -> int:
     config = bench_prefill.PRESETS[args.preset]
     types_of, lm_head = profile_decode.TYPES["q4_k_m"]
     there = lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding)
-    step = lambda w, t, p, c: profile_decode.one_step(w, config, decode_step_api.Device(), t, p, c)
+    grid = decode_step_api.Device.of_cores(args.blocks or H100_CORES)
+    step = lambda w, t, p, c: profile_decode.one_step(w, config, grid, t, p, c)
     for batch in args.sequences:
         arguments = jax.eval_shape(
             lambda batch=batch: (
@@ -367,6 +371,9 @@ def main() -> None:
     one = commands.add_parser("decode", help="ptxas' report of the one-kernel decode step")
     one.add_argument("--preset", default="Qwen3-30B-A3B", choices=sorted(bench_prefill.PRESETS))
     one.add_argument("--sequences", type=int, nargs="+", default=[1, 8], help="batches, 1 to 16")
+    one.add_argument(
+        "--blocks", type=int, help="blocks of the grid; an H100 SXM's multiprocessors by default"
+    )
     one.add_argument("--length", type=int, default=1024, help="tokens that the cache holds")
     model = commands.add_parser("step", help="the model's step: memory, and launches a layer")
     model.add_argument("--preset", default="Qwen3-30B-A3B", choices=sorted(bench_prefill.PRESETS))

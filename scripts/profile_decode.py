@@ -5,6 +5,10 @@ experts that it chose, must give the same bits again and alone, and is timed:
 
     python -m scripts.profile_decode --check 8:200 --speed 8:0
 
+``--blocks N`` runs N blocks, as on a card of N multiprocessors:
+
+    python scripts/profile_decode.py --blocks 112 --layers 12 --vocab 8192 --check 1:300 8:200 --speed 1:0 8:0
+
 ``--without PART`` times the kernel with a part of its work left out and the experts given, which says what
 the part costs; ``--without nothing`` is what to compare with:
 
@@ -50,6 +54,7 @@ from qwen3_moe_jax.kernels_pallas.decode_step.weights import (
     plan_stacks,
 )
 from qwen3_moe_jax.kernels_pallas.embedding_lookup.api import embedding_lookup
+from qwen3_moe_jax.kernels_pallas.gpu.device import multiprocessors
 from qwen3_moe_jax.kernels_pallas.norm_rope.api import rope, rope_tables
 
 D_SCALE = {GGMLType.Q4_K: 1.4e-4, GGMLType.Q5_K: 0.7e-4, GGMLType.Q6_K: 1.5e-5, GGMLType.Q8_0: 2.7e-4}
@@ -437,6 +442,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--cache-dtype", choices=("float16", "bfloat16"), default="float16")
     parser.add_argument("--check", nargs="*", default=["1:100"], help="batch:depth")
     parser.add_argument("--speed", nargs="*", default=["1:0", "1:4096", "8:0", "16:0"], help="batch:depth")
+    parser.add_argument(
+        "--blocks",
+        type=int,
+        help="blocks of the grid, a multiple of 4; the device's multiprocessors by default",
+    )
     parser.add_argument("--trace", nargs="*", default=[], help="batch:depth")
     parser.add_argument("--trace-folder", default="decode-trace")
     parser.add_argument("--without", choices=WITHOUT, help="leave a part out, and give the experts")
@@ -450,7 +460,7 @@ def main() -> None:
     args = parse()
     faulthandler.dump_traceback_later(args.limit, exit=True)
     config = replace(PRESETS["Qwen3-30B-A3B"], num_hidden_layers=args.layers, vocab_size=args.vocab)
-    device = api.Device()
+    device = api.Device.of_cores(args.blocks or multiprocessors())
     if args.tiny:
         config = tiny(config)
         device = api.Device(blocks=1, splits=2, emulate=True, interpret=plgpu.InterpretGPUParams())
@@ -460,6 +470,7 @@ def main() -> None:
     jax.block_until_ready(w)
     results = {
         "device": jax.devices()[0].device_kind, "jax": jax.__version__, "bytes": w.nbytes,
+        "blocks": device.blocks,
         "types": args.types, "cache_dtype": args.cache_dtype, "without": args.without, "cases": [],
     }  # fmt: skip
     print("weights", w.nbytes, round(time.perf_counter() - start, 1), "s", flush=True)

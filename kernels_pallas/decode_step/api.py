@@ -17,9 +17,12 @@ from qwen3_moe_jax.kernels_pallas.decode_step import step_mosaic_gpu as kernel
 from qwen3_moe_jax.kernels_pallas.decode_step.tile_formats_mosaic_gpu import TILE_FORMATS
 from qwen3_moe_jax.kernels_pallas.decode_step.weights import DecodeWeights
 from qwen3_moe_jax.kernels_pallas.embedding_lookup.api import embedding_lookup
+from qwen3_moe_jax.kernels_pallas.gpu.device import multiprocessors
 from qwen3_moe_jax.kernels_pallas.norm_rope.api import rope_tables
 
 MAX_BATCH = 16
+BLOCKS_UNIT = 4
+"""The number of blocks is a multiple of this: four tiles of 8 rows are a subblock of activations."""
 KERNEL_BATCH = 8
 """Sequences of one kernel: what shared memory holds. Larger batches take two, with the same bits."""
 
@@ -41,12 +44,23 @@ class StepOutput(NamedTuple):
 
 @dataclass(frozen=True)
 class Device:
-    """What the kernel is compiled for. The defaults are an H100's; tests use one emulated block."""
+    """What the kernel is compiled for. Tests use one emulated block.
 
-    blocks: int = 132
-    splits: int = 66
+    Attributes:
+      blocks: thread blocks of the grid, one per multiprocessor; all of them must run at once.
+      splits: parts that attention over one sequence and KV head is split into, at most; None takes as many as
+        give every warpgroup one.
+    """
+
+    blocks: int
+    splits: int | None = None
     emulate: bool = False
     interpret: Any = None
+
+    @classmethod
+    def of_cores(cls, cores: int) -> "Device":
+        """A device of ``cores`` multiprocessors, as many of them as are a multiple of ``BLOCKS_UNIT``."""
+        return cls(blocks=cores // BLOCKS_UNIT * BLOCKS_UNIT)
 
 
 def empty_cache(config: Any, batch: int, length: int, dtype: Any = jnp.bfloat16) -> KVCache:
@@ -61,13 +75,30 @@ def _require(ok: bool, name: str, value: Any, need: str) -> None:
         raise NotImplementedError(f"GPU decode step: {name} {value} is not supported; {need}")
 
 
+def check(config: Any, types: dict[str, tuple[GGMLType, ...]], batch: int, device: Any) -> None:
+    """The one check, at load: raises NotImplementedError unless the kernel runs this model on this device.
+
+    Args:
+      config: the model's ``Qwen3MoeConfig``.
+      types: for each role, the types of its matrices.
+      batch: sequences that are decoded together.
+      device: a ``jax.Device``.
+    """
+    check_device(device)
+    check_supported(config, types, batch)
+
+
 def check_device(device: Any) -> None:
-    """Raises NotImplementedError unless the kernel was written for ``device`` (a ``jax.Device``)."""
+    """Raises NotImplementedError unless the kernel was written for ``device`` (a ``jax.Device``).
+
+    Any number of multiprocessors from ``BLOCKS_UNIT`` on will do: at most one block starts on each, so that
+    all of them run at once, as the grid barrier needs.
+    """
     _require(device.platform == "gpu", "platform", device.platform, "need an NVIDIA GPU")
     capability = str(getattr(device, "compute_capability", "unknown"))
     _require(capability == "9.0", "compute capability", capability, "need 9.0 (Hopper)")
-    cores, need = getattr(device, "core_count", Device.blocks), Device.blocks
-    _require(cores == need, "multiprocessors", cores, f"need {need}, as an H100 SXM or an H200 has")
+    cores = getattr(device, "core_count", 0)
+    _require(cores >= BLOCKS_UNIT, "multiprocessors", cores, f"need at least {BLOCKS_UNIT}")
 
 
 def check_supported(config: Any, types: dict[str, tuple[GGMLType, ...]], batch: int) -> None:
@@ -96,6 +127,11 @@ def check_supported(config: Any, types: dict[str, tuple[GGMLType, ...]], batch: 
     for role, used in types.items():
         for type in used:
             _require(type in TILE_FORMATS, f"type of {role}", type.name, "need Q4_K, Q5_K, Q6_K or Q8_0")
+
+
+def _splits(blocks: int, kv_heads: int) -> int:
+    """Parts that give every warpgroup of the grid one where a single sequence is decoded."""
+    return max(1, min(kernel.WARPGROUPS * blocks // kv_heads, kernel.MAX_SPLITS))
 
 
 def step_config(
@@ -127,7 +163,7 @@ def step_config(
         lm_head_type=types["lm_head"][0],
         cache_dtype=cache.k.dtype,
         blocks=device.blocks,
-        splits=device.splits,
+        splits=device.splits or _splits(device.blocks, config.num_key_value_heads),
         replay=replay,
         emulate=device.emulate,
     )
@@ -153,13 +189,14 @@ def decode_step(
       positions: int32 [B], the tokens already in each sequence's cache; less than S.
       cache: keys and values of the earlier tokens; the token's own are written at ``positions``.
       expert_ids: int32 [L, B, X] forces these experts; their weights are still the model's own.
+      device: the grid; None takes the default device's multiprocessors.
       goes: bool [B], whose results are wanted; None for all. Where none of a kernel's sequences goes on, it
         ends at once: logits are then anything, and the cache is as it was.
 
     Raises:
       NotImplementedError: a shape or type that the kernel does not support.
     """
-    device = device or Device()
+    device = device or Device.of_cores(multiprocessors())
     (batch,) = token_ids.shape
     replay = expert_ids is not None
     whole = step_config(weights, config, batch, cache, device, replay=replay)

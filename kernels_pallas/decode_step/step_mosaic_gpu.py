@@ -71,7 +71,8 @@ class StepConfig:
       qkv_types: the types that q, k and v have in any layer, the most frequent first;
       qkv_always: 8-row tiles that have the first of them in every layer.
       o_types, gate_up_types, down_types: the types of those tensors in any layer.
-      blocks: one for each multiprocessor; 1 in the interpreter, which has no grid barrier.
+      blocks: one per multiprocessor, all running at once, a multiple of 4; 1 in the interpreter, which has no
+        grid barrier.
       splits: parts that attention over one sequence and KV head is split into, at most.
       replay: expert ids are given instead of chosen.
     """
@@ -94,9 +95,9 @@ class StepConfig:
     gate_up_types: tuple[GGMLType, ...]
     down_types: tuple[GGMLType, ...]
     lm_head_type: GGMLType
+    blocks: int
+    splits: int
     cache_dtype: Any = jnp.bfloat16
-    blocks: int = 132
-    splits: int = 66
     replay: bool = False
     emulate: bool = False
     first_sequence: int = 0

@@ -28,6 +28,22 @@ def require_hopper(interpret: Any = None) -> None:
         raise NotImplementedError(f"Hopper kernels need a GPU of compute capability 9.0, and this is {found}")
 
 
+WITHOUT_A_GPU = 4
+"""Multiprocessors that the interpreter is assumed to have."""
+
+
+def multiprocessors() -> int:
+    """How many multiprocessors the device has that kernels are made for.
+
+    That is the device which the current mesh names (compiling for one that is not there), else JAX's default
+    device. A slice of a GPU (MIG) counts its own.
+    """
+    named = jax.sharding.get_abstract_mesh().abstract_device
+    if named is not None and named.num_cores:
+        return named.num_cores
+    return getattr(jax.devices()[0], "core_count", WITHOUT_A_GPU)
+
+
 def require_16_bits(compute_dtype: np.dtype) -> None:
     """Raises NotImplementedError for float32 operands, which tensor cores do not take."""
     if compute_dtype != jnp.bfloat16:

@@ -37,6 +37,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from qwen3_moe_jax.convert.ggml_types import SUPERBLOCK, GGMLType
 from qwen3_moe_jax.convert.layouts.gpu_tiles import GPU_TILES, TILE_ROWS
 from qwen3_moe_jax.kernels_pallas.gpu.activations import SWIGLU_SCALE
+from qwen3_moe_jax.kernels_pallas.gpu.device import multiprocessors
 from qwen3_moe_jax.kernels_pallas.gpu.sorting import ROW_ALIGN, Tiles, UsedExperts
 from qwen3_moe_jax.kernels_pallas.gpu.unpack_sm90 import (
     CHUNK,
@@ -54,7 +55,6 @@ REGISTERS = {2: (240, 24), 4: (112, 32)}
 Warpgroups exchange what the launch gave the block, 168 a thread of three warpgroups or 96 of
 five: a sum above that would wait for ever. Only with ``MatmulConfig.exchange``.
 """
-MULTIPROCESSORS = 132
 SHARED_BYTES = 227 * 1024
 _RESERVED_BYTES = 2048
 _SLAB_TILES = SLAB_ROWS // TILE_ROWS
@@ -216,7 +216,7 @@ def dense_config(rows: int, matrix_rows: int, columns: int) -> tuple[MatmulConfi
     block_rows = config.warpgroups * config.slabs * SLAB_ROWS
     items = -(-rows // config.tile) * -(-matrix_rows // block_rows)
     splits = 1
-    while items * splits * 2 <= MULTIPROCESSORS and columns // SUPERBLOCK % (splits * 2) == 0:
+    while items * splits * 2 <= multiprocessors() and columns // SUPERBLOCK % (splits * 2) == 0:
         splits *= 2
     return config, splits
 
@@ -317,7 +317,7 @@ class _Kernel:
           rowwise: x, scale and, where results are scattered, places.
         """
         dtype = jnp.float16 if self.fused else jnp.float32
-        blocks = self.config.blocks or MULTIPROCESSORS
+        blocks = self.config.blocks or multiprocessors()
         options = {} if self.interpret is None else {"interpret": self.interpret}
         counts = [len(work), len(rowwise), len(firsts), len(views)]
 

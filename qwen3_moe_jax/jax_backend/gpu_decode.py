@@ -23,14 +23,15 @@ STACK_OF_ROLE = {
 }
 
 
-def check_supported(config: Qwen3MoeConfig, types: Types, batch: int = 1) -> None:
-    """Raises NotImplementedError, naming the first value that the kernel does not take."""
+def check(config: Qwen3MoeConfig, types: Types, batch: int, device: jax.Device) -> None:
+    """Raises NotImplementedError, naming the first thing that the kernel does not take."""
+    api.check_device(device)
     if config.tie_word_embeddings:
         raise NotImplementedError("GPU decode step: tied word embeddings are not supported")
     for path, ggml_type in types.items():
         if path.endswith("mlp.router") and ggml_type != GGMLType.F32:
             raise NotImplementedError(f"GPU decode step: {path} is {ggml_type.name}; it must be F32")
-    api.check_supported(config, _role_types(_plan(config, types), types), batch)
+    api.check(config, _role_types(_plan(config, types), types), batch, device)
 
 
 def decode_step(

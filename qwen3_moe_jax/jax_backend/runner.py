@@ -127,7 +127,7 @@ class JaxRunner:
 
             require_hopper()
             ask_ptxas_once()
-            gpu_decode.check_supported(source.config, source.types)
+            gpu_decode.check(source.config, source.types, FUSED_BATCH, self.device)
         except (ImportError, NotImplementedError) as error:
             return [f"XLA in place of the GPU kernels: {error}"]
         if self.compute_dtype != jnp.bfloat16:

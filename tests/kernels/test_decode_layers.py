@@ -124,7 +124,7 @@ def compare(
                 (kernel_sm90, "require_hopper", lambda interpret: None),
                 (kernel_sm90, "decode_layers", run),
                 (kernel_sm90, "_FEWEST", 1),
-                (matmul_sm90, "MULTIPROCESSORS", 3),
+                (matmul_sm90, "multiprocessors", lambda: 3),
             ):
                 patches.enter_context(mock.patch.object(where, name, value))
         ran = patches.enter_context(

@@ -16,6 +16,8 @@ from qwen3_moe_jax.kernels_pallas.decode_step.weights import LayerTypes, plan_st
 CONFIG = PRESETS["Qwen3-30B-A3B"]
 Q4, Q6 = GGMLType.Q4_K, GGMLType.Q6_K
 TYPES = {"qkv": (Q4, Q6), "o": (Q4,), "gate": (Q4,), "up": (Q4,), "down": (Q4, Q6), "lm_head": (Q6,)}
+CACHE = SimpleNamespace(k=np.zeros((48, 1, 64, 4, 128), np.float16))
+SHAPES = SimpleNamespace(types=tuple(TYPES.items()), qkv_always=0)
 
 
 @pytest.mark.parametrize("name", ["Qwen3-30B-A3B", "Qwen3-Coder-30B-A3B", "Qwen3-235B-A22B"])
@@ -47,16 +49,37 @@ def test_an_unsupported_type_or_batch_is_named():
         api.check_supported(CONFIG, TYPES, 17)
 
 
-def test_a_device_that_is_no_hopper_is_named():
-    h100 = SimpleNamespace(platform="gpu", compute_capability="9.0", core_count=132)
-    api.check_device(h100)
-    for change, named in (
+H100 = SimpleNamespace(platform="gpu", compute_capability="9.0", core_count=132)
+
+
+def a_device(**change):
+    return SimpleNamespace(**{**vars(H100), **change})
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
         ({"platform": "cpu"}, "platform cpu"),
         ({"compute_capability": "8.0"}, "compute capability 8.0"),
-        ({"core_count": 114}, "multiprocessors 114"),
-    ):
-        with pytest.raises(NotImplementedError, match=named):
-            api.check_device(SimpleNamespace(**{**vars(h100), **change}))
+        ({"core_count": 3}, "multiprocessors 3"),
+    ],
+)
+def test_a_device_that_cannot_hold_the_grid_is_named(change, named):
+    api.check(CONFIG, TYPES, 16, H100)
+    with pytest.raises(NotImplementedError, match=named):
+        api.check(CONFIG, TYPES, 16, a_device(**change))
+
+
+@pytest.mark.parametrize(
+    ("card", "cores", "blocks"),
+    [("SXM", 132, 132), ("PCIe", 114, 112), ("H20", 78, 76), ("a MIG slice", 16, 16), ("half of one", 6, 4)],
+)
+def test_the_grid_follows_the_multiprocessors(card, cores, blocks):
+    """At most one block per multiprocessor: all of them run at once, as a grid barrier needs."""
+    api.check(CONFIG, TYPES, 8, a_device(core_count=cores))
+    c = api.step_config(SHAPES, CONFIG, 1, CACHE, api.Device.of_cores(cores))
+    assert (c.blocks, c.splits) == (blocks, blocks // 2)
+    assert c.hidden // 32 * c.down_parts <= max(blocks, c.hidden // 32)
 
 
 def test_the_table_lays_matrices_of_one_type_side_by_side():

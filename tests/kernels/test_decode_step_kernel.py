@@ -251,3 +251,13 @@ def test_a_kernel_that_nobody_waits_for_leaves_the_cache_alone(model):
     out = run(weights, [9], [70], cache, goes=jnp.array([False]))
     for new, old in zip(out.cache, cache, strict=True):
         np.testing.assert_array_equal(np.asarray(new), np.asarray(old))
+
+
+@pytest.mark.parametrize(("cores", "batch"), [(114, 1), (78, 8), (16, 2)])
+def test_the_kernel_is_made_for_any_number_of_multiprocessors(model, cores, batch):
+    """Traced for each grid: tables, tiles and results of other sizes than an H100's index what is there."""
+    weights, _ = model
+    step = lambda w, t, p, k: api.decode_step(w, CONFIG, t, p, k, device=api.Device.of_cores(cores))
+    tokens = jnp.zeros(batch, jnp.int32)
+    traced = jax.jit(step).trace(weights, tokens, tokens, random_cache(batch))
+    assert traced.out_info.logits.shape == (batch, CONFIG.vocab_size)
