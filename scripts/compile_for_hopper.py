@@ -253,7 +253,7 @@ def kernels(args: argparse.Namespace) -> int:
 
 def decode(args: argparse.Namespace) -> int:
     """Prints ptxas' report of the decode kernel; the number of batches at which it spills."""
-    import profile_decode  # sets options of XLA that the other commands do not want
+    from scripts import profile_decode  # sets options of XLA that the other commands do not want
 
     os.environ["MOSAIC_GPU_DUMP_PTXAS"] = "1"
     sharding, bad = h100(), 0
