@@ -144,13 +144,22 @@ class Program:
     def _make(self, static: dict[str, Any], dynamic: dict[str, Any]) -> jax.stages.Compiled:
         _tell(self.name, None)
         start = time.perf_counter()
-        key = self.disk_key(static, dynamic) if _store is not None else ""
-        compiled, source = _load(key), "disk"
+        key = self._disk_key_if_any(static, dynamic)
+        compiled, source = (_load(key) if key else None), "disk"
         if compiled is None:
             compiled, source = self._jitted.lower(**static, **dynamic).compile(), "compiler"
-            _save(key, compiled)
+            if key:
+                _save(key, compiled)
         _tell(self.name, Made(self.name, source, time.perf_counter() - start))
         return compiled
+
+    def _disk_key_if_any(self, static: dict[str, Any], dynamic: dict[str, Any]) -> str | None:
+        if _store is None:
+            return None
+        try:
+            return self.disk_key(static, dynamic)
+        except TypeError:  # an intervention's function, say: such a program is for this process alone
+            return None
 
     def disk_key(self, static: dict[str, Any], dynamic: dict[str, Any]) -> str:
         """Returns the SHA-256, in hexadecimal, of everything that the program depends on."""
