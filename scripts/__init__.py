@@ -10,6 +10,6 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def child_environment(**variables: str) -> dict[str, str]:
-    """This process' environment and ``variables``, for a child that imports this project from any folder."""
+    """This process' environment for a child that imports this project from any folder; ``variables`` win."""
     path = filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])
-    return {**os.environ, **variables, "PYTHONPATH": os.pathsep.join(path)}
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(path), **variables}

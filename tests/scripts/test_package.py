@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from scripts import ROOT, child_environment
+from scripts.check_wheel import USER_SCRIPT, write_user_folder
 
 NAMES = sorted(path.stem for path in (ROOT / "scripts").glob("*.py") if path.stem != "__init__")
 
@@ -43,3 +44,17 @@ def test_texts_name_scripts_that_exist():
         text = path.read_text()
         assert not re.findall(r"python scripts/\w+\.py", text), path
         assert set(re.findall(r"-m scripts\.(\w+)", text)) - {"NAME"} <= set(NAMES), path
+
+
+def test_a_users_module_named_convert_is_not_ours(tmp_path: Path):
+    """A user's own ``convert.py`` and ``kernels_pallas.py`` beside the script that loads a model."""
+    write_user_folder(tmp_path / "user")
+    done = subprocess.run(
+        [sys.executable, USER_SCRIPT],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path / "user",
+        env=child_environment(),
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
