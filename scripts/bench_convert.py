@@ -27,8 +27,8 @@ from qwen3_moe_jax.convert.ggml_types import BLOCK_FORMATS, GGMLType
 from qwen3_moe_jax.convert.model_source import READ_CHUNK_BYTES, ModelSource, open_model, refuse_nonfinite
 from qwen3_moe_jax.convert.packed import packed_nbytes
 from qwen3_moe_jax.convert.unpack import block_arrays, empty_packed, pack, unpack_blocks
+from qwen3_moe_jax.testing.random_models import random_blocks, tensor_nbytes
 from scripts import child_environment
-from scripts.make_random_gguf import random_blocks, tensor_nbytes
 
 _PACK_BYTES = 256 << 20
 _DISK_BYTES = 1 << 30

@@ -34,8 +34,8 @@ from qwen3_moe_jax.convert.checkpoint_writer import checkpoint_nbytes, write_che
 from qwen3_moe_jax.convert.errors import ModelFileError
 from qwen3_moe_jax.convert.model_source import open_model
 from qwen3_moe_jax.convert.output_folder import OutputError
+from qwen3_moe_jax.testing.random_models import SMALL, write_random_gguf
 from scripts import child_environment
-from scripts.make_random_gguf import SMALL, write_random_gguf
 
 _READY = b"ready\n"
 _BUSY_EXIT = 4

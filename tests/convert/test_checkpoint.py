@@ -30,7 +30,7 @@ from qwen3_moe_jax.convert.model_source import open_model
 from qwen3_moe_jax.convert.output_folder import OutputError, output_folder
 from qwen3_moe_jax.convert.packed import array_nbytes
 from qwen3_moe_jax.convert.progress import format_bytes, show_progress
-from scripts.make_random_gguf import write_random_gguf
+from qwen3_moe_jax.testing.random_models import write_random_gguf
 
 NUM_FLIPS = 150
 DOWN = "layers.1.mlp.experts.down_proj"

@@ -14,7 +14,8 @@ from qwen3_moe_jax.convert.ggml_types import BLOCK_FORMATS, SUPPORTED_TYPES, GGM
 from qwen3_moe_jax.convert.gguf_file import GGUFFile
 from qwen3_moe_jax.convert.model_source import open_model
 from qwen3_moe_jax.convert.unpack import ALIGNMENT, dequantize, pack
-from scripts.make_random_gguf import WEIGHT_STD, main, random_blocks, write_random_gguf
+from qwen3_moe_jax.testing.random_models import WEIGHT_STD, random_blocks, write_random_gguf
+from scripts.make_random_gguf import main
 
 
 def poison(path, name: str, block: int, field_name: str) -> None:

@@ -10,7 +10,7 @@ from qwen3_moe_jax.convert.model_source import open_model
 from qwen3_moe_jax.core.sampling import Sampling
 from qwen3_moe_jax.core.stages import STAGES
 from qwen3_moe_jax.reference import ReferenceRunner
-from scripts.make_random_gguf import write_random_gguf
+from qwen3_moe_jax.testing.random_models import write_random_gguf
 from tests.tolerances import (
     SCORED_LOG_LIKELIHOOD,
     WGPU_COSINE,
