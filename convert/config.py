@@ -36,6 +36,10 @@ from dataclasses import dataclass, replace
 from qwen3_moe_jax.convert.errors import ModelFileError, quote
 
 ARCHITECTURE = "qwen3moe"
+
+MIN_WEIGHT_SUM = 2.0**-14
+"""The chosen experts' probabilities are divided by their sum, and at least by this (llama.cpp's clamp)."""
+
 _PREFIX = ARCHITECTURE + "."
 
 # field: (key after the prefix, smallest, largest value)

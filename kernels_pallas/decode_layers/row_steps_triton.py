@@ -19,9 +19,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
+from qwen3_moe_jax.convert.config import MIN_WEIGHT_SUM
 from qwen3_moe_jax.convert.ggml_types import SUPERBLOCK
 from qwen3_moe_jax.kernels_pallas.gpu.activations import SWIGLU_SCALE, WEIGHT_SCALE, operand_scale
-from qwen3_moe_jax.kernels_pallas.router.xla import MIN_WEIGHT_SUM
 
 _EXPERTS = 16
 """Experts of one program of the router's product, the least that a Triton product has."""

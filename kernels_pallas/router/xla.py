@@ -6,11 +6,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from qwen3_moe_jax.convert.config import MIN_WEIGHT_SUM
 from qwen3_moe_jax.kernels_pallas.packed.stacks import Matrices
 from qwen3_moe_jax.kernels_pallas.quantized_matmul.xla import quantized_matmul
-
-MIN_WEIGHT_SUM = 6.103515625e-5
-"""The least sum of chosen probabilities that weights are divided by (the smallest normal float16)."""
 
 
 @partial(jax.jit, static_argnums=2)

@@ -56,5 +56,8 @@ OUTPUT_STAGES = (
 
 STAGES = {s.name: s for s in (*INPUT_STAGES, *LAYER_STAGES, *OUTPUT_STAGES)}
 
+INSIDE_EXPERTS = frozenset({"ffn_moe_gate", "ffn_moe_up", "ffn_moe_swiglu", "ffn_moe_down"})
+"""Stages inside the expert layer, which a fused kernel does not show."""
+
 StageKey = tuple[str, int | None]
 """(stage name, layer), with layer None outside the layers."""

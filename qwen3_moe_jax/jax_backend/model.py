@@ -33,6 +33,7 @@ from qwen3_moe_jax.convert.config import Qwen3MoeConfig
 from qwen3_moe_jax.convert.ggml_types import GGMLType
 from qwen3_moe_jax.convert.packed import ARRAY_FORMATS, PackedTensor, array_shapes
 from qwen3_moe_jax.convert.tensor_names import tensor_specs
+from qwen3_moe_jax.core.stages import INSIDE_EXPERTS
 from qwen3_moe_jax.jax_backend.kv_cache import KVCache, Span, write_positions
 from qwen3_moe_jax.jax_backend.stacks import Place, Roles, Types, split_path, stack_layers
 from qwen3_moe_jax.kernels_pallas.decode_layers import api as decode_layers
@@ -43,9 +44,6 @@ STAGES_COLLECTION = "stages"
 
 OUTSIDE_LAYERS = frozenset({"inp_embd", "result_norm", "result_output"})
 """Stages that no layer has."""
-
-INSIDE_EXPERTS = frozenset({"ffn_moe_gate", "ffn_moe_up", "ffn_moe_swiglu", "ffn_moe_down"})
-"""Stages between the fused operations of the sparse layer: to see them is to run it unfused."""
 
 
 @dataclass(frozen=True)

@@ -15,12 +15,12 @@ import numpy as np
 
 from qwen3_moe_jax.convert.model_source import ModelSource
 from qwen3_moe_jax.core.runner import Runner
-from qwen3_moe_jax.core.stages import STAGES
+from qwen3_moe_jax.core.stages import INSIDE_EXPERTS, STAGES
 from qwen3_moe_jax.inspection.trace import Trace, ordered_keys, stage_text, trace
 from qwen3_moe_jax.parity import metrics
 from qwen3_moe_jax.parity.causes import Cause, explain
 from qwen3_moe_jax.parity.gate import forward_options
-from qwen3_moe_jax.parity.judge import FUSED_STAGES, INSIDE_EXPERTS, Judgement, StageJudge
+from qwen3_moe_jax.parity.judge import FUSED_STAGES, Judgement, StageJudge
 
 CHUNK = 16
 SINGLE_TOKENS = 6

@@ -15,15 +15,10 @@ from qwen3_moe_jax.convert.ggml_types import BLOCK_FORMATS, GGMLType
 from qwen3_moe_jax.convert.gguf_file import GGUFFile
 from qwen3_moe_jax.convert.packed import PackedTensor
 from qwen3_moe_jax.convert.unpack import dequantize, pack
-from qwen3_moe_jax.core.stages import STAGES, StageKey
-from qwen3_moe_jax.parity.judge import (
-    INSIDE_EXPERTS,
-    MAX_SIGMAS,
-    ROUNDING,
-    Expectation,
-    Judgement,
-    StageJudge,
-)
+from qwen3_moe_jax.core.stages import INSIDE_EXPERTS, STAGES, StageKey
+from qwen3_moe_jax.parity.expectations import Expectation
+from qwen3_moe_jax.parity.judge import Judgement, StageJudge
+from qwen3_moe_jax.parity.noise import MAX_SIGMAS, ROUNDING
 from qwen3_moe_jax.reference.model import rms_norm, softmax
 
 MATCHING_SHARE = 0.99

@@ -13,6 +13,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import numpy as np
 
+from qwen3_moe_jax.convert.config import MIN_WEIGHT_SUM
 from qwen3_moe_jax.convert.model_source import ModelSource
 from qwen3_moe_jax.convert.packed import PackedTensor
 from qwen3_moe_jax.convert.unpack import dequantize
@@ -30,9 +31,6 @@ ROWS_AT_A_TIME = 8192
 
 SCORED_TOKENS = 256
 """Tokens whose logits are there at once where only log-likelihoods are asked for."""
-
-SMALLEST_WEIGHT_SUM = 2.0**-14
-"""llama.cpp's clamp of the chosen probabilities' sum (6.1035e-5)."""
 
 
 def rms_norm(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
@@ -55,8 +53,9 @@ def softmax(x: np.ndarray) -> np.ndarray:
 
 
 def silu(x: np.ndarray) -> np.ndarray:
-    """``x * sigmoid(x)``, without overflow for large negative x."""
-    return x / (1.0 + np.exp(-np.maximum(x, -80.0)))
+    """``x * sigmoid(x)``; an exponential that overflows makes it the zero that it nearly is."""
+    with np.errstate(over="ignore"):
+        return x / (1.0 + np.exp(-x))
 
 
 def matmul(x: np.ndarray, weight: PackedTensor, workers: Workers = ALONE) -> np.ndarray:
@@ -102,7 +101,7 @@ def choose_experts(
     if expert_ids is None:
         expert_ids = np.argsort(-probs, axis=-1, kind="stable")[:, :num_experts_per_tok].astype(np.int32)
     chosen = np.take_along_axis(probs, expert_ids, axis=-1)
-    return probs, expert_ids, chosen / np.maximum(chosen.sum(-1, keepdims=True), SMALLEST_WEIGHT_SUM)
+    return probs, expert_ids, chosen / np.maximum(chosen.sum(-1, keepdims=True), MIN_WEIGHT_SUM)
 
 
 def attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, positions: np.ndarray) -> np.ndarray:

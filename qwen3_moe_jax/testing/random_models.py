@@ -28,6 +28,7 @@ ALIGNMENT = 32
 WEIGHT_STD = 0.02
 ROUTER_STD = 0.05
 NORM_STD = 0.1
+FLOAT16_MAX = 65504.0
 _POOL_BYTES = 32 << 20
 _FLOATS = (GGMLType.F32, GGMLType.F16, GGMLType.BF16)
 
@@ -263,8 +264,8 @@ def random_blocks(
       count: how many blocks.
       rng: source of random numbers.
       std: about the standard deviation of the weights.
-      mean: of the weights, in standard deviations of those that share a scale. Q4_K and Q5_K reach any, Q6_K and Q8_0 narrow their
-        quants to the end of their range.
+      mean: of the weights, in standard deviations of those that share a scale. Q4_K and Q5_K reach
+        any, Q6_K and Q8_0 narrow their quants to the end of their range.
 
     Returns:
       uint8 [count, bytes of one block].
@@ -396,4 +397,6 @@ def _six_bit_scales(scales: np.ndarray) -> np.ndarray:
 def _floats(values: np.ndarray, kind: GGMLType) -> bytes:
     if kind == GGMLType.BF16:
         return (values.astype("<f4").view("<u4") >> 16).astype("<u2").tobytes()
-    return values.astype("<f2" if kind == GGMLType.F16 else "<f4").tobytes()
+    if kind == GGMLType.F16:
+        return np.clip(values, -FLOAT16_MAX, FLOAT16_MAX).astype("<f2").tobytes()
+    return values.astype("<f4").tobytes()

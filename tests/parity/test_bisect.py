@@ -7,10 +7,10 @@ import pytest
 
 from qwen3_moe_jax.core.stages import STAGES
 from qwen3_moe_jax.inspection.trace import Trace, trace
-from qwen3_moe_jax.parity import judge as judges
 from qwen3_moe_jax.parity.bisect import bisect, bisect_trace, compare
 from qwen3_moe_jax.parity.causes import explain
 from qwen3_moe_jax.parity.judge import StageJudge
+from qwen3_moe_jax.parity.noise import ROUNDING
 from qwen3_moe_jax.testing.faults import FAULTS, plant
 
 SHORT = 40
@@ -62,7 +62,7 @@ def test_rounding_below_what_is_claimed_is_named(source, text_ids, makers):
     rng = np.random.default_rng(5)
     stages = dict(recorded.forward.stages)
     judge = StageJudge(source, recorded.facts, recorded.token_ids, recorded.forward)
-    judge.operand = judges.ROUNDING["bfloat16"]
+    judge.operand = ROUNDING["bfloat16"]
     expected = judge.expectation(("Vcur", 2))
     noise = 0.3 * expected.sigma * rng.standard_normal(expected.sigma.shape)
     stages["Vcur", 2] = (expected.value + noise).reshape(stages["Vcur", 2].shape).astype(np.float32)

@@ -1,0 +1,157 @@
+"""How far rounding may take a matrix product from its exact value.
+
+A departure is an error above ``MAX_SIGMAS`` standard deviations of the rounding
+that is allowed. Two models give that deviation. The first costs one more
+product and is right for weights of random signs; what departs from it is held
+against the second, which is right for every weight.
+
+**Plain.** Operands that are rounded to relative precision u have errors of
+deviation ``u sqrt(2/3)`` relative to a product of two, and a float32 sum of K
+terms adds ``2^-24 sqrt(K)``, both of ``sqrt(sum (x w)^2)``. This takes terms
+for independent, their sum for a random walk, and a weight for one number.
+
+**Careful.** Three things are otherwise where weights have a mean, or are alike:
+
+1. *A weight is a difference.* Q4_K and Q5_K are ``a - b`` with ``a = (d scale) q``
+   and ``b = dmin min``, and Q6_K may be computed so with ``b = 32 d scale``. A
+   backend may sum ``x a`` and ``x b`` of a subblock apart. What is rounded is as
+   large as the terms, not as their difference: powers are those of a and of b.
+2. *Sums are no random walks.* Each addition in float32 rounds by ``2^-24`` of the
+   partial sum that it makes. A subblock's terms may have one sign, and so may
+   the sums of all subblocks. Let ``A`` and ``B`` be the sums of ``x a`` and
+   ``x b`` over a subblock. In any order of subblocks, and whether the two are
+   subtracted per subblock or per two of them, no partial sum is larger than
+   ``M = sum |A - B| + 2 max (|A| + |B|)`` beside the random walk of the terms. K
+   additions, whose roundings are independent, make ``2^-24 sqrt(K) M`` (the
+   probabilistic bound of Higham and Mary, SIAM J. Sci. Comput. 41, 2019).
+3. *Roundings of operands repeat.* Equal operands have equal errors, which add
+   up like the terms themselves. No statistics are needed: the operands are
+   rounded here as a backend rounds them, and the change of the product, of x
+   rounded alone and of w rounded alone, counts as one deviation. Where a scale
+   or a minimum is rounded (kernels with 16-bit operands), its 32 weights share
+   the error: ``u A`` and ``u B`` of each subblock, at float16's u.
+
+Numbers below ``2^-126`` may become zero in any operand and any product, which
+adds ``2^-126 (sum |x| + sum |w| + K)``. Sums above float32's largest number are
+no error of a backend: their deviation is infinite.
+
+With float32 operands and K = 2048 the careful model allows about ``1e-4`` of the
+root of the power of a matrix with random signs, a tenth of what rounding
+to bfloat16 does.
+"""
+
+from dataclasses import replace
+
+import numpy as np
+
+from qwen3_moe_jax.convert.packed import PackedTensor
+from qwen3_moe_jax.convert.unpack import dequantize
+
+MAX_SIGMAS = 8.0
+"""Among 10^9 normal deviates the largest is expected at 6."""
+
+ROUNDING = {"float64": 2.0**-24, "float32": 2.0**-24, "tensorfloat32": 2.0**-12, "float16": 2.0**-12}
+ROUNDING["bfloat16"] = 2.0**-9
+ROUNDING["int8"] = 1 / 254
+"""Largest relative error of rounding to a dtype; float64 runs still read weights that are float32. In an
+int8 KV cache it is relative to the largest value of a head's vector."""
+
+FLOAT32 = ROUNDING["float32"]
+FLOAT32_MAX = float(np.finfo(np.float32).max)
+SMALLEST_NORMAL = 2.0**-126
+"""Processors may take float32 numbers below this for zero."""
+
+SUBBLOCK = 32
+"""Weights that share a scale, at least where scales are rounded."""
+
+ROWS_AT_A_TIME = 512
+
+_DEPENDENT = 1.5
+"""The 32 weights of a subblock take 16 values, so that their roundings are not independent (8.9 of the plain
+sigmas were measured in 5 million products of the embedded model in bfloat16)."""
+
+
+def operand_rounding(operand: float) -> float:
+    """Deviation of a product whose two operands are rounded to ``operand``, relative to its terms' root."""
+    return _DEPENDENT * operand * (2 / 3) ** 0.5 if operand > FLOAT32 else 0.0
+
+
+def plain_sigma(x: np.ndarray, w: np.ndarray, operand: float) -> np.ndarray:
+    """Deviation of ``x @ w.T`` for weights of random signs.
+
+    Args:
+      x: float64 [T, K].
+      w: float64 [N, K].
+      operand: relative precision to which operands are rounded.
+
+    Returns:
+      float64 [T, N].
+    """
+    x_scale, w_scale = _scale(x), _scale(w)  # squares must stay within float32
+    x2, w2 = np.square(x / x_scale, dtype=np.float32), np.square(w / w_scale, dtype=np.float32)
+    root = np.sqrt((x2 @ w2.T).astype(np.float64)) * (x_scale * w_scale)
+    return (operand_rounding(operand) + FLOAT32 * x.shape[-1] ** 0.5) * root
+
+
+def _scale(values: np.ndarray) -> float:
+    """A power of two that brings the largest of finite values near 1; 1 for ordinary ones."""
+    largest = float(np.abs(values).max(initial=0.0, where=np.isfinite(values)))
+    return 1.0 if 1e-6 < largest < 1e6 or not largest else 2.0 ** np.floor(np.log2(largest))
+
+
+def careful_sigma(x: np.ndarray, weight: PackedTensor, operand: float) -> np.ndarray:
+    """Deviation of the product of x with every row of a packed matrix [N, K], whatever its weights.
+
+    Args:
+      x: float64 [T, K].
+      weight: packed [N, K].
+      operand: relative precision to which operands are rounded.
+
+    Returns:
+      float64 [T, N].
+    """
+    starts = range(0, weight.shape[0], ROWS_AT_A_TIME)
+    return np.concatenate([_of_rows(x, weight[s : s + ROWS_AT_A_TIME], operand) for s in starts], axis=-1)
+
+
+def _of_rows(x: np.ndarray, weight: PackedTensor, operand: float) -> np.ndarray:
+    w, count = dequantize(weight, np.float64), x.shape[-1]
+    minus = subtracted(weight)
+    plus = w + minus
+    power = (x * x) @ (plus * plus + minus * minus).T
+    between, largest, shared = np.zeros_like(power), np.zeros_like(power), np.zeros_like(power)
+    for start in range(0, count, SUBBLOCK):
+        part = slice(start, start + SUBBLOCK)
+        above, below = x[:, part] @ plus[:, part].T, x[:, part] @ minus[:, part].T
+        between += np.abs(above - below)
+        np.maximum(largest, np.abs(above) + np.abs(below), out=largest)
+        shared += above * above + below * below
+    partial = between + 2 * largest
+    variance = FLOAT32**2 * count * (power + partial * partial)
+    if operand > FLOAT32:
+        variance += operand_rounding(operand) ** 2 * ((x * x) @ (w * w).T) + ROUNDING["float16"] ** 2 * shared
+        variance += sum(change**2 for change in rounded_changes(x, w, operand))
+    flushed = SMALLEST_NORMAL * (np.abs(x).sum(axis=-1)[:, None] + np.abs(w).sum(axis=-1) + count)
+    sigma = np.sqrt(variance) + flushed
+    return np.where(np.abs(x) @ (np.abs(plus) + np.abs(minus)).T > FLOAT32_MAX, np.inf, sigma)
+
+
+def subtracted(weight: PackedTensor) -> np.ndarray:
+    """The term b of every weight ``a - b``: float64 [..., N, K], zeros for types without one."""
+    quants = [name for name in ("q", "qh", "ql") if name in weight.arrays]
+    if not quants or ("dmin" not in weight.arrays and "ql" not in weight.arrays):
+        return np.zeros(weight.shape)
+    nothing = {name: np.zeros_like(weight.arrays[name]) for name in quants}
+    return -dequantize(replace(weight, arrays={**weight.arrays, **nothing}), np.float64)
+
+
+def rounded_changes(x: np.ndarray, w: np.ndarray, operand: float) -> tuple[np.ndarray, np.ndarray]:
+    """How ``x @ w.T`` changes when x alone, and when w alone, is rounded to ``operand``."""
+    return (rounded(x, operand) - x) @ w.T, x @ (rounded(w, operand) - w).T
+
+
+def rounded(values: np.ndarray, operand: float) -> np.ndarray:
+    """Rounds float64 values to the reduced dtype whose ``ROUNDING`` this is, in any range; ties to even."""
+    mantissa, exponent = np.frexp(values)
+    steps = 0.5 / operand
+    return np.ldexp(np.rint(mantissa * steps) / steps, exponent)

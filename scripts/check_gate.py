@@ -1,0 +1,148 @@
+"""Loads random files whose weights strain arithmetic: the load gate must find no fault in a right backend.
+
+    python scripts/check_gate.py --files 100 --backends reference jax wgpu
+
+Each file has its own mix of types, mean, scale and sizes: ordinary weights,
+means of up to 10 standard deviations, constant blocks, random bytes with finite
+scales, norms of 1e-30 and 1e30, weights that are denormal. Logits of every
+backend are compared with a float64 reference's where float32 has place for them. The last
+line is JSON: files, loads, false alarms, and the smallest cosine.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from qwen3_moe_jax import loader
+from qwen3_moe_jax.convert.ggml_types import SUPPORTED_TYPES
+from qwen3_moe_jax.convert.model_source import open_model
+from qwen3_moe_jax.parity import gate
+from qwen3_moe_jax.parity.metrics import cosine
+from qwen3_moe_jax.parity.noise import FLOAT32_MAX
+from qwen3_moe_jax.reference import ReferenceRunner
+from qwen3_moe_jax.testing.random_models import (
+    SMALL,
+    Style,
+    constant_blocks,
+    random_blocks,
+    raw_blocks,
+    shifted,
+    write_random_gguf,
+)
+
+STYLES: dict[str, Style] = {
+    "ordinary": Style(),
+    "mean 5": shifted(5.0),
+    "mean -5": shifted(-5.0),
+    "mean 10": shifted(10.0),
+    "mean -10": shifted(-10.0),
+    "constant": Style(constant_blocks),
+    "bytes": Style(raw_blocks),
+    "large": Style(partial(random_blocks, std=20.0)),
+    "tiny": Style(partial(random_blocks, std=1e-4)),
+    "denormal": Style(partial(random_blocks, std=1e-41)),
+    "norms 1e-30": Style(norm_scale=1e-30),
+    "norms 1e30": Style(norm_scale=1e30),
+    "norms 1e8, mean 5": replace(shifted(5.0), norm_scale=1e8),
+    "bytes, norms 1e3": Style(raw_blocks, norm_scale=1e3),
+    "constant, norms 0.01": Style(constant_blocks, norm_scale=0.01),
+}
+MIXES = ("q4_k_m", "all", *(t.name.lower() for t in SUPPORTED_TYPES))
+SIZES = (
+    {},
+    {"hidden_size": 512, "num_experts": 8, "num_experts_per_tok": 4},
+    {"moe_intermediate_size": 512, "num_hidden_layers": 3, "num_key_value_heads": 4},
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One random file."""
+
+    number: int
+    style: str
+    mix: str
+    sizes: dict[str, int]
+
+    def write(self, path: Path) -> None:
+        config = replace(SMALL, **self.sizes)
+        write_random_gguf(path, config, mix=self.mix, seed=self.number, style=STYLES[self.style])
+
+
+def cases(count: int) -> Iterator[Case]:
+    """Every style with every mix in turn; sizes change more slowly."""
+    styles = list(STYLES)
+    for number in range(count):
+        turn = number // len(styles)
+        mix = MIXES[(number + turn) % len(MIXES)]
+        yield Case(number, styles[number % len(styles)], mix, SIZES[number % len(SIZES)])
+
+
+def check(case: Case, backend: str, folder: Path, dtype: str | None = None) -> dict[str, object]:
+    """What the gate says of a backend with this file, and how near the logits are to float64's."""
+    path = folder / f"{case.number}.gguf"
+    if not path.exists():
+        case.write(path)
+    with open_model(path) as source:
+        runner = loader.make_runner(source, backend, dtype=dtype)
+        departures = gate.inspect(runner, source).departures
+        ids = np.arange(1, 9)
+        with np.errstate(all="ignore"):
+            logits = runner.forward(ids).logits
+            exact = ReferenceRunner(source, dtype=np.float64).forward(ids, capture=("Qcur", "l_out"))
+        runner.close()
+    largest = max(float(np.abs(stage).max()) for stage in exact.stages.values())
+    has_place = np.isfinite(logits).all() and largest**2 * source.config.hidden_size < FLOAT32_MAX
+    return {
+        "departures": [f"{d.where} ({d.type}): {d.sigmas:.1f} sigmas" for d in departures],
+        "cosine": float(cosine(exact.logits, logits).min()) if has_place else None,
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--files", type=int, default=100)
+    parser.add_argument("--backends", nargs="+", default=["reference", "jax"], choices=loader.BACKENDS)
+    parser.add_argument("--dtype", help="of the jax backend")
+    parser.add_argument("--only", type=int, help="one file, by its number")
+    args = parser.parse_args()
+    alarms, loads, cosines, began = 0, 0, [], time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        for case in cases(args.files):
+            if args.only not in (None, case.number):
+                continue
+            for backend in args.backends:
+                found = check(case, backend, Path(folder), args.dtype if backend == "jax" else None)
+                loads += 1
+                alarms += bool(found["departures"])
+                cosines += [found["cosine"]] if found["cosine"] is not None else []
+                words = "; ".join(found["departures"]) or "passes"
+                name = f"{case.number:3} {case.style:20} {case.mix:7} {backend:9}"
+                print(name, found["cosine"], words, flush=True)
+            (Path(folder) / f"{case.number}.gguf").unlink()
+            if "jax" in sys.modules and case.number % 8 == 7:
+                sys.modules["jax"].clear_caches()
+    result = {
+        "files": args.files if args.only is None else 1,
+        "loads": loads,
+        "false_alarms": alarms,
+        "compared": len(cosines),
+        "min_cosine": min(cosines, default=None),
+        "seconds": round(time.perf_counter() - began, 1),
+    }
+    print(json.dumps(result))
+    return 1 if alarms else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
