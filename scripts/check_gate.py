@@ -1,6 +1,6 @@
 """Loads random files whose weights strain arithmetic: the load gate must find no fault in a right backend.
 
-    python scripts/check_gate.py --files 100 --backends reference jax wgpu
+    python -m scripts.check_gate --files 100 --backends reference jax wgpu
 
 Each file has its own mix of types, mean, scale and sizes: ordinary weights,
 means of up to 10 standard deviations, constant blocks, random bytes with finite
@@ -20,8 +20,6 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from qwen3_moe_jax import loader
 from qwen3_moe_jax.convert.ggml_types import SUPPORTED_TYPES
