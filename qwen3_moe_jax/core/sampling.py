@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from numbers import Integral, Real
 
-from qwen3_moe_jax.convert.errors import ModelFileError
+from qwen3_moe_jax.convert.errors import quote
 
 MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-3, 100.0
 """Of a temperature that is not 0: outside, logits overflow float32 or are flat."""
@@ -85,26 +85,42 @@ def recommended_sampling(
 ) -> tuple[Sampling, str]:
     """The sampling that a model file, or else its family, recommends, and in words where it comes from.
 
+    A recommendation stops nobody: a value of the file that cannot be used is named in the words, and the
+    family's takes its place. A ``top_k`` below 0 means all tokens, as in llama.cpp.
+
     Args:
       metadata: GGUF keys: ``general.sampling.*``, ``general.name`` and its like, the chat template.
       thinking: whether the model is going to think; None takes what the model does by itself.
-
-    Raises:
-      ModelFileError: E_METADATA, the file recommends something out of range.
     """
-    family, origin = _recommended_by_family(metadata, thinking)
-    given = {
-        key: metadata[f"general.sampling.{key}"] for key in _KEYS if f"general.sampling.{key}" in metadata
-    }
-    if not given:
-        return family, origin
-    try:
-        sampling = replace(family, **{_KEYS[key]: _shortest(value) for key, value in given.items()})
-    except ValueError as error:
-        raise ModelFileError("E_METADATA", f"general.sampling: {error}", name="general.sampling") from error
-    named = f"the file's general.sampling ({', '.join(given)})"
-    is_whole = {"temp", "top_k", "top_p"} <= given.keys()
-    return sampling, named if is_whole else f"{named}, else {origin}"
+    sampling, origin = _recommended_by_family(metadata, thinking)
+    taken, refused = [], []
+    for key, name in _KEYS.items():
+        if f"general.sampling.{key}" not in metadata:
+            continue
+        value = metadata[f"general.sampling.{key}"]
+        try:
+            sampling = replace(sampling, **{name: _usable(key, value)})
+            taken.append(key)
+        except ValueError:
+            refused.append(f"the file's {key} {_shown(value)} is not usable")
+    if taken:
+        named = f"the file's general.sampling ({', '.join(taken)})"
+        is_whole = {"temp", "top_k", "top_p"} <= set(taken)
+        origin = named if is_whole else f"{named}, else {origin}"
+    return sampling, "; ".join([origin, *refused])
+
+
+def _usable(key: str, value: object) -> object:
+    """The value as ``Sampling`` has it; what is no number is left for it to refuse."""
+    if key == "top_k" and isinstance(value, int) and not isinstance(value, bool):
+        return max(value, 0)
+    return _shortest(value)
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, str):
+        return quote(value)
+    return "(an array)" if isinstance(value, list | tuple) else f"{value!s:.40}"
 
 
 def _recommended_by_family(metadata: Mapping[str, object], thinking: bool | None) -> tuple[Sampling, str]:

@@ -98,7 +98,7 @@ class JaxRunner:
         """
         enable_compilation_cache()
         self.config = source.config
-        self.max_context = max_context or source.config.max_position_embeddings
+        self.max_context = source.config.max_position_embeddings if max_context is None else max_context
         self.device = jax.devices()[0]
         on_gpu = self.device.platform == "gpu"
         self.compute_dtype = jnp.dtype(compute_dtype or (jnp.bfloat16 if on_gpu else jnp.float32))

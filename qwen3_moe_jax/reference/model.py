@@ -171,7 +171,7 @@ class ReferenceRunner:
           workers: share the work on a matrix.
         """
         self.config = source.config
-        self.max_context = max_context or source.config.max_position_embeddings
+        self.max_context = source.config.max_position_embeddings if max_context is None else max_context
         self.dtype = np.dtype(dtype)
         self.workers = workers
         self.weights: Mapping[str, PackedTensor] = TensorsOnDemand(source)

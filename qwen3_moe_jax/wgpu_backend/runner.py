@@ -76,7 +76,7 @@ class WgpuRunner:
           MemoryPlanError: the model does not fit its memory.
         """
         self.config = source.config
-        self.max_context = max_context or source.config.max_position_embeddings
+        self.max_context = source.config.max_position_embeddings if max_context is None else max_context
         check_shapes(self.config, source.types)
         self._owns_device = device is None
         self._device = device or Device(adapter)

@@ -1,11 +1,10 @@
 """Every sampling parameter is checked by name; defaults come from the file or the family."""
 
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
 
-from qwen3_moe_jax.convert.errors import ModelFileError
 from qwen3_moe_jax.core.sampling import CODER, NON_THINKING, THINKING, Sampling, recommended_sampling
 
 BAD = {
@@ -105,8 +104,39 @@ def test_what_the_file_leaves_out_comes_from_the_family():
     )
 
 
-@pytest.mark.parametrize("value", [float("nan"), -1.0, "hot", True, [0.7]])
-def test_a_file_that_recommends_nonsense(value):
-    with pytest.raises(ModelFileError, match="temperature must be") as caught:
-        recommended_sampling({"general.sampling.temp": value})
-    assert caught.value.code == "E_METADATA"
+NONSENSE = [
+    ("temp", float("nan")),
+    ("temp", float("inf")),
+    ("temp", 1e-4),
+    ("temp", -1.0),
+    ("temp", "hot\nforged: line"),
+    ("temp", True),
+    ("temp", [0.7]),
+    ("top_p", 0.0),
+    ("top_p", 1e30),
+    ("min_p", -0.5),
+    ("penalty_repeat", 0.0),
+    ("penalty_repeat", float("-inf")),
+    ("top_k", 2**40),
+    ("top_k", 1.5),
+    ("top_k", ["a"] * 10_000),
+]
+
+
+@pytest.mark.parametrize(("key", "value"), NONSENSE, ids=lambda v: str(v)[:12])
+def test_a_file_that_recommends_nonsense_stops_nobody(key, value):
+    given = {"general.sampling.min_p": 0.1} if key != "min_p" else {"general.sampling.top_k": 7}
+    sampling, source = recommended_sampling({f"general.sampling.{key}": value, **given})
+    expected = replace(NON_THINKING, **({"min_p": 0.1} if key != "min_p" else {"top_k": 7}))
+    assert sampling == expected
+    assert f"the file's {key} " in source
+    assert "is not usable" in source
+    assert source.isprintable()
+    assert len(source) < 300
+
+
+@pytest.mark.parametrize("value", [-1, 0, -(2**40)])
+def test_a_top_k_below_one_is_every_token(value):
+    sampling, source = recommended_sampling({"general.sampling.top_k": value})
+    assert sampling == replace(NON_THINKING, top_k=0)
+    assert "not usable" not in source
