@@ -1,28 +1,15 @@
 """RMS norm and rotary position embedding with YaRN: small ops that XLA fuses by itself.
 
-RoPE is the NEOX form: pairs (j, j + H/2), angle ``position * rope_theta ** (-2j/H)``.
-YaRN follows Peng et al. 2023 (https://arxiv.org/abs/2309.00071) in the form that
-llama.cpp and transformers share: a linear ramp over dimensions between
-``beta_fast`` and ``beta_slow`` rotations, magnitude ``1 + 0.1 ln(factor)``.
+RoPE is the NEOX form: pairs (j, j + H/2); ``convert.rope_scaling`` has the angles.
 """
 
 import math
-from typing import Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-
-class RopeScalingLike(Protocol):
-    """What :func:`rope_tables` reads of ``qwen3_moe_jax.convert.config.RopeScaling``."""
-
-    type: str
-    factor: float
-    original_max_position_embeddings: int | None
-    attention_factor: float | None
-    beta_fast: float
-    beta_slow: float
+from qwen3_moe_jax.convert.rope_scaling import RopeScaling, rope_frequencies
 
 
 def rms_norm(x: jax.Array, w: jax.Array, eps: float) -> jax.Array:
@@ -57,43 +44,8 @@ def rope(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
 
 
-def rope_frequencies(
-    head_dim: int, rope_theta: float, rope_scaling: RopeScalingLike | None = None
-) -> tuple[np.ndarray, float]:
-    """Radians a position for each pair, float64 [H/2], and the magnitude of cos and sin.
-
-    ``rope_scaling.attention_factor``, where given, is the magnitude itself (as in transformers).
-
-    Raises:
-      ValueError: an unknown scaling type.
-    """
-    pair = np.arange(head_dim // 2)
-    frequencies = float(rope_theta) ** (-2.0 * pair / head_dim)
-    if rope_scaling is None:
-        return frequencies, 1.0
-    if rope_scaling.type == "linear":
-        given = rope_scaling.attention_factor
-        return frequencies / rope_scaling.factor, 1.0 if given is None else given
-    if rope_scaling.type != "yarn":
-        raise ValueError(f"rope_scaling.type must be linear or yarn, not {rope_scaling.type!r}")
-
-    def pair_of(rotations: float) -> float:
-        """The (fractional) pair that turns this often within the original context."""
-        context = rope_scaling.original_max_position_embeddings
-        return head_dim * math.log(context / (rotations * 2 * math.pi)) / (2 * math.log(rope_theta))
-
-    low = max(math.floor(pair_of(rope_scaling.beta_fast)), 0)
-    high = min(math.ceil(pair_of(rope_scaling.beta_slow)), head_dim - 1)
-    interpolated = np.clip((pair - low) / max(high - low, 0.001), 0.0, 1.0)
-    magnitude = rope_scaling.attention_factor
-    if magnitude is None:
-        magnitude = 1.0 + 0.1 * math.log(rope_scaling.factor) if rope_scaling.factor > 1 else 1.0
-    scaled = frequencies / rope_scaling.factor
-    return scaled * interpolated + frequencies * (1.0 - interpolated), magnitude
-
-
 def rope_tables(
-    positions: jax.Array, head_dim: int, rope_theta: float, rope_scaling: RopeScalingLike | None = None
+    positions: jax.Array, head_dim: int, rope_theta: float, rope_scaling: RopeScaling | None = None
 ) -> tuple[jax.Array, jax.Array]:
     """cos and sin of every position and pair, scaled by YaRN's magnitude.
 

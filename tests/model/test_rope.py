@@ -9,7 +9,7 @@ import pytest
 
 import qwen3_moe_jax.kernels_pallas as ops
 from qwen3_moe_jax.convert.config import PRESETS, RopeScaling
-from qwen3_moe_jax.core.rope import rope_frequencies, rope_tables
+from qwen3_moe_jax.core.rope import rope_tables
 from qwen3_moe_jax.reference.model import apply_rope
 from tests import tolerances
 
@@ -37,7 +37,7 @@ def transformers_yarn(dim, base, factor, original, beta_fast=32, beta_slow=1):
 
 
 def test_yarn_is_transformers():
-    frequencies, magnitude = rope_frequencies(replace(CONFIG, rope_scaling=YARN))
+    frequencies, magnitude = replace(CONFIG, rope_scaling=YARN).rope_frequencies()
     expected, factor = transformers_yarn(CONFIG.head_dim, CONFIG.rope_theta, YARN.factor, 32768)
     np.testing.assert_allclose(frequencies, expected, rtol=1e-12)
     assert magnitude == pytest.approx(factor, rel=1e-12)
@@ -47,7 +47,7 @@ def test_yarn_is_transformers():
 def test_device_tables_are_right_at_any_position(scaling):
     config = replace(CONFIG, rope_scaling=scaling)
     positions = np.array([0, 1, 77, 4095, 32768, 262_143, 1_048_575])
-    frequencies, magnitude = rope_frequencies(config)
+    frequencies, magnitude = config.rope_frequencies()
     angles = positions[:, None] * frequencies
     cos, sin = ops.rope_tables(jnp.asarray(positions, jnp.int32), config.head_dim, config.rope_theta, scaling)
     np.testing.assert_allclose(cos, np.cos(angles) * magnitude, atol=tolerances.ROPE_TABLES)
