@@ -111,11 +111,8 @@ KEYS: tuple[Key, ...] = (
     _refused("expert_weights_scale", "expert weights times a factor", 0.0, 1.0),
     _refused("nextn_predict_layers", "layers that predict further tokens", 0),
     _refused("attention.causal", "attention to later positions", True),
-    _refused(
-        "attention.scale", "another scale of the scores; 0 and 1 / sqrt(key_length) are the usual one", 0.0
-    ),
-    _refused("attention.sliding_window", "attention to the last positions alone", 0),
-    _refused("attention.sliding_window_pattern", "attention to the last positions alone", 0, 1),
+    _refused("attention.scale", "another scale of the scores than 1 / sqrt(key_length)", 0.0),
+    _refused("attention.sliding_window", "attention to fewer positions than context_length", 0),
     _refused("attention.clamp_kqv", "values that are cut off", 0.0),
     _refused("attention.max_alibi_bias", "a bias by distance", 0.0),
     _refused("attention.temperature_scale", "scores that depend on the position", 0.0),
@@ -138,12 +135,13 @@ KEYS: tuple[Key, ...] = (
     Key(
         ".general.sampling.*",
         HONOURED,
-        "recommended sampling; what cannot be used is named, and stops nobody",
+        "recommended; a value that cannot be used is named and left out",
     ),
     Key(".split.no, .count, .tensors.count", HONOURED, "of a file in shards"),
     Key(".tokenizer.ggml.*", HONOURED, "the vocabulary; every eos, eot and eom id ends an answer"),
     Key(".tokenizer.chat_template", HONOURED, "how messages become a prompt"),
     Key("rope.scaling.finetuned", IGNORED, "how the model was trained"),
+    Key("attention.sliding_window_pattern", IGNORED, "which layers have a sliding window; these are refused"),
     Key("rope.freq_base_swa", IGNORED, "the base in sliding windows, which are refused"),
     Key("attention.layer_norm_epsilon", IGNORED, "of norms that Qwen3-MoE does not have"),
     Key(".general.file_type", IGNORED, "a label: every tensor has its own type"),
@@ -159,9 +157,8 @@ def as_markdown() -> str:
     """The table as ``docs/metadata.md`` has it."""
     lines = ["| key | rule | meaning |", "|---|---|---|"]
     for key in KEYS:
-        neutral = (
-            f" (allowed: {', '.join(map(str, key.neutral))})" if key.neutral and key.rule == REFUSED else ""
-        )
+        allowed = ", ".join(str(value) or "empty" for value in key.neutral)
+        neutral = f" (allowed: {allowed})" if allowed else ""
         lines.append(f"| `{key.name.removeprefix('.')}` | {key.rule} | {key.words}{neutral} |")
     return "\n".join(lines) + "\n"
 

@@ -3,11 +3,13 @@
 import math
 import pickle
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from qwen3_moe_jax.convert.config import PRESETS, Qwen3MoeConfig, RopeScaling
 from qwen3_moe_jax.convert.errors import ModelFileError
+from qwen3_moe_jax.convert.metadata_keys import KEYS, REFUSED, as_markdown
 from qwen3_moe_jax.testing.gguf_builder import TINY, model_metadata
 
 NAN, INF = math.nan, math.inf
@@ -68,7 +70,7 @@ RELATIONS = (
     ("expert_weights_norm", 1),
     ("expert_weights_scale", 2.5),
     ("expert_weights_scale", NAN),
-    ("attention.sliding_window", 4096),
+    ("attention.sliding_window", 16),
     ("attention.causal", False),
     ("attention.scale", 0.1),
     ("logit_scale", 16.0),
@@ -234,6 +236,9 @@ def test_expert_width_cannot_be_derived(dense: object):
         {"expert_weights_norm": True},
         {"expert_weights_scale": 1.0},
         {"attention.sliding_window": 0},
+        {"attention.sliding_window": TINY.max_position_embeddings},
+        {"attention.scale": TINY.head_dim**-0.5},
+        {"some.new_key": 3},
         {"rope.scaling.finetuned": True},
         {"rope.scaling.yarn_ext_factor": 1.0},
     ],
@@ -255,6 +260,36 @@ def test_keys_that_change_nothing(values: dict[str, object]):
 )
 def test_no_rope_scaling(values: dict[str, object]):
     assert read(scaling(values)).rope_scaling is None
+
+
+REFUSED_KEYS = [key for key in KEYS if key.rule == REFUSED]
+
+
+@pytest.mark.parametrize("key", REFUSED_KEYS, ids=lambda key: key.name)
+def test_what_changes_the_computation_is_refused_by_its_key(key):
+    for value in (7, 0.37, "other", [1, 2], NAN):
+        with pytest.raises(ModelFileError) as caught:
+            read(model_metadata() | {key.full_name: value})
+        assert (caught.value.code, caught.value.name) == ("E_HPARAM", key.full_name)
+    for value in key.neutral:
+        assert read(model_metadata() | {key.full_name: value}) == TINY
+
+
+def test_keys_stand_once_in_the_table_and_in_the_docs():
+    assert len({key.name for key in KEYS}) == len(KEYS)
+    page = Path(__file__).parents[2] / "docs" / "metadata.md"
+    assert as_markdown() in page.read_text()
+
+
+def test_an_older_name_of_the_factor():
+    expected = RopeScaling("linear", 4.0, TINY.max_position_embeddings)
+    assert read(with_values({"rope.scale_linear": 4.0})).rope_scaling == expected
+    assert read(with_values({"rope.scale_linear": 1.0})) == TINY
+    both = {"rope.scale_linear": 8.0, "rope.scaling.factor": 4.0}
+    assert read(with_values(both)).rope_scaling == expected
+    for value in (0.0, -1.0, NAN, "4", [4.0], 4):
+        with pytest.raises(ModelFileError):
+            read(with_values({"rope.scale_linear": value}))
 
 
 def test_linear_rope_scaling():

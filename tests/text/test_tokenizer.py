@@ -195,19 +195,29 @@ def test_merges_cannot_make_a_control_token(qwen3_metadata):
     assert caught.value.code == "E_TOKENIZER"
 
 
-def test_building_is_lazy_and_quick(qwen3_metadata):
-    best = min(_seconds(lambda: Tokenizer(qwen3_metadata).encode("hi")) for _ in range(2))
-    assert best < 2.5  # 0.5 s on an idle core; the rest is for a busy machine
+def test_building_is_lazy(qwen3_metadata):
+    tokenizer = Tokenizer(qwen3_metadata)
+    tokenizer.decode([1, 2])
+    assert "_bpe" not in vars(tokenizer)
+    tokenizer.encode("hi")
+    assert "_bpe" in vars(tokenizer)
 
 
-@pytest.mark.parametrize(
-    "text", ["a" * 200_000, " " * 200_000, "\n" * 200_000, "<|im_end|>" * 20_000, "[" * 200_000]
-)
+@pytest.mark.parametrize("text", ["a", " ", "\n", "<|im_end|>", "["], ids=repr)
 def test_time_is_linear_in_hostile_text(qwen3_tokenizer, text):
-    assert _seconds(lambda: qwen3_tokenizer.encode(text)) < 5  # 0.5 s on an idle core
+    short, long = (text * (length // len(text)) for length in (25_000, 200_000))
+    qwen3_tokenizer.encode(short)
+    ratio = _cpu_seconds(lambda: qwen3_tokenizer.encode(long)) / _cpu_seconds(
+        lambda: qwen3_tokenizer.encode(short)
+    )
+    assert ratio < 30  # 8 where time is linear, 64 where it is quadratic
 
 
-def _seconds(action) -> float:
-    start = time.perf_counter()
-    action()
-    return time.perf_counter() - start
+def _cpu_seconds(action) -> float:
+    """Of this process, so that others on the machine do not count; the best of three."""
+    best = float("inf")
+    for _ in range(3):
+        start = time.process_time()
+        action()
+        best = min(best, time.process_time() - start)
+    return best
