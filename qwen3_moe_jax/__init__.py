@@ -9,20 +9,20 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from qwen3_moe_jax.api import Answer, Model
+    from qwen3_moe_jax.api import Answer, Model, load
     from qwen3_moe_jax.convert.errors import ModelFileError
     from qwen3_moe_jax.core.errors import (
         BackendUnavailableError,
         BatchFullError,
         ContextOverflowError,
         MemoryPlanError,
+        ModelClosedError,
         NumericalError,
         ParityError,
     )
     from qwen3_moe_jax.core.sampling import Sampling
     from qwen3_moe_jax.inspection.interventions import ablate_expert, force_experts, steer
     from qwen3_moe_jax.jax_backend.model import Intervention
-    from qwen3_moe_jax.loader import load
     from qwen3_moe_jax.measure.perplexity import Perplexity
 
 _HOMES = {
@@ -33,6 +33,7 @@ _HOMES = {
     "Intervention": "qwen3_moe_jax.jax_backend.model",
     "MemoryPlanError": "qwen3_moe_jax.core.errors",
     "Model": "qwen3_moe_jax.api",
+    "ModelClosedError": "qwen3_moe_jax.core.errors",
     "ModelFileError": "qwen3_moe_jax.convert.errors",
     "NumericalError": "qwen3_moe_jax.core.errors",
     "ParityError": "qwen3_moe_jax.core.errors",
@@ -40,7 +41,7 @@ _HOMES = {
     "Sampling": "qwen3_moe_jax.core.sampling",
     "ablate_expert": "qwen3_moe_jax.inspection.interventions",
     "force_experts": "qwen3_moe_jax.inspection.interventions",
-    "load": "qwen3_moe_jax.loader",
+    "load": "qwen3_moe_jax.api",
     "steer": "qwen3_moe_jax.inspection.interventions",
 }
 
@@ -52,6 +53,7 @@ __all__ = [
     "Intervention",
     "MemoryPlanError",
     "Model",
+    "ModelClosedError",
     "ModelFileError",
     "NumericalError",
     "ParityError",

@@ -1,17 +1,28 @@
-"""The model as a Python object: text in, text out, logits, and its own proof."""
+"""The model as a Python object: text in, text out, logits, its own proof; and ``load``, which makes it."""
 
+import os
 from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from qwen3_moe_jax.convert.model_source import ModelSource
-from qwen3_moe_jax.core.errors import ContextOverflowError, NumericalError
+from qwen3_moe_jax.convert.config import Qwen3MoeConfig
+from qwen3_moe_jax.convert.model_source import ModelSource, open_model
+from qwen3_moe_jax.convert.progress import ProgressCallback
+from qwen3_moe_jax.core.errors import (
+    BackendUnavailableError,
+    ContextOverflowError,
+    ModelClosedError,
+    NumericalError,
+)
 from qwen3_moe_jax.core.runner import Forward, Runner
 from qwen3_moe_jax.core.sampling import Sampling, recommended_sampling
 from qwen3_moe_jax.core.stages import STAGES
+from qwen3_moe_jax.loader import choose_backend, make_runner, model_path
 from qwen3_moe_jax.measure.perplexity import Perplexity, measure_perplexity
+from qwen3_moe_jax.parity.gate import check_once
 from qwen3_moe_jax.text.chat_template import RenderedChat, find_template, render_chat, special_tokens
 from qwen3_moe_jax.text.stream import StopStrings, TextStream
 from qwen3_moe_jax.text.tokenizer import StreamDecoder, Tokenizer
@@ -52,25 +63,43 @@ class _Request:
 
 
 class Model:
-    """A loaded model. Use it as a context manager, or call ``close``.
+    """A loaded model. Use it as a context manager, or call ``close``: later calls raise ModelClosedError.
 
     Attributes:
       source: the open file or checkpoint.
-      runner: the backend that holds the weights.
       tokenizer: the file's own.
       backend_reason: why this backend was chosen, in words.
     """
 
     def __init__(self, source: ModelSource, runner: Runner, *, backend_reason: str = "as asked"):
         self.source = source
-        self.runner = runner
+        self._runner = runner
         self.tokenizer = Tokenizer(source.metadata, vocab_size=source.config.vocab_size)
         self.backend_reason = backend_reason
 
     @property
-    def config(self):
+    def runner(self) -> Runner:
+        """The backend that holds the weights. Raises ModelClosedError after ``close``."""
+        if self.is_closed:
+            raise ModelClosedError
+        return self._runner
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether ``close`` has been called, or its runner's."""
+        return self._runner.is_closed
+
+    @property
+    def config(self) -> Qwen3MoeConfig:
         """The model's hyper-parameters."""
         return self.source.config
+
+    def __repr__(self) -> str:
+        c = self.config
+        state = "closed" if self.is_closed else f"{self.runner.name}, max_context={self.runner.max_context}"
+        return (
+            f"<Model {self.source.path.name}: {c.num_hidden_layers} layers, {c.num_experts} experts, {state}>"
+        )
 
     def prompt(
         self,
@@ -80,6 +109,7 @@ class Model:
         thinking: bool | None = None,
     ) -> tuple[list[int], RenderedChat | None]:
         """Token ids of a prompt; a list of messages goes through the file's chat template."""
+        _ = self.runner  # a closed model says so
         if isinstance(prompt, str):
             return self.tokenizer.encode(prompt), None
         chat = render_chat(
@@ -93,6 +123,7 @@ class Model:
 
     def default_sampling(self, *, thinking: bool | None = None) -> tuple[Sampling, str]:
         """The sampling that the file or its model family recommends, and where that comes from."""
+        _ = self.runner
         return recommended_sampling(self.source.metadata, thinking=thinking)
 
     def open_stream(
@@ -183,9 +214,7 @@ class Model:
         Raises:
           NumericalError: logits of a prompt were not finite.
         """
-        run = getattr(self.runner, "generate_batch", None)
-        if run is None:
-            return [self.answer(prompt, stop=stop, **options) for prompt in prompts]
+        run = self.runner.generate_batch
         requests = [self._request(prompt, **options) for prompt in prompts]
         watched = [(StreamDecoder(self.tokenizer), StopStrings(stop)) for _ in requests]
 
@@ -215,15 +244,9 @@ class Model:
         """Logits, expert choices and captured stages of a prompt; options as ``Runner.forward``.
 
         Raises:
-          ValueError: an id is not in the vocabulary, or there are none.
+          ValueError: what ``core.runner.checked_forward`` refuses: an id that is not in the vocabulary, say.
         """
-        ids = np.asarray(token_ids)
-        if ids.ndim != 1 or not ids.size or not np.issubdtype(ids.dtype, np.integer):
-            raise ValueError("token_ids must be a non-empty list of integers")
-        if ids.min() < 0 or ids.max() >= self.config.vocab_size:
-            bad = int(ids.min() if ids.min() < 0 else ids.max())
-            raise ValueError(f"token id {bad} is not in 0..{self.config.vocab_size - 1}")
-        return self.runner.forward(ids.astype(np.int32), **options)
+        return self.runner.forward(token_ids, **options)
 
     def logits(self, token_ids: Sequence[int]) -> np.ndarray:
         """Logits of every position: float32 [T, V]."""
@@ -305,12 +328,76 @@ class Model:
         return token_ids
 
     def close(self) -> None:
-        """Gives back the weights' memory and closes the file."""
-        self.runner.close()
+        """Gives back the memory of weights and cache, and closes the file; a second call does nothing."""
+        self._runner.close()
         self.source.close()
 
     def __enter__(self) -> "Model":
+        _ = self.runner
         return self
 
     def __exit__(self, *exc_info: object) -> None:
         self.close()
+
+
+def load(
+    path: str | os.PathLike[str] | None = None,
+    *,
+    backend: str = "auto",
+    max_context: int | None = None,
+    dtype: str | None = None,
+    kv_cache: str | None = None,
+    adapter: str | None = None,
+    gate: bool = True,
+    strict: bool = False,
+    progress: ProgressCallback | None = None,
+) -> Model:
+    """Loads a model.
+
+    Args:
+      path: a ``.gguf`` file (any shard of a split one), a packed checkpoint
+        folder, or None for the embedded model; ``~`` is the home folder.
+      backend: "auto", "jax", "wgpu" or "reference". auto is JAX with an NVIDIA
+        GPU, else a hardware WebGPU adapter, else JAX on the CPU.
+      max_context: tokens of the KV cache.
+      dtype: "float32" or "bfloat16" operands (jax); None is bfloat16 on a GPU, float32 on the CPU.
+      kv_cache: "float32", "float16", "bfloat16" or "int8" keys and values (jax); None is float16 on a
+        GPU, float32 on the CPU. int8 takes about a quarter of float32's memory.
+      adapter: part of a WebGPU adapter's name (wgpu).
+      gate: check a few tokens against the reference when this backend first
+        meets this file (remembered afterwards).
+      strict: raise where something would fall back: a GPU that JAX cannot use,
+        a quantization type without a kernel on the GPU.
+      progress: called with bytes done and bytes in all.
+
+    Raises:
+      ModelFileError: the file cannot be used.
+      ValueError: an empty path, or an argument that does not exist.
+      MemoryPlanError: the model does not fit the memory.
+      BackendUnavailableError: the backend cannot run on this machine, or (strict) only in part.
+      ParityError: the backend's logits are wrong on this machine.
+    """
+    found = model_path(path)
+    chosen, reason, fallbacks = choose_backend() if backend == "auto" else (backend, "as asked", ())
+    if strict and fallbacks:
+        raise BackendUnavailableError(f"strict: {fallbacks[0]}")
+    with ExitStack() as undo:
+        source = undo.enter_context(open_model(found))
+        runner = make_runner(
+            source,
+            chosen,
+            max_context=max_context,
+            dtype=dtype,
+            kv_cache=kv_cache,
+            adapter=adapter,
+            progress=progress,
+        )
+        undo.enter_context(closing(runner))
+        left_out = runner.describe()["fallbacks"]
+        if strict and isinstance(left_out, list) and left_out:
+            raise BackendUnavailableError(f"strict: {left_out[0]}")
+        if gate:
+            check_once(runner, source)
+        model = Model(source, runner, backend_reason=reason)
+        undo.pop_all()
+        return model

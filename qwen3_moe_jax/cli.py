@@ -11,7 +11,7 @@ import importlib
 import os
 import sys
 
-from qwen3_moe_jax.core.errors import MemoryPlanError
+from qwen3_moe_jax.core.errors import MemoryPlanError, for_command_line
 
 PROGRAM = "qwen3-moe"
 
@@ -81,7 +81,7 @@ def _parser(argv: list[str]) -> argparse.ArgumentParser:
 
 def _explain(error: Exception) -> tuple[str | None, int]:
     """One line for a fault that a user can do something about, and its exit code; None for a bug of ours."""
-    text = " ".join(str(error).split())
+    text = for_command_line(" ".join(str(error).split()))
     if isinstance(error, MemoryPlanError):
         return text, 3
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in text or "Out of memory" in text:

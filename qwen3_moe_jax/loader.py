@@ -1,21 +1,21 @@
-"""From a path to a model that answers: which file, which backend, how much memory."""
+"""Which file, which backend, how much memory: from a path to a runner. ``api.load`` makes a model of it."""
 
 import os
 from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
-from qwen3_moe_jax.convert.model_source import ModelSource, open_model
+from qwen3_moe_jax.convert.model_source import ModelSource
 from qwen3_moe_jax.convert.progress import ProgressCallback
 from qwen3_moe_jax.core.errors import BackendUnavailableError
 from qwen3_moe_jax.core.runner import Runner
-from qwen3_moe_jax.machine.memory import MemoryPlan, available_main_memory
-from qwen3_moe_jax.machine.probe import nvidia_gpus, set_jax_memory_policy
+from qwen3_moe_jax.machine.headroom import main_memory
+from qwen3_moe_jax.machine.jax_devices import jax_devices
+from qwen3_moe_jax.machine.memory import MemoryPlan
+from qwen3_moe_jax.machine.nvidia import nvidia_gpus
+from qwen3_moe_jax.machine.probe import cards_are_hidden_by
 from qwen3_moe_jax.wgpu_backend.adapter import list_adapters
-
-if TYPE_CHECKING:
-    from qwen3_moe_jax.api import Model
 
 BACKENDS = ("jax", "wgpu", "reference")
 DTYPES = ("float32", "bfloat16")
@@ -30,6 +30,20 @@ DEFAULT_CONTEXT = 4096
 def embedded_model() -> Path:
     """The small real model that comes with the package."""
     return Path(str(files("qwen3_moe_jax") / "assets" / "tiny-coder-Q4_K_M.gguf"))
+
+
+def model_path(path: str | os.PathLike[str] | None) -> Path:
+    """The file or folder that a path names, with ``~`` expanded; None is the embedded model.
+
+    Raises:
+      ValueError: the path is empty, as a variable that is not set is.
+    """
+    if path is None:
+        return embedded_model()
+    text = os.fspath(path)
+    if not text:
+        raise ValueError("the model's path is empty (a variable that is not set?): name a .gguf file")
+    return Path(os.path.expanduser(text))
 
 
 class Choice(NamedTuple):
@@ -50,10 +64,14 @@ def choose_backend() -> Choice:
     """An NVIDIA GPU through JAX; else a hardware WebGPU adapter; else JAX on the CPU."""
     why, fallbacks = "no NVIDIA GPU", ()
     if nvidia_gpus():
-        if jax_sees_gpu():
+        hidden = cards_are_hidden_by()
+        if hidden:
+            why = f"the NVIDIA GPU is hidden by {hidden}"
+        elif jax_sees_gpu():
             return Choice("jax", "JAX sees an NVIDIA GPU")
-        why = "JAX does not see the NVIDIA GPU"
-        fallbacks = (f"{why}: run `qwen3-moe doctor`",)
+        else:
+            why = "JAX does not see the NVIDIA GPU"
+            fallbacks = (f"{why}: run `qwen3-moe doctor`",)
     hardware = [adapter for adapter in list_adapters() if not adapter.software]
     if hardware:
         return Choice("wgpu", f"{why}; WebGPU adapter {hardware[0].summary}", fallbacks)
@@ -61,11 +79,11 @@ def choose_backend() -> Choice:
 
 
 def jax_sees_gpu() -> bool:
-    """Whether the jax backend is going to run on a GPU."""
-    set_jax_memory_policy()
-    import jax
-
-    return any(d.platform == "gpu" for d in jax.devices())
+    """Whether the jax backend is going to run on a GPU; False where JAX does not start."""
+    try:
+        return any(device.platform == "gpu" for device in jax_devices())
+    except BackendUnavailableError:
+        return False
 
 
 def make_runner(
@@ -101,7 +119,7 @@ def make_runner(
     if kv_cache not in (None, *KV_CACHES):
         raise ValueError(f"kv_cache {kv_cache!r} is not one of {', '.join(KV_CACHES)}")
     if kv_cache is not None and backend != "jax":
-        raise BackendUnavailableError(f"the {backend} backend chooses its KV cache: leave out --kv-cache")
+        raise BackendUnavailableError(f"the {backend} backend chooses its KV cache: leave out kv_cache")
     most = source.config.max_position_embeddings
     max_context = min(DEFAULT_CONTEXT, most) if max_context is None else max_context
     if not 1 < max_context <= most:
@@ -110,7 +128,6 @@ def make_runner(
 
 
 def _make_jax(source, max_context, dtype, kv_cache, _adapter, progress) -> Runner:
-    set_jax_memory_policy()
     from qwen3_moe_jax.jax_backend.runner import JaxRunner
 
     return JaxRunner(
@@ -129,14 +146,14 @@ def _make_reference(source, max_context, dtype, _kv_cache, _adapter, _progress) 
     _only_float32("reference", dtype)
     from qwen3_moe_jax.reference import ReferenceRunner
 
-    MemoryPlan.of(source, max_context, FLOAT32_BYTES).check(available_main_memory(), "main memory")
+    MemoryPlan.of(source, max_context, FLOAT32_BYTES).check(main_memory())
     return ReferenceRunner(source, max_context=max_context)
 
 
 def _only_float32(backend: str, dtype: str) -> None:
     if dtype not in (None, "float32"):
         raise BackendUnavailableError(
-            f"the {backend} backend computes in float32 only: leave out --dtype {dtype}"
+            f"the {backend} backend computes in float32 only: leave out dtype={dtype}"
         )
 
 
@@ -145,66 +162,3 @@ _MAKERS: dict[str, Callable[..., Runner]] = {
     "wgpu": _make_wgpu,
     "reference": _make_reference,
 }
-
-
-def load(
-    path: str | os.PathLike | None = None,
-    *,
-    backend: str = "auto",
-    max_context: int | None = None,
-    dtype: str | None = None,
-    kv_cache: str | None = None,
-    adapter: str | None = None,
-    gate: bool = True,
-    strict: bool = False,
-    progress: ProgressCallback | None = None,
-) -> "Model":
-    """Loads a model.
-
-    Args:
-      path: a ``.gguf`` file (any shard of a split one), a packed checkpoint
-        folder, or None for the embedded model.
-      backend: "auto", "jax", "wgpu" or "reference". auto is JAX with an NVIDIA
-        GPU, else a hardware WebGPU adapter, else JAX on the CPU.
-      max_context: tokens of the KV cache.
-      dtype: "float32" or "bfloat16" operands (jax); None is bfloat16 on a GPU, float32 on the CPU.
-      kv_cache: "float32", "float16", "bfloat16" or "int8" keys and values (jax); None is float16 on a
-        GPU, float32 on the CPU. int8 takes about a quarter of float32's memory.
-      adapter: part of a WebGPU adapter's name (wgpu).
-      gate: check a few tokens against the reference when this backend first
-        meets this file (remembered afterwards).
-      strict: raise where something would fall back: a GPU that JAX cannot use,
-        a quantization type without a kernel on the GPU.
-      progress: called with bytes done and bytes in all.
-
-    Raises:
-      ModelFileError: the file cannot be used.
-      BackendUnavailableError: the backend cannot run on this machine, or (strict) only in part.
-      ParityError: the backend's logits are wrong on this machine.
-    """
-    from qwen3_moe_jax.api import Model
-
-    chosen, reason, fallbacks = choose_backend() if backend == "auto" else (backend, "as asked", ())
-    if strict and fallbacks:
-        raise BackendUnavailableError(f"strict: {fallbacks[0]}")
-    source = open_model(path or embedded_model())
-    try:
-        runner = make_runner(
-            source,
-            chosen,
-            max_context=max_context,
-            dtype=dtype,
-            kv_cache=kv_cache,
-            adapter=adapter,
-            progress=progress,
-        )
-        if strict and runner.describe()["fallbacks"]:
-            raise BackendUnavailableError(f"strict: {runner.describe()['fallbacks'][0]}")
-        if gate:
-            from qwen3_moe_jax.parity.gate import check_once
-
-            check_once(runner, source)
-        return Model(source, runner, backend_reason=reason)
-    except BaseException:
-        source.close()
-        raise

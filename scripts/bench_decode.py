@@ -64,8 +64,8 @@ def open_runner(args: argparse.Namespace, context: int):
 def cold(args: argparse.Namespace) -> None:
     """Times are the parent's: it reads these lines."""
     limit(args.limit)
+    from qwen3_moe_jax.api import load
     from qwen3_moe_jax.core.sampling import Sampling
-    from qwen3_moe_jax.loader import load
 
     say(at="imported")
     with load(args.model, backend="jax", gate=args.gate) as model:

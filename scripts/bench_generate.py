@@ -22,6 +22,7 @@ import jax
 import numpy as np
 
 from qwen3_moe_jax import loader
+from qwen3_moe_jax.api import load
 from qwen3_moe_jax.measure.benchmark import Benchmark, Workload
 from qwen3_moe_jax.parity.metrics import cosine
 from qwen3_moe_jax.reference import ReferenceRunner
@@ -79,7 +80,7 @@ def main() -> None:
 
     began = time.perf_counter()
     options = {"backend": args.backend, "dtype": args.dtype, "max_context": args.context}
-    with loader.load(args.model, **options, gate=False) as model:
+    with load(args.model, **options, gate=False) as model:
         load_seconds = time.perf_counter() - began
         ids = model.tokenizer.encode(TEXT)
         prompt = (ids * (args.prompt_tokens // len(ids) + 1))[: args.prompt_tokens]

@@ -13,7 +13,7 @@ from qwen3_moe_jax import loader
 from qwen3_moe_jax.commands.common import add_model_arguments, banner, explain_if_slow, load_model
 from qwen3_moe_jax.convert.config import Qwen3MoeConfig
 from qwen3_moe_jax.convert.model_source import open_model
-from qwen3_moe_jax.machine.probe import nvidia_gpus
+from qwen3_moe_jax.machine.nvidia import nvidia_gpus
 from qwen3_moe_jax.measure.benchmark import FAILED, MEASURED, Benchmark, Row, Workload, plan
 
 EPILOG = """\

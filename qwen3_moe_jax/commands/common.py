@@ -61,9 +61,11 @@ def explain_if_slow(text: str, *, quiet: bool = False) -> Iterator[Callable[[], 
 
 def load_model(args: argparse.Namespace, *, show_banner: bool = True) -> "Model":
     """Loads what ``add_model_arguments`` parsed, with progress and a banner on standard error."""
+    from qwen3_moe_jax.api import load  # --help needs none of it
+
     slow = "loading (and, when a backend first meets a file, checking it against the reference)"
     with explain_if_slow(slow, quiet=args.quiet), show_progress("loading") as progress:
-        model = loader.load(
+        model = load(
             args.model,
             backend=args.backend,
             max_context=args.context,

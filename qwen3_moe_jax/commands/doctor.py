@@ -10,6 +10,7 @@ from qwen3_moe_jax.convert.model_source import open_model
 from qwen3_moe_jax.machine import probe as machine
 from qwen3_moe_jax.machine.memory import MemoryPlan
 from qwen3_moe_jax.machine.probe import Finding, Machine
+from qwen3_moe_jax.wgpu_backend.adapter import list_adapters
 
 MARKS = {"ok": "ok     ", "note": "note   ", "problem": "PROBLEM"}
 
@@ -23,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    facts = machine.detect()
+    facts = machine.detect(list_adapters())
     findings = machine.diagnose(facts)
     findings += judge_model(args.model or loader.embedded_model(), args.context, facts)
     choice = loader.choose_backend()

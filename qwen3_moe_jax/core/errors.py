@@ -1,4 +1,30 @@
-"""The errors that a user meets. A bad file is ``qwen3_moe_jax.convert.errors.ModelFileError``."""
+"""The errors that a user meets. A bad file is ``qwen3_moe_jax.convert.errors.ModelFileError``.
+
+Messages name the arguments of Python, as ``max_context=4096``; ``for_command_line`` turns them into options.
+"""
+
+import re
+
+COMMAND_LINE = {
+    "max_context": "--context",
+    "max_tokens": "--max-tokens",
+    "kv_cache": "--kv-cache",
+    "dtype": "--dtype",
+    "backend": "--backend",
+    "adapter": "--adapter",
+    "gate=False": "--no-gate",
+}
+"""Arguments of ``load`` and ``generate``, and the options that set them."""
+
+_WITH_VALUE = re.compile(rf"\b({'|'.join(n for n in COMMAND_LINE if '=' not in n)})=")
+_NAMES = re.compile(r"\b(max_context|max_tokens|kv_cache|gate=False)\b")
+"""Names that stand for the argument wherever they are; \"backend\" and \"dtype\" are words too."""
+
+
+def for_command_line(message: str) -> str:
+    """A message with options in place of Python's arguments: ``max_context=64`` is ``--context 64``."""
+    message = _WITH_VALUE.sub(lambda m: f"{COMMAND_LINE[m[1]]} ", message)
+    return _NAMES.sub(lambda m: COMMAND_LINE[m[1]], message)
 
 
 class ContextOverflowError(ValueError):
@@ -9,8 +35,15 @@ class ContextOverflowError(ValueError):
         self.max_context = max_context
         super().__init__(
             f"the prompt has {num_tokens} tokens and the context holds {max_context}: "
-            "shorten the prompt or raise the context length (--context)"
+            "shorten the prompt or raise max_context"
         )
+
+
+class ModelClosedError(RuntimeError):
+    """The model, or its runner, was closed."""
+
+    def __init__(self):
+        super().__init__("the model is closed: load it again")
 
 
 class BatchFullError(RuntimeError):

@@ -1,14 +1,31 @@
-"""The protocol that every backend speaks: jax, wgpu and reference are runners of the whole model."""
+"""The protocol that every backend speaks: jax, wgpu and reference are runners of the whole model.
 
-from collections.abc import Collection, Iterator, Sequence
+``checked_forward`` is the one check of the arguments of ``Runner.forward``, and ``OneAtATime`` gives a
+backend that runs one sequence at a time the methods that take several.
+"""
+
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Literal, Protocol, TypedDict, Unpack
 
 import numpy as np
+from numpy.typing import ArrayLike, NDArray
 
 from qwen3_moe_jax.convert.config import Qwen3MoeConfig
+from qwen3_moe_jax.core.errors import (
+    BackendUnavailableError,
+    ContextOverflowError,
+    ModelClosedError,
+    NumericalError,
+)
 from qwen3_moe_jax.core.sampling import Sampling
-from qwen3_moe_jax.core.stages import StageKey
+from qwen3_moe_jax.core.stages import STAGES, StageKey
+
+FinishReason = Literal["stop", "length", "nonfinite"]
+"""A stop token (or what the caller took for one); max_tokens or the context; logits that are not finite."""
+
+IsOver = Callable[[int, list[int]], bool]
+"""Told a request's number and its new tokens; True ends it, as a stop token would."""
 
 
 @dataclass(frozen=True)
@@ -23,26 +40,173 @@ class Forward:
 
     logits: np.ndarray
     expert_ids: np.ndarray
-    stages: dict[StageKey, np.ndarray] = field(default_factory=dict)
+    stages: dict[StageKey, np.ndarray] = field(default_factory=dict[StageKey, np.ndarray])
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What a step did for one sequence.
+
+    Attributes:
+      slot: its slot.
+      tokens: the new tokens, without a stop token.
+      finish_reason: why it ended, or None while it is active.
+    """
+
+    slot: int
+    tokens: list[int]
+    finish_reason: FinishReason | None
+
+
+@dataclass
+class Generated:
+    """What was written after one prompt: tokens, without a stop token, and why it ended."""
+
+    tokens: list[int] = field(default_factory=list[int])
+    finish_reason: FinishReason | None = None
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What a backend can do beyond running one prompt.
+
+    Attributes:
+      beside: ``forward`` takes other sequences into its batch.
+      interventions: ``forward`` takes changes of stages.
+      open_batch: many sequences share a forward pass.
+      dequantized: weights can be read back as the backend's own code unpacks them.
+      concurrent: forward passes, and one stream, may run at the same time.
+    """
+
+    beside: bool = False
+    interventions: bool = False
+    open_batch: bool = False
+    dequantized: bool = False
+    concurrent: bool = False
+
+
+class ForwardOptions(TypedDict, total=False):
+    """The optional arguments of ``Runner.forward``.
+
+    Keys:
+      capture: names of stages to return.
+      expert_ids: int32 [L, T, X]; forces these experts (router replay). Their
+        weights are still this runner's own router probabilities, renormalized.
+      layers: runs only these layers, one after the other, for a quick check of
+        a large model; L is then their number, and stages carry their own numbers.
+      chunk_sizes: lengths of the pieces in which the prompt is put into the
+        cache; (1,) takes the path of decoding. Each backend has its own default.
+      beside: other sequences that run in the same batch, which has ``token_ids`` as its
+        row len(beside) // 2. They are cut or padded to T tokens and take the same
+        ``expert_ids``; the result is that of ``token_ids`` alone.
+      interventions: changes of stages (``jax_backend.model.Intervention``), made inside the model.
+    """
+
+    capture: Collection[str]
+    expert_ids: ArrayLike | None
+    layers: Sequence[int] | None
+    chunk_sizes: Sequence[int]
+    beside: Sequence[Sequence[int]]
+    interventions: Sequence[object]
+
+
+@dataclass(frozen=True, eq=False)
+class ForwardRequest:
+    """Arguments of ``Runner.forward`` that have been checked; see ``ForwardOptions``.
+
+    Attributes:
+      token_ids: int32 [T].
+      layers: the layers that run.
+      is_whole: whether these are all layers, in their order.
+    """
+
+    token_ids: NDArray[np.int32]
+    capture: frozenset[str]
+    expert_ids: NDArray[np.int32] | None
+    layers: tuple[int, ...]
+    is_whole: bool
+    chunk_sizes: tuple[int, ...]
+    beside: tuple[Sequence[int], ...]
+    interventions: tuple[object, ...]
+
+
+class Batch(Protocol):
+    """Slots for sequences that share every forward pass (``jax_backend.batching.Batch``).
+
+    Attributes:
+      slots: how many.
+      capacity: tokens that a sequence may have, prompt and output.
+    """
+
+    slots: int
+    capacity: int
+
+    @property
+    def free_slots(self) -> int:
+        """How many sequences could be admitted now."""
+        ...
+
+    @property
+    def waiting(self) -> int:
+        """How many sequences have prompts that are not read to their end."""
+        ...
+
+    def admit(
+        self,
+        token_ids: Sequence[int],
+        *,
+        sampling: Sampling | None = None,
+        max_tokens: int | None = None,
+        stop_ids: Collection[int] = (),
+    ) -> int:
+        """Takes a prompt into a free slot; returns the slot."""
+        ...
+
+    def step(self, tokens: int = 1) -> Sequence[Progress]:
+        """Continues every sequence that has not ended."""
+        ...
+
+    def free(self, slot: int) -> None:
+        """Gives a slot back, at any time."""
+        ...
 
 
 class Runner(Protocol):
     """A backend that holds one loaded model.
 
-    One that runs many sequences at once also has ``generate_batch`` (``jax_runner.JaxRunner``).
-
-    Attributes:
-      name: "jax", "wgpu" or "reference".
-      config: the model's hyper-parameters.
-      max_context: tokens that its KV cache holds.
-      forward_options: which of ``forward``'s optional arguments it takes, out of
-        "layers", "chunk_sizes" and "beside".
+    After ``close`` every method but ``describe`` and ``close`` raises ModelClosedError, and so does a
+    stream that is open.
     """
 
-    name: str
-    config: Qwen3MoeConfig
-    max_context: int
-    forward_options: frozenset[str]
+    @property
+    def name(self) -> str:
+        """ "jax", "wgpu" or "reference"."""
+        ...
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """What this backend can do beyond running one prompt."""
+        ...
+
+    @property
+    def config(self) -> Qwen3MoeConfig:
+        """The model's hyper-parameters."""
+        ...
+
+    @property
+    def max_context(self) -> int:
+        """Tokens that the KV cache holds."""
+        ...
+
+    @property
+    def cache_nbytes(self) -> int:
+        """Bytes of the KV cache of one sequence of ``max_context`` tokens."""
+        ...
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether ``close`` has been called."""
+        ...
 
     def describe(self) -> dict[str, object]:
         """What runs where, for the banner and for receipts.
@@ -55,40 +219,19 @@ class Runner(Protocol):
         ...
 
     def close(self) -> None:
-        """Gives back the memory of weights and cache; the runner is of no use afterwards."""
+        """Gives back the memory of weights and cache; a second call does nothing."""
         ...
 
-    def forward(
-        self,
-        token_ids: Sequence[int],
-        *,
-        capture: Collection[str] = (),
-        expert_ids: np.ndarray | None = None,
-        layers: Sequence[int] | None = None,
-        chunk_sizes: Sequence[int] = (),
-        beside: Sequence[Sequence[int]] = (),
-    ) -> Forward:
-        """Runs the prompt from an empty cache.
-
-        Args:
-          token_ids: T token ids.
-          capture: names of stages to return.
-          expert_ids: int32 [L, T, X]; forces these experts (router replay). Their
-            weights are still this runner's own router probabilities, renormalized.
-          layers: runs only these layers, one after the other, for a quick check of
-            a large model; L is then their number, and stages carry their own numbers.
-          chunk_sizes: lengths of the pieces in which the prompt is put into the
-            cache; (1,) takes the way of decoding. Each backend has its own default.
-          beside: other sequences that run in the same batch, which has ``token_ids`` as its
-            row len(beside) // 2. They are cut or padded to T tokens and take the same
-            ``expert_ids``; what is returned is that of ``token_ids`` alone.
+    def forward(self, token_ids: Sequence[int], **options: Unpack[ForwardOptions]) -> Forward:
+        """Runs the prompt of T token ids from an empty cache.
 
         Raises:
           ContextOverflowError: T is more than max_context.
+          ValueError: what ``checked_forward`` refuses.
         """
         ...
 
-    def log_likelihoods(self, token_ids: Sequence[int], *, first: int = 1) -> np.ndarray:
+    def log_likelihoods(self, token_ids: Sequence[int], *, first: int = 1) -> NDArray[np.float64]:
         """``ln p(token_ids[i] | token_ids[:i])`` of every i from ``first`` (at least 1) on: [T - first].
 
         Logits are never there for all positions at once. Values are not finite where
@@ -114,3 +257,240 @@ class Runner(Protocol):
           NumericalError: logits were not finite.
         """
         ...
+
+    def open_batch(self, slots: int, *, context: int | None = None) -> Batch:
+        """Slots for sequences that run together, with a KV cache of their own.
+
+        Args:
+          slots: how many.
+          context: tokens that each may have; None is ``max_context``.
+
+        Raises:
+          BackendUnavailableError: this backend runs one sequence at a time (``capabilities``).
+          MemoryPlanError: they do not fit the memory that is free.
+        """
+        ...
+
+    def generate_batch(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_tokens: int | Sequence[int],
+        sampling: Sampling | Sequence[Sampling],
+        stop_ids: Collection[int] = (),
+        slots: int | None = None,
+        is_over: IsOver | None = None,
+    ) -> list[Generated]:
+        """What the model writes after each prompt, many of them at a time where the backend can.
+
+        Args:
+          prompts: token ids of each.
+          max_tokens: new tokens at most, of all or of each.
+          sampling: of all, their seed included, or of each.
+          stop_ids: tokens that end a sequence.
+          slots: sequences at a time; None is what suits the backend.
+          is_over: ends a sequence early.
+
+        Raises:
+          ContextOverflowError: a prompt leaves no room in the context.
+          MemoryPlanError: the cache does not fit the memory that is free.
+        """
+        ...
+
+    def dequantized(self, path: str, tile: int, expert: int | None = None) -> NDArray[np.float32]:
+        """Sixteen rows of a matrix as this backend's own code unpacks them: float32 [16, K].
+
+        Args:
+          path: of the parameter.
+          tile: rows 16 tile to 16 tile + 15 are wanted.
+          expert: which matrix of an expert stack.
+
+        Raises:
+          BackendUnavailableError: this backend cannot show them (``capabilities``).
+        """
+        ...
+
+    def memory(self) -> dict[str, int] | None:
+        """Bytes of device memory: "peak", "planned", "cache"; None where the device does not tell."""
+        ...
+
+
+def checked_forward(
+    runner: Runner,
+    token_ids: Sequence[int],
+    *,
+    capture: Collection[str] = (),
+    expert_ids: ArrayLike | None = None,
+    layers: Sequence[int] | None = None,
+    chunk_sizes: Sequence[int] = (),
+    beside: Sequence[Sequence[int]] = (),
+    interventions: Sequence[object] = (),
+) -> ForwardRequest:
+    """The arguments of ``runner.forward``, checked: every backend refuses the same ones.
+
+    Raises:
+      ModelClosedError: the runner is closed.
+      ContextOverflowError: more tokens than ``max_context``.
+      ValueError: no token, an id, layer, stage, chunk or expert that does not exist, a wrong shape, or
+        an option that this backend does not have.
+    """
+    check_open(runner)
+    config, can = runner.config, runner.capabilities
+    if (beside and not can.beside) or (interventions and not can.interventions):
+        what = "other sequences beside a prompt" if beside else "interventions"
+        raise ValueError(f'the {runner.name} backend takes no {what}: load(backend="jax") does')
+    tokens = checked_ids(token_ids, config.vocab_size)
+    if len(tokens) > runner.max_context:
+        raise ContextOverflowError(len(tokens), runner.max_context)
+    unknown = sorted(set(capture) - STAGES.keys())
+    if unknown:
+        raise ValueError(f"no stage is named {unknown[0]!r}: choose from {', '.join(STAGES)}")
+    every = tuple(range(config.num_hidden_layers))
+    chosen = every if layers is None else tuple(layers)
+    if not chosen or any(layer not in every for layer in chosen):
+        raise ValueError(f"layers must be some of 0 to {every[-1]}, not {list(chosen)}")
+    if any(size < 1 for size in chunk_sizes):
+        raise ValueError(f"a chunk has at least one token: chunk_sizes is {tuple(chunk_sizes)}")
+    for row in beside:
+        checked_ids(row, config.vocab_size)
+    forced = None if expert_ids is None else _checked_experts(config, expert_ids, len(chosen), len(tokens))
+    return ForwardRequest(
+        tokens,
+        frozenset(capture),
+        forced,
+        chosen,
+        chosen == every,
+        tuple(chunk_sizes),
+        tuple(beside),
+        tuple(interventions),
+    )
+
+
+def check_open(runner: Runner) -> None:
+    """Raises ModelClosedError if ``runner`` is closed."""
+    if runner.is_closed:
+        raise ModelClosedError
+
+
+def checked_ids(token_ids: Sequence[int], vocab_size: int) -> NDArray[np.int32]:
+    """Token ids as int32 [T].
+
+    Raises:
+      ValueError: there are none, they are no integers, or one is not in the vocabulary.
+    """
+    ids = np.asarray(token_ids)
+    if ids.ndim != 1 or not ids.size or not np.issubdtype(ids.dtype, np.integer):
+        raise ValueError("token_ids must be a non-empty list of integers")
+    outside = ids[(ids < 0) | (ids >= vocab_size)]
+    if outside.size:
+        raise ValueError(f"token id {outside[0]} is not in 0..{vocab_size - 1}")
+    return ids.astype(np.int32)
+
+
+def checked_text(runner: Runner, token_ids: Sequence[int], first: int) -> NDArray[np.int32]:
+    """The arguments of ``runner.log_likelihoods``, checked; int32 [T].
+
+    Raises:
+      ModelClosedError: the runner is closed.
+      ContextOverflowError: more tokens than ``max_context``.
+      ValueError: as ``checked_ids``, or ``first`` is not one of 1 to T - 1.
+    """
+    check_open(runner)
+    tokens = checked_ids(token_ids, runner.config.vocab_size)
+    if len(tokens) > runner.max_context:
+        raise ContextOverflowError(len(tokens), runner.max_context)
+    if not 1 <= first < len(tokens):
+        raise ValueError(f"first is {first}, and must be 1 to {len(tokens) - 1}")
+    return tokens
+
+
+def checked_prompt(runner: Runner, token_ids: Sequence[int]) -> NDArray[np.int32]:
+    """The prompt of ``runner.stream``, checked; int32 [T]. Raises as ``checked_text``."""
+    check_open(runner)
+    tokens = checked_ids(token_ids, runner.config.vocab_size)
+    if len(tokens) >= runner.max_context:
+        raise ContextOverflowError(len(tokens), runner.max_context)
+    return tokens
+
+
+def _checked_experts(
+    config: Qwen3MoeConfig, expert_ids: ArrayLike, num_layers: int, num_tokens: int
+) -> NDArray[np.int32]:
+    expected = (num_layers, num_tokens, config.num_experts_per_tok)
+    ids = np.asarray(expert_ids)
+    if ids.shape != expected:
+        raise ValueError(f"expert_ids has shape {ids.shape}, expected [L, T, X] = {expected}")
+    if ids.size and not 0 <= ids.min() <= ids.max() < config.num_experts:
+        raise ValueError(f"expert_ids must be 0 to {config.num_experts - 1}")
+    return ids.astype(np.int32)
+
+
+def per_prompt(count: int, limits: int | Sequence[int], samplings: Sampling | Sequence[Sampling]):
+    """(max_tokens, sampling) of each of ``count`` prompts, where one value stands for all.
+
+    Raises:
+      ValueError: another number of values than of prompts.
+    """
+    limits = [limits] * count if isinstance(limits, int) else limits
+    samplings = [samplings] * count if isinstance(samplings, Sampling) else samplings
+    if not len(limits) == len(samplings) == count:
+        raise ValueError(f"{count} prompts, {len(limits)} max_tokens and {len(samplings)} samplings")
+    return list(zip(limits, samplings, strict=True))
+
+
+class OneAtATime:
+    """The methods of ``Runner`` for several sequences, on a backend that runs one at a time."""
+
+    capabilities = Capabilities()
+
+    def open_batch(self: Runner, slots: int, *, context: int | None = None) -> Batch:
+        """Raises BackendUnavailableError; see ``Runner.open_batch``."""
+        check_open(self)
+        raise BackendUnavailableError(
+            f"the {self.name} backend runs one sequence at a time: batches need backend='jax'"
+        )
+
+    def dequantized(self: Runner, path: str, tile: int, expert: int | None = None) -> NDArray[np.float32]:
+        """Raises BackendUnavailableError; see ``Runner.dequantized``."""
+        check_open(self)
+        raise BackendUnavailableError(f"the {self.name} backend does not show its unpacked weights")
+
+    def memory(self) -> dict[str, int] | None:
+        """None: nobody tells; see ``Runner.memory``."""
+        return None
+
+    def generate_batch(
+        self: Runner,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_tokens: int | Sequence[int],
+        sampling: Sampling | Sequence[Sampling],
+        stop_ids: Collection[int] = (),
+        slots: int | None = None,
+        is_over: IsOver | None = None,
+    ) -> list[Generated]:
+        """One prompt after the other; see ``Runner.generate_batch``."""
+        check_open(self)
+        found: list[Generated] = []
+        for number, (prompt, (limit, its_sampling)) in enumerate(
+            zip(prompts, per_prompt(len(prompts), max_tokens, sampling), strict=True)
+        ):
+            tokens = self.stream(prompt, max_tokens=limit, sampling=its_sampling, stop_ids=stop_ids)
+            room = min(limit, self.max_context - len(prompt))
+            found.append(_written(tokens, room, number, is_over))
+        return found
+
+
+def _written(tokens: Iterator[int], most: int, number: int, is_over: IsOver | None) -> Generated:
+    """Reads a stream to its end, or until ``is_over``."""
+    result = Generated(finish_reason="stop")
+    try:
+        for token in tokens:
+            result.tokens.append(token)
+            if is_over is not None and is_over(number, [token]):
+                return result
+    except NumericalError:
+        return Generated(result.tokens, "nonfinite")
+    if len(result.tokens) == most:
+        result.finish_reason = "length"
+    return result

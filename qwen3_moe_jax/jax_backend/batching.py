@@ -6,15 +6,15 @@ business.
 """
 
 from collections import deque
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qwen3_moe_jax.core.errors import BatchFullError, ContextOverflowError
+from qwen3_moe_jax.core.errors import BatchFullError, ContextOverflowError, ModelClosedError
+from qwen3_moe_jax.core.runner import FinishReason, Generated, IsOver, Progress
 from qwen3_moe_jax.core.sampling import Sampling
 from qwen3_moe_jax.jax_backend import generate
 from qwen3_moe_jax.jax_backend.generate import (
@@ -34,24 +34,6 @@ PREFILL_TOKENS = 2048
 
 STEPS_A_DISPATCH = 8
 """Tokens a dispatch of ``run_all`` when nobody waits for a slot."""
-
-FinishReason = Literal["stop", "length", "nonfinite"]
-
-
-@dataclass(frozen=True)
-class Progress:
-    """What a step did for one sequence.
-
-    Attributes:
-      slot: its slot.
-      tokens: the new tokens, without a stop token.
-      finish_reason: "stop" (a stop token), "length" (max_tokens or the context), "nonfinite" (its
-        logits were NaN or infinite), or None while it goes on.
-    """
-
-    slot: int
-    tokens: list[int]
-    finish_reason: FinishReason | None
 
 
 @dataclass
@@ -112,6 +94,19 @@ class Batch:
         self._state = jax.device_put(state, self._device)
         self._sequences: dict[int, _Sequence] = {}
         self._begun: _Begun | None = None
+        self._closed = False
+
+    def close(self) -> None:
+        """Deletes the cache and all else on the device; later calls raise ModelClosedError."""
+        self._closed = True
+        self._sequences, self._begun, self._params = {}, None, {}
+        for array in jax.tree.leaves(self._state):
+            if not array.is_deleted():
+                array.delete()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ModelClosedError
 
     @property
     def free_slots(self) -> int:
@@ -152,6 +147,7 @@ class Batch:
           ContextOverflowError: the prompt leaves no room for a token.
           ValueError: an empty prompt, max_tokens below 1, or an id that is not in the vocabulary.
         """
+        self._check_open()
         tokens, is_stop = self._checked(token_ids, max_tokens, stop_ids)
         if not self.free_slots:
             raise BatchFullError(self.slots)
@@ -190,6 +186,7 @@ class Batch:
         Raises:
           KeyError: there is no sequence in this slot.
         """
+        self._check_open()
         sequence = self._sequences.pop(slot)
         if sequence.finish_reason == "nonfinite":
             self._state = generate.clear(self._state, jnp.int32(slot))
@@ -218,6 +215,7 @@ class Batch:
         Returns:
           One entry for each sequence that has new tokens or has ended, by slot.
         """
+        self._check_open()
         for count, least in ((tokens, 1), (ahead, 0)):
             if not least <= count <= MOST_STEPS:
                 raise ValueError(f"a step writes {least} to {MOST_STEPS} tokens, not {count}")
@@ -296,18 +294,6 @@ class Request:
     sampling: Sampling = field(default_factory=Sampling)
     max_tokens: int | None = None
     stop_ids: Collection[int] = ()
-
-
-@dataclass
-class Generated:
-    """What was written after one prompt: tokens, without a stop token, and why it ended."""
-
-    tokens: list[int] = field(default_factory=list)
-    finish_reason: FinishReason | None = None
-
-
-IsOver = Callable[[int, list[int]], bool]
-"""Told a request's number and its new tokens; True ends it, as a stop token would."""
 
 
 def run_all(batch: Batch, requests: Sequence[Request], is_over: IsOver | None = None) -> list[Generated]:

@@ -1,11 +1,12 @@
 """The jax backend: the Flax model, jitted as a whole, behind the ``Runner`` protocol."""
 
-import os
+import sys
 import time
+import weakref
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -16,11 +17,23 @@ from qwen3_moe_jax.convert.layouts.gpu_tiles import TILED_TYPES
 from qwen3_moe_jax.convert.model_source import ModelSource
 from qwen3_moe_jax.convert.packed import LANES
 from qwen3_moe_jax.convert.progress import ProgressCallback
-from qwen3_moe_jax.core.errors import ContextOverflowError, NumericalError
-from qwen3_moe_jax.core.runner import Forward
+from qwen3_moe_jax.core.errors import ModelClosedError, NumericalError
+from qwen3_moe_jax.core.runner import (
+    Capabilities,
+    Forward,
+    ForwardOptions,
+    ForwardRequest,
+    Generated,
+    IsOver,
+    check_open,
+    checked_forward,
+    checked_prompt,
+    checked_text,
+    per_prompt,
+)
 from qwen3_moe_jax.core.sampling import Sampling
 from qwen3_moe_jax.core.stages import LAYER_STAGES, StageKey
-from qwen3_moe_jax.jax_backend.batching import Batch, Generated, IsOver, Request, run_all
+from qwen3_moe_jax.jax_backend.batching import Batch, Request, run_all
 from qwen3_moe_jax.jax_backend.generate import (
     COMPILER_OPTIONS,
     MOST_STEPS,
@@ -30,12 +43,14 @@ from qwen3_moe_jax.jax_backend.generate import (
 )
 from qwen3_moe_jax.jax_backend.kv_cache import KVCache
 from qwen3_moe_jax.jax_backend.likelihood import log_likelihoods
-from qwen3_moe_jax.jax_backend.model import STAGES_COLLECTION, Intervention, Qwen3Moe
+from qwen3_moe_jax.jax_backend.model import STAGES_COLLECTION, Qwen3Moe
 from qwen3_moe_jax.jax_backend.params import GPU_ROLES, load_params
 from qwen3_moe_jax.jax_backend.stacks import stack_layers
 from qwen3_moe_jax.kernels_pallas import Matrices
 from qwen3_moe_jax.kernels_pallas import dequantize as dequantize_on_device
-from qwen3_moe_jax.machine.memory import MemoryPlan, available_memory, check_slots, fitting_slots
+from qwen3_moe_jax.machine.headroom import available_memory
+from qwen3_moe_jax.machine.jax_devices import enable_compilation_cache, jax_devices
+from qwen3_moe_jax.machine.memory import MemoryPlan, check_slots, fitting_slots
 
 LAYER_STAGE_NAMES = frozenset(stage.name for stage in LAYER_STAGES)
 
@@ -52,14 +67,6 @@ FEWEST_BATCH_TOKENS = 256
 """Slots of ``generate_batch`` have room for at least this many tokens."""
 
 
-def enable_compilation_cache() -> None:
-    """Keeps compiled programs on disk between runs, unless the user has chosen a place already."""
-    if jax.config.jax_compilation_cache_dir is None:
-        root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        jax.config.update("jax_compilation_cache_dir", str(root / "qwen3_moe_jax" / "xla"))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
-
-
 class JaxRunner:
     """The model on JAX's default device; see ``runner.Runner`` for the protocol.
 
@@ -70,8 +77,9 @@ class JaxRunner:
     """
 
     name = "jax"
-    forward_options = frozenset({"layers", "chunk_sizes", "beside", "interventions"})
-    thread_safe = True  # forward passes, and one stream, may run at the same time
+    capabilities = Capabilities(
+        beside=True, interventions=True, open_batch=True, dequantized=True, concurrent=True
+    )
 
     def __init__(
         self,
@@ -94,12 +102,13 @@ class JaxRunner:
           progress: told how far loading is.
 
         Raises:
+          BackendUnavailableError: JAX does not start.
           MemoryPlanError: weights and cache do not fit the device.
         """
         enable_compilation_cache()
         self.config = source.config
         self.max_context = source.config.max_position_embeddings if max_context is None else max_context
-        self.device = jax.devices()[0]
+        self.device = jax_devices()[0]
         on_gpu = self.device.platform == "gpu"
         self.compute_dtype = jnp.dtype(compute_dtype or (jnp.bfloat16 if on_gpu else jnp.float32))
         self.cache_dtype = jnp.dtype(cache_dtype or (jnp.float16 if on_gpu else jnp.float32))
@@ -115,9 +124,15 @@ class JaxRunner:
             fused_decode=FUSED_BATCH if self.has_kernels and not self.fallbacks else 0,
         )
         self.plan = MemoryPlan.of(source, _cache_length(self.max_context), self.cache_dtype.itemsize)
-        self.plan.check(*available_memory(self.device))
+        self.plan.check(available_memory(self.device))
         self.params = load_params(source, roles, self.device, progress)
+        self.is_closed = False
         self._spare: Batch | None = None
+        self._batches: weakref.WeakSet[Batch] = weakref.WeakSet()
+
+    @property
+    def cache_nbytes(self) -> int:
+        return self.plan.cache
 
     def _fallbacks(self, source: ModelSource) -> list[str]:
         """Why this GPU or this file does not take the kernels, one line each; empty when it does."""
@@ -159,16 +174,28 @@ class JaxRunner:
         }
 
     def close(self) -> None:
-        self.params = {}
+        """Deletes the arrays of weights and of every batch, whoever else still names them."""
+        self.is_closed = True
+        self._spare = None
+        for batch in list(self._batches):
+            batch.close()
+        params, self.params = self.params, {}
+        for array in jax.tree.leaves(params):
+            array.delete()
+
+    @contextmanager
+    def _open(self) -> Iterator[None]:
+        """Raises ModelClosedError at the start, and where the model is closed meanwhile."""
+        check_open(self)
+        try:
+            yield
+        except (RuntimeError, KeyError, ValueError) as error:
+            if self.is_closed:
+                raise ModelClosedError from error
+            raise
 
     def dequantized(self, path: str, tile: int, expert: int | None = None) -> np.ndarray:
-        """Sixteen rows of a matrix as this backend's own code unpacks them on the device: float32 [16, K].
-
-        Args:
-          path: of the parameter.
-          tile: rows 16 tile to 16 tile + 15 are wanted.
-          expert: which matrix of an expert stack.
-        """
+        check_open(self)
         place = stack_layers(self.config, self.model.types, self.model.roles)[0].get(path)
         value = self.params[path] if place is None else self.params["stacks"][place.stack]
         first = 0 if place is None else place.first
@@ -178,35 +205,26 @@ class JaxRunner:
         return np.asarray(_dequantize_rows(w))
 
     def memory(self) -> dict[str, int] | None:
-        """Bytes of device memory at the peak, as planned, and of the KV cache; None where JAX cannot say."""
+        check_open(self)
         stats = self.device.memory_stats()
         if not stats:
             return None
         return {"peak": stats["peak_bytes_in_use"], "planned": self.plan.total, "cache": self.plan.cache}
 
-    def forward(
-        self,
-        token_ids: Sequence[int],
-        *,
-        capture: Collection[str] = (),
-        expert_ids: np.ndarray | None = None,
-        layers: Sequence[int] | None = None,
-        chunk_sizes: Sequence[int] = PREFILL_CHUNKS,
-        beside: Sequence[Sequence[int]] = (),
-        interventions: Sequence[Intervention] = (),
-    ) -> Forward:
+    def forward(self, token_ids: Sequence[int], **options: Unpack[ForwardOptions]) -> Forward:
         """As ``Runner.forward``; ``interventions`` change stages inside the jitted model."""
-        if len(token_ids) > self.max_context:
-            raise ContextOverflowError(len(token_ids), self.max_context)
-        row = len(beside) // 2
-        tokens = _rows([*beside[:row], token_ids, *beside[row:]], len(token_ids))
-        chosen = tuple(range(self.config.num_hidden_layers) if layers is None else layers)
+        request = checked_forward(self, token_ids, **options)
+        with self._open():
+            return self._forward(request)
+
+    def _forward(self, r: ForwardRequest) -> Forward:
+        token_ids, chosen, expert_ids = r.token_ids, r.layers, r.expert_ids
+        row = len(r.beside) // 2
+        tokens = _rows([*r.beside[:row], token_ids, *r.beside[row:]], len(token_ids))
         model = self.model.clone(
-            capture=frozenset(capture),
-            interventions=tuple(interventions),
-            layers=None if layers is None else chosen,
+            capture=r.capture, interventions=r.interventions, layers=None if r.is_whole else chosen
         )
-        chunks = chunk_lengths(len(token_ids), chunk_sizes)
+        chunks = chunk_lengths(len(token_ids), r.chunk_sizes or PREFILL_CHUNKS)
         length = -(-sum(chunks) // CACHE_UNIT) * CACHE_UNIT  # prompts of nearby lengths share a program
         cache = KVCache.create(self.config, len(tokens), length, self.cache_dtype, self.device)
         parts, start = [], 0
@@ -236,12 +254,12 @@ class JaxRunner:
         return Forward(whole["logits"], np.moveaxis(whole["expert_ids"], 0, 1), stages)
 
     def log_likelihoods(self, token_ids: Sequence[int], *, first: int = 1) -> np.ndarray:
-        if len(token_ids) > self.max_context:
-            raise ContextOverflowError(len(token_ids), self.max_context)
+        token_ids = checked_text(self, token_ids, first)
         chunks = chunk_lengths(len(token_ids) - 1)
         length = -(-sum(chunks) // CACHE_UNIT) * CACHE_UNIT
         cache = KVCache.create(self.config, 1, length, self.cache_dtype, self.device)
-        return log_likelihoods(self.model, self.params, cache, token_ids, chunks, first)
+        with self._open():
+            return log_likelihoods(self.model, self.params, cache, token_ids, chunks, first)
 
     def stream(
         self,
@@ -251,34 +269,33 @@ class JaxRunner:
         sampling: Sampling,
         stop_ids: Collection[int] = (),
     ) -> Iterator[int]:
-        batch = self._take_spare()
-        try:
-            batch.admit(token_ids, sampling=sampling, max_tokens=max_tokens, stop_ids=stop_ids)
-            written, block, reason = 0, 1, None
-            while reason is None:
-                began = time.perf_counter()
-                for progress in batch.step(block, ahead=block if written else 0):
-                    reason, written = progress.finish_reason, written + len(progress.tokens)
-                    block = _next_block(block, time.perf_counter() - began)
-                    yield from progress.tokens
-            if reason == "nonfinite":
-                raise self._nonfinite(len(token_ids) + written - 1)
-        finally:
-            self._keep_spare(batch)
+        token_ids = checked_prompt(self, token_ids).tolist()
+        return self._stream(token_ids, max_tokens, sampling, stop_ids)
+
+    def _stream(
+        self, token_ids: Sequence[int], max_tokens: int, sampling: Sampling, stop_ids: Collection[int]
+    ) -> Iterator[int]:
+        with self._open():
+            batch = self._take_spare()
+            try:
+                batch.admit(token_ids, sampling=sampling, max_tokens=max_tokens, stop_ids=stop_ids)
+                written, block, reason = 0, 1, None
+                while reason is None:
+                    began = time.perf_counter()
+                    for progress in batch.step(block, ahead=block if written else 0):
+                        reason, written = progress.finish_reason, written + len(progress.tokens)
+                        block = _next_block(block, time.perf_counter() - began)
+                        yield from progress.tokens
+                if reason == "nonfinite":
+                    raise self._nonfinite(len(token_ids) + written - 1)
+            finally:
+                self._keep_spare(batch)
 
     def open_batch(self, slots: int, *, context: int | None = None) -> Batch:
-        """Slots for sequences that run together, with a KV cache of their own.
-
-        Args:
-          slots: how many.
-          context: tokens that each may have; None is ``max_context``.
-
-        Raises:
-          MemoryPlanError: they do not fit the memory that is free.
-        """
+        check_open(self)
         context = context or self.max_context
         length, itemsize = _cache_length(context), self.cache_dtype.itemsize
-        check_slots(self.config, slots, length, itemsize, *available_memory(self.device))
+        check_slots(self.config, slots, length, itemsize, available_memory(self.device))
         return self._new_batch(slots, context)
 
     def generate_batch(
@@ -291,37 +308,24 @@ class JaxRunner:
         slots: int | None = None,
         is_over: IsOver | None = None,
     ) -> list[Generated]:
-        """What the model writes after each prompt, many of them at a time.
-
-        Args:
-          prompts: token ids of each.
-          max_tokens: new tokens at most, of all or of each.
-          sampling: of all, their seed included, or of each.
-          stop_ids: tokens that end a sequence.
-          slots: sequences at a time; None is up to 16, as memory allows.
-          is_over: see ``batching.run_all``.
-
-        Raises:
-          ContextOverflowError: a prompt leaves no room in the context.
-          MemoryPlanError: the cache does not fit the memory that is free.
-        """
+        check_open(self)
+        settings = per_prompt(len(prompts), max_tokens, sampling)
         if not prompts:
             return []
-        limits = [max_tokens] * len(prompts) if isinstance(max_tokens, int) else max_tokens
-        samplings = [sampling] * len(prompts) if isinstance(sampling, Sampling) else sampling
-        longest = max(len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True))
+        longest = max(len(prompt) + limit for prompt, (limit, _) in zip(prompts, settings, strict=True))
         # of few lengths, so that few shapes are compiled
         context = min(max(FEWEST_BATCH_TOKENS, 1 << (longest - 1).bit_length()), self.max_context)
         if slots is None:
-            available, _ = available_memory(self.device)
+            free = available_memory(self.device).nbytes
             most, itemsize = min(len(prompts), FUSED_BATCH), self.cache_dtype.itemsize
-            slots = fitting_slots(self.config, most, _cache_length(context), itemsize, available)
+            slots = fitting_slots(self.config, most, _cache_length(context), itemsize, free)
         batch = self.open_batch(slots, context=context)
         requests = [
             Request(prompt, its_sampling, limit, frozenset(stop_ids))
-            for prompt, its_sampling, limit in zip(prompts, samplings, limits, strict=True)
+            for prompt, (limit, its_sampling) in zip(prompts, settings, strict=True)
         ]
-        return run_all(batch, requests, is_over)
+        with self._open():
+            return run_all(batch, requests, is_over)
 
     def _nonfinite(self, position: int) -> NumericalError:
         return NumericalError(
@@ -336,6 +340,8 @@ class JaxRunner:
 
     def _keep_spare(self, batch: Batch) -> None:
         """Lets the next request use this one's buffers, unless a failed step has taken them."""
+        if self.is_closed or sys.is_finalizing():  # JAX is gone before the last streams are
+            return
         if batch.is_whole:
             batch.free_all()
             self._spare = batch
@@ -343,7 +349,9 @@ class JaxRunner:
     def _new_batch(self, slots: int, context: int) -> Batch:
         length = _cache_length(context)
         cache = KVCache.create(self.config, slots, length, self.cache_dtype, self.device)
-        return Batch(self.model, self.params, cache, context)
+        batch = Batch(self.model, self.params, cache, context)
+        self._batches.add(batch)
+        return batch
 
 
 def _cache_length(context: int) -> int:

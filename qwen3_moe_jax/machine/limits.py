@@ -1,7 +1,7 @@
 """What a machine allows: the speeds that memory and arithmetic units set, for benchmarks to be held against.
 
 Decoding is limited by memory: every step reads each weight that it uses, and the KV cache, at least
-once (``parity.bandwidth`` has the weights' bytes). A prompt is limited by arithmetic: the
+once (``bytes_per_token``). A prompt is limited by arithmetic: the
 operations of its matrix products and of causal attention. On an NVIDIA GPU both speeds are the data
 sheet's; on a CPU they are measured here, with NumPy, and said to be.
 """
@@ -14,25 +14,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from qwen3_moe_jax.convert.config import Qwen3MoeConfig
+from qwen3_moe_jax.convert.ggml_types import BLOCK_FORMATS
 from qwen3_moe_jax.convert.model_source import ModelSource
-from qwen3_moe_jax.machine.bandwidth import bytes_per_token, peak_bandwidth
+from qwen3_moe_jax.machine.datasheets import data_sheet, peak_bandwidth
 from qwen3_moe_jax.machine.memory import cache_nbytes
-
-PEAK_FLOPS = {
-    "H200": 989e12,
-    "H100 PCIe": 756e12,
-    "H100 NVL": 835e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "L40": 181e12,
-    "L4": 121e12,
-    "RTX 5090": 209.5e12,
-    "RTX 4090": 165.2e12,
-    "RTX 3090": 71e12,
-}
-"""Dense 16-bit tensor-core operations a second with float32 accumulation, by part of the device's
-name, the more particular first; from NVIDIA's data sheets and architecture white papers."""
 
 COPY_NBYTES = 256 << 20
 PRODUCT_SIZE = 1536
@@ -41,7 +26,7 @@ REPEATS = 5
 
 @dataclass(frozen=True)
 class Limit:
-    """A speed and where it comes from: bytes or operations a second; None where unknown."""
+    """A speed and where it comes from: bytes or operations/s; None where unknown."""
 
     rate: float | None
     origin: str
@@ -49,7 +34,7 @@ class Limit:
 
 @dataclass(frozen=True)
 class Limits:
-    """What limits decoding (``memory``, bytes a second) and prompts (``arithmetic``, operations a second)."""
+    """What limits decoding (``memory``, bytes/s) and prompts (``arithmetic``, operations/s)."""
 
     memory: Limit
     arithmetic: Limit
@@ -78,16 +63,16 @@ def _memory_of(device: str) -> Limit:
 
 
 def _arithmetic_of(device: str, backend: str, dtype: str) -> Limit:
-    peak = next((rate for name, rate in PEAK_FLOPS.items() if name in device), None)
+    sheet = data_sheet(device)
     if backend != "jax" or dtype != "bfloat16":
         return Limit(None, f"the {backend} backend computes in {dtype} and takes no tensor cores")
-    if peak is None:
+    if sheet is None:
         return Limit(None, f"no tensor-core speed is known for {device}")
-    return Limit(peak, f"{device}'s tensor cores, dense 16-bit, data sheet")
+    return Limit(sheet.flops, f"{device}'s tensor cores, dense 16-bit, data sheet")
 
 
 def copy_bandwidth() -> float:
-    """Bytes a second, read and written, of a copy in main memory by every core; the best of a few."""
+    """Bytes/s, read and written, of a copy in main memory by every core; the best of a few."""
     threads = os.cpu_count() or 1
     words = COPY_NBYTES // 8 // threads
     pairs = [(np.ones(words), np.zeros(words)) for _ in range(threads)]
@@ -101,7 +86,7 @@ def copy_bandwidth() -> float:
 
 
 def product_rate() -> float:
-    """Operations a second of a float32 matrix product in NumPy; the best of a few."""
+    """Operations/s of a float32 matrix product in NumPy; the best of a few."""
     a = np.ones((PRODUCT_SIZE, PRODUCT_SIZE), np.float32)
     best = float("inf")
     for _ in range(REPEATS):
@@ -109,6 +94,27 @@ def product_rate() -> float:
         a @ a
         best = min(best, time.perf_counter() - began)
     return 2 * PRODUCT_SIZE**3 / best
+
+
+def bytes_per_token(source: ModelSource, sequences: int = 1) -> float:
+    """Bytes of weights that decoding one token of each sequence reads, in the file's own form.
+
+    Every matrix but the embedding, and of the experts the share that a token chooses; or the share
+    that several sequences can be expected to choose together, if routing is even.
+    """
+    config = source.config
+    used = 1 - (1 - config.num_experts_per_tok / config.num_experts) ** sequences
+    total = 0.0
+    for path, spec in source.specs.items():
+        block = BLOCK_FORMATS[source.types[path]]
+        weights = 1.0
+        for size in spec.shape:
+            weights *= size
+        if path == "embed_tokens" and not config.tie_word_embeddings:
+            weights = spec.shape[-1] * sequences
+        share = used if ".experts." in path else 1.0
+        total += share * weights / block.weights * block.nbytes
+    return total
 
 
 def step_nbytes(source: ModelSource, itemsize: int, sequences: int, depth: float) -> float:

@@ -1,24 +1,21 @@
 """What a loaded model takes of a device's memory, worked out before anything is read."""
 
-import os
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING
 
 from qwen3_moe_jax.convert.config import Qwen3MoeConfig
 from qwen3_moe_jax.convert.model_source import ModelSource
 from qwen3_moe_jax.convert.packed import packed_nbytes
 from qwen3_moe_jax.core.errors import MemoryPlanError
-
-if TYPE_CHECKING:
-    import jax
+from qwen3_moe_jax.machine.headroom import Headroom
 
 WORKING_BYTES = 400 << 20
 """Compiled programs, one chunk of activations, one dequantized tile: measured below this on every model."""
 
-
-FEWEST_POSITIONS = 1024
+MIN_POSITIONS = 1024
 """A shorter slot is not advised: it has little room beside the longest prefill chunk."""
+
+MIN_CONTEXT = 16
+"""A shorter context is not advised."""
 
 
 def cache_nbytes(config: Qwen3MoeConfig, length: int, itemsize: int, batch: int = 1) -> int:
@@ -30,26 +27,23 @@ def cache_nbytes(config: Qwen3MoeConfig, length: int, itemsize: int, batch: int 
     return batch * length * 2 * config.num_hidden_layers * config.num_key_value_heads * vector
 
 
-def check_slots(
-    config: Qwen3MoeConfig, slots: int, length: int, itemsize: int, available: int | None, where: str
-) -> None:
+def check_slots(config: Qwen3MoeConfig, slots: int, length: int, itemsize: int, free: Headroom) -> None:
     """Raises MemoryPlanError unless the KV cache of ``slots`` sequences of ``length`` positions fits.
 
     Args:
       itemsize: as for ``cache_nbytes``.
-      available: bytes that are free with the weights loaded; None is unknown, and passes.
-      where: the place's name.
+      free: with the weights loaded; an unknown size passes.
     """
     one, needed = (cache_nbytes(config, length, itemsize, n) for n in (1, slots))
-    if available is None or needed + WORKING_BYTES <= available:
+    if free.nbytes is None or needed + WORKING_BYTES <= free.nbytes:
         return
-    left = max(0, available - WORKING_BYTES)
+    left = max(0, free.nbytes - WORKING_BYTES)
     positions = left // cache_nbytes(config, slots, itemsize)
     advice = [f"{left // one} slots"] if left >= one else []
-    advice += [f"{positions} positions each"] if positions >= FEWEST_POSITIONS else []
+    advice += [f"{positions} positions each"] if positions >= MIN_POSITIONS else []
     raise MemoryPlanError(
         f"a KV cache of {slots} slots x {length} positions takes {needed / 1e9:.2f} GB beside "
-        f"{WORKING_BYTES / 1e9:.2f} GB of working memory, and {where} has {available / 1e9:.2f} GB free: "
+        f"{WORKING_BYTES / 1e9:.2f} GB of working memory and does not fit {free}: "
         + (f"{' or '.join(advice)} would fit" if advice else "not even one of them fits")
     )
 
@@ -102,39 +96,18 @@ class MemoryPlan:
     def fitting_context(self, available: int) -> int:
         """Tokens of KV cache that ``available`` bytes leave room for; 0 where not even the weights fit."""
         left = available - self.weights - self.working
-        return max(0, left * self.context // self.cache)
+        return max(0, left * self.context // max(1, self.cache))
 
-    def check(self, available: int | None, where: str) -> None:
-        """Raises MemoryPlanError unless the plan fits ``available`` bytes; None is unknown, and passes."""
-        if available is None or self.total <= available:
+    def check(self, free: Headroom, advice: str = "use a machine with more memory") -> None:
+        """Raises MemoryPlanError unless the plan fits what is free; an unknown size passes.
+
+        Args:
+          free: of the memory that is to hold the model.
+          advice: what to do where no context would fit.
+        """
+        if free.nbytes is None or self.total <= free.nbytes:
             return
-        fits = self.fitting_context(available)
-        advice = f"--context {fits} would fit" if fits >= 16 else "use a machine with more memory"
-        raise MemoryPlanError(f"{self} do not fit {where}, {available / 1e9:.2f} GB free: {advice}")
-
-
-def available_memory(device: "jax.Device") -> tuple[int | None, str]:
-    """Bytes that are free where a JAX device keeps its arrays (None: unknown), and that place's name."""
-    if device.platform == "cpu":
-        return available_main_memory(), "main memory"
-    stats = device.memory_stats() or {}
-    limit = stats.get("bytes_limit")
-    return limit and limit - stats.get("bytes_in_use", 0), device.device_kind
-
-
-def available_main_memory() -> int | None:
-    """Bytes that a program can still take without swapping, or None where the system does not say."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        fields = dict(line.split(":", 1) for line in lines)
-        return int(fields["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError, ValueError):
-        return total_main_memory()
-
-
-def total_main_memory() -> int | None:
-    """Bytes of main memory, or None where the system does not say."""
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, OSError, ValueError):
-        return None
+        fits = self.fitting_context(free.nbytes)
+        if fits >= MIN_CONTEXT:
+            advice = f"max_context={fits} would fit"
+        raise MemoryPlanError(f"{self} do not fit {free}: {advice}")

@@ -3,12 +3,15 @@
 import importlib.metadata
 import os
 import platform
-import subprocess
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
-from qwen3_moe_jax.core.errors import MemoryPlanError
-from qwen3_moe_jax.machine.memory import MemoryPlan, total_main_memory
-from qwen3_moe_jax.wgpu_backend.adapter import list_adapters
+from qwen3_moe_jax.core.errors import BackendUnavailableError, MemoryPlanError
+from qwen3_moe_jax.machine.headroom import Headroom, available_memory, main_memory
+from qwen3_moe_jax.machine.jax_devices import CARDS_VARIABLE, jax_devices, platforms_wanted
+from qwen3_moe_jax.machine.memory import MemoryPlan
+from qwen3_moe_jax.machine.nvidia import NvidiaGpu, nvidia_report
 
 KERNEL_JAX = (0, 11)
 """The Pallas kernels are written for the Mosaic GPU API of this JAX version and later."""
@@ -16,18 +19,22 @@ KERNEL_JAX = (0, 11)
 KERNEL_CAPABILITY = "9.0"
 """Compute capability that the Pallas kernels are built for (Hopper)."""
 
-OLDEST_DRIVER = {"cuda12": 525, "cuda13": 580}
+MIN_DRIVER = {"cuda12": 525, "cuda13": 580}
 """Oldest NVIDIA driver of each CUDA major version: https://docs.nvidia.com/deploy/cuda-compatibility."""
 
 
-@dataclass(frozen=True)
-class NvidiaGpu:
-    """One card as ``nvidia-smi`` lists it; memory in bytes."""
+class Adapter(Protocol):
+    """What is asked of a WebGPU adapter (``wgpu_backend.adapter.AdapterReport``)."""
 
-    name: str
-    driver: str
-    capability: str
-    memory: int
+    @property
+    def summary(self) -> str:
+        """Name, kind and API on one line."""
+        ...
+
+    @property
+    def software(self) -> bool:
+        """Whether it runs on the CPU."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -37,17 +44,22 @@ class Machine:
     Attributes:
       python: version numbers.
       packages: installed versions by name; a missing package is absent.
-      memory: bytes of main memory; None where unknown.
+      memory: what is free where the jax backend would put a model.
       nvidia_gpus: cards that the driver knows.
-      jax_platforms: platforms of JAX's devices, or the error that JAX raised.
+      nvidia_fault: why the driver lists none though it is there.
+      hidden_cards: the setting that keeps JAX from cards that are there, such as ``JAX_PLATFORMS=cpu``.
+      jax_platforms: platforms of JAX's devices.
+      jax_error: why JAX does not start.
       wgpu_adapters: names of WebGPU adapters, hardware ones first.
       wgpu_hardware: whether the first is hardware.
     """
 
     python: tuple[int, ...]
-    packages: dict[str, str] = field(default_factory=dict)
-    memory: int | None = None
+    packages: dict[str, str] = field(default_factory=dict[str, str])
+    memory: Headroom = field(default_factory=lambda: Headroom(None))
     nvidia_gpus: tuple[NvidiaGpu, ...] = ()
+    nvidia_fault: str = ""
+    hidden_cards: str = ""
     jax_platforms: tuple[str, ...] = ()
     jax_error: str | None = None
     wgpu_adapters: tuple[str, ...] = ()
@@ -83,16 +95,22 @@ PACKAGES = (
 )
 
 
-def detect() -> Machine:
-    """Looks at this machine; never raises."""
-    set_jax_memory_policy()
-    platforms, jax_error = _jax_platforms()
-    adapters = sorted(list_adapters(), key=lambda a: a.software)
+def detect(adapters: Sequence[Adapter] = ()) -> Machine:
+    """Looks at this machine; never raises.
+
+    Args:
+      adapters: of WebGPU, as the backend lists them.
+    """
+    platforms, jax_error, memory = _jax()
+    adapters = sorted(adapters, key=lambda a: a.software)
+    nvidia = nvidia_report()
     return Machine(
         python=tuple(int(n) for n in platform.python_version_tuple()[:2]),
         packages={n: v for n in PACKAGES if (v := _version(n))},
-        memory=total_main_memory(),
-        nvidia_gpus=nvidia_gpus(),
+        memory=memory,
+        nvidia_gpus=nvidia.gpus,
+        nvidia_fault=nvidia.fault,
+        hidden_cards=cards_are_hidden_by(),
         jax_platforms=platforms,
         jax_error=jax_error,
         wgpu_adapters=tuple(a.summary for a in adapters),
@@ -100,9 +118,15 @@ def detect() -> Machine:
     )
 
 
-def set_jax_memory_policy() -> None:
-    """Keeps XLA from taking most of a card at start; a user's own setting stays."""
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+def cards_are_hidden_by() -> str:
+    """The user's setting that keeps JAX from NVIDIA cards, such as ``JAX_PLATFORMS=cpu``; "" for none."""
+    wanted, origin = platforms_wanted()
+    if wanted and not {"cuda", "gpu"} & set(wanted.split(",")):
+        return f"{origin}={wanted}"
+    visible = os.environ.get(CARDS_VARIABLE)
+    if visible is not None and visible.strip() in ("", "-1", "NoDevFiles"):
+        return f"{CARDS_VARIABLE}={visible!r}"
+    return ""
 
 
 def _version(package: str) -> str | None:
@@ -112,34 +136,13 @@ def _version(package: str) -> str | None:
         return None
 
 
-def nvidia_gpus() -> tuple[NvidiaGpu, ...]:
-    """The cards that ``nvidia-smi`` lists; none where there is no driver."""
-    query = [
-        "nvidia-smi",
-        "--query-gpu=name,driver_version,compute_cap,memory.total",
-        "--format=csv,noheader,nounits",
-    ]
+def _jax() -> tuple[tuple[str, ...], str | None, Headroom]:
+    """Platforms of JAX's devices, why there are none, and the memory of the first."""
     try:
-        found = subprocess.run(query, capture_output=True, text=True, timeout=20)
-    except (OSError, subprocess.TimeoutExpired):
-        return ()
-    rows = [[cell.strip() for cell in line.split(",")] for line in found.stdout.splitlines()]
-    if found.returncode:
-        return ()
-    return tuple(NvidiaGpu(r[0], r[1], r[2], int(r[3]) << 20) for r in rows if len(r) == 4 and r[3].isdigit())
-
-
-def _jax_platforms() -> tuple[tuple[str, ...], str | None]:
-    try:
-        import jax
-
-        return tuple(d.platform for d in jax.devices()), None
-    except Exception as error:  # whatever a broken installation raises is the finding
-        return (), _one_line(error)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        devices = jax_devices()
+    except BackendUnavailableError as error:
+        return (), str(error), main_memory()
+    return tuple(d.platform for d in devices), None, available_memory(devices[0])
 
 
 def diagnose(machine: Machine) -> list[Finding]:
@@ -157,9 +160,10 @@ def _judge_software(machine: Machine) -> Finding:
     if jax is None:
         return Finding("problem", "JAX", "not installed", "pip install qwen3-moe-jax")
     if machine.jax_error:
-        return Finding(
-            "problem", "JAX", f"{jax} does not start: {machine.jax_error}", "pip install -U qwen3-moe-jax"
-        )
+        what, _, advice = machine.jax_error.rpartition("): ")
+        if not what:
+            return Finding("problem", "JAX", f"{jax}: {machine.jax_error}", "pip install -U qwen3-moe-jax")
+        return Finding("problem", "JAX", f"{jax}: {what})", advice)
     if _version_numbers(jax) < KERNEL_JAX:
         return Finding(
             "note",
@@ -171,34 +175,50 @@ def _judge_software(machine: Machine) -> Finding:
 
 
 def _judge_nvidia(machine: Machine) -> list[Finding]:
+    if machine.nvidia_fault:
+        return [
+            Finding(
+                "problem",
+                "NVIDIA GPU",
+                machine.nvidia_fault,
+                "repair the driver until `nvidia-smi` lists the card",
+            )
+        ]
     if not machine.nvidia_gpus:
         return [Finding("note", "NVIDIA GPU", "none found (nvidia-smi lists no card)")]
-    findings = []
     plugins = [n for n in ("cuda13", "cuda12") if f"jax-{n}-plugin" in machine.packages]
-    for gpu in machine.nvidia_gpus:
-        card = f"{gpu.name}, {gpu.memory / 1e9:.0f} GB, driver {gpu.driver}"
-        what = f"{card}, sm_{gpu.capability.replace('.', '')}"
-        findings.append(_judge_card(gpu, what, plugins, machine))
-    return findings
+    return [_judge_card(gpu, plugins, machine) for gpu in machine.nvidia_gpus]
 
 
-def _judge_card(gpu: NvidiaGpu, what: str, plugins: list[str], machine: Machine) -> Finding:
-    driver = int(gpu.driver.split(".")[0])
+def describe_card(gpu: NvidiaGpu) -> str:
+    """One line; what the driver does not tell is left out."""
+    parts = [gpu.name]
+    if gpu.memory is not None:
+        parts.append(f"{gpu.memory / 1e9:.0f} GB")
+    parts.append(f"driver {gpu.driver}" if gpu.driver else "driver unknown")
+    if gpu.capability:
+        parts.append(f"sm_{gpu.capability.replace('.', '')}")
+    if gpu.is_partitioned:
+        parts.append("MIG on")
+    return ", ".join(parts)
+
+
+def _judge_card(gpu: NvidiaGpu, plugins: list[str], machine: Machine) -> Finding:
+    what, driver = describe_card(gpu), gpu.driver_major
+    if machine.hidden_cards:
+        text = f"{what}: not used, for {machine.hidden_cards} hides it"
+        return Finding("note", "NVIDIA GPU", text, f"unset {machine.hidden_cards.split('=')[0]} to use it")
     if not plugins:
-        extra = "cuda13" if driver >= OLDEST_DRIVER["cuda13"] else "cuda12"
-        return Finding(
-            "problem",
-            "NVIDIA GPU",
-            f"{what}: JAX has no CUDA plugin",
-            f"pip install 'qwen3-moe-jax[{extra}]'",
-        )
-    needed = OLDEST_DRIVER[plugins[0]]
-    if driver < needed:
+        is_new = driver is None or driver >= MIN_DRIVER["cuda13"]
+        advice = f"pip install 'qwen3-moe-jax[{'cuda13' if is_new else 'cuda12'}]'"
+        return Finding("problem", "NVIDIA GPU", f"{what}: JAX has no CUDA plugin", advice)
+    needed = MIN_DRIVER[plugins[0]]
+    if driver is not None and driver < needed:
         return Finding(
             "problem",
             "NVIDIA GPU",
             f"{what}: the {plugins[0]} plugin needs driver {needed} or newer",
-            f"update the driver (the cuda12 extra needs {OLDEST_DRIVER['cuda12']} or newer)",
+            f"update the driver (the cuda12 extra needs {MIN_DRIVER['cuda12']} or newer)",
         )
     if "gpu" not in machine.jax_platforms:
         return Finding(
@@ -207,7 +227,7 @@ def _judge_card(gpu: NvidiaGpu, what: str, plugins: list[str], machine: Machine)
             f"{what}: JAX does not see it (its devices: {', '.join(machine.jax_platforms) or 'none'})",
             "check JAX_PLATFORMS and CUDA_VISIBLE_DEVICES, then run `python -c 'import jax; jax.devices()'`",
         )
-    if gpu.capability != KERNEL_CAPABILITY:
+    if gpu.capability and gpu.capability != KERNEL_CAPABILITY:
         return Finding(
             "note",
             "NVIDIA GPU",
@@ -229,15 +249,12 @@ def _judge_wgpu(machine: Machine) -> Finding:
 
 
 def judge_memory(machine: Machine, plan: MemoryPlan) -> Finding:
-    """Whether a model fits: the GPU's memory where JAX uses one, else main memory."""
-    on_gpu = "gpu" in machine.jax_platforms and machine.nvidia_gpus
-    have = machine.nvidia_gpus[0].memory if on_gpu else machine.memory
-    where = machine.nvidia_gpus[0].name if on_gpu else "main memory"
+    """Whether a model fits what is free, as a load would judge it, and which limit sets that."""
     try:
-        plan.check(have, where)
+        plan.check(machine.memory)
     except MemoryPlanError as error:
         what, advice = str(error).rsplit(": ", 1)
         return Finding("problem", "memory", what, advice)
-    if have is None:
+    if machine.memory.nbytes is None:
         return Finding("note", "memory", f"{plan}; this system does not say how much it has")
-    return Finding("ok", "memory", f"{plan} fit {where} of {have / 1e9:.1f} GB")
+    return Finding("ok", "memory", f"{plan} fit {machine.memory}")

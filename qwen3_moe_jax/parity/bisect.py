@@ -19,7 +19,6 @@ from qwen3_moe_jax.core.stages import INSIDE_EXPERTS, STAGES
 from qwen3_moe_jax.inspection.trace import Trace, ordered_keys, stage_text, trace
 from qwen3_moe_jax.parity import metrics
 from qwen3_moe_jax.parity.causes import Cause, explain
-from qwen3_moe_jax.parity.gate import forward_options
 from qwen3_moe_jax.parity.judge import FUSED_STAGES, Judgement, StageJudge
 
 CHUNK = 16
@@ -101,15 +100,13 @@ def bisect(source: ModelSource, runner: Runner, token_ids: Sequence[int]) -> Dep
       token_ids: a prompt; 40 tokens are plenty, the first 560 are used.
     """
     ids = np.asarray(token_ids, np.int32)[: min(LONG_TOKENS, runner.max_context)]
-    options = forward_options(runner)
-    chunks = {"chunk_sizes": (CHUNK,)} if "chunk_sizes" in options else {}
+    chunks = {"chunk_sizes": (CHUNK,)}
     short = ids[: 2 * CHUNK + CHUNK // 2]
     runs = [
         ("the expert layer opened", short, tuple(STAGES), chunks),
         ("as in production", short, FUSED_STAGES, chunks),
     ]
-    if chunks:
-        runs.append(("token by token", short[:SINGLE_TOKENS], FUSED_STAGES, {"chunk_sizes": (1,)}))
+    runs.append(("token by token", short[:SINGLE_TOKENS], FUSED_STAGES, {"chunk_sizes": (1,)}))
     if len(ids) > len(short):
         runs.append(("a long prompt", ids, _long_capture(source, len(ids)), {}))
     for run, prompt, capture, extra in runs:

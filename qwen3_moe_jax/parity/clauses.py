@@ -11,7 +11,8 @@ from qwen3_moe_jax.convert.ggml_types import BLOCK_FORMATS
 from qwen3_moe_jax.convert.gguf_file import GGUFFile
 from qwen3_moe_jax.convert.unpack import dequantize
 from qwen3_moe_jax.core.sampling import Sampling
-from qwen3_moe_jax.machine.bandwidth import bytes_per_token, peak_bandwidth
+from qwen3_moe_jax.machine.datasheets import peak_bandwidth
+from qwen3_moe_jax.machine.limits import bytes_per_token, copy_bandwidth, is_cpu
 from qwen3_moe_jax.parity import metrics
 from qwen3_moe_jax.parity.contract import CPU, NVIDIA, Clause
 from qwen3_moe_jax.parity.evidence import (
@@ -376,8 +377,6 @@ def _why_no_memory(evidence: Evidence) -> str:
 
 def check_speed(clause: Clause, evidence: Evidence) -> Finding:
     """SPEED-001; the share is stated also where nothing is promised."""
-    from qwen3_moe_jax.machine.limits import copy_bandwidth, is_cpu  # limits imports this package
-
     device = str(evidence.facts["device"])
     if evidence.runner.name not in clause.backends:
         return not_applicable(

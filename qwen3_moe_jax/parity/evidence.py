@@ -16,10 +16,11 @@ from qwen3_moe_jax.convert.packed import LANES
 from qwen3_moe_jax.convert.unpack import dequantize
 from qwen3_moe_jax.core.runner import Forward, Runner
 from qwen3_moe_jax.core.sampling import Sampling
+from qwen3_moe_jax.machine.folders import writable_cache
 from qwen3_moe_jax.machine.resident import ResidentPeak
-from qwen3_moe_jax.machine.workers import ALONE, Workers
+from qwen3_moe_jax.machine.threads import ALONE, Workers
 from qwen3_moe_jax.parity import metrics
-from qwen3_moe_jax.parity.gate import GateResult, default_cache_dir, forward_options, inspect, layers_option
+from qwen3_moe_jax.parity.gate import GateResult, inspect, layers_option
 from qwen3_moe_jax.parity.judge import FUSED_STAGES, Judgement, StageJudge
 from qwen3_moe_jax.parity.recorded import RecordedLogits, recorded_logits
 from qwen3_moe_jax.reference import ReferenceRunner
@@ -150,9 +151,7 @@ class Oracle:
         shape = (len(self.text_ids), self.source.config.vocab_size)
         if len(self.windows) == 1:
             return np.empty(shape, np.float32)
-        folder = default_cache_dir()
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder) as file:
+        with tempfile.TemporaryFile(dir=writable_cache("scratch")) as file:
             return np.memmap(file, np.float32, "w+", shape=shape)
 
     @once
@@ -329,7 +328,7 @@ class Evidence:
     @property
     def chunks(self) -> dict[str, tuple[int, ...]]:
         """Option of ``forward`` that cuts a short prompt in several chunks, where the backend can."""
-        return {"chunk_sizes": (STAGE_CHUNK,)} if "chunk_sizes" in forward_options(self.runner) else {}
+        return {"chunk_sizes": (STAGE_CHUNK,)}
 
     @once
     def free(self) -> TextRun:
@@ -374,7 +373,7 @@ class Evidence:
     @property
     def is_batch_invariant(self) -> bool:
         """Whether the backend promises a sequence the same bits in every batch, and takes batches."""
-        return bool(self.facts.get("batch_invariant")) and "beside" in forward_options(self.runner)
+        return bool(self.facts.get("batch_invariant")) and self.runner.capabilities.beside
 
     @once
     def decoded(self) -> LogitDistance | None:
@@ -460,7 +459,7 @@ class Evidence:
 
         None where the backend's weights cannot be read back.
         """
-        if not hasattr(self.runner, "dequantized"):
+        if not self.runner.capabilities.dequantized:
             return None
         different = count = 0
         for path, spec in self.source.specs.items():
@@ -488,11 +487,9 @@ class Evidence:
         memory, how much this process has grown by.
         """
         _ = self.written  # what is measured
-        read = getattr(self.runner, "memory", None)
-        found = read() if read else None
+        found = self.runner.memory()
         if found:
             return found
-        plan = getattr(self.runner, "plan", None)
         if self.resident is None or self.oracle.is_small:
             return None
-        return {"peak": self.resident.growth(), "cache": plan.cache if plan else 0}
+        return {"peak": self.resident.growth(), "cache": self.runner.cache_nbytes}

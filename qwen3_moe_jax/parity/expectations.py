@@ -12,7 +12,7 @@ from qwen3_moe_jax.convert.unpack import dequantize
 from qwen3_moe_jax.core.rope import rope_tables
 from qwen3_moe_jax.core.runner import Forward
 from qwen3_moe_jax.core.stages import STAGES, StageKey
-from qwen3_moe_jax.machine.workers import ALONE, Workers
+from qwen3_moe_jax.machine.threads import ALONE, Workers
 from qwen3_moe_jax.parity.noise import (
     FLOAT32,
     FLOAT32_MAX,

@@ -20,6 +20,7 @@ from qwen3_moe_jax.convert.model_source import ModelSource
 from qwen3_moe_jax.core.code_version import code_version
 from qwen3_moe_jax.core.errors import ParityError
 from qwen3_moe_jax.core.runner import Runner
+from qwen3_moe_jax.machine.folders import writable_cache
 from qwen3_moe_jax.parity.judge import FUSED_STAGES, Judgement, StageJudge
 
 TOKENS = 4
@@ -50,11 +51,6 @@ class GateResult:
     seconds: float
 
 
-def forward_options(runner: Runner) -> frozenset[str]:
-    """The optional arguments that a backend's ``forward`` takes; none where it does not say."""
-    return getattr(runner, "forward_options", frozenset())
-
-
 def gate_layers(source: ModelSource) -> tuple[int, ...]:
     """The first layer of every mix of quantization types, and the last; all of a model of a few layers."""
     if source.config.num_hidden_layers <= FEW_LAYERS:
@@ -71,7 +67,7 @@ def layers_option(runner: Runner, source: ModelSource) -> dict[str, tuple[int, .
     """The option of ``forward`` that runs the gate's layers alone; empty where every layer has to run."""
     layers = gate_layers(source)
     is_part = len(layers) < source.config.num_hidden_layers
-    return {"layers": layers} if is_part and "layers" in forward_options(runner) else {}
+    return {"layers": layers} if is_part else {}
 
 
 def inspect(runner: Runner, source: ModelSource) -> GateResult:
@@ -107,14 +103,16 @@ def check_once(runner: Runner, source: ModelSource, cache_dir: Path | None = Non
     Raises:
       ParityError: a stage departs; nothing is remembered.
     """
-    path = (cache_dir or default_cache_dir()) / CACHE_NAME
+    folder = cache_dir or writable_cache()
+    path = folder and folder / CACHE_NAME
     key = gate_key(runner, source)
-    if key in _remembered(path):
+    if path and key in _remembered(path):
         return None
     result = inspect(runner, source)
     if result.departures:
         raise ParityError(_explain(runner, result.departures[0]))
-    _remember(path, key)
+    if path:
+        _remember(path, key)
     return result
 
 
@@ -126,16 +124,11 @@ def gate_key(runner: Runner, source: ModelSource) -> str:
     ).hexdigest()
 
 
-def default_cache_dir() -> Path:
-    """``$XDG_CACHE_HOME/qwen3_moe_jax``, or the same under ``~/.cache``."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qwen3_moe_jax"
-
-
 def _explain(runner: Runner, departure: Judgement) -> str:
     tensor = f" ({departure.tensor}, {departure.type})" if departure.tensor else ""
     return (
         f"the {runner.name} backend computes wrongly on this machine: {departure.where}{tensor} is the first "
-        "stage that departs from the reference; `qwen3-moe bisect` names the cause, --no-gate loads anyway"
+        "stage that departs from the reference; `qwen3-moe bisect` names the cause, gate=False loads anyway"
     )
 
 

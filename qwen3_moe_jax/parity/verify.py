@@ -18,10 +18,9 @@ from qwen3_moe_jax.convert.model_source import ModelSource
 from qwen3_moe_jax.core.code_version import code_version
 from qwen3_moe_jax.core.errors import ContextOverflowError, MemoryPlanError
 from qwen3_moe_jax.core.runner import Runner
-from qwen3_moe_jax.machine.blas_threads import one_thread_a_product
-from qwen3_moe_jax.machine.memory import available_main_memory
+from qwen3_moe_jax.machine.headroom import available_main_memory
 from qwen3_moe_jax.machine.resident import ResidentPeak
-from qwen3_moe_jax.machine.workers import shares_the_lock
+from qwen3_moe_jax.machine.threads import one_thread_per_product, shares_the_lock
 from qwen3_moe_jax.parity.ahead import Ahead
 from qwen3_moe_jax.parity.clauses import (
     BACKEND_CHECKS,
@@ -40,7 +39,7 @@ from qwen3_moe_jax.text.tokenizer import Tokenizer
 TEXT_TOKENS = 2048
 LEAST_TOKENS = 64
 
-WORKING_BYTES = 500 << 20
+JUDGE_BYTES = 500 << 20
 """One dequantized layer's tensors and the judge's copies, beside logits."""
 
 WORKER_BYTES = 100 << 20
@@ -186,7 +185,7 @@ def verify(
     begins = begins or (lambda what, subject: None)
 
     with ExitStack() as stack:
-        stack.enter_context(one_thread_a_product())
+        stack.enter_context(one_thread_per_product())
         if oracle.is_small:
             ahead = stack.enter_context(Ahead.open(os.cpu_count() or 1))
             subjects = _all_at_once(stack, oracle, runners, ahead, wanted)
@@ -271,7 +270,7 @@ def _one_by_one(
 
 def _takes_threads(runner: Runner) -> bool:
     """Whether runs of a backend may be made at the same time."""
-    return getattr(runner, "thread_safe", False)
+    return runner.capabilities.concurrent
 
 
 def needed_for_logits(oracle: Oracle, runs: int = 1) -> int:
@@ -279,7 +278,7 @@ def needed_for_logits(oracle: Oracle, runs: int = 1) -> int:
 
     Logits of a window are there twice for a moment: in pieces, and joined.
     """
-    return 2 * runs * oracle.logits_nbytes + WORKING_BYTES + WORKER_BYTES * (oracle.workers.count - 1)
+    return 2 * runs * oracle.logits_nbytes + JUDGE_BYTES + WORKER_BYTES * (oracle.workers.count - 1)
 
 
 def check_room_for_logits(oracle: Oracle, free: int | None) -> None:

@@ -10,6 +10,7 @@ Face Transformers' ``modeling_qwen3_moe.py`` and in llama.cpp at commit
 """
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Unpack
 
 import numpy as np
 
@@ -20,10 +21,19 @@ from qwen3_moe_jax.convert.unpack import dequantize
 from qwen3_moe_jax.core.errors import ContextOverflowError, NumericalError
 from qwen3_moe_jax.core.likelihood import target_log_likelihoods
 from qwen3_moe_jax.core.rope import rope_tables
-from qwen3_moe_jax.core.runner import Forward
+from qwen3_moe_jax.core.runner import (
+    Forward,
+    ForwardOptions,
+    OneAtATime,
+    check_open,
+    checked_forward,
+    checked_prompt,
+    checked_text,
+)
 from qwen3_moe_jax.core.sampling import Sampling
 from qwen3_moe_jax.core.stages import StageKey
-from qwen3_moe_jax.machine.workers import ALONE, Workers
+from qwen3_moe_jax.machine.memory import cache_nbytes
+from qwen3_moe_jax.machine.threads import ALONE, Workers
 from qwen3_moe_jax.reference.sampling import Sampler
 
 ROWS_AT_A_TIME = 8192
@@ -146,11 +156,10 @@ class TensorsOnDemand(Mapping[str, PackedTensor]):
         return len(self._source.types)
 
 
-class ReferenceRunner:
+class ReferenceRunner(OneAtATime):
     """The model on the CPU in NumPy; see ``runner.Runner`` for the protocol."""
 
     name = "reference"
-    forward_options = frozenset({"layers", "chunk_sizes"})
 
     def __init__(
         self,
@@ -179,6 +188,12 @@ class ReferenceRunner:
             self.weights = {path: source.tensor(path) for path in source.paths()}
         self._types = sorted({t.name for t in source.types.values()})
         self._rope: tuple[np.ndarray, np.ndarray] | None = None
+        self.is_closed = False
+
+    @property
+    def cache_nbytes(self) -> int:
+        """Bytes of keys and values of ``max_context`` tokens."""
+        return cache_nbytes(self.config, self.max_context, self.dtype.itemsize)
 
     def describe(self) -> dict[str, object]:
         return {
@@ -191,40 +206,32 @@ class ReferenceRunner:
         }
 
     def close(self) -> None:
-        self.weights = {}
+        """Drops the weights; streams that are open end with ModelClosedError."""
+        self.is_closed = True
+        self.weights, self._rope = {}, None
 
-    def forward(
-        self,
-        token_ids: Sequence[int],
-        *,
-        capture: Collection[str] = (),
-        expert_ids: np.ndarray | None = None,
-        layers: Sequence[int] | None = None,
-        chunk_sizes: Sequence[int] = (),
-    ) -> Forward:
+    def forward(self, token_ids: Sequence[int], **options: Unpack[ForwardOptions]) -> Forward:
+        r = checked_forward(self, token_ids, **options)
         stages: dict[StageKey, list[np.ndarray]] = {}
 
         def record(name: str, layer: int | None, value: np.ndarray) -> None:
-            if name in capture:
+            if name in r.capture:
                 stages.setdefault((name, layer), []).append(value)
 
-        token_ids = np.asarray(token_ids)
-        layers = tuple(range(self.config.num_hidden_layers) if layers is None else layers)
         cache, logits, chosen = self._empty_cache(), [], []
-        chunk = max(chunk_sizes, default=len(token_ids))
-        for start in range(0, len(token_ids), chunk):
+        chunk = max(r.chunk_sizes, default=len(r.token_ids))
+        for start in range(0, len(r.token_ids), chunk):
             part = slice(start, start + chunk)
-            forced = None if expert_ids is None else expert_ids[:, part]
-            hidden, ids, cache = self._layers(token_ids[part], cache, record, forced, layers)
+            forced = None if r.expert_ids is None else r.expert_ids[:, part]
+            hidden, ids, cache = self._layers(r.token_ids[part], cache, record, forced, r.layers)
             logits.append(self._logits(hidden, record).astype(np.float32))
             chosen.append(ids)
         joined = {key: np.concatenate(values) for key, values in stages.items()}
         return Forward(np.concatenate(logits), np.concatenate(chosen, axis=1), joined)
 
     def log_likelihoods(self, token_ids: Sequence[int], *, first: int = 1) -> np.ndarray:
-        if len(token_ids) > self.max_context:
-            raise ContextOverflowError(len(token_ids), self.max_context)
-        inputs, targets = np.asarray(token_ids)[:-1], np.asarray(token_ids)[1:]
+        tokens = checked_text(self, token_ids, first)
+        inputs, targets = tokens[:-1], tokens[1:]
         cache, found = self._empty_cache(), []
         for start in range(0, len(inputs), SCORED_TOKENS):
             part = slice(start, start + SCORED_TOKENS)
@@ -244,12 +251,16 @@ class ReferenceRunner:
         sampling: Sampling,
         stop_ids: Collection[int] = (),
     ) -> Iterator[int]:
-        if len(token_ids) >= self.max_context:
-            raise ContextOverflowError(len(token_ids), self.max_context)
-        sampler = Sampler(sampling, token_ids)
-        cache, new_ids = self._empty_cache(), np.asarray(token_ids)
+        tokens = checked_prompt(self, token_ids)
+        return self._stream(tokens, max_tokens, Sampler(sampling, tokens), stop_ids)
+
+    def _stream(
+        self, token_ids: np.ndarray, max_tokens: int, sampler: Sampler, stop_ids: Collection[int]
+    ) -> Iterator[int]:
+        cache, new_ids = self._empty_cache(), token_ids
         every_layer = range(self.config.num_hidden_layers)
         for _ in range(min(max_tokens, self.max_context - len(token_ids))):
+            check_open(self)
             hidden, _, cache = self._layers(new_ids, cache, _ignore, None, every_layer)
             logits = self._logits(hidden[-1:], _ignore)[0]
             if not np.isfinite(logits).all():

@@ -8,6 +8,7 @@ buffers are made and submitted in one place, and a closed device refuses work.
 
 import re
 import struct
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -121,12 +122,15 @@ class Device:
         largest = min(limits["max-storage-buffer-binding-size"], limits["max-buffer-size"])
         self.most_bytes = min(most_bytes or largest, largest) & ~255
         self._kernels: dict[tuple, Kernel] = {}
+        self._buffers: weakref.WeakSet[Any] = weakref.WeakSet()
         self._open = True
 
     def close(self) -> None:
-        """Refuses further work; memory is freed with the last reference."""
+        """Destroys every buffer, whoever still names it, and refuses further work."""
         self._open = False
         self._kernels.clear()
+        for buffer in list(self._buffers):
+            buffer.destroy()
 
     def _check_open(self) -> None:
         if not self._open:
@@ -146,11 +150,13 @@ class Device:
             usage |= wgpu.BufferUsage.UNIFORM
         size = max(16, -(-nbytes // 16) * 16)
         try:
-            return self._device.create_buffer(size=size, usage=usage, label=label)
+            made = self._device.create_buffer(size=size, usage=usage, label=label)
         except wgpu.GPUError as error:
             raise MemoryPlanError(
                 f"{self.report.name} has no memory left for {label} ({size / 2**20:.0f} MiB): {error}"
             ) from error
+        self._buffers.add(made)
+        return made
 
     def write(self, buffer: Any, data: np.ndarray, offset: int = 0) -> None:
         """Copies an array (a multiple of 4 bytes) into a buffer."""

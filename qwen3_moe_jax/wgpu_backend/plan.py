@@ -2,7 +2,6 @@
 
 import os
 import re
-import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,9 @@ from pathlib import Path
 from qwen3_moe_jax.convert.config import Qwen3MoeConfig
 from qwen3_moe_jax.convert.ggml_types import GGMLType
 from qwen3_moe_jax.core.errors import MemoryPlanError
+from qwen3_moe_jax.machine.headroom import Headroom, main_memory
+from qwen3_moe_jax.machine.memory import MemoryPlan
+from qwen3_moe_jax.machine.nvidia import nvidia_gpus
 from qwen3_moe_jax.wgpu_backend.adapter import AdapterReport, Tuning
 from qwen3_moe_jax.wgpu_backend.kernels import most_tiles
 from qwen3_moe_jax.wgpu_backend.weights import weight_nbytes
@@ -29,12 +31,14 @@ class Workspace:
     """Sizes of everything on the device but the weights.
 
     Attributes:
+      context: tokens that the KV cache holds.
       chunk: tokens of a prompt that are computed together.
       logit_rows: rows of logits that are computed together.
       spans: spans of attention of one token at most.
       nbytes: bytes by buffer name; "keys" and "values" are of one layer.
     """
 
+    context: int
     chunk: int
     logit_rows: int
     spans: int
@@ -59,7 +63,7 @@ def plan_workspace(
             raise MemoryPlanError(
                 f"a context of {max_context} tokens needs {workspace.nbytes[worst] / 2**20:.1f} MiB for "
                 f"{worst}, and the adapter binds at most {most_bytes / 2**20:.1f} MiB: "
-                "lower the context length (--context)"
+                "lower max_context"
             )
         chunk //= 2
 
@@ -101,34 +105,15 @@ def _sizes(
         "keys": cache,
         "values": cache,
     }
-    return Workspace(chunk, logit_rows, decode_spans, nbytes)
-
-
-@dataclass(frozen=True)
-class MemoryPlan:
-    """Bytes that a model takes on the device."""
-
-    weights: int
-    cache: int
-    work: int
-
-    @property
-    def total(self) -> int:
-        return self.weights + self.cache + self.work
-
-    def __str__(self) -> str:
-        return (
-            f"weights {self.weights / 1e9:.2f} GB + KV cache {self.cache / 1e9:.2f} GB + "
-            f"work {self.work / 1e9:.2f} GB = {self.total / 1e9:.2f} GB"
-        )
+    return Workspace(max_context, chunk, logit_rows, decode_spans, nbytes)
 
 
 def plan_memory(config: Qwen3MoeConfig, types: Mapping[str, GGMLType], workspace: Workspace) -> MemoryPlan:
-    """Adds up weights, cache and work space."""
+    """Adds up weights, cache and working memory."""
     layers = config.num_hidden_layers
     cache = (workspace.nbytes["keys"] + workspace.nbytes["values"]) * layers
-    work = sum(n for name, n in workspace.nbytes.items() if name not in ("keys", "values"))
-    return MemoryPlan(weight_nbytes(config, types), cache, work)
+    working = sum(n for name, n in workspace.nbytes.items() if name not in ("keys", "values"))
+    return MemoryPlan(weight_nbytes(config, types), cache, workspace.context, working)
 
 
 def check_memory(plan: MemoryPlan, report: AdapterReport) -> None:
@@ -137,28 +122,23 @@ def check_memory(plan: MemoryPlan, report: AdapterReport) -> None:
     Raises:
       MemoryPlanError: it does not fit; the message holds the plan.
     """
-    free, where = free_memory(report)
-    if free is not None and plan.total > free:
-        raise MemoryPlanError(
-            f"the model does not fit {report.name}: {plan}, and {free / 1e9:.2f} GB are free ({where}): "
-            f"lower the context length (--context), or set {MEMORY_VARIABLE} if that is wrong"
-        )
+    plan.check(free_memory(report), f"use a smaller model, or set {MEMORY_VARIABLE} if the figure is wrong")
 
 
-def free_memory(report: AdapterReport) -> tuple[int | None, str]:
-    """Bytes that a model may take and where the figure is from; None where nobody says.
+def free_memory(report: AdapterReport) -> Headroom:
+    """What a model may take of an adapter's memory.
 
     WebGPU does not tell. A software or integrated adapter uses the machine's memory; NVIDIA's
     and AMD's drivers are asked on Linux.
     """
     wanted = os.environ.get(MEMORY_VARIABLE)
     if wanted:
-        return parse_bytes(wanted), MEMORY_VARIABLE
+        return Headroom(parse_bytes(wanted), report.name, MEMORY_VARIABLE)
     if report.type in ("CPU", "IntegratedGPU"):
-        free = _machine_memory()
-        return (None if free is None else int(free * SHARE_OF_MEMORY)), "the machine's memory"
-    free = _nvidia_memory(report.name) or _amd_memory(report.driver)
-    return (None if free is None else int(free * SHARE_OF_MEMORY)), "the driver"
+        free = main_memory()
+    else:
+        free = Headroom(_nvidia_memory(report.name) or _amd_memory(report.driver), report.name)
+    return free if free.nbytes is None else free.with_nbytes(int(free.nbytes * SHARE_OF_MEMORY))
 
 
 def parse_bytes(text: str) -> int:
@@ -173,27 +153,10 @@ def parse_bytes(text: str) -> int:
     return int(float(match[1]) * _UNITS[match[2]])
 
 
-def _machine_memory() -> int | None:
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    for line in lines:
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return None
-
-
 def _nvidia_memory(name: str) -> int | None:
-    query = ["nvidia-smi", "--query-gpu=name,memory.free", "--format=csv,noheader,nounits"]
-    try:
-        lines = subprocess.run(
-            query, capture_output=True, text=True, timeout=10, check=True
-        ).stdout.splitlines()
-    except (OSError, subprocess.SubprocessError):
-        return None
-    found = [line.rsplit(",", 1) for line in lines if line.count(",")]
-    return max((int(free) * 2**20 for gpu, free in found if gpu.strip() in name), default=None)
+    """Free bytes of the card of this name; of several, the maximum."""
+    free = [gpu.free for gpu in nvidia_gpus() if gpu.name in name and gpu.free is not None]
+    return max(free, default=None)
 
 
 def _amd_memory(driver: str) -> int | None:

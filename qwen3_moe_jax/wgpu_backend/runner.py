@@ -4,16 +4,25 @@ import threading
 from collections import deque
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Unpack
 
 import numpy as np
 
 from qwen3_moe_jax.convert.model_source import ModelSource
 from qwen3_moe_jax.convert.progress import ProgressCallback
-from qwen3_moe_jax.core.errors import ContextOverflowError, NumericalError
+from qwen3_moe_jax.core.errors import NumericalError
 from qwen3_moe_jax.core.likelihood import target_log_likelihoods
-from qwen3_moe_jax.core.runner import Forward
+from qwen3_moe_jax.core.runner import (
+    Forward,
+    ForwardOptions,
+    OneAtATime,
+    check_open,
+    checked_forward,
+    checked_prompt,
+    checked_text,
+)
 from qwen3_moe_jax.core.sampling import Sampling
-from qwen3_moe_jax.core.stages import STAGES, StageKey
+from qwen3_moe_jax.core.stages import StageKey
 from qwen3_moe_jax.wgpu_backend import kernels
 from qwen3_moe_jax.wgpu_backend.adapter import Tuning
 from qwen3_moe_jax.wgpu_backend.device import Device, Launch, Readback
@@ -39,7 +48,7 @@ def sampling_words(sampling: Sampling, vocab_size: int) -> np.ndarray:
     return np.concatenate([ints, np.asarray(floats, np.float32).view(np.uint32)])
 
 
-class WgpuRunner:
+class WgpuRunner(OneAtATime):
     """The model on one WebGPU adapter; see ``runner.Runner`` for the protocol.
 
     One request runs at a time: a new one ends what an older stream could still give.
@@ -49,7 +58,6 @@ class WgpuRunner:
     """
 
     name = "wgpu"
-    forward_options = frozenset({"layers", "chunk_sizes"})
 
     def __init__(
         self,
@@ -92,7 +100,7 @@ class WgpuRunner:
         self._weights = upload(self._device, source, progress)
         self._buffers = Buffers(self._device, self.config, workspace, self.max_context)
         self._choice = self._device.buffer(32, "sampling", uniform=True)
-        self._closed = False
+        self.is_closed = False
         self._lock = threading.Lock()
         self._request = 0
         self._build()
@@ -126,9 +134,11 @@ class WgpuRunner:
             self._build()
 
     def close(self) -> None:
-        """Frees the device's memory; later calls raise a RuntimeError."""
+        """Frees the device's memory; streams that are open end with ModelClosedError."""
         with self._lock:
-            self._closed = True
+            if self.is_closed:
+                return
+            self.is_closed = True
             self._request += 1
             if self._owns_device:
                 self._device.close()
@@ -140,6 +150,10 @@ class WgpuRunner:
 
     def __exit__(self, *exc_info: object) -> None:
         self.close()
+
+    @property
+    def cache_nbytes(self) -> int:
+        return self.plan.cache
 
     def describe(self) -> dict[str, object]:
         report = self._device.report
@@ -156,35 +170,19 @@ class WgpuRunner:
             "memory": str(self.plan),
         }
 
-    def forward(
-        self,
-        token_ids: Sequence[int],
-        *,
-        capture: Collection[str] = (),
-        expert_ids: np.ndarray | None = None,
-        layers: Sequence[int] | None = None,
-        chunk_sizes: Sequence[int] = (),
-    ) -> Forward:
-        """As ``Runner.forward``. Raises ValueError for an id, a layer or a stage that does not exist."""
-        tokens = self._checked(token_ids)
-        if len(tokens) == 0:
-            raise ValueError("a forward pass needs at least one token")
-        if len(tokens) > self.max_context:
-            raise ContextOverflowError(len(tokens), self.max_context)
-        unknown = sorted(set(capture) - STAGES.keys())
-        if unknown:
-            raise ValueError(f"no stage is named {unknown[0]!r}: choose from {', '.join(STAGES)}")
-        chosen = tuple(range(self.config.num_hidden_layers) if layers is None else layers)
-        if any(not 0 <= layer < self.config.num_hidden_layers for layer in chosen):
-            raise ValueError(f"layers must be 0 to {self.config.num_hidden_layers - 1}")
-        replay = None if expert_ids is None else self._checked_experts(expert_ids, len(chosen), len(tokens))
-        chunk = max(chunk_sizes, default=len(tokens))
+    def forward(self, token_ids: Sequence[int], **options: Unpack[ForwardOptions]) -> Forward:
+        """As ``Runner.forward``."""
+        r = checked_forward(self, token_ids, **options)
+        tokens = r.token_ids.astype(np.uint32)
+        replay = None if r.expert_ids is None else r.expert_ids.astype(np.uint32)
+        chunk = max(r.chunk_sizes, default=len(tokens))
         with self._lock:
             self._begin()
-            program = self._decode if max(chunk_sizes, default=0) == 1 else self._prefill
-            way = _Way(program, program.body if layers is None else program.body_of(chosen), chosen)
+            program = self._decode if max(r.chunk_sizes, default=0) == 1 else self._prefill
+            body = program.body if r.is_whole else program.body_of(r.layers)
+            way = _Way(program, body, r.layers)
             parts = [
-                self._forward_chunk(way, tokens[start:end], start, frozenset(capture), replay)
+                self._forward_chunk(way, tokens[start:end], start, r.capture, replay)
                 for start, end in self._chunks(len(tokens), chunk)
             ]
         logits = np.concatenate([p.logits for p in parts])
@@ -192,10 +190,7 @@ class WgpuRunner:
         return Forward(logits, np.concatenate([p.expert_ids for p in parts], axis=1), stages)
 
     def log_likelihoods(self, token_ids: Sequence[int], *, first: int = 1) -> np.ndarray:
-        """As ``Runner.log_likelihoods``. Raises ValueError for an id that does not exist."""
-        tokens = self._checked(token_ids)
-        if len(tokens) > self.max_context:
-            raise ContextOverflowError(len(tokens), self.max_context)
+        tokens = checked_text(self, token_ids, first).astype(np.uint32)
         count = len(tokens) - 1
         with self._lock:
             self._begin()
@@ -219,9 +214,7 @@ class WgpuRunner:
         stop_ids: Collection[int] = (),
     ) -> Iterator[int]:
         """As ``Runner.stream``. A newer request on this runner ends this one with a RuntimeError."""
-        tokens = self._checked(token_ids)
-        if not 0 < len(tokens) < self.max_context:
-            raise ContextOverflowError(len(tokens), self.max_context)
+        tokens = checked_prompt(self, token_ids).astype(np.uint32)
         most = min(max_tokens, self.max_context - len(tokens))
         return self._tokens(tokens, most, sampling, frozenset(stop_ids))
 
@@ -238,7 +231,7 @@ class WgpuRunner:
         emitted = 0
         while emitted < most:
             with self._lock:
-                self._check_open()
+                check_open(self)
                 if request != self._request:
                     raise RuntimeError(
                         "a newer request has started on this wgpu runner: this stream has ended"
@@ -256,31 +249,11 @@ class WgpuRunner:
                 yield token
                 emitted += 1
 
-    def _check_open(self) -> None:
-        if self._closed:
-            raise RuntimeError("this wgpu runner is closed: load the model again")
-
     def _begin(self) -> int:
         """The number of a new request."""
-        self._check_open()
+        check_open(self)
         self._request += 1
         return self._request
-
-    def _checked(self, token_ids: Sequence[int]) -> np.ndarray:
-        tokens = np.asarray(token_ids, np.int64).reshape(-1)
-        bad = tokens[(tokens < 0) | (tokens >= self.config.vocab_size)]
-        if bad.size:
-            raise ValueError(f"token id {bad[0]} is not in the vocabulary of {self.config.vocab_size}")
-        return tokens.astype(np.uint32)
-
-    def _checked_experts(self, expert_ids: np.ndarray, num_layers: int, num_tokens: int) -> np.ndarray:
-        expected = (num_layers, num_tokens, self.config.num_experts_per_tok)
-        ids = np.asarray(expert_ids)
-        if ids.shape != expected:
-            raise ValueError(f"expert_ids has shape {ids.shape}, expected [L, T, X] = {expected}")
-        if ids.size and not 0 <= ids.min() <= ids.max() < self.config.num_experts:
-            raise ValueError(f"expert_ids must be 0 to {self.config.num_experts - 1}")
-        return ids.astype(np.uint32)
 
     def _chunks(self, num_tokens: int, longest: int) -> list[tuple[int, int]]:
         chunk = min(longest, self._buffers.workspace.chunk)

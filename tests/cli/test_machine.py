@@ -4,14 +4,16 @@ from dataclasses import replace
 
 import pytest
 
+from qwen3_moe_jax.machine.headroom import Headroom
 from qwen3_moe_jax.machine.memory import MemoryPlan
-from qwen3_moe_jax.machine.probe import Machine, NvidiaGpu, detect, diagnose, judge_memory
+from qwen3_moe_jax.machine.nvidia import NvidiaGpu
+from qwen3_moe_jax.machine.probe import Machine, detect, diagnose, judge_memory
 
 H100 = NvidiaGpu("NVIDIA H100 80GB HBM3", "580.159.04", "9.0", 80 << 30)
 GOOD = Machine(
     python=(3, 12),
     packages={"jax": "0.11.2", "jaxlib": "0.11.2", "jax-cuda13-plugin": "0.11.2"},
-    memory=128 << 30,
+    memory=Headroom(80 << 30, "NVIDIA H100 80GB HBM3"),
     nvidia_gpus=(H100,),
     jax_platforms=("gpu",),
     wgpu_adapters=("NVIDIA H100 (DiscreteGPU) via Vulkan",),
@@ -75,7 +77,13 @@ def test_a_good_machine_has_no_problem():
             "Python 3.12",
         ),
         (replace(GOOD, packages={}), "JAX", "problem", "not installed", "pip install"),
-        (replace(GOOD, jax_error="RuntimeError: no"), "JAX", "problem", "does not start", "pip install -U"),
+        (
+            replace(GOOD, jax_error="JAX does not start: no"),
+            "JAX",
+            "problem",
+            "does not start",
+            "pip install -U",
+        ),
     ],
 )
 def test_each_fault_has_its_line_and_one_thing_to_do(machine, subject, level, text, advice):
@@ -89,11 +97,11 @@ def test_each_fault_has_its_line_and_one_thing_to_do(machine, subject, level, te
     ("machine", "model_gb", "cache_gb", "level", "advice"),
     [
         (GOOD, 18.6, 3.2, "ok", ""),
-        (GOOD, 18.6, 80.0, "problem", "--context"),
+        (GOOD, 18.6, 80.0, "problem", "max_context"),
         (GOOD, 142.0, 1.0, "problem", "more memory"),
-        (replace(CPU_ONLY, memory=24 << 30), 18.6, 0.8, "ok", ""),
-        (replace(CPU_ONLY, memory=16 << 30), 18.6, 0.8, "problem", "more memory"),
-        (replace(CPU_ONLY, memory=None), 18.6, 0.8, "note", ""),
+        (replace(CPU_ONLY, memory=Headroom(24 << 30)), 18.6, 0.8, "ok", ""),
+        (replace(CPU_ONLY, memory=Headroom(16 << 30)), 18.6, 0.8, "problem", "more memory"),
+        (replace(CPU_ONLY, memory=Headroom(None)), 18.6, 0.8, "note", ""),
     ],
 )
 def test_memory_plan(machine, model_gb, cache_gb, level, advice):
@@ -106,5 +114,5 @@ def test_memory_plan(machine, model_gb, cache_gb, level, advice):
 def test_detect_looks_at_the_real_machine():
     machine = detect()
     assert "cpu" in machine.jax_platforms
-    assert machine.memory
+    assert machine.memory.nbytes
     assert machine.packages["jax"]

@@ -393,12 +393,12 @@ def test_errors_name_what_is_wrong(batch, golden):
 
 
 def test_slots_that_do_not_fit_say_what_they_cost_and_what_would(jax_runner, monkeypatch):
-    from qwen3_moe_jax.machine import memory as memory_plan
+    from qwen3_moe_jax.machine import headroom
 
-    monkeypatch.setattr(memory_plan, "available_main_memory", lambda: 500 << 20)
+    monkeypatch.setattr(headroom, "main_memory", lambda: headroom.Headroom(500 << 20))
     with pytest.raises(
         MemoryPlanError,
-        match=r"64 slots x 4608 positions takes .* GB .*main memory has 0\.52 GB free: \d+ slots .*would fit",
+        match=r"64 slots x 4608 positions takes .* GB .*main memory, 0\.52 GB free: \d+ slots .*would fit",
     ):
         jax_runner.open_batch(64, context=4096)
 

@@ -6,8 +6,7 @@ import pytest
 from qwen3_moe_jax.convert.config import PRESETS
 from qwen3_moe_jax.jax_backend import runner as jax_runner_module
 from qwen3_moe_jax.machine import limits
-from qwen3_moe_jax.machine.bandwidth import bytes_per_token
-from qwen3_moe_jax.machine.limits import Limit, Limits
+from qwen3_moe_jax.machine.limits import Limit, Limits, bytes_per_token
 from qwen3_moe_jax.measure import benchmark
 from qwen3_moe_jax.measure.benchmark import (
     FAILED,

@@ -75,7 +75,7 @@ def test_decoding_takes_the_fused_step_up_to_its_largest_batch(
 def test_the_runner_says_whether_a_batch_changes_bits(jax_runner, reference_runner):
     assert jax_runner.describe()["batch_invariant"] is False  # a CPU's products depend on their shapes
     assert reference_runner.describe()["batch_invariant"] is True
-    assert "beside" in jax_runner.forward_options
+    assert jax_runner.capabilities.beside
 
 
 def test_the_prompt_alone_is_checked_against_the_context(source, prompt):

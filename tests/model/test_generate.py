@@ -127,14 +127,14 @@ def test_after_a_step_that_ran_out_of_memory_the_next_request_works(source, gold
 
 def test_a_model_that_does_not_fit_says_the_plan_and_what_would(source, monkeypatch):
     from qwen3_moe_jax.core.errors import MemoryPlanError
-    from qwen3_moe_jax.machine import memory as module
+    from qwen3_moe_jax.machine import headroom
 
-    monkeypatch.setattr(module, "available_main_memory", lambda: 450 << 20)
+    monkeypatch.setattr(headroom, "main_memory", lambda: headroom.Headroom(450 << 20))
     with pytest.raises(
-        MemoryPlanError, match=r"weights 0\.01 GB .* main memory, 0\.47 GB free: --context \d+ would fit"
+        MemoryPlanError, match=r"weights 0\.01 GB .* main memory, 0\.47 GB free: max_context=\d+ would fit"
     ):
         JaxRunner(source, max_context=4096 * 4)
-    monkeypatch.setattr(module, "available_main_memory", lambda: 1 << 20)
+    monkeypatch.setattr(headroom, "main_memory", lambda: headroom.Headroom(1 << 20))
     with pytest.raises(MemoryPlanError, match="use a machine with more memory"):
         JaxRunner(source)
 

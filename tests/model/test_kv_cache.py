@@ -94,5 +94,5 @@ def test_the_cache_is_chosen_by_name_and_judged_by_what_it_rounds_to(source, gol
         assert judge.judge(("kqv_out", 2)).departs is departs
     with pytest.raises(ValueError, match="kv_cache 'int4' is not one of float32, float16, bfloat16, int8"):
         loader.make_runner(source, "jax", kv_cache="int4")
-    with pytest.raises(BackendUnavailableError, match="reference backend chooses its KV cache.*--kv-cache"):
+    with pytest.raises(BackendUnavailableError, match="reference backend chooses its KV cache.*kv_cache"):
         loader.make_runner(source, "reference", kv_cache="int8")

@@ -6,7 +6,7 @@ import pytest
 from qwen3_moe_jax.convert.packed import PackedTensor
 from qwen3_moe_jax.convert.unpack import dequantize
 from qwen3_moe_jax.core.errors import ParityError
-from qwen3_moe_jax.core.runner import Forward
+from qwen3_moe_jax.core.runner import Capabilities, Forward
 from qwen3_moe_jax.parity import clauses, evidence, gate
 from qwen3_moe_jax.parity.clauses import BACKEND_CHECKS, FAILED, FILE_CHECKS, PASSED
 from qwen3_moe_jax.parity.contract import load_contract
@@ -56,7 +56,9 @@ def break_weights(oracle, reference, plant):
         weight = PackedTensor(arrays, weight.type)
         return dequantize(weight if expert is None else weight[expert])[16 * tile : 16 * tile + 16]
 
-    return Evidence(oracle, Changed(reference, dequantized=dequantized))
+    return Evidence(
+        oracle, Changed(reference, dequantized=dequantized, capabilities=Capabilities(dequantized=True))
+    )
 
 
 def break_invariants(oracle, reference, plant):
@@ -131,8 +133,7 @@ def batched(reference, wrong_at=None, **facts):
         return found
 
     facts = {**reference.describe(), "batch_invariant": True, **facts}
-    options = reference.forward_options | {"beside"}
-    return Changed(reference, forward=forward, forward_options=options, describe=lambda: facts)
+    return Changed(reference, forward=forward, capabilities=Capabilities(beside=True), describe=lambda: facts)
 
 
 FALSIFIED_BY = {
@@ -244,6 +245,7 @@ def test_speed_001_has_a_bound_for_each_class_of_devices(
 ):
     monkeypatch.setattr(clauses, "bytes_per_token", lambda source: 1.92e9)
     monkeypatch.setattr(clauses, "_decode_rate", lambda evidence, tokens: rate)
+    monkeypatch.setattr(clauses, "copy_bandwidth", lambda: 2e10)
     clause = load_contract().clauses["SPEED-001"]
     found = BACKEND_CHECKS["SPEED-001"](clause, Evidence(oracle, on_gpu(reference, device=device)))
     assert (found.verdict, found.bound) == (verdict, 0.12 if "cpu" in device else 0.30)

@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from qwen3_moe_jax import cli, loader
+from qwen3_moe_jax.api import load
 from qwen3_moe_jax.core.code_version import code_version
 from qwen3_moe_jax.inspection.experts import expert_usage
 from qwen3_moe_jax.parity.contract import load_contract
@@ -135,7 +136,7 @@ def test_experts_writes_picture_and_arrays(tmp_path, capsys):
 
 
 def test_the_model_object_has_what_the_commands_do(tmp_path, planted):
-    with loader.load(backend="reference", max_context=64, gate=False) as model:
+    with load(backend="reference", max_context=64, gate=False) as model:
         seen = model.trace("def f(x):", ["l_out"])
         assert seen.forward.stages["l_out", 2].shape == (len(seen.token_ids), model.config.hidden_size)
         assert {f.where for f in model.trace("def f(x):").figures()} >= {"inp_embd", "ffn_moe_down-5"}
@@ -149,7 +150,7 @@ def test_the_model_object_has_what_the_commands_do(tmp_path, planted):
         with pytest.raises(ValueError, match="reference backend has no gradients"):
             model.logit_gradient("def f(x):", token=1, stage="l_out", layer=2)
     planted("gqa-map")
-    with loader.load(backend="reference", max_context=64, gate=False) as model:
+    with load(backend="reference", max_context=64, gate=False) as model:
         assert model.bisect("def f(x):").judgement.where == "kqv_out-0"
 
 

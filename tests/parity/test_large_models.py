@@ -10,8 +10,8 @@ import pytest
 from qwen3_moe_jax import cli, loader
 from qwen3_moe_jax.core.errors import MemoryPlanError
 from qwen3_moe_jax.jax_backend.runner import JaxRunner
-from qwen3_moe_jax.machine import blas_threads
-from qwen3_moe_jax.machine.workers import ALONE, Workers
+from qwen3_moe_jax.machine import headroom, threads
+from qwen3_moe_jax.machine.threads import ALONE, Workers
 from qwen3_moe_jax.parity import evidence
 from qwen3_moe_jax.parity import verify as verify_function
 from qwen3_moe_jax.parity.ahead import Ahead
@@ -94,11 +94,8 @@ def test_no_room_for_logits_is_one_line(source, text_ids):
 
 @pytest.mark.parametrize("backend", ["reference", "jax"])
 def test_a_backend_that_does_not_fit_is_one_line_and_exit_code_3(is_large, backend, monkeypatch, capsys):
-    place = loader if backend == "reference" else "qwen3_moe_jax.machine.memory"
-    name = "available_main_memory"
-    monkeypatch.setattr(place, name, lambda: 1 << 20) if backend == "reference" else monkeypatch.setattr(
-        f"{place}.{name}", lambda: 1 << 20
-    )
+    place = loader if backend == "reference" else headroom
+    monkeypatch.setattr(place, "main_memory", lambda: headroom.Headroom(1 << 20))
     arguments = ["--backend", backend, "--tokens", "64", "--clause", "STAGES-001"]
     assert cli.main(["verify", *arguments]) == 3
     error = capsys.readouterr().err
@@ -129,12 +126,12 @@ def test_growth_of_the_process_is_seen():
 
 
 def test_products_stay_on_one_thread_within():
-    before = blas_threads.threads_a_product()
+    before = threads.threads_per_product()
     if before is None:
         pytest.skip("NumPy has another BLAS than OpenBLAS")
-    with blas_threads.one_thread_a_product():
-        assert blas_threads.threads_a_product() == 1
-    assert blas_threads.threads_a_product() == before
+    with threads.one_thread_per_product():
+        assert threads.threads_per_product() == 1
+    assert threads.threads_per_product() == before
 
 
 def test_a_backend_in_a_devices_memory_is_run_ahead_of_the_clauses(is_large, source, text_ids, monkeypatch):

@@ -1,0 +1,47 @@
+"""What NVIDIA's driver tells of a card's memory, without a package of its own.
+
+https://docs.nvidia.com/cuda/cuda-driver-api: cuMemGetInfo, in the device's primary context, which
+JAX has made already and which is given back here.
+"""
+
+import ctypes
+import sys
+from typing import Any
+
+LIBRARY = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
+
+
+def free_on_card(ordinal: int | None, library: Any = None) -> int | None:
+    """Bytes of a card that no program holds; of a MIG slice, if the ordinal is one.
+
+    Args:
+      ordinal: CUDA's number of the device (``jax.Device.local_hardware_id``).
+      library: the driver's library; None loads it.
+
+    Returns:
+      None where there is no driver, or it does not answer.
+    """
+    if ordinal is None:
+        return None
+    try:
+        cuda = library or ctypes.CDLL(LIBRARY)
+        return _free(cuda, ordinal)
+    except (OSError, AttributeError):
+        return None
+
+
+def _free(cuda: Any, ordinal: int) -> int | None:
+    device, context = ctypes.c_int(), ctypes.c_void_p()
+    free, total = ctypes.c_size_t(), ctypes.c_size_t()
+    if cuda.cuInit(0) or cuda.cuDeviceGet(ctypes.byref(device), ordinal):
+        return None
+    if cuda.cuDevicePrimaryCtxRetain(ctypes.byref(context), device):
+        return None
+    try:
+        if cuda.cuCtxPushCurrent_v2(context):
+            return None
+        failed = cuda.cuMemGetInfo_v2(ctypes.byref(free), ctypes.byref(total))
+        cuda.cuCtxPopCurrent_v2(ctypes.byref(context))
+        return None if failed else free.value
+    finally:
+        cuda.cuDevicePrimaryCtxRelease_v2(device)

@@ -1,0 +1,85 @@
+"""JAX's devices, and one line where it does not start: the variable that is the cause, not a traceback."""
+
+import os
+import re
+import warnings
+from typing import TYPE_CHECKING
+
+from qwen3_moe_jax.core.errors import BackendUnavailableError
+from qwen3_moe_jax.machine.folders import check_writable, writable_cache
+
+if TYPE_CHECKING:
+    import jax
+
+PLATFORMS_VARIABLE = "JAX_PLATFORMS"
+CARDS_VARIABLE = "CUDA_VISIBLE_DEVICES"
+
+MIN_COMPILE_SECONDS = 0.1
+"""Programs that take longer to compile are kept on disk."""
+
+
+def set_memory_policy() -> None:
+    """Keeps XLA from taking most of a card at start; a user's own setting stays."""
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
+
+def jax_devices() -> "list[jax.Device]":
+    """JAX's devices, its default one first.
+
+    Raises:
+      BackendUnavailableError: JAX does not start; the line names the setting that is the cause.
+    """
+    set_memory_policy()
+    try:
+        import jax
+
+        return jax.devices()
+    except Exception as error:  # a plugin that is broken, or absent, raises whatever it likes
+        raise BackendUnavailableError(why_jax_does_not_start(error)) from error
+
+
+def why_jax_does_not_start(error: Exception) -> str:
+    """One line: the platforms that are asked for, or what JAX says."""
+    said = re.sub(r"\s+", " ", f"{error}" or type(error).__name__)[:300]
+    wanted, origin = platforms_wanted()
+    if not wanted:
+        return f"JAX does not start: {said}"
+    return (
+        f"JAX does not start with {origin}={wanted} ({said}): {advice_for(wanted)}unset it, or use "
+        f"{PLATFORMS_VARIABLE}=cpu"
+    )
+
+
+def platforms_wanted() -> tuple[str, str]:
+    """The platforms that JAX is told to use, and by what; ("", "") where it chooses."""
+    in_environment = os.environ.get(PLATFORMS_VARIABLE, "")
+    try:
+        import jax
+
+        configured = jax.config.jax_platforms or ""
+    except Exception:  # a broken installation: the variable is all that there is
+        configured = in_environment
+    if not configured or configured == in_environment:
+        return in_environment, PLATFORMS_VARIABLE if in_environment else ""
+    return configured, "jax.config.jax_platforms"
+
+
+def advice_for(platforms: str) -> str:
+    """What to install for a platform that is asked for; "" where that is of no use."""
+    if {"cuda", "gpu"} & set(platforms.split(",")):
+        return "install the plugin (pip install 'qwen3-moe-jax[cuda13]'), "
+    return ""
+
+
+def enable_compilation_cache() -> None:
+    """Keeps compiled programs on disk between runs, unless the user has chosen a place already."""
+    import jax
+
+    chosen = jax.config.jax_compilation_cache_dir
+    if chosen is not None:
+        check_writable(chosen)
+    elif jax.config.jax_enable_compilation_cache and (folder := writable_cache("xla")):
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", MIN_COMPILE_SECONDS)
+    # what fails later (a disk that fills up) costs time alone: JAX would say so for each program
+    warnings.filterwarnings("ignore", message="Error (reading|writing) persistent compilation cache entry")

@@ -1,0 +1,104 @@
+"""Threads that share the work on a large matrix, and how many each product of NumPy starts itself.
+
+NumPy computes without the interpreter's lock, so several products run side by side. OpenBLAS
+starts a thread per core for every product, and they spin while they wait. Four products at a time
+on four cores are sixteen threads that take turns: the reference's runs of a small model then cost
+five times their arithmetic. So whoever runs products side by side keeps each on one thread.
+"""
+
+import ctypes
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+
+T, R = TypeVar("T"), TypeVar("R")
+
+MAX_WORKERS = 4
+"""More would only wait for the interpreter's lock: four dequantize 1.7 times as fast as one."""
+
+SWITCH_SECONDS = 0.0005
+"""How long a thread of Python code may keep the lock from others while ``shares_the_lock`` is entered."""
+
+
+class Workers:
+    """Calls a function for several items, on some threads; with one, in the thread that asks.
+
+    A function that runs here must not ask for workers itself: all of them may be waiting then.
+
+    Attributes:
+      count: how many threads.
+    """
+
+    def __init__(self, count: int):
+        self.count = count
+        self._pool = ThreadPoolExecutor(count, thread_name_prefix="worker") if count > 1 else None
+
+    @classmethod
+    def one_a_core(cls) -> "Workers":
+        """As many as the machine has cores, up to MAX_WORKERS."""
+        return cls(min(MAX_WORKERS, os.cpu_count() or 1))
+
+    def map(self, function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+        """Results in the order of ``items``."""
+        return map(function, items) if self._pool is None else self._pool.map(function, items)
+
+
+ALONE = Workers(1)
+"""The thread that asks."""
+
+
+@contextmanager
+def shares_the_lock() -> Iterator[None]:
+    """Threads of short NumPy calls get on beside one that is pure Python, as the tracing of a program is.
+
+    By default such a thread gives the interpreter's lock away after 5 ms, and each call of the others
+    waits as long.
+    """
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(SWITCH_SECONDS)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(before)
+
+
+_SETTER, _GETTER = "scipy_openblas_set_num_threads64_", "scipy_openblas_get_num_threads64_"
+"""OpenBLAS's functions under the names that NumPy's own builds give them."""
+
+
+@contextmanager
+def one_thread_per_product() -> Iterator[None]:
+    """NumPy's products stay on the thread that asks; nothing changes where NumPy has another BLAS."""
+    library = _openblas()
+    if library is None:
+        yield
+        return
+    before = getattr(library, _GETTER)()
+    getattr(library, _SETTER)(1)
+    try:
+        yield
+    finally:
+        getattr(library, _SETTER)(before)
+
+
+def threads_per_product() -> int | None:
+    """Threads of one product, or None where NumPy has another BLAS."""
+    library = _openblas()
+    return None if library is None else int(getattr(library, _GETTER)())
+
+
+def _openblas() -> ctypes.CDLL | None:
+    """The OpenBLAS that NumPy's wheel brought and has loaded."""
+    home = Path(np.__file__).parent
+    for folder in (home.with_name("numpy.libs"), home / ".dylibs"):
+        for path in folder.glob("*openblas*"):
+            library = ctypes.CDLL(str(path))
+            if hasattr(library, _SETTER) and hasattr(library, _GETTER):
+                return library
+    return None
