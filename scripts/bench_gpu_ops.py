@@ -28,10 +28,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-if "--tiny" in sys.argv:
-    # The interpreter's warpgroups wait inside XLA's threads: with no more than four, five wait for ever.
-    os.environ.setdefault("NPROC", "16")
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -41,6 +37,7 @@ from qwen3_moe_jax.convert.ggml_types import GGMLType
 from qwen3_moe_jax.kernels_pallas.attention import kernel_sm90 as attention_sm90
 from qwen3_moe_jax.kernels_pallas.attention import xla as attention_xla
 from qwen3_moe_jax.kernels_pallas.gpu.grouped_matmul_sm90 import MOST_FEW, MatmulConfig, few_config
+from qwen3_moe_jax.kernels_pallas.gpu.interpreter import interpreter
 from qwen3_moe_jax.kernels_pallas.moe_mlp import kernel_sm90 as moe_sm90
 from qwen3_moe_jax.kernels_pallas.packed.gpu_tiles import dequantize_tiles
 from qwen3_moe_jax.kernels_pallas.packed.stacks import Matrices
@@ -412,9 +409,7 @@ def main() -> None:
     args = parser.parse_args()
     interpret = None
     if args.tiny:
-        from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
-
-        interpret, args.repeats, args.timings = InterpretGPUParams(), 1, 1
+        interpret, args.repeats, args.timings = interpreter(), 1, 1
     shapes = TINY if args.tiny else Shapes()
     rows = [r for r in all_rows(shapes, interpret, args.sizes) if any(o in r.name for o in args.only)]
     rows = list(enumerate(rows))[args.skip :]

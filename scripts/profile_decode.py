@@ -38,7 +38,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from qwen3_moe_jax.convert.config import PRESETS
 from qwen3_moe_jax.convert.ggml_types import GGMLType
@@ -55,6 +54,7 @@ from qwen3_moe_jax.kernels_pallas.decode_step.weights import (
 )
 from qwen3_moe_jax.kernels_pallas.embedding_lookup.api import embedding_lookup
 from qwen3_moe_jax.kernels_pallas.gpu.device import multiprocessors
+from qwen3_moe_jax.kernels_pallas.gpu.interpreter import interpreter
 from qwen3_moe_jax.kernels_pallas.norm_rope.api import rope, rope_tables
 
 D_SCALE = {GGMLType.Q4_K: 1.4e-4, GGMLType.Q5_K: 0.7e-4, GGMLType.Q6_K: 1.5e-5, GGMLType.Q8_0: 2.7e-4}
@@ -463,7 +463,7 @@ def main() -> None:
     device = api.Device.of_cores(args.blocks or multiprocessors())
     if args.tiny:
         config = tiny(config)
-        device = api.Device(blocks=1, splits=2, emulate=True, interpret=plgpu.InterpretGPUParams())
+        device = api.Device(blocks=1, splits=2, emulate=True, interpret=interpreter())
     start = time.perf_counter()
     types_of, lm_head = TYPES[args.types]
     w = random_weights(config, types_of(config), lm_head)

@@ -1,15 +1,38 @@
-"""What every test runs under, and the models that many of them share."""
+"""What every test runs under, and the models that many of them share.
+
+Hangs. A test that waits inside C++ (a barrier of Pallas' interpreter, a driver) cannot be interrupted from
+Python. So faulthandler's thread, which needs no lock of Python's, keeps the limits of pytest-timeout
+(``timeout`` in pyproject.toml, ``@pytest.mark.timeout``): it writes the stacks of all threads to standard
+error and ends the process. Under pytest-xdist (``scripts/test``) that process is a worker: the test is
+reported as failed, and a new worker takes the tests that are left. This holds with ``--dist worksteal`` and
+``load``; with ``loadgroup`` of pytest-xdist 3.8 the run stood still when a second worker had ended. Without
+workers the run ends with the stacks. Limits are for hangs alone: no verdict depends on them.
+
+Threads. ``ask_for_threads`` gives JAX more threads than a small machine has cores, before it starts.
+
+Programs. Workers, and the processes that tests start, share compiled programs on disk.
+"""
 
 import ctypes
+import faulthandler
 import os
+import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from qwen3_moe_jax.kernels_pallas.gpu.interpreter import ask_for_threads
+
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+ask_for_threads()
+
+WORKER_BYTES = 5 * 2**30
+"""Memory that a worker may take."""
 
 SKIPPED: list[str] = []
+STDERR = pytest.StashKey[int]()
 
 
 def _one_blas_thread() -> None:
@@ -18,10 +41,49 @@ def _one_blas_thread() -> None:
         ctypes.CDLL(str(library)).scipy_openblas_set_num_threads64_(1)
 
 
+def _share_programs() -> None:
+    """Compiled programs are kept in a folder that is this user's, unless the environment names another."""
+    folder = Path(tempfile.gettempdir()) / f"qwen3-moe-tests-{os.getuid()}" / "xla"
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(folder))
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     _one_blas_thread()
+    _share_programs()
+    config.stash[STDERR] = os.dup(2)  # pytest captures no output yet
     config.addinivalue_line("markers", "smoke: the small set that also runs on the oldest supported Python")
     config.addinivalue_line("markers", "gpu: needs an NVIDIA GPU, and alone may be skipped without one")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_timeout_set_timer(item: pytest.Item, settings: Any) -> bool:
+    """See above; True keeps pytest-timeout from its own timer."""
+    faulthandler.dump_traceback_later(settings.timeout, exit=True, file=item.config.stash[STDERR])
+    return True
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_timeout_cancel_timer(item: pytest.Item) -> bool:
+    faulthandler.cancel_dump_traceback_later()
+    return True
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """``-n auto``: one worker for each core that this process may use, as many as fit the memory."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(cores, memory_limit() // WORKER_BYTES))
+
+
+def memory_limit() -> int:
+    """Bytes of the machine, or of its container if that is less."""
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        text = Path(file).read_text().strip() if Path(file).is_file() else ""
+        limits += [int(text)] if text.isdecimal() else []
+    return min(limits)
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:

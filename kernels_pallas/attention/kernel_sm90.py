@@ -23,6 +23,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from qwen3_moe_jax.kernels_pallas.gpu.device import require_hopper
+from qwen3_moe_jax.kernels_pallas.gpu.interpreter import interpreter_option
 
 ROWS = 64
 """Rows of one warpgroup's operand."""
@@ -157,7 +158,7 @@ def _kernel(config: AttentionConfig, interpret: Any, *, batch, kv_heads, rows, h
     one = lambda *shape: plgpu.SMEM(shape, dtype, transforms=_SWIZZLED)
     used = plgpu.Barrier(num_barriers=config.slots, num_arrivals=config.warpgroups)
     full = plgpu.Barrier(num_barriers=config.slots)
-    options = {} if interpret is None else {"interpret": interpret}
+    warpgroups = config.warpgroups + 1
 
     def body(layer, slots, bounds, positions, q, k, v, out, **scratch):
         item = lax.axis_index("item")
@@ -186,7 +187,7 @@ def _kernel(config: AttentionConfig, interpret: Any, *, batch, kv_heads, rows, h
         },
         grid=(tiles * batch * kv_heads,),
         grid_names=("item",),
-        num_threads=config.warpgroups + 1,
+        num_threads=warpgroups,
         thread_name="wg",
         kernel_name="prefill_attention",
         compiler_params=plgpu.CompilerParams(
@@ -194,7 +195,7 @@ def _kernel(config: AttentionConfig, interpret: Any, *, batch, kv_heads, rows, h
             unsafe_no_auto_barriers=interpret is None,
             lowering_semantics=plgpu.LoweringSemantics.Lane,
         ),
-        **options,
+        **interpreter_option(interpret, warpgroups),
     )
 
 

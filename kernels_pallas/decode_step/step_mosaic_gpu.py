@@ -33,6 +33,7 @@ from qwen3_moe_jax.kernels_pallas.decode_step.tile_formats_mosaic_gpu import (
     Activations,
 )
 from qwen3_moe_jax.kernels_pallas.decode_step.weights import column_names
+from qwen3_moe_jax.kernels_pallas.gpu.interpreter import interpreter_option
 
 Array = Any
 WARPGROUPS = 2
@@ -1513,7 +1514,7 @@ def decode_step(
         num_threads=WARPGROUPS,
         thread_name="wg",
         kernel_name="qwen3_moe_decode_step",
-        interpret=interpret,
+        **interpreter_option(interpret, WARPGROUPS),
         compiler_params=plgpu.CompilerParams(
             **profile,
             approx_math=True,

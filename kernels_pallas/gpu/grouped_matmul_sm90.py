@@ -38,6 +38,7 @@ from qwen3_moe_jax.convert.ggml_types import SUPERBLOCK, GGMLType
 from qwen3_moe_jax.convert.layouts.gpu_tiles import GPU_TILES, TILE_ROWS
 from qwen3_moe_jax.kernels_pallas.gpu.activations import SWIGLU_SCALE
 from qwen3_moe_jax.kernels_pallas.gpu.device import multiprocessors
+from qwen3_moe_jax.kernels_pallas.gpu.interpreter import interpreter_option
 from qwen3_moe_jax.kernels_pallas.gpu.sorting import ROW_ALIGN, Tiles, UsedExperts
 from qwen3_moe_jax.kernels_pallas.gpu.unpack_sm90 import (
     CHUNK,
@@ -318,7 +319,7 @@ class _Kernel:
         """
         dtype = jnp.float16 if self.fused else jnp.float32
         blocks = self.config.blocks or multiprocessors()
-        options = {} if self.interpret is None else {"interpret": self.interpret}
+        warpgroups = self.config.warpgroups + 1
         counts = [len(work), len(rowwise), len(firsts), len(views)]
 
         def body(*operands, **scratch):
@@ -336,7 +337,7 @@ class _Kernel:
             scratch_types=self.scratch(),
             grid=(blocks,),
             grid_names=("block",),
-            num_threads=self.config.warpgroups + 1,
+            num_threads=warpgroups,
             thread_name="wg",
             kernel_name=f"grouped_matmul_{self.type.name.lower()}_{'swiglu' if self.fused else 'plain'}",
             compiler_params=plgpu.CompilerParams(
@@ -344,7 +345,7 @@ class _Kernel:
                 unsafe_no_auto_barriers=not self.emulate,
                 lowering_semantics=plgpu.LoweringSemantics.Lane,
             ),
-            **options,
+            **interpreter_option(self.interpret, warpgroups),
         )
         return kernel(*work, *rowwise, *firsts, *views)
 

@@ -68,7 +68,8 @@ class KVCache:
 
         def clear(stack: jax.Array) -> jax.Array:
             zeros = jnp.zeros((stack.shape[0], 1, *stack.shape[2:]), stack.dtype)
-            return jax.lax.dynamic_update_slice(stack, zeros, (0, row, *(0 for _ in stack.shape[2:])))
+            corner = [jnp.int32(i) for i in (0, row, *(0 for _ in stack.shape[2:]))]
+            return jax.lax.dynamic_update_slice(stack, zeros, corner)
 
         return jax.tree.map(clear, self)
 
@@ -122,7 +123,7 @@ def _write(stack: jax.Array, new: jax.Array, span: Span, layer: jax.Array) -> ja
     if batch <= MOST_SLICES:
         for b in range(batch):
             row = b if span.slots is None else span.slots[b]
-            corner = (layer, row, span.start[b], *(0 for _ in stack.shape[3:]))
+            corner = [jnp.int32(i) for i in (layer, row, span.start[b], *(0 for _ in stack.shape[3:]))]
             stack = jax.lax.dynamic_update_slice(stack, new[None, b : b + 1], corner)
         return stack
     rows = jnp.arange(batch, dtype=span.start.dtype) if span.slots is None else span.slots

@@ -168,5 +168,5 @@ def _sample_one(values, ids, top_k, top_p, min_p, seed, position):
     before = jnp.cumsum(kept) - kept
     kept = jnp.where(before < top_p, kept, 0.0)
     kept = jnp.where(kept >= min_p * kept[0], kept, 0.0)
-    key = jax.random.fold_in(jax.random.key(seed), position)
+    key = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), position)
     return ids[jax.random.categorical(key, jnp.log(kept))].astype(jnp.int32)

@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 
 pytest.importorskip("jax.experimental.pallas.mosaic_gpu")
-interpreter = pytest.importorskip("jax._src.pallas.mosaic_gpu.interpret.params")
+pytest.importorskip("jax._src.pallas.mosaic_gpu.interpret.params")
 
-from qwen3_moe_jax.kernels_pallas.attention import kernel_sm90, xla  # noqa: E402
-from tests import tolerances  # noqa: E402
-from tests.kernels.op_cases import check, rng  # noqa: E402
+from qwen3_moe_jax.kernels_pallas.attention import kernel_sm90, xla
+from qwen3_moe_jax.kernels_pallas.gpu.interpreter import interpreter
+from tests import tolerances
+from tests.kernels.op_cases import check, rng
 
 __all__ = ["rng"]
 
@@ -42,7 +43,7 @@ def test_attention(rng, capfd, tokens, starts, group, slots):
     k, v = (c.at[0].set(jnp.nan).at[:, others].set(jnp.nan) for c in (k, v))
     out = kernel_sm90.attention(
         jnp.asarray(q), k, v, jnp.asarray(positions, jnp.int32), jnp.int32(1), slots,
-        config=SMALL, interpret=interpreter.InterpretGPUParams(detect_races=True),
+        config=SMALL, interpret=interpreter(detect_races=True),
     )  # fmt: skip
     q16 = jnp.asarray(q, jnp.bfloat16).astype(jnp.float32)
     args = (q16, k, v, jnp.asarray(positions, jnp.int32), jnp.int32(1), slots)
@@ -54,7 +55,7 @@ def test_attention(rng, capfd, tokens, starts, group, slots):
 
 def test_what_the_kernel_does_not_take_is_named(rng):
     q, cache = jnp.zeros((1, 2, 2, 64)), jnp.zeros((1, 1, 64, 1, 64))
-    positions, interpret = jnp.zeros((1, 2), jnp.int32), interpreter.InterpretGPUParams()
+    positions, interpret = jnp.zeros((1, 2), jnp.int32), interpreter()
     with pytest.raises(NotImplementedError, match="float32"):
         kernel_sm90.attention(q, cache, cache, positions, jnp.int32(0), interpret=interpret)
     scales, whole = (jnp.ones((1, 1, 64, 1)),) * 2, cache.astype(jnp.int8)

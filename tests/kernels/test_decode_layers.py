@@ -1,12 +1,8 @@
 """One token of each of many sequences through all layers: the kernels in Pallas' interpreters."""
 
 import contextlib
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from unittest import mock
 
 import jax
@@ -15,30 +11,31 @@ import numpy as np
 import pytest
 
 pytest.importorskip("jax.experimental.pallas.mosaic_gpu")
-interpreter = pytest.importorskip("jax._src.pallas.mosaic_gpu.interpret.params")
+pytest.importorskip("jax._src.pallas.mosaic_gpu.interpret.params")
 if jax.__version_info__ < (0, 11):
     pytest.skip("the kernels need JAX 0.11", allow_module_level=True)
 
-from flax.core import FrozenDict  # noqa: E402
+from flax.core import FrozenDict
 
-from qwen3_moe_jax.convert.config import PRESETS  # noqa: E402
-from qwen3_moe_jax.convert.ggml_types import GGMLType  # noqa: E402
-from qwen3_moe_jax.convert.layouts.gpu_tiles import to_gpu_tiles  # noqa: E402
-from qwen3_moe_jax.convert.packed import PackedTensor  # noqa: E402
-from qwen3_moe_jax.convert.tensor_names import tensor_specs  # noqa: E402
-from qwen3_moe_jax.jax_backend.kv_cache import KVCache, Span  # noqa: E402
-from qwen3_moe_jax.jax_backend.model import STAGES_COLLECTION, Intervention, Qwen3Moe  # noqa: E402
-from qwen3_moe_jax.jax_backend.params import GPU_ROLES, is_tiled  # noqa: E402
-from qwen3_moe_jax.jax_backend.stacks import stack_layers  # noqa: E402
-from qwen3_moe_jax.kernels_pallas.decode_layers import api, kernel_sm90  # noqa: E402
-from qwen3_moe_jax.kernels_pallas.decode_layers import row_steps_triton as steps  # noqa: E402
-from qwen3_moe_jax.kernels_pallas.decode_layers.weights import LayerWeights, OfLayers  # noqa: E402
-from qwen3_moe_jax.kernels_pallas.gpu import grouped_matmul_sm90 as matmul_sm90  # noqa: E402
-from qwen3_moe_jax.kernels_pallas.gpu.activations import SWIGLU_SCALE, WEIGHT_SCALE, float16_operand  # noqa: E402
-from qwen3_moe_jax.kernels_pallas.moe_mlp import kernel_sm90 as moe_sm90  # noqa: E402
-from qwen3_moe_jax.kernels_pallas.router.xla import choose_experts  # noqa: E402
-from tests import tolerances  # noqa: E402
-from tests.kernels.op_cases import check, needs_hopper_gpu, random_weights, rng  # noqa: E402
+from qwen3_moe_jax.convert.config import PRESETS
+from qwen3_moe_jax.convert.ggml_types import GGMLType
+from qwen3_moe_jax.convert.layouts.gpu_tiles import to_gpu_tiles
+from qwen3_moe_jax.convert.packed import PackedTensor
+from qwen3_moe_jax.convert.tensor_names import tensor_specs
+from qwen3_moe_jax.jax_backend.kv_cache import KVCache, Span
+from qwen3_moe_jax.jax_backend.model import STAGES_COLLECTION, Intervention, Qwen3Moe
+from qwen3_moe_jax.jax_backend.params import GPU_ROLES, is_tiled
+from qwen3_moe_jax.jax_backend.stacks import stack_layers
+from qwen3_moe_jax.kernels_pallas.decode_layers import api, kernel_sm90
+from qwen3_moe_jax.kernels_pallas.decode_layers import row_steps_triton as steps
+from qwen3_moe_jax.kernels_pallas.decode_layers.weights import LayerWeights, OfLayers
+from qwen3_moe_jax.kernels_pallas.gpu import grouped_matmul_sm90 as matmul_sm90
+from qwen3_moe_jax.kernels_pallas.gpu.activations import SWIGLU_SCALE, WEIGHT_SCALE, float16_operand
+from qwen3_moe_jax.kernels_pallas.gpu.interpreter import interpreter
+from qwen3_moe_jax.kernels_pallas.moe_mlp import kernel_sm90 as moe_sm90
+from qwen3_moe_jax.kernels_pallas.router.xla import choose_experts
+from tests import tolerances
+from tests.kernels.op_cases import check, needs_hopper_gpu, random_weights, rng
 
 __all__ = ["rng"]
 
@@ -117,8 +114,7 @@ def compare(
     span = Span(jnp.asarray(starts, jnp.int32), 1, slots)
     with contextlib.ExitStack() as patches:
         if is_interpreted:
-            interpret = interpreter.InterpretGPUParams(detect_races=True)
-            run = partial(kernel_sm90.decode_layers, interpret=interpret)
+            run = partial(kernel_sm90.decode_layers, interpret=interpreter(detect_races=True))
             for where, name, value in (
                 (api, "require_hopper", lambda: None),
                 (kernel_sm90, "require_hopper", lambda interpret: None),
@@ -156,22 +152,10 @@ def test_layers_equal_the_model_on_a_gpu(kinds, sequences):
     compare(kinds, sequences)
 
 
-def test_layers_equal_the_model():
-    """Layers of two types. In a process of its own, with threads for all warpgroups."""
-    code = """if True:
-        from tests.kernels.test_decode_layers import compare
-        compare(["Q4_K", "Q6_K"], 4, is_skewed=True, is_interpreted=True)
-    """
-    ran = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=Path(__file__).resolve().parents[2],
-        env={**os.environ, "NPROC": "24", "JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert ran.returncode == 0, ran.stderr[-2000:]
-    assert "RACE DETECTED" not in ran.stdout
+def test_layers_equal_the_model(capfd):
+    """Layers of two types."""
+    compare(["Q4_K", "Q6_K"], 4, is_skewed=True, is_interpreted=True)
+    assert "RACE DETECTED" not in capfd.readouterr().out
 
 
 def test_choice_is_the_routers(rng):

@@ -1,10 +1,6 @@
 """Prefill kernels for Hopper in Pallas' interpreter on the CPU: values, bounds of tiles, races."""
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -12,24 +8,25 @@ import numpy as np
 import pytest
 
 pytest.importorskip("jax.experimental.pallas.mosaic_gpu")
-interpreter = pytest.importorskip("jax._src.pallas.mosaic_gpu.interpret.params")
+pytest.importorskip("jax._src.pallas.mosaic_gpu.interpret.params")
 
-from qwen3_moe_jax.convert.ggml_types import GGMLType  # noqa: E402
-from qwen3_moe_jax.convert.layouts.gpu_tiles import to_gpu_tiles  # noqa: E402
-from qwen3_moe_jax.kernels_pallas.expert_matmul import kernel_sm90 as expert_sm90  # noqa: E402
-from qwen3_moe_jax.kernels_pallas.gpu.activations import float16_operand, operand_order  # noqa: E402
-from qwen3_moe_jax.kernels_pallas.gpu.grouped_matmul_sm90 import (  # noqa: E402
+from qwen3_moe_jax.convert.ggml_types import GGMLType
+from qwen3_moe_jax.convert.layouts.gpu_tiles import to_gpu_tiles
+from qwen3_moe_jax.kernels_pallas.expert_matmul import kernel_sm90 as expert_sm90
+from qwen3_moe_jax.kernels_pallas.gpu.activations import float16_operand, operand_order
+from qwen3_moe_jax.kernels_pallas.gpu.grouped_matmul_sm90 import (
     REGISTERS,
     MatmulConfig,
     few_config,
     grouped_matmul,
 )
-from qwen3_moe_jax.kernels_pallas.gpu.sorting import ROW_ALIGN, Tiles, padded_rows, sort_by_expert  # noqa: E402
-from qwen3_moe_jax.kernels_pallas.moe_mlp import kernel_sm90 as moe_sm90  # noqa: E402
-from qwen3_moe_jax.kernels_pallas.packed.stacks import Matrices, OneOf  # noqa: E402
-from qwen3_moe_jax.kernels_pallas.quantized_matmul import kernel_sm90 as matmul_sm90  # noqa: E402
-from tests import tolerances  # noqa: E402
-from tests.kernels.op_cases import (  # noqa: E402
+from qwen3_moe_jax.kernels_pallas.gpu.interpreter import interpreter
+from qwen3_moe_jax.kernels_pallas.gpu.sorting import ROW_ALIGN, Tiles, padded_rows, sort_by_expert
+from qwen3_moe_jax.kernels_pallas.moe_mlp import kernel_sm90 as moe_sm90
+from qwen3_moe_jax.kernels_pallas.packed.stacks import Matrices, OneOf
+from qwen3_moe_jax.kernels_pallas.quantized_matmul import kernel_sm90 as matmul_sm90
+from tests import tolerances
+from tests.kernels.op_cases import (
     QUANTIZED,
     check,
     dense64,
@@ -50,7 +47,7 @@ BOUND = tolerances.MATMUL_FLOAT16_NMSE
 
 
 def interpret():
-    return interpreter.InterpretGPUParams(detect_races=True)
+    return interpreter(detect_races=True)
 
 
 @pytest.fixture(autouse=True)
@@ -173,39 +170,16 @@ def test_a_matrix_summed_in_parts(rng, tokens, blocks):
     check(out, x.astype(np.float64) @ dense64(w).T, BOUND, tokens)
 
 
-def test_four_warpgroups():
-    """In a process of its own: the interpreter's warpgroups wait inside XLA's threads, one for each core."""
-    code = """if True:
-        import jax, jax.numpy as jnp, numpy as np
-        from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
-        from qwen3_moe_jax.convert.ggml_types import GGMLType
-        from qwen3_moe_jax.convert.layouts.gpu_tiles import to_gpu_tiles
-        from dataclasses import replace
-        from qwen3_moe_jax.kernels_pallas.moe_mlp import kernel_sm90
-        from qwen3_moe_jax.kernels_pallas.gpu.grouped_matmul_sm90 import few_config
-        from tests.kernels.op_cases import moe_oracle, nmse, random_weights
-        from tests.tolerances import MOE_FLOAT16_NMSE
-        rng = np.random.default_rng(7)
-        stacks = [random_weights(rng, GGMLType.Q4_K, (3, 256, 256)) for _ in range(3)]
-        ids, x = np.array([[0, 2]] * 3, np.int32), rng.standard_normal((3, 256)).astype(np.float32)
-        weights = rng.uniform(size=ids.shape).astype(np.float32)
-        tiles = [jax.tree.map(jnp.asarray, to_gpu_tiles(w)) for w in stacks]
-        config = replace(few_config(3), blocks=2)
-        assert config.warpgroups == 4
-        out, _ = kernel_sm90.moe_mlp(
-            x, *tiles, ids, weights, np.dtype(jnp.bfloat16), False, config=config,
-            interpret=InterpretGPUParams(detect_races=True),
-        )
-        error = nmse(np.asarray(out), moe_oracle(x, *stacks, ids, weights))
-        assert error <= MOE_FLOAT16_NMSE, error
-    """
-    environment = {**os.environ, "NPROC": "16", "JAX_PLATFORMS": "cpu"}
-    root = Path(__file__).resolve().parents[2]
-    ran = subprocess.run(
-        [sys.executable, "-c", code], cwd=root, env=environment, capture_output=True, text=True, timeout=240
+def test_four_warpgroups(rng):
+    stacks = [random_weights(rng, GGMLType.Q4_K, (3, 256, 256)) for _ in range(3)]
+    ids, x = np.array([[0, 2]] * 3, np.int32), rng.standard_normal((3, 256)).astype(np.float32)
+    weights = rng.uniform(size=ids.shape).astype(np.float32)
+    config = replace(few_config(3), blocks=2)
+    assert config.warpgroups == 4
+    out, _ = moe_sm90.moe_mlp(
+        x, *map(tiled, stacks), ids, weights, BFLOAT16, False, config=config, interpret=interpret()
     )
-    assert ran.returncode == 0, ran.stderr[-2000:]
-    assert "RACE DETECTED" not in ran.stdout
+    check(out, moe_oracle(x, stacks, ids, weights), tolerances.MOE_FLOAT16_NMSE, "four warpgroups")
 
 
 def test_what_the_kernels_do_not_take_is_named(rng):
