@@ -311,7 +311,7 @@ class Step:
         """Begins a phase: this block and warpgroup, as numbers that the compiler has to take as new.
 
         Else it computes the addresses of all phases before the loop over layers, some 250 of them, and keeps
-        them in registers that the phases need, or in memory (docs/decode_gpu.md has the figures).
+        them in registers that the phases need, or in memory (docs/design/decode-kernel.md has the figures).
         """
         self.block, self.wg = (prim.as_new(lax.axis_index(name), **self.prim) for name in ("sm", "wg"))
 

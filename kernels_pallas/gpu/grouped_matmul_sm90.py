@@ -187,7 +187,7 @@ def pick_config(rows_each: float) -> MatmulConfig:
     """Sizes for matrices that are multiplied with about ``rows_each`` rows each.
 
     These two have run on a GPU with their values checked; what else was tried is in
-    ``docs/prefill_gpu.md``. More widths make ptxas serialize the matrix instructions for want of
+    ``docs/log``. More widths make ptxas serialize the matrix instructions for want of
     registers (C7512).
     """
     return MatmulConfig(tile=64, widths=(32, 64)) if rows_each <= 48 else MatmulConfig()

@@ -1,7 +1,7 @@
 """The named stages of one forward pass: one vocabulary for trace, bisect and interventions.
 
 Names are llama.cpp's (``llama-eval-callback`` prints ``ffn_norm-12`` for layer
-12), so that dumps of both programs line up. Letters as in ``docs/glossary.md``.
+12), so that dumps of both programs line up. Letters as in ``docs/reference/glossary.md``.
 """
 
 from dataclasses import dataclass

@@ -10,7 +10,7 @@ import pytest
 from scripts import ROOT, child_environment
 from scripts.check_wheel import USER_SCRIPT, write_user_folder
 
-NAMES = sorted(path.stem for path in (ROOT / "scripts").glob("*.py") if path.stem != "__init__")
+NAMES = sorted(path.stem for path in (ROOT / "scripts").glob("*.py") if not path.stem.startswith("_"))
 
 HELP_OF_ALL = """
 import contextlib, io, runpy, sys

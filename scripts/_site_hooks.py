@@ -1,0 +1,67 @@
+"""Pages of the documentation site that are made when it is built (a hook of mkdocs).
+
+``reference/commands.md`` is what ``--help`` of each command says; in ``reference/file-types.md`` the line
+``{{ types }}`` becomes a table made from the code's own tables. So neither can be stale.
+"""
+
+import contextlib
+import io
+import os
+from typing import Any
+
+from mkdocs.structure.files import File, Files
+
+from qwen3_moe_jax import cli
+from qwen3_moe_jax.convert.ggml_types import BLOCK_FORMATS
+from qwen3_moe_jax.convert.layouts.gpu_tiles import TILED_TYPES
+
+COMMANDS_PAGE = "reference/commands.md"
+TYPES_MARK = "{{ types }}"
+HELP_WIDTH = "100"
+
+
+def on_files(files: Files, config: Any) -> Files:
+    """Adds the generated pages."""
+    files.append(File.generated(config, COMMANDS_PAGE, content=commands_page()))
+    return files
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """Puts generated tables in the place of their marks."""
+    return markdown.replace(TYPES_MARK, types_table())
+
+
+def commands_page() -> str:
+    """What each command's ``--help`` says."""
+    parts = [
+        "# Commands\n\nThis page is made from `--help`. [Exit codes](exit-codes.md) and "
+        "[environment variables](environment.md) have pages of their own.\n"
+    ]
+    parts += [f"## {name}\n\n```text\n{help_of(name)}```\n" for name in cli.COMMANDS]
+    return "\n".join(parts)
+
+
+def help_of(command: str) -> str:
+    """The text of ``qwen3-moe COMMAND --help``, at a fixed width."""
+    columns, os.environ["COLUMNS"] = os.environ.get("COLUMNS"), HELP_WIDTH
+    try:
+        with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.suppress(SystemExit):
+            cli.main([command, "--help"])
+    finally:
+        del os.environ["COLUMNS"]
+        if columns is not None:
+            os.environ["COLUMNS"] = columns
+    return out.getvalue()
+
+
+def types_table() -> str:
+    """The supported types: bits, and what computes with them where."""
+    lines = [
+        "| type | bits per weight | CPU (jax) | Hopper GPU (jax) | wgpu | reference |",
+        "|---|---|---|---|---|---|",
+    ]
+    for kind, form in BLOCK_FORMATS.items():
+        bits = 8 * form.nbytes / form.weights
+        gpu = "Pallas" if kind in TILED_TYPES else "XLA"
+        lines.append(f"| {kind.name} | {bits:g} | XLA | {gpu} | WGSL | NumPy |")
+    return "\n".join(lines)

@@ -1,0 +1,59 @@
+"""The docs are true: tables are what the receipts say, examples and blocks of code run, the log is listed."""
+
+import re
+import runpy
+from pathlib import Path
+
+import pytest
+
+from scripts import ROOT, make_tables
+
+DOCS = ROOT / "docs"
+EXAMPLES = sorted((DOCS / "examples").glob("*.py"))
+
+
+def test_every_table_is_what_the_receipts_say():
+    assert make_tables.main(["--check"]) == 0, "run python -m scripts.make_tables"
+
+
+def test_a_number_that_no_receipt_has_is_seen():
+    page = "<!-- table: decode -->\n| work | tokens/s |\n<!-- end of table -->\n"
+    assert make_tables.filled(page) != page
+    with pytest.raises(KeyError, match="unknown"):
+        make_tables.filled("<!-- table: unknown -->\n<!-- end of table -->\n")
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_example_runs(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    monkeypatch.chdir(tmp_path)
+    runpy.run_path(str(path))
+    assert capsys.readouterr().out.strip()
+
+
+def test_blocks_of_code_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Of the guide that is one session from its first block to its last."""
+    blocks = re.findall(r"```python\n(.*?)```", (DOCS / "guides" / "inside.md").read_text(), re.DOTALL)
+    assert len(blocks) >= 6
+    monkeypatch.chdir(tmp_path)
+    namespace: dict = {}
+    for number, block in enumerate(blocks):
+        exec(compile(block, f"inside.md, block {number}", "exec"), namespace)
+    assert (tmp_path / "experts.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_log_lists_every_entry():
+    listed = re.findall(r"\((\d{4}-\d\d-\d\d-[\w-]+\.md)\)", (DOCS / "log" / "index.md").read_text())
+    assert sorted(listed) == sorted(path.name for path in (DOCS / "log").glob("[0-9]*.md"))
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 120
+
+
+def test_links_of_texts_outside_the_site_lead_somewhere():
+    """Links of the site's own pages are checked when it is built."""
+    for path in ROOT.glob("*.md"):
+        for link in re.findall(r"\]\((?!https?:|#)([^)#]+)", path.read_text()):
+            assert (ROOT / link).exists(), f"{path.name}: {link}"
