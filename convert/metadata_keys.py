@@ -3,7 +3,7 @@
 Each key that llama.cpp's loader reads for this architecture or for all of them
 is **required**, **honoured**, **refused** (unless it has the value that changes
 nothing) or **ignored**, since it changes nothing that is computed here. A key
-that is not in the table is ignored too. ``docs/metadata.md`` shows the table.
+that is not in the table is ignored too. ``docs/reference/metadata.md`` shows the table.
 
 Source: ``src/llama-arch.cpp`` (names) and ``src/llama-model.cpp``
 (``load_hparams``) of llama.cpp at commit 0c1e57098.
@@ -154,7 +154,7 @@ RANGES = {key.field: key for key in KEYS if key.field}
 
 
 def as_markdown() -> str:
-    """The table as ``docs/metadata.md`` has it."""
+    """The table as ``docs/reference/metadata.md`` has it."""
     lines = ["| key | rule | meaning |", "|---|---|---|"]
     for key in KEYS:
         allowed = ", ".join(str(value) or "empty" for value in key.neutral)

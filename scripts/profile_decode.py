@@ -7,7 +7,7 @@ experts that it chose, must give the same bits again and alone, and is timed:
 
 ``--blocks N`` runs N blocks, as on a card of N multiprocessors:
 
-    python scripts/profile_decode.py --blocks 112 --layers 12 --vocab 8192 --check 1:300 8:200 --speed 1:0 8:0
+    python -m scripts.profile_decode --blocks 112 --layers 12 --vocab 8192 --check 1:300 8:200 --speed 1:0 8:0
 
 ``--without PART`` times the kernel with a part of its work left out and the experts given, which says what
 the part costs; ``--without nothing`` is what to compare with:
@@ -16,7 +16,7 @@ the part costs; ``--without nothing`` is what to compare with:
 
 Results are printed as they come, the last line is JSON. A case that hangs ends the run after --limit seconds
 with the Python stacks. ``--tiny`` runs the same in Pallas' interpreter on a CPU. For the figures of a file
-see ``scripts/bench_decode.py``.
+see ``scripts.bench_decode``.
 """
 
 import argparse

@@ -20,7 +20,7 @@ EPILOG = """\
 Rows are llama-bench's: pp512 reads a prompt of 512 tokens, tg128 writes 128 tokens after an empty cache,
 tg128 @ d4096 after 4096 tokens, 8 x tg128 @ d512 for 8 sequences at once. The first run of each row, which
 compiles, is not counted. The share is of what the machine allows: memory speed for writing, arithmetic for
-prompts. A row that cannot be measured says why, and the others go on. docs/guides/bench.md says how to compare.
+prompts. A row that cannot be measured says why, and the others go on. How to compare: docs/guides/bench.md
 """
 
 PROMPT_TOKENS, NEW_TOKENS, DEPTHS, BATCHES = (512,), 128, (0, 4096), (1, 8, 32)

@@ -277,7 +277,7 @@ def test_what_changes_the_computation_is_refused_by_its_key(key):
 
 def test_keys_stand_once_in_the_table_and_in_the_docs():
     assert len({key.name for key in KEYS}) == len(KEYS)
-    page = Path(__file__).parents[2] / "docs" / "metadata.md"
+    page = Path(__file__).parents[2] / "docs" / "reference" / "metadata.md"
     assert as_markdown() in page.read_text()
 
 
