@@ -44,12 +44,14 @@ class Answer:
       text: what was written.
       finish_reason: "stop" (an end token or a stop string) or "length".
       prompt_tokens, new_tokens: how many.
+      notes: what the user should know of how the prompt was made, one line each.
     """
 
     text: str
     finish_reason: str
     prompt_tokens: int
     new_tokens: int
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,13 @@ class _Request:
     max_tokens: int
     sampling: Sampling
     starts_in_reasoning: bool
+    notes: tuple[str, ...] = ()
+
+
+def _whole(stream: TextStream) -> Answer:
+    """The answer that a stream gives when it is read to its end."""
+    text = "".join(stream)
+    return Answer(text, stream.finish_reason, stream.prompt_tokens, stream.new_tokens, stream.notes)
 
 
 class Model:
@@ -118,6 +127,7 @@ class Model:
             tools,
             enable_thinking=thinking,
             special=special_tokens(self.source.metadata),
+            control_tokens=self.tokenizer.control_tokens,
         )
         return self.tokenizer.encode_chat(chat), chat
 
@@ -175,8 +185,9 @@ class Model:
             raise ContextOverflowError(len(token_ids), self.runner.max_context)
         limit = room if max_tokens is None else min(max_tokens, room)
         starts_in_reasoning = chat is not None and chat.starts_in_reasoning
-        sampling = sampling or self.default_sampling(thinking=thinking)[0]
-        return _Request(token_ids, limit, sampling, starts_in_reasoning)
+        sampling = self.default_sampling(thinking=thinking)[0] if sampling is None else sampling
+        notes = () if chat is None else chat.notes
+        return _Request(token_ids, limit, sampling, starts_in_reasoning, notes)
 
     def _text_stream(self, r: "_Request", tokens: Iterable[int], stop: Sequence[str]) -> TextStream:
         return TextStream(
@@ -186,6 +197,7 @@ class Model:
             max_tokens=r.max_tokens,
             prompt_tokens=len(r.token_ids),
             starts_in_reasoning=r.starts_in_reasoning,
+            notes=r.notes,
         )
 
     def stream(self, prompt: str | Messages, **options: Any) -> Iterator[str]:
@@ -199,8 +211,7 @@ class Model:
     def answer(self, prompt: str | Messages, **options: Any) -> Answer:
         """The whole text with the reason of its end and token counts; options as ``open_stream``."""
         stream = self.open_stream(prompt, **options)
-        text = "".join(stream)
-        return Answer(text, stream.finish_reason, stream.prompt_tokens, stream.new_tokens)
+        return _whole(stream)
 
     def generate_batch(
         self, prompts: Sequence[str | Messages], *, stop: Sequence[str] = (), **options: Any
@@ -237,7 +248,9 @@ class Model:
                 raise NumericalError(f"the logits of prompt {number} are not finite: run `qwen3-moe trace`")
             stream = self._text_stream(r, result.tokens, stop)
             text = "".join(stream)
-            answers.append(Answer(text, stream.finish_reason, stream.prompt_tokens, stream.new_tokens))
+            answers.append(
+                Answer(text, stream.finish_reason, stream.prompt_tokens, stream.new_tokens, stream.notes)
+            )
         return answers
 
     def forward(self, token_ids: Sequence[int], **options: Any) -> Forward:

@@ -13,6 +13,11 @@ exchanged back after rendering, when its places are known. Control tokens contai
 ``|``, so one that touches such a place came from a message, or was completed by one,
 and ``Tokenizer.encode_chat`` keeps it as text. No template operation that leaves
 ``|`` alone can tell the difference.
+
+A control token without ``|`` (``<sep>``, ``[INST]``) that the template may write is
+followed in the same way, by its own first and last character, but only where a message
+has more than half of it: a ``<`` or a ``[`` elsewhere is what it was. However a template
+joins two pieces of messages to such a token, one of them has half of it.
 """
 
 import atexit
@@ -25,9 +30,10 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import islice
 from pathlib import Path
 
 from qwen3_moe_jax.text.template_worker import CPU_SECONDS
@@ -39,6 +45,13 @@ DEADLINE_SECONDS = 10.0
 """Of wall-clock time: the backstop where the CPU limit does not work, or the machine is very busy."""
 
 ROLES = ("system", "user", "assistant", "tool")
+ROLE_NAMES = {"developer": "system", "function": "tool"}
+"""Roles by other names of OpenAI's interface, where the template does not know them."""
+
+_CHAT_WORDS = (
+    "role content system user assistant tool developer function reasoning_content name tool_call_id "
+    "tool_calls type arguments id messages tools parameters properties required description"
+)
 
 _MASKED = "|"
 _MASKS = [chr(c) for r in ((0x4DC0, 0x4E00), (0x1F030, 0x1F094), (0xE000, 0xF900)) for c in range(*r)]
@@ -71,11 +84,13 @@ class RenderedChat:
       inert: ascending places of characters in ``text`` that came from messages or tools
         and must not be part of a control token.
       notes: what the user should know, one line each.
+      tracked: control tokens without ``|`` whose characters ``inert`` has, too.
     """
 
     text: str
     inert: tuple[int, ...] = ()
     notes: tuple[str, ...] = ()
+    tracked: frozenset[str] = frozenset()
 
     @property
     def starts_in_reasoning(self) -> bool:
@@ -108,20 +123,6 @@ def has_thinking_switch(template: str) -> bool:
     return "enable_thinking" in template
 
 
-def check_template_kwargs(kwargs: Mapping[str, object]) -> dict[str, bool]:
-    """The arguments of ``render_chat`` that a request may set.
-
-    Raises:
-      MessageError: an unknown key, or a value of the wrong type.
-    """
-    for key, value in kwargs.items():
-        if key != "enable_thinking":
-            raise MessageError(f"chat_template_kwargs: {key!r} is not known, only 'enable_thinking' is")
-        if not isinstance(value, bool):
-            raise MessageError(f"chat_template_kwargs: {key} must be true or false, not {value!r}")
-    return dict(kwargs)
-
-
 def render_chat(
     template: str,
     messages: Sequence[Mapping[str, object]],
@@ -130,47 +131,87 @@ def render_chat(
     add_generation_prompt: bool = True,
     enable_thinking: bool | None = None,
     special: Mapping[str, str] | None = None,
+    control_tokens: Collection[str] = (),
 ) -> RenderedChat:
     """Renders messages with a chat template.
 
     Args:
       template: Jinja source, trusted no more than the file it came from.
-      messages: OpenAI's form: ``role`` (system, user, assistant, tool), ``content``, and for the
-        assistant ``reasoning_content`` and ``tool_calls`` (arguments as a dict or as JSON text).
+      messages: OpenAI's form: ``role`` (system, developer, user, assistant, tool), ``content``, and for
+        the assistant ``reasoning_content`` and ``tool_calls`` (arguments as a dict or as JSON text; what
+        is neither reaches the template as one argument, and a note says so).
       tools: function definitions, in OpenAI's form or as bare functions.
       add_generation_prompt: end with the opening of the assistant's turn.
       enable_thinking: given to the template; None leaves the template's default.
       special: ``special_tokens(metadata)``.
+      control_tokens: the vocabulary's.
 
     Raises:
       MessageError: messages or tools are malformed.
       TemplateError: the template is broken, refuses the messages, or goes over its limits.
     """
+    notes: list[str] = []
+    given = _list(messages, "messages")
     chat = {
-        "messages": [_check_message(m, f"messages[{i}]") for i, m in enumerate(_list(messages, "messages"))],
+        "messages": [_check_message(m, f"messages[{i}]", template, notes) for i, m in enumerate(given)],
         "tools": [_check_tool(t, f"tools[{i}]") for i, t in enumerate(_list(tools or [], "tools"))] or None,
     }
     if not chat["messages"]:
         raise MessageError("messages is empty: a chat needs at least one")
-    settings = {"documents": None, "add_generation_prompt": add_generation_prompt, **(special or {})}
-    notes = ()
+    special = special or {}
+    settings = {"documents": None, "add_generation_prompt": add_generation_prompt, **special}
     if enable_thinking is not None:
         settings["enable_thinking"] = enable_thinking
         if not has_thinking_switch(template):
-            notes = ("this model's chat template has no thinking switch: the setting has no effect",)
+            notes.append("this model's chat template has no thinking switch: the setting has no effect")
+    tracked = _tracked(control_tokens, (template, *special.values()))
     chat_json = _to_json(chat)
-    mask = _choose_mask(template, chat_json, *(special or {}).values())
+    masked = {_MASKED, *(token[0] for token in tracked), *(token[-1] for token in tracked)}
+    chosen = _choose_masks(len(masked), template, chat_json, *special.values())
+    masks = dict(zip(sorted(masked), chosen, strict=True))
+    if tracked:
+        chat_json = _to_json(_hide_tokens(chat, tracked, masks))
     text = _renderer().render(
         {
             "template": template,
-            "chat": chat_json.replace(_MASKED, mask),  # in JSON text "|" stands in strings and keys alone
+            # in JSON text "|" stands in strings and keys alone
+            "chat": chat_json.replace(_MASKED, masks[_MASKED]),
             "settings": settings,
-            "mask": mask,
+            "masks": list(masks.values()),
             "max_output": MAX_EXTRA_OUTPUT + 2 * len(chat_json),
         }
     )
-    inert = tuple(match.start() for match in re.finditer(mask, text))
-    return RenderedChat(text.replace(mask, _MASKED), inert, notes)
+    inert = tuple(match.start() for match in re.finditer(f"[{''.join(masks.values())}]", text))
+    shown = text.translate({ord(mask): character for character, mask in masks.items()})
+    return RenderedChat(shown, inert, tuple(notes), frozenset(tracked))
+
+
+def _tracked(control_tokens: Collection[str], sources: Sequence[str]) -> list[str]:
+    """Control tokens without ``|`` that these texts have: those that the template may write.
+
+    Not those that are words of a chat itself, such as ``user``: they stay text.
+    """
+
+    def is_word(token: str) -> bool:
+        return token[: len(token) // 2 + 1] in _CHAT_WORDS or token[len(token) // 2 :] in _CHAT_WORDS
+
+    found = (t for t in control_tokens if _MASKED not in t and any(t in source for source in sources))
+    return [token for token in found if not is_word(token)]
+
+
+def _hide_tokens(value: object, tokens: Sequence[str], masks: Mapping[str, str]) -> object:
+    """The value with a mask for the first or last character of more than half of a token, in its strings."""
+    if isinstance(value, str):
+        for token in tokens:
+            head, tail = token[: len(token) // 2 + 1], token[len(token) // 2 :]
+            value = value.replace(head, masks[token[0]] + head[1:])
+            value = value.replace(tail, tail[:-1] + masks[token[-1]])
+        return value
+    if isinstance(value, Mapping):
+        return {
+            _hide_tokens(key, tokens, masks): _hide_tokens(one, tokens, masks) for key, one in value.items()
+        }
+    return [_hide_tokens(one, tokens, masks) for one in value] if isinstance(value, list) else value
 
 
 def start_renderer() -> None:
@@ -184,13 +225,15 @@ def _list(value: object, place: str) -> Sequence:
     return value
 
 
-def _check_message(message: object, place: str) -> dict[str, object]:
+def _check_message(message: object, place: str, template: str, notes: list[str]) -> dict[str, object]:
     """The message with the keys that templates read, in the form that they expect."""
     if not isinstance(message, Mapping):
         raise MessageError(f"{place} must be an object with role and content, not {type(message).__name__}")
     role = message.get("role")
-    if role not in ROLES:
-        raise MessageError(f"{place}.role must be one of {', '.join(ROLES)}, not {role!r}")
+    if isinstance(role, str) and role in ROLE_NAMES:
+        role = role if f"'{role}'" in template or f'"{role}"' in template else ROLE_NAMES[role]
+    elif role not in ROLES:
+        raise MessageError(f"{place}.role must be one of {', '.join(ROLES)}, developer, not {role!r}")
     checked: dict[str, object] = {"role": role, "content": _check_content(message, place)}
     for key in ("reasoning_content", "name", "tool_call_id"):
         value = message.get(key)
@@ -202,14 +245,16 @@ def _check_message(message: object, place: str) -> dict[str, object]:
         if role != "assistant":
             raise MessageError(f"{place}.tool_calls belongs to the assistant, not to role {role!r}")
         calls = _list(message["tool_calls"], f"{place}.tool_calls")
-        checked["tool_calls"] = [_check_call(c, f"{place}.tool_calls[{i}]") for i, c in enumerate(calls)]
+        checked["tool_calls"] = [
+            _check_call(call, f"{place}.tool_calls[{i}]", notes) for i, call in enumerate(calls)
+        ]
     return checked
 
 
 def _check_content(message: Mapping[str, object], place: str) -> str:
     content = message.get("content")
-    if content is None and message["role"] == "assistant":
-        return ""  # a turn of tool calls alone
+    if content is None:
+        return ""  # a turn of tool calls alone, a tool that answers nothing
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
@@ -224,23 +269,40 @@ def _check_content(message: Mapping[str, object], place: str) -> str:
     return "".join(part["text"] for part in content)
 
 
-def _check_call(call: object, place: str) -> dict[str, object]:
+def _check_call(call: object, place: str, notes: list[str]) -> dict[str, object]:
     if not isinstance(call, Mapping):
         raise MessageError(f"{place} must be an object, not {type(call).__name__}")
     function = call.get("function", call)
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
         raise MessageError(f"{place} needs a function with a name")
-    arguments = function.get("arguments")
-    if isinstance(arguments, str):
-        try:
-            arguments = json.loads(arguments) if arguments.strip() else {}
-        except (ValueError, RecursionError) as error:
-            raise MessageError(f"{place}.function.arguments is not valid JSON: {error}") from error
-    arguments = {} if arguments is None else arguments
-    if not isinstance(arguments, Mapping):
-        raise MessageError(f"{place}.function.arguments must be an object, not {type(arguments).__name__}")
-    checked = {"type": "function", "function": {"name": function["name"], "arguments": dict(arguments)}}
+    arguments, problem = _parse_arguments(function.get("arguments"))
+    if problem:
+        notes.append(f"{place}: {problem}; the model reads them as one argument")
+    checked = {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
     return checked | ({"id": call["id"]} if isinstance(call.get("id"), str) else {})
+
+
+def _parse_arguments(given: object) -> tuple[dict[str, object], str]:
+    """A call's arguments as a dict, and what is wrong with them.
+
+    A model that wrote a bad call once must not make the conversation unusable: what is no object
+    becomes the one argument ``arguments``.
+    """
+    if given is None or (isinstance(given, str) and not given.strip()):
+        return {}, ""
+    arguments, problem = given, ""
+    if isinstance(given, str):
+        try:
+            arguments = json.loads(given, parse_constant=_refuse_constant)
+        except (ValueError, RecursionError):
+            problem = "its arguments are not JSON"
+    if not isinstance(arguments, Mapping):
+        return {"arguments": given}, problem or "its arguments are not an object"
+    return dict(arguments), ""
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
 
 
 def _check_tool(tool: object, place: str) -> dict[str, object]:
@@ -259,12 +321,12 @@ def _to_json(value: object) -> str:
     return text
 
 
-def _choose_mask(*texts: str) -> str:
+def _choose_masks(count: int, *texts: str) -> list[str]:
     used = set().union(*texts)
-    mask = next((mask for mask in _MASKS if mask not in used), None)
-    if mask is None:
+    masks = list(islice((mask for mask in _MASKS if mask not in used), count))
+    if len(masks) < count:
         raise MessageError("messages and template use every symbol that could stand for '|'")
-    return mask
+    return masks
 
 
 class _Renderer:

@@ -31,6 +31,7 @@ class TextStream:
       stop_string: the stop string that ended the text, or None.
       prompt_tokens: tokens of the prompt.
       new_tokens: tokens generated so far; an end token is not counted.
+      notes: what the user should know of how the prompt was made, one line each.
     """
 
     def __init__(
@@ -42,6 +43,7 @@ class TextStream:
         max_tokens: int | None = None,
         prompt_tokens: int = 0,
         starts_in_reasoning: bool = False,
+        notes: Sequence[str] = (),
     ):
         """Prepares; the first token is computed when iteration starts.
 
@@ -53,12 +55,14 @@ class TextStream:
             "length" from "stop".
           prompt_tokens: for the counts.
           starts_in_reasoning: the prompt left a <think> open.
+          notes: of the rendered chat.
 
         Raises:
           ValueError: a stop string is empty or no string.
         """
         self.finish_reason: Literal["stop", "length"] | None = None
         self.prompt_tokens = prompt_tokens
+        self.notes = tuple(notes)
         self.new_tokens = 0
         self._decoder = StreamDecoder(tokenizer)
         self._token_ids = iter(token_ids)

@@ -8,7 +8,7 @@ an address-space limit turns a memory bomb into MemoryError. Only the standard
 library and Jinja are imported, so that a start takes about 0.1 s.
 
 Protocol, on stdin and stdout: frames of a 4-byte big-endian length and JSON.
-Request: ``{"template", "chat" (JSON text), "settings", "mask", "max_output"}``. Answer: ``{"text"}`` or
+Request: ``{"template", "chat" (JSON text), "settings", "masks", "max_output"}``. Answer: ``{"text"}`` or
 ``{"error", "line", "fatal"}``; after a fatal one the process ends.
 """
 
@@ -57,15 +57,17 @@ def make_environment():
     return environment
 
 
-def make_tojson(mask):
-    """JSON without HTML escapes and in key order; ``mask`` must come out unescaped even as ASCII."""
-    escaped_mask = json.dumps(mask)[1:-1]
+def make_tojson(masks):
+    """JSON without HTML escapes and in key order; ``masks`` must come out unescaped even as ASCII."""
+    escaped = {json.dumps(mask)[1:-1]: mask for mask in masks}
 
     def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
         text = json.dumps(
             value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
         )
-        return text.replace(escaped_mask, mask)
+        for written, mask in escaped.items():
+            text = text.replace(written, mask)
+        return text
 
     return tojson
 
@@ -81,7 +83,7 @@ def render(environment, compiled, request):
       OutputTooLongError: it is longer than ``max_output`` characters.
       Exception: whatever a template may raise.
     """
-    environment.filters["tojson"] = make_tojson(request["mask"])
+    environment.filters["tojson"] = make_tojson(request["masks"])
     source = request["template"]
     if source not in compiled:
         if len(compiled) == CACHED_TEMPLATES:

@@ -101,8 +101,10 @@ class Tokenizer:
         self.stop_ids = self._find_stop_ids(metadata)
 
     def _find_stop_ids(self, metadata: Mapping[str, object]) -> frozenset[int]:
-        keys = (f"tokenizer.ggml.{kind}_token_id" for kind in ("eos", "eot", "eom"))
+        keys = [f"tokenizer.ggml.{kind}_token_id" for kind in ("eos", "eot", "eom")]
         declared = {metadata[key] for key in keys if key in metadata}
+        for key in keys:
+            declared |= set(metadata.get(f"{key}s", ()))
         return frozenset(declared | {self._added[t] for t in END_OF_GENERATION if t in self._added})
 
     @property
@@ -123,18 +125,19 @@ class Tokenizer:
         return self._encode(text, lambda match: parse_special)
 
     def encode_chat(self, chat: RenderedChat) -> list[int]:
-        """Token ids of a rendered chat: the template's control tokens count, those in messages stay text.
-
-        A control token without a ``|`` stays text too, for ``RenderedChat`` does not
-        track its characters; all of Qwen's have one.
-        """
+        """Token ids of a rendered chat: the template's control tokens count, those in messages stay text."""
 
         def from_template(match: re.Match[str]) -> bool:
             following = bisect_left(chat.inert, match.start())
             touched = following < len(chat.inert) and chat.inert[following] < match.end()
-            return "|" in match.group() and not touched
+            return ("|" in match.group() or match.group() in chat.tracked) and not touched
 
         return self._encode(chat.text, from_template)
+
+    @property
+    def control_tokens(self) -> list[str]:
+        """Texts of the control tokens, by the vocabulary's own types."""
+        return [token for token, i in self._added.items() if self._types[i] == TokenType.CONTROL]
 
     def _encode(self, text: str, accept_control: Callable[[re.Match[str]], bool]) -> list[int]:
         _check_encodable(text)

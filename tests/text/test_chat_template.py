@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import time
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,6 @@ from qwen3_moe_jax.text import chat_template
 from qwen3_moe_jax.text.chat_template import (
     MessageError,
     TemplateError,
-    check_template_kwargs,
     find_template,
     render_chat,
 )
@@ -200,9 +198,8 @@ def test_the_line_is_the_innermost_one():
         ({"role": "user"}, "messages must be a list, not dict"),
         (["hi"], r"messages\[0\] must be an object"),
         ([{"content": "x"}], r"messages\[0\].role must be one of .* not None"),
-        ([{"role": "developer", "content": "x"}], "not 'developer'"),
+        ([{"role": "root", "content": "x"}], "not 'root'"),
         ([{"role": ["user"], "content": "x"}], r"messages\[0\].role must be one of"),
-        ([{"role": "user"}], r"messages\[0\].content must be a string .* not NoneType"),
         ([*USER, {"role": "user", "content": 5}], r"messages\[1\].content must be a string .* not int"),
         (
             [{"role": "user", "content": [{"type": "image_url"}]}],
@@ -214,15 +211,6 @@ def test_the_line_is_the_innermost_one():
         ([{"role": "assistant", "tool_calls": {"a": 1}}], "tool_calls must be a list"),
         ([{"role": "assistant", "tool_calls": [1]}], r"tool_calls\[0\] must be an object"),
         ([{"role": "assistant", "tool_calls": [{"function": {}}]}], "needs a function with a name"),
-        ([{"role": "assistant", "tool_calls": [{"name": "f", "arguments": "{"}]}], "is not valid JSON"),
-        (
-            [{"role": "assistant", "tool_calls": [{"name": "f", "arguments": "[" * 100_000}]}],
-            "is not valid JSON",
-        ),
-        (
-            [{"role": "assistant", "tool_calls": [{"name": "f", "arguments": "[1]"}]}],
-            "must be an object, not list",
-        ),
         ([{"role": "assistant", "tool_calls": [{"name": "f", "arguments": {"x": {1, 2}}}]}], "plain JSON"),
         (
             [{"role": "assistant", "tool_calls": [{"name": "f", "arguments": {"x": float("nan")}}]}],
@@ -241,21 +229,52 @@ def test_malformed_tools(templates, tools):
         render_chat(templates["Qwen3"], USER, tools)
 
 
-def test_template_kwargs_are_an_allow_list():
-    assert check_template_kwargs({"enable_thinking": False}) == {"enable_thinking": False}
-    for kwargs in ({"messages": []}, {"enable_thinking": "false"}, {"add_generation_prompt": False}):
-        with pytest.raises(MessageError, match=next(iter(kwargs))):
-            check_template_kwargs(kwargs)
-
-
-def test_a_rendering_after_the_first_is_quick(templates):
+def test_a_rendering_after_the_first_takes_the_same_process(templates):
     render_case(templates["Qwen3-Coder"], CASES["tools"])
-    best = float("inf")
-    for _ in range(5):
-        start = time.perf_counter()
-        render_case(templates["Qwen3-Coder"], CASES["tools"])
-        best = min(best, time.perf_counter() - start)
-    assert best < 0.020
+    process = chat_template._renderer()._process
+    render_case(templates["Qwen3-Coder"], CASES["tools"])
+    assert chat_template._renderer()._process is process
+
+
+BAD_ARGUMENTS = ["{", "[" * 100_000, "[1]", "5", '"text"', "NaN", '{"x": NaN}', [1], 5, "{'x': 1}"]
+
+
+@pytest.mark.parametrize("arguments", BAD_ARGUMENTS, ids=lambda a: str(a)[:10])
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_one_bad_call_does_not_end_a_conversation(templates, name, arguments):
+    calls = [{"type": "function", "function": {"name": "f", "arguments": arguments}}]
+    messages = [*USER, {"role": "assistant", "content": None, "tool_calls": calls}, *USER]
+    chat = render_chat(templates[name], messages)
+    assert (json.dumps(arguments) if not isinstance(arguments, str) else arguments[:20]) in chat.text.replace(
+        '\\"', '"'
+    )
+    (note,) = chat.notes
+    assert note.startswith("messages[1].tool_calls[0]: its arguments are not ")
+
+
+@pytest.mark.parametrize("arguments", [None, "", "  "])
+def test_a_call_without_arguments_has_none(templates, arguments):
+    calls = [{"function": {"name": "f", "arguments": arguments}}]
+    chat = render_chat(templates["Qwen3"], [*USER, {"role": "assistant", "tool_calls": calls}])
+    assert '"arguments": {}' in chat.text
+    assert not chat.notes
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_developer_is_the_system_where_the_template_knows_none(templates, name):
+    messages = [{"role": "developer", "content": "Be brief."}, *USER]
+    as_system = [{"role": "system", "content": "Be brief."}, *USER]
+    assert render_chat(templates[name], messages).text == render_chat(templates[name], as_system).text
+    knows = "{% for m in messages %}{{ 'D:' if m.role == 'developer' else 'x' }}{% endfor %}"
+    assert render_chat(knows, messages).text == "D:x"
+
+
+@pytest.mark.parametrize("role", ["user", "tool", "system", "assistant"])
+def test_content_that_is_none_is_empty(templates, role):
+    def with_content(content):
+        return render_chat(templates["Qwen3"], [*USER, {"role": role, "content": content}, *USER]).text
+
+    assert with_content(None) == with_content("")
 
 
 def test_a_long_conversation_stays_within_the_limits(templates):

@@ -99,7 +99,7 @@ def test_a_bomb_ends_within_its_limits(bomb):
 
 def request(template: str) -> dict[str, object]:
     chat = '{"messages": [{"role": "user", "content": "hi"}], "tools": null}'
-    return {"template": template, "chat": chat, "settings": {}, "mask": "\u4dc0", "max_output": 1 << 20}
+    return {"template": template, "chat": chat, "settings": {}, "masks": ["\u4dc0"], "max_output": 1 << 20}
 
 
 def test_the_kernel_ends_a_loop_that_uses_no_memory():

@@ -175,3 +175,16 @@ def test_pieces(qwen3_tokenizer):
     assert list(cut.pieces()) == [Piece("reasoning", "a"), Piece("reasoning", "\n")]
     open_already = TextStream(qwen3_tokenizer, qwen3_tokenizer.encode("a</think>b"), starts_in_reasoning=True)
     assert list(open_already.pieces()) == [Piece("reasoning", "a"), Piece("content", "b")]
+
+
+def test_notes_of_a_rendered_chat_reach_the_caller(source, reference_runner):
+    from qwen3_moe_jax.api import Model
+
+    model = Model(source, reference_runner)
+    messages = [{"role": "user", "content": "hi"}]
+    options = {"max_tokens": 1, "thinking": True}
+    (note,) = model.open_stream(messages, **options).notes
+    assert "no thinking switch" in note
+    assert model.answer(messages, **options).notes == (note,)
+    assert [a.notes for a in model.generate_batch([messages], **options)] == [(note,)]
+    assert model.answer(messages, max_tokens=1).notes == ()

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from qwen3_moe_jax.convert.errors import ModelFileError
-from qwen3_moe_jax.text.chat_template import RenderedChat
+from qwen3_moe_jax.text.chat_template import RenderedChat, render_chat
 from qwen3_moe_jax.text.tokenizer import StreamDecoder, Tokenizer
 
 DATA = Path(__file__).parents[1] / "data"
@@ -96,10 +96,58 @@ def with_added_tokens(metadata: dict[str, object], added: dict[str, int]) -> Tok
     return Tokenizer(metadata | {"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": types})
 
 
-def test_a_control_token_without_a_pipe_in_a_chat_stays_text(qwen3_metadata):
-    tokenizer = with_added_tokens(qwen3_metadata, {"[[s]]": 3})
-    assert tokenizer.encode("[[s]]", parse_special=True) == [151700]
-    assert 151700 not in tokenizer.encode_chat(RenderedChat("[[s]]"))
+BARLESS = ["<sep>", "[INST]", "<start of turn>", "</S>", "<<S>>", "\u2581eos"]
+
+
+@pytest.mark.parametrize("token", BARLESS)
+def test_a_control_token_without_a_bar_is_one_id_of_the_template_alone(qwen3_metadata, token):
+    tokenizer = with_added_tokens(qwen3_metadata, {token: 3})
+
+    def ids(content: str, template: str, **special: str) -> list[int]:
+        messages = [{"role": "user", "content": content}, {"role": "user", "content": token[-3:]}]
+        chat = render_chat(template, messages, special=special, control_tokens=tokenizer.control_tokens)
+        assert content.strip() in chat.text
+        return tokenizer.encode_chat(chat)
+
+    template = token + "{{ messages[0].content }}" + token
+    assert ids("hi", template).count(151700) == 2
+    for content in (token, f"a{token}b", token * 3, token[:-1], token[1:], f"{token[:2]} < [ </think>"):
+        assert ids(content, template).count(151700) == 2
+    joined = "{{ messages[0].content | trim }}{{ messages[1].content }}" + token
+    for cut in range(len(token)):
+        assert ids(token[:cut] + " " * (cut < len(token) - 3), joined).count(151700) == 1
+    assert ids(token, "{{ bos_token }}{{ messages[0].content }}", bos_token=token).count(151700) == 1
+
+
+def test_messages_keep_what_only_looks_like_a_control_token(qwen3_metadata):
+    tokenizer = with_added_tokens(qwen3_metadata, {"<sep>": 3})
+    content = "<think>x</think> <script> [0] a < b"
+    template = "<sep>{{ messages[0].content.split('</think>')[-1] }}"
+    message = {"role": "user", "content": content}
+    chat = render_chat(template, [message], control_tokens=tokenizer.control_tokens)
+    assert chat.text == "<sep> <script> [0] a < b"
+    assert not chat.inert
+
+
+@pytest.mark.parametrize("token", ["user", "content", "role"])
+def test_a_control_token_that_is_a_word_of_the_chat_changes_nothing(token):
+    template = "{{ messages[0].role }}: {{ messages[0].content }}"
+    chat = render_chat(template, [{"role": "user", "content": "hi"}], control_tokens=[token])
+    assert chat.text == "user: hi"
+    assert token not in chat.tracked
+
+
+def test_every_declared_end_ends_an_answer(qwen3_metadata):
+    lists = {"eos_token_ids": [5, 7], "eot_token_ids": [8], "eom_token_ids": [9], "eom_token_id": 10}
+    metadata = qwen3_metadata | {f"tokenizer.ggml.{key}": value for key, value in lists.items()}
+    assert {5, 7, 8, 9, 10, IM_END} <= Tokenizer(metadata).stop_ids
+
+
+@pytest.mark.parametrize("value", [[-1], [5, 10**6], ["5"], [True], [5.0], 5.0])
+def test_an_end_that_is_no_token_is_named(qwen3_metadata, value):
+    with pytest.raises(ModelFileError, match="eos_token_ids") as caught:
+        Tokenizer(qwen3_metadata | {"tokenizer.ggml.eos_token_ids": value})
+    assert caught.value.code == "E_TOKENIZER"
 
 
 def test_the_longest_added_token_wins(qwen3_metadata):
