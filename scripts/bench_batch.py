@@ -31,17 +31,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.core import FrozenDict
 
 from qwen3_moe_jax.convert.config import PRESETS, Qwen3MoeConfig
 from qwen3_moe_jax.convert.model_source import open_model
 from qwen3_moe_jax.core.sampling import Sampling
 from qwen3_moe_jax.jax_backend.batching import Batch
-from qwen3_moe_jax.jax_backend.generate import MOST_STEPS, PREFILL_CHUNKS
-from qwen3_moe_jax.jax_backend.kv_cache import KVCache, Span
+from qwen3_moe_jax.jax_backend.decode_path import Decoder, choose
+from qwen3_moe_jax.jax_backend.generate import MAX_STEPS, PREFILL_CHUNKS
+from qwen3_moe_jax.jax_backend.kv_cache import KVCache, Span, whole_tiles
 from qwen3_moe_jax.jax_backend.model import Intervention, Qwen3Moe
 from qwen3_moe_jax.jax_backend.params import GPU_ROLES
-from qwen3_moe_jax.jax_backend.runner import FUSED_BATCH, JaxRunner
+from qwen3_moe_jax.jax_backend.runner import JaxRunner
 from qwen3_moe_jax.loader import KV_CACHES, embedded_model
 from qwen3_moe_jax.machine.limits import prefill_operations
 from qwen3_moe_jax.machine.memory import cache_nbytes
@@ -58,40 +58,34 @@ SMALL = {"num_hidden_layers": 2, "num_experts": 16, "num_experts_per_tok": 4, "v
 class Subject:
     """The model that is timed."""
 
-    model: Qwen3Moe
+    decoder: Decoder
     params: Any
     cache_dtype: Any
 
     @property
     def config(self) -> Qwen3MoeConfig:
-        return self.model.config
+        return self.decoder.model.config
 
     def batch(self, slots: int, capacity: int) -> Batch:
-        length = -(-(capacity + PREFILL_CHUNKS[-1]) // 64) * 64
+        length = whole_tiles(capacity + PREFILL_CHUNKS[-1])
         cache = KVCache.create(self.config, slots, length, self.cache_dtype, jax.devices()[0])
-        return Batch(self.model, self.params, cache, capacity)
+        return Batch(self.decoder, self.params, cache, capacity)
 
 
 def of_preset(name: str, cache_dtype: str | None) -> Subject:
     """Random weights in the types of a Q4_K_M file, made on the device."""
     config = replace(PRESETS["Qwen3-30B-A3B"], **SMALL) if name == "small" else PRESETS[name]
     types = types_of(config)
-    on_gpu = jax.devices()[0].platform == "gpu"
-    model = Qwen3Moe(
-        config,
-        jnp.bfloat16,
-        types=FrozenDict(types),
-        roles=FrozenDict(GPU_ROLES),
-        fused_decode=FUSED_BATCH if on_gpu and cache_dtype in (None, "float16", "bfloat16") else 0,
-    )
     params = jax.block_until_ready(random_params(config, types, GPU_ROLES))
-    return Subject(model, params, jnp.dtype(cache_dtype or "float16"))
+    dtype = jnp.dtype(cache_dtype or "float16")
+    decoder = choose(Qwen3Moe(config, jnp.bfloat16), params, jax.devices()[0], dtype)
+    return Subject(decoder, params, dtype)
 
 
 def of_file(path: str, cache_dtype: str | None) -> Subject:
     with open_model(embedded_model() if path == "embedded" else path) as source:
         runner = JaxRunner(source, max_context=64, cache_dtype=cache_dtype)
-    return Subject(runner.model, runner.params, runner.cache_dtype)
+    return Subject(runner.decoder, runner.params, runner.cache_dtype)
 
 
 def skewed(subject: Subject) -> Subject:
@@ -102,8 +96,7 @@ def skewed(subject: Subject) -> Subject:
     experts = subject.config.num_experts
     bias = -ZIPF_EXPONENT * np.log(np.arange(1, experts + 1))
     change = Intervention("ffn_moe_logits", lambda logits: logits + jnp.asarray(bias, jnp.float32))
-    model = subject.model.clone(interventions=(change,), fused_decode=0)
-    return replace(subject, model=model)
+    return replace(subject, decoder=subject.decoder.clone(interventions=(change,)))
 
 
 def routing(subject: Subject, tokens: int) -> dict[str, float]:
@@ -111,7 +104,7 @@ def routing(subject: Subject, tokens: int) -> dict[str, float]:
     ids = jnp.asarray(prompts(subject.config, 1, tokens, 0))
     cache = KVCache.create(subject.config, 1, tokens, subject.cache_dtype)
     spans = [Span(jnp.zeros(1, jnp.int32), tokens)]
-    run = jax.jit(lambda params, *args: subject.model.apply({"params": params}, *args).expert_ids)
+    run = jax.jit(lambda params, *args: subject.decoder.model.apply({"params": params}, *args).expert_ids)
     chosen = np.asarray(run(subject.params, ids, cache, spans)).reshape(subject.config.num_hidden_layers, -1)
     counts = np.stack([np.bincount(layer, minlength=subject.config.num_experts) for layer in chosen])
     return {
@@ -301,7 +294,7 @@ def main() -> None:
     parser.add_argument("-m", "--model", help='a file in place of random weights, or "embedded"')
     parser.add_argument("--sequences", type=int, nargs="+", default=[32, 64])
     parser.add_argument("--prompt", type=int, default=512, help="tokens a prompt")
-    parser.add_argument("--steps", type=int, default=16, help=f"tokens a dispatch, at most {MOST_STEPS}")
+    parser.add_argument("--steps", type=int, default=16, help=f"tokens a dispatch, at most {MAX_STEPS}")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--kv-cache", choices=KV_CACHES, help="default: float16 (a file: by the device)")
     parser.add_argument("--work", nargs="+", choices=WORK, default=WORK)
@@ -315,7 +308,7 @@ def main() -> None:
     print(f"{device}: weights ready in {time.perf_counter() - began:.1f} s", flush=True)
     rows = [row for count in args.sequences for row in measure(subject, count, args)]
     facts = {"device": device, "model": args.model or args.preset, "kv_cache": subject.cache_dtype.name}
-    print(json.dumps({**facts, "fused_decode": subject.model.fused_decode, "batches": rows}))
+    print(json.dumps({**facts, "decode": subject.decoder.describe(), "batches": rows}))
 
 
 if __name__ == "__main__":

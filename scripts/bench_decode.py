@@ -83,10 +83,9 @@ def start_state(runner, batch: int, depth: int, steps: int):
     import numpy as np
 
     from qwen3_moe_jax.jax_backend.generate import DecodeState
-    from qwen3_moe_jax.jax_backend.kv_cache import KVCache
-    from qwen3_moe_jax.jax_backend.runner import CACHE_UNIT
+    from qwen3_moe_jax.jax_backend.kv_cache import KVCache, whole_tiles
 
-    length = -(-(depth + 1 + steps) // CACHE_UNIT) * CACHE_UNIT
+    length = whole_tiles(depth + 1 + steps)
     cache = KVCache.create(runner.config, batch, length, runner.cache_dtype)
     if depth:
         # Every sequence has the same keys and values: sequence 0 is the same in any batch.
@@ -117,7 +116,7 @@ def measure_row(runner, batch: int, depth: int, steps: int, repeats: int) -> dic
         again = jax.block_until_ready(jax.device_put(again, runner.device))  # as later states are
         began = time.perf_counter()
         state, _ = jax.block_until_ready(
-            decode(runner.model, runner.params, again, jnp.int32(steps), rows=batch)
+            decode(runner.decoder, runner.params, again, jnp.int32(steps), rows=batch)
         )
         seconds.append(time.perf_counter() - began)
         written.append(np.asarray(state.tokens[:, depth + 1 : depth + 1 + steps]))

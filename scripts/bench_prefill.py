@@ -17,7 +17,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax.core import FrozenDict
 from jax import lax
 
 from qwen3_moe_jax.convert.config import PRESETS, Qwen3MoeConfig
@@ -26,7 +25,8 @@ from qwen3_moe_jax.convert.packed import GPU_TILES, PackedTensor
 from qwen3_moe_jax.convert.tensor_names import tensor_specs
 from qwen3_moe_jax.jax_backend.kv_cache import KVCache
 from qwen3_moe_jax.jax_backend.model import Qwen3Moe
-from qwen3_moe_jax.jax_backend.stacks import stack_layers
+from qwen3_moe_jax.jax_backend.params import plan_layers
+from qwen3_moe_jax.kernels_pallas import LayerTable
 from qwen3_moe_jax.machine.limits import prefill_operations
 from qwen3_moe_jax.measure.benchmark import random_prompts, repeated
 
@@ -98,21 +98,21 @@ def random_params(config: Qwen3MoeConfig, types: dict[str, GGMLType], roles: Any
 
     ``roles``: tensors that share stacks, as ``params.GPU_ROLES``.
     """
-    _, shapes = stack_layers(config, types, roles or {})
+    plan = plan_layers(config, types, roles or {})
     stacks: dict[str, Any] = {}
-    for i, (name, s) in enumerate(shapes.items()):
+    for i, (name, like) in enumerate(plan.stacks.items()):
         key = jax.random.key(i)
-        if s.type is None:
-            stacks[name] = jnp.ones((s.rows, s.columns), jnp.float32)
-        elif s.type is GGMLType.F32:
-            w = 0.02 * jax.random.normal(key, (s.rows, s.columns), jnp.float32)
+        if not isinstance(like, PackedTensor):
+            stacks[name] = jnp.ones(like.shape, jnp.float32)
+        elif like.type is GGMLType.F32:
+            w = 0.02 * jax.random.normal(key, like.shape, jnp.float32)
             stacks[name] = PackedTensor({"w": w}, GGMLType.F32)
         else:
-            stacks[name] = random_tiles(i, s.type, s.rows, s.columns)
+            stacks[name] = random_tiles(i, like.type, *like.shape)
     embedding = jax.random.normal(jax.random.key(99), (config.vocab_size, config.hidden_size), jnp.bfloat16)
     bits = lax.bitcast_convert_type(embedding, jnp.uint16)
     return {
-        "stacks": stacks,
+        "layers": LayerTable(stacks, plan.tensors),
         "norm": jnp.ones(config.hidden_size, jnp.float32),
         "embed_tokens": PackedTensor({"w": bits}, GGMLType.BF16),
         "lm_head": random_tiles(99, types["lm_head"], config.vocab_size, config.hidden_size),
@@ -164,7 +164,7 @@ def main() -> None:
     began = time.perf_counter()
     params = jax.block_until_ready(random_params(config, types))
     print(f"{jax.devices()[0].device_kind}: weights made in {time.perf_counter() - began:.1f} s", flush=True)
-    model = Qwen3Moe(config, jnp.bfloat16, types=FrozenDict(types))
+    model = Qwen3Moe(config, jnp.bfloat16)
     results = []
     counts = args.sequences * len(args.tokens) if len(args.sequences) == 1 else args.sequences
     for tokens, sequences in zip(args.tokens, counts, strict=True):

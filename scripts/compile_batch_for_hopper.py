@@ -13,15 +13,14 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from flax.core import FrozenDict
 
 from qwen3_moe_jax.convert.config import PRESETS
 from qwen3_moe_jax.jax_backend import generate
+from qwen3_moe_jax.jax_backend.decode_path import PATHS, Decoder
 from qwen3_moe_jax.jax_backend.generate import PREFILL_CHUNKS, DecodeState
 from qwen3_moe_jax.jax_backend.kv_cache import KVCache
 from qwen3_moe_jax.jax_backend.model import Qwen3Moe
 from qwen3_moe_jax.jax_backend.params import GPU_ROLES
-from qwen3_moe_jax.jax_backend.runner import FUSED_BATCH
 from qwen3_moe_jax.loader import KV_CACHES
 from scripts import compile_for_hopper  # sets the platform, so it comes before JAX
 from scripts.bench_prefill import random_params, types_of
@@ -32,10 +31,7 @@ def programs(args: argparse.Namespace, kv_cache: str) -> dict[str, Callable[[], 
     sharding = compile_for_hopper.h100()
     config, slots, prompts = PRESETS[args.preset], args.slots, min(args.prompts, args.slots)
     types = types_of(config)
-    fused = FUSED_BATCH if kv_cache in ("float16", "bfloat16") else 0
-    model = Qwen3Moe(
-        config, jnp.bfloat16, types=FrozenDict(types), roles=FrozenDict(GPU_ROLES), fused_decode=fused
-    )
+    decoder = Decoder(Qwen3Moe(config, jnp.bfloat16), PATHS)
 
     def make() -> tuple:
         cache = KVCache.create(config, slots, args.context + PREFILL_CHUNKS[-1], jnp.dtype(kv_cache))
@@ -49,13 +45,13 @@ def programs(args: argparse.Namespace, kv_cache: str) -> dict[str, Callable[[], 
     arguments, steps, who = there((jax.eval_shape(make), jnp.int32(1), jnp.zeros(prompts, jnp.int32)))
     chunk, longest = PREFILL_CHUNKS[0], PREFILL_CHUNKS[-1]
     return {
-        f"decode {slots}": lambda: generate.decode.trace(model, *arguments, steps, rows=slots),
-        f"decode 1 of {slots}": lambda: generate.decode.trace(model, *arguments, steps, rows=1),
+        f"decode {slots}": lambda: generate.decode.trace(decoder, *arguments, steps, rows=slots),
+        f"decode 1 of {slots}": lambda: generate.decode.trace(decoder, *arguments, steps, rows=1),
         f"prefill {prompts} x {longest}, decode {slots}": lambda: generate.prefill.trace(
-            model, *arguments, who, chunk=longest, rows=slots
+            decoder, *arguments, who, chunk=longest, rows=slots
         ),
         f"prefill {prompts} x {chunk}": lambda: generate.prefill.trace(
-            model, *arguments, who, chunk=chunk, rows=0
+            decoder, *arguments, who, chunk=chunk, rows=0
         ),
     }
 

@@ -29,7 +29,6 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 
 import jax
 import jax.numpy as jnp
-from flax.core import FrozenDict
 from jax.experimental import topologies
 from jax.sharding import AbstractDevice, AbstractMesh, SingleDeviceSharding, use_abstract_mesh
 
@@ -258,17 +257,17 @@ def decode(args: argparse.Namespace) -> int:
     os.environ["MOSAIC_GPU_DUMP_PTXAS"] = "1"
     sharding, bad = h100(), 0
     config = bench_prefill.PRESETS[args.preset]
-    types_of, lm_head = profile_decode.TYPES["q4_k_m"]
+    types = profile_decode.TYPES["q4_k_m"](config)
     there = lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding)
     grid = decode_step_api.Device.of_cores(args.blocks or H100_CORES)
-    step = lambda w, t, p, c: profile_decode.one_step(w, config, grid, t, p, c)
+    step = lambda w, t, p, kv: profile_decode.one_step(w, config, grid, t, p, kv)
     for batch in args.sequences:
         arguments = jax.eval_shape(
             lambda batch=batch: (
-                profile_decode.random_weights(config, types_of(config), lm_head),
+                bench_prefill.random_params(config, types, GPU_ROLES),
                 jnp.zeros(batch, jnp.int32),
                 jnp.zeros(batch, jnp.int32),
-                decode_step_api.empty_cache(config, batch, args.length, jnp.float16),
+                profile_decode.random_cache(config, batch, args.length, jnp.float16),
             )
         )
         with captured_stdout() as lines:
@@ -288,7 +287,7 @@ def compile_step(args: argparse.Namespace) -> None:
     sharding = h100()
     config = bench_prefill.PRESETS[args.preset]
     types = bench_prefill.types_of(config)
-    model = Qwen3Moe(config, jnp.bfloat16, types=FrozenDict(types), roles=FrozenDict(GPU_ROLES))
+    model = Qwen3Moe(config, jnp.bfloat16)
     arguments = jax.eval_shape(
         lambda: (
             bench_prefill.random_params(config, types, GPU_ROLES),

@@ -42,118 +42,38 @@ from jax import lax
 from qwen3_moe_jax.convert.config import PRESETS
 from qwen3_moe_jax.convert.ggml_types import GGMLType
 from qwen3_moe_jax.convert.packed import PackedTensor
+from qwen3_moe_jax.jax_backend.kv_cache import KVCache, whole_tiles
+from qwen3_moe_jax.jax_backend.params import GPU_ROLES
 from qwen3_moe_jax.kernels_pallas.decode_step import api
 from qwen3_moe_jax.kernels_pallas.decode_step import primitives_mosaic_gpu as prim
 from qwen3_moe_jax.kernels_pallas.decode_step.step_mosaic_gpu import Step
 from qwen3_moe_jax.kernels_pallas.decode_step.tile_formats_mosaic_gpu import SHAPE, TILE_FORMATS
-from qwen3_moe_jax.kernels_pallas.decode_step.weights import (
-    DecodeWeights,
-    LayerTypes,
-    column_names,
-    plan_stacks,
-)
+from qwen3_moe_jax.kernels_pallas.decode_step.weights import ROUTER, StepWeights, column_names
 from qwen3_moe_jax.kernels_pallas.embedding_lookup.api import embedding_lookup
 from qwen3_moe_jax.kernels_pallas.gpu.device import multiprocessors
 from qwen3_moe_jax.kernels_pallas.gpu.interpreter import interpreter
 from qwen3_moe_jax.kernels_pallas.norm_rope.api import rope, rope_tables
-
-D_SCALE = {GGMLType.Q4_K: 1.4e-4, GGMLType.Q5_K: 0.7e-4, GGMLType.Q6_K: 1.5e-5, GGMLType.Q8_0: 2.7e-4}
-
-
-def use_more_bits(i: int, n: int) -> bool:
-    return i < n // 8 or i >= 7 * n // 8 or (i - n // 8) % 3 == 2
+from scripts.bench_prefill import random_params, types_of
 
 
-def stack_shapes(type: GGMLType, tiles: int, superblocks: int) -> dict:
-    i, f, n = jnp.int32, jnp.float16, (tiles, superblocks)
-    if type is GGMLType.Q8_0:
-        return {"q": ((*n, 4, 8, 4, 4), i), "d0": ((*n, 8, 4), f), "d1": ((*n, 8, 4), f)}
-    if type is GGMLType.Q6_K:
-        q = {"ql": ((*n, 2, 8, 4, 4), i), "qh": ((*n, 8, 4, 4), i)}
-        return {**q, "scales": ((*n, 8, 4), i), "d": ((*n, 8), f)}
-    q = {"q": ((*n, 2, 8, 4, 4), i), "scales": ((*n, 8, 4), i), "d": ((*n, 8), f), "dmin": ((*n, 8), f)}
-    return {**q, "qh": ((*n, 2, 8, 4), i)} if type is GGMLType.Q5_K else q
-
-
-@partial(jax.jit, static_argnums=(1, 2))
-def random_array(seed, shape, kind):
-    key = jnp.stack([jnp.uint32(seed), jnp.uint32(7), jnp.uint32(11), jnp.uint32(13)])
-    if kind == "words":
-        return lax.bitcast_convert_type(lax.rng_bit_generator(key, shape, jnp.uint32)[1], jnp.int32)
-    if kind == "scales":  # six-bit scales and mins
-        bits = lax.rng_bit_generator(key, shape, jnp.uint32)[1] & jnp.uint32(0x3F3F3F3F)
-        return lax.bitcast_convert_type(bits, jnp.int32)
-    bits = lax.rng_bit_generator(key, shape, jnp.uint32)[1]
-    return (kind * (0.75 + 0.5 * (bits >> 8).astype(jnp.float32) * 2.0**-24)).astype(jnp.float16)
-
-
-def random_stack(seed: int, type: GGMLType, tiles: int, superblocks: int) -> dict:
-    out = {}
-    for j, (name, (shape, dtype)) in enumerate(stack_shapes(type, tiles, superblocks).items()):
-        kind = "words"
-        if name == "scales" and type in (GGMLType.Q4_K, GGMLType.Q5_K):
-            kind = "scales"
-        if dtype == jnp.float16:
-            kind = D_SCALE[type] * (
-                7.5 if type is GGMLType.Q4_K and name == "dmin" else 15.5 if name == "dmin" else 1
-            )
-        out[name] = random_array(seed * 16 + j, shape, kind)
-    return out
-
-
-def random_weights(config, layers: list[LayerTypes], lm_head: GGMLType, seed: int = 1) -> DecodeWeights:
-    plan = plan_stacks(layers, config=config)
-    d, f = config.hidden_size // 256, config.moe_intermediate_size // 256
-    width = config.num_attention_heads * config.head_dim // 256
-    columns = {"qkv": d, "o": width, "gate": d, "up": d, "down": f}
-    stacks = {
-        role: [
-            random_stack(seed * 64 + 8 * r + t, type, plan.tiles[role][t], columns[role])
-            for t, type in enumerate(plan.types[role])
-        ]
-        for r, role in enumerate(columns)
-    }
-    stacks["lm_head"] = [random_stack(seed * 64 + 63, lm_head, config.vocab_size // 8, d)]
-    rng = np.random.default_rng(seed)
-    n, dim = config.num_hidden_layers, config.hidden_size
-    f32 = lambda *shape: jnp.asarray(rng.normal(1, 0.1, shape).astype(np.float32))
-    router = jnp.asarray(rng.normal(0, 0.03, (n, config.num_experts, dim)).astype(np.float32))
-    v = config.vocab_size
-    embed = PackedTensor(
-        {
-            "q": jnp.asarray(rng.integers(0, 256, (v, dim // 2), dtype=np.uint8)),
-            "scales": jnp.asarray(rng.integers(0, 64, (v, dim // 32), dtype=np.uint8)),
-            "mins": jnp.asarray(rng.integers(0, 64, (v, dim // 32), dtype=np.uint8)),
-            "d": jnp.full((v, dim // 256), 1.4e-4, jnp.float16),
-            "dmin": jnp.full((v, dim // 256), 1e-3, jnp.float16),
-        },
-        GGMLType.Q4_K,
-    )
-    types = tuple((r, tuple(t)) for r, t in {**plan.types, "lm_head": (lm_head,)}.items())
-    head = config.head_dim
-    return DecodeWeights(
-        stacks, jnp.asarray(plan.table), router, f32(n, dim), f32(n, dim), f32(n, head), f32(n, head),
-        f32(dim), embed, types, plan.qkv_always,
-    )  # fmt: skip
-
-
-def q4_k_m(config) -> list[LayerTypes]:
-    n = config.num_hidden_layers
-    more = [GGMLType.Q6_K if use_more_bits(i, n) else GGMLType.Q4_K for i in range(n)]
-    q4 = GGMLType.Q4_K
-    return [LayerTypes(q4, q4, t, q4, q4, t) for t in more]
-
-
-def mixed(config) -> list[LayerTypes]:
+def mixed(config) -> dict[str, GGMLType]:
     """Types that a Q4_K_M file lacks, and layers that differ in all roles."""
     t = GGMLType
-    one = LayerTypes(t.Q5_K, t.Q5_K, t.Q8_0, t.Q5_K, t.Q5_K, t.Q8_0)
-    two = LayerTypes(t.Q8_0, t.Q8_0, t.Q8_0, t.Q8_0, t.Q8_0, t.Q5_K)
-    return [(one, two)[i % 2] for i in range(config.num_hidden_layers)]
+    kinds = ({"v_proj": t.Q8_0, "down_proj": t.Q8_0}, {"down_proj": t.Q5_K})
+    types = {}
+    for path, kind in types_of(config).items():
+        if path == "lm_head":
+            types[path] = t.Q8_0
+        elif kind is t.F32 or not path.startswith("layers."):
+            types[path] = kind
+        else:
+            odd = int(path.split(".")[1]) % 2
+            types[path] = kinds[odd].get(path.rpartition(".")[2], (t.Q5_K, t.Q8_0)[odd])
+    return types
 
 
-TYPES = {"q4_k_m": (q4_k_m, GGMLType.Q6_K), "mixed": (mixed, GGMLType.Q8_0)}
-"""Types of the layers, and of lm_head."""
+TYPES = {"q4_k_m": types_of, "mixed": mixed}
+"""Quantization types of all tensors."""
 
 
 # The reference: float32 dequantization of tiles, one matrix at a time.
@@ -193,10 +113,10 @@ def dequantize_tiles(type: GGMLType, a: dict) -> jax.Array:
     return w.reshape(w.shape[0] * 8, -1)
 
 
-def matvec(type, stack, start, tiles, x):
+def matvec(stack: PackedTensor, start, tiles, x):
     """Sums of products, no dot: XLA would try out ways to multiply at every shape."""
-    part = {k: lax.dynamic_slice_in_dim(v, start, tiles) for k, v in stack.items()}
-    return jnp.sum(dequantize_tiles(type, part) * x, axis=-1)
+    part = {k: lax.dynamic_slice_in_dim(v, start, tiles) for k, v in stack.arrays.items()}
+    return jnp.sum(dequantize_tiles(stack.type, part) * x, axis=-1)
 
 
 def rms(x, w, eps):
@@ -204,7 +124,7 @@ def rms(x, w, eps):
 
 
 @partial(jax.jit, static_argnames=("c", "kinds"))
-def reference_layer(w: DecodeWeights, c, kinds: tuple, layer, at: dict, x, position, keys, values, ids):
+def reference_layer(params, c, kinds: tuple, layer, at: dict, x, position, keys, values, ids):
     """One layer of plain float32 decoding of one sequence: compiled once for layers of the same types.
 
     Args:
@@ -217,61 +137,61 @@ def reference_layer(w: DecodeWeights, c, kinds: tuple, layer, at: dict, x, posit
       x, and how many of the experts the reference would not have chosen.
     """
     counts, o_type, gate_type, down_type = kinds
-    h = rms(x, w.input_norm[layer], c.rms_norm_eps)
+    stacks, norm = StepWeights.of(params).stacks, lambda name: params["layers"][name].options[0][layer]
+    h = rms(x, norm("input_layernorm"), c.rms_norm_eps)
     y = jnp.concatenate([
-        matvec(type, w.stacks["qkv"][t], at[f"qkv_offset{t}"], counts[t], h)
-        for t, type in enumerate(w.types_of("qkv")) if counts[t]
+        matvec(stack, at[f"qkv_offset{t}"], counts[t], h)
+        for t, stack in enumerate(stacks["qkv"]) if counts[t]
     ])  # fmt: skip
     n, kv = c.head_dim, c.num_key_value_heads
     take = lambda name, heads: lax.dynamic_slice_in_dim(y, at[name] * n, heads * n).reshape(heads, n)
     q, k, v = take("q_head", c.num_attention_heads), take("k_head", kv), take("v_head", kv)
     cos, sin = rope_tables(position[None], n, c.rope_theta)
-    q = rope(rms(q, w.q_norm[layer], c.rms_norm_eps)[None], cos, sin)[0]
-    k = rope(rms(k, w.k_norm[layer], c.rms_norm_eps)[None], cos, sin)[0]
+    q = rope(rms(q, norm("self_attn.q_norm"), c.rms_norm_eps)[None], cos, sin)[0]
+    k = rope(rms(k, norm("self_attn.k_norm"), c.rms_norm_eps)[None], cos, sin)[0]
     put = lambda old, new: old[layer].astype(jnp.float32).at[position].set(new)
     keys, values = put(keys, k), put(values, v)
     q = q.reshape(kv, -1, n)
     scores = jnp.sum(q[:, :, None] * jnp.moveaxis(keys, 0, 1)[:, None], axis=-1) * n**-0.5
     p = jax.nn.softmax(jnp.where(jnp.arange(len(keys)) <= position, scores, -jnp.inf), axis=-1)
     attended = jnp.sum(p[..., None] * jnp.moveaxis(values, 0, 1)[:, None], axis=2).reshape(-1)
-    o, hidden = w.stacks["o"][o_type], c.hidden_size // 8
-    x = x + matvec(w.types_of("o")[o_type], o, at["o_offset"], hidden, attended)
+    hidden = c.hidden_size // 8
+    x = x + matvec(stacks["o"][o_type], at["o_offset"], hidden, attended)
 
-    h = rms(x, w.post_norm[layer], c.rms_norm_eps)
-    logits = jnp.sum(w.router[layer] * h, axis=-1)
+    h = rms(x, norm("post_attention_layernorm"), c.rms_norm_eps)
+    router = params["layers"][ROUTER].options[0].arrays["w"].reshape(-1, c.num_experts, c.hidden_size)
+    logits = jnp.sum(router[layer] * h, axis=-1)
     own = lax.top_k(logits, len(ids))[1]
     weights, per_expert = jax.nn.softmax(logits[ids]), c.moe_intermediate_size // 8
 
     def expert(j, x):
         rows = at["gate_up_offset"] + ids[j] * per_expert
-        of = lambda role: matvec(w.types_of(role)[gate_type], w.stacks[role][gate_type], rows, per_expert, h)
+        of = lambda role: matvec(stacks[role][gate_type], rows, per_expert, h)
         act, rows = jax.nn.silu(of("gate")) * of("up"), at["down_offset"] + ids[j] * hidden
-        return x + weights[j] * matvec(
-            w.types_of("down")[down_type], w.stacks["down"][down_type], rows, hidden, act
-        )
+        return x + weights[j] * matvec(stacks["down"][down_type], rows, hidden, act)
 
     return lax.fori_loop(0, len(ids), expert, x), jnp.sum(~jnp.isin(own, ids))
 
 
 @partial(jax.jit, static_argnames="c")
-def reference_logits(w: DecodeWeights, c, x):
-    h = rms(x, w.final_norm, c.rms_norm_eps)
-    return matvec(w.types_of("lm_head")[0], w.stacks["lm_head"][0], 0, c.vocab_size // 8, h)
+def reference_logits(params, c, x):
+    return matvec(params["lm_head"], 0, c.vocab_size // 8, rms(x, params["norm"], c.rms_norm_eps))
 
 
-def reference(w: DecodeWeights, c, token, position, keys, values, expert_ids):
+def reference(params, c, token, position, keys, values, expert_ids):
     """Logits float32 [V] of one sequence's next token with these experts [L, X], and how many of them it
     would not have chosen."""
-    columns, table = column_names(len(w.types_of("qkv"))), np.asarray(w.table)
-    x = embedding_lookup(w.embed_tokens, token[None])[0]
+    weights = StepWeights.of(params)
+    columns, table = column_names(len(weights.types["qkv"])), weights.table
+    x = embedding_lookup(params["embed_tokens"], token[None])[0]
     moved = 0
     for i in range(c.num_hidden_layers):
         at = {name: int(table[i, column]) for name, column in columns.items()}
-        counts = tuple(at[f"qkv_count{t}"] for t in range(len(w.types_of("qkv"))))
+        counts = tuple(at[f"qkv_count{t}"] for t in range(len(weights.types["qkv"])))
         kinds = (counts, at["o_type"], at["gate_up_type"], at["down_type"])
-        x, more = reference_layer(w, c, kinds, i, at, x, position, keys, values, expert_ids[i])
+        x, more = reference_layer(params, c, kinds, i, at, x, position, keys, values, expert_ids[i])
         moved += more
-    return reference_logits(w, c, x), int(moved)
+    return reference_logits(params, c, x), int(moved)
 
 
 def cosine(a, b) -> float:
@@ -279,16 +199,16 @@ def cosine(a, b) -> float:
     return float(a @ b / (np.linalg.norm(a) * np.linalg.norm(b)))
 
 
-def random_cache(config, batch, length, dtype, seed=3):
-    cache = api.empty_cache(config, batch, length, dtype)
+def random_cache(config, batch, length, dtype, seed=3) -> tuple[jax.Array, jax.Array]:
+    """Keys and values."""
+    shape = jax.eval_shape(lambda: KVCache.create(config, batch, whole_tiles(length), dtype)).k.shape
     key = jax.random.key(seed)
-    make = lambda k: jax.random.normal(jax.random.fold_in(key, k), cache.k.shape, dtype)
-    return api.KVCache(make(0), make(1))
+    return tuple(jax.random.normal(jax.random.fold_in(key, k), shape, dtype) for k in range(2))
 
 
 @partial(jax.jit, static_argnames=("config", "device"))
 def one_step(w, config, device, tokens, positions, cache):
-    return api.decode_step(w, config, tokens, positions, cache, device=device)
+    return api.decode_step(w, config, tokens, positions, *cache, device=device)
 
 
 def check(w, config, batch, depth, *, device, dtype) -> dict:
@@ -309,7 +229,7 @@ def check(w, config, batch, depth, *, device, dtype) -> dict:
         "same_bits": bool((one.logits == two.logits).all()),
     }  # fmt: skip
     if batch > 1:
-        alone = step(tokens[:1], positions[:1], api.KVCache(cache.k[:, :1], cache.v[:, :1]))
+        alone = step(tokens[:1], positions[:1], tuple(a[:, :1] for a in cache))
         out["same_bits_as_batch_1"] = bool((alone.logits[0] == one.logits[0]).all())
     print(json.dumps(out), flush=True)
     start = time.perf_counter()
@@ -378,10 +298,10 @@ def decode_many(w, config, tokens, positions, cache, steps: int, device, expert_
 
     def one(i, carry):
         written, last, cache = carry
-        out = api.decode_step(w, config, last, positions + i, cache, expert_ids=expert_ids, device=device)
+        out = api.decode_step(w, config, last, positions + i, *cache, expert_ids=expert_ids, device=device)
         chosen = jnp.argmax(out.logits, axis=-1).astype(jnp.int32)
         last = chosen if expert_ids is None else jnp.where(chosen < 0, chosen, last)
-        return lax.dynamic_update_slice(written, last[None], (i, 0)), last, out.cache
+        return lax.dynamic_update_slice(written, last[None], (i, 0)), last, (out.k, out.v)
 
     written = jnp.zeros((steps, len(tokens)), jnp.int32)
     written, _, cache = lax.fori_loop(0, steps, one, (written, tokens, cache))
@@ -419,7 +339,7 @@ def trace(w, config, batch, depth, *, device, dtype, folder) -> dict:
     cache = random_cache(config, batch, depth + 64, dtype)
     tokens, positions = jnp.full((batch,), 17, jnp.int32), jnp.full((batch,), depth, jnp.int32)
     os.environ["QWEN3_MOE_DECODE_TRACE"] = folder
-    step = jax.jit(lambda w, t, p, c: api.decode_step(w, config, t, p, c, device=device))
+    step = jax.jit(lambda w, t, p, kv: api.decode_step(w, config, t, p, *kv, device=device))
     step(w, tokens, positions, cache).logits.block_until_ready()
     jax.effects_barrier()
     del os.environ["QWEN3_MOE_DECODE_TRACE"]
@@ -465,15 +385,14 @@ def main() -> None:
         config = tiny(config)
         device = api.Device(blocks=1, splits=2, emulate=True, interpret=interpreter())
     start = time.perf_counter()
-    types_of, lm_head = TYPES[args.types]
-    w = random_weights(config, types_of(config), lm_head)
-    jax.block_until_ready(w)
+    w = jax.block_until_ready(random_params(config, TYPES[args.types](config), GPU_ROLES))
+    nbytes = sum(a.nbytes for a in jax.tree.leaves(w))
     results = {
-        "device": jax.devices()[0].device_kind, "jax": jax.__version__, "bytes": w.nbytes,
+        "device": jax.devices()[0].device_kind, "jax": jax.__version__, "bytes": nbytes,
         "blocks": device.blocks,
         "types": args.types, "cache_dtype": args.cache_dtype, "without": args.without, "cases": [],
     }  # fmt: skip
-    print("weights", w.nbytes, round(time.perf_counter() - start, 1), "s", flush=True)
+    print("weights", nbytes, round(time.perf_counter() - start, 1), "s", flush=True)
     dtype = jnp.dtype(args.cache_dtype)
     WITHOUT[args.without or "nothing"]()
     work = {

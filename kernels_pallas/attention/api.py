@@ -8,6 +8,9 @@ from qwen3_moe_jax.kernels_pallas.attention import xla
 from qwen3_moe_jax.kernels_pallas.gpu.device import OnHopper
 from qwen3_moe_jax.kernels_pallas.implementations import Implementation
 
+CACHE_TILE = 64
+"""Positions that the GPU's kernels read of a cache at a time: caches come in whole tiles."""
+
 
 def attention(
     q: jax.Array,

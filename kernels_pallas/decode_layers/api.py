@@ -9,17 +9,18 @@ from collections.abc import Callable
 
 import jax
 
-from qwen3_moe_jax.kernels_pallas.decode_layers.weights import LayerWeights
+from qwen3_moe_jax.kernels_pallas import implementations
 from qwen3_moe_jax.kernels_pallas.gpu.device import import_kernels, require_hopper
+from qwen3_moe_jax.kernels_pallas.packed.stacks import LayerTable
 
 _KERNELS = "decode_layers.kernel_sm90"
 
 
-def reason_against(weights: LayerWeights, batch: int, cache: jax.Array) -> str | None:
+def reason_against(table: LayerTable, batch: int, cache: jax.Array) -> str | None:
     """Why :func:`decode_layers` does not take these weights, this many sequences or this cache; or None."""
     try:
         require_hopper()
-        import_kernels(_KERNELS).check(weights, batch, cache)
+        import_kernels(_KERNELS).check(table, batch, cache)
     except NotImplementedError as error:
         return str(error)
     return None
@@ -27,7 +28,7 @@ def reason_against(weights: LayerWeights, batch: int, cache: jax.Array) -> str |
 
 def decode_layers(
     x: jax.Array,
-    weights: LayerWeights,
+    table: LayerTable,
     cache_k: jax.Array,
     cache_v: jax.Array,
     positions: jax.Array,
@@ -42,7 +43,7 @@ def decode_layers(
 
     Args:
       x: float32 [B, D], B from 17 to 64: the tokens' embeddings.
-      weights: of all layers.
+      table: of all layers, whose tensors have Hugging Face's names.
       cache_k: bfloat16 or float16 [L, C, S, K, H]; written in place where it is donated, as cache_v.
       cache_v: as cache_k.
       positions: int32 [B], at most S - 1.
@@ -59,9 +60,10 @@ def decode_layers(
       NotImplementedError: :func:`reason_against` says why.
     """
     require_hopper()
+    implementations.note("decode_layers", "pallas", table.stacks.values())
     return import_kernels(_KERNELS).decode_layers(
         x,
-        weights,
+        table,
         cache_k,
         cache_v,
         positions,

@@ -7,19 +7,18 @@ table. What experts add to a row is summed by the next layer's first step.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from qwen3_moe_jax.convert.ggml_types import GGMLType
 from qwen3_moe_jax.convert.packed import ROWS
 from qwen3_moe_jax.kernels_pallas.attention import kernel_sm90 as attention
 from qwen3_moe_jax.kernels_pallas.decode_layers import row_steps_triton as steps
-from qwen3_moe_jax.kernels_pallas.decode_layers.weights import LayerWeights, OfLayers
 from qwen3_moe_jax.kernels_pallas.gpu.device import require_hopper
 from qwen3_moe_jax.kernels_pallas.gpu.grouped_matmul_sm90 import (
     MOST_FEW,
@@ -30,46 +29,104 @@ from qwen3_moe_jax.kernels_pallas.gpu.grouped_matmul_sm90 import (
     grouped_matmul,
 )
 from qwen3_moe_jax.kernels_pallas.gpu.sorting import UsedExperts, dense_tiles
-from qwen3_moe_jax.kernels_pallas.packed.stacks import Matrices
+from qwen3_moe_jax.kernels_pallas.packed.stacks import LayerTable, LayerTensor, Matrices
 
 _TILES = (32, MOST_FEW)
-_FEWEST = 17
+_MIN_ROWS = 17
 """Fewer sequences are for ``decode_step``, or go layer by layer."""
 
 
-def check(weights: LayerWeights, batch: int, cache: jax.Array, interpret: Any = None) -> None:
+def check(table: LayerTable, batch: int, cache: jax.Array, interpret: Any = None) -> None:
     """Raises NotImplementedError, with the reason, for what :func:`decode_layers` does not take."""
     require_hopper(interpret)
-    if not _FEWEST <= batch <= MOST_FEW:
-        raise NotImplementedError(f"few launches a layer are for {_FEWEST} to {MOST_FEW} rows, not {batch}")
+    if not _MIN_ROWS <= batch <= MOST_FEW:
+        raise NotImplementedError(f"few launches are for {_MIN_ROWS} to {MOST_FEW} sequences, not {batch}")
     if cache.dtype not in (jnp.bfloat16, jnp.float16):
         raise NotImplementedError(f"the Hopper kernels read 16-bit caches, not {cache.dtype}")
+    w = _Weights.of(table)
     kv_heads, head_dim = cache.shape[3:]
-    heads = weights.q_proj.shape[0] // head_dim
-    experts, columns = weights.router.shape
-    powers = {"hidden_size": columns, "queries": weights.q_proj.shape[0], "head_dim": head_dim}
-    powers |= {"experts": experts, "queries a KV head": heads // kv_heads}
+    heads = w.q_proj.shape[0] // head_dim
+    experts, columns = w.router.shape
+    powers = {"hidden_size": columns, "queries": w.q_proj.shape[0], "head_dim": head_dim}
+    powers |= {"experts": experts, "queries per KV head": heads // kv_heads}
     for name, size in powers.items():
         if size & (size - 1):
             raise NotImplementedError(f"Triton's arrays have powers of two, and {name} is {size}")
     if head_dim % 64 or heads // kv_heads > attention.ONE_QUERY.tile or columns % 512 or experts % 16:
         raise NotImplementedError(f"heads of {head_dim}, {columns} columns or {experts} experts do not fit")
-    router = weights.router.options
+    router = w.router.options
     if len(router) > 1 or router[0].type is not GGMLType.F32 or router[0].layout != ROWS:
         raise NotImplementedError("the router's weights are not all float32")
-    weights.together()
-    for w in (weights.q_proj, weights.v_proj, weights.o_proj, weights.down_proj):
-        for option in range(len(w.options)):
-            check_supported((_matrices(w, option),))
-    for name in ("o_proj", "gate_proj", "up_proj"):
-        if len(getattr(weights, name).options) > 1:
-            raise NotImplementedError(f"{name} is of several types")
-    check_supported((_matrices(weights.gate_proj, 0), _matrices(weights.up_proj, 0)))
+    for tensor in (w.q_proj, w.v_proj, w.o_proj, w.down_proj):
+        for option in range(len(tensor.options)):
+            check_supported((_matrices(tensor, option),))
+    for tensor in (w.o_proj, w.gate_proj, w.up_proj):
+        if len(tensor.options) > 1:
+            raise NotImplementedError(f"{tensor.name} is of several types")
+    check_supported((_matrices(w.gate_proj, 0), _matrices(w.up_proj, 0)))
+
+
+class _Weights(NamedTuple):
+    """All layers' tensors, with queries, keys and, where they lie there, values as one matrix.
+
+    Attributes:
+      other_v: v_proj's stacks that are not the matrix'.
+      v_which: int [L], whose result has a layer's values: 0 for the matrix', 1 for the first of
+        ``other_v``, and so on.
+    """
+
+    qkv: LayerTensor
+    other_v: tuple[int, ...]
+    v_which: tuple[int, ...]
+    q_proj: LayerTensor
+    v_proj: LayerTensor
+    o_proj: LayerTensor
+    router: LayerTensor
+    gate_proj: LayerTensor
+    up_proj: LayerTensor
+    down_proj: LayerTensor
+    q_norm: jax.Array
+    k_norm: jax.Array
+    input_layernorm: jax.Array
+    post_attention_layernorm: jax.Array
+
+    @classmethod
+    def of(cls, table: LayerTable) -> "_Weights":
+        """Raises NotImplementedError: queries, keys and values do not lie one after the other."""
+        norm = lambda name: table[name].options[0]
+        return cls(
+            *_qkv_as_one(table),
+            table["self_attn.q_proj"],
+            table["self_attn.v_proj"],
+            table["self_attn.o_proj"],
+            table["mlp.router"],
+            *(table[f"mlp.experts.{name}_proj"] for name in ("gate", "up", "down")),
+            norm("self_attn.q_norm"),
+            norm("self_attn.k_norm"),
+            norm("input_layernorm"),
+            norm("post_attention_layernorm"),
+        )
+
+
+def _qkv_as_one(table: LayerTable) -> tuple[LayerTensor, tuple[int, ...], tuple[int, ...]]:
+    """The first three of :class:`_Weights`."""
+    q, k, v = (table[f"self_attn.{name}_proj"] for name in "qkv")
+    if len(q.stacks) > 1 or q.stacks != k.stacks:
+        raise NotImplementedError("q_proj and k_proj are not of one type, in one stack")
+    inside = [i for i, stack in enumerate(v.stacks) if stack == q.stacks[0]]
+    others = tuple(i for i in range(len(v.stacks)) if i not in inside)
+    which = tuple(0 if w in inside else 1 + others.index(w) for w in v.which)
+    for layer, first in enumerate(q.first):
+        after_q, after_k = first + q.rows, first + q.rows + k.rows
+        if k.first[layer] != after_q or (not which[layer] and v.first[layer] != after_k):
+            raise NotImplementedError("q_proj, k_proj and v_proj do not lie one after the other")
+    rows = q.rows + k.rows + (v.rows if inside else 0)
+    return replace(q, name="self_attn.qkv", shape=(rows, q.shape[1])), others, which
 
 
 def decode_layers(
     x: jax.Array,
-    weights: LayerWeights,
+    table: LayerTable,
     cache_k: jax.Array,
     cache_v: jax.Array,
     positions: jax.Array,
@@ -82,13 +139,14 @@ def decode_layers(
     interpret: Any = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """See ``api.decode_layers``."""
-    check(weights, len(x), cache_k, interpret)
+    check(table, len(x), cache_k, interpret)
+    weights = _Weights.of(table)
     rows, layers = len(x), cache_k.shape[0]
     tile = next(t for t in _TILES if rows <= t)
     positions = positions.astype(jnp.int32)
     slots = (jnp.arange(rows) if slots is None else slots).astype(jnp.int32)
     places = _Places(positions, slots, rope, *attention.one_query_rows(positions, cache_k.shape[2]))
-    run = _Step(weights, places, rows, tile, eps, on_logits, interpret)
+    run = _Step(table, weights, places, rows, tile, eps, on_logits, interpret)
     shape = (rows, num_experts_per_tok, x.shape[1])
     first = _State(
         x=x.astype(jnp.float32),
@@ -140,7 +198,8 @@ class _Step:
 
     def __init__(
         self,
-        weights: LayerWeights,
+        table: LayerTable,
+        weights: _Weights,
         places: _Places,
         rows: int,
         tile: int,
@@ -151,20 +210,19 @@ class _Step:
         self.weights, self.places, self.rows, self.tile = weights, places, rows, tile
         self.eps, self.on_logits, self.interpret = eps, on_logits, interpret
         self.plain = interpret is not None  # how Triton's kernels are interpreted
-        self.qkv, self.other_v, self.v_which = weights.together()
-        self.entries: list[int] = []
-        self.starts: dict[tuple[int, ...], int] = {}
-        self.v_at, self.down_at = self.place(self.v_which), self.place(weights.down_proj.which)
-        for w in (self.qkv, weights.v_proj, weights.o_proj, *weights.experts()):
-            self.place(w.firsts), self.place(w.which)
-        self.table = jnp.asarray(np.asarray(self.entries, np.int32))
+        w = weights
+        self.order: list[tuple[int, ...]] = []
+        self.v_at, self.down_at = self.column(w.v_which), self.column(w.down_proj.which)
+        for tensor in (w.qkv, w.v_proj, w.o_proj, w.gate_proj, w.up_proj, w.down_proj):
+            self.column(tensor.first), self.column(tensor.which)
+        # of one number after the other its L, so that a layer's is at the number's begin + layer
+        self.table = jnp.asarray(table.columns(self.order).T.reshape(-1))
 
-    def place(self, of_layers: tuple[int, ...]) -> int:
-        """Where these numbers, one a layer, begin in the table."""
-        if of_layers not in self.starts:
-            self.starts[of_layers] = len(self.entries)
-            self.entries += of_layers
-        return self.starts[of_layers]
+    def column(self, of_layers: tuple[int, ...]) -> int:
+        """Where these numbers, one per layer, begin in the table."""
+        if of_layers not in self.order:
+            self.order.append(of_layers)
+        return self.order.index(of_layers) * len(of_layers)
 
     def __call__(self, layer: jax.Array, state: _State) -> _State:
         w, places, tile = self.weights, self.places, self.tile
@@ -176,9 +234,9 @@ class _Step:
         before = lambda layer, table: table[self.down_at + jnp.maximum(layer[0] - 1, 0)]
         top = norm(state.x, steps.Addends(state.results, before, by_row=True), w.input_layernorm)
         q, cache_k, cache_v = steps.finish_qkv(
-            self.dense(top.operand, top.scale, self.qkv, 0, layer),
-            tuple(self.dense(top.operand, top.scale, w.v_proj, o, layer) for o in self.other_v),
-            frozenset(self.v_which),
+            self.dense(top.operand, top.scale, w.qkv, 0, layer),
+            tuple(self.dense(top.operand, top.scale, w.v_proj, o, layer) for o in w.other_v),
+            frozenset(w.v_which),
             lambda layer, table: table[self.v_at + layer[0]],
             (w.q_norm, w.k_norm),
             places.rope,
@@ -216,12 +274,12 @@ class _Step:
         choices = routes.expert_ids.shape[2]
         return _State(mid.x, self.experts(mid, routes, layer, choices), cache_k, cache_v, routes.expert_ids)
 
-    def of_layer(self, layer: jax.Array, weights: tuple[OfLayers, ...], option: int) -> OfLayer:
-        firsts = tuple(self.place(w.firsts) for w in weights)
-        return OfLayer(layer, self.table, firsts, self.place(weights[0].which), option)
+    def of_layer(self, layer: jax.Array, weights: tuple[LayerTensor, ...], option: int) -> OfLayer:
+        firsts = tuple(self.column(w.first) for w in weights)
+        return OfLayer(layer, self.table, firsts, self.column(weights[0].which), option)
 
     def dense(
-        self, operand: jax.Array, scale: jax.Array, w: OfLayers, option: int, layer: jax.Array
+        self, operand: jax.Array, scale: jax.Array, w: LayerTensor, option: int, layer: jax.Array
     ) -> jax.Array:
         """Parts of the product [P, tile, N]; undefined in layers where the weights have another type."""
         config, splits = dense_config(self.tile, *w.shape)
@@ -242,7 +300,7 @@ class _Step:
     ) -> tuple[jax.Array, ...]:
         """Weighted results of each row's experts, float32 [R, X, D]; of down_proj's types one is written."""
         used = UsedExperts(routes.used, routes.count)
-        gate, up, down = self.weights.experts()
+        gate, up, down = self.weights.gate_proj, self.weights.up_proj, self.weights.down_proj
         config = few_config(self.tile, gate.options[0].type)
         run = partial(grouped_matmul, config=config, interpret=self.interpret)
         both = (_matrices(gate, 0), _matrices(up, 0))
@@ -262,6 +320,6 @@ class _Step:
         return tuple(o.reshape(self.rows, choices, -1) for o in out)
 
 
-def _matrices(w: OfLayers, option: int) -> Matrices:
+def _matrices(w: LayerTensor, option: int) -> Matrices:
     """As ``grouped_matmul`` takes them, which finds the first row by ``OfLayer``."""
     return Matrices(w.options[option], jnp.int32(0), w.shape)

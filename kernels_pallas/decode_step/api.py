@@ -5,6 +5,7 @@ logits and updates the cache in place, inside the caller's ``jit`` and its loop.
 kernel does not support raises ``NotImplementedError`` that names it.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -13,12 +14,15 @@ import jax.numpy as jnp
 from jax import lax
 
 from qwen3_moe_jax.convert.ggml_types import GGMLType
+from qwen3_moe_jax.convert.packed import GPU_TILES
+from qwen3_moe_jax.kernels_pallas import implementations
 from qwen3_moe_jax.kernels_pallas.decode_step import step_mosaic_gpu as kernel
 from qwen3_moe_jax.kernels_pallas.decode_step.tile_formats_mosaic_gpu import TILE_FORMATS
-from qwen3_moe_jax.kernels_pallas.decode_step.weights import DecodeWeights
+from qwen3_moe_jax.kernels_pallas.decode_step.weights import ROUTER, StepWeights
 from qwen3_moe_jax.kernels_pallas.embedding_lookup.api import embedding_lookup
 from qwen3_moe_jax.kernels_pallas.gpu.device import multiprocessors
 from qwen3_moe_jax.kernels_pallas.norm_rope.api import rope_tables
+from qwen3_moe_jax.kernels_pallas.packed.stacks import LayerTable
 
 MAX_BATCH = 16
 BLOCKS_UNIT = 4
@@ -27,18 +31,18 @@ KERNEL_BATCH = 8
 """Sequences of one kernel: what shared memory holds. Larger batches take two, with the same bits."""
 
 
-class KVCache(NamedTuple):
-    """Keys (after RoPE) and values: bfloat16 or float16 [L, B, S, K, H], S a multiple of 64."""
-
-    k: jax.Array
-    v: jax.Array
-
-
 class StepOutput(NamedTuple):
-    """logits: float32 [B, V]; cache: the updated cache; expert_ids: int32 [L, B, X], most probable first."""
+    """What a step gives.
+
+    Attributes:
+      logits: float32 [B, V].
+      k, v: the updated cache.
+      expert_ids: int32 [L, B, X], most probable first.
+    """
 
     logits: jax.Array
-    cache: KVCache
+    k: jax.Array
+    v: jax.Array
     expert_ids: jax.Array
 
 
@@ -63,29 +67,9 @@ class Device:
         return cls(blocks=cores // BLOCKS_UNIT * BLOCKS_UNIT)
 
 
-def empty_cache(config: Any, batch: int, length: int, dtype: Any = jnp.bfloat16) -> KVCache:
-    """A cache of zeros for ``length`` tokens (rounded up to whole tiles of 64)."""
-    length = -(-length // kernel.KV_TILE) * kernel.KV_TILE
-    shape = (config.num_hidden_layers, batch, length, config.num_key_value_heads, config.head_dim)
-    return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
-
-
 def _require(ok: bool, name: str, value: Any, need: str) -> None:
     if not ok:
         raise NotImplementedError(f"GPU decode step: {name} {value} is not supported; {need}")
-
-
-def check(config: Any, types: dict[str, tuple[GGMLType, ...]], batch: int, device: Any) -> None:
-    """The one check, at load: raises NotImplementedError unless the kernel runs this model on this device.
-
-    Args:
-      config: the model's ``Qwen3MoeConfig``.
-      types: for each role, the types of its matrices.
-      batch: sequences that are decoded together.
-      device: a ``jax.Device``.
-    """
-    check_device(device)
-    check_supported(config, types, batch)
 
 
 def check_device(device: Any) -> None:
@@ -134,13 +118,28 @@ def _splits(blocks: int, kv_heads: int) -> int:
     return max(1, min(kernel.WARPGROUPS * blocks // kv_heads, kernel.MAX_SPLITS))
 
 
+def check(config: Any, params: Mapping[str, Any], batch: int) -> None:
+    """Raises NotImplementedError unless the kernel runs this model with weights that lie so.
+
+    Args:
+      config: the model's ``Qwen3MoeConfig``.
+      params: the model's parameters, or their shapes; see :func:`decode_step`.
+      batch: sequences that are decoded together.
+    """
+    weights = StepWeights.of(params)
+    check_supported(config, weights.types, batch)
+    for role, stacks in weights.stacks.items():
+        for stack in stacks:
+            _require(stack.layout == GPU_TILES, f"layout of {role}", stack.layout, f"need {GPU_TILES}")
+
+
 def step_config(
-    weights: DecodeWeights, config: Any, batch: int, cache: KVCache, device: Device, *, replay: bool = False
+    weights: StepWeights, config: Any, batch: int, cache: jax.Array, device: Device, *, replay: bool = False
 ) -> kernel.StepConfig:
-    """The kernel's static configuration for these weights and shapes."""
-    types = dict(weights.types)
+    """The kernel's static configuration for these weights and shapes; ``cache`` is that of the keys."""
+    types = weights.types
     check_supported(config, types, batch)
-    length = cache.k.shape[2]
+    length = cache.shape[2]
     _require(length % kernel.KV_TILE == 0, "cache length", length, f"need a multiple of {kernel.KV_TILE}")
     return kernel.StepConfig(
         batch=batch,
@@ -161,7 +160,7 @@ def step_config(
         gate_up_types=types["gate"],
         down_types=types["down"],
         lm_head_type=types["lm_head"][0],
-        cache_dtype=cache.k.dtype,
+        cache_dtype=cache.dtype,
         blocks=device.blocks,
         splits=device.splits or _splits(device.blocks, config.num_key_value_heads),
         replay=replay,
@@ -170,28 +169,32 @@ def step_config(
 
 
 def decode_step(
-    weights: DecodeWeights,
+    params: Mapping[str, Any],
     config: Any,
     token_ids: jax.Array,
     positions: jax.Array,
-    cache: KVCache,
+    k: jax.Array,
+    v: jax.Array,
     *,
     expert_ids: jax.Array | None = None,
-    goes: jax.Array | None = None,
+    active: jax.Array | None = None,
     device: Device | None = None,
 ) -> StepOutput:
     """Decodes one token of every sequence. Call inside ``jit``, with the cache donated.
 
     Args:
-      weights: the model's arrays in tiles (``jax_backend.gpu_decode`` takes them from its parameters).
+      params: the model's parameters, matrices in GPU tiles: "layers" (a ``LayerTable``), "embed_tokens",
+        "norm" and "lm_head".
       config: the model's ``Qwen3MoeConfig``.
       token_ids: int32 [B].
       positions: int32 [B], the tokens already in each sequence's cache; less than S.
-      cache: keys and values of the earlier tokens; the token's own are written at ``positions``.
+      k: keys of the earlier tokens, after RoPE: bfloat16 or float16 [L, B, S, K, H], S a multiple of 64.
+        The token's own are written at ``positions``.
+      v: values, as k.
       expert_ids: int32 [L, B, X] forces these experts; their weights are still the model's own.
-      device: the grid; None takes the default device's multiprocessors.
-      goes: bool [B], whose results are wanted; None for all. Where none of a kernel's sequences goes on, it
+      active: bool [B], whose results are wanted; None for all. Where none of a kernel's sequences is, it
         ends at once: logits are then anything, and the cache is as it was.
+      device: the grid; None takes the default device's multiprocessors.
 
     Raises:
       NotImplementedError: a shape or type that the kernel does not support.
@@ -199,44 +202,57 @@ def decode_step(
     device = device or Device.of_cores(multiprocessors())
     (batch,) = token_ids.shape
     replay = expert_ids is not None
-    whole = step_config(weights, config, batch, cache, device, replay=replay)
-    x = embedding_lookup(weights.embed_tokens, token_ids)
+    weights = StepWeights.of(params)
+    whole = step_config(weights, config, batch, k, device, replay=replay)
+    implementations.note("decode_step", "pallas", (s for stacks in weights.stacks.values() for s in stacks))
+    x = embedding_lookup(params["embed_tokens"], token_ids)
     rope = jnp.stack(rope_tables(positions, whole.head_dim, config.rope_theta, config.rope_scaling), axis=1)
-    refs = {"k_cache": jax.new_ref(cache.k), "v_cache": jax.new_ref(cache.v)}
+    refs = {"k_cache": jax.new_ref(k), "v_cache": jax.new_ref(v)}
     outputs = []
     for first in range(0, batch, KERNEL_BATCH):
         here = slice(first, min(first + KERNEL_BATCH, batch))
         c = replace(whole, batch=here.stop - first, first_sequence=first)
         forced = expert_ids[:, here] if replay else jnp.zeros((1, 1, 1), jnp.int32)
-        wanted = jnp.ones(c.batch, jnp.int32) if goes is None else goes[here].astype(jnp.int32)
-        operands = _operands(c, weights, x[here], positions[here], wanted, rope[here], forced)
+        wanted = jnp.ones(c.batch, jnp.int32) if active is None else active[here].astype(jnp.int32)
+        operands = _operands(c, params, weights, x[here], positions[here], wanted, rope[here], forced)
         outputs.append((c, kernel.decode_step(c, operands | refs, interpret=device.interpret)))
-    cache = KVCache(jax.freeze(refs["k_cache"]), jax.freeze(refs["v_cache"]))
+    k, v = jax.freeze(refs["k_cache"]), jax.freeze(refs["v_cache"])
     logits = [out["logits"].reshape(c.batch, -1)[:, : config.vocab_size] for c, out in outputs]
     chosen = [out["expert_ids"] for _, out in outputs]
-    return StepOutput(jnp.concatenate(logits), cache, jnp.concatenate(chosen, axis=1))
+    return StepOutput(jnp.concatenate(logits), k, v, jnp.concatenate(chosen, axis=1))
 
 
 def _operands(
-    c: kernel.StepConfig, weights: DecodeWeights, x, positions, wanted, rope, expert_ids
+    c: kernel.StepConfig,
+    params: Mapping[str, Any],
+    weights: StepWeights,
+    x,
+    positions,
+    wanted,
+    rope,
+    expert_ids,
 ) -> dict[str, Any]:
     """The kernel's operands but for the cache."""
+    layers: LayerTable = params["layers"]
+    norm = lambda name: layers[name].options[0]
+    router = layers[ROUTER].options[0].arrays["w"].reshape(c.layers, c.experts, c.hidden)
     shape = kernel.state_shape(c)
     state = jnp.zeros(shape, jnp.float32)
     state = lax.dynamic_update_slice(state, x.reshape(1, c.batch, -1, *shape[3:]), (0,) * len(shape))
-    scalars = jnp.concatenate([weights.table.reshape(-1), positions.astype(jnp.int32), wanted])
+    table = jnp.asarray(weights.table.reshape(-1))
+    scalars = jnp.concatenate([table, positions.astype(jnp.int32), wanted])
     scalars = jnp.pad(scalars, (0, kernel.scalar_count(c) - scalars.size))
     split = lambda a: a.reshape(*a.shape[:-1], -1, 2, 4, 4)
     return {
         "scalars_in": scalars,
         "rope": rope,
         "replay_ids": expert_ids.astype(jnp.int32),
-        "input_norm": split(weights.input_norm),
-        "post_norm": split(weights.post_norm),
-        "q_norm": weights.q_norm,
-        "k_norm": weights.k_norm,
-        "final_norm": split(weights.final_norm),
-        "router": split(weights.router),
-        "weights": weights.stacks,
+        "input_norm": split(norm("input_layernorm")),
+        "post_norm": split(norm("post_attention_layernorm")),
+        "q_norm": norm("self_attn.q_norm"),
+        "k_norm": norm("self_attn.k_norm"),
+        "final_norm": split(params["norm"]),
+        "router": split(router),
+        "weights": {role: [dict(s.arrays) for s in stacks] for role, stacks in weights.stacks.items()},
         "state": jax.new_ref(state),
     }

@@ -1,78 +1,72 @@
-"""The weights of a whole model as the decode kernel reads them: stacks of tiles and a table.
+"""A model's weights as the decode kernel reads them: stacks of tiles, and where each layer's matrices begin.
 
-All matrices of one role and type form one stack of tiles, layer after layer, so that the
-kernel indexes it without a copy; the table of int32 [layers, columns] says where each
-layer's matrices begin. ``StepConfig.columns`` names the columns.
+All of it is read off the parameters and their ``LayerTable``, without a copy, where the kernel is
+called: nothing here is kept.
 """
 
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
 from qwen3_moe_jax.convert.ggml_types import GGMLType
+from qwen3_moe_jax.convert.layouts.gpu_tiles import TILE_ROWS
+from qwen3_moe_jax.convert.packed import PackedTensor
+from qwen3_moe_jax.kernels_pallas.packed.stacks import LayerTable, LayerTensor
 
-ROLES = ("qkv", "o", "gate", "up", "down", "lm_head")
+ROUTER = "mlp.router"
+TENSORS = {
+    "o": "self_attn.o_proj",
+    "gate": "mlp.experts.gate_proj",
+    "up": "mlp.experts.up_proj",
+    "down": "mlp.experts.down_proj",
+}
+"""The tensor of each role; queries, keys and values are the role "qkv"."""
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class DecodeWeights:
-    """Arrays of the model for the decode kernel.
+class StepWeights(NamedTuple):
+    """What the kernel takes.
 
     Attributes:
-      stacks: for each role, one dictionary of arrays a type (``convert.layouts.gpu_tiles``).
-      table: int32 [L, columns].
-      router: float32 [L, E, D].
-      input_norm, post_norm: float32 [L, D]; q_norm, k_norm: float32 [L, H]; final_norm: float32 [D].
-      embed_tokens: packed [V, D], layout ``rows``.
-      types: for each role, the types of its stacks.
-      qkv_always: 8-row tiles of q, k and v that have the first type in every layer.
+      stacks: packed [R, K] for each of "qkv", "o", "gate", "up", "down" and "lm_head", one for each type.
+      table: int32 [L, columns], columns as :func:`column_names` names them; offsets are tiles of 8 rows.
+      qkv_always: tiles of 8 rows of q, k and v that have the first type in every layer.
     """
 
-    stacks: dict[str, list[dict[str, Any]]]
-    table: Any
-    router: Any
-    input_norm: Any
-    post_norm: Any
-    q_norm: Any
-    k_norm: Any
-    final_norm: Any
-    embed_tokens: Any
-    types: tuple[tuple[str, tuple[GGMLType, ...]], ...] = field(metadata={"static": True})
-    qkv_always: int = field(metadata={"static": True})
+    stacks: dict[str, tuple[PackedTensor, ...]]
+    table: np.ndarray
+    qkv_always: int
 
-    def types_of(self, role: str) -> tuple[GGMLType, ...]:
-        return dict(self.types)[role]
+    @classmethod
+    def of(cls, params: Mapping[str, Any]) -> "StepWeights":
+        """From a model's parameters.
+
+        Args:
+          params: "layers" is the ``LayerTable``, "lm_head" packed [V, D].
+
+        Raises:
+          NotImplementedError: the kernel cannot read weights that lie so.
+        """
+        table: LayerTable = params["layers"]
+        if "lm_head" not in params:
+            raise NotImplementedError("GPU decode step: tied word embeddings are not supported")
+        if (router := table[ROUTER].stacks) != (f"{ROUTER}.{GGMLType.F32.name}",):
+            raise NotImplementedError(
+                f"GPU decode step: the router is in {', '.join(router)}; it must be F32"
+            )
+        columns, always = _qkv_columns(table)
+        stacks = {role: table[name].options for role, name in TENSORS.items()}
+        stacks |= {"qkv": _qkv_stacks(table), "lm_head": (params["lm_head"],)}
+        columns |= _type_and_offset("o", table[TENSORS["o"]])
+        columns |= _type_and_offset("gate_up", _gate_up(table))
+        columns |= _type_and_offset("down", table[TENSORS["down"]])
+        names = column_names(len(stacks["qkv"]))
+        return cls(stacks, table.columns([columns[name] for name in names]), always)
 
     @property
-    def nbytes(self) -> int:
-        return sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(self))
-
-
-@dataclass(frozen=True)
-class LayerTypes:
-    """The quantization types of one layer's matrices."""
-
-    q: GGMLType
-    k: GGMLType
-    v: GGMLType
-    o: GGMLType
-    gate_up: GGMLType
-    down: GGMLType
-
-
-@dataclass(frozen=True)
-class StackPlan:
-    """Where every matrix lies: the table, the types and the number of tiles of each stack."""
-
-    table: np.ndarray
-    columns: dict[str, int]
-    types: dict[str, tuple[GGMLType, ...]]
-    tiles: dict[str, tuple[int, ...]]
-    qkv_order: tuple[tuple[str, ...], ...]
-    qkv_always: int
+    def types(self) -> dict[str, tuple[GGMLType, ...]]:
+        """The types of each role's stacks."""
+        return {role: tuple(stack.type for stack in stacks) for role, stacks in self.stacks.items()}
 
 
 def column_names(qkv_types: int) -> dict[str, int]:
@@ -85,61 +79,60 @@ def column_names(qkv_types: int) -> dict[str, int]:
     return {name: i for i, name in enumerate(names)}
 
 
-def _by_frequency(types: list[GGMLType]) -> tuple[GGMLType, ...]:
-    return tuple(sorted(set(types), key=lambda t: (-types.count(t), t)))
-
-
-def plan_stacks(layers: list[LayerTypes], *, config: Any) -> StackPlan:
-    """Lays the matrices of all layers out in stacks.
-
-    Args:
-      layers: the types of each layer.
-      config: a model configuration with ``hidden_size`` and its fellows.
-    """
-    head = config.head_dim
-    rows = {"q": config.num_attention_heads * head, "k": config.num_key_value_heads * head}
-    rows["v"] = rows["k"]
-    weighted = [getattr(layer, n) for layer in layers for n in "qkv" for _ in range(rows[n] // head)]
-    qkv_types = _by_frequency(weighted)
-    types = {
-        "qkv": qkv_types,
-        "o": _by_frequency([layer.o for layer in layers]),
-        "gate": _by_frequency([layer.gate_up for layer in layers]),
-        "down": _by_frequency([layer.down for layer in layers]),
+def _type_and_offset(name: str, tensor: LayerTensor) -> dict[str, tuple[int, ...]]:
+    return {
+        f"{name}_type": tensor.which,
+        f"{name}_offset": tuple(first // TILE_ROWS for first in tensor.first),
     }
-    columns = column_names(len(qkv_types))
-    table = np.zeros((len(layers), len(columns)), np.int32)
-    used = {role: [0] * len(types[role]) for role in types}
-    order = []
-    always = None
-    each = {
-        "o": config.hidden_size // 8,
-        "gate": config.num_experts * config.moe_intermediate_size // 8,
-        "down": config.num_experts * config.hidden_size // 8,
-    }
-    for i, layer in enumerate(layers):
-        start, names = 0, []
-        for t, type in enumerate(qkv_types):
-            mine = [n for n in "qkv" if getattr(layer, n) is type]
-            count = sum(rows[n] for n in mine) // 8
-            table[i, columns[f"qkv_offset{t}"]] = used["qkv"][t]
-            table[i, columns[f"qkv_count{t}"]] = count
-            used["qkv"][t] += count
-            for n in mine:
-                table[i, columns[f"{n}_head"]] = start // head
-                start += rows[n]
-                names.append(n)
-            if t == 0:
-                always = count if always is None else min(always, count)
-        order.append(tuple(names))
-        for role, name, type in (
-            ("o", "o", layer.o),
-            ("gate", "gate_up", layer.gate_up),
-            ("down", "down", layer.down),
-        ):
-            t = types[role].index(type)
-            table[i, columns[f"{name}_type"]] = t
-            table[i, columns[f"{name}_offset"]] = used[role][t]
-            used[role][t] += each[role]
-    types["up"], used["up"] = types["gate"], used["gate"]
-    return StackPlan(table, columns, types, {r: tuple(n) for r, n in used.items()}, tuple(order), always or 0)
+
+
+def _gate_up(table: LayerTable) -> LayerTensor:
+    gate, up = table[TENSORS["gate"]], table[TENSORS["up"]]
+    types = [tuple(t.options[which].type for which in t.which) for t in (gate, up)]
+    for layer, (one, other) in enumerate(zip(*types, strict=True)):
+        if one != other:
+            raise NotImplementedError(
+                f"GPU decode step: gate_proj and up_proj of layer {layer} are {one.name} and {other.name}; "
+                "they must have one type"
+            )
+    return gate
+
+
+def _qkv(table: LayerTable) -> dict[str, LayerTensor]:
+    tensors = {name: table[f"self_attn.{name}_proj"] for name in "qkv"}
+    names = tuple(tensor.name for tensor in tensors.values())
+    if any(tensor.neighbours != names for tensor in tensors.values()):
+        raise NotImplementedError("GPU decode step: q, k and v must lie in the same stacks, layer by layer")
+    return tensors
+
+
+def _qkv_names(table: LayerTable) -> list[str]:
+    """The stacks of q, k and v: that with most rows first, the lower type first among equals."""
+    names = {stack for tensor in _qkv(table).values() for stack in tensor.stacks}
+    return sorted(names, key=lambda name: (-table.stacks[name].shape[0], table.stacks[name].type))
+
+
+def _qkv_stacks(table: LayerTable) -> tuple[PackedTensor, ...]:
+    return tuple(table.stacks[name] for name in _qkv_names(table))
+
+
+def _qkv_columns(table: LayerTable) -> tuple[dict[str, list[int]], int]:
+    """The columns of q, k and v, whose rows of one type are one matrix; and ``StepWeights.qkv_always``."""
+    tensors, stacks = _qkv(table), _qkv_names(table)
+    head = table["self_attn.q_norm"].shape[0]
+    columns: dict[str, list[int]] = {f"{name}_head": [] for name in tensors}
+    for i in range(len(stacks)):
+        columns |= {f"qkv_offset{i}": [], f"qkv_count{i}": []}
+    used = [0] * len(stacks)
+    for layer in range(table.num_layers):
+        row = 0
+        for i, stack in enumerate(stacks):
+            here = {n: t for n, t in tensors.items() if t.stacks[t.which[layer]] == stack}
+            tiles = sum(tensor.rows for tensor in here.values()) // TILE_ROWS
+            columns[f"qkv_offset{i}"].append(used[i])
+            columns[f"qkv_count{i}"].append(tiles)
+            used[i] += tiles
+            for name, tensor in here.items():
+                columns[f"{name}_head"].append(row // head)
+                row += tensor.rows
+    return columns, min(columns["qkv_count0"])

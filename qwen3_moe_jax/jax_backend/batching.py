@@ -17,23 +17,23 @@ from qwen3_moe_jax.core.errors import BatchFullError, ContextOverflowError, Mode
 from qwen3_moe_jax.core.runner import FinishReason, Generated, IsOver, Progress
 from qwen3_moe_jax.core.sampling import Sampling
 from qwen3_moe_jax.jax_backend import generate
+from qwen3_moe_jax.jax_backend.decode_path import Decoder
 from qwen3_moe_jax.jax_backend.generate import (
-    MOST_STEPS,
+    MAX_STEPS,
     PREFILL_CHUNKS,
     DecodeState,
-    News,
-    Params,
+    StepResult,
     chunk_lengths,
 )
 from qwen3_moe_jax.jax_backend.kv_cache import KVCache
-from qwen3_moe_jax.jax_backend.model import Qwen3Moe
+from qwen3_moe_jax.jax_backend.params import Params
 from qwen3_moe_jax.jax_backend.token_choice import SamplingArrays, is_wide
 
 PREFILL_TOKENS = 2048
 """Tokens of prompts that a step reads unless asked otherwise: more rows would not use a GPU better."""
 
-STEPS_A_DISPATCH = 8
-"""Tokens a dispatch of ``run_all`` when nobody waits for a slot."""
+TOKENS_PER_DISPATCH = 8
+"""Tokens per dispatch of ``run_all`` when nobody waits for a slot."""
 
 
 @dataclass
@@ -59,10 +59,10 @@ class _Sequence:
 
 
 @dataclass(frozen=True)
-class _Begun:
-    """A step that the device has been asked for: its news, its sequences, and how many tokens of each."""
+class PendingStep:
+    """A step that the device has been asked for: its result, its sequences, and how many tokens of each."""
 
-    news: News
+    result: StepResult
     sequences: dict[int, _Sequence]
     tokens: int
 
@@ -78,28 +78,29 @@ class Batch:
       capacity: tokens that a sequence may have, prompt and output.
     """
 
-    def __init__(self, model: Qwen3Moe, params: Params, cache: KVCache, capacity: int):
+    def __init__(self, decoder: Decoder, params: Params, cache: KVCache, capacity: int):
         """Makes empty slots, one for each row of ``cache``, which this batch owns from now on.
 
         Args:
-          model, params: the network; ``params`` are shared, not copied.
+          decoder, params: the network; ``params`` are shared, not copied.
           cache: ``capacity`` positions and room for the longest of ``generate.PREFILL_CHUNKS``.
           capacity: tokens that a sequence may have.
         """
         self.slots, self.capacity = cache.k.shape[1], capacity
-        self._model, self._params = model, params
+        self._decoder, self._params = decoder, params
         # bound to its device as every later state, so that one program serves all
         (self._device,) = cache.k.devices()
-        state = DecodeState.empty(cache, capacity, model.config.vocab_size)
+        state = DecodeState.empty(cache, capacity, decoder.model.config.vocab_size)
         self._state = jax.device_put(state, self._device)
+        self._runs_ahead = decoder.path(params, 1, cache).is_one_launch
         self._sequences: dict[int, _Sequence] = {}
-        self._begun: _Begun | None = None
+        self._pending: PendingStep | None = None
         self._closed = False
 
     def close(self) -> None:
         """Deletes the cache and all else on the device; later calls raise ModelClosedError."""
         self._closed = True
-        self._sequences, self._begun, self._params = {}, None, {}
+        self._sequences, self._pending, self._params = {}, None, {}
         for array in jax.tree.leaves(self._state):
             if not array.is_deleted():
                 array.delete()
@@ -164,7 +165,7 @@ class Batch:
         self, token_ids: Sequence[int], max_tokens: int | None, stop_ids: Collection[int]
     ) -> tuple[np.ndarray, np.ndarray]:
         """The prompt padded to int32 [S] and the stop tokens as bool [V]."""
-        vocab_size, count = self._model.config.vocab_size, len(token_ids)
+        vocab_size, count = self._decoder.model.config.vocab_size, len(token_ids)
         if not count:
             raise ValueError("the prompt is empty: it needs at least one token")
         if max_tokens is not None and max_tokens < 1:
@@ -205,10 +206,10 @@ class Batch:
         one dispatch.
 
         Args:
-          tokens: 1 to ``generate.MOST_STEPS``.
+          tokens: 1 to ``generate.MAX_STEPS``.
           prompt_tokens: about how much is read in this step, which the sequences that are written
             wait for; the shortest chunk of one prompt at least.
-          ahead: 0 to ``generate.MOST_STEPS``. If this is not 0 and a GPU's decode kernel runs, the device is
+          ahead: 0 to ``generate.MAX_STEPS``. If this is not 0 and a GPU's decode kernel runs, the device is
             asked for the next step, of so many tokens, before this one's results are waited for. The next
             call gives that step's results; what is admitted meanwhile comes after it.
 
@@ -217,68 +218,68 @@ class Batch:
         """
         self._check_open()
         for count, least in ((tokens, 1), (ahead, 0)):
-            if not least <= count <= MOST_STEPS:
-                raise ValueError(f"a step writes {least} to {MOST_STEPS} tokens, not {count}")
-        begun = self._begun or self._begin(tokens, prompt_tokens)
-        self._begun = None
-        if begun is None:
+            if not least <= count <= MAX_STEPS:
+                raise ValueError(f"a step writes {least} to {MAX_STEPS} tokens, not {count}")
+        pending = self._pending or self._begin(tokens, prompt_tokens)
+        self._pending = None
+        if pending is None:
             return []
-        if ahead and self._model.fused_decode and self._goes_on(begun):
-            self._begun = self._decode(ahead)
-        return self._take(begun)
+        if ahead and self._runs_ahead and self._continues(pending):
+            self._pending = self._decode(ahead)
+        return self._take(pending)
 
-    def _goes_on(self, begun: _Begun) -> bool:
+    def _continues(self, pending: PendingStep) -> bool:
         """Whether no prompt is waiting, some sequence has tokens to write after this step, and asking for
         more does not wait for it: sampling of the whole vocabulary does (``generate.decode``)."""
         ready = [s for s in self._sequences.values() if s.is_ready]
         if self.waiting or any(s.is_wide for s in ready):
             return False
-        return any(s.length + begun.tokens < s.limit for s in ready)
+        return any(s.length + pending.tokens < s.limit for s in ready)
 
-    def _begin(self, tokens: int, prompt_tokens: int) -> _Begun | None:
+    def _begin(self, tokens: int, prompt_tokens: int) -> PendingStep | None:
         waiting = [slot for slot, sequence in self._sequences.items() if sequence.is_waiting]
         ready = [slot for slot, sequence in self._sequences.items() if sequence.is_ready]
         if waiting:
             return self._read_prompts(waiting, self.slots if ready else 0, prompt_tokens)
         return self._decode(tokens) if ready else None
 
-    def _decode(self, tokens: int) -> _Begun:
+    def _decode(self, tokens: int) -> PendingStep:
         ready = [slot for slot, sequence in self._sequences.items() if sequence.is_ready]
         rows = min(1 << max(ready).bit_length(), self.slots)  # few shapes, each compiled once
-        self._state, news = generate.decode(
-            self._model, self._params, self._state, np.int32(tokens), rows=rows
+        self._state, result = generate.decode(
+            self._decoder, self._params, self._state, np.int32(tokens), rows=rows
         )
-        return _Begun(news, dict(self._sequences), tokens)
+        return PendingStep(result, dict(self._sequences), tokens)
 
-    def _read_prompts(self, waiting: list[int], rows: int, most: int) -> _Begun:
+    def _read_prompts(self, waiting: list[int], rows: int, most: int) -> PendingStep:
         remaining = {slot: self._sequences[slot].length - self._sequences[slot].filled for slot in waiting}
         sizes = [size for size in PREFILL_CHUNKS if size <= most] or PREFILL_CHUNKS[:1]
         chunk = chunk_lengths(remaining[waiting[0]], sizes)[0]
         together = min(len(waiting), max(1, most // chunk))
         slots = waiting[: 1 << (together.bit_length() - 1)]  # a power of two: few shapes again
-        self._state, news = generate.prefill(
-            self._model, self._params, self._state, jnp.asarray(slots, jnp.int32), chunk=chunk, rows=rows
+        self._state, result = generate.prefill(
+            self._decoder, self._params, self._state, jnp.asarray(slots, jnp.int32), chunk=chunk, rows=rows
         )
         for slot in slots:
             self._sequences[slot].filled += min(chunk, remaining[slot])
-        return _Begun(news, dict(self._sequences), 1)
+        return PendingStep(result, dict(self._sequences), 1)
 
-    def _take(self, begun: _Begun) -> list[Progress]:
+    def _take(self, pending: PendingStep) -> list[Progress]:
         """Notes what a step has done, and says it."""
-        news = jax.device_get(begun.news)
+        result = jax.device_get(pending.result)
         progress = []
-        for slot, sequence in sorted(begun.sequences.items()):
+        for slot, sequence in sorted(pending.sequences.items()):
             if sequence.finish_reason or self._sequences.get(slot) is not sequence:
                 continue  # it ended in the step before, or was given up, when this one had begun
-            added = int(news.length[slot]) - sequence.length
-            if not (added or news.finished[slot]):
+            added = int(result.length[slot]) - sequence.length
+            if not (added or result.finished[slot]):
                 continue
             sequence.length += added
             sequence.filled = sequence.length - 1
-            tokens = news.tokens[slot, :added].tolist()
-            if news.nonfinite[slot]:
+            tokens = result.tokens[slot, :added].tolist()
+            if result.nonfinite[slot]:
                 sequence.finish_reason = "nonfinite"
-            elif news.finished[slot]:
+            elif result.finished[slot]:
                 is_stopped = tokens[-1] in sequence.stop_ids
                 sequence.finish_reason = "stop" if is_stopped else "length"
                 tokens = tokens[:-1] if is_stopped else tokens
@@ -310,7 +311,7 @@ def run_all(batch: Batch, requests: Sequence[Request], is_over: IsOver | None = 
             number, r = waiting.popleft()
             slot = batch.admit(r.token_ids, sampling=r.sampling, max_tokens=r.max_tokens, stop_ids=r.stop_ids)
             running[slot] = number
-        for progress in batch.step(tokens, ahead=0 if waiting else STEPS_A_DISPATCH):
+        for progress in batch.step(tokens, ahead=0 if waiting else TOKENS_PER_DISPATCH):
             number = running[progress.slot]
             result = results[number]
             result.tokens += progress.tokens
@@ -320,5 +321,5 @@ def run_all(batch: Batch, requests: Sequence[Request], is_over: IsOver | None = 
             if result.finish_reason:
                 batch.free(progress.slot)
                 del running[progress.slot]
-        tokens = 1 if waiting else STEPS_A_DISPATCH
+        tokens = 1 if waiting else TOKENS_PER_DISPATCH
     return results

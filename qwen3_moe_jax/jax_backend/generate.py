@@ -9,15 +9,15 @@ compiles anything. ``batching.Batch`` is the host's side.
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 
 from qwen3_moe_jax.core.sampling import Sampling
+from qwen3_moe_jax.jax_backend.decode_path import Decoder
 from qwen3_moe_jax.jax_backend.kv_cache import KVCache, Span
-from qwen3_moe_jax.jax_backend.model import Qwen3Moe
+from qwen3_moe_jax.jax_backend.params import Params
 from qwen3_moe_jax.jax_backend.token_choice import (
     GREEDY,
     NARROW,
@@ -27,20 +27,17 @@ from qwen3_moe_jax.jax_backend.token_choice import (
     work_of,
 )
 
-Params = dict[str, Any]
-"""Flax's parameter tree, its leaves packed tensors and norm weights."""
-
 COMPILER_OPTIONS = {"xla_cpu_prefer_vector_width": 512}
 """One instruction for sixteen rows of weights on CPUs that have it; other platforms ignore it."""
 
 PREFILL_CHUNKS = (16, 128, 512)
 """Lengths of a prefill chunk: a prompt is cut into these, so only these shapes are compiled."""
 
-MOST_STEPS = 32
+MAX_STEPS = 32
 """Tokens of a sequence that one dispatch writes at most."""
 
 LAUNCHES = (2, 8, 32)
-"""How often a dispatch launches the GPU's decode kernel: the fewest that do, up to MOST_STEPS. A loop of a
+"""How often a dispatch launches the GPU's decode kernel: the fewest that do, up to MAX_STEPS. A loop of a
 fixed number asks nothing of the host, and a kernel that has nothing to do ends at once. A loop of one would
 be no loop to XLA, which then copies the cache."""
 
@@ -113,7 +110,7 @@ class DecodeState:
 
 
 @struct.dataclass
-class News:
+class StepResult:
     """What the host wants to know after a step.
 
     Attributes:
@@ -128,7 +125,7 @@ class News:
     nonfinite: jax.Array
 
     @classmethod
-    def of(cls, state: DecodeState, before: jax.Array, most: int) -> "News":
+    def of(cls, state: DecodeState, before: jax.Array, most: int) -> "StepResult":
         """``before``: the lengths int32 [B] that ``most`` tokens may have been added to."""
         columns = jnp.minimum(before[:, None] + jnp.arange(most), state.capacity - 1)
         tokens = jnp.take_along_axis(state.tokens, columns, axis=1)
@@ -232,7 +229,7 @@ def last_tokens(state: DecodeState, rows: int) -> jax.Array:
 
 
 @struct.dataclass
-class _Writing:
+class LoopState:
     """What changes from token to token while B sequences are written; little, for a GPU launches a kernel
     for nearly each of these.
 
@@ -240,10 +237,10 @@ class _Writing:
       cache: keys and values.
       in_output: bool [slots, V], as in DecodeState.
       step: int32, tokens since the dispatch began.
-      written: int32 [MOST_STEPS, B], the first ``count[b]`` of them are sequence b's.
+      written: int32 [MAX_STEPS, B], the first ``count[b]`` of them are sequence b's.
       last: int32 [B], the next inputs.
       count: int32 [B].
-      goes: bool [B], whether the next step writes a token.
+      active: bool [B], whether the next step writes a token.
       finished, nonfinite: bool [B], ended in this dispatch, and so because of its logits.
     """
 
@@ -253,38 +250,32 @@ class _Writing:
     written: jax.Array
     last: jax.Array
     count: jax.Array
-    goes: jax.Array
+    active: jax.Array
     finished: jax.Array
     nonfinite: jax.Array
 
 
-@partial(jax.jit, static_argnames="model")
+@partial(jax.jit, static_argnames="decoder")
 def _decode_logits(
-    model: Qwen3Moe, params: Params, tokens: jax.Array, start: jax.Array, goes: jax.Array, cache: KVCache
+    decoder: Decoder, params: Params, tokens: jax.Array, start: jax.Array, active: jax.Array, cache: KVCache
 ) -> tuple[jax.Array, KVCache]:
     """Logits float32 [B, V] after one token of each sequence, int32 [B] at position ``start`` [B].
 
     A jitted function of its own, so that a program that calls it in several loops has one GPU kernel.
     """
-    if len(tokens) <= model.fused_decode:
-        from qwen3_moe_jax.jax_backend import gpu_decode  # needs a JAX that has Mosaic GPU
-
-        out = gpu_decode.decode_step(params, model.config, model.types, tokens, start, cache, goes=goes)
-        return out.logits, KVCache(*out.cache)
-    variables = {"params": params}
-    output = model.apply(variables, tokens[:, None], cache, start)
-    return model.apply(variables, output.hidden[:, -1], method="logits"), output.cache
+    step = decoder.step(params, tokens[:, None], start, cache, active=active)
+    return step.logits[:, 0], step.cache
 
 
 def _write_tokens(
-    model: Qwen3Moe,
+    decoder: Decoder,
     params: Params,
     state: DecodeState,
     steps: jax.Array,
-    now: _Writing,
+    now: LoopState,
     work: int | None = None,
     launches: int | None = None,
-) -> _Writing:
+) -> LoopState:
     """The loop of ``decode``: every setting is ``state``'s, which it does not change.
 
     Args:
@@ -296,38 +287,38 @@ def _write_tokens(
     start, length, limit = state.filled[:rows], state.length[:rows], state.limit[:rows]
     sampling = jax.tree.map(lambda x: x[:rows], state.sampling)
 
-    def step(now: _Writing) -> _Writing:
-        logits, cache = _decode_logits(model, params, now.last, start + now.count, now.goes, now.cache)
+    def step(now: LoopState) -> LoopState:
+        logits, cache = _decode_logits(decoder, params, now.last, start + now.count, now.active, now.cache)
         masks = lambda: (state.in_prompt[:rows], now.in_output[:rows])
         token, finite = choose_tokens(logits, sampling, length + now.count, masks, work)
-        writes, bad = now.goes & finite, now.goes & ~finite
+        writes, bad = now.active & finite, now.active & ~finite
         stops = state.is_stop.at[slots, token].get(mode="promise_in_bounds")
         ends = stops | (length + now.count + 1 >= limit)
         in_output = now.in_output if work == GREEDY else now.in_output.at[slots, token].max(writes)
-        return _Writing(
+        return LoopState(
             cache=cache,
             in_output=in_output,
             step=now.step + 1,
-            written=jnp.where(jnp.arange(MOST_STEPS)[:, None] == now.step, token, now.written),
+            written=jnp.where(jnp.arange(MAX_STEPS)[:, None] == now.step, token, now.written),
             last=token,
             count=now.count + writes,
-            goes=writes & ~ends & (now.step + 1 < steps),
+            active=writes & ~ends & (now.step + 1 < steps),
             finished=now.finished | bad | (writes & ends),
             nonfinite=now.nonfinite | bad,
         )
 
     if launches is not None:
         return jax.lax.fori_loop(0, launches, lambda _, now: step(now), now)
-    return jax.lax.while_loop(lambda now: jnp.any(now.goes), step, now)
+    return jax.lax.while_loop(lambda now: jnp.any(now.active), step, now)
 
 
 @partial(
-    jax.jit, static_argnames=("model", "rows"), donate_argnames="state", compiler_options=COMPILER_OPTIONS
+    jax.jit, static_argnames=("decoder", "rows"), donate_argnames="state", compiler_options=COMPILER_OPTIONS
 )
 def decode(
-    model: Qwen3Moe, params: Params, state: DecodeState, steps: jax.Array, *, rows: int
-) -> tuple[DecodeState, News]:
-    """Writes ``steps`` tokens, at most MOST_STEPS, for the sequences that are ready, less where they end.
+    decoder: Decoder, params: Params, state: DecodeState, steps: jax.Array, *, rows: int
+) -> tuple[DecodeState, StepResult]:
+    """Writes ``steps`` tokens, at most MAX_STEPS, for the sequences that are ready, less where they end.
 
     Args:
       steps: int32 scalar.
@@ -335,19 +326,19 @@ def decode(
     """
     before, slots = state.length, jnp.arange(rows)
     no = lambda: jnp.zeros((rows,), bool)
-    now = _Writing(
+    now = LoopState(
         cache=state.cache,
         in_output=state.in_output,
         step=jnp.int32(0),
-        written=jnp.zeros((MOST_STEPS, rows), jnp.int32),
+        written=jnp.zeros((MAX_STEPS, rows), jnp.int32),
         last=last_tokens(state, rows)[:, 0],
         count=jnp.zeros((rows,), jnp.int32),
-        goes=state.ready[:rows] & (steps > 0),
+        active=state.ready[:rows] & (steps > 0),
         finished=no(),
         nonfinite=no(),
     )
-    write = partial(_write_tokens, model, params, state, steps)
-    if rows <= model.fused_decode:
+    write = partial(_write_tokens, decoder, params, state, steps)
+    if decoder.path(params, rows, state.cache).is_one_launch:
         # Loops without a branch or a condition, at which a GPU waits for the host at each token, for
         # all but the sampling that takes long itself. All call one compiled kernel.
         ways = [partial(write, work=work, launches=n) for work in (GREEDY, NARROW) for n in LAUNCHES]
@@ -358,7 +349,7 @@ def decode(
     else:
         now = write(now)
 
-    order = jnp.arange(MOST_STEPS)
+    order = jnp.arange(MAX_STEPS)
     real = order < now.count[:, None]
     where = jnp.where(real, before[:rows, None] + order, state.capacity)  # an index past the end is dropped
     state = state.replace(
@@ -370,18 +361,18 @@ def decode(
         nonfinite=state.nonfinite.at[:rows].max(now.nonfinite),
         in_output=now.in_output.at[slots[:, None], now.written.T].max(real),
     )
-    return state, News.of(state, before, MOST_STEPS)
+    return state, StepResult.of(state, before, MAX_STEPS)
 
 
 @partial(
     jax.jit,
-    static_argnames=("model", "chunk", "rows"),
+    static_argnames=("decoder", "chunk", "rows"),
     donate_argnames="state",
     compiler_options=COMPILER_OPTIONS,
 )
 def prefill(
-    model: Qwen3Moe, params: Params, state: DecodeState, slots: jax.Array, *, chunk: int, rows: int
-) -> tuple[DecodeState, News]:
+    decoder: Decoder, params: Params, state: DecodeState, slots: jax.Array, *, chunk: int, rows: int
+) -> tuple[DecodeState, StepResult]:
     """Reads a chunk of some prompts; a prompt's last token gives its first new one.
 
     Args:
@@ -401,7 +392,7 @@ def prefill(
         spans.insert(0, Span(state.filled[:rows], 1))
         token_ids = jnp.concatenate([last_tokens(state, rows)[:, 0], token_ids.reshape(-1)])[None]
     variables = {"params": params}
-    output = model.apply(variables, token_ids, state.cache, spans)
+    output = decoder.model.apply(variables, token_ids, state.cache, spans)
 
     ends_here = length <= start + chunk
     filled = state.filled.at[slots].set(jnp.minimum(start + chunk, length)).at[:rows].add(ready)
@@ -413,8 +404,8 @@ def prefill(
     writes = jnp.concatenate([ready, ends_here])
 
     def write(state: DecodeState) -> DecodeState:
-        logits = model.apply(variables, hidden, method="logits")
+        logits = decoder.model.apply(variables, hidden, method="logits")
         return append_tokens(state, jnp.concatenate([jnp.arange(rows), slots]), logits, writes)
 
     state = jax.lax.cond(jnp.any(writes), write, lambda state: state, state)
-    return state, News.of(state, before, 1)
+    return state, StepResult.of(state, before, 1)

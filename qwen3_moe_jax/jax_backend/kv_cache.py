@@ -11,10 +11,16 @@ import jax.numpy as jnp
 from flax import struct
 
 from qwen3_moe_jax.convert.config import Qwen3MoeConfig
+from qwen3_moe_jax.kernels_pallas import CACHE_TILE
 
-MOST_SLICES = 8
+MAX_SLICES = 8
 """Sequences that are written one by one; a scatter for more. XLA's CPU runs a scatter row by row,
 and a GPU launches a kernel for each slice."""
+
+
+def whole_tiles(positions: int) -> int:
+    """Positions of a cache for this many: whole tiles of the attention kernels."""
+    return -(-positions // CACHE_TILE) * CACHE_TILE
 
 
 @struct.dataclass
@@ -120,7 +126,7 @@ def _to_int8(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 def _write(stack: jax.Array, new: jax.Array, span: Span, layer: jax.Array) -> jax.Array:
     """One stack [L, B, S, ...] with ``new`` [B, T, ...] at the span's places."""
     new, batch = new.astype(stack.dtype), len(new)
-    if batch <= MOST_SLICES:
+    if batch <= MAX_SLICES:
         for b in range(batch):
             row = b if span.slots is None else span.slots[b]
             corner = [jnp.int32(i) for i in (layer, row, span.start[b], *(0 for _ in stack.shape[3:]))]

@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qwen3_moe_jax.jax_backend.generate import COMPILER_OPTIONS, Params
+from qwen3_moe_jax.jax_backend.generate import COMPILER_OPTIONS
 from qwen3_moe_jax.jax_backend.kv_cache import KVCache
 from qwen3_moe_jax.jax_backend.model import Qwen3Moe
+from qwen3_moe_jax.jax_backend.params import Params
 
 HEAD_ROWS = 128
 """Rows of logits that are on the device at once: 78 MB for Qwen3's vocabulary of 151,936."""

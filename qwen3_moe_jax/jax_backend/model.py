@@ -16,8 +16,7 @@ Equations: Qwen3 technical report (arXiv 2505.09388); Transformers'
 ``modeling_qwen3_moe.py``.
 """
 
-import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,18 +25,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from flax.core import FrozenDict
 
 import qwen3_moe_jax.kernels_pallas as ops
 from qwen3_moe_jax.convert.config import Qwen3MoeConfig
-from qwen3_moe_jax.convert.ggml_types import GGMLType
-from qwen3_moe_jax.convert.packed import ARRAY_FORMATS, PackedTensor, array_shapes
-from qwen3_moe_jax.convert.tensor_names import tensor_specs
 from qwen3_moe_jax.core.stages import INSIDE_EXPERTS
 from qwen3_moe_jax.jax_backend.kv_cache import KVCache, Span, write_positions
-from qwen3_moe_jax.jax_backend.stacks import Place, Roles, Types, split_path, stack_layers
-from qwen3_moe_jax.kernels_pallas.decode_layers import api as decode_layers
-from qwen3_moe_jax.kernels_pallas.decode_layers.weights import LayerWeights, OfLayers
 
 STAGES_COLLECTION = "stages"
 """Flax collection that receives stages when it is mutable; those of layers have L as their first axis."""
@@ -75,32 +67,6 @@ class Output:
     hidden: jax.Array
     cache: KVCache
     expert_ids: jax.Array
-
-
-def zero_params(config: Qwen3MoeConfig, types: Types, roles: Roles) -> dict[str, Any]:
-    """The parameter tree with zeros in layout "rows": vectors float32, everything else packed.
-
-    Keys: ``stacks`` (by name, ``stacks.stack_layers``) and the paths of the tensors outside the layers.
-    """
-    _, shapes = stack_layers(config, types, roles)
-    params: dict[str, Any] = {
-        "stacks": {name: _zeros((s.rows, s.columns), s.type) for name, s in shapes.items()}
-    }
-    for spec in tensor_specs(config):
-        if split_path(spec.path)[0] is None:
-            params[spec.path] = _zeros(spec.shape, types[spec.path] if len(spec.shape) > 1 else None)
-    return params
-
-
-def _zeros(shape: tuple[int, ...], ggml_type: GGMLType | None) -> PackedTensor | jax.Array:
-    if ggml_type is None:
-        return jnp.zeros(shape, jnp.float32)
-    formats = ARRAY_FORMATS[ggml_type]
-    shapes = array_shapes(ggml_type, shape)
-    return PackedTensor({n: jnp.zeros(s, formats[n].dtype) for n, s in shapes.items()}, ggml_type)
-
-
-# The network
 
 
 class _Part(nn.Module):
@@ -268,22 +234,13 @@ class DecoderLayer(_Part):
 class Qwen3Moe(_Part):
     """The whole network: ``__call__`` runs the decoder layers, ``logits`` the head on chosen rows.
 
+    Parameters: "embed_tokens", "layers" (an ``ops.LayerTable``), "norm", and "lm_head" unless it is tied.
+
     Attributes:
-      types: quantization type of each parameter, by its path.
-      roles: tensors that share stacks (``stacks.stack_layers``).
-      fused_decode: batches of up to this many sequences decode in the GPU's one-kernel step; 0: none.
       layers: the layers to run, or None for all.
     """
 
-    types: FrozenDict[str, GGMLType] = FrozenDict()
-    roles: FrozenDict[str, str] = FrozenDict()
-    fused_decode: int = 0
     layers: tuple[int, ...] | None = None
-
-    def setup(self) -> None:
-        if self.is_initializing():
-            for name, value in zero_params(self.config, self.types, self.roles).items():
-                self.put_variable("params", name, value)
 
     def __call__(
         self,
@@ -306,23 +263,21 @@ class Qwen3Moe(_Part):
         """
         c = self.config
         spans = places if isinstance(places, (list, tuple)) else (Span(places, token_ids.shape[1]),)
-        x = ops.embedding_lookup(self.weight("embed_tokens"), token_ids.reshape(-1))
-        x = self.stage("inp_embd", x.reshape(*token_ids.shape, -1))
-        positions = _joined([span.positions for span in spans], token_ids.shape)
-        rope = ops.rope_tables(positions, c.head_dim, c.rope_theta, c.rope_scaling)
-
-        weights = self._decode_weights(spans, cache, expert_ids)
-        if weights is not None:
-            return self._decode(weights, x, cache, spans[0], rope)
-
+        x, rope = self.embed(token_ids, spans)
         layers = np.asarray(range(c.num_hidden_layers) if self.layers is None else self.layers, np.int32)
         layer_module = DecoderLayer(c, self.compute_dtype, self.interventions, self.capture, parent=None)
+        table = self.weight("layers")
 
         def step(carry: tuple, xs: tuple) -> tuple:
             layer, forced_ids = xs
-            variables = {"params": self._params_of_layer(layer)}
             (x, cache, chosen), sown = layer_module.apply(
-                variables, *carry, spans, rope, forced_ids, layer, mutable=[STAGES_COLLECTION]
+                {"params": table.layer(layer)},
+                *carry,
+                spans,
+                rope,
+                forced_ids,
+                layer,
+                mutable=[STAGES_COLLECTION],
             )
             return (x, cache), (chosen, dict(_leaves(sown.get(STAGES_COLLECTION, {}))))
 
@@ -331,66 +286,15 @@ class Qwen3Moe(_Part):
             self.sow(STAGES_COLLECTION, name, value, reduce_fn=lambda _, new: new, init_fn=lambda: None)
         return Output(x, cache, chosen)
 
-    def _decode_weights(
-        self, spans: Sequence[Span], cache: KVCache, expert_ids: jax.Array | None
-    ) -> LayerWeights | None:
-        """All layers' weights, where one operation takes one token of each sequence through them; or None."""
-        changed = {i.stage for i in self.interventions} - OUTSIDE_LAYERS
-        is_plain = self.layers is None and expert_ids is None and cache.scales is None
-        is_plain &= changed <= {"ffn_moe_logits"} and self.capture <= OUTSIDE_LAYERS
-        is_plain &= jnp.dtype(self.compute_dtype) == jnp.bfloat16
-        if not is_plain or len(spans) > 1 or spans[0].length > 1:
-            return None
-        found = {name.rpartition(".")[2]: value for name, value in self._tensors_of_layers().items()}
-        weights = LayerWeights(**found)
-        return None if decode_layers.reason_against(weights, len(spans[0].start), cache.k) else weights
-
-    def _decode(
-        self,
-        weights: LayerWeights,
-        x: jax.Array,
-        cache: KVCache,
-        span: Span,
-        rope: tuple[jax.Array, jax.Array],
-    ) -> Output:
-        """All layers for x [B, 1, D], as one operation."""
-        logits_change = any(i.stage == "ffn_moe_logits" for i in self.interventions)
-        change = lambda logits, layer: self.stage("ffn_moe_logits", logits[:, None], layer)[:, 0]
-        hidden, k, v, chosen = decode_layers.decode_layers(
-            x[:, 0],
-            weights,
-            cache.k,
-            cache.v,
-            span.start,
-            span.slots,
-            tuple(table[:, 0] for table in rope),
-            num_experts_per_tok=self.config.num_experts_per_tok,
-            eps=self.config.rms_norm_eps,
-            on_logits=change if logits_change else None,
-        )
-        return Output(hidden[:, None], cache.replace(k=k, v=v), chosen[:, :, None])
-
-    def _params_of_layer(self, layer: jax.Array) -> dict[str, Any]:
-        """Parameters of one layer as views of the stacks."""
-        tree: dict[str, Any] = {}
-        for name, value in self._tensors_of_layers().items():
-            *parents, leaf = name.split(".")
-            node = functools.reduce(lambda node, key: node.setdefault(key, {}), parents, tree)
-            node[leaf] = _of_layer(value, layer) if isinstance(value, OfLayers) else value[layer]
-        return tree
-
-    def _tensors_of_layers(self) -> dict[str, OfLayers | jax.Array]:
-        """Every tensor of the layers by its name in a layer; norm weights float32 [L, size]."""
-        places, _ = stack_layers(self.config, self.types, self.roles)
-        stacks = self.weight("stacks")
-        found: dict[str, OfLayers | jax.Array] = {}
-        for spec in tensor_specs(self.config):
-            number, name = split_path(spec.path)
-            if number == 0:
-                here = [places[f"layers.{n}.{name}"] for n in range(self.config.num_hidden_layers)]
-                is_norm = len(spec.shape) == 1
-                found[name] = stacks[name] if is_norm else _of_layers(stacks, here, spec.shape)
-        return found
+    def embed(
+        self, token_ids: jax.Array, spans: Sequence[Span]
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        """What the layers start with: float32 [B, T, D], and rope's cos and sin [B, T, H / 2]."""
+        c = self.config
+        x = ops.embedding_lookup(self.weight("embed_tokens"), token_ids.reshape(-1))
+        x = self.stage("inp_embd", x.reshape(*token_ids.shape, -1))
+        positions = _joined([span.positions for span in spans], token_ids.shape)
+        return x, ops.rope_tables(positions, c.head_dim, c.rope_theta, c.rope_scaling)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Logits float32 [B, T, V] of hidden [B, T, D]."""
@@ -416,30 +320,7 @@ def _joined(parts: Sequence[jax.Array], shape: tuple[int, int]) -> jax.Array:
     return rows.reshape(*shape, *rows.shape[1:])
 
 
-def _of_layer(tensor: OfLayers, layer: jax.Array) -> ops.OneOf:
-    """A tensor of one layer."""
-    first, which = (jnp.asarray(of, jnp.int32)[layer] for of in (tensor.firsts, tensor.which))
-    options = []
-    for i, stack in enumerate(tensor.options):
-        # where this is not the layer's type, any row will do: none is read
-        last = max(f for f, w in zip(tensor.firsts, tensor.which, strict=True) if w == i)
-        inside = first if len(tensor.options) == 1 else jnp.minimum(first, last)
-        options.append(ops.Matrices(stack, inside, tensor.shape))
-    return ops.OneOf(tuple(options), which)
-
-
-def _of_layers(stacks: Mapping[str, PackedTensor], places: list[Place], shape: tuple[int, ...]) -> OfLayers:
-    """A tensor of all layers, from its places."""
-    names = list(dict.fromkeys(place.stack for place in places))
-    return OfLayers(
-        tuple(stacks[name] for name in names),
-        tuple(place.first for place in places),
-        tuple(names.index(place.stack) for place in places),
-        shape,
-    )
-
-
-def _leaves(tree: Mapping[str, Any]):
+def _leaves(tree: Mapping[str, Any]) -> Iterator[tuple[str, jax.Array]]:
     """(name, value) of every value in Flax's nested collection."""
     for name, value in tree.items():
         if isinstance(value, Mapping):

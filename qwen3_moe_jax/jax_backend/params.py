@@ -6,22 +6,31 @@ into stacks that were allocated first; nothing is on the host or on the device
 twice.
 """
 
+from collections.abc import Mapping
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from qwen3_moe_jax.convert.config import Qwen3MoeConfig
+from qwen3_moe_jax.convert.ggml_types import GGMLType
 from qwen3_moe_jax.convert.layouts.gpu_tiles import TILE_ROWS, TILED_TYPES, to_gpu_tiles
 from qwen3_moe_jax.convert.layouts.lanes16 import supports, to_layout
 from qwen3_moe_jax.convert.model_source import ModelSource
 from qwen3_moe_jax.convert.packed import LANES16, PackedTensor
 from qwen3_moe_jax.convert.progress import ProgressCallback
+from qwen3_moe_jax.convert.tensor_names import tensor_specs
 from qwen3_moe_jax.convert.unpack import aligned_empty, dequantize
-from qwen3_moe_jax.jax_backend.generate import Params
-from qwen3_moe_jax.jax_backend.stacks import Roles, stack_layers
-from qwen3_moe_jax.kernels_pallas.packed.stacks import rows_a_unit
+from qwen3_moe_jax.kernels_pallas import LayerTable
+from qwen3_moe_jax.kernels_pallas.packed.stacks import Roles, abstract_packed, rows_per_unit
+
+Params = dict[str, Any]
+"""The model's parameters: "layers" is a ``LayerTable``; "embed_tokens", "norm", "lm_head" stand alone."""
+
+Types = Mapping[str, GGMLType]
+"""Quantization type of each parameter, by its path ("layers.3.mlp.router")."""
 
 GPU_ROLES = {f"self_attn.{name}": "self_attn.qkv" for name in ("q_proj", "k_proj", "v_proj")}
 """The GPU's decode kernel reads queries, keys and values of a layer as one matrix."""
@@ -48,29 +57,65 @@ class _Placer(Protocol):
         """The filled stack, on the device."""
 
 
+def split_path(path: str) -> tuple[int | None, str]:
+    """("layers.3.mlp.router") -> (3, "mlp.router"); the layer is None outside the layers."""
+    if not path.startswith("layers."):
+        return None, path
+    _, layer, name = path.split(".", 2)
+    return int(layer), name
+
+
+def plan_layers(config: Qwen3MoeConfig, types: Types, roles: Roles) -> LayerTable:
+    """Where every tensor of the layers will lie; the stacks are shapes in layout "rows"."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    of_layers: list[dict[str, GGMLType]] = [{} for _ in range(config.num_hidden_layers)]
+    for spec in tensor_specs(config):
+        layer, name = split_path(spec.path)
+        if layer is not None:
+            shapes[name] = spec.shape
+            of_layers[layer][name] = types[spec.path]
+    return LayerTable.plan(shapes, of_layers, roles)
+
+
+def abstract_params(config: Qwen3MoeConfig, types: Types, roles: Roles) -> Params:
+    """The shapes of all parameters in layout "rows": vectors float32, everything else packed."""
+    params: Params = {"layers": plan_layers(config, types, roles)}
+    for spec in tensor_specs(config):
+        if split_path(spec.path)[0] is None:
+            is_vector = len(spec.shape) == 1
+            params[spec.path] = (
+                jax.ShapeDtypeStruct(spec.shape, jnp.float32)
+                if is_vector
+                else abstract_packed(types[spec.path], spec.shape)
+            )
+    return params
+
+
 def load_params(
     source: ModelSource, roles: Roles, device: jax.Device, progress: ProgressCallback | None = None
 ) -> Params:
-    """Every tensor of ``source`` on ``device``, as the model's parameter tree (``model.zero_params``).
+    """Every tensor of ``source`` on ``device``, as the model's parameters.
 
     Norm weights become float32 vectors, everything else stays packed.
     """
     placer: _Placer = _OnHost(device) if device.platform == "cpu" else _OnDevice(device)
-    places, shapes = stack_layers(source.config, source.types, roles)
+    plan = plan_layers(source.config, source.types, roles)
+    tensors = {tensor.name: tensor for tensor in plan.tensors}
     stacks: dict[str, Value] = {}
     params: Params = {}
     for path, tensor in source.tensors(progress):
         value = dequantize(tensor) if tensor.ndim == 1 else tensor
-        place = places.get(path)
-        if place is None:
+        layer, name = split_path(path)
+        if layer is None:
             params[path] = placer.whole(path, value)
             continue
-        name = place.stack.rpartition(".")[0] or place.stack
-        value = _flat(value)
-        if place.stack not in stacks:
-            stacks[place.stack] = placer.room(name, shapes[place.stack].rows, value)
-        stacks[place.stack] = placer.put(name, stacks[place.stack], place.first, value)
-    params["stacks"] = {name: placer.finish(stack) for name, stack in stacks.items()}
+        place, value = tensors[name], _flat(value)
+        stack = place.stacks[place.which[layer]]
+        if stack not in stacks:
+            stacks[stack] = placer.room(name, plan.stacks[stack].shape[0], value)
+        stacks[stack] = placer.put(name, stacks[stack], place.first[layer], value)
+    finished = {name: placer.finish(stack) for name, stack in stacks.items()}
+    params["layers"] = LayerTable(finished, plan.tensors)
     return params
 
 
@@ -82,7 +127,7 @@ def _flat(value: Value) -> Value:
 
 
 def _unit(value: Value) -> int:
-    return rows_a_unit(value.layout) if isinstance(value, PackedTensor) else 1
+    return rows_per_unit(value.layout) if isinstance(value, PackedTensor) else 1
 
 
 class _OnHost:

@@ -11,9 +11,7 @@ from typing import Any, Unpack
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.core import FrozenDict
 
-from qwen3_moe_jax.convert.layouts.gpu_tiles import TILED_TYPES
 from qwen3_moe_jax.convert.model_source import ModelSource
 from qwen3_moe_jax.convert.packed import LANES
 from qwen3_moe_jax.convert.progress import ProgressCallback
@@ -34,36 +32,34 @@ from qwen3_moe_jax.core.runner import (
 from qwen3_moe_jax.core.sampling import Sampling
 from qwen3_moe_jax.core.stages import LAYER_STAGES, StageKey
 from qwen3_moe_jax.jax_backend.batching import Batch, Request, run_all
+from qwen3_moe_jax.jax_backend.decode_path import PATHS, Decoder, choose
 from qwen3_moe_jax.jax_backend.generate import (
     COMPILER_OPTIONS,
-    MOST_STEPS,
+    MAX_STEPS,
     PREFILL_CHUNKS,
-    Params,
     chunk_lengths,
 )
-from qwen3_moe_jax.jax_backend.kv_cache import KVCache
+from qwen3_moe_jax.jax_backend.kv_cache import KVCache, whole_tiles
 from qwen3_moe_jax.jax_backend.likelihood import log_likelihoods
-from qwen3_moe_jax.jax_backend.model import STAGES_COLLECTION, Qwen3Moe
-from qwen3_moe_jax.jax_backend.params import GPU_ROLES, load_params
-from qwen3_moe_jax.jax_backend.stacks import stack_layers
+from qwen3_moe_jax.jax_backend.model import Qwen3Moe
+from qwen3_moe_jax.jax_backend.params import GPU_ROLES, Params, load_params, split_path
 from qwen3_moe_jax.kernels_pallas import Matrices
 from qwen3_moe_jax.kernels_pallas import dequantize as dequantize_on_device
+from qwen3_moe_jax.kernels_pallas.gpu.device import ask_ptxas_once
+from qwen3_moe_jax.kernels_pallas.implementations import Record, recording
 from qwen3_moe_jax.machine.headroom import available_memory
 from qwen3_moe_jax.machine.jax_devices import enable_compilation_cache, jax_devices
 from qwen3_moe_jax.machine.memory import MemoryPlan, check_slots, fitting_slots
 
 LAYER_STAGE_NAMES = frozenset(stage.name for stage in LAYER_STAGES)
 
-CACHE_UNIT = 64
-"""Positions of the KV cache come in whole tiles of the attention kernels."""
-
-SECONDS_A_DISPATCH = 0.06
+SECONDS_PER_DISPATCH = 0.06
 """Streaming asks the device for as many tokens at once as take about this long."""
 
-FUSED_BATCH = 16
-"""Sequences of the GPU's one-kernel decode step (``decode_step.api.MAX_BATCH``)."""
+DEFAULT_SLOTS = 16
+"""Sequences at a time of ``generate_batch`` unless told otherwise: what one decode kernel holds."""
 
-FEWEST_BATCH_TOKENS = 256
+MIN_BATCH_TOKENS = 256
 """Slots of ``generate_batch`` have room for at least this many tokens."""
 
 
@@ -71,8 +67,8 @@ class JaxRunner:
     """The model on JAX's default device; see ``runner.Runner`` for the protocol.
 
     Attributes:
-      model: the Flax module.
-      params: its parameters, packed.
+      decoder: the Flax module and the ways in which it writes a token.
+      params: the parameters, packed.
       plan: the memory that it is expected to take.
     """
 
@@ -112,66 +108,57 @@ class JaxRunner:
         on_gpu = self.device.platform == "gpu"
         self.compute_dtype = jnp.dtype(compute_dtype or (jnp.bfloat16 if on_gpu else jnp.float32))
         self.cache_dtype = jnp.dtype(cache_dtype or (jnp.float16 if on_gpu else jnp.float32))
-        without_kernels = self._fallbacks(source) if on_gpu else []
-        self.has_kernels = on_gpu and not without_kernels
-        self.fallbacks = without_kernels + (self._cache_fallbacks() if self.has_kernels else [])
-        roles = GPU_ROLES if on_gpu else {}
-        self.model = Qwen3Moe(
-            source.config,
-            self.compute_dtype,
-            types=FrozenDict(source.types),
-            roles=FrozenDict(roles),
-            fused_decode=FUSED_BATCH if self.has_kernels and not self.fallbacks else 0,
-        )
+        self._types = dict(source.types)
         self.plan = MemoryPlan.of(source, _cache_length(self.max_context), self.cache_dtype.itemsize)
         self.plan.check(available_memory(self.device))
-        self.params = load_params(source, roles, self.device, progress)
+        self.params = load_params(source, GPU_ROLES if on_gpu else {}, self.device, progress)
         self.is_closed = False
-        self._spare: Batch | None = None
         self._batches: weakref.WeakSet[Batch] = weakref.WeakSet()
+        if on_gpu:
+            ask_ptxas_once()
+        model = Qwen3Moe(source.config, self.compute_dtype)
+        self.decoder = choose(model, self.params, self.device, self.cache_dtype)
+        self._spare: Batch | None = None
+        self._record = Record()
 
     @property
     def cache_nbytes(self) -> int:
         return self.plan.cache
 
-    def _fallbacks(self, source: ModelSource) -> list[str]:
-        """Why this GPU or this file does not take the kernels, one line each; empty when it does."""
-        try:
-            from qwen3_moe_jax.jax_backend import gpu_decode
-            from qwen3_moe_jax.kernels_pallas.gpu.device import ask_ptxas_once, require_hopper
-
-            require_hopper()
-            ask_ptxas_once()
-            gpu_decode.check(source.config, source.types, FUSED_BATCH, self.device)
-        except (ImportError, NotImplementedError) as error:
-            return [f"XLA in place of the GPU kernels: {error}"]
-        if self.compute_dtype != jnp.bfloat16:
-            return ["XLA in place of the GPU kernels: they take bfloat16, and compute_dtype is float32"]
-        return []
-
-    def _cache_fallbacks(self) -> list[str]:
-        """What the KV cache's dtype keeps from the GPU's kernels."""
-        if self.cache_dtype in (jnp.float16, jnp.bfloat16):
-            return []
-        return [
-            "XLA in place of the GPU's attention kernel and one-kernel decode step: they read a KV cache "
-            f"of 16 bits, and it is {self.cache_dtype.name}"
-        ]
+    @property
+    def model(self) -> Qwen3Moe:
+        """The Flax module."""
+        return self.decoder.model
 
     def describe(self) -> dict[str, object]:
-        device = self.device
-        types = sorted({t for t in self.model.types.values()})
+        device, record = self.device, self._recorded()
+        implementations = {t: record.of_type(t) for t in sorted(set(self._types.values()))}
+        is_gpu, refused = device.platform == "gpu", dict(self.decoder.refused)
         return {
             "backend": self.name,
             "device": f"{device.device_kind} ({device.platform})",
             "compute_dtype": self.compute_dtype.name,
             "cache_dtype": self.cache_dtype.name,
-            "implementations": {
-                t.name: "pallas" if self.has_kernels and t in TILED_TYPES else "xla" for t in types
-            },
-            "fallbacks": self.fallbacks,
-            "batch_invariant": self.model.fused_decode > 0,
+            "implementations": {t.name: found for t, found in implementations.items() if found},
+            "refused": record.refusals(),
+            "decode": self.decoder.describe(),
+            "fallbacks": [
+                f"decoding is not in {path.name}: {refused[path.name]}"
+                for path in PATHS
+                if is_gpu and path.is_one_launch and path.name in refused
+            ],
+            "batch_invariant": self.decoder.is_batch_invariant,
         }
+
+    def _recorded(self) -> Record:
+        """What runs the ops: what has run, or where nothing has, what the tracing of one token says."""
+        if not self._record:
+            ids = start = jax.ShapeDtypeStruct((1,), jnp.int32)
+            cache = jax.eval_shape(lambda: KVCache.create(self.config, 1, whole_tiles(1), self.cache_dtype))
+            step = lambda params, ids, *state: self.decoder.step(params, ids[:, None], *state)
+            with recording(self._record):
+                jax.eval_shape(step, self.params, ids, start, cache)
+        return self._record
 
     def close(self) -> None:
         """Deletes the arrays of weights and of every batch, whoever else still names them."""
@@ -196,11 +183,14 @@ class JaxRunner:
 
     def dequantized(self, path: str, tile: int, expert: int | None = None) -> np.ndarray:
         check_open(self)
-        place = stack_layers(self.config, self.model.types, self.model.roles)[0].get(path)
-        value = self.params[path] if place is None else self.params["stacks"][place.stack]
-        first = 0 if place is None else place.first
+        layer, name = split_path(path)
+        if layer is None:
+            value, first, rows = self.params[path], 0, self.params[path].shape[0]
+        else:
+            tensor = self.params["layers"][name]
+            value, first, rows = tensor.options[tensor.which[layer]], tensor.first[layer], tensor.rows
         if expert is not None:
-            first += expert * (place.rows // self.config.num_experts)
+            first += expert * (rows // self.config.num_experts)
         w = Matrices(value, jnp.int32(first + LANES * tile), (LANES, value.shape[1]))
         return np.asarray(_dequantize_rows(w))
 
@@ -221,11 +211,11 @@ class JaxRunner:
         token_ids, chosen, expert_ids = r.token_ids, r.layers, r.expert_ids
         row = len(r.beside) // 2
         tokens = _rows([*r.beside[:row], token_ids, *r.beside[row:]], len(token_ids))
-        model = self.model.clone(
+        decoder = self.decoder.clone(
             capture=r.capture, interventions=r.interventions, layers=None if r.is_whole else chosen
         )
         chunks = chunk_lengths(len(token_ids), r.chunk_sizes or PREFILL_CHUNKS)
-        length = -(-sum(chunks) // CACHE_UNIT) * CACHE_UNIT  # prompts of nearby lengths share a program
+        length = whole_tiles(sum(chunks))  # prompts of nearby lengths share a program
         cache = KVCache.create(self.config, len(tokens), length, self.cache_dtype, self.device)
         parts, start = [], 0
         for chunk in chunks:
@@ -233,15 +223,9 @@ class JaxRunner:
             forced = None
             if expert_ids is not None:
                 forced = _padded(expert_ids[:, part], 1, chunk)[:, None].repeat(len(tokens), axis=1)
-            outputs = _forward_chunk(
-                model,
-                self.params,
-                cache,
-                _padded(tokens[:, part], 1, chunk),
-                jnp.full((len(tokens),), start),
-                forced,
-                row,
-            )
+            ids, begin = _padded(tokens[:, part], 1, chunk), jnp.full((len(tokens),), start)
+            with recording(self._record):
+                outputs = _forward_chunk(decoder, self.params, cache, ids, begin, forced, row)
             cache = outputs.pop("cache")
             real = min(chunk, len(token_ids) - start)
             parts.append(jax.tree.map(lambda x, n=real: np.asarray(x)[:n], outputs))
@@ -256,10 +240,10 @@ class JaxRunner:
     def log_likelihoods(self, token_ids: Sequence[int], *, first: int = 1) -> np.ndarray:
         token_ids = checked_text(self, token_ids, first)
         chunks = chunk_lengths(len(token_ids) - 1)
-        length = -(-sum(chunks) // CACHE_UNIT) * CACHE_UNIT
+        length = whole_tiles(sum(chunks))
         cache = KVCache.create(self.config, 1, length, self.cache_dtype, self.device)
         with self._open():
-            return log_likelihoods(self.model, self.params, cache, token_ids, chunks, first)
+            return log_likelihoods(self.decoder.model, self.params, cache, token_ids, chunks, first)
 
     def stream(
         self,
@@ -279,12 +263,14 @@ class JaxRunner:
             batch = self._take_spare()
             try:
                 batch.admit(token_ids, sampling=sampling, max_tokens=max_tokens, stop_ids=stop_ids)
-                written, block, reason = 0, 1, None
+                written, count, reason = 0, 1, None
                 while reason is None:
                     began = time.perf_counter()
-                    for progress in batch.step(block, ahead=block if written else 0):
+                    with recording(self._record):
+                        made = batch.step(count, ahead=count if written else 0)
+                    for progress in made:
                         reason, written = progress.finish_reason, written + len(progress.tokens)
-                        block = _next_block(block, time.perf_counter() - began)
+                        count = _next_count(count, time.perf_counter() - began)
                         yield from progress.tokens
                 if reason == "nonfinite":
                     raise self._nonfinite(len(token_ids) + written - 1)
@@ -314,10 +300,10 @@ class JaxRunner:
             return []
         longest = max(len(prompt) + limit for prompt, (limit, _) in zip(prompts, settings, strict=True))
         # of few lengths, so that few shapes are compiled
-        context = min(max(FEWEST_BATCH_TOKENS, 1 << (longest - 1).bit_length()), self.max_context)
+        context = min(max(MIN_BATCH_TOKENS, 1 << (longest - 1).bit_length()), self.max_context)
         if slots is None:
             free = available_memory(self.device).nbytes
-            most, itemsize = min(len(prompts), FUSED_BATCH), self.cache_dtype.itemsize
+            most, itemsize = min(len(prompts), DEFAULT_SLOTS), self.cache_dtype.itemsize
             slots = fitting_slots(self.config, most, _cache_length(context), itemsize, free)
         batch = self.open_batch(slots, context=context)
         requests = [
@@ -349,19 +335,19 @@ class JaxRunner:
     def _new_batch(self, slots: int, context: int) -> Batch:
         length = _cache_length(context)
         cache = KVCache.create(self.config, slots, length, self.cache_dtype, self.device)
-        batch = Batch(self.model, self.params, cache, context)
+        batch = Batch(self.decoder, self.params, cache, context)
         self._batches.add(batch)
         return batch
 
 
 def _cache_length(context: int) -> int:
     """Positions of a cache for ``context`` tokens and one more chunk, in whole tiles."""
-    return -(-(context + PREFILL_CHUNKS[-1]) // CACHE_UNIT) * CACHE_UNIT
+    return whole_tiles(context + PREFILL_CHUNKS[-1])
 
 
-def _next_block(block: int, seconds: float) -> int:
-    """Tokens to ask for after ``block`` tokens took ``seconds``."""
-    return min(2 * block, MOST_STEPS) if seconds < SECONDS_A_DISPATCH / 2 else block
+def _next_count(count: int, seconds: float) -> int:
+    """Tokens per dispatch after ``count`` tokens took ``seconds``."""
+    return min(2 * count, MAX_STEPS) if seconds < SECONDS_PER_DISPATCH / 2 else count
 
 
 @jax.jit
@@ -371,10 +357,10 @@ def _dequantize_rows(w: Matrices) -> jax.Array:
 
 
 @partial(
-    jax.jit, static_argnames=("model", "row"), donate_argnames="cache", compiler_options=COMPILER_OPTIONS
+    jax.jit, static_argnames=("decoder", "row"), donate_argnames="cache", compiler_options=COMPILER_OPTIONS
 )
 def _forward_chunk(
-    model: Qwen3Moe,
+    decoder: Decoder,
     params: Params,
     cache: KVCache,
     token_ids: jax.Array,
@@ -384,25 +370,13 @@ def _forward_chunk(
 ) -> dict[str, Any]:
     """One chunk of a batch of prompts [B, T], its row ``row`` alone: logits [T, V], expert_ids [T, L, X],
     stages with T first; and the cache of the batch."""
-    is_plain = not model.capture and not model.interventions
-    if token_ids.shape[1] == 1 and len(token_ids) <= model.fused_decode and is_plain:
-        from qwen3_moe_jax.jax_backend import gpu_decode  # needs a JAX that has Mosaic GPU
-
-        forced = None if expert_ids is None else expert_ids[:, :, 0]
-        out = gpu_decode.decode_step(params, model.config, model.types, token_ids[:, 0], start, cache, forced)
-        logits, chosen = out.logits[row, None], out.expert_ids[:, row][None]
-        return {"logits": logits, "expert_ids": chosen, "cache": KVCache(*out.cache), "stages": {}}
-
-    def whole(model: Qwen3Moe, *args: Any) -> dict[str, Any]:
-        output = model(*args)
-        logits = model.logits(output.hidden)
-        chosen = jnp.moveaxis(output.expert_ids[:, row], 0, 1)
-        return {"logits": logits[row], "expert_ids": chosen, "cache": output.cache}
-
-    outputs, variables = model.apply(
-        {"params": params}, token_ids, cache, start, expert_ids, method=whole, mutable=[STAGES_COLLECTION]
-    )
-    return {**outputs, "stages": dict(_sown(variables.get(STAGES_COLLECTION, {}), row))}
+    step = decoder.read(params, token_ids, start, cache, expert_ids)
+    return {
+        "logits": step.logits[row],
+        "expert_ids": jnp.moveaxis(step.expert_ids[:, row], 0, 1),
+        "cache": step.cache,
+        "stages": dict(_sown(step.stages, row)),
+    }
 
 
 def _sown(stages: Mapping[str, jax.Array], row: int) -> Iterator[tuple[StageKey, jax.Array]]:

@@ -7,7 +7,7 @@ import numpy as np
 
 from qwen3_moe_jax.core.errors import NumericalError
 from qwen3_moe_jax.core.sampling import Sampling
-from qwen3_moe_jax.jax_backend.generate import MOST_STEPS, chunk_lengths
+from qwen3_moe_jax.jax_backend.generate import MAX_STEPS, chunk_lengths
 from qwen3_moe_jax.jax_backend.runner import JaxRunner
 
 
@@ -47,8 +47,8 @@ class BatchRun:
         seconds = [time.perf_counter() - began]
         if self._new_tokens:
             began = time.perf_counter()
-            for start in range(0, self._new_tokens, MOST_STEPS):
-                self._step(min(MOST_STEPS, self._new_tokens - start))
+            for start in range(0, self._new_tokens, MAX_STEPS):
+                self._step(min(MAX_STEPS, self._new_tokens - start))
             seconds.append(time.perf_counter() - began)
         return tuple(seconds)
 

@@ -385,7 +385,8 @@ def _patch_jax(fault: Fault, runner: Runner) -> Runner:
     faulty = type("FaultyQwen3Moe", (model.Qwen3Moe,), {})
     true = runner.model
     settings = {f.name for f in fields(true)} - {"parent", "name"}
-    runner.model = faulty(**{name: getattr(true, name) for name in settings})
+    faulty_model = faulty(**{name: getattr(true, name) for name in settings})
+    runner.decoder = replace(runner.decoder, model=faulty_model)
     names = {name: getattr(ops, name) for name in ops.__all__}
     return PatchedRunner(runner, [(model, "ops", SimpleNamespace(**{**names, **wrong}))])
 

@@ -15,24 +15,22 @@ pytest.importorskip("jax._src.pallas.mosaic_gpu.interpret.params")
 if jax.__version_info__ < (0, 11):
     pytest.skip("the kernels need JAX 0.11", allow_module_level=True)
 
-from flax.core import FrozenDict
-
 from qwen3_moe_jax.convert.config import PRESETS
 from qwen3_moe_jax.convert.ggml_types import GGMLType
 from qwen3_moe_jax.convert.layouts.gpu_tiles import to_gpu_tiles
 from qwen3_moe_jax.convert.packed import PackedTensor
 from qwen3_moe_jax.convert.tensor_names import tensor_specs
+from qwen3_moe_jax.jax_backend.decode_path import few_launches
 from qwen3_moe_jax.jax_backend.kv_cache import KVCache, Span
 from qwen3_moe_jax.jax_backend.model import STAGES_COLLECTION, Intervention, Qwen3Moe
-from qwen3_moe_jax.jax_backend.params import GPU_ROLES, is_tiled
-from qwen3_moe_jax.jax_backend.stacks import stack_layers
+from qwen3_moe_jax.jax_backend.params import GPU_ROLES, is_tiled, plan_layers
 from qwen3_moe_jax.kernels_pallas.decode_layers import api, kernel_sm90
 from qwen3_moe_jax.kernels_pallas.decode_layers import row_steps_triton as steps
-from qwen3_moe_jax.kernels_pallas.decode_layers.weights import LayerWeights, OfLayers
 from qwen3_moe_jax.kernels_pallas.gpu import grouped_matmul_sm90 as matmul_sm90
 from qwen3_moe_jax.kernels_pallas.gpu.activations import SWIGLU_SCALE, WEIGHT_SCALE, float16_operand
 from qwen3_moe_jax.kernels_pallas.gpu.interpreter import interpreter
 from qwen3_moe_jax.kernels_pallas.moe_mlp import kernel_sm90 as moe_sm90
+from qwen3_moe_jax.kernels_pallas.packed.stacks import LayerTable
 from qwen3_moe_jax.kernels_pallas.router.xla import choose_experts
 from tests import tolerances
 from tests.kernels.op_cases import check, needs_hopper_gpu, random_weights, rng
@@ -68,19 +66,22 @@ def types_of(kinds: tuple[GGMLType, ...]) -> dict[str, GGMLType]:
 
 
 def random_params(rng, types: dict[str, GGMLType]) -> dict:
-    _, shapes = stack_layers(CONFIG, types, GPU_ROLES)
+    plan = plan_layers(CONFIG, types, GPU_ROLES)
     stacks = {}
-    for name, s in shapes.items():
-        if s.type is None:
-            stacks[name] = rng.uniform(0.5, 1.5, (s.rows, s.columns)).astype(np.float32)
-        elif s.type is GGMLType.F32:
-            w = rng.normal(0, 0.05, (s.rows, s.columns)).astype(np.float32)
-            stacks[name] = PackedTensor({"w": w}, s.type)
+    for name, like in plan.stacks.items():
+        if not isinstance(like, PackedTensor):
+            stacks[name] = rng.uniform(0.5, 1.5, like.shape).astype(np.float32)
+        elif like.type is GGMLType.F32:
+            w = rng.normal(0, 0.05, like.shape).astype(np.float32)
+            stacks[name] = PackedTensor({"w": w}, like.type)
         else:
-            w = random_weights(rng, s.type, (s.rows, s.columns))
+            w = random_weights(rng, like.type, like.shape)
             stacks[name] = to_gpu_tiles(w) if is_tiled(name.rpartition(".")[0], w) else w
     embedding = rng.normal(size=(CONFIG.vocab_size, CONFIG.hidden_size)).astype(np.float32)
-    params = {"stacks": stacks, "embed_tokens": PackedTensor({"w": embedding}, GGMLType.F32)}
+    params = {
+        "layers": LayerTable(stacks, plan.tensors),
+        "embed_tokens": PackedTensor({"w": embedding}, GGMLType.F32),
+    }
     return jax.tree.map(jnp.asarray, params)
 
 
@@ -104,9 +105,7 @@ def compare(
     rng = np.random.default_rng(5)
     types = types_of(tuple(GGMLType[kind] for kind in kinds))
     interventions = (Intervention("ffn_moe_logits", skew),) if is_skewed else ()
-    model = Qwen3Moe(
-        CONFIG, jnp.float32, types=FrozenDict(types), roles=FrozenDict(GPU_ROLES), interventions=interventions
-    )
+    model = Qwen3Moe(CONFIG, jnp.float32, interventions=interventions)
     params, cache = random_params(rng, types), random_cache(rng, sequences + 1)
     tokens = jnp.asarray(rng.integers(0, CONFIG.vocab_size, (sequences, 1)), jnp.int32)
     starts = np.resize([0, LENGTH - 1, 127, 128, 60], sequences)
@@ -119,14 +118,16 @@ def compare(
                 (api, "require_hopper", lambda: None),
                 (kernel_sm90, "require_hopper", lambda interpret: None),
                 (kernel_sm90, "decode_layers", run),
-                (kernel_sm90, "_FEWEST", 1),
+                (kernel_sm90, "_MIN_ROWS", 1),
                 (matmul_sm90, "multiprocessors", lambda: 3),
             ):
                 patches.enter_context(mock.patch.object(where, name, value))
         ran = patches.enter_context(
             mock.patch.object(kernel_sm90, "decode_layers", wraps=kernel_sm90.decode_layers)
         )
-        actual = model.clone(compute_dtype=jnp.bfloat16).apply({"params": params}, tokens, cache, [span])
+        actual = model.clone(compute_dtype=jnp.bfloat16).apply(
+            {"params": params}, tokens, cache, span, method=few_launches
+        )
         assert ran.called
     ids = actual.expert_ids
     recorder = model.clone(capture=frozenset({"ffn_moe_logits"}))
@@ -221,26 +222,30 @@ def test_norm_and_operand(rng):
     np.testing.assert_array_equal(out.scale, scale)
 
 
-def of_layers(stack: PackedTensor, *firsts: int) -> OfLayers:
-    return OfLayers((stack,), firsts, (0,) * len(firsts), (64, 256))
+def table_of(**types: str) -> LayerTable:
+    """A table of q_proj, k_proj and v_proj of two layers: "Q4_K Q6_K" names a tensor's types."""
+    shapes = {f"self_attn.{name}": (64, 256) for name in types}
+    kinds = {f"self_attn.{name}": its.split() for name, its in types.items()}
+    layers = [{name: GGMLType[its[layer]] for name, its in kinds.items()} for layer in range(2)]
+    return LayerTable.plan(shapes, layers, GPU_ROLES)
 
 
-def test_which_queries_keys_and_values_are_one_product(rng):
-    qkv, other = (random_weights(rng, GGMLType.Q4_K, (384, 256)) for _ in range(2))
-    q, k = of_layers(qkv, 0, 192), of_layers(qkv, 64, 256)
-    fields = dict.fromkeys(LayerWeights.__dataclass_fields__)
-
-    def together(k: OfLayers, v: OfLayers):
-        return LayerWeights(**fields | {"q_proj": q, "k_proj": k, "v_proj": v}).together()
-
-    assert together(k, of_layers(qkv, 128, 320))[0].shape == (192, 256)
-    whole, others, which = together(k, of_layers(other, 0, 64))
+def test_which_queries_keys_and_values_are_one_product():
+    table = table_of(q_proj="Q4_K Q4_K", k_proj="Q4_K Q4_K", v_proj="Q4_K Q4_K")
+    assert kernel_sm90._qkv_as_one(table)[0].shape == (192, 256)
+    table = table_of(q_proj="Q4_K Q4_K", k_proj="Q4_K Q4_K", v_proj="Q6_K Q6_K")
+    whole, others, which = kernel_sm90._qkv_as_one(table)
     assert (whole.shape, others, which) == ((128, 256), (0,), (1, 1))
-    mixed = replace(of_layers(qkv, 128, 0), options=(qkv, other), which=(0, 1))
-    whole, others, which = together(k, mixed)
+    table = table_of(q_proj="Q4_K Q4_K", k_proj="Q4_K Q4_K", v_proj="Q4_K Q6_K")
+    whole, others, which = kernel_sm90._qkv_as_one(table)
     assert (whole.shape, others, which) == ((192, 256), (1,), (0, 1))
-    for keys, values in ((of_layers(qkv, 128, 320), of_layers(other, 0, 64)), (k, of_layers(qkv, 0, 320))):
-        with pytest.raises(NotImplementedError, match="one after the other"):
-            together(keys, values)
-    with pytest.raises(NotImplementedError, match="one type"):
-        together(of_layers(other, 64, 256), of_layers(qkv, 128, 320))
+    other_order = table_of(q_proj="Q4_K Q4_K", v_proj="Q4_K Q4_K", k_proj="Q4_K Q4_K")
+    with pytest.raises(NotImplementedError, match="one after the other"):
+        kernel_sm90._qkv_as_one(other_order)
+    for mixed in ("Q6_K Q6_K", "Q4_K Q6_K"):
+        with pytest.raises(NotImplementedError, match="one type"):
+            kernel_sm90._qkv_as_one(table_of(q_proj="Q4_K Q4_K", k_proj=mixed, v_proj="Q4_K Q4_K"))
+    alone = {f"self_attn.{name}_proj": (64, 256) for name in "qkv"}
+    apart = LayerTable.plan(alone, [dict.fromkeys(alone, GGMLType.Q4_K)], {})
+    with pytest.raises(NotImplementedError, match="in one stack"):
+        kernel_sm90._qkv_as_one(apart)

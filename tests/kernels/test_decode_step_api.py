@@ -8,16 +8,18 @@ import pytest
 
 from qwen3_moe_jax.convert.config import PRESETS
 from qwen3_moe_jax.convert.ggml_types import GGMLType
+from qwen3_moe_jax.convert.tensor_names import tensor_specs
+from qwen3_moe_jax.jax_backend.params import GPU_ROLES, abstract_params
 
 api = pytest.importorskip("qwen3_moe_jax.kernels_pallas.decode_step.api", reason="GPU kernels need JAX 0.11")
 
-from qwen3_moe_jax.kernels_pallas.decode_step.weights import LayerTypes, plan_stacks  # noqa: E402
+from qwen3_moe_jax.kernels_pallas.decode_step.weights import StepWeights, column_names  # noqa: E402
 
 CONFIG = PRESETS["Qwen3-30B-A3B"]
 Q4, Q6 = GGMLType.Q4_K, GGMLType.Q6_K
 TYPES = {"qkv": (Q4, Q6), "o": (Q4,), "gate": (Q4,), "up": (Q4,), "down": (Q4, Q6), "lm_head": (Q6,)}
-CACHE = SimpleNamespace(k=np.zeros((48, 1, 64, 4, 128), np.float16))
-SHAPES = SimpleNamespace(types=tuple(TYPES.items()), qkv_always=0)
+CACHE = np.zeros((48, 1, 64, 4, 128), np.float16)
+SHAPES = SimpleNamespace(types=TYPES, qkv_always=0)
 
 
 @pytest.mark.parametrize("name", ["Qwen3-30B-A3B", "Qwen3-Coder-30B-A3B", "Qwen3-235B-A22B"])
@@ -65,9 +67,9 @@ def a_device(**change):
     ],
 )
 def test_a_device_that_cannot_hold_the_grid_is_named(change, named):
-    api.check(CONFIG, TYPES, 16, H100)
+    api.check_device(H100)
     with pytest.raises(NotImplementedError, match=named):
-        api.check(CONFIG, TYPES, 16, a_device(**change))
+        api.check_device(a_device(**change))
 
 
 @pytest.mark.parametrize(
@@ -76,24 +78,55 @@ def test_a_device_that_cannot_hold_the_grid_is_named(change, named):
 )
 def test_the_grid_follows_the_multiprocessors(card, cores, blocks):
     """At most one block per multiprocessor: all of them run at once, as a grid barrier needs."""
-    api.check(CONFIG, TYPES, 8, a_device(core_count=cores))
+    api.check_device(a_device(core_count=cores))
     c = api.step_config(SHAPES, CONFIG, 1, CACHE, api.Device.of_cores(cores))
     assert (c.blocks, c.splits) == (blocks, blocks // 2)
     assert c.hidden // 32 * c.down_parts <= max(blocks, c.hidden // 32)
 
 
+def abstract(**changed: GGMLType) -> dict:
+    """Parameters of two layers, as shapes: Q6_K is v_proj's and down_proj's in layer 0, else Q4_K is."""
+    config = replace(CONFIG, num_hidden_layers=2)
+    types = {spec.path: Q4 for spec in tensor_specs(config)}
+    types |= {path: GGMLType.F32 for path in types if path.endswith("router")}
+    types |= {f"layers.0.{name}": Q6 for name in ("self_attn.v_proj", "mlp.experts.down_proj")}
+    types |= {path.replace("__", "."): type for path, type in changed.items()}
+    return abstract_params(config, types, GPU_ROLES)
+
+
 def test_the_table_lays_matrices_of_one_type_side_by_side():
     """Layer 0 has a Q6_K v and down, layer 1 has none: offsets run on within each stack."""
-    config = replace(CONFIG, num_hidden_layers=2)
-    layers = [LayerTypes(Q4, Q4, Q6, Q4, Q4, Q6), LayerTypes(Q4, Q4, Q4, Q4, Q4, Q4)]
-    plan = plan_stacks(layers, config=config)
-    assert plan.types["qkv"] == (Q4, Q6)
-    assert plan.tiles["qkv"] == (576 + 640, 64)
-    assert plan.tiles["down"] == (128 * 256, 128 * 256)
-    assert plan.qkv_always == 576
-    at = lambda layer, name: plan.table[layer, plan.columns[name]]
+    weights = StepWeights.of(abstract())
+    columns = column_names(2)
+    rows = lambda role: tuple(stack.shape[0] for stack in weights.stacks[role])
+    assert weights.types["qkv"] == (Q4, Q6)
+    assert rows("qkv") == (8 * (576 + 640), 8 * 64)
+    assert rows("down") == (8 * 128 * 256, 8 * 128 * 256)
+    assert weights.qkv_always == 576
+    at = lambda layer, name: weights.table[layer, columns[name]]
     np.testing.assert_array_equal([at(0, n) for n in ("q_head", "k_head", "v_head")], [0, 32, 36])
     assert (at(0, "qkv_count0"), at(0, "qkv_count1")) == (576, 64)
     assert (at(1, "qkv_offset0"), at(1, "qkv_offset1"), at(1, "qkv_count1")) == (576, 64, 0)
     assert (at(1, "o_offset"), at(1, "gate_up_offset")) == (256, 128 * 96)
-    assert (plan.types["down"][at(0, "down_type")], plan.types["down"][at(1, "down_type")]) == (Q6, Q4)
+    assert (weights.types["down"][at(0, "down_type")], weights.types["down"][at(1, "down_type")]) == (Q6, Q4)
+
+
+@pytest.mark.parametrize(
+    ("path", "type", "named"),
+    [
+        ("layers.1.mlp.router", GGMLType.F16, "it must be F32"),
+        ("layers.1.mlp.experts.up_proj", Q6, "gate_proj and up_proj of layer 1 are Q4_K and Q6_K"),
+    ],
+)
+def test_weights_that_the_kernel_does_not_take_are_named(path, type, named):
+    with pytest.raises(NotImplementedError, match=named):
+        StepWeights.of(abstract(**{path.replace(".", "__"): type}))
+
+
+def test_weights_must_lie_in_tiles_and_an_output_head_must_be_there():
+    params = abstract()
+    with pytest.raises(NotImplementedError, match="layout of .* rows is not supported"):
+        api.check(CONFIG, params, 1)
+    del params["lm_head"]
+    with pytest.raises(NotImplementedError, match="tied word embeddings"):
+        api.check(CONFIG, params, 1)

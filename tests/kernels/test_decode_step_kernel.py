@@ -21,9 +21,8 @@ from qwen3_moe_jax.convert.ggml_types import BLOCK_FORMATS, GGMLType
 from qwen3_moe_jax.convert.layouts.gpu_tiles import TILED_TYPES, to_gpu_tiles
 from qwen3_moe_jax.convert.packed import PackedTensor
 from qwen3_moe_jax.convert.unpack import dequantize, pack
-from qwen3_moe_jax.jax_backend import gpu_decode
-from qwen3_moe_jax.jax_backend.params import GPU_ROLES
-from qwen3_moe_jax.jax_backend.stacks import stack_layers
+from qwen3_moe_jax.jax_backend.params import GPU_ROLES, plan_layers, split_path
+from qwen3_moe_jax.kernels_pallas import LayerTable
 from qwen3_moe_jax.kernels_pallas.decode_step import api
 from qwen3_moe_jax.kernels_pallas.decode_step.step_mosaic_gpu import Step
 from qwen3_moe_jax.kernels_pallas.gpu.interpreter import interpreter
@@ -61,7 +60,8 @@ def random_tensor(rng, type: GGMLType, shape: tuple[int, ...]) -> PackedTensor:
 
 def gpu_params(packed, types):
     """The parameter tree as a GPU holds it (``params.load_params``), made in NumPy."""
-    places, _ = stack_layers(CONFIG, types, GPU_ROLES)
+    plan = plan_layers(CONFIG, types, GPU_ROLES)
+    places = {tensor.name: tensor for tensor in plan.tensors}
     parts, params = {}, {}
     for path, tensor in packed.items():
         value = dequantize(tensor) if tensor.ndim == 1 else tensor
@@ -75,13 +75,15 @@ def gpu_params(packed, types):
                 value.type,
                 value.layout,
             )
-        if path in places:
-            parts.setdefault(places[path].stack, []).append(value if tensor.ndim > 1 else value[None])
-        else:
+        layer, name = split_path(path)
+        if layer is None:
             params[path] = jax.tree.map(jnp.asarray, value)
+        else:
+            stack = places[name].stacks[places[name].which[layer]]
+            parts.setdefault(stack, []).append(value if tensor.ndim > 1 else value[None])
     join = lambda *arrays: jnp.asarray(np.concatenate(arrays))
-    params["stacks"] = {name: jax.tree.map(join, *values) for name, values in parts.items()}
-    return params
+    stacks = {name: jax.tree.map(join, *values) for name, values in parts.items()}
+    return params | {"layers": LayerTable(stacks, plan.tensors)}
 
 
 @pytest.fixture(scope="module")
@@ -114,8 +116,7 @@ def model():
         tensors |= {f"layers.{i}.{name}": value for name, value in shapes.items()}
     packed = {path: random_tensor(rng, type, shape) for path, (type, shape) in tensors.items()}
     types = {path: p.type for path, p in packed.items()}
-    weights = gpu_decode.decode_weights(gpu_params(packed, types), c, types)
-    return weights, {path: dequantize(p) for path, p in packed.items()}
+    return gpu_params(packed, types), {path: dequantize(p) for path, p in packed.items()}
 
 
 def rms(x, w):
@@ -165,10 +166,10 @@ def cosine(a, b):
     return a @ b / np.sqrt((a @ a) * (b @ b))
 
 
-def run(weights, tokens, positions, cache, expert_ids=None, goes=None):
+def run(weights, tokens, positions, cache, expert_ids=None, active=None):
     device = api.Device(blocks=1, splits=2, emulate=True, interpret=interpreter())
-    step = lambda w, t, p, k: api.decode_step(
-        w, CONFIG, t, p, k, expert_ids=expert_ids, goes=goes, device=device
+    step = lambda w, t, p, kv: api.decode_step(
+        w, CONFIG, t, p, *kv, expert_ids=expert_ids, active=active, device=device
     )
     return jax.jit(step)(weights, jnp.asarray(tokens), jnp.asarray(positions), cache)
 
@@ -176,7 +177,7 @@ def run(weights, tokens, positions, cache, expert_ids=None, goes=None):
 def random_cache(batch, length=192, dtype=jnp.bfloat16):
     shape = (CONFIG.num_hidden_layers, batch, length, CONFIG.num_key_value_heads, CONFIG.head_dim)
     rng = np.random.default_rng(SEED + 1)
-    return api.KVCache(*(jnp.asarray(rng.normal(size=shape), dtype) for _ in range(2)))
+    return tuple(jnp.asarray(rng.normal(size=shape), dtype) for _ in range(2))
 
 
 def test_one_token_and_its_cache_rows(model):
@@ -189,7 +190,7 @@ def test_one_token_and_its_cache_rows(model):
     assert np.isfinite(out.logits).all()
     assert cosine(out.logits[0], logits) > 0.9999
     np.testing.assert_array_equal(np.sort(out.expert_ids[:, 0]), np.sort(ids))
-    for new, old, expected in zip(out.cache, cache, (new_keys, new_values), strict=True):
+    for new, old, expected in zip((out.k, out.v), cache, (new_keys, new_values), strict=True):
         row = np.asarray(new[:, 0, position], np.float64)
         assert cosine(row, expected) > 0.9999
         others = np.arange(new.shape[2]) != position
@@ -204,7 +205,7 @@ def test_replayed_experts_and_batches_give_the_same_bits(model):
     both = run(weights, [5, 9], [0, 70], cache, jnp.asarray(ids))
     np.testing.assert_array_equal(both.expert_ids, ids)
     for b, (token, position) in enumerate(((5, 0), (9, 70))):
-        one = api.KVCache(*(a[:, b : b + 1] for a in cache))
+        one = tuple(a[:, b : b + 1] for a in cache)
         alone = run(weights, [token], [position], one, jnp.asarray(ids[:, b : b + 1]))
         np.testing.assert_array_equal(alone.logits[0], both.logits[b])
         keys, values = (np.asarray(a[:, b], np.float64) for a in cache)
@@ -225,10 +226,10 @@ def test_a_batch_that_is_no_whole_group_gives_the_bits_of_one(model, batch):
     tokens, positions = [5, 9, 11, 3, 60][:batch], [0, 70, 150, 1, 129][:batch]
     together = run(weights, tokens, positions, cache, ids)
     for b in range(batch):
-        one = api.KVCache(*(a[:, b : b + 1] for a in cache))
+        one = tuple(a[:, b : b + 1] for a in cache)
         alone = run(weights, tokens[b : b + 1], positions[b : b + 1], one, ids[:, b : b + 1])
         np.testing.assert_array_equal(together.logits[b], alone.logits[0])
-        for all_rows, own in zip(together.cache, alone.cache, strict=True):
+        for all_rows, own in zip((together.k, together.v), (alone.k, alone.v), strict=True):
             np.testing.assert_array_equal(np.asarray(all_rows[:, b]), np.asarray(own[:, 0]))
 
 
@@ -245,8 +246,8 @@ def test_groups_of_sequences_are_numbered_one_after_the_other(batch):
 def test_a_kernel_that_nobody_waits_for_leaves_the_cache_alone(model):
     weights, _ = model
     cache = random_cache(1, dtype=jnp.float16)
-    out = run(weights, [9], [70], cache, goes=jnp.array([False]))
-    for new, old in zip(out.cache, cache, strict=True):
+    out = run(weights, [9], [70], cache, active=jnp.array([False]))
+    for new, old in zip((out.k, out.v), cache, strict=True):
         np.testing.assert_array_equal(np.asarray(new), np.asarray(old))
 
 
@@ -254,7 +255,7 @@ def test_a_kernel_that_nobody_waits_for_leaves_the_cache_alone(model):
 def test_the_kernel_is_made_for_any_number_of_multiprocessors(model, cores, batch):
     """Traced for each grid: tables, tiles and results of other sizes than an H100's index what is there."""
     weights, _ = model
-    step = lambda w, t, p, k: api.decode_step(w, CONFIG, t, p, k, device=api.Device.of_cores(cores))
+    step = lambda w, t, p, kv: api.decode_step(w, CONFIG, t, p, *kv, device=api.Device.of_cores(cores))
     tokens = jnp.zeros(batch, jnp.int32)
     traced = jax.jit(step).trace(weights, tokens, tokens, random_cache(batch))
     assert traced.out_info.logits.shape == (batch, CONFIG.vocab_size)

@@ -1,5 +1,6 @@
 """Many sequences in one batch: whatever runs beside a sequence, its text is the one it has alone."""
 
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -12,9 +13,9 @@ from qwen3_moe_jax.core.errors import BatchFullError, ContextOverflowError, Memo
 from qwen3_moe_jax.core.sampling import Sampling
 from qwen3_moe_jax.jax_backend import generate
 from qwen3_moe_jax.jax_backend.batching import Request, run_all
+from qwen3_moe_jax.jax_backend.decode_path import LayerByLayer, OneKernel
 from qwen3_moe_jax.jax_backend.generate import COMPILER_OPTIONS
 from qwen3_moe_jax.jax_backend.kv_cache import KVCache, Span
-from qwen3_moe_jax.jax_backend.model import Qwen3Moe
 from qwen3_moe_jax.jax_backend.runner import JaxRunner
 from tests import tolerances
 
@@ -115,7 +116,7 @@ def test_a_step_reads_no_more_than_it_is_asked_to(batch, golden, monkeypatch, bu
 
     def spy(model, params, state, slots, **options):
         asked.append((options["chunk"], len(slots)))
-        nothing = generate.News(jnp.zeros((SLOTS, 1)), state.length, state.finished, state.nonfinite)
+        nothing = generate.StepResult(jnp.zeros((SLOTS, 1)), state.length, state.finished, state.nonfinite)
         return state, nothing
 
     monkeypatch.setattr(generate, "prefill", spy)
@@ -293,26 +294,23 @@ def test_settings_and_slots_are_no_new_programs(batch, golden):
 def fused_steps(jax_runner, monkeypatch):
     """The runner with a decode kernel, and the (sequences, rows of the cache) of each that is compiled.
 
-    The kernel itself needs a GPU: here its signature is served by the ordinary operations.
+    The kernel itself needs a GPU: here the network itself stands in for it.
     """
-    step_api = pytest.importorskip(
-        "qwen3_moe_jax.kernels_pallas.decode_step.api", reason="GPU kernels need JAX 0.11"
-    )
-    from qwen3_moe_jax.jax_backend import gpu_decode
-
     batches = []
 
-    def step(params, config, types, token_ids, start, cache, expert_ids=None, goes=None):
-        batches.append((len(token_ids), cache.k.shape[1]))
-        variables, model = {"params": params}, Qwen3Moe(config, types=jax_runner.model.types)
-        out = model.apply(variables, token_ids[:, None], cache, start)
-        logits = model.apply(variables, out.hidden[:, 0], method="logits")
-        logits = jnp.where(goes.any(), logits, jnp.nan)  # the kernel promises nothing then
-        return step_api.StepOutput(logits, (out.cache.k, out.cache.v), out.expert_ids[:, :, 0])
+    class Kernel(OneKernel):
+        def reason_against(self, model, params, batch, cache, is_forced=False):
+            return None
 
-    monkeypatch.setattr(gpu_decode, "decode_step", step)
+        def step(self, model, params, token_ids, start, cache, expert_ids=None, active=None):
+            batches.append((len(token_ids), cache.k.shape[1]))
+            step = LayerByLayer().step(model, params, token_ids, start, cache)
+            logits = jnp.where(active.any(), step.logits, jnp.nan)  # the kernel promises nothing then
+            return step.replace(logits=logits)
+
     monkeypatch.setattr(generate, "LAUNCHES", (32,))
-    monkeypatch.setattr(jax_runner, "model", jax_runner.model.clone(fused_decode=16))
+    paths = (Kernel(), LayerByLayer())
+    monkeypatch.setattr(jax_runner, "decoder", replace(jax_runner.decoder, paths=paths))
     return batches
 
 
@@ -330,7 +328,7 @@ def test_decoding_takes_the_fused_step_with_few_rows_of_the_cache(
     check_ahead(batch, golden, greedy)
     batch.free_all()
     monkeypatch.setattr(jax_runner, "_take_spare", lambda: batch)
-    monkeypatch.setattr("qwen3_moe_jax.jax_backend.runner.SECONDS_A_DISPATCH", 0.0)  # blocks never grow
+    monkeypatch.setattr("qwen3_moe_jax.jax_backend.runner.SECONDS_PER_DISPATCH", 0.0)  # dispatches never grow
     stream = partial(jax_runner.stream, golden["ids1"], sampling=Sampling())
     assert list(stream(max_tokens=12)) == greedy[1][:12]
     stop = greedy[1][7]

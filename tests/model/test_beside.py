@@ -1,11 +1,13 @@
 """A sequence in the middle of a batch: what ``forward(beside=...)`` returns is its own."""
 
+from dataclasses import replace
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from qwen3_moe_jax.jax_backend import runner as module
-from qwen3_moe_jax.jax_backend.model import Qwen3Moe
+from qwen3_moe_jax.jax_backend.decode_path import LayerByLayer, OneKernel
 from tests import tolerances
 
 
@@ -45,29 +47,24 @@ def test_forced_experts_beside_others(jax_runner, prompt, others):
 def test_decoding_takes_the_fused_step_up_to_its_largest_batch(
     jax_runner, prompt, others, monkeypatch, count, is_forced
 ):
-    """The kernel itself needs a GPU: here its signature is served by the ordinary operations."""
-    pytest.importorskip("jax.experimental.pallas.mosaic_gpu")
-    from qwen3_moe_jax.jax_backend import gpu_decode
-    from qwen3_moe_jax.kernels_pallas.decode_step import api as decode_step
-
-    assert module.FUSED_BATCH == decode_step.MAX_BATCH
+    """The kernel itself needs a GPU: here the network itself stands in for it."""
     batches = []
 
-    def step(params, config, types, token_ids, start, cache, expert_ids=None):
-        batches.append(len(token_ids))
-        variables, model = {"params": params}, Qwen3Moe(config, types=jax_runner.model.types)
-        forced = None if expert_ids is None else expert_ids[:, :, None]
-        out = model.apply(variables, token_ids[:, None], cache, start, forced)
-        logits = model.apply(variables, out.hidden[:, 0], method="logits")
-        return decode_step.StepOutput(logits, (out.cache.k, out.cache.v), out.expert_ids[:, :, 0])
+    class Kernel(OneKernel):
+        def reason_against(self, model, params, batch, cache, is_forced=False):
+            return None if batch in self.batches else "too many"
 
-    monkeypatch.setattr(gpu_decode, "decode_step", step)
+        def step(self, model, params, token_ids, *args, **options):
+            batches.append(len(token_ids))
+            return LayerByLayer().step(model, params, token_ids, *args, **options)
+
     expected = jax_runner.forward(prompt)
-    monkeypatch.setattr(jax_runner, "model", jax_runner.model.clone(fused_decode=module.FUSED_BATCH))
+    paths = (Kernel(), LayerByLayer())
+    monkeypatch.setattr(jax_runner, "decoder", replace(jax_runner.decoder, paths=paths))
     beside = (others * 6)[:count]
     forced = expected.expert_ids if is_forced else None
     actual = jax_runner.forward(prompt, beside=beside, expert_ids=forced, chunk_sizes=(1,))
-    assert set(batches) == ({count + 1} if count < module.FUSED_BATCH else set())
+    assert set(batches) == ({count + 1} if count < 16 else set())
     np.testing.assert_allclose(actual.logits, expected.logits, atol=tolerances.CHUNKED_LOGITS, rtol=0)
     np.testing.assert_array_equal(actual.expert_ids, expected.expert_ids)
 

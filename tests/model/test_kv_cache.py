@@ -25,7 +25,7 @@ def new_keys(batch, length, config, scale=1.0):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "int8"])
-@pytest.mark.parametrize("batch", [3, kv_cache.MOST_SLICES + 1], ids=["slices", "scatter"])
+@pytest.mark.parametrize("batch", [3, kv_cache.MAX_SLICES + 1], ids=["slices", "scatter"])
 @pytest.mark.parametrize("in_order", [True, False])
 def test_tokens_go_to_their_places_and_nowhere_else(source, dtype, batch, in_order):
     config, rng = source.config, np.random.default_rng(SEED)

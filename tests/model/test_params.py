@@ -3,12 +3,10 @@
 import jax
 import numpy as np
 import pytest
-from flax.core import FrozenDict
 
 from qwen3_moe_jax.convert.unpack import dequantize
 from qwen3_moe_jax.jax_backend import params as loading
 from qwen3_moe_jax.jax_backend.runner import JaxRunner
-from qwen3_moe_jax.jax_backend.stacks import stack_layers
 from qwen3_moe_jax.kernels_pallas import dequantize as dequantize_on_device
 from tests import tolerances
 
@@ -26,20 +24,46 @@ def load(source, placer, roles, monkeypatch):
 @LAYOUTS
 def test_every_tensor_is_where_its_place_says(source, placer, roles, monkeypatch):
     params = load(source, placer, roles, monkeypatch)
-    places, _ = stack_layers(source.config, source.types, roles)
     for path, tensor in source.tensors():
         expected = dequantize(tensor).reshape(-1, tensor.shape[-1])
-        place = places.get(path)
-        value = params[path] if place is None else params["stacks"][place.stack]
+        layer, name = loading.split_path(path)
+        if layer is None:
+            value, rows = params[path], slice(None)
+        else:
+            place = params["layers"][name]
+            value, first = place.options[place.which[layer]], place.first[layer]
+            rows = slice(first, first + place.rows)
         dense = value if isinstance(value, jax.Array) else dequantize_on_device(value)
-        rows = slice(None) if place is None else slice(place.first, place.first + place.rows)
         np.testing.assert_array_equal(np.atleast_2d(dense)[rows], expected, path)
+
+
+@LAYOUTS
+def test_a_layers_view_has_its_matrices(source, placer, roles, monkeypatch):
+    """By a number that is known on the device alone, of the type that the layer has."""
+    table = load(source, placer, roles, monkeypatch)["layers"]
+    view = jax.jit(lambda table, layer: table.layer(layer))
+    wanted = {
+        f"layers.{layer}.{name}" for layer in (0, 3) for name in ("self_attn.v_proj", "input_layernorm")
+    }
+    for path, tensor in source.tensors():
+        if path not in wanted:
+            continue
+        layer, name = loading.split_path(path)
+        *parents, leaf = name.split(".")
+        node = view(table, layer)
+        for parent in parents:
+            node = node[parent]
+        if tensor.ndim == 1:
+            np.testing.assert_array_equal(node[leaf], dequantize(tensor))
+            continue
+        option = node[leaf].options[int(node[leaf].which)]
+        assert option.stack.type == tensor.type
+        np.testing.assert_array_equal(dequantize_on_device(option.slice(0, option.rows)), dequantize(tensor))
 
 
 def test_a_model_in_gpu_tiles_gives_the_same_logits(source, golden, jax_runner, monkeypatch):
     tiled = JaxRunner(source)
     tiled.params = load(source, loading._OnDevice, loading.GPU_ROLES, monkeypatch)
-    tiled.model = tiled.model.clone(roles=FrozenDict(loading.GPU_ROLES))
     logits = tiled.forward(golden["ids0"]).logits
     np.testing.assert_allclose(
         logits, jax_runner.forward(golden["ids0"]).logits, atol=tolerances.CHUNKED_LOGITS

@@ -4,14 +4,16 @@ from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
-from flax.core import FrozenDict
 
 from qwen3_moe_jax.convert.config import PRESETS
+from qwen3_moe_jax.convert.ggml_types import GGMLType
 from qwen3_moe_jax.convert.tensor_names import q4_k_m_types, tensor_specs
 from qwen3_moe_jax.jax_backend.kv_cache import KVCache
 from qwen3_moe_jax.jax_backend.model import Qwen3Moe
-from qwen3_moe_jax.jax_backend.stacks import stack_layers
+from qwen3_moe_jax.jax_backend.params import GPU_ROLES, abstract_params, plan_layers
+from qwen3_moe_jax.kernels_pallas import LayerTable
 from qwen3_moe_jax.machine.memory import cache_nbytes
 
 FILE_GB = {"Qwen3-30B-A3B": 18.55, "Qwen3-235B-A22B": 142.2, "Qwen3-Coder-480B-A35B": 290.1}
@@ -22,10 +24,10 @@ PACKED_GROWTH = 1.04
 
 def abstract(config, types):
     """Parameters and one step of a model, as shapes."""
-    model = Qwen3Moe(config, types=FrozenDict(types))
+    model = Qwen3Moe(config)
     cache = jax.eval_shape(lambda: KVCache.create(config, 2, 64))
     tokens, start = jnp.zeros((2, 3), jnp.int32), jnp.zeros((2,), jnp.int32)
-    params = jax.eval_shape(model.init, jax.random.key(0), tokens, cache, start)["params"]
+    params = abstract_params(config, types, {})
     step = jax.eval_shape(lambda p, c: model.apply({"params": p}, tokens, c, start), params, cache)
     logits = jax.eval_shape(lambda p, h: model.apply({"params": p}, h, method="logits"), params, step.hidden)
     return params, step, logits
@@ -42,31 +44,52 @@ def test_full_size_model(name):
     assert FILE_GB[name] <= nbytes / 1e9 <= FILE_GB[name] * PACKED_GROWTH
 
 
-@pytest.mark.parametrize(
-    "roles", [{}, {f"self_attn.{n}_proj": "self_attn.qkv" for n in "qkv"}], ids=["own", "qkv"]
-)
+@pytest.mark.parametrize("roles", [{}, GPU_ROLES], ids=["own", "qkv"])
 def test_stacks_hold_every_tensor_once(roles):
     config = replace(PRESETS["Qwen3-30B-A3B"], num_hidden_layers=8)
     types = q4_k_m_types(config)
-    places, shapes = stack_layers(config, types, roles)
-    rows = {name: 0 for name in shapes}
-    for spec in tensor_specs(config):
-        if not spec.path.startswith("layers."):
-            continue
-        place = places[spec.path]
-        assert place.first == rows[place.stack], "tensors of a stack follow each other"
-        rows[place.stack] += place.rows
-        assert shapes[place.stack].columns == spec.shape[-1]
-        assert shapes[place.stack].type in (None, types[spec.path])
-    assert rows == {name: shape.rows for name, shape in shapes.items()}
+    table = plan_layers(config, types, roles)
+    rows = dict.fromkeys(table.stacks, 0)
+    for layer in range(config.num_hidden_layers):
+        for tensor in table.tensors:
+            stack = tensor.stacks[tensor.which[layer]]
+            assert tensor.first[layer] == rows[stack], "tensors of a stack follow each other"
+            rows[stack] += tensor.rows
+            assert table.stacks[stack].shape[1] == tensor.shape[-1]
+            if len(tensor.shape) > 1:
+                assert table.stacks[stack].type is types[f"layers.{layer}.{tensor.name}"]
+    assert rows == {name: stack.shape[0] for name, stack in table.stacks.items()}
+    assert [t.name for t in table.tensors] == [
+        s.path.removeprefix("layers.0.") for s in tensor_specs(config) if s.path.startswith("layers.0.")
+    ]
 
 
 def test_only_types_that_differ_have_several_stacks():
     config = PRESETS["Qwen3-30B-A3B"]
-    _, shapes = stack_layers(config, q4_k_m_types(config), {})
-    mixed = sorted(name for name in shapes if name.endswith(".Q6_K"))
+    table = plan_layers(config, q4_k_m_types(config), {})
+    mixed = sorted(name for name in table.stacks if name.endswith(".Q6_K"))
     assert mixed == ["mlp.experts.down_proj.Q6_K", "self_attn.v_proj.Q6_K"]
-    assert shapes["self_attn.v_proj.Q6_K"].rows == shapes["self_attn.v_proj.Q4_K"].rows == 24 * 512
+    rows = [table.stacks[f"self_attn.v_proj.{t}"].shape[0] for t in ("Q6_K", "Q4_K")]
+    assert rows == [24 * 512, 24 * 512]
+
+
+def test_the_type_of_most_rows_comes_first():
+    shapes = {"q": (8, 4), "v": (8, 4)}
+    q4, q6 = GGMLType.Q4_K, GGMLType.Q6_K
+    types = [{"q": q6, "v": q4}, {"q": q6, "v": q6}]
+    own = LayerTable.plan(shapes, types, {})
+    assert own["v"].stacks == ("v.Q4_K", "v.Q6_K"), "equals: the lower type"
+    assert own["q"].neighbours == ("q",)
+    shared = LayerTable.plan(shapes, types, {"q": "qv", "v": "qv"})
+    assert shared["v"].stacks == ("qv.Q6_K", "qv.Q4_K")
+    assert (shared["v"].first, shared["v"].which) == ((0, 16), (1, 0))
+    assert (shared["q"].first, shared["q"].which) == ((0, 8), (0, 0))
+    assert shared["q"].neighbours == shared["v"].neighbours == ("q", "v")
+    np.testing.assert_array_equal(shared.columns([shared["v"].first, shared["v"].which]), [[0, 1], [16, 0]])
+    with pytest.raises(KeyError, match="no tensor k"):
+        shared["k"]
+    with pytest.raises(ValueError, match="3 numbers"):
+        shared.columns([(1, 2, 3)])
 
 
 def test_cache_size_is_what_a_plan_says():

@@ -1,0 +1,360 @@
+"""The ways in which a token of each sequence is written, best first, and the choice between them.
+
+``choose`` asks each way once, when weights are loaded, whether this model, these weights and this
+device suit it. A ``Decoder`` holds the network and the ways that are left: it is static in jitted
+programs, and while one is traced it takes the first way that has no reason against this batch, this
+cache and what is to be seen. Generation, batches, ``describe`` and scripts all ask it.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from types import ModuleType
+from typing import Any, ClassVar, Protocol
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+import qwen3_moe_jax.kernels_pallas as ops
+from qwen3_moe_jax.jax_backend.kv_cache import KVCache, Span
+from qwen3_moe_jax.jax_backend.model import OUTSIDE_LAYERS, STAGES_COLLECTION, Output, Qwen3Moe
+from qwen3_moe_jax.jax_backend.params import Params
+from qwen3_moe_jax.kernels_pallas.decode_layers import api as decode_layers
+from qwen3_moe_jax.kernels_pallas.gpu import device as gpu
+
+
+@struct.dataclass
+class Step:
+    """What the network says about T tokens of each sequence.
+
+    Attributes:
+      logits: float32 [B, T, V].
+      cache: with these tokens.
+      expert_ids: int32 [L, B, T, X].
+      stages: those that the model captures, those of layers with L first.
+    """
+
+    logits: jax.Array
+    cache: KVCache
+    expert_ids: jax.Array
+    stages: dict[str, jax.Array]
+
+
+class DecodePath(Protocol):
+    """A way to write one token of each of several sequences.
+
+    Attributes:
+      name: for people.
+      batches: the numbers of sequences that it is for.
+      is_one_launch: whether a step is one launch, so that loops of steps need not wait for the host.
+    """
+
+    name: ClassVar[str]
+    batches: ClassVar[range]
+    is_one_launch: ClassVar[bool]
+
+    def reason_on(self, device: jax.Device) -> str | None:
+        """Why this device does not suit it, or None."""
+        ...
+
+    def reason_against(
+        self, model: Qwen3Moe, params: Params, batch: int, cache: KVCache, is_forced: bool = False
+    ) -> str | None:
+        """Why it does not take this, or None; asked while a program is traced.
+
+        Args:
+          model: its config and compute dtype, what it captures and changes.
+          params: their types and layouts.
+          batch: sequences.
+          cache: its dtype and shape.
+          is_forced: experts are given.
+        """
+        ...
+
+    def step(
+        self,
+        model: Qwen3Moe,
+        params: Params,
+        token_ids: jax.Array,
+        start: jax.Array,
+        cache: KVCache,
+        expert_ids: jax.Array | None = None,
+        active: jax.Array | None = None,
+    ) -> Step:
+        """Writes one token of every sequence.
+
+        Args:
+          token_ids: int32 [B, 1].
+          start: int32 [B], its position.
+          expert_ids: int32 [L, B, 1, X] to force the routing, or None.
+          active: bool [B], whose results are wanted, or None for all: the others' may be anything.
+        """
+        ...
+
+
+def read(
+    model: Qwen3Moe,
+    params: Params,
+    token_ids: jax.Array,
+    start: jax.Array,
+    cache: KVCache,
+    expert_ids: jax.Array | None = None,
+    layers: Callable[..., Output] = Qwen3Moe.__call__,
+) -> Step:
+    """T tokens of each sequence [B, T] through the network, all of their logits.
+
+    Args:
+      layers: the method that runs the layers.
+    """
+
+    def whole(model: Qwen3Moe) -> tuple[Output, jax.Array]:
+        output = layers(model, token_ids, cache, start, expert_ids)
+        return output, model.logits(output.hidden)
+
+    (output, logits), sown = model.apply({"params": params}, method=whole, mutable=[STAGES_COLLECTION])
+    return Step(logits, output.cache, output.expert_ids, dict(sown.get(STAGES_COLLECTION, {})))
+
+
+def _changed_stages(model: Qwen3Moe) -> set[str]:
+    return {intervention.stage for intervention in model.interventions}
+
+
+@dataclass(frozen=True)
+class LayerByLayer:
+    """The network as it is defined, operation after operation: takes everything."""
+
+    name: ClassVar[str] = "layer by layer"
+    batches: ClassVar[range] = range(1, 1 << 31)
+    is_one_launch: ClassVar[bool] = False
+
+    def reason_on(self, device: jax.Device) -> str | None:
+        return None
+
+    def reason_against(
+        self, model: Qwen3Moe, params: Params, batch: int, cache: KVCache, is_forced: bool = False
+    ) -> str | None:
+        return None
+
+    def step(
+        self,
+        model: Qwen3Moe,
+        params: Params,
+        token_ids: jax.Array,
+        start: jax.Array,
+        cache: KVCache,
+        expert_ids: jax.Array | None = None,
+        active: jax.Array | None = None,
+    ) -> Step:
+        return read(model, params, token_ids, start, cache, expert_ids)
+
+
+@dataclass(frozen=True)
+class FewLaunches:
+    """All layers as one operation of few launches each: for batches that one kernel does not hold."""
+
+    name: ClassVar[str] = "few launches per layer"
+    batches: ClassVar[range] = range(17, 65)
+    is_one_launch: ClassVar[bool] = False
+
+    def reason_on(self, device: jax.Device) -> str | None:
+        return _refusal(gpu.require_hopper)
+
+    def reason_against(
+        self, model: Qwen3Moe, params: Params, batch: int, cache: KVCache, is_forced: bool = False
+    ) -> str | None:
+        if is_forced or model.layers is not None:
+            return "it chooses its experts itself, in all layers"
+        if seen := (_changed_stages(model) - {"ffn_moe_logits"} | model.capture) - OUTSIDE_LAYERS:
+            return f"it does not show or change {', '.join(sorted(seen))}"
+        if jnp.dtype(model.compute_dtype) != jnp.bfloat16:
+            return f"it multiplies operands of 16 bits, and compute_dtype is {jnp.dtype(model.compute_dtype)}"
+        if cache.scales is not None:
+            return "it reads a KV cache of 16 bits, and it is int8"
+        return decode_layers.reason_against(params["layers"], batch, cache.k)
+
+    def step(
+        self,
+        model: Qwen3Moe,
+        params: Params,
+        token_ids: jax.Array,
+        start: jax.Array,
+        cache: KVCache,
+        expert_ids: jax.Array | None = None,
+        active: jax.Array | None = None,
+    ) -> Step:
+        layers = lambda model, ids, cache, start, _: few_launches(model, ids, cache, Span(start, 1))
+        return read(model, params, token_ids, start, cache, layers=layers)
+
+
+def few_launches(model: Qwen3Moe, token_ids: jax.Array, cache: KVCache, span: Span) -> Output:
+    """All layers of ``model``, which is bound, for one token of each sequence [B, 1]."""
+    x, rope = model.embed(token_ids, [span])
+    change = lambda logits, layer: model.stage("ffn_moe_logits", logits[:, None], layer)[:, 0]
+    hidden, k, v, chosen = ops.decode_layers(
+        x[:, 0],
+        model.weight("layers"),
+        cache.k,
+        cache.v,
+        span.start,
+        span.slots,
+        tuple(table[:, 0] for table in rope),
+        num_experts_per_tok=model.config.num_experts_per_tok,
+        eps=model.config.rms_norm_eps,
+        on_logits=change if "ffn_moe_logits" in _changed_stages(model) else None,
+    )
+    return Output(hidden[:, None], cache.replace(k=k, v=v), chosen[:, :, None])
+
+
+@dataclass(frozen=True)
+class OneKernel:
+    """A whole token as one kernel (``ops.decode_step``): a batch does not change a sequence's bits."""
+
+    name: ClassVar[str] = "one kernel"
+    batches: ClassVar[range] = range(1, 17)
+    is_one_launch: ClassVar[bool] = True
+
+    def reason_on(self, device: jax.Device) -> str | None:
+        return _refusal(lambda: _decode_step().check_device(device))
+
+    def reason_against(
+        self, model: Qwen3Moe, params: Params, batch: int, cache: KVCache, is_forced: bool = False
+    ) -> str | None:
+        if model.layers is not None or model.capture or model.interventions:
+            return "it shows and changes no stages, and runs all layers"
+        if jnp.dtype(model.compute_dtype) != jnp.bfloat16:
+            return f"it multiplies operands of 16 bits, and compute_dtype is {jnp.dtype(model.compute_dtype)}"
+        if cache.k.dtype not in (jnp.bfloat16, jnp.float16):
+            return f"it reads a KV cache of 16 bits, and it is {cache.k.dtype}"
+        if batch not in self.batches:
+            return f"it is for {self.batches[0]} to {self.batches[-1]} sequences, not {batch}"
+        return _refusal(lambda: _decode_step().check(model.config, params, batch))
+
+    def step(
+        self,
+        model: Qwen3Moe,
+        params: Params,
+        token_ids: jax.Array,
+        start: jax.Array,
+        cache: KVCache,
+        expert_ids: jax.Array | None = None,
+        active: jax.Array | None = None,
+    ) -> Step:
+        out = _decode_step().decode_step(
+            params,
+            model.config,
+            token_ids[:, 0],
+            start,
+            cache.k,
+            cache.v,
+            expert_ids=None if expert_ids is None else expert_ids[:, :, 0],
+            active=active,
+        )
+        return Step(out.logits[:, None], cache.replace(k=out.k, v=out.v), out.expert_ids[:, :, None], {})
+
+
+def _decode_step() -> ModuleType:
+    return gpu.import_kernels("decode_step.api")
+
+
+def _refusal(check: Callable[[], None]) -> str | None:
+    try:
+        check()
+    except NotImplementedError as error:
+        return str(error)
+    return None
+
+
+PATHS: tuple[DecodePath, ...] = (OneKernel(), FewLaunches(), LayerByLayer())
+"""All ways, best first; the last takes everything."""
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """The network and the ways in which it writes a token; hashable, static in jitted programs.
+
+    Attributes:
+      model: the network.
+      paths: best first; the last takes everything.
+      refused: of each way that was left out when weights were loaded, its name and the reason.
+    """
+
+    model: Qwen3Moe
+    paths: tuple[DecodePath, ...] = (LayerByLayer(),)
+    refused: tuple[tuple[str, str], ...] = ()
+
+    def path(self, params: Params, batch: int, cache: KVCache, is_forced: bool = False) -> DecodePath:
+        """The first way without a reason against it."""
+        return next(
+            path
+            for path in self.paths
+            if path.reason_against(self.model, params, batch, cache, is_forced) is None
+        )
+
+    def step(
+        self,
+        params: Params,
+        token_ids: jax.Array,
+        start: jax.Array,
+        cache: KVCache,
+        expert_ids: jax.Array | None = None,
+        active: jax.Array | None = None,
+    ) -> Step:
+        """One token of each sequence, see :meth:`DecodePath.step`."""
+        path = self.path(params, len(token_ids), cache, expert_ids is not None)
+        return path.step(self.model, params, token_ids, start, cache, expert_ids, active)
+
+    def read(
+        self,
+        params: Params,
+        token_ids: jax.Array,
+        start: jax.Array,
+        cache: KVCache,
+        expert_ids: jax.Array | None = None,
+    ) -> Step:
+        """T tokens of each sequence [B, T], as :func:`read`; one token each is a step of decoding."""
+        if token_ids.shape[1] > 1:
+            return read(self.model, params, token_ids, start, cache, expert_ids)
+        return self.step(params, token_ids, start, cache, expert_ids)
+
+    @property
+    def is_batch_invariant(self) -> bool:
+        """Whether few sequences at a time give the bits of each alone."""
+        return self.paths[0].is_one_launch
+
+    def clone(self, **settings: Any) -> "Decoder":
+        """The same with other settings of the network."""
+        return replace(self, model=self.model.clone(**settings))
+
+    def describe(self) -> dict[str, str]:
+        """Of each way, the sequences that it is for, or why it is left out."""
+        found = dict(self.refused)
+        for path in self.paths:
+            first, last = path.batches[0], path.batches[-1]
+            found[path.name] = f"{first} to {last} sequences" if last < 1 << 16 else "everything else"
+        return {path.name: found[path.name] for path in PATHS if path.name in found}
+
+
+def choose(
+    model: Qwen3Moe,
+    params: Params,
+    device: jax.Device,
+    cache_dtype: Any,
+    paths: Sequence[DecodePath] = PATHS,
+) -> Decoder:
+    """The ways that this device, these weights and this dtype of the KV cache leave.
+
+    Args:
+      params: arrays, or their shapes.
+      paths: to choose from, best first.
+    """
+    left: list[DecodePath] = []
+    refused: list[tuple[str, str]] = []
+    for path in paths:
+        batch = path.batches[0]
+        cache = jax.eval_shape(lambda n=batch: KVCache.create(model.config, n, ops.CACHE_TILE, cache_dtype))
+        reason = path.reason_on(device) or path.reason_against(model, params, batch, cache)
+        if reason is None:
+            left.append(path)
+        else:
+            refused.append((path.name, reason))
+    return Decoder(model, tuple(left), tuple(refused))

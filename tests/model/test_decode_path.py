@@ -1,0 +1,150 @@
+"""The choice of the way in which tokens are written, and what the runner says of it."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from qwen3_moe_jax.convert.config import PRESETS
+from qwen3_moe_jax.convert.ggml_types import GGMLType
+from qwen3_moe_jax.convert.packed import GPU_TILES
+from qwen3_moe_jax.convert.tensor_names import q4_k_m_types
+from qwen3_moe_jax.jax_backend.decode_path import (
+    PATHS,
+    Decoder,
+    FewLaunches,
+    LayerByLayer,
+    OneKernel,
+    choose,
+)
+from qwen3_moe_jax.jax_backend.kv_cache import KVCache
+from qwen3_moe_jax.jax_backend.model import Intervention, Qwen3Moe
+from qwen3_moe_jax.jax_backend.params import GPU_ROLES, abstract_params, is_tiled
+from qwen3_moe_jax.kernels_pallas import LayerTable
+from qwen3_moe_jax.kernels_pallas.gpu import device as gpu
+
+CONFIG = PRESETS["Qwen3-30B-A3B"]
+H100 = SimpleNamespace(platform="gpu", compute_capability="9.0", core_count=132, device_kind="H100")
+NAMES = [path.name for path in PATHS]
+
+
+def test_on_a_cpu_the_network_runs_as_it_is_defined(jax_runner):
+    decoder = jax_runner.decoder
+    assert decoder.paths == (LayerByLayer(),)
+    assert [name for name, _ in decoder.refused] == NAMES[:2]
+    assert all("cpu" in reason or "JAX" in reason for _, reason in decoder.refused)
+    facts = jax_runner.describe()
+    assert list(facts["decode"]) == NAMES
+    assert facts["decode"]["layer by layer"] == "everything else"
+    assert facts["fallbacks"] == [], "a CPU lacks nothing"
+
+
+def test_the_runner_says_what_ran(jax_runner):
+    facts = jax_runner.describe()
+    assert facts["implementations"] == {"F32": "xla", "Q4_K": "xla", "Q6_K": "xla"}
+    assert any(line.startswith("moe_mlp of Q4_K") and "pallas:" in line for line in facts["refused"])
+
+
+def tiled(params):
+    """Parameters as a GPU holds them, as shapes."""
+    from scripts.bench_prefill import tile_shapes
+
+    def tiles(name, w):
+        if not hasattr(w, "type") or not is_tiled(name.rpartition(".")[0] or name, w):
+            return w
+        return replace(w, arrays=tile_shapes(w.type, *w.shape), layout=GPU_TILES)
+
+    table = params["layers"]
+    stacks = {name: tiles(name, w) for name, w in table.stacks.items()}
+    whole = {name: tiles(name, w) for name, w in params.items() if name != "layers"}
+    return {**whole, "layers": LayerTable(stacks, table.tensors)}
+
+
+@pytest.fixture(scope="module")
+def params():
+    return tiled(abstract_params(CONFIG, q4_k_m_types(CONFIG), GPU_ROLES))
+
+
+@pytest.fixture
+def on_hopper(monkeypatch):
+    """Kernels are imported and asked, as on an H100."""
+    pytest.importorskip("jax.experimental.pallas.mosaic_gpu", reason="GPU kernels need JAX 0.11")
+    if jax.__version_info__ < (0, 11):
+        pytest.skip("GPU kernels need JAX 0.11")
+    from qwen3_moe_jax.kernels_pallas.decode_layers import api, kernel_sm90
+
+    for module in (gpu, api, kernel_sm90):
+        monkeypatch.setattr(module, "require_hopper", lambda *args: None)
+
+
+def cache_of(batch, dtype=jnp.float16):
+    return jax.eval_shape(lambda: KVCache.create(CONFIG, batch, 64, dtype))
+
+
+MODEL = Qwen3Moe(CONFIG, jnp.bfloat16)
+
+
+def test_an_h100_has_all_ways(params, on_hopper):
+    decoder = choose(MODEL, params, H100, jnp.float16)
+    assert (decoder.paths, decoder.refused) == (PATHS, ())
+    assert decoder.is_batch_invariant
+    taken = {batch: decoder.path(params, batch, cache_of(batch)).name for batch in (1, 16, 17, 64, 65)}
+    assert taken == dict(zip(taken, [NAMES[i] for i in (0, 0, 1, 1, 2)], strict=True))
+    assert decoder.describe() == {
+        "one kernel": "1 to 16 sequences",
+        "few launches per layer": "17 to 64 sequences",
+        "layer by layer": "everything else",
+    }
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "compute", "reasons"),
+    [
+        ({"compute_capability": "8.9"}, jnp.float16, jnp.bfloat16, ["compute capability 8.9"]),
+        ({"core_count": 3}, jnp.float16, jnp.bfloat16, ["multiprocessors 3"]),
+        ({}, jnp.int8, jnp.bfloat16, ["KV cache of 16 bits, and it is int8"] * 2),
+        ({}, jnp.float16, jnp.float32, ["compute_dtype is float32"] * 2),
+    ],
+)
+def test_what_keeps_a_gpu_from_a_way_is_named(params, on_hopper, device, dtype, compute, reasons):
+    decoder = choose(Qwen3Moe(CONFIG, compute), params, SimpleNamespace(**vars(H100) | device), dtype)
+    assert len(decoder.refused) == len(reasons)
+    for (_, said), reason in zip(decoder.refused, reasons, strict=True):
+        assert reason in said
+
+
+def test_types_that_the_kernels_do_not_take_are_named(on_hopper):
+    types = q4_k_m_types(CONFIG) | {"layers.3.self_attn.o_proj": GGMLType.F16}
+    decoder = choose(MODEL, tiled(abstract_params(CONFIG, types, GPU_ROLES)), H100, jnp.float16)
+    one, few = (reason for _, reason in decoder.refused)
+    assert "type of o F16" in one
+    assert "not 'rows'" in few
+
+
+@pytest.mark.parametrize(
+    ("settings", "is_forced", "expected"),
+    [
+        ({}, True, {1: "one kernel", 32: "layer by layer"}),
+        ({"capture": frozenset({"l_out"})}, False, {1: "layer by layer", 32: "layer by layer"}),
+        ({"capture": frozenset({"result_norm"})}, False, {1: "layer by layer", 32: "few launches per layer"}),
+        ({"layers": (0, 1)}, False, {1: "layer by layer", 32: "layer by layer"}),
+        (
+            {"interventions": (Intervention("ffn_moe_logits", jnp.negative),)},
+            False,
+            {1: "layer by layer", 32: "few launches per layer"},
+        ),
+    ],
+)
+def test_what_is_to_be_seen_chooses_the_way(params, on_hopper, settings, is_forced, expected):
+    decoder = Decoder(MODEL, PATHS).clone(**settings)
+    assert {b: decoder.path(params, b, cache_of(b), is_forced).name for b in expected} == expected
+
+
+def test_the_kernels_limits_are_the_ways():
+    api = pytest.importorskip("qwen3_moe_jax.kernels_pallas.decode_step.api", reason="needs JAX 0.11")
+    from qwen3_moe_jax.kernels_pallas.decode_layers import kernel_sm90
+
+    assert OneKernel.batches == range(1, api.MAX_BATCH + 1)
+    assert FewLaunches.batches == range(kernel_sm90._MIN_ROWS, kernel_sm90.MOST_FEW + 1)
