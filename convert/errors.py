@@ -27,6 +27,18 @@ E_CHECKPOINT    a packed checkpoint that is damaged or not ours
 
 _LONGEST_LINE = 1000
 
+_ADVICE = {
+    "E_OPEN": "check the path and its permissions",
+    "E_MAGIC": "give a GGUF file of the model",
+    "E_CHANGED": "wait until the file is written, then try again",
+    "E_QTYPE": "take the Q4_K_M, Q5_K_M, Q6_K or Q8_0 file of this model",
+    "E_ARCH": "take a file of a Qwen3-MoE model",
+    "E_HPARAM": "take another file of this model, or convert it again",
+    "E_TOKENIZER": "take another file of this model, or convert it again",
+    "E_SPLIT": "put all shards of one model into one folder",
+    "E_CHECKPOINT": "convert the model again",
+}
+
 
 def printable(text: str, limit: int = _LONGEST_LINE) -> str:
     """``text`` on one line: control characters escaped, cut after ``limit`` characters."""
@@ -57,6 +69,11 @@ class ModelFileError(ValueError):
         self.offset = offset
         where = "" if offset is None else f" (at byte {offset})"
         super().__init__(f"{code}: {self.message}{where}")
+
+    @property
+    def advice(self) -> str:
+        """What to do, in a few words."""
+        return _ADVICE.get(self.code, "download the file again")
 
     def __reduce__(self):
         return _rebuild, (self.code, self.message, self.name, self.offset)

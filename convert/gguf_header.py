@@ -98,7 +98,8 @@ class TensorInfo:
             supported = ", ".join(t.name for t in SUPPORTED_TYPES)
             raise ModelFileError(
                 "E_QTYPE",
-                f"tensor {quote(self.name)} has type {self.type_name}; supported types: {supported}",
+                f"tensor {quote(self.name)} has type {self.type_name}, which is not supported; others are: "
+                f"{supported}",
                 name=self.name,
             )
         return GGMLType(self.type_id)

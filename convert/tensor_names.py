@@ -5,13 +5,14 @@ Everything that goes from a file's names to the model's goes through
 what is missing, extra or misshapen before any weight is read.
 """
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from qwen3_moe_jax.convert.config import Qwen3MoeConfig
 from qwen3_moe_jax.convert.errors import ModelFileError, printable, quote
 from qwen3_moe_jax.convert.ggml_types import BLOCK_FORMATS, SUPPORTED_TYPES, GGMLType
-from qwen3_moe_jax.convert.gguf_file import GGUFFile
+from qwen3_moe_jax.convert.gguf_file import GGUFFile, TensorInfo
 
 NORM_TYPES: tuple[GGMLType, ...] = (GGMLType.F32, GGMLType.F16, GGMLType.BF16)
 MATRIX_TYPES: tuple[GGMLType, ...] = SUPPORTED_TYPES
@@ -151,6 +152,7 @@ def check_tensors(gguf_file: GGUFFile, config: Qwen3MoeConfig) -> None:
     """
     specs = {spec.gguf_name: spec for spec in tensor_specs(config)}
     found = gguf_file.tensors
+    _refuse_unsupported_types(found.values())
     extra = [name for name in found if name not in specs]
     for name in extra:
         _refuse_known_variant(name)
@@ -172,6 +174,22 @@ def check_tensors(gguf_file: GGUFFile, config: Qwen3MoeConfig) -> None:
             raise ModelFileError(
                 "E_QTYPE", f"{name} has type {found[name].type_name}; it may be {allowed}", name=name
             )
+
+
+def _refuse_unsupported_types(tensors: Iterable[TensorInfo]) -> None:
+    """Names every type at once, and what to ask for in place of such a file."""
+    others = [tensor for tensor in tensors if not tensor.is_supported]
+    if not others:
+        return
+    counts = Counter(tensor.type_name for tensor in others)
+    found = ", ".join(f"{name} ({count} tensors)" for name, count in counts.most_common())
+    supported = ", ".join(t.name for t in SUPPORTED_TYPES)
+    raise ModelFileError(
+        "E_QTYPE",
+        f"tensors such as {quote(others[0].name)} have types that are not supported: {found}; ask for the "
+        f"Q4_K_M, Q5_K_M, Q6_K or Q8_0 file of this model (supported types: {supported})",
+        name=others[0].name,
+    )
 
 
 def _refuse_known_variant(name: str) -> None:

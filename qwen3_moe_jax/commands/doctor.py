@@ -48,4 +48,4 @@ def judge_model(path, context: int, facts: Machine) -> list[Finding]:
             plan = MemoryPlan.of(source, min(context, source.config.max_position_embeddings), itemsize=4)
             return [Finding("ok", "model", what), machine.judge_memory(facts, plan)]
     except ModelFileError as error:
-        return [Finding("problem", "model", f"{path}: {error}", "download or convert the file again")]
+        return [Finding("problem", "model", f"{path}: {error}", error.advice)]

@@ -15,7 +15,7 @@ from qwen3_moe_jax import loader
 from qwen3_moe_jax.convert.model_source import ModelSource, open_model
 from qwen3_moe_jax.parity.clauses import FAILED, NOT_APPLICABLE, PASSED, Finding
 from qwen3_moe_jax.parity.contract import Contract, load_contract
-from qwen3_moe_jax.parity.verify import TEXT_TOKENS, Report, Unloaded, verify
+from qwen3_moe_jax.parity.verify import MIN_TOKENS, TEXT_TOKENS, Report, Unloaded, verify
 
 TARGETS = ("reference", "jax", "jax:bfloat16", "wgpu")
 
@@ -70,7 +70,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--adapter", metavar="NAME", help="part of the WebGPU adapter's name (wgpu)")
     parser.add_argument(
-        "--tokens", type=int, default=TEXT_TOKENS, metavar="N", help=f"length of the text ({TEXT_TOKENS})"
+        "--tokens",
+        type=_text_length,
+        default=TEXT_TOKENS,
+        metavar="N",
+        help=f"length of the text, at least {MIN_TOKENS} ({TEXT_TOKENS})",
     )
     parser.add_argument(
         "--clause", action="append", metavar="ID", help="check this clause only; may be given several times"
@@ -78,6 +82,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--contract", action="store_true", help="list the clauses and end")
     parser.add_argument("--receipt", metavar="FILE", help="write the JSON receipt here")
     parser.add_argument("--json", action="store_true", help="the receipt on standard output, nothing else")
+
+
+def _text_length(text: str) -> int:
+    """The value of ``--tokens``.
+
+    Raises:
+      argparse.ArgumentTypeError: it is no integer, or less than the clauses need.
+    """
+    if not text.lstrip("+-").isdecimal() or int(text) < MIN_TOKENS:
+        raise argparse.ArgumentTypeError(f"{text!r} is no length to verify with: give at least {MIN_TOKENS}")
+    return int(text)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -298,7 +298,7 @@ class Runner(Protocol):
         ...
 
     def dequantized(self, path: str, tile: int, expert: int | None = None) -> NDArray[np.float32]:
-        """Sixteen rows of a matrix as this backend's own code unpacks them: float32 [16, K].
+        """Sixteen rows of a matrix as this backend's own code unpacks them: float32 [16, K], or the rest.
 
         Args:
           path: of the parameter.

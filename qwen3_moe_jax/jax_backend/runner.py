@@ -190,8 +190,10 @@ class JaxRunner:
             tensor = self.params["layers"][name]
             value, first, rows = tensor.options[tensor.which[layer]], tensor.first[layer], tensor.rows
         if expert is not None:
-            first += expert * (rows // self.config.num_experts)
-        w = Matrices(value, jnp.int32(first + LANES * tile), (LANES, value.shape[1]))
+            rows //= self.config.num_experts
+            first += expert * rows
+        count = min(LANES, rows - LANES * tile)
+        w = Matrices(value, jnp.int32(first + LANES * tile), (count, value.shape[1]))
         return np.asarray(_dequantize_rows(w))
 
     def memory(self) -> dict[str, int] | None:
@@ -352,8 +354,8 @@ def _next_count(count: int, seconds: float) -> int:
 
 @jax.jit
 def _dequantize_rows(w: Matrices) -> jax.Array:
-    """The first rows of a matrix, as many as one tile has."""
-    return dequantize_on_device(w.slice(0, LANES))
+    """All rows of a matrix."""
+    return dequantize_on_device(w.slice(0, w.rows))
 
 
 @partial(

@@ -157,6 +157,19 @@ def test_every_type_in_a_norm_and_in_matrices(tmp_path: Path, type_id: int, path
     assert "BF16" in str(error)
 
 
+def test_unsupported_types_are_counted_and_another_file_named(tmp_path: Path):
+    wide = replace(TINY, hidden_size=256, moe_intermediate_size=256)
+    model = Model(tmp_path, wide, model_tensors(wide))
+    wanted = {"embed_tokens": "IQ4_XS", "layers.1.self_attn.q_proj": "IQ4_XS", "lm_head": "Q3_K"}
+    for path, name in wanted.items():
+        model.find(path).type = next(i for i, known in KNOWN_TYPES.items() if known.name == name)
+    error = model.refusal()
+    assert "IQ4_XS (2 tensors), Q3_K (1 tensors)" in str(error)
+    assert "Q4_K_M" in str(error)
+    assert "Q4_K_M" in error.advice
+    assert "download" not in f"{error} {error.advice}"
+
+
 def test_tables_of_the_published_models():
     assert {name: len(tensor_specs(c)) for name, c in PRESETS.items()} == {
         "Qwen3-30B-A3B": 579,

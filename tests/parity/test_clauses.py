@@ -1,8 +1,11 @@
 """Every clause of the contract is seen to fail: what it promises is broken, and it says so."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
+from qwen3_moe_jax.convert.model_source import open_model
 from qwen3_moe_jax.convert.packed import PackedTensor
 from qwen3_moe_jax.convert.unpack import dequantize
 from qwen3_moe_jax.core.errors import ParityError
@@ -12,7 +15,9 @@ from qwen3_moe_jax.parity.clauses import BACKEND_CHECKS, FAILED, FILE_CHECKS, PA
 from qwen3_moe_jax.parity.contract import load_contract
 from qwen3_moe_jax.parity.evidence import Evidence, Oracle
 from qwen3_moe_jax.parity.gate import check_once
+from qwen3_moe_jax.parity.verify import verify
 from qwen3_moe_jax.testing import faults
+from qwen3_moe_jax.testing.random_models import SMALL, write_random_gguf
 
 TOKENS = 96
 
@@ -316,3 +321,35 @@ def test_a_flip_explains_later_ones_only():
 def test_by_rows_covers_every_row():
     rows = np.arange(300.0)[:, None]
     assert evidence.by_rows(lambda a, b: (a - b)[:, 0], rows, rows * 0).tolist() == list(range(300))
+
+
+@pytest.mark.parametrize("experts", [3, 8, 24])
+def test_quant_001_of_matrices_of_few_rows(tmp_path, experts):
+    """A router of fewer rows than a tile has, and one whose last tile is not whole."""
+    from qwen3_moe_jax.jax_backend.runner import JaxRunner
+
+    write_random_gguf(tmp_path / "few.gguf", replace(SMALL, num_experts=experts), mix="all", seed=1)
+    with open_model(tmp_path / "few.gguf") as source:
+        report = verify(source, [JaxRunner(source, max_context=64)], text_tokens=64, clauses=["QUANT-001"])
+    assert [f.verdict for f in report.findings] == ["passed", "passed"]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [TypeError("no"), KeyError("x"), AttributeError("y"), MemoryError(), AssertionError(), IndexError()],
+)
+def test_any_exception_of_a_backend_is_that_clauses_failure(source, reference, error):
+    def broken(*args, **options):
+        raise error
+
+    runner = Changed(reference, forward=broken)
+    report = verify(source, [runner], text_tokens=64, clauses=["STAGES-001", "LOADGATE-001", "PRELOAD-001"])
+    verdicts = {f.clause: f.verdict for f in report.findings}
+    assert verdicts == {"PRELOAD-001": "passed", "LOADGATE-001": "failed", "STAGES-001": "failed"}
+    assert not report.passed
+
+
+@pytest.mark.parametrize("tokens", [0, -1, 63])
+def test_a_text_below_what_clauses_need_is_refused(source, reference, tokens):
+    with pytest.raises(ValueError, match="give at least 64"):
+        verify(source, [reference], text_tokens=tokens)

@@ -181,10 +181,11 @@ def test_notes_of_a_rendered_chat_reach_the_caller(source, reference_runner):
     from qwen3_moe_jax.api import Model
 
     model = Model(source, reference_runner)
-    messages = [{"role": "user", "content": "hi"}]
-    options = {"max_tokens": 1, "thinking": True}
-    (note,) = model.open_stream(messages, **options).notes
-    assert "no thinking switch" in note
-    assert model.answer(messages, **options).notes == (note,)
-    assert [a.notes for a in model.generate_batch([messages], **options)] == [(note,)]
-    assert model.answer(messages, max_tokens=1).notes == ()
+    user = {"role": "user", "content": "hi"}
+    call = {"function": {"name": "f", "arguments": "no JSON"}}
+    messages = [user, {"role": "assistant", "tool_calls": [call]}, user]
+    (note,) = model.open_stream(messages, max_tokens=1).notes
+    assert "are not JSON" in note
+    assert model.answer(messages, max_tokens=1).notes == (note,)
+    assert [a.notes for a in model.generate_batch([messages], max_tokens=1)] == [(note,)]
+    assert model.answer([user], max_tokens=1).notes == ()
