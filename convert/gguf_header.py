@@ -98,8 +98,7 @@ class TensorInfo:
             supported = ", ".join(t.name for t in SUPPORTED_TYPES)
             raise ModelFileError(
                 "E_QTYPE",
-                f"tensor {quote(self.name)} has type {self.type_name}, which is not supported; others are: "
-                f"{supported}",
+                f"tensor {quote(self.name)} has type {self.type_name}, not one of the supported: {supported}",
                 name=self.name,
             )
         return GGMLType(self.type_id)
