@@ -45,9 +45,12 @@ from qwen3_moe_jax.convert.packed import PackedTensor
 from qwen3_moe_jax.jax_backend.kv_cache import KVCache, whole_tiles
 from qwen3_moe_jax.jax_backend.params import GPU_ROLES
 from qwen3_moe_jax.kernels_pallas.decode_step import api
-from qwen3_moe_jax.kernels_pallas.decode_step import primitives_mosaic_gpu as prim
-from qwen3_moe_jax.kernels_pallas.decode_step.step_mosaic_gpu import Step
-from qwen3_moe_jax.kernels_pallas.decode_step.tile_formats_mosaic_gpu import SHAPE, TILE_FORMATS
+from qwen3_moe_jax.kernels_pallas.decode_step.activations import Activations
+from qwen3_moe_jax.kernels_pallas.decode_step.experts import Experts
+from qwen3_moe_jax.kernels_pallas.decode_step.primitives.layouts import TILE_LANES, full
+from qwen3_moe_jax.kernels_pallas.decode_step.projections import Products
+from qwen3_moe_jax.kernels_pallas.decode_step.router import Router
+from qwen3_moe_jax.kernels_pallas.decode_step.tile_formats import SHAPE, TILE_FORMATS
 from qwen3_moe_jax.kernels_pallas.decode_step.weights import ROUTER, StepWeights, column_names
 from qwen3_moe_jax.kernels_pallas.embedding_lookup.api import embedding_lookup
 from qwen3_moe_jax.kernels_pallas.gpu.device import multiprocessors
@@ -243,10 +246,11 @@ def check(w, config, batch, depth, *, device, dtype) -> dict:
 
 def no_products(phase: str) -> None:
     """Products of a phase become zeros, so that compilers drop the reading of their weights too."""
-    original = getattr(Step, phase)
+    original = getattr(Experts, phase)
 
-    def zeros(tiles, x, *, emulate):
-        return [prim.full(SHAPE, 0.0, jnp.float32, prim.TILE_LANES) for _ in tiles]
+    def zeros(tiles, x):
+        del x
+        return [full(SHAPE, 0.0, jnp.float32, TILE_LANES) for _ in tiles]
 
     def without(self, *args):
         with ExitStack() as stack:
@@ -254,7 +258,7 @@ def no_products(phase: str) -> None:
                 stack.enter_context(mock.patch.object(fmt, "multiply", zeros))
             return original(self, *args)
 
-    setattr(Step, phase, without)
+    setattr(Experts, phase, without)
 
 
 def nothing(self, *args, **kwargs) -> None:
@@ -262,22 +266,22 @@ def nothing(self, *args, **kwargs) -> None:
 
 
 def only_signal(self, layer, count) -> None:
-    self.wait(count)
-    self.signal()
+    self.g.wait(count)
+    self.g.signal()
 
 
 def only_signal_of_owners(self, norm_ref, count) -> None:
-    self.for_own(0, self.c.batch, lambda b: only_signal(self, None, count))
+    self.g.for_own(0, self.c.batch, lambda b: only_signal(self, None, count))
 
 
 WITHOUT = {
     "nothing": lambda: None,
-    "gate_up": partial(no_products, "gate_up_type"),
-    "down": partial(no_products, "down_type"),
-    "dense": partial(setattr, Step, "multiply_into_sums", nothing),
-    "copies": partial(setattr, Step, "fetch", nothing),
-    "router": partial(setattr, Step, "router", only_signal),
-    "norm": partial(setattr, Step, "share_normed", only_signal_of_owners),
+    "gate_up": partial(no_products, "gate_up"),
+    "down": partial(no_products, "down"),
+    "dense": partial(setattr, Products, "multiply_into_sums", nothing),
+    "copies": partial(setattr, Activations, "fetch", nothing),
+    "router": partial(setattr, Router, "router", only_signal),
+    "norm": partial(setattr, Activations, "share_normed", only_signal_of_owners),
 }
 """What ``--without`` leaves out of the kernel. The results are wrong then."""
 
@@ -338,11 +342,10 @@ def trace(w, config, batch, depth, *, device, dtype, folder) -> dict:
     Path(folder).mkdir(parents=True, exist_ok=True)
     cache = random_cache(config, batch, depth + 64, dtype)
     tokens, positions = jnp.full((batch,), 17, jnp.int32), jnp.full((batch,), depth, jnp.int32)
-    os.environ["QWEN3_MOE_DECODE_TRACE"] = folder
+    device = replace(device, trace_folder=folder)
     step = jax.jit(lambda w, t, p, kv: api.decode_step(w, config, t, p, *kv, device=device))
     step(w, tokens, positions, cache).logits.block_until_ready()
     jax.effects_barrier()
-    del os.environ["QWEN3_MOE_DECODE_TRACE"]
     return {"batch": batch, "depth": depth, "folder": folder}
 
 
@@ -367,6 +370,7 @@ def parse() -> argparse.Namespace:
         type=int,
         help="blocks of the grid, a multiple of 4; the device's multiprocessors by default",
     )
+    parser.add_argument("--kernels", choices=("hopper", "portable"), help="the device's own by default")
     parser.add_argument("--trace", nargs="*", default=[], help="batch:depth")
     parser.add_argument("--trace-folder", default="decode-trace")
     parser.add_argument("--without", choices=WITHOUT, help="leave a part out, and give the experts")
@@ -380,16 +384,18 @@ def main() -> None:
     args = parse()
     faulthandler.dump_traceback_later(args.limit, exit=True)
     config = replace(PRESETS["Qwen3-30B-A3B"], num_hidden_layers=args.layers, vocab_size=args.vocab)
-    device = api.Device.of_cores(args.blocks or multiprocessors())
+    device = api.Device.of(jax.devices()[0], args.kernels, args.blocks or multiprocessors())
     if args.tiny:
         config = tiny(config)
-        device = api.Device(blocks=1, splits=2, emulate=True, interpret=interpreter())
+        options = {"kernels": device.kernels, "emulate": True, "interpret": interpreter()}
+        device = api.Device(blocks=1, splits=2, **options)
     start = time.perf_counter()
     w = jax.block_until_ready(random_params(config, TYPES[args.types](config), GPU_ROLES))
     nbytes = sum(a.nbytes for a in jax.tree.leaves(w))
     results = {
         "device": jax.devices()[0].device_kind, "jax": jax.__version__, "bytes": nbytes,
         "blocks": device.blocks,
+        "kernels": device.kernels,
         "types": args.types, "cache_dtype": args.cache_dtype, "without": args.without, "cases": [],
     }  # fmt: skip
     print("weights", nbytes, round(time.perf_counter() - start, 1), "s", flush=True)

@@ -1,4 +1,4 @@
-"""A whole decoded token on an NVIDIA Hopper GPU as one kernel.
+"""A whole decoded token on an NVIDIA GPU, from Ampere on, as one kernel.
 
 This is an alternative to the model's decode step that runs op by op: ``decode_step`` makes
 logits and updates the cache in place, inside the caller's ``jit`` and its loop. What the
@@ -16,19 +16,36 @@ from jax import lax
 from qwen3_moe_jax.convert.ggml_types import GGMLType
 from qwen3_moe_jax.convert.packed import GPU_TILES
 from qwen3_moe_jax.kernels_pallas import implementations
-from qwen3_moe_jax.kernels_pallas.decode_step import step_mosaic_gpu as kernel
-from qwen3_moe_jax.kernels_pallas.decode_step.tile_formats_mosaic_gpu import TILE_FORMATS
+from qwen3_moe_jax.kernels_pallas.decode_step import config as step
+from qwen3_moe_jax.kernels_pallas.decode_step import kernel
+from qwen3_moe_jax.kernels_pallas.decode_step.tile_formats import TILE_FORMATS
 from qwen3_moe_jax.kernels_pallas.decode_step.weights import ROUTER, StepWeights
 from qwen3_moe_jax.kernels_pallas.embedding_lookup.api import embedding_lookup
+from qwen3_moe_jax.kernels_pallas.gpu import cards
 from qwen3_moe_jax.kernels_pallas.gpu.device import multiprocessors
 from qwen3_moe_jax.kernels_pallas.norm_rope.api import rope_tables
 from qwen3_moe_jax.kernels_pallas.packed.stacks import LayerTable
 
 MAX_BATCH = 16
+CACHE_UNIT = max(step.KV_TILE.values())
+"""The cache's length is a multiple of this many tokens."""
+MODEL_FIELDS = (
+    "num_hidden_layers",
+    "hidden_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "num_experts",
+    "num_experts_per_tok",
+    "moe_intermediate_size",
+    "vocab_size",
+    "rms_norm_eps",
+)
+"""What the kernel's configuration takes from the model's, under the same names."""
 BLOCKS_UNIT = 4
 """The number of blocks is a multiple of this: four tiles of 8 rows are a subblock of activations."""
 KERNEL_BATCH = 8
-"""Sequences of one kernel: what shared memory holds. Larger batches take two, with the same bits."""
+"""Sequences of one kernel, at most. Larger batches take several, with the same bits."""
 
 
 class StepOutput(NamedTuple):
@@ -52,19 +69,43 @@ class Device:
 
     Attributes:
       blocks: thread blocks of the grid, one per multiprocessor; all of them must run at once.
+      kernels: "hopper" (attention by ``wgmma``) or "portable" (by ``mma``, from Ampere on).
+      shared_memory: bytes that a block can have.
       splits: parts that attention over one sequence and KV head is split into, at most; None takes as many as
         give every warpgroup one.
+      trace_folder: where the begin and end of every phase in every block are written, or None.
     """
 
     blocks: int
+    kernels: str = "hopper"
+    shared_memory: int = cards.capabilities()["9.0"].shared_memory
     splits: int | None = None
     emulate: bool = False
     interpret: Any = None
+    trace_folder: str | None = None
 
     @classmethod
-    def of_cores(cls, cores: int) -> "Device":
+    def of_cores(cls, cores: int, **options: Any) -> "Device":
         """A device of ``cores`` multiprocessors, as many of them as are a multiple of ``BLOCKS_UNIT``."""
-        return cls(blocks=cores // BLOCKS_UNIT * BLOCKS_UNIT)
+        return cls(blocks=cores // BLOCKS_UNIT * BLOCKS_UNIT, **options)
+
+    @classmethod
+    def of(cls, device: Any, kernels: str | None = None, cores: int | None = None) -> "Device":
+        """That of a GPU.
+
+        Args:
+          device: a ``jax.Device``.
+          kernels: "hopper" or "portable"; None takes Hopper's where they run.
+          cores: multiprocessors that are used; None takes all.
+        """
+        version = str(getattr(device, "compute_capability", "9.0"))
+        known = cards.capability(version)
+        limit = known.shared_memory if known else Device.shared_memory
+        return cls.of_cores(
+            cores or getattr(device, "core_count", 0) or multiprocessors(),
+            kernels=kernels or ("hopper" if version == "9.0" else "portable"),
+            shared_memory=getattr(device, "shared_memory_per_block_optin", None) or limit,
+        )
 
 
 def _require(ok: bool, name: str, value: Any, need: str) -> None:
@@ -80,21 +121,24 @@ def check_device(device: Any) -> None:
     """
     _require(device.platform == "gpu", "platform", device.platform, "need an NVIDIA GPU")
     capability = str(getattr(device, "compute_capability", "unknown"))
-    _require(capability == "9.0", "compute capability", capability, "need 9.0 (Hopper)")
+    is_ampere = capability[:1].isdigit() and int(capability.split(".")[0]) >= 8
+    _require(is_ampere, "compute capability", capability, "need 8.0 (Ampere) or later")
     cores = getattr(device, "core_count", 0)
     _require(cores >= BLOCKS_UNIT, "multiprocessors", cores, f"need at least {BLOCKS_UNIT}")
 
 
 def check_supported(config: Any, types: dict[str, tuple[GGMLType, ...]], batch: int) -> None:
     """Raises NotImplementedError naming the first value that the kernel does not support."""
-    step = kernel.STEP
+    columns = step.STEP
     width = config.num_attention_heads * config.head_dim
     group = config.num_attention_heads // config.num_key_value_heads
     _require(1 <= batch <= MAX_BATCH, "batch", batch, f"it must be 1 to {MAX_BATCH}")
-    _require(config.hidden_size % step == 0, "hidden_size", config.hidden_size, f"need a multiple of {step}")
-    _require(width % step == 0, "num_attention_heads * head_dim", width, f"need a multiple of {step}")
+    _require(
+        config.hidden_size % columns == 0, "hidden_size", config.hidden_size, f"need a multiple of {columns}"
+    )
+    _require(width % columns == 0, "num_attention_heads * head_dim", width, f"need a multiple of {columns}")
     _require(config.head_dim == 128, "head_dim", config.head_dim, "need 128")
-    _require(group in (8, 16), "query heads per KV head", group, "need 8 or 16")
+    _require(group in (8, 12, 16), "query heads per KV head", group, "need 8, 12 or 16")
     _require(
         config.moe_intermediate_size % 256 == 0,
         "moe_intermediate_size",
@@ -113,21 +157,39 @@ def check_supported(config: Any, types: dict[str, tuple[GGMLType, ...]], batch: 
             _require(type in TILE_FORMATS, f"type of {role}", type.name, "need Q4_K, Q5_K, Q6_K or Q8_0")
 
 
+def kernel_batch(config: Any, device: Device) -> int:
+    """Sequences of one kernel: as many as shared memory holds, at most ``KERNEL_BATCH``.
+
+    Raises:
+      NotImplementedError: not even one sequence fits.
+    """
+    for batch in range(KERNEL_BATCH, 1, -1):
+        budget = step.shared_memory_budget(shape_config(config, batch, device))
+        if sum(budget.values()) <= device.shared_memory:
+            return batch
+    step.check_shared_memory(shape_config(config, 1, device), device.shared_memory)
+    return 1
+
+
 def _splits(blocks: int, kv_heads: int) -> int:
     """Parts that give every warpgroup of the grid one where a single sequence is decoded."""
-    return max(1, min(kernel.WARPGROUPS * blocks // kv_heads, kernel.MAX_SPLITS))
+    return max(1, min(step.WARPGROUPS * blocks // kv_heads, step.MAX_SPLITS))
 
 
-def check(config: Any, params: Mapping[str, Any], batch: int) -> None:
-    """Raises NotImplementedError unless the kernel runs this model with weights that lie so.
+def check(config: Any, params: Mapping[str, Any], batch: int, device: Any = None) -> None:
+    """Raises NotImplementedError unless the kernel runs this model on this device, with weights that lie so.
 
     Args:
       config: the model's ``Qwen3MoeConfig``.
       params: the model's parameters, or their shapes; see :func:`decode_step`.
       batch: sequences that are decoded together.
+      device: a ``jax.Device``; None does not ask for one.
     """
     weights = StepWeights.of(params)
     check_supported(config, weights.types, batch)
+    if device is not None:
+        check_device(device)
+        kernel_batch(config, Device.of(device))
     for role, stacks in weights.stacks.items():
         for stack in stacks:
             _require(stack.layout == GPU_TILES, f"layout of {role}", stack.layout, f"need {GPU_TILES}")
@@ -135,25 +197,15 @@ def check(config: Any, params: Mapping[str, Any], batch: int) -> None:
 
 def step_config(
     weights: StepWeights, config: Any, batch: int, cache: jax.Array, device: Device, *, replay: bool = False
-) -> kernel.StepConfig:
+) -> step.StepConfig:
     """The kernel's static configuration for these weights and shapes; ``cache`` is that of the keys."""
     types = weights.types
     check_supported(config, types, batch)
     length = cache.shape[2]
-    _require(length % kernel.KV_TILE == 0, "cache length", length, f"need a multiple of {kernel.KV_TILE}")
-    return kernel.StepConfig(
-        batch=batch,
-        layers=config.num_hidden_layers,
-        hidden=config.hidden_size,
-        heads=config.num_attention_heads,
-        kv_heads=config.num_key_value_heads,
-        head_dim=config.head_dim,
-        experts=config.num_experts,
-        experts_per_token=config.num_experts_per_tok,
-        moe_width=config.moe_intermediate_size,
-        vocab=config.vocab_size,
+    _require(length % CACHE_UNIT == 0, "cache length", length, f"need a multiple of {CACHE_UNIT}")
+    return replace(
+        shape_config(config, batch, device),
         cache_length=length,
-        eps=config.rms_norm_eps,
         qkv_types=types["qkv"],
         qkv_always=weights.qkv_always,
         o_types=types["o"],
@@ -161,10 +213,29 @@ def step_config(
         down_types=types["down"],
         lm_head_type=types["lm_head"][0],
         cache_dtype=cache.dtype,
+        replay=replay,
+    )
+
+
+def shape_config(config: Any, batch: int, device: Device) -> step.StepConfig:
+    """The static configuration of a Q4_K_M file with a float16 cache; memory depends on the model alone."""
+    q4, q6 = GGMLType.Q4_K, GGMLType.Q6_K
+    return step.StepConfig(
+        batch=batch,
+        **{name: getattr(config, name) for name in MODEL_FIELDS},
+        cache_length=CACHE_UNIT,
+        qkv_types=(q4, q6),
+        qkv_always=(config.num_attention_heads + config.num_key_value_heads) * config.head_dim // 8,
+        o_types=(q4,),
+        gate_up_types=(q4,),
+        down_types=(q4, q6),
+        lm_head_type=q6,
+        cache_dtype=jnp.dtype(jnp.float16),
         blocks=device.blocks,
         splits=device.splits or _splits(device.blocks, config.num_key_value_heads),
-        replay=replay,
+        kernels=device.kernels,
         emulate=device.emulate,
+        trace_folder=device.trace_folder,
     )
 
 
@@ -199,7 +270,7 @@ def decode_step(
     Raises:
       NotImplementedError: a shape or type that the kernel does not support.
     """
-    device = device or Device.of_cores(multiprocessors())
+    device = device or Device.of(jax.devices()[0], cores=multiprocessors())
     (batch,) = token_ids.shape
     replay = expert_ids is not None
     weights = StepWeights.of(params)
@@ -207,23 +278,25 @@ def decode_step(
     implementations.note("decode_step", "pallas", (s for stacks in weights.stacks.values() for s in stacks))
     x = embedding_lookup(params["embed_tokens"], token_ids)
     rope = jnp.stack(rope_tables(positions, whole.head_dim, config.rope_theta, config.rope_scaling), axis=1)
-    refs = {"k_cache": jax.new_ref(k), "v_cache": jax.new_ref(v)}
+    k_cache, v_cache = jax.new_ref(k), jax.new_ref(v)
     outputs = []
-    for first in range(0, batch, KERNEL_BATCH):
-        here = slice(first, min(first + KERNEL_BATCH, batch))
+    size = kernel_batch(config, device)
+    for first in range(0, batch, size):
+        here = slice(first, min(first + size, batch))
         c = replace(whole, batch=here.stop - first, first_sequence=first)
         forced = expert_ids[:, here] if replay else jnp.zeros((1, 1, 1), jnp.int32)
         wanted = jnp.ones(c.batch, jnp.int32) if active is None else active[here].astype(jnp.int32)
         operands = _operands(c, params, weights, x[here], positions[here], wanted, rope[here], forced)
-        outputs.append((c, kernel.decode_step(c, operands | refs, interpret=device.interpret)))
-    k, v = jax.freeze(refs["k_cache"]), jax.freeze(refs["v_cache"])
-    logits = [out["logits"].reshape(c.batch, -1)[:, : config.vocab_size] for c, out in outputs]
-    chosen = [out["expert_ids"] for _, out in outputs]
+        operands = operands._replace(k_cache_gmem=k_cache, v_cache_gmem=v_cache)
+        outputs.append((c, kernel.decode_step(c, operands, interpret=device.interpret)))
+    k, v = jax.freeze(k_cache), jax.freeze(v_cache)
+    logits = [out.logits_gmem.reshape(c.batch, -1)[:, : config.vocab_size] for c, out in outputs]
+    chosen = [out.expert_ids_gmem for _, out in outputs]
     return StepOutput(jnp.concatenate(logits), k, v, jnp.concatenate(chosen, axis=1))
 
 
 def _operands(
-    c: kernel.StepConfig,
+    c: step.StepConfig,
     params: Mapping[str, Any],
     weights: StepWeights,
     x,
@@ -231,28 +304,31 @@ def _operands(
     wanted,
     rope,
     expert_ids,
-) -> dict[str, Any]:
+) -> step.Operands:
     """The kernel's operands but for the cache."""
     layers: LayerTable = params["layers"]
     norm = lambda name: layers[name].options[0]
-    router = layers[ROUTER].options[0].arrays["w"].reshape(c.layers, c.experts, c.hidden)
-    shape = kernel.state_shape(c)
+    router = layers[ROUTER].options[0].arrays["w"]
+    router = router.reshape(c.num_hidden_layers, c.num_experts, c.hidden_size)
+    shape = step.state_shape(c)
     state = jnp.zeros(shape, jnp.float32)
     state = lax.dynamic_update_slice(state, x.reshape(1, c.batch, -1, *shape[3:]), (0,) * len(shape))
     table = jnp.asarray(weights.table.reshape(-1))
     scalars = jnp.concatenate([table, positions.astype(jnp.int32), wanted])
-    scalars = jnp.pad(scalars, (0, kernel.scalar_count(c) - scalars.size))
+    scalars = jnp.pad(scalars, (0, step.scalar_count(c) - scalars.size))
     split = lambda a: a.reshape(*a.shape[:-1], -1, 2, 4, 4)
-    return {
-        "scalars_in": scalars,
-        "rope": rope,
-        "replay_ids": expert_ids.astype(jnp.int32),
-        "input_norm": split(norm("input_layernorm")),
-        "post_norm": split(norm("post_attention_layernorm")),
-        "q_norm": norm("self_attn.q_norm"),
-        "k_norm": norm("self_attn.k_norm"),
-        "final_norm": split(params["norm"]),
-        "router": split(router),
-        "weights": {role: [dict(s.arrays) for s in stacks] for role, stacks in weights.stacks.items()},
-        "state": jax.new_ref(state),
-    }
+    return step.Operands(
+        scalars_gmem=scalars,
+        rope_gmem=rope,
+        replay_ids_gmem=expert_ids.astype(jnp.int32),
+        input_norm_gmem=split(norm("input_layernorm")),
+        post_norm_gmem=split(norm("post_attention_layernorm")),
+        q_norm_gmem=norm("self_attn.q_norm"),
+        k_norm_gmem=norm("self_attn.k_norm"),
+        final_norm_gmem=split(params["norm"]),
+        router_gmem=split(router),
+        weights_gmem={role: [dict(s.arrays) for s in stacks] for role, stacks in weights.stacks.items()},
+        state_gmem=jax.new_ref(state),
+        k_cache_gmem=None,
+        v_cache_gmem=None,
+    )

@@ -62,7 +62,7 @@ def a_device(**change):
     ("change", "named"),
     [
         ({"platform": "cpu"}, "platform cpu"),
-        ({"compute_capability": "8.0"}, "compute capability 8.0"),
+        ({"compute_capability": "7.5"}, "compute capability 7.5"),
         ({"core_count": 3}, "multiprocessors 3"),
     ],
 )
@@ -81,7 +81,7 @@ def test_the_grid_follows_the_multiprocessors(card, cores, blocks):
     api.check_device(a_device(core_count=cores))
     c = api.step_config(SHAPES, CONFIG, 1, CACHE, api.Device.of_cores(cores))
     assert (c.blocks, c.splits) == (blocks, blocks // 2)
-    assert c.hidden // 32 * c.down_parts <= max(blocks, c.hidden // 32)
+    assert c.hidden_size // 32 * c.down_parts <= max(blocks, c.hidden_size // 32)
 
 
 def abstract(**changed: GGMLType) -> dict:

@@ -24,7 +24,7 @@ from qwen3_moe_jax.convert.unpack import dequantize, pack
 from qwen3_moe_jax.jax_backend.params import GPU_ROLES, plan_layers, split_path
 from qwen3_moe_jax.kernels_pallas import LayerTable
 from qwen3_moe_jax.kernels_pallas.decode_step import api
-from qwen3_moe_jax.kernels_pallas.decode_step.step_mosaic_gpu import Step
+from qwen3_moe_jax.kernels_pallas.decode_step.grid import Grid
 from qwen3_moe_jax.kernels_pallas.gpu.interpreter import interpreter
 
 SEED = 20260924
@@ -166,8 +166,8 @@ def cosine(a, b):
     return a @ b / np.sqrt((a @ a) * (b @ b))
 
 
-def run(weights, tokens, positions, cache, expert_ids=None, active=None):
-    device = api.Device(blocks=1, splits=2, emulate=True, interpret=interpreter())
+def run(weights, tokens, positions, cache, expert_ids=None, active=None, kernels="hopper"):
+    device = api.Device(blocks=1, splits=2, kernels=kernels, emulate=True, interpret=interpreter())
     step = lambda w, t, p, kv: api.decode_step(
         w, CONFIG, t, p, *kv, expert_ids=expert_ids, active=active, device=device
     )
@@ -180,11 +180,12 @@ def random_cache(batch, length=192, dtype=jnp.bfloat16):
     return tuple(jnp.asarray(rng.normal(size=shape), dtype) for _ in range(2))
 
 
-def test_one_token_and_its_cache_rows(model):
-    """Three tiles of context in two splits; all four types; free choice of experts."""
+@pytest.mark.parametrize("kernels", ["hopper", "portable"])
+def test_one_token_and_its_cache_rows(model, kernels):
+    """Tiles of context in two splits; all four types; free choice of experts."""
     weights, plain = model
     cache, position = random_cache(1), 150
-    out = run(weights, [5], [position], cache)
+    out = run(weights, [5], [position], cache, kernels=kernels)
     keys, values = (np.asarray(a[:, 0], np.float64) for a in cache)
     logits, new_keys, new_values, ids = reference(plain, 5, position, keys, values)
     assert np.isfinite(out.logits).all()
@@ -237,8 +238,8 @@ def test_a_batch_that_is_no_whole_group_gives_the_bits_of_one(model, batch):
 def test_groups_of_sequences_are_numbered_one_after_the_other(batch):
     """Neighbours sum in different scratch by their numbers, and the interpreter could not see them meet."""
     groups = []
-    step = SimpleNamespace(c=SimpleNamespace(batch=batch))
-    Step.for_groups(step, 4, lambda *group: groups.append(group))
+    grid = SimpleNamespace(c=SimpleNamespace(batch=batch))
+    Grid.for_groups(grid, 4, lambda *group: groups.append(group))
     assert [number for number, _, _ in groups] == list(range(len(groups)))
     assert [b for _, first, size in groups for b in range(first, first + size)] == list(range(batch))
 

@@ -1,4 +1,4 @@
-"""How the decode kernel reads and multiplies a weight tile, one class a quantization type.
+"""How the decode kernel reads and multiplies a weight tile, one class per quantization type.
 
 A tile format loads what one lane needs of four tiles (its row and 64 neighbouring columns:
 two subblocks of 32) and multiplies it, alone or with a second tile that takes the same
@@ -7,6 +7,7 @@ integers by tensor cores; each is scaled once in float32.
 """
 
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import jax.numpy as jnp
@@ -14,64 +15,66 @@ from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from qwen3_moe_jax.convert.ggml_types import GGMLType
-from qwen3_moe_jax.kernels_pallas.decode_step import primitives_mosaic_gpu as prim
+from qwen3_moe_jax.kernels_pallas.decode_step.primitives.layouts import (
+    TILE_LANES,
+    TILE_ROWS,
+    TILE_WORDS,
+    full,
+    load,
+)
 
 Array = Any
 SHAPE = (4, 8, 4)
-"""[tiles, rows, column groups] of what a warpgroup multiplies at once, one value a lane."""
+"""[tiles, rows, column groups] of what a warpgroup multiplies at once, one value per lane."""
 
 
 WEIGHT_KINDS = {
-    "words": ((4, 8, 4, 4), jnp.int32, prim.TILE_WORDS),
-    "word": (SHAPE, jnp.int32, prim.TILE_LANES),
-    "half": (SHAPE, jnp.float16, prim.TILE_LANES),
-    "row_half": ((4, 8), jnp.float16, prim.TILE_ROWS),
+    "words": ((4, 8, 4, 4), jnp.int32, TILE_WORDS),
+    "word": (SHAPE, jnp.int32, TILE_LANES),
+    "half": (SHAPE, jnp.float16, TILE_LANES),
+    "row_half": ((4, 8), jnp.float16, TILE_ROWS),
 }
 """Shape, dtype and layout of the register arrays that a format's ``kinds`` name, in order of ``load``."""
 
 
 @dataclass(frozen=True)
-class Activations:
+class LaneActivations:
     """One lane's 64 activations, quantized in two int8 parts: value = scale * (128 * high + low).
 
     Attributes:
-      fragments: ``fragments[subblock][half]``, int32 words of 4 int8 (``prim.load_fragments``).
+      fragments: ``fragments[subblock][half]``, int32 words of 4 int8 (``load_fragments``).
       scale: ``scale[subblock]``, float32.
       sums: ``sums[subblock][half]``, int32 sums of 16 integers 128 * high + low.
       dimensions: where the axes of ``scale`` and ``sums`` lie in ``SHAPE``.
+      prim: the primitives.
     """
 
     fragments: list
     scale: list
     sums: list
     dimensions: tuple[int, ...]
+    prim: ModuleType
 
     def spread(self, value: Array) -> Array:
         """Repeats a per-subblock value for all rows."""
-        return plgpu.layout_cast(lax.broadcast_in_dim(value, SHAPE, self.dimensions), prim.TILE_LANES)
+        return plgpu.layout_cast(lax.broadcast_in_dim(value, SHAPE, self.dimensions), TILE_LANES)
 
     def sum32(self, subblock: int) -> Array:
         """Float32 sum of the subblock's 32 activations."""
         first, second = self.sums[subblock]
         return (first + second).astype(jnp.float32) * self.scale[subblock]
 
-    def dot(
-        self, tiles: list, subblock: int, halves: tuple[int, ...], *, signed: bool, emulate: bool
-    ) -> list:
+    def dot(self, tiles: list, subblock: int, halves: tuple[int, ...], *, signed: bool) -> list:
         """Integer dot products of some halves of a subblock of one or two tiles.
 
         Args:
           tiles: for each tile, its words int32 [4, 8, 4, 4], one array for each of ``halves``.
 
         Returns:
-          int32 [4, 8, 4], one a tile: the exact sum over both parts of the activations.
+          int32 [4, 8, 4], one per tile: the exact sum over both parts of the activations.
         """
         x = [self.fragments[subblock][half] for half in halves]
-        return prim.dot_tiles(tiles, x, signed=signed, emulate=emulate)
-
-
-def _load(ref, layout):
-    return plgpu.load(ref, layout=layout, optimized=False)
+        return self.prim.dot_tiles(tiles, x, signed=signed)
 
 
 def _nibbles(word: Array, subblock: int) -> Array:
@@ -87,7 +90,7 @@ def _signed_byte(word: Array, index: int) -> Array:
 
 
 def _row_scale(value: Array) -> Array:
-    return plgpu.layout_cast(lax.broadcast_in_dim(value.astype(jnp.float32), SHAPE, (0, 1)), prim.TILE_LANES)
+    return plgpu.layout_cast(lax.broadcast_in_dim(value.astype(jnp.float32), SHAPE, (0, 1)), TILE_LANES)
 
 
 class Q4K:
@@ -97,9 +100,9 @@ class Q4K:
 
     @staticmethod
     def load(stack: dict, index: tuple) -> tuple:
-        q = [_load(stack["q"].at[(*index, half)], prim.TILE_WORDS) for half in range(2)]
-        scales = _load(stack["scales"].at[index], prim.TILE_LANES)
-        d, dmin = (_load(stack[n].at[index], prim.TILE_ROWS) for n in ("d", "dmin"))
+        q = [load(stack["q"].at[(*index, half)], TILE_WORDS) for half in range(2)]
+        scales = load(stack["scales"].at[index], TILE_LANES)
+        d, dmin = (load(stack[n].at[index], TILE_ROWS) for n in ("d", "dmin"))
         return (*q, scales, d, dmin)
 
     @staticmethod
@@ -107,11 +110,11 @@ class Q4K:
         return [_nibbles(weights[half], subblock) for half in range(2)]
 
     @classmethod
-    def multiply(cls, tiles: list, x: Activations, *, emulate: bool) -> list:
+    def multiply(cls, tiles: list, x: LaneActivations) -> list:
         values, minima = [0.0] * len(tiles), [0.0] * len(tiles)
         for s in range(2):
             words = [cls.words(weights, s) for weights in tiles]
-            dots = x.dot(words, s, (0, 1), signed=False, emulate=emulate)
+            dots = x.dot(words, s, (0, 1), signed=False)
             for i, (weights, dot) in enumerate(zip(tiles, dots, strict=True)):
                 scales = weights[-3]
                 values[i] += dot.astype(jnp.float32) * (_byte(scales, s) * x.spread(x.scale[s]))
@@ -129,16 +132,16 @@ class Q5K(Q4K):
 
     @staticmethod
     def load(stack: dict, index: tuple) -> tuple:
-        high = [_load(stack["qh"].at[(*index, half)], prim.TILE_LANES) for half in range(2)]
+        high = [load(stack["qh"].at[(*index, half)], TILE_LANES) for half in range(2)]
         return (*high, *Q4K.load(stack, index))
 
     @staticmethod
     def words(weights: tuple, subblock: int) -> list:
-        shift = plgpu.broadcasted_iota(jnp.int32, (4, 8, 4, 4), 3, layout=prim.TILE_WORDS) + 4 * subblock
+        shift = plgpu.broadcasted_iota(jnp.int32, (4, 8, 4, 4), 3, layout=TILE_WORDS) + 4 * subblock
         out = []
         for half in range(2):
             high = lax.broadcast_in_dim(weights[half], (4, 8, 4, 4), (0, 1, 2))
-            high = plgpu.layout_cast(high, prim.TILE_WORDS)
+            high = plgpu.layout_cast(high, TILE_WORDS)
             out.append(_nibbles(weights[2 + half], subblock) | (((high >> shift) & 0x01010101) << 4))
         return out
 
@@ -154,10 +157,10 @@ class Q6K:
 
     @staticmethod
     def load(stack: dict, index: tuple) -> tuple:
-        q = [_load(stack["ql"].at[(*index, half)], prim.TILE_WORDS) for half in range(2)]
-        high = _load(stack["qh"].at[index], prim.TILE_WORDS)
-        scales = _load(stack["scales"].at[index], prim.TILE_LANES)
-        return (*q, high, scales, _load(stack["d"].at[index], prim.TILE_ROWS))
+        q = [load(stack["ql"].at[(*index, half)], TILE_WORDS) for half in range(2)]
+        high = load(stack["qh"].at[index], TILE_WORDS)
+        scales = load(stack["scales"].at[index], TILE_LANES)
+        return (*q, high, scales, load(stack["d"].at[index], TILE_ROWS))
 
     @staticmethod
     def words(weights: tuple, subblock: int, half: int) -> Array:
@@ -165,14 +168,14 @@ class Q6K:
         return _nibbles(weights[half], subblock) | upper
 
     @classmethod
-    def multiply(cls, tiles: list, x: Activations, *, emulate: bool) -> list:
+    def multiply(cls, tiles: list, x: LaneActivations) -> list:
         values = [0.0] * len(tiles)
         for s in range(2):
             subblocks = [0.0] * len(tiles)
             for half in range(2):
                 words = [[cls.words(weights, s, half)] for weights in tiles]
                 above = x.spread(x.sums[s][half]) * -32  # the stored weight is 32 above the true one
-                dots = x.dot(words, s, (half,), signed=False, emulate=emulate)
+                dots = x.dot(words, s, (half,), signed=False)
                 for i, (weights, dot) in enumerate(zip(tiles, dots, strict=True)):
                     scale = _signed_byte(weights[3], 2 * s + half)
                     subblocks[i] += (dot + above).astype(jnp.float32) * scale
@@ -188,15 +191,15 @@ class Q80:
 
     @staticmethod
     def load(stack: dict, index: tuple) -> tuple:
-        q = [_load(stack["q"].at[(*index, i)], prim.TILE_WORDS) for i in range(4)]
-        return (*q, *(_load(stack[n].at[index], prim.TILE_LANES) for n in ("d0", "d1")))
+        q = [load(stack["q"].at[(*index, i)], TILE_WORDS) for i in range(4)]
+        return (*q, *(load(stack[n].at[index], TILE_LANES) for n in ("d0", "d1")))
 
     @staticmethod
-    def multiply(tiles: list, x: Activations, *, emulate: bool) -> list:
+    def multiply(tiles: list, x: LaneActivations) -> list:
         values = [0.0] * len(tiles)
         for s in range(2):
             words = [list(weights[2 * s : 2 * s + 2]) for weights in tiles]
-            dots = x.dot(words, s, (0, 1), signed=True, emulate=emulate)
+            dots = x.dot(words, s, (0, 1), signed=True)
             for i, (weights, dot) in enumerate(zip(tiles, dots, strict=True)):
                 scale = weights[4 + s].astype(jnp.float32) * x.spread(x.scale[s])
                 values[i] += dot.astype(jnp.float32) * scale
@@ -209,3 +212,40 @@ TILE_FORMATS: dict[GGMLType, Any] = {
     GGMLType.Q6_K: Q6K,
     GGMLType.Q8_0: Q80,
 }
+
+
+def weight_kinds(formats: list) -> list:
+    """The kinds of register arrays that can hold a tile of any of the formats."""
+    kinds = []
+    for fmt in formats:
+        for kind in dict.fromkeys(fmt.kinds):  # in order: the program must be the same in every process
+            missing = fmt.kinds.count(kind) - kinds.count(kind)
+            kinds += [kind] * max(missing, 0)
+    return kinds
+
+
+def pad_weights(fmt: Any, weights: tuple, kinds: list) -> tuple:
+    """Puts a format's arrays where ``kinds`` has room for them, with zeros elsewhere."""
+    left = list(zip(fmt.kinds, weights, strict=True))
+    out = []
+    for kind in kinds:
+        found = next((item for item in left if item[0] == kind), None)
+        if found is None:
+            shape, dtype, layout = WEIGHT_KINDS[kind]
+            out.append(full(shape, 0, dtype, layout))
+        else:
+            left = [item for item in left if item is not found]
+            out.append(found[1])
+    return tuple(out)
+
+
+def take_weights(fmt: Any, padded: tuple) -> tuple:
+    """The inverse of :func:`pad_weights`."""
+    kinds, arrays = padded
+    left = list(zip(kinds, arrays, strict=True))
+    out = []
+    for kind in fmt.kinds:
+        found = next(item for item in left if item[0] == kind)
+        left = [item for item in left if item is not found]
+        out.append(found[1])
+    return tuple(out)

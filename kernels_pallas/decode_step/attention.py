@@ -1,0 +1,361 @@
+"""Attention over the cache and the new token, a warpgroup per sequence, KV head and split of the context."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from qwen3_moe_jax.kernels_pallas.decode_step.activations import Activations
+from qwen3_moe_jax.kernels_pallas.decode_step.config import CHUNK, MAX_SPLITS, WARPGROUPS, ceil_div
+from qwen3_moe_jax.kernels_pallas.decode_step.grid import Grid, Phases, fori
+from qwen3_moe_jax.kernels_pallas.decode_step.primitives.layouts import HEAD_HALVES, LOG2E, full, lanes, load
+
+Array = Any
+ROWS = plgpu.Layout.WGMMA
+"""float32 [64, n]: query heads of a KV head in the first rows, n columns."""
+ONE_HEAD = HEAD_HALVES.reduce(0)
+NO_SCORE = -1e30
+
+
+def spread_rows(v: Array, columns: int) -> Array:
+    """[64] of one value per row as [64, columns]."""
+    return plgpu.layout_cast(lax.broadcast_in_dim(v, (64, columns), (0,)), ROWS)
+
+
+def spread_columns(v: Array, columns: int) -> Array:
+    """[columns] as [64, columns]."""
+    return plgpu.layout_cast(lax.broadcast_in_dim(v, (64, columns), (1,)), ROWS)
+
+
+@dataclass(frozen=True)
+class Item:
+    """What a warpgroup attends to: tiles ``start`` to ``stop`` of one sequence and KV head.
+
+    Attributes:
+      b: sequence; head: KV head; split: which of ``splits`` parts.
+      position: tokens in the cache.
+    """
+
+    layer: Any
+    b: Any
+    head: Any
+    split: Any
+    splits: Any
+    start: Any
+    stop: Any
+    position: Any
+
+
+class Attention(Phases):
+    """The phases :meth:`attend` and :meth:`join`."""
+
+    def __init__(self, grid: Grid, activations: Activations):
+        super().__init__(grid)
+        self.x = activations
+        _, (self.q_smem, self.k_smem, self.v_smem) = self.shared.sums_or_tiles_smem
+        self.half = self.c.head_dim // 2
+
+    # The split of contexts
+
+    def plan_splits(self) -> Array:
+        """The split of every sequence's attention, by its length alone, into shared memory; items in all.
+
+        Row b: tiles of earlier tokens, tiles per split, splits, number of the first item (a KV head's split).
+        """
+        c, plan = self.c, self.shared.split_plan_smem
+        tile = c.kv_tile
+        short = 128 // tile  # tiles that are not worth a split
+
+        def one(b, items):
+            tiles = (self.g.position(b) + tile - 1) // tile
+            each = jnp.where(tiles <= short, short, (tiles + c.splits - 1) // c.splits)
+            splits = jnp.maximum((tiles + each - 1) // each, 1)
+            for i, value in enumerate((tiles, each, splits, items)):
+                plan[b, i] = value
+            return items + splits * c.num_key_value_heads
+
+        @pl.when(self.g.wg == 0)
+        def _():
+            plan[c.batch, 3] = lax.fori_loop(0, c.batch, one, jnp.int32(0))
+
+        self.g.sync_block()
+        return plan[c.batch, 3]
+
+    def splits_of(self, b: Array) -> list:
+        """Tiles, tiles per split and splits of sequence b."""
+        return [self.shared.split_plan_smem[b, i] for i in range(3)]
+
+    # Attention
+
+    @jax.named_scope("attention")
+    def attend(self, layer: Array, count: Array) -> None:
+        """q/k-norm, RoPE, cache write and ``softmax(q K) V``: float32 [B, heads, head_dim], or parts of it.
+
+        Waits for qkv (``count``); every block signals once.
+        """
+        self.g.begin()
+        c, plan = self.c, self.shared.split_plan_smem
+        workers, own = WARPGROUPS * c.blocks, self.g.wg * c.blocks + self.g.block
+        heads = [self.g.table(layer, f"{n}_head") for n in "qkv"]
+        norms = [self.norm_halves(ref, layer) for ref in (self.inputs.q_norm_gmem, self.inputs.k_norm_gmem)]
+        self.g.wait(count)
+
+        def one(i, _):
+            number, b = i * workers + own, 0
+            for later in range(1, c.batch):
+                b = jnp.where(number >= plan[later, 3], later, b)
+            tiles, each, splits = self.splits_of(b)
+            number -= plan[b, 3]
+            head, split = number % c.num_key_value_heads, number // c.num_key_value_heads
+            start = split * each
+            stop = jnp.minimum(start + each, tiles)
+            item = Item(layer, b, head, split, splits, start, stop, self.g.position(b))
+            _Item(self, item, heads, norms).run()
+
+        items = plan[c.batch, 3]
+        if c.batch * c.num_key_value_heads * c.splits <= workers:
+            pl.when(own < items)(lambda: one(0, None))
+        else:
+            lax.fori_loop(0, (items - own + workers - 1) // workers, one, None)
+        self.g.signal()
+
+    def norm_halves(self, ref: Any, layer: Array) -> list:
+        """Both halves of a layer's q- or k-norm."""
+        return [load(ref.at[layer, pl.ds(i * self.half, self.half)], ONE_HEAD) for i in range(2)]
+
+    def rotated(self, b: Array, halves: list, norm: list, scale: float, axis: int | None) -> tuple:
+        """q/k-norm and RoPE (pairs j, j + 64) of one KV head's halves [64], or of query heads' [8, 64]."""
+        cos, sin = (load(self.inputs.rope_gmem.at[b, i], ONE_HEAD) for i in range(2))
+        eps, size = self.c.rms_norm_eps, self.c.head_dim
+        if axis is None:
+            # Stay in vectors: every lane group holds the whole of it.
+            mean = jnp.sum(halves[0] * halves[0] + halves[1] * halves[1], axis=0) / size
+            inverse = lax.rsqrt(mean + eps)
+            spread = lambda v: v
+        else:
+            shape = halves[0].shape
+            mean = jnp.sum(halves[0] * halves[0] + halves[1] * halves[1], axis=1) / size
+            inverse = lax.broadcast_in_dim(lax.rsqrt(mean + eps), shape, (0,))
+            inverse = plgpu.layout_cast(inverse, HEAD_HALVES)
+            spread = lambda v: plgpu.layout_cast(lax.broadcast_in_dim(v, shape, (1,)), HEAD_HALVES)
+        first, second = (h * inverse * spread(n) for h, n in zip(halves, norm, strict=True))
+        cos, sin = spread(cos * scale), spread(sin * scale)
+        return first * cos - second * sin, second * cos + first * sin
+
+    # Joining splits
+
+    @jax.named_scope("combine")
+    def join(self, count: Array) -> None:
+        """Joins the splits of long contexts, in their order: float32 [B, heads, head_dim].
+
+        Waits for attention (``count``); every block signals once. Runs only where a context is split.
+        """
+        self.g.begin()
+        c = self.c
+        workers = WARPGROUPS * c.blocks
+        self.g.wait(count)
+
+        def one(i):
+            number = i * workers + self.g.wg * c.blocks + self.g.block
+            b, head = number // c.num_attention_heads, number % c.num_attention_heads
+            clipped = jnp.minimum(b, c.batch - 1)
+            _, _, splits = self.splits_of(clipped)
+            pl.when((b < c.batch) & (splits > 1))(lambda: self.join_head(i, b, head, splits))
+
+        fori(ceil_div(c.batch * c.num_attention_heads, workers), one)
+        self.g.signal()
+
+    def join_head(self, turn: Array, b: Array, head: Array, splits: Array) -> None:
+        """Joins the splits of one query head; a warpgroup's ``turn``-th."""
+        c, out, layout = self.c, self.outputs, lanes(128)
+        weight_smem = self.shared.split_weight_smem
+        group, row = head // c.group_heads, head % c.group_heads
+        largest = load(out.part_stats_gmem.at[b, group, 0, row], layout)
+        total = load(out.part_stats_gmem.at[b, group, 1, row], layout)
+        used = plgpu.broadcasted_iota(jnp.int32, (MAX_SPLITS,), 0, layout=layout) < splits
+        largest = jnp.where(used, largest, NO_SCORE)
+        (shift,) = self.g.totals([largest], layout, "max", "split_largest", turn)
+        weight = jnp.where(used, total * jnp.exp2(largest - shift), 0.0)
+        (total,) = self.g.totals([weight], layout, "add", "split_sum", turn)
+        weight_smem[self.g.wg] = weight / total
+        self.g.sync_warpgroup()
+
+        def add(split, acc):
+            value = load(out.part_gmem.at[b, group, split, row], layout)
+            return acc + value * weight_smem[self.g.wg, split]
+
+        joined = lax.fori_loop(0, splits, add, full((128,), 0.0, jnp.float32, layout))
+        if c.shares:
+            self.x.quantize_lanes(joined, layout, out.attended_gmem, lambda warp: (b, head * 4 + warp))
+        else:
+            out.attention_gmem[b, head] = joined
+        self.g.sync_warpgroup()
+
+
+class _Item:
+    """One warpgroup's work on an :class:`Item`. Everything is loaded up front."""
+
+    def __init__(self, attention: Attention, item: Item, heads: list, norms: list):
+        self.a, self.c, self.prim, self.i = attention, attention.c, attention.prim, item
+        self.q_head, self.k_head, self.v_head = heads
+        self.q_norm, self.k_norm = norms
+        wg = attention.g.wg
+        self.q_smem, self.k_smem, self.v_smem = (
+            ref.at[wg] for ref in (attention.q_smem, attention.k_smem, attention.v_smem)
+        )
+        self.new_score_smem = attention.shared.new_score_smem.at[wg]
+        self.new_value_smem = attention.shared.new_value_smem.at[wg]
+
+    @cached_property
+    def copy(self) -> Any:
+        """The layout in which a tile of the cache passes through registers."""
+        return plgpu.Layout.SMEM_GMEM_COPY((self.c.kv_tile, self.c.head_dim), self.c.cache_dtype, 128)
+
+    def run(self) -> None:
+        """Attends, and stores the output or this split's part of it."""
+        i = self.i
+        is_last = i.split == i.splits - 1
+        query, key, value = self.load_new()
+        first_tile = self.load_tile(i.start)
+        key = self.a.rotated(i.b, key, self.k_norm, 1.0, None)
+        key = [v.astype(self.c.cache_dtype) for v in key]
+        value = [v.astype(self.c.cache_dtype) for v in value]
+        self.a.g.sync_warpgroup()  # the last item is done with shared memory
+        self.put_queries(query, key)
+        for j in range(2):
+            self.new_value_smem[self.at_half(j)] = value[j].astype(jnp.float32)
+        pl.when(is_last)(lambda: self.write_cache(key, value))
+        self.a.g.sync_warpgroup()
+        carry = lax.fori_loop(i.start, i.stop, self.tile, (*first_tile, *self.start_softmax(is_last)))
+        self.store(*carry[2:])
+
+    def at_half(self, j: int) -> Any:
+        return pl.ds(j * self.a.half, self.a.half)
+
+    def load_new(self) -> tuple[list, list, list]:
+        """The new token's queries, key and value as halves of heads."""
+        i, qkv = self.i, self.a.outputs.qkv_gmem
+        first = self.q_head + i.head * self.c.group_heads
+        query = [
+            [load(qkv.at[i.b, pl.ds(first + row, 8), j], HEAD_HALVES) for j in range(2)]
+            for row in self.query_rows
+        ]
+        key = [load(qkv.at[i.b, self.k_head + i.head, j], ONE_HEAD) for j in range(2)]
+        value = [load(qkv.at[i.b, self.v_head + i.head, j], ONE_HEAD) for j in range(2)]
+        return query, key, value
+
+    @property
+    def query_rows(self) -> list[int]:
+        """The first rows of groups of 8 query heads; the last group may share rows with the one before."""
+        heads = self.c.group_heads
+        return [min(row, heads - 8) for row in range(0, heads, 8)]
+
+    def load_tile(self, i: Array) -> tuple:
+        """Keys and values of one tile of the cache, in registers."""
+        c, tile = self.c, self.c.kv_tile
+        i = jnp.minimum(i, c.cache_length // tile - 1)
+        at = (self.i.layer, self.i.b + c.first_sequence, pl.ds(i * tile, tile), self.i.head)
+        inputs = self.a.inputs
+        return load(inputs.k_cache_gmem.at[at], self.copy), load(inputs.v_cache_gmem.at[at], self.copy)
+
+    def put_queries(self, query: list, key: list) -> None:
+        """Normed and rotated queries, and their scores with the new key, into shared memory."""
+        c, half = self.c, self.a.half
+        for row, halves in zip(self.query_rows, query, strict=True):
+            halves = self.a.rotated(self.i.b, halves, self.q_norm, LOG2E * c.head_dim**-0.5, 1)
+            score = 0.0
+            for j in range(2):
+                rounded = halves[j].astype(c.cache_dtype)
+                self.q_smem[pl.ds(row, 8), self.at_half(j)] = rounded
+                other = lax.broadcast_in_dim(key[j].astype(jnp.float32), (8, half), (1,))
+                other = plgpu.layout_cast(other, HEAD_HALVES)
+                score += rounded.astype(jnp.float32) * other
+            score = plgpu.layout_cast(jnp.sum(score, axis=1), HEAD_HALVES.reduce(1))
+            self.new_score_smem[pl.ds(row, 8)] = score
+
+    def write_cache(self, key: list, value: list) -> None:
+        """The new token's key and value, which this token's attention does not read."""
+        i, inputs = self.i, self.a.inputs
+        for j in range(2):
+            at = (i.layer, i.b + self.c.first_sequence, i.position, i.head, self.at_half(j))
+            inputs.k_cache_gmem[at] = key[j]
+            inputs.v_cache_gmem[at] = value[j]
+
+    def start_softmax(self, is_last: Array) -> tuple:
+        """(largest score [64], sum [64], output [64, head_dim]) before the first tile.
+
+        The last split also takes the new token, whose key and value never pass through the cache: they are
+        where its running softmax starts.
+        """
+        size, row = self.c.head_dim, ROWS.reduce(1)
+        score = load(self.new_score_smem, row)
+        value = spread_columns(load(self.new_value_smem, ROWS.reduce(0)), size)
+        constant = lambda shape, value, layout: full(shape, value, jnp.float32, layout)
+        return (
+            jnp.where(is_last, score, constant((64,), NO_SCORE, row)),
+            jnp.where(is_last, constant((64,), 1.0, row), constant((64,), 0.0, row)),
+            jnp.where(is_last, value, constant((64, size), 0.0, ROWS)),
+        )
+
+    def tile(self, i: Array, carry: tuple) -> tuple:
+        """One tile of keys and values in the running softmax; loads the next one."""
+        k, v, largest, total, out = carry
+        tile, size, dtype = self.c.kv_tile, self.c.head_dim, self.c.cache_dtype
+        self.a.g.sync_warpgroup()  # the last tile's products are done with k_smem and v_smem
+        self.k_smem[...] = k
+        self.v_smem[...] = v
+        self.prim.publish_tiles()
+        following = self.load_tile(jnp.minimum(i + 1, self.i.stop - 1))  # at the end one that is in cache
+
+        s = self.prim.matmul(self.prim.load_queries(self.q_smem), self.k_smem, tile, transposed=True)
+        column = plgpu.broadcasted_iota(jnp.int32, (64, tile), 1, layout=ROWS)
+        s = jnp.where(column + i * tile < self.i.position, s, NO_SCORE)
+        new = jnp.maximum(largest, jnp.max(s, axis=1))
+        decay = jnp.exp2(largest - new)
+        p = jnp.exp2(s - spread_rows(new, tile))
+        total = total * decay + jnp.sum(p, axis=1)
+
+        weighted = self.prim.matmul(p.astype(dtype), self.v_smem, size, transposed=False)
+        out = out * spread_rows(decay, size) + weighted
+        return *following, new, total, out
+
+    def store(self, largest: Array, total: Array, out: Array) -> None:
+        """The output of a whole context, quantized in batches; or a split's part and what joins it."""
+        i, outputs, rows = self.i, self.a.outputs, self.c.group_heads
+        out = out * spread_rows(1.0 / total, self.c.head_dim)
+
+        @pl.when(i.splits == 1)
+        def _():
+            own = outputs.attention_gmem.at[i.b, pl.ds(i.head * rows, rows)]
+            self.prim.store_first_rows(own, out)
+            if self.c.shares:
+                self.a.g.sync_warpgroup()
+                self.quantize()
+
+        @pl.when(i.splits > 1)
+        def _():
+            self.prim.store_first_rows(outputs.part_gmem.at[i.b, i.head, i.split], out)
+            outputs.part_stats_gmem[i.b, i.head, 0, :, i.split] = largest
+            outputs.part_stats_gmem[i.b, i.head, 1, :, i.split] = total
+
+    def quantize(self) -> None:
+        """Quantizes this KV head's outputs for all blocks."""
+        x, b, heads = self.a.x, self.i.b, self.c.group_heads
+        chunks, rest = divmod(heads * self.c.head_dim, CHUNK)
+        if rest:
+            fori(heads, lambda n: self.quantize_head(self.i.head * heads + n))
+            return
+        for n in range(chunks):
+            chunk = self.i.head * chunks + n
+            x.quantize(b, chunk, x.attended(b, chunk), self.a.outputs.attended_gmem)
+
+    def quantize_head(self, head: Array) -> None:
+        """Quantizes one query head's output, one value per lane."""
+        layout, b, out = lanes(self.c.head_dim), self.i.b, self.a.outputs
+        x = load(out.attention_gmem.at[b, head], layout)
+        self.a.x.quantize_lanes(x, layout, out.attended_gmem, lambda warp: (b, head * 4 + warp))

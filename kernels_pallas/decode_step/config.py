@@ -1,0 +1,404 @@
+"""What is fixed when the decode kernel is compiled: shapes, buffers and shared memory.
+
+``python -m scripts.shared_memory`` prints a block's shared memory, bytes by name.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from qwen3_moe_jax.convert.ggml_types import SUPERBLOCK, GGMLType
+from qwen3_moe_jax.kernels_pallas.decode_step import primitives
+from qwen3_moe_jax.kernels_pallas.decode_step.weights import column_names
+
+WARPGROUPS = 2
+CHUNK = 1024
+"""Activations that one warpgroup quantizes at a time: four superblocks."""
+STEP = WARPGROUPS * CHUNK
+STORE_GROUP = 16
+"""Tiles of 8 rows in one store of results: one row per lane."""
+MAX_NORMED = 4
+"""Sequences that are normed at a time, at most."""
+TILES_PER_SUBBLOCK = 4
+"""Tiles whose rows are one subblock of the activations that they make."""
+MAX_SPLITS = 128
+REDUCE_SITES = ("norm", "router", "split_largest", "split_sum")
+"""Callers of ``Grid.totals``; each has scratch of its own."""
+SHARED_ALIGN = 1024
+"""Each buffer begins at a multiple of this many bytes."""
+REDUCTION_BYTES = 2048
+"""What Pallas reserves for reductions across warps (its default)."""
+KV_TILE = {"hopper": 64, "portable": 32}
+"""Tokens of a tile of keys or values."""
+
+
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def divisor(n: int, most: int) -> int:
+    """The largest divisor of n that is at most ``most``."""
+    return next(d for d in range(min(n, most), 0, -1) if n % d == 0)
+
+
+@dataclass(frozen=True)
+class StepConfig:
+    """Everything that is fixed when the kernel is compiled; the model's sizes under Hugging Face's names.
+
+    Attributes:
+      batch: sequences.
+      cache_length: tokens that the cache has room for.
+      qkv_types: the types that q, k and v have in any layer, the most frequent first.
+      qkv_always: 8-row tiles that have the first of them in every layer.
+      o_types, gate_up_types, down_types: the types of those tensors in any layer.
+      blocks: one per multiprocessor, all running at once, a multiple of 4; 1 in the interpreter, which has no
+        grid barrier.
+      splits: parts that attention over one sequence and KV head is split into, at most.
+      replay: expert ids are given instead of chosen.
+      kernels: "hopper" or "portable", the primitives.
+      emulate: the primitives are those of the interpreter.
+      first_sequence: where in the cache's batch axis this kernel's sequences begin.
+      trace_folder: where the times of each phase are written, or None.
+    """
+
+    batch: int
+    num_hidden_layers: int
+    hidden_size: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    num_experts: int
+    num_experts_per_tok: int
+    moe_intermediate_size: int
+    vocab_size: int
+    cache_length: int
+    rms_norm_eps: float
+    qkv_types: tuple[GGMLType, ...]
+    qkv_always: int
+    o_types: tuple[GGMLType, ...]
+    gate_up_types: tuple[GGMLType, ...]
+    down_types: tuple[GGMLType, ...]
+    lm_head_type: GGMLType
+    blocks: int
+    splits: int
+    cache_dtype: Any = jnp.bfloat16
+    replay: bool = False
+    kernels: str = "hopper"
+    emulate: bool = False
+    first_sequence: int = 0
+    trace_folder: str | None = None
+
+    @cached_property
+    def prim(self) -> ModuleType:
+        """The primitives."""
+        return primitives.choose(self.kernels, emulate=self.emulate)
+
+    @property
+    def kv_tile(self) -> int:
+        """Tokens of a tile of keys or values."""
+        return KV_TILE[self.kernels]
+
+    @property
+    def query_rows(self) -> int:
+        """Rows of a KV head's queries in shared memory: ``wgmma`` reads 64, ``mma`` 16."""
+        return 64 if self.kernels == "hopper" else ceil_div(self.group_heads, 16) * 16
+
+    @property
+    def shares(self) -> bool:
+        """Whether one block quantizes activations for all; at batch 1 each block for itself is quicker."""
+        return self.batch > 1
+
+    @property
+    def pairs(self) -> int:
+        """Pairs of a sequence and one of its experts."""
+        return self.batch * self.num_experts_per_tok
+
+    @property
+    def padded_batch(self) -> int:
+        return ceil_div(self.batch, 4) * 4
+
+    @property
+    def group_heads(self) -> int:
+        """Query heads per KV head."""
+        return self.num_attention_heads // self.num_key_value_heads
+
+    @property
+    def attention_width(self) -> int:
+        """Columns of the output projection."""
+        return self.num_attention_heads * self.head_dim
+
+    @property
+    def qkv_tiles(self) -> int:
+        return (self.num_attention_heads + 2 * self.num_key_value_heads) * self.head_dim // 8
+
+    @property
+    def padded_experts(self) -> int:
+        return ceil_div(self.num_experts, 128) * 128
+
+    @property
+    def down_parts(self) -> int:
+        """Into how many parts of its experts a token's down projection is split, to use all blocks."""
+        parts = 1
+        while (
+            self.hidden_size // 32 * parts * 2 <= self.blocks and self.num_experts_per_tok % (4 * parts) == 0
+        ):
+            parts *= 2
+        return parts
+
+    def row_stride(self, rows: int) -> int:
+        """Rows to which a matrix of ``rows`` rows is padded so that blocks store whole groups of tiles."""
+        return ceil_div(ceil_div(rows // 8, self.blocks), STORE_GROUP) * STORE_GROUP * self.blocks * 8
+
+    def columns(self) -> dict[str, int]:
+        """Columns of the table that says where a layer's weights lie in the stacks."""
+        return column_names(len(self.qkv_types))
+
+
+def scalar_count(c: StepConfig) -> int:
+    """Length of the table, the positions and the flags of active sequences, padded for one load per lane."""
+    return ceil_div(c.num_hidden_layers * len(c.columns()) + 2 * c.batch, 128) * 128
+
+
+def state_shape(c: StepConfig) -> tuple[int, ...]:
+    """Residual stream and the parts of the last down projection, as the kernel's state operand."""
+    return (1 + c.down_parts, c.batch, c.row_stride(c.hidden_size) // 32, 2, 4, 4)
+
+
+class ExpertSlots(NamedTuple):
+    """Tiles of gate and up per block: ``padded`` in all, ``used`` per chunk, ``chunks``."""
+
+    padded: int
+    used: int
+    chunks: int
+
+
+def expert_slots(c: StepConfig) -> ExpertSlots:
+    """Slots of the gate and up projections.
+
+    Where activations are shared, four neighbouring slots are a subblock of one expert's SwiGLU.
+    """
+    each = TILES_PER_SUBBLOCK if c.shares else 1
+    slots = ceil_div(c.pairs * c.moe_intermediate_size // 8, c.blocks * each) * each
+    chunks = ceil_div(slots, STORE_GROUP)
+    used = ceil_div(ceil_div(slots, chunks), each) * each
+    return ExpertSlots(chunks * used + STORE_GROUP, used, chunks)
+
+
+class Quantized(NamedTuple):
+    """Quantized activations of all sequences: two int8 parts, scales of 32 and sums of 16.
+
+    Attributes:
+      words: int32 [B, 2 parts, superblocks, 4 groups, 2 subblocks, 2 halves, 4].
+      scale: float32 [B, superblocks, 4, 2].
+      sums: int32 [B, superblocks, 4, 2, 2].
+    """
+
+    words: Any
+    scale: Any
+    sums: Any
+
+    def of(self, b: Any) -> "Quantized":
+        """Those of sequence b."""
+        return Quantized(*(ref.at[b] for ref in self))
+
+
+def quantized_types(batch: int, superblocks: int) -> Quantized:
+    """The types of :class:`Quantized`."""
+    array = lambda dtype, *shape: jax.ShapeDtypeStruct((batch, *shape), dtype)
+    return Quantized(
+        words=array(jnp.int32, 2, superblocks, 4, 2, 2, 4),
+        scale=array(jnp.float32, superblocks, 4, 2),
+        sums=array(jnp.int32, superblocks, 4, 2, 2),
+    )
+
+
+class Operands(NamedTuple):
+    """What the kernel reads, in global memory; state and cache are also written.
+
+    Attributes:
+      scalars_gmem: int32 [:func:`scalar_count`], the table, positions and which sequences are active.
+      rope_gmem: float32 [B, 2, head_dim / 2], cos and sin.
+      replay_ids_gmem: int32 [L, B, X] where experts are given.
+      input_norm_gmem, post_norm_gmem: float32 [L, D / 32, 2, 4, 4]; final_norm_gmem without L.
+      q_norm_gmem, k_norm_gmem: float32 [L, head_dim].
+      router_gmem: float32 [L, E, D / 32, 2, 4, 4].
+      weights_gmem: for each role, one dictionary of arrays per type.
+      state_gmem: float32 [:func:`state_shape`].
+      k_cache_gmem, v_cache_gmem: [L, batch, S, K, head_dim].
+    """
+
+    scalars_gmem: Any
+    rope_gmem: Any
+    replay_ids_gmem: Any
+    input_norm_gmem: Any
+    post_norm_gmem: Any
+    q_norm_gmem: Any
+    k_norm_gmem: Any
+    final_norm_gmem: Any
+    router_gmem: Any
+    weights_gmem: Any
+    state_gmem: Any
+    k_cache_gmem: Any
+    v_cache_gmem: Any
+
+
+class Outputs(NamedTuple):
+    """Results and the buffers through which blocks hand over activations, in global memory.
+
+    Attributes:
+      logits_gmem: float32 [B, tiles, blocks, 8]: row (i * blocks + block) * 8 + j.
+      expert_ids_gmem: int32 [L, B, X].
+      qkv_gmem: float32 [B, heads, 2, head_dim / 2].
+      attention_gmem: float32 [B, heads, head_dim].
+      part_gmem: float32 [B, K, splits, heads per KV head, head_dim], of splits.
+      part_stats_gmem: float32 [B, K, 2, 64, MAX_SPLITS], the largest score and the sum of a split.
+      router_logits_gmem: float32 [warpgroups, B, E], both padded, without the norm's scale.
+      swiglu_gmem: float32 [slots, blocks, 8] of one sequence, else None.
+      hidden_gmem, attended_gmem, swiglu_quantized_gmem: of batches, what one block quantizes for all:
+        after a norm, after attention, after SwiGLU; else None.
+    """
+
+    logits_gmem: Any
+    expert_ids_gmem: Any
+    qkv_gmem: Any
+    attention_gmem: Any
+    part_gmem: Any
+    part_stats_gmem: Any
+    router_logits_gmem: Any
+    swiglu_gmem: Any = None
+    hidden_gmem: Any = None
+    attended_gmem: Any = None
+    swiglu_quantized_gmem: Any = None
+
+
+def output_types(c: StepConfig) -> Outputs:
+    """The types of :class:`Outputs`."""
+    f32 = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
+    heads = c.row_stride(c.qkv_tiles * 8) // c.head_dim
+    out = Outputs(
+        logits_gmem=f32(c.batch, c.row_stride(c.vocab_size) // (8 * c.blocks), c.blocks, 8),
+        expert_ids_gmem=jax.ShapeDtypeStruct(
+            (c.num_hidden_layers, c.batch, c.num_experts_per_tok), jnp.int32
+        ),
+        qkv_gmem=f32(c.batch, heads, 2, c.head_dim // 2),
+        attention_gmem=f32(c.batch, c.num_attention_heads, c.head_dim),
+        part_gmem=f32(c.batch, c.num_key_value_heads, c.splits, c.group_heads, c.head_dim),
+        part_stats_gmem=f32(c.batch, c.num_key_value_heads, 2, 64, MAX_SPLITS),
+        router_logits_gmem=f32(WARPGROUPS, c.padded_batch, c.padded_experts),
+    )
+    if not c.shares:
+        return out._replace(swiglu_gmem=f32(expert_slots(c).padded, c.blocks, 8))
+    quantized = lambda width: quantized_types(c.batch, width // SUPERBLOCK)
+    return out._replace(
+        hidden_gmem=quantized(c.hidden_size),
+        attended_gmem=quantized(c.attention_width),
+        swiglu_quantized_gmem=quantized(c.num_experts_per_tok * c.moe_intermediate_size),
+    )
+
+
+class Scratch(NamedTuple):
+    """A block's shared memory.
+
+    Attributes:
+      barrier: of both warpgroups.
+      sums_or_tiles_smem: (sums, (q, k, v)): attention needs no sums of products, and the rest no tiles.
+      ids_smem, routing_smem: int32 and float32 [padded batch, X], the chosen experts and their weights.
+      new_score_smem, new_value_smem: the new token's scores [warpgroups, 64], value [warpgroups, head_dim].
+      pair_order_smem: int32 [pairs], pairs in the order of their experts.
+      split_plan_smem: int32 [padded batch + 4, 4] (``Attention.plan_splits``).
+      reduce_smem: scratch of ``Grid.totals``.
+      scalars_smem: a copy of ``scalars_gmem``.
+      split_weight_smem: float32 [warpgroups, MAX_SPLITS].
+      squares_smem: float32 [warpgroups, padded batch], sums of squares of the residual stream.
+      x_scale_smem, x_sums_smem, x_words_smem: activations that this block multiplies (:class:`Quantized`).
+      zeros_smem: int32 [16] of zeros.
+    """
+
+    barrier: Any
+    sums_or_tiles_smem: Any
+    ids_smem: Any
+    new_score_smem: Any
+    new_value_smem: Any
+    pair_order_smem: Any
+    split_plan_smem: Any
+    reduce_smem: Any
+    routing_smem: Any
+    scalars_smem: Any
+    split_weight_smem: Any
+    squares_smem: Any
+    x_scale_smem: Any
+    x_sums_smem: Any
+    x_words_smem: Any
+    zeros_smem: Any
+
+    @property
+    def x_smem(self) -> Quantized:
+        return Quantized(self.x_words_smem, self.x_scale_smem, self.x_sums_smem)
+
+
+def _superblocks(c: StepConfig) -> int:
+    """Superblocks of the longest activations that a block multiplies."""
+    down = ceil_div(c.num_experts_per_tok // c.down_parts * c.moe_intermediate_size, CHUNK) * CHUNK
+    return max(c.hidden_size, c.attention_width, down) // SUPERBLOCK
+
+
+def scratch_types(c: StepConfig) -> Scratch:
+    """The types of :class:`Scratch`."""
+    parts = max(8 * max(c.hidden_size, c.attention_width) // STEP, 4 * c.moe_intermediate_size // SUPERBLOCK)
+    shared = plgpu.SMEM
+    x = quantized_types(c.batch, _superblocks(c))
+    tables = (c.padded_batch, c.num_experts_per_tok)
+    tile = c.prim.tile_memory((WARPGROUPS, c.kv_tile, c.head_dim), c.cache_dtype)
+    return Scratch(
+        barrier=plgpu.Barrier(num_arrivals=WARPGROUPS),
+        sums_or_tiles_smem=plgpu.RefUnion(
+            shared((max(2, c.batch), STORE_GROUP, parts + 1, 8), jnp.float32),
+            [shared((WARPGROUPS, c.query_rows, c.head_dim), c.cache_dtype), tile, tile],
+        ),
+        ids_smem=shared(tables, jnp.int32),
+        new_score_smem=shared((WARPGROUPS, 64), jnp.float32),
+        new_value_smem=shared((WARPGROUPS, c.head_dim), jnp.float32),
+        pair_order_smem=shared((c.pairs,), jnp.int32),
+        split_plan_smem=shared((c.padded_batch + 4, 4), jnp.int32),
+        reduce_smem=shared((WARPGROUPS, len(REDUCE_SITES), 2, 2 * MAX_NORMED, 4), jnp.float32),
+        routing_smem=shared(tables, jnp.float32),
+        scalars_smem=shared((scalar_count(c),), jnp.int32),
+        split_weight_smem=shared((WARPGROUPS, MAX_SPLITS), jnp.float32),
+        squares_smem=shared((WARPGROUPS, c.padded_batch), jnp.float32),
+        x_scale_smem=shared(x.scale.shape, x.scale.dtype),
+        x_sums_smem=shared(x.sums.shape, x.sums.dtype),
+        x_words_smem=shared(x.words.shape, x.words.dtype),
+        zeros_smem=shared((16,), jnp.int32),
+    )
+
+
+def shared_memory_budget(c: StepConfig) -> dict[str, int]:
+    """Bytes of a block's shared memory by name: the buffers of :class:`Scratch`, and what Pallas takes."""
+    budget = {
+        name: _bytes(buffer) for name, buffer in scratch_types(c)._asdict().items() if name != "barrier"
+    }
+    return budget | {"reductions": REDUCTION_BYTES, "barriers": SHARED_ALIGN}
+
+
+def check_shared_memory(c: StepConfig, limit: int) -> None:
+    """Raises NotImplementedError where a block needs more shared memory than ``limit``, in bytes."""
+    budget = shared_memory_budget(c)
+    total = sum(budget.values())
+    if total > limit:
+        name = max(budget, key=lambda name: budget[name])
+        raise NotImplementedError(
+            f"GPU decode step: a batch of {c.batch} needs {total} bytes of shared memory per block "
+            f"({name} {budget[name]}), and the device has {limit}"
+        )
+
+
+def _bytes(buffer: Any) -> int:
+    """Of one buffer; a union of buffers is as long as the longest of them."""
+    nbytes = int(np.prod(buffer.shape)) * np.dtype(buffer.dtype).itemsize
+    return ceil_div(nbytes, SHARED_ALIGN) * SHARED_ALIGN

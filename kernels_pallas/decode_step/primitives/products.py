@@ -1,0 +1,155 @@
+"""Integer products on tensor cores, from Ampere on, and what goes into and comes out of products."""
+
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, llvm, scf
+
+from qwen3_moe_jax.kernels_pallas.decode_step.primitives.inline import (
+    const,
+    equal,
+    lane_and_warp,
+    one_per_lane,
+)
+from qwen3_moe_jax.kernels_pallas.decode_step.primitives.layouts import TILE_LANES, TILE_WORDS, WARPGROUP
+
+
+def load_fragments(words, zeros, *, shared: bool) -> list:
+    """A lane's activations as the second operand of integer tensor-core products.
+
+    The operand has 32 rows (the columns of weights that four lanes hold, 8 a lane) and 8
+    columns. Column 2 * group + part belongs to one column group of the tile and one int8 part,
+    and is zero in all rows but that group's own: so the product's element (row, 2 * group + part)
+    is that group's dot product alone, and lies in the lane that holds this row and group. Three
+    quarters of the multiplications are with zeros; they are cheaper than dp4a on the words all the same.
+
+    Args:
+      words: int32 [2 parts, 4 superblocks, 4 groups, 2 subblocks, 2 halves, 4] in shared memory, a
+        superblock a warp; without the second axis where ``shared``.
+      zeros: int32 [16] of zeros in shared memory.
+
+    Returns:
+      ``[subblock][half]``: int32 [4, 8, 4, 4] of layout ``TILE_WORDS``; lane (i, group) of a warp has
+      the words of part i % 2 where i // 2 is group, and zeros elsewhere.
+    """
+    shape = plgpu.ShapeDtypeStruct((4, 8, 4, 4), jnp.int32, layout=TILE_WORDS)
+
+    @plgpu.inline_mgpu(
+        arg_types=(plgpu.RefType(), plgpu.RefType()), return_type=[[shape, shape], [shape, shape]]
+    )
+    def load(ctx, words, zeros):
+        del ctx
+        i32 = ir.IntegerType.get_signless(32)
+        vector = ir.VectorType.get((4,), i32)
+        strides, _ = words.type.get_strides_and_offset()
+        lane, warp = lane_and_warp()
+        column, group = arith.divui(lane, const(4)), arith.remui(lane, const(4))
+        at = arith.muli(arith.remui(column, const(2)), const(strides[0]))
+        at = arith.addi(at, arith.muli(group, const(strides[-4])))
+        if not shared:
+            at = arith.addi(at, arith.muli(warp, const(strides[1])))
+        own = equal(arith.divui(column, const(2)), group)
+        here = mgpu.utils.getelementptr(mgpu.utils.memref_ptr(words), [at], i32)
+        base = arith.select(own, here, mgpu.utils.memref_ptr(zeros))
+
+        def fragment(s: int, h: int):
+            offset = const(s * strides[-3] + h * strides[-2])
+            value = llvm.load(vector, mgpu.utils.getelementptr(base, [offset], i32), alignment=16)
+            layout = TILE_WORDS.to_mgpu()
+            registers = np.full(layout.registers_shape((4, 8, 4, 4)), None, object)
+            registers.flat[0] = value
+            return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=True)
+
+        return [[fragment(s, h) for h in range(2)] for s in range(2)]
+
+    return load(words, zeros)
+
+
+def dot_tiles(tiles: list, fragments: list, *, signed: bool) -> list:
+    """Dot products of one or two tiles by integer tensor-core products (mma m16n8k32).
+
+    A tile gives 8 of the 16 rows of the first operand; with one tile, the others are zeros.
+
+    Args:
+      tiles: for each tile, int32 words [4, 8, 4, 4] of the pieces of 16 weights to be summed,
+        four bytes a word, unsigned unless ``signed``.
+      fragments: for each piece, the activations (:func:`load_fragments`).
+
+    Returns:
+      int32 [4, 8, 4] of layout ``TILE_LANES`` for each tile: 128 * high + low.
+    """
+    kind = "s8" if signed else "u8"
+    operation = f"mma.sync.aligned.m16n8k32.row.col.s32.{kind}.s8.s32 "
+    operation += "{$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, {$10, $11, $12, $13};"
+    shape = plgpu.ShapeDtypeStruct((4, 8, 4), jnp.int32, layout=TILE_LANES)
+
+    @plgpu.inline_mgpu(
+        arg_types=([[TILE_WORDS] * len(fragments)] * len(tiles), [TILE_WORDS] * len(fragments)),
+        return_type=[shape] * len(tiles),
+    )
+    def dot(ctx, tiles, fragments):
+        del ctx
+        i32 = ir.IntegerType.get_signless(32)
+        result = llvm.StructType.get_literal([i32] * 4)
+        element = lambda array, i: llvm.extractelement(array.registers.flat[0], const(i))
+        sums = [const(0)] * 4
+        for piece, fragment in enumerate(fragments):
+            for first in (0, 2):
+                rows = []
+                for word in (first, first + 1):
+                    rows += [element(tile[piece], word) for tile in tiles]
+                    rows += [const(0)] * (2 - len(tiles))
+                columns = [element(fragment, first), element(fragment, first + 1)]
+                out = llvm.inline_asm(
+                    result, [*rows, *columns, *sums], operation, "=r,=r,=r,=r," + ",".join(["r"] * 10)
+                )
+                sums = [llvm.extractvalue(i32, out, [i]) for i in range(4)]
+        totals = [
+            arith.addi(arith.shli(high, const(7)), low)
+            for high, low in zip(sums[::2], sums[1::2], strict=True)
+        ]
+        return [one_per_lane((4, 8, 4), TILE_LANES, total, is_signed=True) for total in totals[: len(tiles)]]
+
+    return dot(tiles, fragments)
+
+
+def store_first_rows(ref, values) -> None:
+    """Stores the first rows, at most 16, of 64 of an attention product.
+
+    Args:
+      ref: float32 [rows, n] in global memory, contiguous.
+      values: float32 [64, n] of layout WGMMA.
+    """
+    rows, columns = ref.shape
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WGMMA))
+    def store(ctx, ref, values):
+        del ctx
+        base = mgpu.utils.memref_ptr(ref)
+        lane = arith.remui(mgpu.utils.thread_idx(), const(WARPGROUP))
+        first = arith.cmpi(arith.CmpIPredicate.ult, lane, const(32))
+        branch = scf.IfOp(first)
+        with ir.InsertionPoint(branch.then_block):
+            row = arith.divui(lane, const(4))
+            column = arith.muli(arith.remui(lane, const(4)), const(2))
+            offset = arith.addi(arith.muli(row, const(columns)), column)
+            f32 = ir.F32Type.get()
+
+            def store_half(half: int) -> None:
+                for j in range(columns // 8):
+                    (pair,) = values.registers[0, j, :, :, half].flat
+                    at = arith.addi(offset, const(half * 8 * columns + j * 8))
+                    llvm.store(pair, mgpu.utils.getelementptr(base, [at], f32))
+
+            for half in range(rows // 8):
+                store_half(half)
+            if rows % 8:
+                inside = scf.IfOp(arith.cmpi(arith.CmpIPredicate.ult, row, const(rows % 8)))
+                with ir.InsertionPoint(inside.then_block):
+                    store_half(rows // 8)
+                    scf.yield_([])
+            scf.yield_([])
+
+    store(ref, values)

@@ -1,0 +1,110 @@
+"""The decode kernel's primitives from Ampere on: attention multiplies with ``mma``, tiles lie as they are."""
+
+from functools import partial
+from typing import Any
+
+import jax.numpy as jnp
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from qwen3_moe_jax.kernels_pallas.decode_step.primitives.choice import sort_pairs, top_experts
+from qwen3_moe_jax.kernels_pallas.decode_step.primitives.products import (
+    dot_tiles,
+    load_fragments,
+    store_first_rows,
+)
+from qwen3_moe_jax.kernels_pallas.decode_step.primitives.sync import (
+    block_barrier,
+    copy_to_shared,
+    grid_signal,
+    wait_for_copies,
+    warpgroup_barrier,
+)
+from qwen3_moe_jax.kernels_pallas.decode_step.primitives.sync import grid_wait as _grid_wait
+from qwen3_moe_jax.kernels_pallas.decode_step.primitives.warps import (
+    View,
+    as_new,
+    store_lanes,
+    store_subblocks,
+    store_zeros,
+    warp_largest,
+    warpgroup_reduce,
+)
+
+grid_wait = partial(_grid_wait, fence="fence.acq_rel.gpu;")
+
+
+def tile_memory(shape: tuple[int, ...], dtype: Any) -> Any:
+    """Shared memory of tiles of keys or values [..., rows, head_dim]."""
+    return plgpu.SMEM(shape, dtype)
+
+
+def publish_tiles() -> None:
+    """Lets products see what the warpgroup's lanes have stored in tiles."""
+    warpgroup_barrier()
+
+
+def load_queries(ref: Any) -> Any:
+    """The first operand of :func:`matmul`, [64, head_dim] of layout WGMMA, of 16 queries in shared memory.
+
+    Each warp holds the same 16 rows, of which the first warp's results are used.
+    """
+    layout = plgpu.Layout.MMA_LHS(ref.dtype, m_warps=1)
+    rows, columns = ref.shape
+    assert rows == 16, "a KV head has at most 16 query heads"
+    queries = plgpu.load(ref, layout=layout, optimized=False)
+    return _recast(queries, layout, plgpu.Layout.WGMMA, (64, columns))
+
+
+def _recast(x: Any, source: Any, target: Any, shape: tuple[int, int]) -> Any:
+    """The same registers as an array of another layout, whose lanes hold the same elements."""
+    out = plgpu.ShapeDtypeStruct(shape, x.dtype, layout=target)
+
+    @plgpu.inline_mgpu(arg_types=(source,), return_type=out)
+    def rename(ctx, x):
+        del ctx
+        layout = target.to_mgpu()
+        registers = x.registers.reshape(layout.registers_shape(shape))
+        return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
+
+    return rename(x)
+
+
+def matmul(a: Any, ref: Any, columns: int, *, transposed: bool) -> Any:
+    """float32 [64, columns] of layout WGMMA: registers a [64, k] times the matrix in shared memory.
+
+    Args:
+      ref: [k, columns], or [columns, k] where ``transposed``.
+    """
+    layout = plgpu.Layout
+    left, right, out = layout.MMA_LHS(a.dtype), layout.MMA_RHS(a.dtype), layout.MMA_ACC(a.dtype)
+    b = plgpu.load(ref.T if transposed else ref, layout=right, optimized=False)
+    acc = plgpu.layout_cast(jnp.full((64, columns), 0.0, jnp.float32), out)
+    a = _recast(a, layout.WGMMA, left, a.shape)
+    return _recast(plgpu.mma(acc, a, b), out, layout.WGMMA, (64, columns))
+
+
+__all__ = [
+    "View",
+    "as_new",
+    "block_barrier",
+    "copy_to_shared",
+    "dot_tiles",
+    "grid_signal",
+    "grid_wait",
+    "load_fragments",
+    "load_queries",
+    "matmul",
+    "publish_tiles",
+    "sort_pairs",
+    "store_first_rows",
+    "store_lanes",
+    "store_subblocks",
+    "store_zeros",
+    "tile_memory",
+    "top_experts",
+    "wait_for_copies",
+    "warp_largest",
+    "warpgroup_barrier",
+    "warpgroup_reduce",
+]

@@ -1,0 +1,88 @@
+"""The decode kernel's primitives on Hopper: attention multiplies with ``wgmma``, on swizzled tiles."""
+
+from functools import partial
+from typing import Any
+
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from qwen3_moe_jax.kernels_pallas.decode_step.primitives.choice import sort_pairs, top_experts
+from qwen3_moe_jax.kernels_pallas.decode_step.primitives.products import (
+    dot_tiles,
+    load_fragments,
+    store_first_rows,
+)
+from qwen3_moe_jax.kernels_pallas.decode_step.primitives.sync import (
+    block_barrier,
+    copy_to_shared,
+    grid_signal,
+    wait_for_copies,
+    warpgroup_barrier,
+)
+from qwen3_moe_jax.kernels_pallas.decode_step.primitives.sync import grid_wait as _grid_wait
+from qwen3_moe_jax.kernels_pallas.decode_step.primitives.warps import (
+    View,
+    as_new,
+    store_lanes,
+    store_subblocks,
+    store_zeros,
+    warp_largest,
+    warpgroup_reduce,
+)
+
+grid_wait = partial(_grid_wait, fence="fence.acquire.gpu;")
+
+
+def tile_memory(shape: tuple[int, ...], dtype: Any) -> Any:
+    """Shared memory of tiles of keys or values [..., rows, head_dim]."""
+    return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)))
+
+
+def publish_tiles() -> None:
+    """Lets products see what the warpgroup's lanes have stored in tiles."""
+    plgpu.commit_smem()
+
+
+def load_queries(ref: Any) -> Any:
+    """The first operand of :func:`matmul`, [64, head_dim] of layout WGMMA, of queries in shared memory."""
+    return plgpu.load(ref, layout=plgpu.Layout.WGMMA, optimized=False)
+
+
+def matmul(a: Any, ref: Any, columns: int, *, transposed: bool) -> Any:
+    """float32 [64, columns]: registers a [64, k] times the matrix in shared memory.
+
+    Args:
+      ref: [k, columns], or [columns, k] where ``transposed``.
+    """
+
+    def multiply(acc):
+        plgpu.wgmma(acc, a, ref.T if transposed else ref)
+        return acc[...]
+
+    return pl.run_scoped(multiply, plgpu.ACC((64, columns)))
+
+
+__all__ = [
+    "View",
+    "as_new",
+    "block_barrier",
+    "copy_to_shared",
+    "dot_tiles",
+    "grid_signal",
+    "grid_wait",
+    "load_fragments",
+    "load_queries",
+    "matmul",
+    "publish_tiles",
+    "sort_pairs",
+    "store_first_rows",
+    "store_lanes",
+    "store_subblocks",
+    "store_zeros",
+    "tile_memory",
+    "top_experts",
+    "wait_for_copies",
+    "warp_largest",
+    "warpgroup_barrier",
+    "warpgroup_reduce",
+]

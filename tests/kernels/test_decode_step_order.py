@@ -1,0 +1,129 @@
+"""The decode kernel's docstring says which phase waits for which: held against what the kernel does."""
+
+import re
+from contextlib import ExitStack
+from types import SimpleNamespace
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+pytest.importorskip("jax.experimental.pallas.mosaic_gpu")
+if jax.__version_info__ < (0, 11):
+    pytest.skip("the GPU kernels need JAX 0.11", allow_module_level=True)
+
+from qwen3_moe_jax.kernels_pallas.decode_step import kernel
+from qwen3_moe_jax.kernels_pallas.decode_step.activations import Activations
+from qwen3_moe_jax.kernels_pallas.decode_step.api import Device
+from qwen3_moe_jax.kernels_pallas.decode_step.attention import Attention
+from qwen3_moe_jax.kernels_pallas.decode_step.experts import Experts
+from qwen3_moe_jax.kernels_pallas.decode_step.grid import Grid
+from qwen3_moe_jax.kernels_pallas.decode_step.projections import Projections
+from qwen3_moe_jax.kernels_pallas.decode_step.router import Router
+from qwen3_moe_jax.testing.decode_kernel import trace_step
+
+PHASES = {
+    "norm": (Activations, "share_normed"),
+    "qkv": (Projections, "qkv"),
+    "attention": (Attention, "attend"),
+    "join": (Attention, "join"),
+    "output": (Projections, "output"),
+    "router": (Router, "router"),
+    "gate_up": (Experts, "gate_up"),
+    "down": (Experts, "down"),
+    "logits": (Projections, "logits"),
+}
+ROW = re.compile(r"^ {4,6}(\w+) +\S.*? {2,}(\w+) +(\w+|-)$", re.MULTILINE)
+
+
+def table() -> list[tuple[str, str, str]]:
+    """(phase, what it waits for, who signals) of the docstring, of a layer and what follows the layers."""
+    rows = ROW.findall(kernel.__doc__)
+    assert [name for name, _, _ in rows] == [*list(PHASES)[:-1], "norm", "logits"]
+    return rows
+
+
+def recorded(batch: int) -> list[tuple[str, str]]:
+    """(phase, "wait" or "signal") in the order of the traced kernel, repetitions by types taken out."""
+    found, inside = [], ["kernel"]
+
+    def phase(name, original):
+        def run(*args, **kwargs):
+            inside.append(name)
+            original(*args, **kwargs)
+            inside.pop()
+
+        return run
+
+    def event(what, original):
+        def run(*args, **kwargs):
+            if found[-1:] != [(inside[-1], what)]:
+                found.append((inside[-1], what))
+            return original(*args, **kwargs)
+
+        return run
+
+    patches = [(owner, method, phase(n, getattr(owner, method))) for n, (owner, method) in PHASES.items()]
+    patches += [(Grid, what, event(what, getattr(Grid, what))) for what in ("wait", "signal")]
+    with ExitStack() as stack:
+        for owner, name, value in patches:
+            stack.enter_context(mock.patch.object(owner, name, value))
+        trace_step(batch=batch, device=Device.of_cores(114))
+    return found
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_phases_wait_and_signal_in_the_order_of_the_docstring(batch):
+    expected = []
+    for name, _, signals in table():
+        if name == "norm" and batch == 1:
+            continue  # a single sequence is normed inside the phases
+        expected.append((name, "wait"))
+        if signals != "-":
+            expected.append((name, "signal"))
+    assert recorded(batch) == [*expected, ("kernel", "signal")]
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("is_split", [False, True])
+def test_each_phase_waits_for_all_signals_before_it(batch, is_split):
+    """Two layers, with the counts as numbers: none too few (a race) and none too many (a wait for ever)."""
+    blocks, layers = 112, 2
+    owners = batch if batch > 1 else 0
+    c = SimpleNamespace(batch=batch, blocks=blocks, num_hidden_layers=layers, num_key_value_heads=4)
+    c.shares = batch > 1
+    sent, called, left = 0, [], []
+
+    def phase(name):
+        def run(*args):
+            nonlocal sent
+            assert int(args[-1]) == sent, name
+            called.append(name)
+            sent += blocks + (owners if name in ("qkv", "logits") else 0)
+
+        return run
+
+    body = kernel.Kernel.__new__(kernel.Kernel)
+    body.c = c
+    body.g = SimpleNamespace(semaphore=True)
+    body.leave_zero = left.append
+    items = batch * 4 + is_split
+    body.attention = SimpleNamespace(
+        plan_splits=lambda: jnp.int32(items), attend=phase("attention"), join=phase("join")
+    )
+    body.projections = SimpleNamespace(qkv=phase("qkv"), output=phase("output"), logits=phase("logits"))
+    body.router = SimpleNamespace(router=phase("router"))
+    body.experts = SimpleNamespace(gate_up=phase("gate_up"), down=phase("down"))
+
+    def loop(first, last, run, carry):
+        for i in range(first, last):
+            carry = run(i, carry)
+        return carry
+
+    when = lambda condition: lambda run: run() if condition else None
+    with mock.patch.object(kernel.lax, "fori_loop", loop), mock.patch.object(kernel.pl, "when", when):
+        body.token()
+    names = [name for name, _, _ in table() if name != "norm" and (is_split or name != "join")]
+    assert called == names[:-1] * layers + names[-1:]
+    assert [int(count) for count in left] == [sent]
