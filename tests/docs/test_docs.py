@@ -57,3 +57,13 @@ def test_links_of_texts_outside_the_site_lead_somewhere():
     for path in ROOT.glob("*.md"):
         for link in re.findall(r"\]\((?!https?:|#)([^)#]+)", path.read_text()):
             assert (ROOT / link).exists(), f"{path.name}: {link}"
+
+
+def test_every_test_that_the_reliability_page_names_exists():
+    """As ``file.py::test``, or ``::test`` of the file that was named before it."""
+    file = None
+    for name, test in re.findall(
+        r"`([\w/]*(?:\.py)?)::(test_\w+)`", (DOCS / "design" / "reliability.md").read_text()
+    ):
+        file = name or file
+        assert f"def {test}(" in (ROOT / "tests" / file).read_text(), f"{file}::{test}"
