@@ -270,6 +270,13 @@ class _Folder:
 
     def __init__(self, path: Path):
         self._path = path
+        if os.open not in os.supports_dir_fd:
+            raise ModelFileError(
+                "E_CHECKPOINT",
+                f"{printable(str(path), 300)}: packed checkpoints are read on Linux and macOS; "
+                "name the .gguf file",
+                name=str(path),
+            )
         try:
             self._descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         except OSError as error:

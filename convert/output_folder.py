@@ -8,7 +8,7 @@ keeps two writers apart, and lets the next run remove what a killed one left.
 """
 
 import errno
-import fcntl
+import importlib
 import os
 import re
 import secrets
@@ -107,6 +107,10 @@ def _locked(out: Path) -> Iterator[None]:
 
 
 def _take_lock(path: Path, out: Path) -> int:
+    try:
+        fcntl = importlib.import_module("fcntl")
+    except ImportError as error:
+        raise OutputError("E_OUTPUT", "packed checkpoints are written on Linux and macOS") from error
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
         try:

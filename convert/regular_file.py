@@ -2,14 +2,30 @@
 
 ``pread`` alone, never ``mmap``: a mapped file that is truncated kills the
 process with SIGBUS, while ``pread`` returns fewer bytes, which becomes an
-error that names the file.
+error that names the file. Systems without it (Windows) seek and read under a
+lock, with the same errors.
 """
 
 import os
 import stat
+import threading
 from pathlib import Path
 
 from qwen3_moe_jax.convert.errors import ModelFileError, printable
+
+_OPTIONAL_FLAGS = ("O_CLOEXEC", "O_NONBLOCK", "O_NOCTTY", "O_BINARY", "O_NOINHERIT")
+"""Flags that some systems have. Without O_NONBLOCK, opening a FIFO would wait for a writer; without
+O_BINARY, Windows ends a file at its first byte 26 and drops carriage returns."""
+
+MAX_READ_BYTES = 1 << 30
+"""Of one call: Windows and macOS refuse, and Linux cuts, what is 2 GiB or more."""
+
+
+def _open_flags() -> int:
+    flags = os.O_RDONLY
+    for name in _OPTIONAL_FLAGS:
+        flags |= getattr(os, name, 0)
+    return flags
 
 
 class RegularFile:
@@ -21,10 +37,10 @@ class RegularFile:
 
     def __init__(self, path: str | os.PathLike[str]):
         self.path = Path(path)
-        # Without O_NONBLOCK, opening a FIFO would wait for a writer.
-        flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
+        self._fd = -1
+        self._position = threading.Lock()
         try:
-            self._fd = os.open(self.path, flags)
+            self._fd = os.open(self.path, _open_flags())
         except OSError as error:
             raise self.error("E_OPEN", f"cannot be opened: {error.strerror}") from error
         except ValueError as error:  # a NUL byte in the path
@@ -59,7 +75,7 @@ class RegularFile:
         done = 0
         while done < len(buffer):
             try:
-                count = os.preadv(self._fd, [buffer[done:]], offset + done)
+                count = self._read_some(buffer[done : done + MAX_READ_BYTES], offset + done)
             except OSError as error:
                 raise self.error("E_OPEN", f"cannot be read: {error.strerror}", offset=offset) from error
             if count == 0:
@@ -69,6 +85,17 @@ class RegularFile:
                     offset=offset + done,
                 )
             done += count
+
+    def _read_some(self, buffer: memoryview, offset: int) -> int:
+        """Bytes that one call of the system reads; 0 at the end of the file."""
+        preadv = getattr(os, "preadv", None)
+        if preadv is not None:
+            return preadv(self._fd, [buffer], offset)
+        with self._position:
+            os.lseek(self._fd, offset, os.SEEK_SET)
+            found = os.read(self._fd, len(buffer))
+        buffer[: len(found)] = found
+        return len(found)
 
     def read(self, count: int, offset: int) -> bytes:
         """``count`` bytes from ``offset``. Errors as :meth:`read_into`."""

@@ -3,7 +3,7 @@
 import sys
 import time
 import weakref
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, Unpack
@@ -326,9 +326,12 @@ class JaxRunner:
         batch, self._spare = self._spare, None
         return batch or self._new_batch(1, self.max_context)
 
-    def _keep_spare(self, batch: Batch) -> None:
-        """Lets the next request use this one's buffers, unless a failed step has taken them."""
-        if self.is_closed or sys.is_finalizing():  # JAX is gone before the last streams are
+    def _keep_spare(self, batch: Batch, is_exit: Callable[[], bool] = sys.is_finalizing) -> None:
+        """Lets the next request use this one's buffers, unless a failed step has taken them.
+
+        At the interpreter's exit JAX is gone before the last streams are, and so is ``sys`` itself.
+        """
+        if self.is_closed or is_exit():
             return
         if batch.is_whole:
             batch.free_all()

@@ -5,11 +5,11 @@ full, runs without them, and says so in one line. ``QWEN3_MOE_CACHE`` names anot
 ``QWEN3_MOE_CACHE=off`` keeps nothing.
 """
 
-import functools
 import logging
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import platformdirs
@@ -36,16 +36,20 @@ def cache_folder() -> Path | None:
         return None
     if wanted:
         return Path(os.path.abspath(os.path.expanduser(wanted)))
-    return _absolute(platformdirs.user_cache_path(APPLICATION, appauthor=False))
+    return _absolute(platformdirs.user_cache_path)
 
 
 def state_folder() -> Path | None:
     """The folder for what a user would miss (the history of a prompt); None where there is no home."""
-    return _absolute(platformdirs.user_state_path(APPLICATION, appauthor=False))
+    return _absolute(platformdirs.user_state_path)
 
 
-def _absolute(path: Path) -> Path | None:
+def _absolute(ask: Callable[..., Path]) -> Path | None:
     """None for ``~`` that nothing stands for, or a relative ``$XDG_...``, which the standard ignores."""
+    try:
+        path = ask(APPLICATION, appauthor=False)
+    except (RuntimeError, OSError):  # there is no home
+        return None
     return path if path.is_absolute() else None
 
 
@@ -72,7 +76,8 @@ def check_writable(folder: str) -> None:
         Path(folder).mkdir(parents=True, exist_ok=True)
         _try_to_write(Path(folder))
     except OSError as error:
-        _say_once(f"the cache folder {folder} cannot be used ({error.strerror or error}): it stays as it is")
+        reason = error.strerror or error
+        _say_once(folder, f"the cache folder {folder} cannot be used ({reason}): programs are compiled again")
 
 
 def _try_to_write(folder: Path) -> None:
@@ -86,11 +91,16 @@ def _try_to_write(folder: Path) -> None:
 
 def _without_cache(reason: str) -> None:
     _say_once(
+        "cache",
         f"no cache ({reason}): programs are compiled and checks made again each time; "
-        f"{CACHE_VARIABLE} names another folder"
+        f"{CACHE_VARIABLE} names another folder",
     )
 
 
-@functools.cache
-def _say_once(line: str) -> None:
-    log.warning(line)
+_said: set[str] = set()
+
+
+def _say_once(what: str, line: str) -> None:
+    if what not in _said:
+        _said.add(what)
+        log.warning(line)

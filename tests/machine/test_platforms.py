@@ -1,0 +1,122 @@
+"""Settings that keep JAX from starting, or from a GPU: one line that names the setting."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from qwen3_moe_jax import cli, loader
+from qwen3_moe_jax.core.errors import BackendUnavailableError
+from qwen3_moe_jax.machine import jax_devices, probe
+from qwen3_moe_jax.machine.nvidia import NvidiaGpu
+from qwen3_moe_jax.machine.probe import Machine, diagnose
+
+PROGRAM = """
+import sys
+import qwen3_moe_jax as q3
+import qwen3_moe_jax.cli
+if sys.argv[2:]:
+    import jax
+    jax.config.update("jax_platforms", sys.argv[2])
+try:
+    q3.load(backend="jax", gate=False)
+except q3.BackendUnavailableError as error:
+    print(error)
+from qwen3_moe_jax.machine.probe import detect, diagnose
+print(diagnose(detect())[0])
+"""
+
+
+def load_with(platforms: str, *arguments: str) -> list[str]:
+    environment = {**os.environ, "JAX_PLATFORMS": platforms, "PYTHONPATH": os.getcwd()}
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, "", *arguments], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+@pytest.mark.parametrize("platforms", ["cuda", "nonsense", "rocm", "tpu", "cuda,nonsense"])
+def test_a_platform_that_is_not_there_is_one_line_that_names_the_variable(platforms):
+    line, doctor = load_with(platforms)
+    assert line.startswith(f"JAX does not start with JAX_PLATFORMS={platforms} (")
+    assert "unset it, or use JAX_PLATFORMS=cpu" in line
+    assert ("pip install 'qwen3-moe-jax[cuda13]'" in line) == ("cuda" in platforms)
+    assert "level='problem'" in doctor
+    assert f"JAX_PLATFORMS={platforms}" in doctor
+    assert "pip install -U" not in doctor
+
+
+def test_the_same_by_jaxs_config():
+    line, doctor = load_with("", "nonsense")
+    assert line.startswith("JAX does not start with jax.config.jax_platforms=nonsense (")
+    assert "jax.config.jax_platforms=nonsense" in doctor
+
+
+def test_an_error_without_a_setting_says_what_jax_says(monkeypatch):
+    monkeypatch.setattr(jax_devices, "platforms_wanted", lambda: ("", ""))
+    error = jax_devices.why_jax_does_not_start(RuntimeError("no\n driver"))
+    assert error == "JAX does not start: no driver"
+    assert jax_devices.why_jax_does_not_start(AssertionError()) == "JAX does not start: AssertionError"
+    found = diagnose(Machine((3, 12), {"jax": "0.11.2"}, jax_error=error))[0]
+    assert (found.level, found.advice) == ("problem", "pip install -U qwen3-moe-jax")
+
+
+CARD = NvidiaGpu("NVIDIA H100", "580.1", "9.0", 80 << 30)
+
+
+@pytest.mark.parametrize(
+    ("platforms", "visible", "hidden"),
+    [
+        ("cpu", None, "JAX_PLATFORMS=cpu"),
+        ("", "", "CUDA_VISIBLE_DEVICES=''"),
+        ("", "-1", "CUDA_VISIBLE_DEVICES='-1'"),
+        ("cuda,cpu", "0", ""),
+        ("", None, ""),
+    ],
+)
+def test_a_gpu_that_a_setting_hides_is_the_reason_of_the_choice(monkeypatch, platforms, visible, hidden):
+    monkeypatch.setattr(probe, "platforms_wanted", lambda: (platforms, "JAX_PLATFORMS" if platforms else ""))
+    monkeypatch.setattr(loader, "nvidia_gpus", lambda: (CARD,))
+    monkeypatch.setattr(loader, "list_adapters", lambda: [])
+    monkeypatch.setattr(loader, "jax_sees_gpu", lambda: True)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    choice = loader.choose_backend()
+    assert choice.backend == "jax"
+    assert choice.fallbacks == ()
+    assert (f"hidden by {hidden}" in choice.reason) if hidden else ("sees an NVIDIA GPU" in choice.reason)
+
+
+def test_the_choice_of_a_backend_survives_a_jax_that_does_not_start(monkeypatch):
+    def fails():
+        raise BackendUnavailableError("no")
+
+    monkeypatch.setattr(loader, "jax_devices", fails)
+    assert not loader.jax_sees_gpu()
+
+
+def test_an_empty_path_is_refused_and_home_is_expanded(monkeypatch, tmp_path):
+    import qwen3_moe_jax as q3
+
+    with pytest.raises(ValueError, match="path is empty"):
+        q3.load("")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "m.gguf").write_bytes(loader.embedded_model().read_bytes())
+    with q3.load("~/m.gguf", backend="reference", max_context=64, gate=False) as model:
+        assert model.source.path == tmp_path / "m.gguf"
+
+
+def test_errors_name_the_argument_in_python_and_the_option_on_the_command_line(capsys):
+    import qwen3_moe_jax as q3
+
+    with (
+        q3.load(backend="reference", max_context=16, gate=False) as model,
+        pytest.raises(q3.ContextOverflowError, match="raise max_context$"),
+    ):
+        model.generate("x" * 400)
+    options = ["--backend", "reference", "--context", "16", "--no-gate"]
+    assert cli.main(["generate", "x" * 400, *options]) == 1
+    assert capsys.readouterr().err.strip().endswith("raise --context")
