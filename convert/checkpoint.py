@@ -323,7 +323,7 @@ class _Folder:
         return ModelFileError(
             "E_CHECKPOINT",
             f"{printable(str(self._path), 300)}: is not a packed checkpoint (it has no {MANIFEST_NAME}); "
-            "name a .gguf file or a folder that `python -m convert` made",
+            "name a .gguf file or a folder that `qwen3-moe convert` made",
             name=str(self._path),
         )
 

@@ -8,6 +8,8 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
+__version__ = "0.2.0"
+
 if TYPE_CHECKING:
     from qwen3_moe_jax.api import Answer, Model, load
     from qwen3_moe_jax.convert.errors import ModelFileError

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,7 +18,7 @@ from qwen3_moe_jax.core.errors import (
     NumericalError,
 )
 from qwen3_moe_jax.core.runner import Forward, Runner
-from qwen3_moe_jax.core.sampling import Sampling, recommended_sampling
+from qwen3_moe_jax.core.sampling import Sampling, random_seed, recommended_sampling
 from qwen3_moe_jax.core.stages import STAGES
 from qwen3_moe_jax.loader import choose_backend, make_runner, model_path
 from qwen3_moe_jax.measure.perplexity import Perplexity, measure_perplexity
@@ -45,6 +45,7 @@ class Answer:
       finish_reason: "stop" (an end token or a stop string) or "length".
       prompt_tokens, new_tokens: how many.
       notes: what the user should know of how the prompt was made, one line each.
+      seed: the same seed gives the same answer again.
     """
 
     text: str
@@ -52,6 +53,7 @@ class Answer:
     prompt_tokens: int
     new_tokens: int
     notes: tuple[str, ...] = ()
+    seed: int | None = None
 
 
 @dataclass(frozen=True)
@@ -61,14 +63,15 @@ class _Request:
     token_ids: list[int]
     max_tokens: int
     sampling: Sampling
-    starts_in_reasoning: bool
-    notes: tuple[str, ...] = ()
+    chat: RenderedChat | None
 
 
 def _whole(stream: TextStream) -> Answer:
     """The answer that a stream gives when it is read to its end."""
     text = "".join(stream)
-    return Answer(text, stream.finish_reason, stream.prompt_tokens, stream.new_tokens, stream.notes)
+    return Answer(
+        text, stream.finish_reason, stream.prompt_tokens, stream.new_tokens, stream.notes, stream.seed
+    )
 
 
 class Model:
@@ -136,6 +139,21 @@ class Model:
         _ = self.runner
         return recommended_sampling(self.source.metadata, thinking=thinking)
 
+    def sampling(self, *, thinking: bool | None = None, seed: int | None = None, **given: float) -> Sampling:
+        """The recommended sampling with the fields that are given in place of its own.
+
+        Args:
+          thinking: as ``default_sampling``.
+          seed: None draws one.
+          **given: fields of ``Sampling``: ``temperature=0`` is greedy and keeps the recommended penalties,
+            here and with the command's ``--temperature 0``.
+
+        Raises:
+          ValueError: a field is out of its range.
+        """
+        recommended = self.default_sampling(thinking=thinking)[0]
+        return replace(recommended, seed=random_seed() if seed is None else seed, **given)
+
     def open_stream(
         self,
         prompt: str | Messages,
@@ -145,22 +163,25 @@ class Model:
         stop: Sequence[str] = (),
         tools: Sequence[dict[str, Any]] | None = None,
         thinking: bool | None = None,
+        **overrides: float | None,
     ) -> TextStream:
         """Text pieces as they come, with the reason of the end and token counts.
 
         Args:
           prompt: text, or messages (``[{"role": "user", "content": "hi"}]``).
           max_tokens: at most this many new tokens; None fills the context.
-          sampling: None takes ``default_sampling``.
+          sampling: None takes ``self.sampling(...)``: what is recommended, with a random seed.
           stop: strings that end the answer; they are not part of it.
           tools: function definitions for the chat template.
           thinking: the template's thinking switch; None leaves its default.
+          **overrides: fields of ``Sampling`` in place of the sampling's own: ``temperature=0``, ``seed=1``.
 
         Raises:
           ContextOverflowError: the prompt does not fit the context.
-          ValueError: max_tokens is below 1, or the prompt is empty.
+          ValueError: max_tokens is below 1, the prompt is empty, or an option is out of its range.
         """
-        r = self._request(prompt, max_tokens, sampling, tools, thinking)
+        StopStrings(stop)
+        r = self._request(prompt, max_tokens, sampling, tools, thinking, **overrides)
         tokens = self.runner.stream(
             r.token_ids, max_tokens=r.max_tokens, sampling=r.sampling, stop_ids=self.tokenizer.stop_ids
         )
@@ -173,10 +194,15 @@ class Model:
         sampling: Sampling | None = None,
         tools: Sequence[dict[str, Any]] | None = None,
         thinking: bool | None = None,
+        **overrides: float | None,
     ) -> "_Request":
         """What ``open_stream`` is asked for, checked."""
         if max_tokens is not None and max_tokens < 1:
             raise ValueError(f"max_tokens is {max_tokens}; it must be at least 1")
+        if sampling is None:
+            sampling = self.sampling(thinking=thinking, **overrides)
+        elif overrides:
+            sampling = replace(sampling, **overrides)
         token_ids, chat = self.prompt(prompt, tools=tools, thinking=thinking)
         if not token_ids:
             raise ValueError("the prompt is empty: give at least one character")
@@ -184,10 +210,7 @@ class Model:
         if room < 1:
             raise ContextOverflowError(len(token_ids), self.runner.max_context)
         limit = room if max_tokens is None else min(max_tokens, room)
-        starts_in_reasoning = chat is not None and chat.starts_in_reasoning
-        sampling = self.default_sampling(thinking=thinking)[0] if sampling is None else sampling
-        notes = () if chat is None else chat.notes
-        return _Request(token_ids, limit, sampling, starts_in_reasoning, notes)
+        return _Request(token_ids, limit, sampling, chat)
 
     def _text_stream(self, r: "_Request", tokens: Iterable[int], stop: Sequence[str]) -> TextStream:
         return TextStream(
@@ -196,8 +219,9 @@ class Model:
             stop=stop,
             max_tokens=r.max_tokens,
             prompt_tokens=len(r.token_ids),
-            starts_in_reasoning=r.starts_in_reasoning,
-            notes=r.notes,
+            starts_in_reasoning=r.chat is not None and r.chat.starts_in_reasoning,
+            notes=r.chat.notes if r.chat else (),
+            seed=r.sampling.seed,
         )
 
     def stream(self, prompt: str | Messages, **options: Any) -> Iterator[str]:
@@ -210,8 +234,7 @@ class Model:
 
     def answer(self, prompt: str | Messages, **options: Any) -> Answer:
         """The whole text with the reason of its end and token counts; options as ``open_stream``."""
-        stream = self.open_stream(prompt, **options)
-        return _whole(stream)
+        return _whole(self.open_stream(prompt, **options))
 
     def generate_batch(
         self, prompts: Sequence[str | Messages], *, stop: Sequence[str] = (), **options: Any
@@ -225,6 +248,8 @@ class Model:
         Raises:
           NumericalError: logits of a prompt were not finite.
         """
+        if options.get("sampling") is None and options.get("seed") is None:
+            options["seed"] = random_seed()
         run = self.runner.generate_batch
         requests = [self._request(prompt, **options) for prompt in prompts]
         watched = [(StreamDecoder(self.tokenizer), StopStrings(stop)) for _ in requests]
@@ -246,11 +271,7 @@ class Model:
         for number, (r, result) in enumerate(zip(requests, results, strict=True)):
             if result.finish_reason == "nonfinite":
                 raise NumericalError(f"the logits of prompt {number} are not finite: run `qwen3-moe trace`")
-            stream = self._text_stream(r, result.tokens, stop)
-            text = "".join(stream)
-            answers.append(
-                Answer(text, stream.finish_reason, stream.prompt_tokens, stream.new_tokens, stream.notes)
-            )
+            answers.append(_whole(self._text_stream(r, result.tokens, stop)))
         return answers
 
     def forward(self, token_ids: Sequence[int], **options: Any) -> Forward:

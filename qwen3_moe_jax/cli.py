@@ -1,9 +1,9 @@
+# PYTHON_ARGCOMPLETE_OK
 """``qwen3-moe``: the command line.
 
 A command is a module with ``add_arguments`` and ``run``, imported only when it
-is called, so that ``--help`` is quick. Every fault that a user can cause ends
-in one line on standard error and an exit code: 1 for a fault, 2 for a wrong
-command line, 3 when memory does not suffice, 130 for Ctrl-C.
+is called, so that ``--help`` is quick. Each fault that a user can cause ends in
+one line on standard error and an exit code of ``core.exit_codes``.
 """
 
 import argparse
@@ -11,9 +11,11 @@ import importlib
 import os
 import sys
 
-from qwen3_moe_jax.core.errors import MemoryPlanError, for_command_line
-
-PROGRAM = "qwen3-moe"
+from qwen3_moe_jax.commands.parser import Parser, guess_for_command
+from qwen3_moe_jax.core import interrupts, terminal
+from qwen3_moe_jax.core.errors import MemoryPlanError, OptionError, OutputFileError, for_command_line
+from qwen3_moe_jax.core.exit_codes import ExitCode, table
+from qwen3_moe_jax.core.terminal import PROGRAM
 
 COMMANDS = {
     "generate": ("qwen3_moe_jax.commands.generate", "write text after a prompt"),
@@ -32,26 +34,34 @@ COMMANDS = {
     ),
 }
 
+EPILOG = f"""\
+exit codes:
+{table()}
+
+QWEN3_MOE_DEBUG=1 shows the traceback of a fault.
+Completion in bash and zsh: eval "$(register-python-argcomplete {PROGRAM})"
+"""
+
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one command; returns its exit code."""
     argv = sys.argv[1:] if argv is None else argv
+    terminal.guard_streams()
     try:
-        return _run(argv)
+        with interrupts.handled():
+            return _run(argv)
+    except SystemExit as end:  # argparse: --help, or a wrong command line
+        return end.code or ExitCode.DONE
     except KeyboardInterrupt:
-        print(file=sys.stderr)
-        return 130
-    except BrokenPipeError:  # the reader went away: `qwen3-moe inspect | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+        terminal.error("interrupted")
+        return ExitCode.INTERRUPTED
+    except terminal.ReaderGone:
+        return ExitCode.READER_GONE
 
 
 def _run(argv: list[str]) -> int:
-    args = _parser(argv).parse_args(argv)
-    if args.command is None:
-        _parser([]).print_help()
-        return 2
     try:
+        args = _parse(argv)
         return args.run(args)
     except Exception as error:
         if os.environ.get("QWEN3_MOE_DEBUG"):
@@ -59,36 +69,82 @@ def _run(argv: list[str]) -> int:
         line, code = _explain(error)
         if line is None:
             raise
-        print(f"{PROGRAM}: {line}", file=sys.stderr)
+        terminal.error(line)
         return code
 
 
-def _parser(argv: list[str]) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog=PROGRAM, description="Qwen3-MoE models straight from GGUF files.", allow_abbrev=False
+def _parse(argv: list[str]) -> argparse.Namespace:
+    """The arguments, with the function that runs the command as ``run``."""
+    parser, commands = _parser(argv[:1])
+    if "_ARGCOMPLETE" in os.environ:
+        _complete()
+    word = argv[0] if argv else ""
+    if word and not word.startswith("-") and word not in COMMANDS:
+        guess = guess_for_command(word, COMMANDS)
+        parser.error(f"there is no command {word!r}{guess or ': ' + ', '.join(COMMANDS)}")
+    args, extras = parser.parse_known_args(argv)
+    if extras:
+        commands.get(args.command, parser).refuse_extras(extras)
+    if args.command is None:
+        args.run = lambda _: _show_help(parser)
+    return args
+
+
+def _show_help(parser: argparse.ArgumentParser) -> int:
+    parser.print_help()
+    return ExitCode.USAGE
+
+
+def _complete() -> None:
+    """Answers the shell, which asks for the words that may follow, and ends."""
+    import argcomplete
+
+    words = os.environ.get("COMP_LINE", "").split()
+    argcomplete.autocomplete(_parser(words[1:2])[0])
+
+
+def _parser(words: list[str]) -> tuple[Parser, dict[str, Parser]]:
+    """The whole grammar; only the command that is named has its arguments."""
+    parser = Parser(
+        prog=PROGRAM,
+        description="Qwen3-MoE models straight from GGUF files.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    parser.add_argument("--version", action="version", version=f"{PROGRAM} {_version()}")
+    actions = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
+    commands = {}
     for name, (module_name, summary) in COMMANDS.items():
-        command = commands.add_parser(
-            name, help=summary, description=summary[0].upper() + summary[1:] + ".", allow_abbrev=False
-        )
-        if name in argv[:1]:
+        text = summary[0].upper() + summary[1:] + "."
+        commands[name] = command = actions.add_parser(name, help=summary, description=text)
+        if name in words:
             module = importlib.import_module(module_name)
             module.add_arguments(command)
             command.set_defaults(run=module.run)
-    return parser
+    return parser, commands
+
+
+def _version() -> str:
+    from qwen3_moe_jax import __version__
+
+    return __version__
 
 
 def _explain(error: Exception) -> tuple[str | None, int]:
     """One line for a fault that a user can do something about, and its exit code; None for a bug of ours."""
     text = for_command_line(" ".join(str(error).split()))
     if isinstance(error, MemoryPlanError):
-        return text, 3
+        return text, ExitCode.MEMORY
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in text or "Out of memory" in text:
-        return f"out of memory: {text[:300]}; a smaller --context or another machine may do", 3
+        advice = "a smaller --context or another machine may do"
+        return f"out of memory: {text[:300]}; {advice}", ExitCode.MEMORY
+    if isinstance(error, OptionError):
+        return text, ExitCode.USAGE
+    if isinstance(error, OutputFileError):
+        return text, ExitCode.OUTPUT
     if isinstance(error, ValueError | OSError | RuntimeError | ArithmeticError | NotImplementedError):
-        return text or type(error).__name__, 1
-    return None, 1
+        return text or type(error).__name__, ExitCode.FAULT
+    return None, ExitCode.FAULT
 
 
 if __name__ == "__main__":

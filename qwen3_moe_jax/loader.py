@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from qwen3_moe_jax.convert.model_source import ModelSource
 from qwen3_moe_jax.convert.progress import ProgressCallback
-from qwen3_moe_jax.core.errors import BackendUnavailableError
+from qwen3_moe_jax.core.errors import BackendUnavailableError, OptionError
 from qwen3_moe_jax.core.runner import Runner
 from qwen3_moe_jax.machine.headroom import main_memory
 from qwen3_moe_jax.machine.jax_devices import jax_devices
@@ -109,7 +109,8 @@ def make_runner(
       progress: told how far loading is.
 
     Raises:
-      ValueError: an unknown backend or dtype, or a context that the model does not have.
+      ValueError: an unknown backend or dtype.
+      OptionError: a context that the model does not have.
       BackendUnavailableError: the backend cannot run here.
     """
     if backend not in BACKENDS:
@@ -123,7 +124,7 @@ def make_runner(
     most = source.config.max_position_embeddings
     max_context = min(DEFAULT_CONTEXT, most) if max_context is None else max_context
     if not 1 < max_context <= most:
-        raise ValueError(f"a context of {max_context} tokens: this model takes from 2 to {most}")
+        raise OptionError(f"a context of {max_context} tokens: this model takes from 2 to {most}")
     return _MAKERS[backend](source, max_context, dtype, kv_cache, adapter, progress)
 
 

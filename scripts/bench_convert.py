@@ -117,7 +117,7 @@ def read_in_child(path: str, threads: int, limit: int = sys.maxsize) -> dict:
 def convert_in_child(model: str, out: str) -> dict:
     """Runs ``qwen3-moe convert``; seconds, rate and its peak memory."""
     start = time.perf_counter()
-    command = [sys.executable, "-m", "qwen3_moe_jax.convert", model, out]
+    command = [sys.executable, "-m", "qwen3_moe_jax", "convert", model, out]
     subprocess.run(command, check=True, env=child_environment())
     seconds = time.perf_counter() - start
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024

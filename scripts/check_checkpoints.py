@@ -29,7 +29,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from unittest import mock
 
-from qwen3_moe_jax.convert.__main__ import silence_orbax
+from qwen3_moe_jax.commands.convert import silence_orbax
 from qwen3_moe_jax.convert.checkpoint_writer import checkpoint_nbytes, write_checkpoint
 from qwen3_moe_jax.convert.errors import ModelFileError
 from qwen3_moe_jax.convert.model_source import open_model

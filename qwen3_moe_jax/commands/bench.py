@@ -2,17 +2,20 @@
 
 import argparse
 import importlib.metadata
-import json
 import os
 import platform
-import sys
 from pathlib import Path
 from typing import Any
 
-from qwen3_moe_jax import loader
-from qwen3_moe_jax.commands.common import add_model_arguments, banner, explain_if_slow, load_model
+from qwen3_moe_jax.commands import options
+from qwen3_moe_jax.commands.common import add_model_arguments, banner, load_model
 from qwen3_moe_jax.convert.config import Qwen3MoeConfig
 from qwen3_moe_jax.convert.model_source import open_model
+from qwen3_moe_jax.core import terminal
+from qwen3_moe_jax.core.errors import OptionError
+from qwen3_moe_jax.core.exit_codes import ExitCode
+from qwen3_moe_jax.core.terminal import explain_if_slow
+from qwen3_moe_jax.loader import model_path
 from qwen3_moe_jax.machine.nvidia import nvidia_gpus
 from qwen3_moe_jax.measure.benchmark import FAILED, MEASURED, Benchmark, Row, Workload, plan
 
@@ -33,26 +36,43 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EPILOG
     group = parser.add_argument_group("rows (an option without numbers leaves its rows out)")
     group.add_argument(
-        "-p", "--prompt-tokens", type=int, nargs="*", metavar="N", help="lengths of prompts (default: 512)"
+        "-p",
+        "--prompt-tokens",
+        type=options.number(1),
+        nargs="*",
+        metavar="N",
+        help="lengths of prompts (default: 512)",
     )
     group.add_argument(
-        "-n", "--new-tokens", type=int, metavar="N", default=NEW_TOKENS, help="tokens to write (default: 128)"
+        "-n",
+        "--new-tokens",
+        type=options.number(1),
+        metavar="N",
+        default=NEW_TOKENS,
+        help="tokens to write (default: 128)",
     )
     group.add_argument(
-        "-d", "--depth", type=int, nargs="*", metavar="N", help="tokens in the cache before (default: 0 4096)"
+        "-d",
+        "--depth",
+        type=options.number(0),
+        nargs="*",
+        metavar="N",
+        help="tokens in the cache before (default: 0 4096)",
     )
     group.add_argument(
         "-b",
         "--batch",
-        type=int,
+        type=options.number(1),
         nargs="*",
         metavar="B",
         help="sequences at once, after prompts of the first -p (default: 1 8 32; jax alone)",
     )
-    parser.add_argument("-r", "--repeats", type=int, default=3, metavar="N", help="counted runs of a row (3)")
+    parser.add_argument(
+        "-r", "--repeats", type=options.number(1), default=3, metavar="N", help="counted runs of a row (3)"
+    )
     parser.add_argument(
         "--max-seconds",
-        type=float,
+        type=options.seconds,
         default=120.0,
         metavar="S",
         help="begin no further run of a row after this time, and leave out one that would take longer (120)",
@@ -62,7 +82,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    with open_model(args.model or loader.embedded_model()) as source:
+    with open_model(model_path(args.model)) as source:
         workloads = planned(args, source.config)
     args.context = args.context or max([w.context for w in workloads if not w.sequences], default=None)
     rows: list[Row] = []
@@ -74,53 +94,42 @@ def run(args: argparse.Namespace) -> int:
             )
         facts = machine_facts(model.runner.describe())
         if not args.json:
-            print(f"{banner(model)}\n{_versions(facts)}\n\n{_table_head(workloads)}", flush=True)
+            terminal.show(*banner(model), *_versions(facts), "", *_table_head(workloads))
         try:
             for found in _measured(benchmark, workloads, quiet=args.quiet):
                 rows += found
                 if not args.json:
-                    print(*(_table_line(row, workloads) for row in found), sep="\n", flush=True)
+                    terminal.show(*(_table_line(row, workloads) for row in found))
         except KeyboardInterrupt:
             interrupted = True
-            print("\nqwen3-moe: interrupted: the rows so far", file=sys.stderr)
+            terminal.error("interrupted: the rows so far")
         if args.json:
-            print(json.dumps(_report(args, model, benchmark, facts, rows)))
+            terminal.show_json(_report(args, model, benchmark, facts, rows))
         else:
-            print(_notes(benchmark, rows))
+            terminal.show(*_notes(benchmark, rows))
     if interrupted:
-        return 130
-    return 1 if any(row.outcome == FAILED for row in rows) else 0
+        return ExitCode.INTERRUPTED
+    return ExitCode.FAULT if any(row.outcome == FAILED for row in rows) else ExitCode.DONE
 
 
 def planned(args: argparse.Namespace, config: Qwen3MoeConfig) -> list[Workload]:
     """The rows that are asked for.
 
     Raises:
-      ValueError: a number that cannot be, or more tokens than the model or --context takes.
+      OptionError: no row is left, or one needs more tokens than the model or --context takes.
     """
     most = config.max_position_embeddings if args.context is None else args.context
-    for option, numbers, least in (
-        ("--prompt-tokens", args.prompt_tokens or (), 1),
-        ("--new-tokens", (args.new_tokens,), 1),
-        ("--depth", args.depth or (), 0),
-        ("--batch", args.batch or (), 1),
-        ("--repeats", (args.repeats,), 1),
-    ):
-        if any(n < least for n in numbers):
-            raise ValueError(f"{option} {min(numbers)}: it must be at least {least}")
-    if not args.max_seconds > 0:
-        raise ValueError(f"--max-seconds {args.max_seconds:g}: it must be above 0")
     depths = _default_depths(args.new_tokens, most) if args.depth is None else args.depth
     prompt_tokens = PROMPT_TOKENS if args.prompt_tokens is None else args.prompt_tokens
     batches = BATCHES if args.batch is None else args.batch
     batch_prompt = (*prompt_tokens, *PROMPT_TOKENS)[0]
     workloads = plan(prompt_tokens, args.new_tokens, depths, batches, batch_prompt)
     if not workloads:
-        raise ValueError("no row is left: give --prompt-tokens, --depth or --batch a number")
+        raise OptionError("no row is left: give --prompt-tokens, --depth or --batch a number")
     for w in workloads:
         if w.context > most:
             what = "the model takes" if args.context is None else "--context is"
-            raise ValueError(f"{w.name} needs {w.context} tokens of context, and {what} {most}")
+            raise OptionError(f"{w.name} needs {w.context} tokens of context, and {what} {most}")
     return workloads
 
 
@@ -172,23 +181,23 @@ def _processor() -> str:
     return names[0] if names else platform.machine()
 
 
-def _versions(facts: dict[str, Any]) -> str:
+def _versions(facts: dict[str, Any]) -> tuple[str, str]:
     load = "" if facts["load"] is None else f", load {facts['load']:g}"
     versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
     machine = "; ".join([f"{facts['processor']}, {facts['cores']} cores{load}", *facts["gpus"]])
-    return f"{machine}\n{versions}"
+    return machine, versions
 
 
 def _width(workloads: list[Workload]) -> int:
     return max(len(w.name) for w in workloads)
 
 
-def _table_head(workloads: list[Workload]) -> str:
+def _table_head(workloads: list[Workload]) -> tuple[str, str]:
     name = "test".ljust(_width(workloads))
     rule = "-" * _width(workloads)
     return (
-        f"| {name} | t/s, best | t/s, median | runs | limit, t/s | share |\n"
-        f"| {rule} | --------: | ----------: | ---: | ---------: | ----: |"
+        f"| {name} | t/s, best | t/s, median | runs | limit, t/s | share |",
+        f"| {rule} | --------: | ----------: | ---: | ---------: | ----: |",
     )
 
 
@@ -203,7 +212,7 @@ def _table_line(row: Row, workloads: list[Workload]) -> str:
     )
 
 
-def _notes(benchmark: Benchmark, rows: list[Row]) -> str:
+def _notes(benchmark: Benchmark, rows: list[Row]) -> list[str]:
     """Where the limits come from, and what to know before quoting the figures."""
     kinds = {row.limited_by for row in rows}
     lines = [""]
@@ -222,8 +231,8 @@ def _notes(benchmark: Benchmark, rows: list[Row]) -> str:
             lines.append(
                 "so little stays in caches, and launches cost more: its share says little about memory"
             )
-    lines.append("t/s: tokens of all sequences a second; a row's first run, which compiles, does not count")
-    return "\n".join(lines)
+    lines.append("t/s: tokens of all sequences per second; a row's first run, which compiles, does not count")
+    return lines
 
 
 def _report(args, model, benchmark: Benchmark, facts: dict[str, Any], rows: list[Row]) -> dict[str, Any]:

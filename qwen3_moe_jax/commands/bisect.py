@@ -1,11 +1,15 @@
 """``qwen3-moe bisect``: the first stage at which a backend, or a recorded trace, is wrong."""
 
 import argparse
-import json
 from pathlib import Path
 
 from qwen3_moe_jax import loader
+from qwen3_moe_jax.commands import options
+from qwen3_moe_jax.commands.common import add_adapter, add_model
 from qwen3_moe_jax.convert.model_source import ModelSource, open_model
+from qwen3_moe_jax.core import terminal
+from qwen3_moe_jax.core.errors import OptionError
+from qwen3_moe_jax.core.exit_codes import ExitCode
 from qwen3_moe_jax.inspection.trace import Trace, trace
 from qwen3_moe_jax.parity.bisect import Comparison, Departure, bisect, bisect_trace, compare
 from qwen3_moe_jax.parity.recorded import parity_text
@@ -19,45 +23,44 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "suspect",
         nargs="?",
+        type=options.path,
         default="jax",
         metavar="SUSPECT",
         help=f"{', '.join(TARGETS)}, or a trace that `trace --payload` wrote (default: jax)",
     )
     parser.add_argument(
         "--against",
+        type=options.path,
         metavar="OTHER",
         help="also run this backend, or read this trace, and show where the two part",
     )
+    add_model(parser)
     parser.add_argument(
-        "-m", "--model", help="a .gguf file or a packed checkpoint (default: the embedded model)"
+        "-p", "--prompt", type=options.text, help="the text to run (default: the text that verify uses)"
     )
-    parser.add_argument("--prompt", help="the text to run (default: the text that verify uses)")
-    parser.add_argument("--adapter", metavar="NAME", help="part of the WebGPU adapter's name (wgpu)")
+    add_adapter(parser)
     parser.add_argument("--json", action="store_true", help="one JSON object")
 
 
 def run(args: argparse.Namespace) -> int:
-    with open_model(args.model or loader.embedded_model()) as source:
+    sides = [args.suspect] + ([args.against] if args.against else [])
+    traces = {side: _recorded(side) for side in sides}
+    with open_model(loader.model_path(args.model)) as source:
         tokenizer = Tokenizer(source.metadata, vocab_size=source.config.vocab_size)
         token_ids = tokenizer.encode(parity_text() if args.prompt is None else args.prompt)
-        if not token_ids:
-            raise ValueError("the prompt is empty: give at least one character")
-        sides = [args.suspect] + ([args.against] if args.against else [])
-        found = {side: _judge(source, side, token_ids, args.adapter) for side in sides}
-        parting = _parting(source, sides, token_ids, args.adapter) if args.against else None
+        found = {
+            side: bisect(source, _runner(source, side, args.adapter), token_ids)
+            if recorded is None
+            else bisect_trace(source, recorded)
+            for side, recorded in traces.items()
+        }
+        parting = _parting(source, sides, traces, token_ids, args.adapter) if args.against else None
     if args.json:
         data = {side: None if d is None else d.to_json() for side, d in found.items()}
-        print(json.dumps({"departures": data, "parting": parting}))
+        terminal.show_json({"departures": data, "parting": parting})
     else:
         _show(found, parting)
-    return 1 if any(found.values()) else 0
-
-
-def _judge(source: ModelSource, side: str, token_ids: list[int], adapter: str | None) -> Departure | None:
-    recorded = _recorded(side)
-    if recorded is not None:
-        return bisect_trace(source, recorded)
-    return bisect(source, _runner(source, side, adapter), token_ids)
+    return ExitCode.FAULT if any(found.values()) else ExitCode.DONE
 
 
 def _recorded(side: str) -> Trace | None:
@@ -65,7 +68,7 @@ def _recorded(side: str) -> Trace | None:
     if side in TARGETS:
         return None
     if not Path(side).is_file():
-        raise ValueError(f"{side!r} is no backend ({', '.join(TARGETS)}) and no file")
+        raise OptionError(f"{side!r} is no backend ({', '.join(TARGETS)}) and no file")
     return Trace.load(side)
 
 
@@ -76,10 +79,14 @@ def _runner(source: ModelSource, side: str, adapter: str | None):
 
 
 def _parting(
-    source: ModelSource, sides: list[str], token_ids: list[int], adapter: str | None
+    source: ModelSource,
+    sides: list[str],
+    recorded: dict[str, Trace | None],
+    token_ids: list[int],
+    adapter: str | None,
 ) -> list[dict[str, object]]:
     """How far two sides are apart at every stage, with the first one's experts replayed."""
-    traces = [_recorded(side) for side in sides]
+    traces = [recorded[side] for side in sides]
     known = next((t for t in traces if t is not None), None)
     ids = token_ids[:40] if known is None else known.token_ids
     first = traces[0] or trace(_runner(source, sides[0], adapter), ids)
@@ -98,11 +105,14 @@ def _row(comparison: Comparison) -> dict[str, object]:
 
 def _show(found: dict[str, Departure | None], parting: list[dict[str, object]] | None) -> None:
     for side, departure in found.items():
-        print(
-            f"{side}: {'no stage departs from the reference' if departure is None else departure.in_words()}"
-        )
+        words = ["no stage departs from the reference"]
+        if departure is not None:
+            words = departure.in_words().splitlines()
+        terminal.show(f"{side}: {words[0]}", *words[1:])
     if parting:
-        print("\nhow far the two are apart, errors of the stages before included (experts replayed):")
+        terminal.show(
+            "", "how far the two are apart, errors of the stages before included (experts replayed):"
+        )
         for row in parting:
             nmse = "not finite" if row["nmse"] is None else f"{row['nmse']:.1e}"
-            print(f"  {row['name']:<24} NMSE {nmse:<10} least cosine {row['cosine']:.9f}")
+            terminal.show(f"  {row['name']:<24} NMSE {nmse:<10} least cosine {row['cosine']:.9f}")

@@ -1,78 +1,104 @@
 """``qwen3-moe chat``: a conversation in the terminal."""
 
 import argparse
-import sys
 
+from qwen3_moe_jax.commands import options
 from qwen3_moe_jax.commands.common import (
     add_model_arguments,
     add_sampling_arguments,
-    explain_if_slow,
     load_model,
     sampling_from,
 )
+from qwen3_moe_jax.commands.generate import THINKING, Clock, add_thinking, written
+from qwen3_moe_jax.core import terminal
+from qwen3_moe_jax.core.exit_codes import ExitCode
 from qwen3_moe_jax.text.chat_template import start_renderer
 
 HELP = "/reset forgets the conversation, /exit or Ctrl-D ends, Ctrl-C stops an answer"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--system", metavar="TEXT", help="a system message")
-    parser.add_argument(
-        "--thinking", choices=("on", "off", "auto"), default="auto", help="the template's thinking switch"
-    )
+    parser.add_argument("--system", type=options.text, metavar="TEXT", help="a system message")
+    add_thinking(parser)
     add_sampling_arguments(parser)
     add_model_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    thinking = {"on": True, "off": False, "auto": None}[args.thinking]
     start_renderer()  # it is up by the time that the model is
     with load_model(args) as model:
-        sampling = sampling_from(args, model, thinking=thinking)
-        start = [{"role": "system", "content": args.system}] if args.system else []
-        messages = list(start)
-        print(HELP, file=sys.stderr)
-        while (text := _ask()) is not None:
-            if not text.strip():
+        sampling = sampling_from(args, model, thinking=THINKING[args.thinking])
+        return Conversation(args, model, sampling).run()
+
+
+class Conversation:
+    """Messages so far, and what is done with the next line."""
+
+    def __init__(self, args: argparse.Namespace, model, sampling):
+        self._args, self._model, self._sampling = args, model, sampling
+        self._start = [{"role": "system", "content": args.system}] if args.system else []
+        self.messages = list(self._start)
+        self._notes: set[str] = set()
+
+    def run(self) -> int:
+        """Answers line after line; returns the exit code."""
+        if terminal.input_on_terminal() and not self._args.quiet:
+            terminal.note(HELP)
+        is_leaving = False
+        while True:
+            try:
+                text = self._next()
+            except KeyboardInterrupt:
+                if is_leaving:
+                    return ExitCode.INTERRUPTED
+                is_leaving = True
+                terminal.note("", "Ctrl-C again, Ctrl-D or /exit leaves")
                 continue
-            if text.strip() == "/exit":
-                break
-            if text.strip() == "/reset":
-                messages = list(start)
-                continue
-            messages.append({"role": "user", "content": text})
-            answer = _answer(model, messages, args, sampling, thinking)
-            if answer is None:
-                messages.pop()
-            else:
-                messages.append({"role": "assistant", "content": answer})
-    return 0
+            is_leaving = False
+            if text is None or text.strip() == "/exit":
+                return ExitCode.DONE
+            self._take(text)
 
+    def _next(self) -> str | None:
+        if terminal.input_on_terminal():
+            return terminal.ask("> ")
+        try:
+            return terminal.read_line()
+        except ValueError as error:
+            terminal.error(error)
+            return ""
 
-def _ask() -> str | None:
-    """A line from the user; None at the end of input."""
-    try:
-        return input("> " if sys.stdin.isatty() else "")
-    except EOFError:
-        return None
+    def _take(self, text: str) -> None:
+        command = text.strip()
+        if not command:
+            return
+        if command == "/reset":
+            self.messages = list(self._start)
+        elif command.startswith("/") and " " not in command and command.count("/") == 1:
+            terminal.error(f"there is no command {command}; {HELP}")
+        else:
+            self._answer(text)
 
+    def _answer(self, text: str) -> None:
+        """Streams one answer; Ctrl-C keeps what was written. A question without an answer is forgotten."""
+        asked = [*self.messages, {"role": "user", "content": text}]
+        try:
+            stream = self._model.open_stream(
+                asked,
+                max_tokens=self._args.max_tokens,
+                sampling=self._sampling,
+                stop=self._args.stop,
+                thinking=THINKING[self._args.thinking],
+            )
+            self._tell_once(stream.notes)
+            answer, _ = written(stream, Clock(self._model.runner), show=True, quiet=self._args.quiet)
+        except (ValueError, ArithmeticError) as error:
+            terminal.error(error)
+            return
+        terminal.show_text("\n")
+        self.messages = [*asked, {"role": "assistant", "content": answer}]
 
-def _answer(model, messages, args, sampling, thinking) -> str | None:
-    """Streams one answer; None if it could not be given. Ctrl-C keeps what was written."""
-    pieces: list[str] = []
-    try:
-        stream = model.open_stream(
-            messages, max_tokens=args.max_tokens, sampling=sampling, stop=args.stop, thinking=thinking
-        )
-        with explain_if_slow("reading the conversation ...", quiet=args.quiet) as has_begun:
-            for piece in stream:
-                has_begun()
-                pieces.append(piece)
-                print(piece, end="", flush=True)
-    except KeyboardInterrupt:
-        pass
-    except (ValueError, ArithmeticError) as error:
-        print(f"qwen3-moe: {error}", file=sys.stderr)
-        return None
-    print()
-    return "".join(pieces)
+    def _tell_once(self, notes: tuple[str, ...]) -> None:
+        new = [line for line in notes if line not in self._notes]
+        self._notes.update(new)
+        terminal.note(*(f"note: {line}" for line in new))

@@ -1,19 +1,43 @@
 """What commands share: naming a model, loading it with a banner, sampling options."""
 
 import argparse
-import sys
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from qwen3_moe_jax import loader
-from qwen3_moe_jax.convert.progress import show_progress
-from qwen3_moe_jax.core.sampling import Sampling
+from qwen3_moe_jax.commands import options
+from qwen3_moe_jax.core import terminal
+from qwen3_moe_jax.core.sampling import Sampling, random_seed
+from qwen3_moe_jax.core.terminal import explain_if_slow, show_progress
 
 if TYPE_CHECKING:
     from qwen3_moe_jax.api import Model
+    from qwen3_moe_jax.core.runner import Runner
+
+
+def add_model(parser: argparse._ActionsContainer) -> None:
+    """--model alone."""
+    parser.add_argument(
+        "-m",
+        "--model",
+        type=options.path,
+        help="a .gguf file or a packed checkpoint folder (default: the embedded model)",
+    )
+
+
+def add_adapter(parser: argparse._ActionsContainer) -> None:
+    """--adapter alone."""
+    parser.add_argument(
+        "--adapter", type=options.name, metavar="NAME", help="part of the WebGPU adapter's name (wgpu)"
+    )
+
+
+def add_context(parser: argparse._ActionsContainer, help: str, default: int | None = None) -> None:
+    """--context and the names that other programs give it."""
+    kind = options.number(2)
+    names = ("-c", "--context", "--ctx-size")
+    parser.add_argument(*names, type=kind, default=default, metavar="TOKENS", help=help)
 
 
 def add_model_arguments(
@@ -21,9 +45,7 @@ def add_model_arguments(
 ) -> None:
     """--model, --backend and what belongs to them."""
     group = parser.add_argument_group("model and backend")
-    group.add_argument(
-        "-m", "--model", help="a .gguf file or a packed checkpoint folder (default: the embedded model)"
-    )
+    add_model(group)
     group.add_argument("--backend", choices=("auto", *loader.BACKENDS), default="auto")
     group.add_argument(
         "--dtype", choices=loader.DTYPES, help="operands of matrix products (jax; default: by the device)"
@@ -33,8 +55,8 @@ def add_model_arguments(
         choices=loader.KV_CACHES,
         help="keys and values of the context (jax; default: by the device); int8 saves memory",
     )
-    group.add_argument("--context", type=int, metavar="TOKENS", help=context_help)
-    group.add_argument("--adapter", metavar="NAME", help="part of the WebGPU adapter's name (wgpu)")
+    add_context(group, context_help)
+    add_adapter(group)
     group.add_argument("--no-gate", action="store_true", help="skip the check at a file's first load")
     group.add_argument(
         "--strict", action="store_true", help="end with an error where something would fall back"
@@ -42,29 +64,17 @@ def add_model_arguments(
     group.add_argument("-q", "--quiet", action="store_true", help="no banner and no figures")
 
 
-SLOW_SECONDS = 2.0
-"""A wait longer than this is explained."""
-
-
-@contextmanager
-def explain_if_slow(text: str, *, quiet: bool = False) -> Iterator[Callable[[], None]]:
-    """Says ``text`` on standard error if the block, or what precedes a call of its value, takes long."""
-    timer = threading.Timer(SLOW_SECONDS, print, (text,), {"file": sys.stderr, "flush": True})
-    timer.daemon = True
-    if not quiet:
-        timer.start()
-    try:
-        yield timer.cancel
-    finally:
-        timer.cancel()
+SLOW_LOAD = "loading the model; the first time, a few tokens are checked against the reference too"
 
 
 def load_model(args: argparse.Namespace, *, show_banner: bool = True) -> "Model":
     """Loads what ``add_model_arguments`` parsed, with progress and a banner on standard error."""
     from qwen3_moe_jax.api import load  # --help needs none of it
 
-    slow = "loading (and, when a backend first meets a file, checking it against the reference)"
-    with explain_if_slow(slow, quiet=args.quiet), show_progress("loading") as progress:
+    with (
+        explain_if_slow(SLOW_LOAD, quiet=args.quiet),
+        show_progress("loading", quiet=args.quiet) as progress,
+    ):
         model = load(
             args.model,
             backend=args.backend,
@@ -77,11 +87,11 @@ def load_model(args: argparse.Namespace, *, show_banner: bool = True) -> "Model"
             progress=progress,
         )
     if show_banner and not args.quiet:
-        print(banner(model), file=sys.stderr)
+        terminal.note(*banner(model))
     return model
 
 
-def banner(model: "Model") -> str:
+def banner(model: "Model") -> tuple[str, str]:
     """Two lines: what the model is, and what it runs on."""
     c, source = model.config, model.source
     name = source.metadata.get("general.name", source.path.name)
@@ -90,24 +100,65 @@ def banner(model: "Model") -> str:
     implementations = ", ".join(f"{t}: {i}" for t, i in facts["implementations"].items())
     return (
         f"{name}: {c.num_hidden_layers} layers, {c.num_experts} experts ({c.num_experts_per_tok} used), "
-        f"{kinds}, {source.nbytes / 1e9:.3g} GB\n"
+        f"{kinds}, {source.nbytes / 1e9:.3g} GB",
         f"{facts['backend']} on {facts['device']} ({model.backend_reason}), {facts['compute_dtype']}, "
-        f"context {model.runner.max_context}, {implementations}"
+        f"context {model.runner.max_context}, {implementations}",
     )
+
+
+def compile_seconds(runner: "Runner") -> float:
+    """Seconds that this process has compiled programs; 0 for a backend that compiles when it loads."""
+    if runner.name != "jax":
+        return 0.0
+    from qwen3_moe_jax.jax_backend.compile_clock import compile_clock
+
+    return compile_clock().seconds()
+
+
+def what_is_slow(runner: "Runner", doing: str) -> Callable[[], str]:
+    """A text for ``explain_if_slow`` that says whether a program is being compiled when it is shown."""
+
+    def text() -> str:
+        if runner.name == "jax":
+            from qwen3_moe_jax.jax_backend.compile_clock import compile_clock
+
+            if compile_clock().wait():
+                return f"{doing}: compiling a program for it, which is kept for the next run ..."
+        return f"{doing} ..."
+
+    return text
 
 
 def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     """One option for each field of ``Sampling``, --max-tokens and --stop."""
     group = parser.add_argument_group("sampling (default: what the file or its family recommends)")
-    group.add_argument("-n", "--max-tokens", type=int, metavar="N", help="at most N new tokens")
-    group.add_argument("--temperature", type=float, help="0 is greedy")
-    group.add_argument("--top-k", type=int)
-    group.add_argument("--top-p", type=float)
-    group.add_argument("--min-p", type=float)
-    group.add_argument("--repetition-penalty", type=float)
-    group.add_argument("--presence-penalty", type=float)
-    group.add_argument("--seed", type=int)
-    group.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text")
+    group.add_argument(
+        "-n", "--max-tokens", "--n-predict", type=options.number(1), metavar="N", help="at most N new tokens"
+    )
+    value = options.sampling_value
+    group.add_argument("--temperature", "--temp", type=value("temperature"), metavar="T", help="0 is greedy")
+    group.add_argument("--top-k", type=value("top_k"), metavar="K", help="0 keeps all")
+    group.add_argument("--top-p", type=value("top_p"), metavar="P", help="1 keeps all")
+    group.add_argument("--min-p", type=value("min_p"), metavar="P", help="0 keeps all")
+    group.add_argument(
+        "--repetition-penalty",
+        "--repeat-penalty",
+        type=value("repetition_penalty"),
+        metavar="X",
+        help="1 is none",
+    )
+    group.add_argument("--presence-penalty", type=value("presence_penalty"), metavar="X", help="0 is none")
+    group.add_argument(
+        "-s", "--seed", type=options.seed, metavar="N", help="of the random choices (default: -1, a new one)"
+    )
+    group.add_argument(
+        "--stop",
+        action="append",
+        type=options.text,
+        default=[],
+        metavar="TEXT",
+        help="end before this text; may be given several times",
+    )
 
 
 SAMPLING_FIELDS = (
@@ -125,11 +176,15 @@ def sampling_from(args: argparse.Namespace, model: "Model", *, thinking: bool | 
     """The recommended sampling with the options given; says on standard error what it is."""
     sampling, origin = model.default_sampling(thinking=thinking)
     given = {f: getattr(args, f) for f in SAMPLING_FIELDS if getattr(args, f) is not None}
-    sampling = replace(sampling, **given)
+    sampling = replace(sampling, **{"seed": random_seed(), **given})
     if not args.quiet:
-        fields = " ".join(f"{f} {getattr(sampling, f):g}" for f in SAMPLING_FIELDS)
+        fields = " ".join(f"{f} {_plain(getattr(sampling, f))}" for f in SAMPLING_FIELDS)
         origin = f"{origin}, and options" if given else origin
-        print(f"sampling: {fields} ({origin})", file=sys.stderr)
+        terminal.note(f"sampling: {fields} ({origin})")
         if sampling.temperature == 0 and thinking:
-            print("note: greedy decoding and thinking end in loops; the family advises 0.6", file=sys.stderr)
+            terminal.note("note: greedy decoding and thinking end in loops; the family advises 0.6")
     return sampling
+
+
+def _plain(value: float) -> str:
+    return str(value) if isinstance(value, int) else f"{value:g}"

@@ -1,75 +1,195 @@
 """``qwen3-moe generate``: text after a prompt, streamed to standard output."""
 
 import argparse
-import json
-import sys
 import time
+from dataclasses import dataclass
 
+from qwen3_moe_jax.commands import options
 from qwen3_moe_jax.commands.common import (
     add_model_arguments,
     add_sampling_arguments,
-    explain_if_slow,
+    compile_seconds,
     load_model,
     sampling_from,
+    what_is_slow,
 )
+from qwen3_moe_jax.core import interrupts, terminal
+from qwen3_moe_jax.core.errors import OptionError
+from qwen3_moe_jax.core.exit_codes import ExitCode
+from qwen3_moe_jax.core.runner import Runner
+from qwen3_moe_jax.text.chat_template import start_renderer
+from qwen3_moe_jax.text.stream import TextStream
 
 DEFAULT_MAX_TOKENS = 256
 
-COMPILING = "reading the prompt (the first run on a machine also compiles; the programs are kept)"
+THINKING = {"on": True, "off": False, "auto": None}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("prompt", help="the text to go on from; - reads standard input")
+    parser.add_argument(
+        "prompt", nargs="?", type=options.text, help="the text to go on from; - reads standard input"
+    )
+    parser.add_argument("-p", "--prompt", dest="prompt_option", type=options.text, help="the same")
+    parser.add_argument("-f", "--file", type=options.path, metavar="FILE", help="read the prompt from a file")
     parser.add_argument("--chat", action="store_true", help="send the prompt as a user's message")
+    parser.add_argument("--system", type=options.text, metavar="TEXT", help="a system message (with --chat)")
+    add_thinking(parser)
     parser.add_argument("--json", action="store_true", help="one JSON object in place of the text")
     add_sampling_arguments(parser)
     add_model_arguments(parser)
 
 
+def add_thinking(parser: argparse.ArgumentParser) -> None:
+    """--thinking."""
+    parser.add_argument(
+        "--thinking", choices=tuple(THINKING), default="auto", help="the chat template's thinking switch"
+    )
+
+
 def run(args: argparse.Namespace) -> int:
-    prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
+    prompt, thinking = prompt_from(args), THINKING[args.thinking]
     with load_model(args) as model:
-        sampling = sampling_from(args, model)
-        if args.chat:
-            prompt = [{"role": "user", "content": prompt}]
-        began = time.perf_counter()
+        sampling = sampling_from(args, model, thinking=thinking)
+        clock = Clock(model.runner)
         stream = model.open_stream(
-            prompt, max_tokens=args.max_tokens or DEFAULT_MAX_TOKENS, sampling=sampling, stop=args.stop
+            prompt,
+            max_tokens=args.max_tokens or DEFAULT_MAX_TOKENS,
+            sampling=sampling,
+            stop=args.stop,
+            thinking=thinking,
         )
-        pieces, first = [], None
-        try:
-            with explain_if_slow(COMPILING, quiet=args.quiet) as has_begun:
-                for piece in stream:
-                    has_begun()
-                    first = first or time.perf_counter()
-                    pieces.append(piece)
-                    if not args.json:
-                        print(piece, end="", flush=True)
-        except KeyboardInterrupt:
-            if not args.json:
-                print(flush=True)
-            return 130
-        finished = time.perf_counter()
-    figures = _figures(stream, began, first or finished, finished)
+        terminal.note(*(f"note: {line}" for line in stream.notes))
+        text, is_stopped = written(stream, clock, show=not args.json, quiet=args.quiet)
+    figures = clock.figures(stream)
     if args.json:
-        print(json.dumps({"text": "".join(pieces), "finish_reason": stream.finish_reason, **figures}))
-        return 0
-    print()
-    if not args.quiet:
-        print(
-            f"{figures['prompt_tokens']} prompt tokens, first text after {figures['first_text_s']:.2f} s; "
-            f"{figures['new_tokens']} new tokens, {figures['tokens_per_s']:.1f} tokens/s; "
-            f"ended by {stream.finish_reason}",
-            file=sys.stderr,
+        reason = "interrupted" if is_stopped else stream.finish_reason
+        facts = {"finish_reason": reason, "seed": stream.seed, "notes": stream.notes}
+        terminal.show_json({"text": text, **facts, **figures.as_dict()})
+    else:
+        terminal.show_text("\n")
+        if not args.quiet:
+            terminal.note(figures.in_words("Ctrl-C" if is_stopped else stream.finish_reason))
+    return ExitCode.INTERRUPTED if is_stopped else ExitCode.DONE
+
+
+def prompt_from(args: argparse.Namespace) -> str | list[dict[str, str]]:
+    """The text, or with --chat the messages, that the command line asks for.
+
+    Raises:
+      OptionError: there is no prompt, more than one, an empty one, or one option needs another.
+    """
+    given = [p for p in (args.prompt, args.prompt_option, args.file) if p is not None]
+    if len(given) != 1:
+        raise OptionError(f"{len(given)} prompts are given: give one, as PROMPT, --prompt or --file")
+    if not args.chat and (args.system or args.thinking != "auto"):
+        raise OptionError("--system and --thinking are for messages: add --chat")
+    source = args.file or ("-" if given == ["-"] else None)
+    prompt = given[0] if source is None else terminal.read_text(source)
+    if not prompt:
+        where = f"{terminal.input_name(source)} is empty: "
+        raise OptionError(f"{where}the prompt is empty: give at least one character")
+    if not args.chat:
+        return prompt
+    start_renderer()  # it is up by the time that the model is
+    system = [{"role": "system", "content": args.system}] if args.system else []
+    return [*system, {"role": "user", "content": prompt}]
+
+
+def written(stream: TextStream, clock: "Clock", *, show: bool, quiet: bool) -> tuple[str, bool]:
+    """Writes an answer as it comes; its text, and whether Ctrl-C ended it."""
+    pieces: list[str] = []
+    slow = what_is_slow(clock.runner, "reading the prompt")
+    try:
+        with interrupts.as_flag() as is_stopped, terminal.explain_if_slow(slow, quiet=quiet) as has_begun:
+            for piece in stream:
+                has_begun()
+                clock.tick(stream)
+                pieces.append(piece)
+                if show:
+                    terminal.show_text(piece)
+                if is_stopped():
+                    break
+        stopped = is_stopped()
+    except KeyboardInterrupt:
+        stopped = True
+    stream.close()
+    clock.stop()
+    return "".join(pieces), stopped and stream.finish_reason is None
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What one generation took.
+
+    Attributes:
+      prompt_tokens, new_tokens: how many.
+      first_text_s: seconds from the request to the first text, compilation included.
+      compile_s: seconds of compilation, which no rate counts.
+      prompt_tokens_per_s, tokens_per_s: rates of reading and of writing; None without enough tokens.
+    """
+
+    prompt_tokens: int
+    new_tokens: int
+    first_text_s: float
+    compile_s: float
+    prompt_tokens_per_s: float | None
+    tokens_per_s: float | None
+
+    def as_dict(self) -> dict[str, float | None]:
+        """Plain data."""
+        return dict(vars(self))
+
+    def in_words(self, ended_by: str) -> str:
+        """One line."""
+        parts = [
+            f"{self.prompt_tokens} prompt tokens{_rate(self.prompt_tokens_per_s)}",
+            f"first text after {self.first_text_s:.2f} s",
+            f"{self.new_tokens} new tokens{_rate(self.tokens_per_s)}",
+        ]
+        if self.compile_s >= 0.05:
+            parts.append(f"compiled {self.compile_s:.1f} s (in no rate)")
+        return "; ".join([*parts, f"ended by {ended_by}"])
+
+
+def _rate(rate: float | None) -> str:
+    return "" if rate is None else f", {rate:,.1f} tokens/s" if rate < 100 else f", {rate:,.0f} tokens/s"
+
+
+class Clock:
+    """Times one generation, with the time of compilation apart."""
+
+    def __init__(self, runner: Runner):
+        self.runner = runner
+        self._marks = [self._now()]
+        self._tokens_at_first = 0
+
+    def _now(self) -> tuple[float, float]:
+        return time.perf_counter(), compile_seconds(self.runner)
+
+    def tick(self, stream: TextStream) -> None:
+        """A piece of text has come."""
+        if len(self._marks) == 1:
+            self._marks.append(self._now())
+            self._tokens_at_first = stream.new_tokens
+
+    def stop(self) -> None:
+        """The generation has ended."""
+        self._marks.append(self._now())
+
+    def figures(self, stream: TextStream) -> Figures:
+        """The figures; without any text all time is that of reading."""
+        began, first, end = self._marks[0], self._marks[1], self._marks[-1]
+        return Figures(
+            stream.prompt_tokens,
+            stream.new_tokens,
+            first[0] - began[0],
+            end[1] - began[1],
+            _per_second(stream.prompt_tokens, began, first),
+            _per_second(stream.new_tokens - self._tokens_at_first, first, end),
         )
-    return 0
 
 
-def _figures(stream, began: float, first: float, finished: float) -> dict[str, float]:
-    rate = (stream.new_tokens - 1) / (finished - first) if finished > first else 0.0
-    return {
-        "prompt_tokens": stream.prompt_tokens,
-        "new_tokens": stream.new_tokens,
-        "first_text_s": first - began,
-        "tokens_per_s": max(rate, 0.0),
-    }
+def _per_second(tokens: int, start: tuple[float, float], end: tuple[float, float]) -> float | None:
+    """Tokens per second of what was no compilation."""
+    seconds = (end[0] - start[0]) - (end[1] - start[1])
+    return tokens / seconds if tokens > 0 and seconds > 0 else None

@@ -1,27 +1,35 @@
 """``qwen3-moe inspect``: metadata, tensors and types of a model file, and what will run on them."""
 
 import argparse
-import json
 from collections import Counter
 
 from qwen3_moe_jax import loader
+from qwen3_moe_jax.commands import options
+from qwen3_moe_jax.commands.common import add_model
 from qwen3_moe_jax.convert.errors import ModelFileError
 from qwen3_moe_jax.convert.gguf_file import GGUFFile
 from qwen3_moe_jax.convert.model_source import open_model
+from qwen3_moe_jax.core import terminal
+from qwen3_moe_jax.core.errors import OptionError
+from qwen3_moe_jax.core.exit_codes import ExitCode
 
 LONGEST_VALUE = 100
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "model", nargs="?", help="a .gguf file or a packed checkpoint (default: the embedded model)"
+        "file", nargs="?", type=options.path, metavar="MODEL", help="the same as --model MODEL"
     )
+    add_model(parser)
     parser.add_argument("--tensors", action="store_true", help="list every tensor")
     parser.add_argument("--sha256", action="store_true", help="hash the whole file")
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--json", action="store_true", help="one JSON object")
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.file and args.model:
+        raise OptionError("two models are given: give one")
+    args.model = args.model or args.file
     try:
         return _inspect_model(args)
     except ModelFileError as error:
@@ -34,13 +42,13 @@ def run(args: argparse.Namespace) -> int:
 def _print_foreign(path: str) -> None:
     """What can be said of a GGUF file of another architecture."""
     with GGUFFile.open(path) as file:
-        print(f"{path}\n{file.nbytes / 1e9:.3f} GB, {len(file.tensors)} tensors\n\nmetadata")
-        for key, value in file.metadata.items():
-            print(f"  {key} = {_short(value)}")
+        size = f"{file.nbytes / 1e9:.3f} GB, {len(file.tensors)} tensors"
+        terminal.show(path, size, "", "metadata")
+        terminal.show(*(f"  {key} = {_short(value)}" for key, value in file.metadata.items()))
 
 
 def _inspect_model(args: argparse.Namespace) -> int:
-    with open_model(args.model or loader.embedded_model()) as source:
+    with open_model(loader.model_path(args.model)) as source:
         report = {
             "path": str(source.path),
             "nbytes": source.nbytes,
@@ -56,10 +64,10 @@ def _inspect_model(args: argparse.Namespace) -> int:
         if args.sha256:
             report["sha256"] = source.sha256()
     if args.json:
-        print(json.dumps(report, indent=2, default=str))
+        terminal.show_json(report, indent=2)
     else:
         _print(report, args.tensors)
-    return 0
+    return ExitCode.DONE
 
 
 def _short(value: object) -> object:
@@ -73,19 +81,18 @@ def _short(value: object) -> object:
 
 def _print(report: dict, tensors: bool) -> None:
     kinds = ", ".join(f"{n} {t}" for t, n in sorted(report["types"].items()))
-    print(f"{report['path']}\n{report['nbytes'] / 1e9:.3f} GB, {len(report['tensors'])} tensors: {kinds}")
-    for key in ("sha256", "identity"):
-        if key in report:
-            print(f"{key} {report[key]}")
-    print("\nconfig")
-    for key, value in report["config"].items():
-        print(f"  {key} = {value}")
+    size = f"{report['nbytes'] / 1e9:.3f} GB, {len(report['tensors'])} tensors: {kinds}"
+    terminal.show(report["path"], size)
+    terminal.show(*(f"{key} {report[key]}" for key in ("sha256", "identity") if key in report))
+    config = dict(report["config"])
     if report["rope_scaling"]:
-        print(f"  rope_scaling = {report['rope_scaling']}")
-    print("\nmetadata")
-    for key, value in report["metadata"].items():
-        print(f"  {key} = {value}")
+        config["rope_scaling"] = report["rope_scaling"]
+    for title, values in (("config", config), ("metadata", report["metadata"])):
+        terminal.show("", title, *(f"  {key} = {value}" for key, value in values.items()))
     if tensors:
-        print("\ntensors")
-        for t in report["tensors"]:
-            print(f"  {t['type']:5} {'x'.join(map(str, t['shape'])):>16}  {t['path']}")
+        rows = (f"  {t['type']:5} {_shape(t):>16}  {t['path']}" for t in report["tensors"])
+        terminal.show("", "tensors", *rows)
+
+
+def _shape(tensor: dict) -> str:
+    return "x".join(map(str, tensor["shape"]))

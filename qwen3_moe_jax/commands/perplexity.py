@@ -1,12 +1,14 @@
 """``qwen3-moe perplexity``: how well the model expects a text."""
 
 import argparse
-import json
-import sys
 import time
-from pathlib import Path
 
-from qwen3_moe_jax.commands.common import SLOW_SECONDS, add_model_arguments, explain_if_slow, load_model
+from qwen3_moe_jax.commands import options
+from qwen3_moe_jax.commands.common import add_model_arguments, load_model, what_is_slow
+from qwen3_moe_jax.core import terminal
+from qwen3_moe_jax.core.errors import OptionError
+from qwen3_moe_jax.core.exit_codes import ExitCode
+from qwen3_moe_jax.core.terminal import SLOW_SECONDS, explain_if_slow, input_name
 from qwen3_moe_jax.measure.perplexity import DEFAULT_CONTEXT, Perplexity, check_windows, estimates
 
 EPILOG = """\
@@ -19,14 +21,17 @@ token but the first counts once. Figures of one text compare only at the same de
 LINE_SECONDS = {True: 0.2, False: 5.0}
 """Between two reports of progress, on a terminal and elsewhere."""
 
-COMPILING = "scoring the first window (the first run on a machine also compiles; the programs are kept)"
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EPILOG
-    parser.add_argument("file", metavar="FILE", help="a text in UTF-8; - reads standard input")
     parser.add_argument(
-        "--stride", type=int, metavar="TOKENS", help="score every token, in windows this far apart"
+        "file", metavar="FILE", type=options.path, help="a text in UTF-8; - reads standard input"
+    )
+    parser.add_argument(
+        "--stride",
+        type=options.number(1),
+        metavar="TOKENS",
+        help="score every token, in windows this far apart",
     )
     parser.add_argument("--json", action="store_true", help="one JSON object in place of the text")
     add_model_arguments(parser, context_help=f"tokens of a window (default: {DEFAULT_CONTEXT})")
@@ -34,8 +39,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     args.context = DEFAULT_CONTEXT if args.context is None else args.context
-    check_windows(args.context, args.stride)
-    text = read_text(args.file)
+    try:
+        check_windows(args.context, args.stride)
+    except ValueError as error:
+        raise OptionError(str(error)) from error
+    text = terminal.read_text(args.file)
+    if not text:
+        raise ValueError(f"{input_name(args.file)} is empty: perplexity needs a text")
     check_length(args.file, text, args.context if args.stride is None else 2)
     last, interrupted = None, False
     with load_model(args) as model:
@@ -46,7 +56,8 @@ def run(args: argparse.Namespace) -> int:
         }
         progress = _Progress(quiet=args.quiet)
         try:
-            with explain_if_slow(COMPILING, quiet=args.quiet) as has_begun:
+            slow = what_is_slow(model.runner, "scoring the first window")
+            with explain_if_slow(slow, quiet=args.quiet) as has_begun:
                 for last in estimates(
                     model.runner, model.tokenizer, text, context=args.context, stride=args.stride
                 ):
@@ -56,35 +67,13 @@ def run(args: argparse.Namespace) -> int:
             interrupted = True
         progress.clear()
     if last is None:
-        print("\nqwen3-moe: interrupted before the first window was scored", file=sys.stderr)
-        return 130
+        terminal.error("interrupted before the first window was scored")
+        return ExitCode.INTERRUPTED
     if args.json:
-        print(json.dumps({**last.as_dict(), **facts}))
+        terminal.show_json({**last.as_dict(), **facts})
     else:
         _print(last, quiet=args.quiet)
-    return 130 if interrupted else 0
-
-
-def read_text(path: str) -> str:
-    """The text of a file, or of standard input for "-"; line ends stay as they are.
-
-    Raises:
-      ValueError: it is empty or not UTF-8.
-      OSError: it cannot be read.
-    """
-    name = _name(path)
-    try:
-        data = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
-    except OSError as error:
-        raise OSError(f"{name} cannot be read: {error.strerror}") from error
-    if not data:
-        raise ValueError(f"{name} is empty: perplexity needs a text")
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{name} is not a text in UTF-8: byte {data[error.start]:#04x} at offset {error.start}"
-        ) from error
+    return ExitCode.INTERRUPTED if interrupted else ExitCode.DONE
 
 
 def check_length(path: str, text: str, least: int) -> None:
@@ -92,13 +81,9 @@ def check_length(path: str, text: str, least: int) -> None:
     nbytes = len(text.encode())
     if nbytes < least:
         raise ValueError(
-            f"{_name(path)} has {nbytes} bytes, too few for {least} tokens: "
+            f"{input_name(path)} has {nbytes} bytes, too few for {least} tokens: "
             "take a longer text or a smaller --context"
         )
-
-
-def _name(path: str) -> str:
-    return "standard input" if path == "-" else path
 
 
 class _Progress:
@@ -106,42 +91,39 @@ class _Progress:
 
     def __init__(self, *, quiet: bool):
         self._quiet = quiet
-        self._on_terminal = sys.stderr.isatty()
+        self._status = terminal.Status()
         self._began = self._last = time.monotonic()
         self._shown = False
 
     def show(self, now: Perplexity) -> None:
         moment = time.monotonic()
         since = moment - (self._last if self._shown else self._began)
-        due = LINE_SECONDS[self._on_terminal] if self._shown else SLOW_SECONDS
+        due = LINE_SECONDS[terminal.notes_on_terminal()] if self._shown else SLOW_SECONDS
         if self._quiet or now.is_complete or since < due:
             return
         self._last, self._shown = moment, True
-        line = (
+        self._status.show(
             f"window {now.windows} of {now.windows_in_all}: perplexity {now.perplexity:.4f} so far, "
             f"{now.seconds_left:.0f} s left"
         )
-        start, end = ("\r\x1b[K", "") if self._on_terminal else ("", "\n")
-        print(f"{start}{line}", end=end, file=sys.stderr, flush=True)
 
     def clear(self) -> None:
-        if self._shown and self._on_terminal:
-            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+        self._status.clear()
 
 
 def _print(found: Perplexity, *, quiet: bool) -> None:
     whole = (
         "" if found.is_complete else f" (interrupted after {found.windows} of {found.windows_in_all} windows)"
     )
-    print(f"perplexity {found.perplexity:.4f} +- {found.standard_error:.4f}{whole}")
+    terminal.show(f"perplexity {found.perplexity:.4f} +- {found.standard_error:.4f}{whole}")
     if quiet:
         return
     if found.stride is None:
         how = f"the second half of {found.windows} windows of {found.context}, as llama-perplexity does"
     else:
         how = f"{found.windows} windows of up to {found.context}, {found.stride} apart, each token once"
-    print(
-        f"{found.bits_per_byte:.4f} bits per byte\n"
-        f"{found.tokens_scored} of {found.text_tokens} tokens scored: {how}\n"
-        f"{found.seconds:.1f} s, {found.tokens_per_s:.1f} tokens/s through the model"
+    terminal.show(
+        f"{found.bits_per_byte:.4f} bits per byte",
+        f"{found.tokens_scored} of {found.text_tokens} tokens scored: {how}",
+        f"{found.seconds:.1f} s, {found.tokens_per_s:.1f} tokens/s through the model",
     )

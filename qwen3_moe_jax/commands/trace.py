@@ -1,43 +1,66 @@
 """``qwen3-moe trace``: norms, ranges and non-finite counts of every stage, and the experts of every token."""
 
 import argparse
-import json
 
-from rich.console import Console
-
+from qwen3_moe_jax.commands import options
 from qwen3_moe_jax.commands.common import add_model_arguments, load_model
+from qwen3_moe_jax.convert.model_source import open_model
+from qwen3_moe_jax.core import terminal
+from qwen3_moe_jax.core.errors import OptionError
+from qwen3_moe_jax.core.exit_codes import ExitCode
 from qwen3_moe_jax.core.stages import STAGES
 from qwen3_moe_jax.inspection.trace import Trace, figures_json, trace
+from qwen3_moe_jax.loader import model_path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("prompt", nargs="?", default="def fib(n):\n", help="the text to run")
+    parser.add_argument(
+        "prompt", nargs="?", type=options.text, default="def fib(n):\n", help="the text to run"
+    )
     parser.add_argument(
         "--stage", action="append", choices=tuple(STAGES), metavar="NAME", help="this stage only; repeatable"
     )
     parser.add_argument(
-        "--layer", action="append", type=int, metavar="N", help="show this layer only; repeatable"
+        "--layer",
+        action="append",
+        type=options.number(0),
+        metavar="N",
+        help="show this layer only; repeatable",
     )
-    parser.add_argument("--payload", metavar="FILE.npz", help="write every array here, for numpy and bisect")
+    parser.add_argument(
+        "--payload",
+        type=options.output(),
+        metavar="FILE.npz",
+        help="write every array here, for numpy and bisect",
+    )
     parser.add_argument("--json", action="store_true", help="figures and experts as one JSON object")
     add_model_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
+    _check_layers(args)
     with load_model(args) as model:
         token_ids = model.tokenizer.encode(args.prompt)
-        if not token_ids:
-            raise ValueError("the prompt is empty: give at least one character")
         recorded = trace(model.runner, token_ids, args.stage or tuple(STAGES))
     if args.payload:
         recorded.save(args.payload)
     if args.json:
-        print(json.dumps(_of_layers(figures_json(recorded), args.layer)))
+        terminal.show_json(_of_layers(figures_json(recorded), args.layer))
     else:
         show(recorded, args.layer)
         if args.payload:
-            print(f"arrays: {args.payload}")
-    return 1 if any(f.nonfinite for f in recorded.figures()) else 0
+            terminal.show(f"arrays: {args.payload}")
+    return ExitCode.FAULT if any(f.nonfinite for f in recorded.figures()) else ExitCode.DONE
+
+
+def _check_layers(args: argparse.Namespace) -> None:
+    """Raises OptionError for a layer that the model does not have, before it is loaded."""
+    if args.layer is None:
+        return
+    with open_model(model_path(args.model)) as source:
+        count = source.config.num_hidden_layers
+    if max(args.layer) >= count:
+        raise OptionError(f"--layer {max(args.layer)}: this model has layers 0 to {count - 1}")
 
 
 def _of_layers(data: dict, layers: list[int] | None) -> dict:
@@ -49,13 +72,10 @@ def _of_layers(data: dict, layers: list[int] | None) -> dict:
 
 
 def show(recorded: Trace, layers: list[int] | None) -> None:
-    """One line a stage, and under each layer's choice the experts of the last token."""
-    console = Console(highlight=False, soft_wrap=True, markup=False)
-    console.print(f"{len(recorded.token_ids)} tokens on {recorded.facts['backend']}")
-    console.print(
-        f"{'stage':<24} {'shape':<16} {'min':>11} {'max':>11} {'mean':>11} {'norm':>11}  non-finite",
-        style="bold",
-    )
+    """One line for each stage, and under each layer's choice the experts of the last token."""
+    terminal.show(f"{len(recorded.token_ids)} tokens on {recorded.facts['backend']}")
+    head = f"{'stage':<24} {'shape':<16} {'min':>11} {'max':>11} {'mean':>11} {'norm':>11}  non-finite"
+    terminal.show_styled((head, "bold"))
     experts = {row["layer"]: row for row in recorded.experts()}  # the last token's remain
     for figures in recorded.figures():
         if layers is not None and figures.layer not in (None, *layers):
@@ -63,11 +83,11 @@ def show(recorded: Trace, layers: list[int] | None) -> None:
         shape = "x".join(map(str, figures.shape))
         numbers = " ".join(f"{v:>11.4g}" for v in (figures.min, figures.max, figures.mean, figures.norm))
         bad = f"  {figures.nonfinite}" if figures.nonfinite else ""
-        console.print(
-            f"{figures.where:<24} {shape:<16} {numbers}{bad}", style="bold red" if figures.nonfinite else None
-        )
+        style = "bold red" if figures.nonfinite else None
+        terminal.show_styled((f"{figures.where:<24} {shape:<16} {numbers}{bad}", style))
         if figures.stage == "ffn_moe_topk":
-            console.print(f"{'':<24} last token: {_choice(experts[figures.layer])}", style="dim")
+            choice = f"{'':<24} last token: {_choice(experts[figures.layer])}"
+            terminal.show_styled((choice, "dim"))
 
 
 def _choice(row: dict) -> str:

@@ -1,18 +1,18 @@
 """``qwen3-moe verify``: the parity contract on this machine, with a verdict and a receipt."""
 
 import argparse
-import json
-import sys
 import threading
 import time
 from contextlib import closing
 from functools import partial
-from pathlib import Path
-
-from rich.console import Console
 
 from qwen3_moe_jax import loader
+from qwen3_moe_jax.commands import options
+from qwen3_moe_jax.commands.common import add_adapter, add_model
 from qwen3_moe_jax.convert.model_source import ModelSource, open_model
+from qwen3_moe_jax.core import terminal
+from qwen3_moe_jax.core.exit_codes import ExitCode
+from qwen3_moe_jax.core.output_file import open_output
 from qwen3_moe_jax.parity.clauses import FAILED, NOT_APPLICABLE, PASSED, Finding
 from qwen3_moe_jax.parity.contract import Contract, load_contract
 from qwen3_moe_jax.parity.verify import MIN_TOKENS, TEXT_TOKENS, Report, Unloaded, verify
@@ -48,7 +48,7 @@ class Waits:
     def _tell_later(self, what: str, subject: str, began: float, seconds: float) -> None:
         def tell() -> None:
             elapsed = time.perf_counter() - began
-            print(f"...   {what:<16} {subject:<18} {elapsed:.0f} s", file=sys.stderr, flush=True)
+            terminal.note(f"...   {what:<16} {subject:<18} {elapsed:.0f} s")
             if self._timer is timer:
                 self._tell_later(what, subject, began, 2 * elapsed)
 
@@ -59,19 +59,17 @@ class Waits:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "-m", "--model", help="a .gguf file or a packed checkpoint folder (default: the embedded model)"
-    )
+    add_model(parser)
     parser.add_argument(
         "--backend",
         action="append",
         choices=TARGETS,
         help="what to verify; may be given several times (default: reference, jax and jax:bfloat16)",
     )
-    parser.add_argument("--adapter", metavar="NAME", help="part of the WebGPU adapter's name (wgpu)")
+    add_adapter(parser)
     parser.add_argument(
         "--tokens",
-        type=_text_length,
+        type=options.number(MIN_TOKENS),
         default=TEXT_TOKENS,
         metavar="N",
         help=f"length of the text, at least {MIN_TOKENS} ({TEXT_TOKENS})",
@@ -80,33 +78,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--clause", action="append", metavar="ID", help="check this clause only; may be given several times"
     )
     parser.add_argument("--contract", action="store_true", help="list the clauses and end")
-    parser.add_argument("--receipt", metavar="FILE", help="write the JSON receipt here")
+    parser.add_argument(
+        "--receipt", type=options.output(), metavar="FILE", help="write the JSON receipt here"
+    )
     parser.add_argument("--json", action="store_true", help="the receipt on standard output, nothing else")
-
-
-def _text_length(text: str) -> int:
-    """The value of ``--tokens``.
-
-    Raises:
-      argparse.ArgumentTypeError: it is no integer, or less than the clauses need.
-    """
-    if not text.lstrip("+-").isdecimal() or int(text) < MIN_TOKENS:
-        raise argparse.ArgumentTypeError(f"{text!r} is no length to verify with: give at least {MIN_TOKENS}")
-    return int(text)
 
 
 def run(args: argparse.Namespace) -> int:
     if args.contract:
         show_contract(load_contract(), as_json=args.json)
-        return 0
-    console = Console(stderr=args.json, soft_wrap=True, highlight=False)
+        return ExitCode.DONE
     waits = Waits()
 
     def found(finding: Finding) -> None:
         waits.close()
-        show_finding(console, finding)
+        show_finding(finding, notes=args.json)
 
-    with open_model(args.model or loader.embedded_model()) as source, closing(waits):
+    with open_model(loader.model_path(args.model)) as source, closing(waits):
         runners = unloaded_runners(source, args.backend or TARGETS[:3], args.adapter)
         report = verify(
             source,
@@ -116,13 +104,14 @@ def run(args: argparse.Namespace) -> int:
             progress=found,
             begins=waits.begins,
         )
-    show_verdict(console, report)
+    show_verdict(report, notes=args.json)
     if args.receipt:
-        Path(args.receipt).write_text(report.to_json() + "\n")
-        console.print(f"receipt: {args.receipt}")
+        with open_output(args.receipt) as file:
+            file.write(f"{report.to_json()}\n".encode())
+        _show(f"receipt: {args.receipt}", notes=args.json)
     if args.json:
-        sys.stdout.write(report.to_json() + "\n")
-    return 0 if report.passed else 1
+        terminal.show_text(f"{report.to_json()}\n")
+    return ExitCode.DONE if report.passed else ExitCode.FAULT
 
 
 def unloaded_runners(source: ModelSource, targets: list[str], adapter: str | None) -> list[Unloaded]:
@@ -137,27 +126,34 @@ def unloaded_runners(source: ModelSource, targets: list[str], adapter: str | Non
     return runners
 
 
-def show_finding(console: Console, finding: Finding) -> None:
-    """One line, as soon as it is known."""
+def _show(text: str, style: str | None = None, *, notes: bool) -> None:
+    terminal.show_styled((text, style), notes=notes)
+
+
+def show_finding(finding: Finding, *, notes: bool = False) -> None:
+    """One line, as soon as it is known; on standard error if ``notes``."""
     mark, style = MARKS[finding.verdict]
-    console.print(f"[{style}]{mark:4}[/]  {finding.clause:<16} {finding.subject:<18} ", end="", markup=True)
-    console.print(finding.note, markup=False)
+    rest = f"  {finding.clause:<16} {finding.subject:<18} {finding.note}"
+    terminal.show_styled((f"{mark:4}", style), (rest, None), notes=notes)
 
 
-def show_verdict(console: Console, report: Report) -> None:
+def show_verdict(report: Report, *, notes: bool = False) -> None:
     """What failed and by how much, then the verdict in one line."""
     clauses = load_contract().clauses
     for finding in report.failures:
         clause = clauses[finding.clause]
-        console.print(f"\n{finding.clause} of {finding.subject}: {clause.statement}", markup=False)
+        _show("", notes=notes)
+        _show(f"{finding.clause} of {finding.subject}: {clause.statement}", notes=notes)
         if finding.figure is not None:
             sign = "at least" if clause.kind == "at_least" else "at most"
-            console.print(f"  {clause.measure}: {finding.figure:.9g}, promised {sign} {finding.bound:.9g}")
-        console.print(f"  {finding.note}", markup=False)
+            bound = f"promised {sign} {finding.bound:.9g}"
+            _show(f"  {clause.measure}: {finding.figure:.9g}, {bound}", notes=notes)
+        _show(f"  {finding.note}", notes=notes)
+    _show("", notes=notes)
     if report.failures:
-        console.print("\n`qwen3-moe bisect` names the stage, the tensor and the likely cause.", markup=False)
-    style = "bold green" if report.passed else "bold red"
-    console.print(f"\n[{style}]{report.summary()}[/]")
+        _show("`qwen3-moe bisect` names the stage, the tensor and the likely cause.", notes=notes)
+        _show("", notes=notes)
+    _show(report.summary(), "bold green" if report.passed else "bold red", notes=notes)
 
 
 def show_contract(contract: Contract, *, as_json: bool = False) -> None:
@@ -174,15 +170,16 @@ def show_contract(contract: Contract, *, as_json: bool = False) -> None:
             }
             for c in contract.clauses.values()
         ]
-        print(json.dumps({"version": contract.version, "clauses": rows}, indent=1))
+        terminal.show_json({"version": contract.version, "clauses": rows}, indent=1)
         return
-    print(f"Parity contract, version {contract.version}")
+    terminal.show(f"Parity contract, version {contract.version}")
     for clause in contract.clauses.values():
         bounds = ", ".join(
             f"{bound:g} {kind and f'({kind})'}".strip() for kind, bound in clause.bounds.items()
         )
-        print(f"\n{clause.id}  {clause.statement}")
-        print(
-            f"    {clause.measure}: {clause.kind.replace('_', ' ')} {bounds} ({', '.join(clause.backends)})"
+        terminal.show(
+            "",
+            f"{clause.id}  {clause.statement}",
+            f"    {clause.measure}: {clause.kind.replace('_', ' ')} {bounds} ({', '.join(clause.backends)})",
+            f"    falsified by {clause.test}",
         )
-        print(f"    falsified by {clause.test}")

@@ -67,3 +67,11 @@ class MemoryPlanError(RuntimeError):
 
 class ParityError(RuntimeError):
     """A backend's results are not the reference's; the message names the first stage that departs."""
+
+
+class OptionError(ValueError):
+    """An option or an argument has a value that it cannot have."""
+
+
+class OutputFileError(OSError):
+    """A file that was asked for cannot be written; the message names it and says why."""

@@ -1,5 +1,6 @@
 """How the next token is chosen from logits, and what a model's makers recommend."""
 
+import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from numbers import Integral, Real
@@ -8,6 +9,9 @@ from qwen3_moe_jax.convert.errors import quote
 
 MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-3, 100.0
 """Of a temperature that is not 0: outside, logits overflow float32 or are flat."""
+
+SEEDS = 2**32
+"""As many seeds there are."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,12 @@ class Sampling:
         _check(self, "top_k", 0 <= self.top_k < 2**31, "0 (keep all) or a count of tokens")
         _check(self, "top_p", 0 < self.top_p <= 1, "above 0 and at most 1 (keep all)")
         _check(self, "min_p", 0 <= self.min_p <= 1, "between 0 and 1")
-        _check(self, "seed", 0 <= self.seed < 2**32, "between 0 and 4294967295")
+        _check(self, "seed", 0 <= self.seed < SEEDS, f"between 0 and {SEEDS - 1}")
+
+
+def random_seed() -> int:
+    """A seed that nobody chose."""
+    return secrets.randbelow(SEEDS)
 
 
 def _check_number(name: str, value: object, kind: type) -> None:

@@ -6,7 +6,11 @@ from pathlib import Path
 
 import numpy as np
 
+from qwen3_moe_jax.core.output_file import check_output, save_arrays, save_seekable
 from qwen3_moe_jax.core.runner import Runner
+
+PICTURES = {".png": "PNG", ".pdf": "PDF", ".webp": "WEBP", ".jpg": "JPEG", ".jpeg": "JPEG"}
+"""Formats of pictures by the file's suffix."""
 
 
 @dataclass(frozen=True)
@@ -48,8 +52,12 @@ class ExpertUsage:
         return (self.counts == 0).sum(axis=1)
 
     def save_arrays(self, path: str | Path) -> None:
-        """Writes counts and shares to a ``.npz`` file."""
-        np.savez_compressed(
+        """Writes counts and shares to a file in the ``.npz`` format, at exactly this path.
+
+        Raises:
+          OutputFileError: it cannot be written.
+        """
+        save_arrays(
             path,
             counts=self.counts,
             share=self.share,
@@ -58,10 +66,16 @@ class ExpertUsage:
         )
 
     def save_picture(self, path: str | Path) -> None:
-        """Draws the heatmap as a PNG."""
+        """Draws the heatmap in the format that the path's suffix names, one of ``PICTURES``.
+
+        Raises:
+          OutputFileError: another suffix, or the file cannot be written.
+        """
         from qwen3_moe_jax.inspection.heatmap import draw_usage
 
-        draw_usage(self).save(path, format="PNG")
+        check_output(path, tuple(PICTURES))
+        picture, kind = draw_usage(self), PICTURES[Path(path).suffix.lower()]
+        save_seekable(path, lambda file: picture.save(file, format=kind))
 
 
 def expert_usage(

@@ -3,6 +3,7 @@
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from qwen3_moe_jax.convert.errors import printable
 from qwen3_moe_jax.inspection.experts import ExpertUsage
 
 # Viridis at nine points (matplotlib's colour map, CC0): dark is rare, yellow is frequent.
@@ -74,7 +75,7 @@ def _grid(draw: ImageDraw.ImageDraw, layers: int, experts: int, cell: int, row: 
 
 
 def _titles(draw: ImageDraw.ImageDraw, usage: ExpertUsage) -> None:
-    title = f"Experts used: {usage.model}" if usage.model else "Experts used"
+    title = f"Experts used: {printable(usage.model, 80)}" if usage.model else "Experts used"
     layers, experts = usage.counts.shape
     facts = (
         f"{usage.tokens:,} tokens, {layers} layers, {usage.experts_per_token} of {experts} experts a token; "
@@ -84,7 +85,7 @@ def _titles(draw: ImageDraw.ImageDraw, usage: ExpertUsage) -> None:
     draw.text((MARGIN_LEFT, 18), title, fill=INK, font=_font(22))
     draw.text((MARGIN_LEFT, 48), facts, fill=PALE, font=_font(14))
     if usage.text:
-        words = " ".join(usage.text.split())
+        words = printable(" ".join(usage.text.split()))
         shown = words if len(words) <= 90 else words[:89] + "\u2026"
         draw.text((MARGIN_LEFT, 68), f"text: {shown}", fill=PALE, font=_font(14))
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from qwen3_moe_jax.core.output_file import save_arrays
 from qwen3_moe_jax.core.runner import Forward, Runner
 from qwen3_moe_jax.core.stages import INPUT_STAGES, LAYER_STAGES, OUTPUT_STAGES, STAGES, StageKey
 
@@ -79,10 +80,14 @@ class Trace:
         return rows
 
     def save(self, path: str | Path) -> None:
-        """Writes everything to one ``.npz`` file."""
+        """Writes everything to one file in the ``.npz`` format, at exactly this path.
+
+        Raises:
+          OutputFileError: it cannot be written.
+        """
         arrays = {stage_text(key): value for key, value in self.forward.stages.items()}
         facts = json.dumps(self.facts, default=str)
-        np.savez_compressed(
+        save_arrays(
             path,
             **arrays,
             token_ids=self.token_ids,

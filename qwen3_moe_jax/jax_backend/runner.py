@@ -32,6 +32,7 @@ from qwen3_moe_jax.core.runner import (
 from qwen3_moe_jax.core.sampling import Sampling
 from qwen3_moe_jax.core.stages import LAYER_STAGES, StageKey
 from qwen3_moe_jax.jax_backend.batching import Batch, Request, run_all
+from qwen3_moe_jax.jax_backend.compile_clock import compile_clock
 from qwen3_moe_jax.jax_backend.decode_path import PATHS, Decoder, choose
 from qwen3_moe_jax.jax_backend.generate import (
     COMPILER_OPTIONS,
@@ -102,6 +103,7 @@ class JaxRunner:
           MemoryPlanError: weights and cache do not fit the device.
         """
         enable_compilation_cache()
+        compile_clock()
         self.config = source.config
         self.max_context = source.config.max_position_embeddings if max_context is None else max_context
         self.device = jax_devices()[0]

@@ -4,7 +4,10 @@ Text is held back only as long as what follows can change its meaning: half a
 character, the beginning of a stop string, the beginning of a ``</think>``.
 """
 
+import atexit
+import contextlib
 import re
+import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -32,6 +35,7 @@ class TextStream:
       prompt_tokens: tokens of the prompt.
       new_tokens: tokens generated so far; an end token is not counted.
       notes: what the user should know of how the prompt was made, one line each.
+      seed: of the random stream, or None where that is not known.
     """
 
     def __init__(
@@ -44,6 +48,7 @@ class TextStream:
         prompt_tokens: int = 0,
         starts_in_reasoning: bool = False,
         notes: Sequence[str] = (),
+        seed: int | None = None,
     ):
         """Prepares; the first token is computed when iteration starts.
 
@@ -56,19 +61,21 @@ class TextStream:
           prompt_tokens: for the counts.
           starts_in_reasoning: the prompt left a <think> open.
           notes: of the rendered chat.
+          seed: for the attribute.
 
         Raises:
           ValueError: a stop string is empty or no string.
         """
         self.finish_reason: Literal["stop", "length"] | None = None
         self.prompt_tokens = prompt_tokens
-        self.notes = tuple(notes)
+        self.notes, self.seed = tuple(notes), seed
         self.new_tokens = 0
         self._decoder = StreamDecoder(tokenizer)
         self._token_ids = iter(token_ids)
         self._stops = StopStrings(stop)
         self._max_tokens = max_tokens
         self._starts_in_reasoning = starts_in_reasoning
+        _STREAMS.add(self)
 
     @property
     def stop_string(self) -> str | None:
@@ -87,7 +94,7 @@ class TextStream:
             if not self.finish_reason:
                 self.finish_reason = "length" if self.new_tokens == self._max_tokens else "stop"
         finally:
-            self._close()
+            self.close()
 
     def pieces(self) -> Iterator[Piece]:
         """Pieces that say whether they are reasoning or content; the tags themselves are left out."""
@@ -105,11 +112,22 @@ class TextStream:
         if text:
             yield text
 
-    def _close(self) -> None:
-        """Ends the runner's generator, so that it gives back what it holds."""
+    def close(self) -> None:
+        """Ends the generation, so that the runner gets back what it lent; again is no harm."""
         close = getattr(self._token_ids, "close", None)
         if close is not None:
             close()
+
+
+_STREAMS: weakref.WeakSet[TextStream] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_streams() -> None:
+    """Ends the generations that were left unfinished, while the modules that they need are still there."""
+    for stream in list(_STREAMS):
+        with contextlib.suppress(ValueError):  # a thread is in it
+            stream.close()
 
 
 class StopStrings:

@@ -8,6 +8,7 @@ import tempfile
 from dataclasses import dataclass, fields
 from typing import Any
 
+from qwen3_moe_jax.core import terminal
 from qwen3_moe_jax.core.errors import BackendUnavailableError
 
 ADAPTER_VARIABLE = "QWEN3_MOE_WGPU_ADAPTER"
@@ -222,9 +223,9 @@ def _wgpu() -> Any:
 def _main() -> None:
     reports = list_adapters()
     for report in reports:
-        print(report)
+        terminal.show(report)
     if not reports:
-        print(f"no graphics adapter: {INSTALL_HINT}")
+        terminal.show(f"no graphics adapter: {INSTALL_HINT}")
 
 
 if __name__ == "__main__":

@@ -121,9 +121,6 @@ def test_convert_then_generate_gives_the_same_text(tmp_path):
         (("generate", "x", "-m", "no-such-file.gguf"), "no-such-file.gguf"),
         (("generate", "x", "-m", __file__), "GGUF"),
         (("inspect", "no-such-file.gguf"), "no-such-file.gguf"),
-        (("generate", "", "--backend", "reference", "--no-gate"), "prompt is empty"),
-        (("generate", "x", "--temperature", "-1", "--backend", "reference", "--no-gate"), "temperature"),
-        (("generate", "x", "--context", "100000", "--backend", "reference"), "from 2 to 4096"),
         (
             ("generate", "x" * 400, "--context", "16", "--backend", "reference", "--no-gate"),
             "the context holds 16",

@@ -70,19 +70,24 @@ def test_standard_input_gives_what_the_file_gives(short, capsys):
     ("content", "options", "expected"),
     [
         (b"", (), "is empty: perplexity needs a text"),
-        (b"plain \xff\xfe", (), "not a text in UTF-8: byte 0xff at offset 6"),
+        (b"plain \xff\xfe", (), "text.txt is not UTF-8 (byte 6)"),
         (b"a few words", (), "has 11 bytes, too few for 512 tokens"),
         (b"word " * 300, ("--context", "1400"), "at least 1400 are needed: take a longer text or a smaller"),
-        (b"word " * 300, ("--context", "0"), "a context of 0 tokens: a window needs at least 4"),
+        (b"word " * 300, ("--context", "3"), "a context of 3 tokens: a window needs at least 4"),
         (b"word " * 300, ("--context", "99999", "--stride", "5"), "this model takes from 2 to 4096"),
-        (b"word " * 300, ("--stride", "-1"), "a stride of -1 tokens: it must be from 1 to the context, 512"),
-        (b"word " * 300, ("--stride", "513"), "a stride of 513 tokens"),
+        (b"word " * 300, ("--stride", "-1"), "--stride -1: it must be at least 1"),
+        (
+            b"word " * 300,
+            ("--stride", "513"),
+            "a stride of 513 tokens: it must be from",
+        ),
     ],
 )
 def test_what_cannot_be_measured_ends_in_one_clear_line(tmp_path, capsys, content, options, expected):
     path = tmp_path / "text.txt"
     path.write_bytes(content)
-    assert main(["perplexity", str(path), "-q", *QUICK, *options]) == 1
+    is_option = "it must be" in expected or "this model" in expected or "a window" in expected
+    assert main(["perplexity", str(path), "-q", *QUICK, *options]) == (2 if is_option else 1)
     shown = capsys.readouterr()
     last = shown.err.strip().splitlines()[-1]
     assert last.startswith("qwen3-moe: ")

@@ -1,0 +1,102 @@
+"""Types of option values: each refuses what cannot be when the command line is read, before any load."""
+
+import argparse
+import os
+from collections.abc import Callable
+from dataclasses import fields
+from typing import Any
+
+from qwen3_moe_jax.core.errors import OutputFileError
+from qwen3_moe_jax.core.output_file import check_output
+from qwen3_moe_jax.core.sampling import SEEDS, Sampling, random_seed
+
+
+def number(least: int, most: int | None = None) -> Callable[[str], int]:
+    """Whole numbers of at least ``least``, and at most ``most``."""
+
+    def parse(text: str) -> int:
+        value = _parsed(int, text, "a whole number")
+        if value < least:
+            raise argparse.ArgumentTypeError(f"{value}: it must be at least {least}")
+        if most is not None and value > most:
+            raise argparse.ArgumentTypeError(f"{value}: it must be at most {most}")
+        return value
+
+    return parse
+
+
+def seconds(text: str) -> float:
+    """A time above 0."""
+    value = _parsed(float, text, "a number")
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text}: it must be above 0")
+    return value
+
+
+def sampling_value(name: str) -> Callable[[str], float | int]:
+    """Values of a field of ``Sampling``, in its own range."""
+    kind = next(field.type for field in fields(Sampling) if field.name == name)
+
+    def parse(text: str) -> float | int:
+        value = _parsed(kind, text, "a whole number" if kind is int else "a number")
+        try:
+            Sampling(**{name: value})
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error).removeprefix(f"{name} ")) from error
+        return value
+
+    return parse
+
+
+def seed(text: str) -> int:
+    """A seed; -1 and "random" draw one."""
+    if text in ("-1", "random"):
+        return random_seed()
+    value = _parsed(int, text, "a whole number")
+    if not 0 <= value < SEEDS:
+        raise argparse.ArgumentTypeError(f"{value}: it must be from 0 to {SEEDS - 1}, or -1 for a random one")
+    return value
+
+
+def text(value: str) -> str:
+    """A text of at least one character, in UTF-8."""
+    if not value:
+        raise argparse.ArgumentTypeError("is empty: give at least one character")
+    try:
+        os.fsencode(value).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise argparse.ArgumentTypeError(f"is not UTF-8 (byte {error.start})") from error
+    return value
+
+
+def path(value: str) -> str:
+    """The name of a file that is read; "~" is the home folder."""
+    if not value:
+        raise argparse.ArgumentTypeError("is empty: is a variable of the shell unset?")
+    return os.path.expanduser(value)
+
+
+def name(value: str) -> str:
+    """A name of something, of at least one character."""
+    if not value.strip():
+        raise argparse.ArgumentTypeError("is empty: is a variable of the shell unset?")
+    return value
+
+
+def output(*suffixes: str) -> Callable[[str], str]:
+    """Names of files that can be written, with one of these suffixes (any if none is given)."""
+
+    def parse(value: str) -> str:
+        try:
+            return check_output(os.path.expanduser(value), suffixes)
+        except OutputFileError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+
+    return parse
+
+
+def _parsed(kind: Callable[[str], Any], text: str, wanted: str) -> Any:
+    try:
+        return kind(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}") from None

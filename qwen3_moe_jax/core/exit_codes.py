@@ -1,0 +1,35 @@
+"""What the exit status of a command means: one table for the commands, ``--help`` and the documents."""
+
+from enum import IntEnum
+
+
+class ExitCode(IntEnum):
+    """The status with which ``qwen3-moe`` ends."""
+
+    DONE = 0
+    FAULT = 1
+    USAGE = 2
+    MEMORY = 3
+    BUSY = 4
+    NOT_EMPTY = 5
+    OUTPUT = 6
+    INTERRUPTED = 130
+    READER_GONE = 141
+
+
+MEANINGS = {
+    ExitCode.DONE: "done",
+    ExitCode.FAULT: "a fault, or a verdict that is not a pass",
+    ExitCode.USAGE: "a wrong command line: nothing was loaded",
+    ExitCode.MEMORY: "the memory does not suffice",
+    ExitCode.BUSY: "convert: another process writes the folder",
+    ExitCode.NOT_EMPTY: "convert: something is at the output's name already",
+    ExitCode.OUTPUT: "an output cannot be written",
+    ExitCode.INTERRUPTED: "interrupted with Ctrl-C",
+    ExitCode.READER_GONE: "the reader of standard output went away (| head)",
+}
+
+
+def table() -> str:
+    """The codes and their meanings, one line for each."""
+    return "\n".join(f"  {code.value:>3}  {meaning}" for code, meaning in MEANINGS.items())

@@ -1,0 +1,131 @@
+"""Ctrl-C: an exception for most commands, a flag for an answer that is being written.
+
+Three things make Python's own way unreliable here. A KeyboardInterrupt that lands in a
+callback of the garbage collector (JAX has one) or in a finalizer is printed and lost: it
+is sent again. One that lands between two statements of a conversation could lose half a
+turn: :func:`as_flag` lets the loop ask at each token. And while C++ compiles a program no
+Python code of the main thread runs: a thread that hears the signal at once says what is
+waited for, and a second Ctrl-C ends the program.
+"""
+
+import os
+import select
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from qwen3_moe_jax.core import terminal
+from qwen3_moe_jax.core.exit_codes import ExitCode
+
+SECONDS_UNANSWERED = 0.5
+"""An interrupt that has had no effect for so long is explained."""
+
+RETRY_SECONDS = 0.02
+"""A swallowed interrupt is sent again after this time, when the callback that swallowed it has ended."""
+
+WAITS: list[Callable[[], str | None]] = []
+"""Each names what the process is busy with ("a program is being compiled"), or gives None."""
+
+SLACK_SECONDS = 0.1
+"""An answer so long before the watcher heard of the interrupt belongs to it: two threads hear of it."""
+
+_flag: threading.Event | None = None
+_answered_at = 0.0
+
+
+def _answer() -> None:
+    global _answered_at
+    _answered_at = time.monotonic()
+
+
+@contextmanager
+def handled() -> Iterator[None]:
+    """Handles SIGINT while the block runs; leaves it alone where it is ignored or not ours to handle."""
+    is_ours = threading.current_thread() is threading.main_thread()
+    if not is_ours or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+    signal.signal(signal.SIGINT, _on_interrupt)
+    previous = sys.unraisablehook
+    sys.unraisablehook = lambda unraisable: _resend_swallowed(unraisable, previous)
+    try:
+        with _watched():
+            yield
+    finally:
+        sys.unraisablehook = previous
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@contextmanager
+def as_flag() -> Iterator[Callable[[], bool]]:
+    """Within the block the first Ctrl-C only sets a flag, which the block's value reads; a second raises."""
+    global _flag
+    _flag = flag = threading.Event()
+    try:
+        yield flag.is_set
+    finally:
+        _flag = None
+        if flag.is_set():
+            _answer()
+
+
+def _on_interrupt(_number: int, _frame: Any) -> None:
+    if _flag is not None and not _flag.is_set():
+        _flag.set()
+        return
+    _answer()
+    raise KeyboardInterrupt
+
+
+def _resend_swallowed(unraisable: Any, previous: Callable[[Any], None]) -> None:
+    """An interrupt that a callback or a finalizer could not let through comes again."""
+    if not isinstance(unraisable.exc_value, KeyboardInterrupt):
+        previous(unraisable)
+        return
+    timer = threading.Timer(RETRY_SECONDS, os.kill, (os.getpid(), signal.SIGINT))
+    timer.daemon = True
+    timer.start()
+
+
+@contextmanager
+def _watched() -> Iterator[None]:
+    """A thread that hears of signals while the main thread is in C++."""
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    previous = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    thread = threading.Thread(target=_watch, args=(reader,), daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(previous)
+        os.close(writer)  # ends the thread, which reads to the end
+        thread.join()
+        os.close(reader)
+
+
+def _watch(reader: int) -> None:
+    """Explains an interrupt that has no effect; ends the program at the next one."""
+    is_told = False
+    while os.read(reader, 1):
+        pressed = time.monotonic()
+        if is_told and not _is_answered(pressed - SECONDS_UNANSWERED):
+            terminal.note("")
+            os._exit(ExitCode.INTERRUPTED)
+        if select.select([reader], [], [], SECONDS_UNANSWERED)[0]:
+            continue
+        is_told = not _is_answered(pressed - SLACK_SECONDS)
+        if is_told:
+            terminal.note("", f"{_wait()}: waiting for its end; Ctrl-C again ends the program at once")
+
+
+def _is_answered(since: float) -> bool:
+    return _answered_at >= since
+
+
+def _wait() -> str:
+    return next((text for wait in WAITS if (text := wait())), "a step is under way")

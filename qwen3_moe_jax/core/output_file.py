@@ -1,0 +1,97 @@
+"""Files that a command writes: the exact name, whole or not at all, refused before the work where possible.
+
+A regular file is written beside its place and renamed, so that a full disk or Ctrl-C leaves
+what was there. A device or a pipe (``/dev/stdout``) is written as it stands.
+"""
+
+import io
+import os
+import secrets
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from qwen3_moe_jax.core.errors import OutputFileError
+
+
+def check_output(path: str | os.PathLike, suffixes: tuple[str, ...] = ()) -> str:
+    """The path, if a file can be written there.
+
+    Args:
+      path: of the file.
+      suffixes: what the name may end with, in small letters; any if there are none.
+
+    Raises:
+      OutputFileError: the folder is not there or not writable, the path is a folder, or the name
+        promises a format that is not written.
+    """
+    if not os.fspath(path):
+        raise OutputFileError("is empty: is a variable of the shell unset?")
+    path = Path(path)
+    if suffixes and path.suffix.lower() not in suffixes:
+        raise OutputFileError(f"{path}: the name must end with {', '.join(suffixes)}")
+    if path.is_dir():
+        raise OutputFileError(f"{path} is a folder: name a file")
+    if not path.parent.is_dir():
+        raise OutputFileError(f"{path}: there is no folder {path.parent}: make it first")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise OutputFileError(f"{path} cannot be written: no permission")
+    return str(path)
+
+
+@contextmanager
+def open_output(path: str | os.PathLike) -> Iterator[BinaryIO]:
+    """A file to write; when the block ends well it stands at ``path``.
+
+    Raises:
+      OutputFileError: it cannot be written; what was at ``path`` is still there.
+    """
+    try:
+        with _opened(Path(path)) as file:
+            yield file
+    except OSError as error:
+        raise OutputFileError(f"{path} cannot be written: {error.strerror or error}") from error
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[BinaryIO]:
+    is_special = path.exists() and not path.is_file()
+    if is_special or not os.access(path.parent, os.W_OK):
+        with open(path, "wb") as file:
+            yield file
+        return
+    target = path.resolve()  # a link stays a link
+    temporary = target.with_name(f".{target.name}.tmp-{secrets.token_hex(4)}")
+    try:
+        with open(temporary, "xb") as file:
+            yield file
+        if target.exists():
+            os.chmod(temporary, target.stat().st_mode & 0o7777)
+        os.replace(temporary, target)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink()
+        raise
+
+
+def save_arrays(path: str | os.PathLike, **arrays: np.ndarray) -> None:
+    """Writes arrays in NumPy's ``.npz`` format to exactly this path.
+
+    Raises:
+      OutputFileError: it cannot be written.
+    """
+    save_seekable(path, lambda file: np.savez_compressed(file, **arrays))
+
+
+def save_seekable(path: str | os.PathLike, write: Callable[[BinaryIO], object]) -> None:
+    """Writes a format whose writer goes back in its file; one that cannot go back gets it in one piece."""
+    with open_output(path) as file:
+        if file.seekable() and os.path.isfile(file.name):
+            write(file)
+            return
+        buffer = io.BytesIO()
+        write(buffer)
+        file.write(buffer.getbuffer())
