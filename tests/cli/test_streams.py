@@ -232,10 +232,10 @@ def test_chat_skips_a_line_that_is_not_utf_8():
     assert done.stdout
 
 
-def test_a_folder_as_input_is_named():
-    done = shell("< /", "generate", "-", *QUICK)
+def test_input_that_cannot_be_read_is_named():
+    done = shell("0>/dev/null", "generate", "-", *QUICK)
     assert done.returncode == 1
-    assert done.stderr == "qwen3-moe: standard input cannot be read: Is a directory\n"
+    assert done.stderr.startswith("qwen3-moe: standard input cannot be read")
 
 
 # The rule

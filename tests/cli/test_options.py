@@ -1,0 +1,295 @@
+"""What can be known to be wrong before a model is loaded is refused before it is loaded, with exit code 2."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import qwen3_moe_jax as q3
+from qwen3_moe_jax import api, cli
+from qwen3_moe_jax.cli import COMMANDS, main
+from qwen3_moe_jax.commands import generate
+from qwen3_moe_jax.core.errors import OutputFileError
+from qwen3_moe_jax.core.exit_codes import MEANINGS, ExitCode
+from qwen3_moe_jax.core.output_file import open_output, save_arrays
+from qwen3_moe_jax.inspection.experts import ExpertUsage
+from qwen3_moe_jax.text.chat_template import RenderedChat
+from qwen3_moe_jax.text.stream import TextStream
+
+QUICK = ("--backend", "reference", "--no-gate", "-q")
+
+
+@pytest.fixture
+def no_load(monkeypatch):
+    """A load is a failure of the test."""
+
+    def load(*args, **options):
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr(api, "load", load)
+    monkeypatch.setattr("qwen3_moe_jax.loader.make_runner", load)
+
+
+BAD = [
+    ("generate", "x", "--top-p", "1.5"),
+    ("generate", "x", "--top-p", "nan"),
+    ("generate", "x", "--temperature", "-1"),
+    ("generate", "x", "--temp", "warm"),
+    ("generate", "x", "--top-k", "-3"),
+    ("generate", "x", "--min-p", "2"),
+    ("generate", "x", "--repetition-penalty", "0"),
+    ("generate", "x", "--presence-penalty", "1000"),
+    ("generate", "x", "--seed", "-2"),
+    ("generate", "x", "--seed", "4294967296"),
+    ("generate", "x", "--stop", ""),
+    ("generate", "x", "-n", "0"),
+    ("generate", "x", "-n", "-1"),
+    ("generate", "x", "-c", "1"),
+    ("generate", "x", "-m", ""),
+    ("generate", "x", "--adapter", ""),
+    ("generate", "x", "--dtype", "float8"),
+    ("generate", "x", "--system", "y"),
+    ("generate", "x", "--prompt", "y"),
+    ("generate", ""),
+    ("generate",),
+    ("generate", "\udcff"),
+    ("chat", "--top-p", "0"),
+    ("chat", "-n", "0"),
+    ("chat", "--system", ""),
+    ("perplexity", "FILE", "--stride", "0"),
+    ("perplexity", "FILE", "--context", "3"),
+    ("perplexity", ""),
+    ("bench", "-r", "0"),
+    ("bench", "--max-seconds", "inf"),
+    ("bench", "-p", "-d", "-b"),
+    ("convert", "", "out"),
+    ("convert", "model.gguf", ""),
+    ("inspect", "-m", ""),
+    ("inspect", "a", "-m", "b"),
+    ("verify", "--tokens", "0"),
+    ("verify", "--receipt", "/no/such/folder/r.json"),
+    ("verify", "--receipt", ""),
+    ("trace", ""),
+    ("trace", "x", "--layer", "-1"),
+    ("trace", "x", "--layer", "6"),
+    ("trace", "x", "--payload", "/no/such/folder/x.npz"),
+    ("trace", "x", "--payload", "/tmp"),
+    ("bisect", "no-such-trace.npz"),
+    ("bisect", "--prompt", ""),
+    ("experts", "x", "-o", "/no/such/folder/x.png"),
+    ("experts", "x", "-o", "x.xyz"),
+    ("experts", "x", "-o", "x"),
+    ("experts", "x", "--npz", "/no/such/folder/x.npz"),
+    ("experts", ""),
+    ("doctor", "--context", "0"),
+]
+
+
+@pytest.mark.parametrize("args", BAD, ids=" ".join)
+def test_a_bad_value_is_refused_before_the_load(args, no_load, tmp_path, capsys):
+    text = tmp_path / "text.txt"
+    text.write_text("word " * 2000)
+    assert main([str(text) if word == "FILE" else word for word in args]) == ExitCode.USAGE
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert shown.err.startswith("qwen3-moe: ")
+    assert shown.err.count("\n") == 1
+
+
+def test_a_context_that_the_model_does_not_have_is_a_wrong_option(capsys):
+    for context in ("100000", "4097"):
+        assert main(["generate", "x", "--context", context, *QUICK]) == ExitCode.USAGE
+        assert "from 2 to 4096" in capsys.readouterr().err
+
+
+def test_an_empty_name_is_refused_from_python_too():
+    with pytest.raises(ValueError, match="empty"):
+        q3.load("")
+
+
+# Grammar
+
+
+@pytest.mark.parametrize(
+    ("args", "expected"),
+    [
+        (("genrate", "x"), "there is no command 'genrate'; did you mean generate?"),
+        (("run",), "did you mean chat?"),
+        (("qqqq",), "generate, chat, perplexity"),
+        (("generate", "x", "--temprature", "1"), "--temprature 1; did you mean --temperature"),
+        (("inspect", "--tensor"), "did you mean --tensors?"),
+        (("generate", "x", "--max-tokens"), "--max-tokens expected one argument"),
+        (("--verson",), "did you mean --version?"),
+    ],
+)
+def test_a_misspelt_word_gets_the_usage_of_its_command_and_a_guess(args, expected, capsys):
+    assert main(list(args)) == ExitCode.USAGE
+    usage, _, last = capsys.readouterr().err.splitlines()
+    name = f"qwen3-moe {args[0]}" if args[0] in COMMANDS else "qwen3-moe"
+    assert usage.startswith(f"usage: {name} [OPTIONS]")
+    assert expected in last
+
+
+def test_other_programs_names_of_options_are_known():
+    parser, _ = cli._parser(["generate"])
+    args = parser.parse_args(["generate", "-p", "x", "--temp", "0", "--ctx-size", "64", "-s", "3"])
+    assert (args.prompt_option, args.temperature, args.context, args.seed) == ("x", 0, 64, 3)
+
+
+def test_version_and_module():
+    done = subprocess.run(
+        [sys.executable, "-m", "qwen3_moe_jax", "--version"], capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stdout) == (0, f"qwen3-moe {q3.__version__}\n")
+
+
+def test_help_has_each_exit_code(capsys):
+    assert main(["--help"]) == 0
+    shown = capsys.readouterr().out
+    for code, meaning in MEANINGS.items():
+        assert f"{code.value}  {meaning}" in shown
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("qwen3-moe gen", "generate"),
+        ("qwen3-moe inspect --ten", "--tensors"),
+        ("qwen3-moe generate --dt", "--dtype"),
+    ],
+)
+def test_the_shell_is_told_what_may_follow(line, expected, tmp_path):
+    """As argcomplete's own shell code asks."""
+    answer = tmp_path / "answer"
+    environment = {
+        "_ARGCOMPLETE": "1",
+        "_ARGCOMPLETE_STDOUT_FILENAME": str(answer),
+        "COMP_LINE": line,
+        "COMP_POINT": str(len(line)),
+        "PATH": "/usr/bin:/bin",
+        "PYTHONPATH": ":".join(filter(None, sys.path)),
+    }
+    command = [sys.executable, "-m", "qwen3_moe_jax"]
+    subprocess.run(command, env=environment, check=True, capture_output=True, timeout=60)
+    assert expected in answer.read_text().replace("\x0b", " ").split()
+
+
+# Files
+
+
+def test_a_payload_has_the_name_that_was_given(tmp_path, capsys):
+    path = tmp_path / "foo"
+    assert main(["trace", "x = 1", "--stage", "l_out", "--payload", str(path), *QUICK]) == 0
+    assert capsys.readouterr().out.endswith(f"arrays: {path}\n")
+    assert [p.name for p in tmp_path.iterdir()] == ["foo"]
+    with np.load(path) as arrays:
+        assert "l_out-0" in arrays
+
+
+def test_a_full_disk_is_reported_for_each_file(capsys):
+    assert main(["trace", "x = 1", "--stage", "l_out", "--payload", "/dev/full", *QUICK]) == ExitCode.OUTPUT
+    expected = "qwen3-moe: /dev/full cannot be written: No space left on device\n"
+    assert capsys.readouterr().err == expected
+    assert main(["experts", "x = 1", "--json", "--npz", "/dev/full", *QUICK]) == ExitCode.OUTPUT
+    assert capsys.readouterr().err == expected
+
+
+@pytest.mark.parametrize(("suffix", "start"), [(".png", b"\x89PNG"), (".pdf", b"%PDF"), (".PNG", b"\x89PNG")])
+def test_a_picture_is_what_its_name_says(suffix, start, tmp_path):
+    usage = ExpertUsage(np.ones((2, 8), np.int64), 4, 4, "a\nb\x1b", "\udcff")
+    usage.save_picture(tmp_path / f"x{suffix}")
+    assert (tmp_path / f"x{suffix}").read_bytes().startswith(start)
+    with pytest.raises(OutputFileError, match="must end with"):
+        usage.save_picture(tmp_path / "x.bmp")
+
+
+def test_json_writes_no_picture_unasked(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["experts", "x = 1", "--json", *QUICK]) == 0
+    assert json.loads(capsys.readouterr().out)["picture"] is None
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_was_there_survives_a_failed_write(tmp_path):
+    path = tmp_path / "kept"
+    path.write_text("old")
+
+    def broken(path):
+        with open_output(path) as file:
+            file.write(b"new")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        broken(path)
+    assert path.read_text() == "old"
+    link = tmp_path / "link"
+    link.symlink_to(path)
+    save_arrays(link, a=np.zeros(1))
+    assert link.is_symlink()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["kept", "link"]
+
+
+# Sampling and figures
+
+
+def test_a_seed_is_drawn_and_shown(capsys):
+    ask = ["generate", "x =", "-n", "3", "--json", *QUICK]
+    seeds = []
+    for options in ([], ["--seed", "-1"], ["--seed", "random"]):
+        assert main(ask + options) == 0
+        seeds.append(json.loads(capsys.readouterr().out)["seed"])
+    assert len(set(seeds)) == 3
+    assert main([*ask[:-1], "--seed", "7"]) == 0
+    shown = capsys.readouterr()
+    assert json.loads(shown.out)["seed"] == 7
+    assert "seed 7 " in shown.err
+
+
+@pytest.fixture(scope="module")
+def model():
+    with q3.load(backend="reference", gate=False) as loaded:
+        yield loaded
+
+
+def test_temperature_0_is_the_same_in_python_and_in_the_command(model, capsys):
+    assert main(["generate", "def fib(n):", "-n", "8", "--temperature", "0", *QUICK]) == 0
+    assert capsys.readouterr().out == model.generate("def fib(n):", max_tokens=8, temperature=0) + "\n"
+    assert model.sampling(temperature=0).repetition_penalty == 1.05
+    first = model.answer("x =", max_tokens=4)
+    assert model.answer("x =", max_tokens=4, seed=first.seed) == first
+    with pytest.raises(TypeError):
+        model.generate("x", temprature=1)
+    with pytest.raises(ValueError, match="stop string"):
+        model.open_stream("x", stop=[""])
+
+
+def test_notes_of_the_chat_are_shown_once(model, monkeypatch, capsys):
+    note = "this model's chat template has no thinking switch: the setting has no effect"
+    prompt = lambda self, *args, **options: ([1, 2], RenderedChat("x", notes=(note,)))
+    monkeypatch.setattr(api.Model, "prompt", prompt)
+    assert model.answer([{"role": "user", "content": "x"}], max_tokens=1).notes == (note,)
+    assert main(["generate", "x", "--chat", "--thinking", "on", "-n", "1", *QUICK]) == 0
+    assert capsys.readouterr().err == f"note: {note}\n"
+
+
+def test_rates_leave_compilation_out(monkeypatch):
+    class Runner:
+        name = "none"
+
+    times = iter([0.0, 12.0, 20.0])
+    compiled = iter([0.0, 11.0, 15.0])
+    monkeypatch.setattr(generate.time, "perf_counter", lambda: next(times))
+    monkeypatch.setattr(generate, "compile_seconds", lambda runner: next(compiled))
+    clock = generate.Clock(Runner())
+    stream = TextStream.__new__(TextStream)
+    stream.prompt_tokens, stream.new_tokens = 100, 1
+    clock.tick(stream)
+    stream.new_tokens = 9
+    clock.tick(stream)
+    clock.stop()
+    found = clock.figures(stream)
+    assert (found.prompt_tokens_per_s, found.tokens_per_s, found.compile_s) == (100.0, 2.0, 15.0)
+    assert found.first_text_s == 12.0
+    assert "compiled 15.0 s" in found.in_words("length")
