@@ -57,7 +57,10 @@ class Conversation:
             is_leaving = False
             if text is None or text.strip() == "/exit":
                 return ExitCode.DONE
-            self._take(text)
+            try:
+                self._take(text)
+            except KeyboardInterrupt:  # before the answer began, or the second one
+                terminal.note("", "stopped: the message is not kept")
 
     def _next(self) -> str | None:
         if terminal.input_on_terminal():

@@ -110,21 +110,18 @@ def _watched() -> Iterator[None]:
 
 def _watch(reader: int) -> None:
     """Explains an interrupt that has no effect; ends the program at the next one."""
-    is_told = False
+    waits_since = None
     while os.read(reader, 1):
         pressed = time.monotonic()
-        if is_told and not _is_answered(pressed - SECONDS_UNANSWERED):
+        if waits_since is not None and _answered_at < waits_since:
             terminal.note("")
             os._exit(ExitCode.INTERRUPTED)
         if select.select([reader], [], [], SECONDS_UNANSWERED)[0]:
             continue
-        is_told = not _is_answered(pressed - SLACK_SECONDS)
-        if is_told:
+        waits_since = None
+        if _answered_at < pressed - SLACK_SECONDS:
+            waits_since = pressed
             terminal.note("", f"{_wait()}: waiting for its end; Ctrl-C again ends the program at once")
-
-
-def _is_answered(since: float) -> bool:
-    return _answered_at >= since
 
 
 def _wait() -> str:
