@@ -1,4 +1,4 @@
-"""Writes packed checkpoints (:mod:`qwen3_moe_jax.convert.checkpoint` says what is in one).
+"""Writes packed checkpoints (:mod:`qwen3_moe_jax.convert.checkpoint_source` says what is in one).
 
 Orbax writes the arrays, uncompressed: packed weights do not compress. One orbax
 checkpoint a layer, so that no more than two layers are ever in memory: one is
@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from qwen3_moe_jax.convert.checkpoint import array_files, item_and_key
+from qwen3_moe_jax.convert.checkpoint_source import array_files, item_and_key
 from qwen3_moe_jax.convert.manifest import (
     CHECKSUM_NAME,
     MANIFEST_NAME,
@@ -31,10 +31,10 @@ from qwen3_moe_jax.convert.manifest import (
     piece_digest,
     pieces,
 )
-from qwen3_moe_jax.convert.model_source import READ_THREADS, ModelSource
 from qwen3_moe_jax.convert.output_folder import output_folder
 from qwen3_moe_jax.convert.packed import PackedTensor, packed_nbytes
 from qwen3_moe_jax.convert.progress import ProgressCallback
+from qwen3_moe_jax.convert.source import READ_THREADS, ModelSource
 
 _SMALL_FILES_BYTES = 64 << 10
 """Room on the disk for the small files beside one tensor's arrays."""

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from qwen3_moe_jax.convert.config import Qwen3MoeConfig
-from qwen3_moe_jax.convert.model_source import ModelSource, open_model
+from qwen3_moe_jax.convert.open_model import open_model
 from qwen3_moe_jax.convert.progress import ProgressCallback
+from qwen3_moe_jax.convert.source import ModelSource
 from qwen3_moe_jax.core.errors import (
     BackendUnavailableError,
     ContextOverflowError,

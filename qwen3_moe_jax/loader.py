@@ -6,8 +6,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import NamedTuple
 
-from qwen3_moe_jax.convert.model_source import ModelSource
 from qwen3_moe_jax.convert.progress import ProgressCallback
+from qwen3_moe_jax.convert.source import ModelSource
 from qwen3_moe_jax.core.errors import BackendUnavailableError, OptionError
 from qwen3_moe_jax.core.runner import Runner
 from qwen3_moe_jax.machine.headroom import main_memory

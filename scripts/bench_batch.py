@@ -33,7 +33,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qwen3_moe_jax.convert.config import PRESETS, Qwen3MoeConfig
-from qwen3_moe_jax.convert.model_source import open_model
+from qwen3_moe_jax.convert.open_model import open_model
 from qwen3_moe_jax.core.sampling import Sampling
 from qwen3_moe_jax.jax_backend.batching import Batch
 from qwen3_moe_jax.jax_backend.decode_path import Decoder, choose

@@ -24,8 +24,9 @@ from pathlib import Path
 import numpy as np
 
 from qwen3_moe_jax.convert.ggml_types import BLOCK_FORMATS, GGMLType
-from qwen3_moe_jax.convert.model_source import READ_CHUNK_BYTES, ModelSource, open_model, refuse_nonfinite
+from qwen3_moe_jax.convert.open_model import open_model
 from qwen3_moe_jax.convert.packed import packed_nbytes
+from qwen3_moe_jax.convert.source import READ_CHUNK_BYTES, ModelSource, refuse_nonfinite
 from qwen3_moe_jax.convert.unpack import block_arrays, empty_packed, pack, unpack_blocks
 from qwen3_moe_jax.testing.random_models import random_blocks, tensor_nbytes
 from scripts import child_environment

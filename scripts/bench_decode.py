@@ -53,7 +53,7 @@ def limit(seconds: float) -> None:
 
 def open_runner(args: argparse.Namespace, context: int):
     """The file's weights in a JaxRunner, and the open file."""
-    from qwen3_moe_jax.convert.model_source import open_model
+    from qwen3_moe_jax.convert.open_model import open_model
     from qwen3_moe_jax.loader import embedded_model, make_runner
 
     source = open_model(args.model or embedded_model())
@@ -324,7 +324,7 @@ def main() -> None:
         children[sys.argv[2]](argparse.Namespace(**json.loads(sys.argv[3])))
         return
     args = parse()
-    from qwen3_moe_jax.convert.model_source import open_model
+    from qwen3_moe_jax.convert.open_model import open_model
     from qwen3_moe_jax.loader import embedded_model
 
     path = Path(args.model or embedded_model())

@@ -27,7 +27,8 @@ from typing import Any
 
 import numpy as np
 
-from qwen3_moe_jax.convert.model_source import ModelSource, open_model
+from qwen3_moe_jax.convert.open_model import open_model
+from qwen3_moe_jax.convert.source import ModelSource
 from qwen3_moe_jax.core.sampling import Sampling
 from qwen3_moe_jax.core.terminal import show_progress
 from qwen3_moe_jax.reference import ReferenceRunner

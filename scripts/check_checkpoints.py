@@ -32,7 +32,7 @@ from unittest import mock
 from qwen3_moe_jax.commands.convert import silence_orbax
 from qwen3_moe_jax.convert.checkpoint_writer import checkpoint_nbytes, write_checkpoint
 from qwen3_moe_jax.convert.errors import ModelFileError
-from qwen3_moe_jax.convert.model_source import open_model
+from qwen3_moe_jax.convert.open_model import open_model
 from qwen3_moe_jax.convert.output_folder import OutputError
 from qwen3_moe_jax.testing.random_models import SMALL, write_random_gguf
 from scripts import child_environment

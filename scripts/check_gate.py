@@ -23,7 +23,7 @@ import numpy as np
 
 from qwen3_moe_jax import loader
 from qwen3_moe_jax.convert.ggml_types import SUPPORTED_TYPES
-from qwen3_moe_jax.convert.model_source import open_model
+from qwen3_moe_jax.convert.open_model import open_model
 from qwen3_moe_jax.parity import gate
 from qwen3_moe_jax.parity.metrics import cosine
 from qwen3_moe_jax.parity.noise import FLOAT32_MAX

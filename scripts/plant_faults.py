@@ -18,7 +18,8 @@ from pathlib import Path
 from unittest import mock
 
 from qwen3_moe_jax import cli, loader
-from qwen3_moe_jax.convert.model_source import ModelSource, open_model
+from qwen3_moe_jax.convert.open_model import open_model
+from qwen3_moe_jax.convert.source import ModelSource
 from qwen3_moe_jax.core.code_version import code_version
 from qwen3_moe_jax.core.runner import Runner
 from qwen3_moe_jax.parity.bisect import LONG_TOKENS, bisect

@@ -16,7 +16,7 @@ import hashlib
 
 import numpy as np
 
-from qwen3_moe_jax.convert.model_source import open_model
+from qwen3_moe_jax.convert.open_model import open_model
 from qwen3_moe_jax.loader import embedded_model
 from qwen3_moe_jax.measure.perplexity import windows
 from qwen3_moe_jax.parity.recorded import LOGITS_NAME, TEXT_NAME, fingerprint

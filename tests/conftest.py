@@ -101,7 +101,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 @pytest.fixture(scope="session")
 def source():
     """The embedded model, open."""
-    from qwen3_moe_jax.convert.model_source import open_model
+    from qwen3_moe_jax.convert.open_model import open_model
     from qwen3_moe_jax.loader import embedded_model
 
     with open_model(embedded_model()) as opened:

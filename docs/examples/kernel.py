@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qwen3_moe_jax.convert.model_source import open_model
+from qwen3_moe_jax.convert.open_model import open_model
 from qwen3_moe_jax.convert.unpack import dequantize
 from qwen3_moe_jax.kernels_pallas import quantized_matmul
 from qwen3_moe_jax.loader import embedded_model

@@ -9,7 +9,7 @@ from typing import Any
 
 from qwen3_moe_jax.commands import options
 from qwen3_moe_jax.convert.errors import ModelFileError
-from qwen3_moe_jax.convert.model_source import open_model
+from qwen3_moe_jax.convert.open_model import open_model
 from qwen3_moe_jax.convert.output_folder import OutputError
 from qwen3_moe_jax.convert.progress import format_bytes
 from qwen3_moe_jax.core import terminal

@@ -6,7 +6,7 @@ import dataclasses
 from qwen3_moe_jax import loader
 from qwen3_moe_jax.commands.common import add_context, add_model
 from qwen3_moe_jax.convert.errors import ModelFileError
-from qwen3_moe_jax.convert.model_source import open_model
+from qwen3_moe_jax.convert.open_model import open_model
 from qwen3_moe_jax.core import terminal
 from qwen3_moe_jax.core.exit_codes import ExitCode
 from qwen3_moe_jax.machine import probe as machine

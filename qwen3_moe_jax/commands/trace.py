@@ -4,7 +4,7 @@ import argparse
 
 from qwen3_moe_jax.commands import options
 from qwen3_moe_jax.commands.common import add_model_arguments, load_model
-from qwen3_moe_jax.convert.model_source import open_model
+from qwen3_moe_jax.convert.open_model import open_model
 from qwen3_moe_jax.core import terminal
 from qwen3_moe_jax.core.errors import OptionError
 from qwen3_moe_jax.core.exit_codes import ExitCode

@@ -9,7 +9,8 @@ from functools import partial
 from qwen3_moe_jax import loader
 from qwen3_moe_jax.commands import options
 from qwen3_moe_jax.commands.common import add_adapter, add_model
-from qwen3_moe_jax.convert.model_source import ModelSource, open_model
+from qwen3_moe_jax.convert.open_model import open_model
+from qwen3_moe_jax.convert.source import ModelSource
 from qwen3_moe_jax.core import terminal
 from qwen3_moe_jax.core.exit_codes import ExitCode
 from qwen3_moe_jax.core.output_file import open_output

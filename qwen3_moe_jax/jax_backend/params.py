@@ -18,9 +18,9 @@ from qwen3_moe_jax.convert.config import Qwen3MoeConfig
 from qwen3_moe_jax.convert.ggml_types import GGMLType
 from qwen3_moe_jax.convert.layouts.gpu_tiles import TILE_ROWS, TILED_TYPES, to_gpu_tiles
 from qwen3_moe_jax.convert.layouts.lanes16 import supports, to_layout
-from qwen3_moe_jax.convert.model_source import ModelSource
 from qwen3_moe_jax.convert.packed import LANES16, PackedTensor
 from qwen3_moe_jax.convert.progress import ProgressCallback
+from qwen3_moe_jax.convert.source import ModelSource
 from qwen3_moe_jax.convert.tensor_names import tensor_specs
 from qwen3_moe_jax.convert.unpack import aligned_empty, dequantize
 from qwen3_moe_jax.kernels_pallas import LayerTable

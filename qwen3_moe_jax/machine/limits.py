@@ -15,7 +15,7 @@ import numpy as np
 
 from qwen3_moe_jax.convert.config import Qwen3MoeConfig
 from qwen3_moe_jax.convert.ggml_types import BLOCK_FORMATS
-from qwen3_moe_jax.convert.model_source import ModelSource
+from qwen3_moe_jax.convert.source import ModelSource
 from qwen3_moe_jax.machine.datasheets import data_sheet, peak_bandwidth
 from qwen3_moe_jax.machine.memory import cache_nbytes
 

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 
 from qwen3_moe_jax.convert.config import Qwen3MoeConfig
-from qwen3_moe_jax.convert.model_source import ModelSource
 from qwen3_moe_jax.convert.packed import packed_nbytes
+from qwen3_moe_jax.convert.source import ModelSource
 from qwen3_moe_jax.core.errors import MemoryPlanError
 from qwen3_moe_jax.machine.headroom import Headroom
 

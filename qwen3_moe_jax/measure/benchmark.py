@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from qwen3_moe_jax.convert.config import Qwen3MoeConfig
-from qwen3_moe_jax.convert.model_source import ModelSource
+from qwen3_moe_jax.convert.source import ModelSource
 from qwen3_moe_jax.core.errors import MemoryPlanError
 from qwen3_moe_jax.core.runner import Runner
 from qwen3_moe_jax.core.sampling import Sampling

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from qwen3_moe_jax.convert.model_source import ModelSource
+from qwen3_moe_jax.convert.source import ModelSource
 from qwen3_moe_jax.core.runner import Runner
 from qwen3_moe_jax.core.stages import INSIDE_EXPERTS, STAGES
 from qwen3_moe_jax.inspection.trace import Trace, ordered_keys, stage_text, trace

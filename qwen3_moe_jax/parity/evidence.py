@@ -11,8 +11,8 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 
 from qwen3_moe_jax.convert.config import Qwen3MoeConfig
-from qwen3_moe_jax.convert.model_source import ModelSource
 from qwen3_moe_jax.convert.packed import LANES
+from qwen3_moe_jax.convert.source import ModelSource
 from qwen3_moe_jax.convert.unpack import dequantize
 from qwen3_moe_jax.core.runner import Forward, Runner
 from qwen3_moe_jax.core.sampling import Sampling

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from qwen3_moe_jax.convert.config import MIN_WEIGHT_SUM, Qwen3MoeConfig
-from qwen3_moe_jax.convert.model_source import ModelSource
 from qwen3_moe_jax.convert.packed import PackedTensor
+from qwen3_moe_jax.convert.source import ModelSource
 from qwen3_moe_jax.convert.unpack import dequantize
 from qwen3_moe_jax.core.rope import rope_tables
 from qwen3_moe_jax.core.runner import Forward

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from qwen3_moe_jax.convert.model_source import ModelSource
+from qwen3_moe_jax.convert.source import ModelSource
 from qwen3_moe_jax.core.code_version import code_version
 from qwen3_moe_jax.core.errors import ParityError
 from qwen3_moe_jax.core.runner import Runner

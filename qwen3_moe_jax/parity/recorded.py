@@ -6,7 +6,7 @@ from importlib.resources import files
 
 import numpy as np
 
-from qwen3_moe_jax.convert.model_source import ModelSource
+from qwen3_moe_jax.convert.source import ModelSource
 
 TEXT_NAME = "parity-text.txt"
 LOGITS_NAME = "tiny-coder-logits.npz"

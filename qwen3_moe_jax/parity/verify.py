@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from qwen3_moe_jax.convert.model_source import ModelSource
+from qwen3_moe_jax.convert.source import ModelSource
 from qwen3_moe_jax.core.code_version import code_version
 from qwen3_moe_jax.core.errors import MemoryPlanError
 from qwen3_moe_jax.core.runner import Runner

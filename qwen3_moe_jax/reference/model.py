@@ -15,8 +15,8 @@ from typing import Unpack
 import numpy as np
 
 from qwen3_moe_jax.convert.config import MIN_WEIGHT_SUM
-from qwen3_moe_jax.convert.model_source import ModelSource
 from qwen3_moe_jax.convert.packed import PackedTensor
+from qwen3_moe_jax.convert.source import ModelSource
 from qwen3_moe_jax.convert.unpack import dequantize
 from qwen3_moe_jax.core.errors import ContextOverflowError, NumericalError
 from qwen3_moe_jax.core.likelihood import target_log_likelihoods

@@ -18,8 +18,8 @@ import numpy as np
 
 from qwen3_moe_jax.convert.ggml_types import BLOCK_FORMATS, GGMLType
 from qwen3_moe_jax.convert.gguf_file import GGUFFile
-from qwen3_moe_jax.convert.model_source import ModelSource
 from qwen3_moe_jax.convert.packed import PackedTensor
+from qwen3_moe_jax.convert.source import ModelSource
 from qwen3_moe_jax.convert.unpack import pack
 from qwen3_moe_jax.core.runner import Forward, Runner
 

@@ -8,8 +8,8 @@ from typing import Unpack
 
 import numpy as np
 
-from qwen3_moe_jax.convert.model_source import ModelSource
 from qwen3_moe_jax.convert.progress import ProgressCallback
+from qwen3_moe_jax.convert.source import ModelSource
 from qwen3_moe_jax.core.errors import NumericalError
 from qwen3_moe_jax.core.likelihood import target_log_likelihoods
 from qwen3_moe_jax.core.runner import (

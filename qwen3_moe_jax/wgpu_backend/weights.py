@@ -7,9 +7,9 @@ import numpy as np
 
 from qwen3_moe_jax.convert.config import Qwen3MoeConfig
 from qwen3_moe_jax.convert.ggml_types import GGMLType
-from qwen3_moe_jax.convert.model_source import ModelSource
 from qwen3_moe_jax.convert.packed import PackedTensor
 from qwen3_moe_jax.convert.progress import ProgressCallback
+from qwen3_moe_jax.convert.source import ModelSource
 from qwen3_moe_jax.convert.tensor_names import tensor_specs
 from qwen3_moe_jax.convert.unpack import dequantize
 from qwen3_moe_jax.core.errors import BackendUnavailableError, MemoryPlanError

@@ -6,7 +6,7 @@ import pytest
 
 from qwen3_moe_jax.convert.checkpoint_writer import write_checkpoint
 from qwen3_moe_jax.convert.config import Qwen3MoeConfig
-from qwen3_moe_jax.convert.model_source import open_model
+from qwen3_moe_jax.convert.open_model import open_model
 from qwen3_moe_jax.testing.random_models import SMALL, write_random_gguf
 
 

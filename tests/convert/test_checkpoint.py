@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from qwen3_moe_jax.cli import main
-from qwen3_moe_jax.convert.checkpoint import array_files
+from qwen3_moe_jax.convert.checkpoint_source import array_files
 from qwen3_moe_jax.convert.checkpoint_writer import checkpoint_nbytes, write_checkpoint
 from qwen3_moe_jax.convert.errors import ModelFileError
 from qwen3_moe_jax.convert.ggml_types import GGMLType
@@ -25,7 +25,7 @@ from qwen3_moe_jax.convert.manifest import (
     checksum_file,
     piece_digest,
 )
-from qwen3_moe_jax.convert.model_source import open_model
+from qwen3_moe_jax.convert.open_model import open_model
 from qwen3_moe_jax.convert.output_folder import OutputError, output_folder
 from qwen3_moe_jax.convert.packed import array_nbytes
 from qwen3_moe_jax.convert.progress import format_bytes
@@ -117,8 +117,8 @@ def test_orbax_restores_the_same_arrays(small_gguf, small_checkpoint):
 
 def test_pieces_are_joined_right(small_gguf, tmp_path, monkeypatch):
     """With pieces of 1,000 bytes every array takes many."""
-    for module in ("manifest", "checkpoint"):
-        monkeypatch.setattr(f"convert.{module}.PIECE_BYTES", 1000)
+    for module in ("manifest", "checkpoint_source"):
+        monkeypatch.setattr(f"qwen3_moe_jax.convert.{module}.PIECE_BYTES", 1000)
     with open_model(small_gguf) as source:
         write_checkpoint(source, tmp_path / "out")
         with open_model(tmp_path / "out") as checkpoint:
@@ -203,7 +203,7 @@ def test_file_of_another_size_is_refused_before_memory_is_taken(copy, data_file,
     os.truncate(data_file, data_file.stat().st_size + change)
     with open_model(copy) as source:
         monkeypatch.setattr(
-            "qwen3_moe_jax.convert.checkpoint.empty_packed", lambda *_: pytest.fail("allocated")
+            "qwen3_moe_jax.convert.checkpoint_source.empty_packed", lambda *_: pytest.fail("allocated")
         )
         with pytest.raises(ModelFileError, match="bytes"):
             source.tensor(DOWN)

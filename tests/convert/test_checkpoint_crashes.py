@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from qwen3_moe_jax.convert.checkpoint_writer import write_checkpoint
-from qwen3_moe_jax.convert.model_source import open_model
+from qwen3_moe_jax.convert.open_model import open_model
 from qwen3_moe_jax.convert.output_folder import OutputError, output_folder
 from scripts.check_checkpoints import (
     begin,

@@ -7,7 +7,7 @@ import pytest
 
 from qwen3_moe_jax.convert import regular_file
 from qwen3_moe_jax.convert.errors import ModelFileError
-from qwen3_moe_jax.convert.model_source import open_model
+from qwen3_moe_jax.convert.open_model import open_model
 from qwen3_moe_jax.convert.regular_file import RegularFile
 
 DATA = bytes(range(256)) * 40

@@ -11,8 +11,8 @@ import pytest
 
 from qwen3_moe_jax.convert.errors import ModelFileError
 from qwen3_moe_jax.convert.ggml_types import BLOCK_FORMATS, SUPPORTED_TYPES, GGMLType
-from qwen3_moe_jax.convert.model_source import refuse_nonfinite
 from qwen3_moe_jax.convert.packed import ARRAY_FORMATS, PackedTensor, array_shapes, packed_nbytes
+from qwen3_moe_jax.convert.source import refuse_nonfinite
 from qwen3_moe_jax.convert.unpack import (
     ALIGNMENT,
     aligned_empty,

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from qwen3_moe_jax.convert.checkpoint_writer import write_checkpoint
-from qwen3_moe_jax.convert.model_source import open_model
+from qwen3_moe_jax.convert.open_model import open_model
 from qwen3_moe_jax.core.sampling import Sampling
 from qwen3_moe_jax.jax_backend.runner import JaxRunner
 from qwen3_moe_jax.reference import ReferenceRunner

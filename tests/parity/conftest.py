@@ -5,7 +5,7 @@ import sys
 import numpy as np
 import pytest
 
-from qwen3_moe_jax.convert.model_source import open_model
+from qwen3_moe_jax.convert.open_model import open_model
 from qwen3_moe_jax.loader import embedded_model
 from qwen3_moe_jax.parity.recorded import parity_text
 from qwen3_moe_jax.reference import ReferenceRunner

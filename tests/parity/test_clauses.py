@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from qwen3_moe_jax.convert.model_source import open_model
+from qwen3_moe_jax.convert.open_model import open_model
 from qwen3_moe_jax.convert.packed import PackedTensor
 from qwen3_moe_jax.convert.unpack import dequantize
 from qwen3_moe_jax.core.errors import ParityError

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from qwen3_moe_jax.convert.ggml_types import BLOCK_FORMATS, GGMLType
-from qwen3_moe_jax.convert.model_source import open_model
+from qwen3_moe_jax.convert.open_model import open_model
 from qwen3_moe_jax.convert.unpack import dequantize, pack
 from qwen3_moe_jax.parity import noise
 from qwen3_moe_jax.parity.gate import inspect

@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from qwen3_moe_jax.convert.model_source import ModelSource, open_model
+from qwen3_moe_jax.convert.open_model import open_model
 from qwen3_moe_jax.convert.packed import PackedTensor
+from qwen3_moe_jax.convert.source import ModelSource
 from qwen3_moe_jax.core.errors import BackendUnavailableError
 from qwen3_moe_jax.core.runner import Forward
 from qwen3_moe_jax.core.sampling import Sampling

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from qwen3_moe_jax.convert.config import PRESETS, RopeScaling
-from qwen3_moe_jax.convert.model_source import open_model
+from qwen3_moe_jax.convert.open_model import open_model
 from qwen3_moe_jax.core.sampling import Sampling
 from qwen3_moe_jax.core.stages import STAGES
 from qwen3_moe_jax.reference import ReferenceRunner

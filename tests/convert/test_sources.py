@@ -12,7 +12,7 @@ import pytest
 from qwen3_moe_jax.convert.errors import ModelFileError
 from qwen3_moe_jax.convert.ggml_types import BLOCK_FORMATS, SUPPORTED_TYPES, GGMLType
 from qwen3_moe_jax.convert.gguf_file import GGUFFile
-from qwen3_moe_jax.convert.model_source import open_model
+from qwen3_moe_jax.convert.open_model import open_model
 from qwen3_moe_jax.convert.unpack import ALIGNMENT, dequantize, pack
 from qwen3_moe_jax.testing.random_models import WEIGHT_STD, random_blocks, write_random_gguf
 from scripts.make_random_gguf import main
@@ -50,7 +50,7 @@ def test_tensors_are_bit_for_bit_those_of_the_gguf_package(small_gguf):
 
 @pytest.mark.parametrize("chunk_bytes", [300, 10_000, 1 << 22])
 def test_chunks_do_not_matter(small_gguf, monkeypatch, chunk_bytes):
-    monkeypatch.setattr("qwen3_moe_jax.convert.model_source.READ_CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setattr("qwen3_moe_jax.convert.gguf_source.READ_CHUNK_BYTES", chunk_bytes)
     with GGUFFile.open(small_gguf) as file, open_model(small_gguf) as source:
         for path in ("embed_tokens", "layers.1.mlp.experts.down_proj", "layers.0.mlp.router", "norm"):
             info = file.tensors[source.specs[path].gguf_name]
@@ -114,7 +114,7 @@ def test_progress_reaches_the_total(small_gguf):
 def test_nonfinite_number_is_refused_by_default(
     small_config, tmp_path, monkeypatch, path, block, field, where, chunk_bytes
 ):
-    monkeypatch.setattr("qwen3_moe_jax.convert.model_source.READ_CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setattr("qwen3_moe_jax.convert.gguf_source.READ_CHUNK_BYTES", chunk_bytes)
     model = tmp_path / "model.gguf"
     types = dict.fromkeys(("layers.0.mlp.experts.up_proj", "layers.1.mlp.experts.down_proj"), GGMLType.Q4_K)
     write_random_gguf(model, small_config, types=types)

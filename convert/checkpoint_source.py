@@ -49,9 +49,9 @@ from qwen3_moe_jax.convert.manifest import (
     piece_digest,
     pieces,
 )
-from qwen3_moe_jax.convert.model_source import READ_CHUNK_BYTES, READ_THREADS, ModelSource, refuse_nonfinite
 from qwen3_moe_jax.convert.packed import PackedTensor, array_nbytes, array_shapes, packed_nbytes
 from qwen3_moe_jax.convert.progress import ProgressCallback
+from qwen3_moe_jax.convert.source import READ_CHUNK_BYTES, READ_THREADS, ModelSource, refuse_nonfinite
 from qwen3_moe_jax.convert.tensor_names import TensorSpec, tensor_specs
 from qwen3_moe_jax.convert.unpack import block_arrays, empty_packed
 
@@ -83,7 +83,7 @@ def array_files(path: str, type: GGMLType, shape: tuple[int, ...]) -> dict[str, 
 
 
 class CheckpointSource(ModelSource):
-    """A model in a packed checkpoint; see :func:`qwen3_moe_jax.convert.model_source.open_model`."""
+    """A model in a packed checkpoint; see :func:`qwen3_moe_jax.convert.source.open_model`."""
 
     def __init__(self, path: str | os.PathLike, *, check: bool = True, threads: int = READ_THREADS):
         self.path = Path(path)

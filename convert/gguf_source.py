@@ -1,0 +1,124 @@
+"""A model's tensors out of a GGUF file."""
+
+import hashlib
+import os
+import threading
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from pathlib import Path
+
+import numpy as np
+
+from qwen3_moe_jax.convert.config import Qwen3MoeConfig, check_architecture
+from qwen3_moe_jax.convert.errors import ModelFileError
+from qwen3_moe_jax.convert.ggml_types import BLOCK_FORMATS
+from qwen3_moe_jax.convert.gguf_file import GGUFFile, TensorInfo
+from qwen3_moe_jax.convert.packed import PackedTensor
+from qwen3_moe_jax.convert.progress import ProgressCallback
+from qwen3_moe_jax.convert.regular_file import RegularFile
+from qwen3_moe_jax.convert.source import (
+    READ_CHUNK_BYTES,
+    READ_THREADS,
+    ModelSource,
+    refuse_nonfinite,
+    sha256_of_files,
+)
+from qwen3_moe_jax.convert.tensor_names import check_tensors, tensor_specs
+from qwen3_moe_jax.convert.unpack import aligned_empty, block_arrays, empty_packed, unpack_blocks
+
+_SAMPLE_BYTES = 4096
+_SAMPLES = 64
+
+
+class GGUFSource(ModelSource):
+    """A model in a GGUF file."""
+
+    def __init__(self, path: str | os.PathLike, *, check: bool = True, threads: int = READ_THREADS):
+        self.path = Path(path)
+        self._check = check
+        self._file = GGUFFile.open(self.path)
+        try:
+            self._read_header()
+        except BaseException:
+            self._file.close()
+            raise
+        self._local = threading.local()
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="read")
+
+    def _read_header(self) -> None:
+        found = self._file.tensors
+        self.metadata = self._file.metadata
+        check_architecture(self.metadata)
+        embedding = found.get("token_embd.weight")
+        if embedding is None or len(embedding.shape) != 2:
+            raise ModelFileError(
+                "E_TENSOR", "token_embd.weight is missing or is no matrix", name="token_embd.weight"
+            )
+        self.config = Qwen3MoeConfig.from_metadata(
+            self.metadata,
+            tie_word_embeddings="output.weight" not in found,
+            vocab_size=embedding.shape[0],
+        )
+        check_tensors(self._file, self.config)
+        self.specs = {spec.path: spec for spec in tensor_specs(self.config)}
+        self._infos = {path: found[spec.gguf_name] for path, spec in self.specs.items()}
+        self.types = {path: info.type for path, info in self._infos.items()}
+        self.nbytes = sum(info.nbytes for info in self._infos.values())
+        self.identity = _identity(self._file.paths)
+
+    def tensor_nbytes(self, path: str) -> int:
+        return self._infos[path].nbytes
+
+    def tensor(self, path: str) -> PackedTensor:
+        info = self._infos[path]
+        packed = empty_packed(info.type, info.shape)
+        arrays = block_arrays(packed)
+        block = BLOCK_FORMATS[info.type]
+        blocks = info.nbytes // block.nbytes
+        step = max(1, READ_CHUNK_BYTES // block.nbytes)
+
+        def fill(start: int) -> None:
+            self._fill(info, arrays, start, min(start + step, blocks))
+
+        starts = range(0, blocks, step)
+        if len(starts) == 1:
+            fill(0)
+        else:
+            list(self._pool.map(fill, starts))
+        return packed
+
+    def _fill(self, info: TensorInfo, arrays: Mapping[str, np.ndarray], start: int, stop: int) -> None:
+        """Reads the blocks ``[start, stop)`` of a tensor, unpacks and checks them."""
+        nbytes = BLOCK_FORMATS[info.type].nbytes
+        raw = self._buffer((stop - start) * nbytes)
+        self._file.read_into(info, start * nbytes, raw)
+        unpack_blocks(raw, info.type, arrays, start)
+        if self._check:
+            refuse_nonfinite(info.name, info.type, info.shape, arrays, start, stop)
+
+    def _buffer(self, nbytes: int) -> np.ndarray:
+        """Memory that this thread reads into, kept from chunk to chunk."""
+        buffer = getattr(self._local, "buffer", None)
+        if buffer is None or len(buffer) < nbytes:
+            buffer = self._local.buffer = aligned_empty((max(nbytes, READ_CHUNK_BYTES),), np.uint8)
+        return buffer[:nbytes]
+
+    def sha256(self, progress: ProgressCallback | None = None) -> str:
+        return sha256_of_files(self._file.paths, progress)
+
+    def close(self) -> None:
+        self._pool.shutdown()
+        self._file.close()
+
+
+def _identity(paths: list[Path]) -> str:
+    """Sizes, times of change and samples spread over the files: no two models share them in practice."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with closing(RegularFile(path)) as file:
+            digest.update(f"{file.size} {os.stat(path).st_mtime_ns}\n".encode())
+            count = min(_SAMPLE_BYTES, file.size)
+            for i in range(_SAMPLES):
+                digest.update(file.read(count, (file.size - count) * i // (_SAMPLES - 1)))
+    return digest.hexdigest()[:32]

@@ -1,0 +1,138 @@
+"""What every source of a model's tensors is: one abstract class, and what sources share.
+
+A GGUF file (``gguf_source``) and a packed checkpoint (``checkpoint_source``) give
+the same packed arrays, bit for bit, one tensor at a time: no more of the model is
+in memory than the caller keeps.
+"""
+
+import hashlib
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, closing
+from pathlib import Path
+
+import numpy as np
+
+from qwen3_moe_jax.convert.config import Qwen3MoeConfig
+from qwen3_moe_jax.convert.errors import ModelFileError, quote
+from qwen3_moe_jax.convert.ggml_types import GGMLType
+from qwen3_moe_jax.convert.packed import PackedTensor
+from qwen3_moe_jax.convert.progress import ProgressCallback
+from qwen3_moe_jax.convert.regular_file import RegularFile
+from qwen3_moe_jax.convert.tensor_names import TensorSpec
+from qwen3_moe_jax.convert.unpack import find_nonfinite_blocks
+
+READ_CHUNK_BYTES = 4 << 20
+"""Read and unpacked at a time: the bytes are still in the processor's cache when they are unpacked."""
+
+READ_THREADS = min(8, os.cpu_count() or 1)
+
+
+class ModelSource(ABC):
+    """The config, the metadata and the packed tensors of one model. A context manager.
+
+    Attributes:
+      path: what was opened.
+      config: the checked hyper-parameters.
+      metadata: the GGUF metadata, with the tokenizer's keys and the chat template.
+      specs: the table of tensors, by parameter path, in the order of the forward pass.
+      types: quantization type of each tensor, by parameter path.
+      nbytes: bytes of tensor data in the source.
+      identity: short text that changes when the content does; cheap to get.
+    """
+
+    path: Path
+    config: Qwen3MoeConfig
+    metadata: Mapping[str, object]
+    specs: Mapping[str, TensorSpec]
+    types: Mapping[str, GGMLType]
+    nbytes: int
+    identity: str
+
+    def paths(self) -> list[str]:
+        """Every parameter path, in the order of the forward pass."""
+        return list(self.specs)
+
+    @abstractmethod
+    def tensor(self, path: str) -> PackedTensor:
+        """Reads, checks and packs one tensor into new 64-byte aligned NumPy arrays.
+
+        Raises:
+          KeyError: no such parameter path.
+          ModelFileError: the file is damaged; ``E_NONFINITE`` for a NaN or
+            infinite scale or weight.
+        """
+
+    @abstractmethod
+    def tensor_nbytes(self, path: str) -> int:
+        """Bytes that one tensor takes in the source."""
+
+    @abstractmethod
+    def sha256(self, progress: ProgressCallback | None = None) -> str:
+        """SHA-256 over the whole content, as hexadecimal digits. Reads everything."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Closes files and threads; tensors already read stay valid."""
+
+    def tensors(self, progress: ProgressCallback | None = None) -> Iterator[tuple[str, PackedTensor]]:
+        """Every tensor with its path, in order; tells ``progress`` after each."""
+        done = 0
+        for path in self.paths():
+            yield path, self.tensor(path)
+            done += self.tensor_nbytes(path)
+            if progress:
+                progress(done, self.nbytes)
+
+    def __enter__(self) -> "ModelSource":
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+
+def refuse_nonfinite(
+    name: str,
+    type: GGMLType,
+    shape: tuple[int, ...],
+    arrays: Mapping[str, np.ndarray],
+    start: int,
+    stop: int,
+) -> None:
+    """Refuses a NaN or infinite scale or weight in the blocks ``[start, stop)`` of a tensor.
+
+    Raises:
+      ModelFileError: ``E_NONFINITE``, naming the tensor, expert, row and superblock.
+    """
+    bad = find_nonfinite_blocks(type, arrays, start, stop)
+    if bad is not None:
+        raise ModelFileError(
+            "E_NONFINITE",
+            f"{quote(name)} ({type.name}): {bad.describe(type, shape)}; "
+            "the model is damaged: download or quantize it again",
+            name=name,
+        )
+
+
+def sha256_of_files(paths: list[Path], progress: ProgressCallback | None = None) -> str:
+    """SHA-256 of the bytes of all files, one after the other.
+
+    Raises:
+      ModelFileError: ``E_OPEN`` or ``E_SHORT_READ`` if one cannot be read.
+    """
+    digest = hashlib.sha256()
+    done = 0
+    buffer = memoryview(bytearray(READ_CHUNK_BYTES))
+    with ExitStack() as stack:
+        files = [stack.enter_context(closing(RegularFile(path))) for path in paths]
+        total = sum(file.size for file in files)
+        for file in files:
+            for offset in range(0, file.size, READ_CHUNK_BYTES):
+                piece = buffer[: min(READ_CHUNK_BYTES, file.size - offset)]
+                file.read_into(piece, offset)
+                digest.update(piece)
+                done += len(piece)
+                if progress:
+                    progress(done, total)
+    return digest.hexdigest()
