@@ -183,6 +183,18 @@ class ReasoningSplitter:
         self._held = ""
         self._strip_newlines = False
 
+    @property
+    def is_reasoning(self) -> bool:
+        """Whether what comes next is reasoning, as far as is known."""
+        return self._state == "reasoning" or (
+            self._state == "start" and self._kind_without_tag == "reasoning"
+        )
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether it is known how the answer begins."""
+        return self._state != "start"
+
     def push(self, text: str) -> list[Piece]:
         """The pieces that this text completes."""
         self._held += text

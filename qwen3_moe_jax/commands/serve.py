@@ -1,0 +1,144 @@
+"""``qwen3-moe serve``: the model for every client that speaks HTTP."""
+
+import argparse
+import importlib.util
+from pathlib import Path
+
+from qwen3_moe_jax import loader
+from qwen3_moe_jax.commands import options
+from qwen3_moe_jax.commands.common import add_adapter, add_context, add_model
+
+EXAMPLES = """
+clients (the server listens on http://127.0.0.1:8080 unless told otherwise):
+  OpenAI's Python client     OpenAI(base_url="http://127.0.0.1:8080/v1", api_key="none")
+  Anthropic's Python client  Anthropic(base_url="http://127.0.0.1:8080", api_key="none")
+  Claude Code                ANTHROPIC_BASE_URL=http://127.0.0.1:8080 ANTHROPIC_AUTH_TOKEN=none claude
+  Codex                      codex -c model_provider=local -c 'model_providers.local={name="local",
+                             base_url="http://127.0.0.1:8080/v1",wire_api="responses"}'
+  Qwen Code                  OPENAI_BASE_URL=http://127.0.0.1:8080/v1 OPENAI_API_KEY=none qwen
+  curl                       curl http://127.0.0.1:8080/v1/chat/completions \\
+                               -H 'Content-Type: application/json' \\
+                               -d '{"messages": [{"role": "user", "content": "hi"}]}'
+  a browser                  http://127.0.0.1:8080/
+"""
+
+NEEDED = ("starlette", "uvicorn", "httptools", "pydantic", "msgspec", "prometheus_client", "llguidance")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = EXAMPLES
+    parser.add_argument(
+        "path", nargs="?", metavar="MODEL", type=options.path, help="a .gguf file or a checkpoint folder"
+    )
+    _add_engine_arguments(parser)
+    _add_server_arguments(parser)
+
+
+def _add_engine_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("model and engine")
+    add_model(group)
+    group.add_argument("--backend", choices=("auto", *loader.BACKENDS), default="auto")
+    group.add_argument("--dtype", choices=loader.DTYPES, help="operands of matrix products (jax)")
+    group.add_argument("--kv-cache", choices=loader.KV_CACHES, help="keys and values of the context (jax)")
+    add_adapter(group)
+    group.add_argument("--no-gate", action="store_true", help="skip the check at a file's first load")
+    group.add_argument("--no-warm-up", action="store_true", help="compile at the first requests instead")
+    group.add_argument(
+        "--slots",
+        type=options.number(1, 256),
+        metavar="N",
+        help="answers at a time (default: as memory allows)",
+    )
+    add_context(group, "tokens of each slot (default: the file's, as memory allows)")
+    group.add_argument(
+        "--cache-ram", type=float, default=0, metavar="GB", help="main memory for prompts that were read (0)"
+    )
+    group.add_argument(
+        "--step-ms", type=float, default=50, metavar="MS", help="a step that also reads prompts may take (50)"
+    )
+
+
+def _add_server_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("server")
+    group.add_argument("--host", default="127.0.0.1", help="address to listen on (127.0.0.1)")
+    group.add_argument(
+        "--port", type=options.number(0, 65535), default=8080, help="0 takes a free one (8080)"
+    )
+    group.add_argument("--name", help="what clients call the model (default: the file's name)")
+    group.add_argument(
+        "--api-key-file", metavar="FILE", help="keys, one a line, of which a request must bring one"
+    )
+    group.add_argument("--allow-host", action="append", default=[], metavar="NAME", help="of the Host header")
+    group.add_argument(
+        "--allow-origin", action="append", default=[], metavar="URL", help="of web pages that may call"
+    )
+    group.add_argument("--metrics", action="store_true", help="GET /metrics for Prometheus")
+    group.add_argument("--no-page", action="store_true", help="no chat page at /")
+    group.add_argument("--strict-fields", action="store_true", help="refuse fields that are not known")
+    group.add_argument("--strict-model", action="store_true", help="refuse other model names")
+    group.add_argument(
+        "--max-queue", type=options.number(0), default=256, metavar="N", help="requests that may wait (256)"
+    )
+    group.add_argument(
+        "--max-queue-tokens", type=int, default=1 << 20, metavar="N", help="tokens of prompts that may wait"
+    )
+    group.add_argument(
+        "--drain-timeout", type=float, default=30, metavar="S", help="for answers to end after SIGTERM (30)"
+    )
+
+
+def read_keys(path: str | None) -> tuple[str, ...]:
+    """The keys in a file: its lines that are not empty and no comments.
+
+    Raises:
+      ValueError: there is none.
+    """
+    if path is None:
+        return ()
+    lines = [line.strip() for line in Path(path).read_text().splitlines()]
+    keys = tuple(line for line in lines if line and not line.startswith("#"))
+    if not keys:
+        raise ValueError(f"--api-key-file {path}: there is no key in it")
+    return keys
+
+
+def run(args: argparse.Namespace) -> int:
+    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        raise RuntimeError(f"serve needs {', '.join(missing)}: pip install 'qwen3-moe-jax[serve]'")
+    from qwen3_moe_jax.serve.engine.frames import Start
+    from qwen3_moe_jax.serve.run import serve
+    from qwen3_moe_jax.serve.settings import Settings
+
+    settings = Settings(
+        host=args.host,
+        port=args.port,
+        name=args.name,
+        api_keys=read_keys(args.api_key_file),
+        hosts=tuple(args.allow_host),
+        origins=tuple(args.allow_origin),
+        metrics=args.metrics,
+        page=not args.no_page,
+        strict_fields=args.strict_fields,
+        strict_model=args.strict_model,
+        max_queue=args.max_queue,
+        max_queue_tokens=args.max_queue_tokens,
+        drain_seconds=args.drain_timeout,
+    )
+    start = Start(
+        model=args.path or args.model,
+        backend=args.backend,
+        dtype=args.dtype,
+        kv_cache=args.kv_cache,
+        adapter=args.adapter,
+        gate=not args.no_gate,
+        context=args.context,
+        slots=args.slots,
+        max_queue=args.max_queue,
+        max_queue_tokens=args.max_queue_tokens,
+        prefix_bytes=int(args.cache_ram * 1e9),
+        step_ms=args.step_ms,
+        warm_up=not args.no_warm_up,
+    )
+    return serve(settings, start)

@@ -1,0 +1,289 @@
+"""The front's side of the engine: starts the child, starts it again when it dies, and routes what it says."""
+
+import asyncio
+import contextlib
+import itertools
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import msgspec
+
+from qwen3_moe_jax.serve.engine import frames
+
+Health = Literal["loading", "ok", "draining", "dead"]
+
+MAX_RESTARTS, RESTART_SECONDS = 3, 600.0
+"""A child that dies more often than so many times in so many seconds is not started again."""
+
+
+class EngineError(RuntimeError):
+    """The engine cannot answer now. ``code``: "unavailable", "queue_full", "invalid", "engine"."""
+
+    def __init__(self, code: str, message: str):
+        self.code = code
+        super().__init__(message)
+
+
+@dataclass(frozen=True)
+class Part:
+    """New tokens of a sequence, and why it ended, if it did."""
+
+    tokens: list[int]
+    finish_reason: str | None = None
+
+
+@dataclass
+class Stream:
+    """A job's events as they come; iterate once.
+
+    Attributes:
+      id: of the job.
+      prompt_tokens: of its prompt.
+      cached: tokens of the prompt that were in the cache, once it has begun; None before.
+      began: set when it has a slot, or has failed.
+    """
+
+    id: int
+    prompt_tokens: int
+    cached: int | None = None
+    is_over: bool = False
+    began: asyncio.Event = field(default_factory=asyncio.Event)
+    _parts: deque[Part | EngineError] = field(default_factory=deque)
+    _news: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def put(self, part: Part | EngineError) -> None:
+        self._parts.append(part)
+        self.is_over |= isinstance(part, EngineError) or part.finish_reason is not None
+        self.began.set()
+        self._news.set()
+
+    async def __aiter__(self) -> AsyncIterator[Part]:
+        while True:
+            while not self._parts:
+                self._news.clear()
+                await self._news.wait()
+            part = self._parts.popleft()
+            if isinstance(part, EngineError):
+                raise part
+            yield part
+            if part.finish_reason is not None:
+                return
+
+
+class EngineClient:
+    """One engine process at a time.
+
+    Attributes:
+      ready: what the engine said when it was loaded; None before, and while another one is loading.
+      counters: its latest gauges and counts.
+      restarts: how often it was started again.
+      fault: why there is no engine any more, in one line; empty while there is hope.
+      last_token: ``time.monotonic()`` of the latest progress.
+    """
+
+    def __init__(self, start: frames.Start):
+        """Starts nothing yet; ``start`` says what to load."""
+        self.ready: frames.Ready | None = None
+        self.counters: dict[str, float] = {}
+        self.restarts = 0
+        self.fault, self.fault_code = "", 1
+        self.is_draining = False
+        self.last_token = time.monotonic()
+        self.first_ready = asyncio.Event()
+        self._start = start
+        self._ids = itertools.count(1)
+        self._streams: dict[int, Stream] = {}
+        self._asides: dict[int, asyncio.Future] = {}
+        self._deaths: deque[float] = deque()
+        self._process: subprocess.Popen | None = None
+        self._writer: asyncio.StreamWriter | None = None
+        self._task: asyncio.Task | None = None
+
+    @property
+    def health(self) -> Health:
+        if self.is_draining:
+            return "draining"
+        if self.fault:
+            return "dead"
+        return "loading" if self.ready is None else "ok"
+
+    @property
+    def active(self) -> int:
+        """Sequences that wait or run, as this side knows at once."""
+        return len(self._streams)
+
+    @property
+    def active_tokens(self) -> int:
+        """Prompt tokens of those that have not begun."""
+        return sum(s.prompt_tokens for s in self._streams.values() if s.cached is None)
+
+    @property
+    def waiting(self) -> int:
+        """Sequences that have not begun."""
+        return sum(s.cached is None for s in self._streams.values())
+
+    @property
+    def process_id(self) -> int | None:
+        """Of the engine process."""
+        return self._process.pid if self._process else None
+
+    def launch(self) -> None:
+        """Starts the engine, and a task that keeps it."""
+        self._task = asyncio.create_task(self._keep())
+
+    async def _keep(self) -> None:
+        while not self.fault:
+            await self._live()
+            if self.fault or self.is_draining:
+                break
+            now = time.monotonic()
+            self._deaths.append(now)
+            while self._deaths[0] < now - RESTART_SECONDS:
+                self._deaths.popleft()
+            if len(self._deaths) > MAX_RESTARTS:
+                self.fault = f"the engine died {len(self._deaths)} times in {RESTART_SECONDS:.0f} s"
+                break
+            self.restarts += 1
+        self.first_ready.set()
+
+    async def _live(self) -> None:
+        """From a child's start to its end."""
+        ours, theirs = socket.socketpair()
+        with theirs:
+            command = [sys.executable, "-m", "qwen3_moe_jax.serve.engine.worker", str(theirs.fileno())]
+            root = os.path.dirname(os.path.dirname(sys.modules["qwen3_moe_jax"].__file__))
+            paths = os.pathsep.join(p for p in (root, os.environ.get("PYTHONPATH")) if p)
+            self._process = subprocess.Popen(
+                command,
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                env=os.environ | {"PYTHONPATH": paths},
+            )
+        reader, self._writer = await asyncio.open_connection(sock=ours)
+        try:
+            self._send(self._start)
+            while (message := await frames.receive_async(reader)) is not None:
+                self._route(message)
+        finally:
+            self.ready = None
+            self._writer.close()
+            self._end(self._process)
+            self._fail_all()
+
+    def _end(self, process: subprocess.Popen) -> None:
+        process.kill()
+        process.wait()
+
+    def _route(self, message: frames.ToFront) -> None:
+        if isinstance(message, frames.Progress):
+            self._progress(message)
+        elif isinstance(message, frames.Ready):
+            self.ready = message
+            self.first_ready.set()
+        elif isinstance(message, frames.Broken):
+            self.fault, self.fault_code = message.message, message.code
+        else:
+            future = self._asides.pop(message.id, None)
+            if future is not None and not future.done():
+                future.set_result(message)
+
+    def _progress(self, message: frames.Progress) -> None:
+        self.counters = message.counters
+        self.last_token = time.monotonic()
+        for job, cached in message.began:
+            if job in self._streams:
+                self._streams[job].cached = cached
+                self._streams[job].began.set()
+        for job, tokens, reason in message.wrote:
+            self._give(job, Part(tokens, reason))
+        for job, code, text in message.failed:
+            self._give(job, EngineError(code, text))
+
+    def _give(self, job: int, part: Part | EngineError) -> None:
+        stream = self._streams.get(job)
+        if stream is not None:
+            stream.put(part)
+            if stream.is_over:
+                del self._streams[job]
+
+    def _fail_all(self) -> None:
+        for job in list(self._streams):
+            self._give(job, EngineError("engine", "the engine stopped while it was answering"))
+        for future in self._asides.values():
+            if not future.done():
+                future.set_exception(EngineError("engine", "the engine stopped while it was answering"))
+        self._asides.clear()
+
+    def _send(self, message: msgspec.Struct) -> None:
+        if self._writer is None or self._writer.is_closing():
+            raise EngineError("unavailable", "the engine is not running")
+        self._writer.write(frames.pack(message))
+
+    def check(self) -> None:
+        """Raises EngineError unless the engine takes requests."""
+        if self.health != "ok":
+            raise EngineError("unavailable", f"the model is {self.health}; try again later")
+
+    def submit(self, token_ids: list[int], **fields: Any) -> Stream:
+        """Asks for a sequence; fields as ``frames.Submit``.
+
+        Raises:
+          EngineError: the engine takes no requests now.
+        """
+        if not fields.get("is_resumed"):
+            self.check()
+        job = next(self._ids)
+        self._send(frames.Submit(job, token_ids=token_ids, **fields))
+        stream = self._streams[job] = Stream(job, len(token_ids))
+        return stream
+
+    def cancel(self, stream: Stream) -> None:
+        """Gives a sequence up; one that has ended is no fault."""
+        if self._streams.pop(stream.id, None) is not None:
+            with contextlib.suppress(EngineError):
+                self._send(frames.Cancel(stream.id))
+
+    def allow(self, stream: Stream, mask: bytes) -> None:
+        """The tokens that a masked sequence may write next."""
+        self._send(frames.Allow(stream.id, mask))
+
+    async def score(self, token_ids: list[int], *, first: int, top: int) -> frames.Scored:
+        """Log-probabilities; as ``frames.Score``."""
+        return await self._ask(frames.Score(next(self._ids), token_ids, first, top))
+
+    async def experts(self, token_ids: list[int]) -> list[list[int]]:
+        """Tokens that chose each expert, layer by expert."""
+        return (await self._ask(frames.Experts(next(self._ids), token_ids))).counts
+
+    async def _ask(self, message: "frames.Score | frames.Experts") -> Any:
+        self.check()
+        future = self._asides[message.id] = asyncio.get_running_loop().create_future()
+        try:
+            self._send(message)
+            answer = await future
+        except asyncio.CancelledError:
+            with contextlib.suppress(EngineError):
+                self._send(frames.Cancel(message.id))
+            raise
+        finally:
+            self._asides.pop(message.id, None)
+        if answer.error:
+            raise EngineError("engine", answer.error)
+        return answer
+
+    async def close(self) -> None:
+        """Ends the engine process; the front is ending too."""
+        self.is_draining = True
+        if self._task is not None:
+            self._task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._task
+        if self._process is not None and self._process.poll() is None:
+            self._end(self._process)

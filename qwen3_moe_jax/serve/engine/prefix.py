@@ -1,0 +1,183 @@
+"""Prompts that are in the cache already: rows of the batch and a bounded store in main memory.
+
+A row keeps its keys and values after its sequence has ended, until another sequence takes it. A new prompt
+that begins as some row does (a free one, or one that is running) starts from there: in the row itself, or
+in a copy of it. Rows that are about to be overwritten go to the store. What one scope left, another scope
+never finds: a scope is an API key and a salt.
+"""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from qwen3_moe_jax.serve.engine.scheduler import Job, Running, SlotBatch
+
+MIN_LENGTH = 16
+"""A shorter match is not worth a copy."""
+
+
+@dataclass(frozen=True)
+class Reuse:
+    """How a job's slot was prepared.
+
+    Attributes:
+      slot: where it goes.
+      length: tokens of its prompt that are in that row's cache already.
+      source: the row they were copied from, None if they were there or came from the store.
+      saved: what the store had, for ``repeat``; None unless it came from there.
+    """
+
+    slot: int
+    length: int
+    source: int | None = None
+    saved: Any = field(default=None, repr=False, compare=False)
+
+    def repeat(self, batch: "SlotBatch") -> None:
+        """Does to another batch what was done to the first one."""
+        if self.saved is not None:
+            batch.load_row(self.slot, self.saved)
+        elif self.source is not None:
+            batch.copy_row(self.source, self.slot, self.length)
+
+
+@dataclass(frozen=True)
+class _Row:
+    """Tokens whose keys and values a row or an entry of the store holds."""
+
+    tokens: np.ndarray
+    scope: str
+    saved: Any = field(default=None, repr=False)
+    nbytes: int = 0
+
+
+def common_length(a: np.ndarray, b: np.ndarray) -> int:
+    """How many tokens at their beginning two sequences share."""
+    count = min(len(a), len(b))
+    different = np.flatnonzero(a[:count] != b[:count])
+    return int(different[0]) if different.size else count
+
+
+class PrefixCache:
+    """Finds and prepares what a prompt can reuse.
+
+    Attributes:
+      store_bytes: bytes that the store holds now.
+      hits, lookups, reused_tokens, prompt_tokens: counts since the start, for the metrics.
+    """
+
+    def __init__(self, max_store_bytes: int = 0):
+        """``max_store_bytes``: bound of the store; 0 keeps no store."""
+        self._max_store_bytes = max_store_bytes
+        self._free: OrderedDict[int, _Row | None] = OrderedDict()  # least recently used first
+        self._store: OrderedDict[int, _Row] = OrderedDict()
+        self._next = 0
+        self.store_bytes = 0
+        self.hits = self.lookups = self.reused_tokens = self.prompt_tokens = 0
+
+    def prepare(
+        self, batch: "SlotBatch", token_ids: Sequence[int], scope: str | None, busy: "dict[int, Running]"
+    ) -> Reuse:
+        """Chooses a free slot of the batch and brings what can be reused into its row."""
+        prompt = np.asarray(token_ids, np.int64)
+        free = [s for s in range(batch.slots) if s not in busy]
+        for slot in free:
+            self._free.setdefault(slot, None)
+        self.lookups += 1
+        self.prompt_tokens += len(prompt)
+        reuse = self._best(batch, prompt, scope, busy, free) if scope is not None else None
+        reuse = reuse or Reuse(self._victim(batch, free), 0)
+        self._free.pop(reuse.slot, None)
+        if reuse.length:
+            self.hits += 1
+            self.reused_tokens += reuse.length
+        return reuse
+
+    def leave(
+        self, batch: "SlotBatch", slot: int, job: "Job", written: Sequence[int], *, is_sound: bool = True
+    ) -> None:
+        """Notes what a sequence that ended leaves in its row."""
+        row = None
+        if is_sound and job.scope is not None:
+            tokens = np.concatenate([np.asarray(job.token_ids, np.int64), np.asarray(written, np.int64)])
+            row = _Row(tokens[: batch.row_length(slot)], job.scope)
+        self._free[slot] = row
+        self._free.move_to_end(slot)
+
+    def forget_rows(self) -> None:
+        """After the batch has lost its state; the store stays."""
+        self._free.clear()
+
+    def _best(
+        self,
+        batch: "SlotBatch",
+        prompt: np.ndarray,
+        scope: str,
+        busy: "dict[int, Running]",
+        free: list[int],
+    ) -> Reuse | None:
+        most = len(prompt) - 1  # the last token is the first step's input
+        match = lambda row: min(common_length(row.tokens, prompt), most)
+        rows = {s: r for s, r in self._free.items() if r is not None and r.scope == scope and s in free}
+        rows |= {s: r for s, r in self._running_rows(batch, busy, scope)}
+        length, slot = max(((match(r), s) for s, r in rows.items()), default=(0, -1))
+        stored = ((match(r), n) for n, r in self._store.items() if r.scope == scope)
+        in_store, number = max(stored, default=(0, -1))
+        if max(length, in_store) < MIN_LENGTH:
+            return None
+        if in_store > length:
+            return self._from_store(batch, number, in_store, free)
+        if slot in free and 2 * length >= len(rows[slot].tokens):
+            return Reuse(slot, length)
+        target = self._victim(batch, free, keep=slot)
+        if target != slot:
+            batch.copy_row(slot, target, length)
+            return Reuse(target, length, source=slot)
+        return Reuse(slot, length)
+
+    def _running_rows(self, batch: "SlotBatch", busy: "dict[int, Running]", scope: str):
+        for slot, running in busy.items():
+            if running.job.scope == scope:
+                tokens = np.asarray(running.job.token_ids, np.int64)
+                yield slot, _Row(tokens[: batch.row_length(slot)], scope)
+
+    def _from_store(self, batch: "SlotBatch", number: int, length: int, free: list[int]) -> Reuse:
+        self._store.move_to_end(number)
+        saved = self._store[number].saved
+        target = self._victim(batch, free, keep_entry=number)
+        batch.load_row(target, saved)
+        return Reuse(target, length, saved=saved)
+
+    def _victim(
+        self, batch: "SlotBatch", free: list[int], keep: int | None = None, keep_entry: int | None = None
+    ) -> int:
+        """The free slot that is overwritten, an empty or the least recently used one; its row is stored."""
+        order = [s for s in self._free if s in free]
+        empty = [s for s in order if self._free[s] is None]
+        others = [s for s in order if s != keep]
+        slot = min(empty) if empty else (others or order)[0]
+        row = self._free[slot]
+        if row is not None and self._max_store_bytes and slot != keep:
+            self._save(batch, slot, row, keep_entry)
+        return slot
+
+    def _save(self, batch: "SlotBatch", slot: int, row: _Row, keep_entry: int | None) -> None:
+        nbytes = batch.row_nbytes(len(row.tokens))
+        covered = any(
+            r.scope == row.scope and common_length(r.tokens, row.tokens) == len(row.tokens)
+            for r in self._store.values()
+        )
+        if covered or len(row.tokens) < MIN_LENGTH or nbytes > self._max_store_bytes:
+            return
+        while self.store_bytes + nbytes > self._max_store_bytes:
+            victim = next((n for n in self._store if n != keep_entry), None)
+            if victim is None:
+                return
+            self.store_bytes -= self._store.pop(victim).nbytes
+        saved = batch.save_row(slot, len(row.tokens))
+        self._store[self._next] = _Row(row.tokens, row.scope, saved, nbytes)
+        self._next += 1
+        self.store_bytes += nbytes

@@ -1,0 +1,333 @@
+"""The engine process: loads the model, then takes turns of the scheduler until its socket is closed.
+
+A thread reads the socket, so that a front that goes away ends this process at once, whatever the device
+is doing. Everything else happens in the main thread: commands between two steps, then a step.
+"""
+
+import os
+import queue
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from typing import Any
+
+import numpy as np
+
+from qwen3_moe_jax.core.errors import MemoryPlanError
+from qwen3_moe_jax.core.sampling import Sampling
+from qwen3_moe_jax.serve.engine import frames
+from qwen3_moe_jax.serve.engine.prefix import PrefixCache
+from qwen3_moe_jax.serve.engine.scheduler import Began, Event, Failed, Job, Limits, Scheduler, Wrote
+
+DEFAULT_SLOTS = {"gpu": 16, "cpu": 4}
+MIN_CONTEXT = 4096
+"""Slots are given up before the context gets shorter than this."""
+
+MAX_STEP = {"gpu": 8, "cpu": 4}
+"""Tokens that a dispatch writes for each sequence while nobody waits."""
+
+PROMPT_TOKENS = (16, 32, 64, 128, 256, 512, 1024, 2048)
+"""What a step may read of prompts: powers of two, so that few shapes are compiled."""
+
+CPU_SHARE = 0.5
+"""Of the main memory that is free, what slots may take unless asked for more."""
+
+
+class Pace:
+    """Chooses how much of prompts a step reads beside decoding, so that running streams go on.
+
+    It keeps a moving average of the seconds that a prompt token takes in a mixed step.
+    """
+
+    def __init__(self, seconds: float):
+        """``seconds``: how long a mixed step may take."""
+        self._seconds = seconds
+        self._per_token: float | None = None
+
+    def prompt_tokens(self, *, is_decoding: bool) -> int:
+        """For the next step; with nobody to hold up, the most."""
+        if not is_decoding:
+            return PROMPT_TOKENS[-1]
+        if self._per_token is None:
+            return 128
+        fitting = [n for n in PROMPT_TOKENS if n * self._per_token <= self._seconds]
+        return fitting[-1] if fitting else PROMPT_TOKENS[0]
+
+    def took(self, tokens: int, seconds: float) -> None:
+        """After a step that read about ``tokens`` of prompts."""
+        new = seconds / tokens
+        old = self._per_token
+        self._per_token = new if old is None else 0.8 * old + 0.2 * min(new, 4 * old)
+
+
+class Engine:
+    """A loaded model with its scheduler."""
+
+    def __init__(self, start: frames.Start):
+        """Loads the model and opens its slots.
+
+        Raises:
+          MemoryPlanError, ModelFileError and what else ``loader.load`` raises.
+        """
+        from qwen3_moe_jax.api import load
+
+        self.model = load(
+            start.model,
+            backend=start.backend,
+            dtype=start.dtype,
+            kv_cache=start.kv_cache,
+            adapter=start.adapter,
+            gate=start.gate,
+        )
+        self._start = start
+        runner = self.model.runner
+        self.slots, self.context = self._sizes(start)
+        if runner.capabilities.open_batch:
+            # prompts are scored and drawn in caches of their own, of any length that the slots have
+            runner.max_context = self.context
+        limits = Limits(start.max_queue, start.max_queue_tokens)
+        self.scheduler = Scheduler(
+            self._open_batch, limits=limits, max_step=MAX_STEP[self._place], keep_log=start.keep_log
+        )
+        batch = self.scheduler.batch
+        self.has_prefixes = hasattr(batch, "copy_row")
+        self.has_masks = hasattr(batch, "allow")
+        if self.has_prefixes:
+            self.scheduler.prefixes = PrefixCache(start.prefix_bytes)
+        if start.warm_up:
+            self._warm_up()
+
+    @property
+    def _place(self) -> str:
+        device = getattr(self.model.runner, "device", None)
+        return "gpu" if device is not None and device.platform == "gpu" else "cpu"
+
+    def _sizes(self, start: frames.Start) -> tuple[int, int]:
+        """Slots and context: as asked for, or as memory allows, up to the file's own context."""
+        runner, config = self.model.runner, self.model.config
+        most = config.max_position_embeddings
+        context = min(start.context or most, most)
+        if not runner.capabilities.open_batch:
+            return 1, min(context, runner.max_context)
+        from qwen3_moe_jax.machine.headroom import available_memory
+        from qwen3_moe_jax.machine.memory import cache_nbytes
+
+        slots = start.slots or DEFAULT_SLOTS[self._place]
+        free = available_memory(runner.device).nbytes
+        if free is None or (start.context and start.slots):
+            return slots, context
+        share = free * (CPU_SHARE if self._place == "cpu" else 0.9)
+        one = cache_nbytes(config, 1, runner.cache_dtype.itemsize)
+        if start.context:
+            return max(1, min(slots, int(share // (one * (context + 512))))), context
+        while slots > 1 and not start.slots and share // (one * slots) < min(most, MIN_CONTEXT) + 512:
+            slots -= 1
+        fitting = int(share // (one * slots)) - 512
+        return slots, max(64, min(context, fitting // 64 * 64))
+
+    def _open_batch(self) -> Any:
+        runner = self.model.runner
+        if runner.capabilities.open_batch:
+            return runner.open_batch(self.slots, context=self.context)
+        from qwen3_moe_jax.serve.engine.single import SingleBatch
+
+        return SingleBatch(runner)
+
+    def _warm_up(self) -> None:
+        """Compiles what the first requests need: chunks of prompts, and a step for every number of rows."""
+        batch, room = self.scheduler.batch, self.context - 8
+        for length in (8, 100, 500):
+            if length < room and batch.free_slots:
+                slot = batch.admit([0] * length, max_tokens=4)
+                while batch.waiting:
+                    batch.step(1)
+                batch.step(1)
+                batch.free(slot)
+        slots = [batch.admit([0] * min(8, room), max_tokens=8) for _ in range(batch.free_slots)]
+        while batch.waiting:
+            batch.step(1, prompt_tokens=16)
+        for slot in reversed(slots):
+            batch.step(1)
+            batch.free(slot)
+
+    def ready(self) -> frames.Ready:
+        """What the front is told."""
+        facts = dict(self.model.runner.describe())
+        facts["reason"] = self.model.backend_reason
+        return frames.Ready(
+            context=self.scheduler.batch.capacity,
+            slots=self.scheduler.batch.slots,
+            backend=str(facts["backend"]),
+            has_prefixes=self.has_prefixes,
+            has_masks=self.has_masks,
+            facts={k: v for k, v in facts.items() if isinstance(v, str | bool | list | dict)},
+        )
+
+    def counters(self) -> dict[str, float]:
+        """Gauges and counts for the metrics."""
+        s, p = self.scheduler, self.scheduler.prefixes
+        found = {"running": len(s.running), "queued": len(s.queue), "queued_tokens": s.queue.tokens}
+        if p is not None:
+            found |= {
+                "prefix_hits": p.hits,
+                "prefix_lookups": p.lookups,
+                "prefix_reused_tokens": p.reused_tokens,
+                "prefix_prompt_tokens": p.prompt_tokens,
+                "prefix_store_bytes": p.store_bytes,
+            }
+        return found
+
+    def score(self, m: frames.Score) -> frames.Scored:
+        """Log-probabilities of a text's own tokens."""
+        try:
+            return self._score(m)
+        except Exception as error:
+            return frames.Scored(m.id, [], [], f"scoring failed: {type(error).__name__}")
+
+    def _score(self, m: frames.Score) -> frames.Scored:
+        runner = self.model.runner
+        if not m.top:
+            found = runner.log_likelihoods(m.token_ids, first=m.first)
+            return frames.Scored(m.id, [float(x) for x in found], [[] for _ in found])
+        score_top = getattr(runner, "top_log_likelihoods", None)
+        if score_top is not None:
+            own, ids, values = score_top(m.token_ids, first=m.first, top=m.top)
+        else:
+            logits = self.model.logits(m.token_ids)[m.first - 1 : -1].astype(np.float64)
+            peak = logits.max(axis=-1, keepdims=True)
+            logits -= peak + np.log(np.exp(logits - peak).sum(axis=-1, keepdims=True))
+            own = logits[np.arange(len(logits)), m.token_ids[m.first :]]
+            ids = np.argsort(-logits, axis=-1, kind="stable")[:, : m.top]
+            values = np.take_along_axis(logits, ids, axis=-1)
+        top = [
+            [(int(i), float(x)) for i, x in zip(*row, strict=True)] for row in zip(ids, values, strict=True)
+        ]
+        return frames.Scored(m.id, [float(x) for x in own], top)
+
+    def experts(self, m: frames.Experts) -> frames.Counted:
+        """Tokens that chose each expert of each layer."""
+        try:
+            chosen = self.model.forward(m.token_ids).expert_ids
+        except Exception as error:
+            return frames.Counted(m.id, [], f"counting experts failed: {type(error).__name__}")
+        count = self.model.config.num_experts
+        return frames.Counted(m.id, [np.bincount(c.ravel(), minlength=count).tolist() for c in chosen])
+
+
+class Loop:
+    """Commands and turns."""
+
+    def __init__(self, engine: Engine, connection: socket.socket, inbox: "queue.SimpleQueue", step_ms: float):
+        self._engine, self._connection, self._inbox = engine, connection, inbox
+        self._pace = Pace(step_ms / 1000)
+        self._events: list[Event] = []
+        self._asides: list[frames.Score | frames.Experts] = []
+        self._last = (0, 0)
+
+    def run(self) -> None:
+        """Until the process ends."""
+        scheduler = self._engine.scheduler
+        while True:
+            self._drain(wait=not (scheduler.has_work or self._asides or self._events))
+            if self._asides:  # one between two steps
+                self._aside(self._asides.pop(0))
+            if scheduler.has_work:
+                self._turn(scheduler)
+            self._report()
+
+    def _drain(self, *, wait: bool) -> None:
+        while True:
+            try:
+                self._command(self._inbox.get(block=wait))
+            except queue.Empty:
+                return
+            wait = False
+
+    def _command(self, m: frames.ToEngine) -> None:
+        scheduler = self._engine.scheduler
+        if isinstance(m, frames.Submit):
+            self._events += scheduler.submit(_job(m))
+        elif isinstance(m, frames.Cancel):
+            scheduler.cancel(m.id)
+            self._asides = [a for a in self._asides if a.id != m.id]
+        elif isinstance(m, frames.Allow):
+            scheduler.allow(m.id, m.mask)
+        elif isinstance(m, frames.Score | frames.Experts):
+            self._asides.append(m)
+
+    def _aside(self, m: "frames.Score | frames.Experts") -> None:
+        answer = self._engine.score(m) if isinstance(m, frames.Score) else self._engine.experts(m)
+        frames.send(self._connection, answer)
+
+    def _turn(self, scheduler: Scheduler) -> None:
+        will_read = scheduler.has_waiting_prompts
+        count = self._pace.prompt_tokens(is_decoding=scheduler.is_decoding)
+        began, mixed = time.perf_counter(), scheduler.is_decoding
+        self._events += scheduler.turn(prompt_tokens=count)
+        if will_read and mixed:
+            self._pace.took(count, time.perf_counter() - began)
+
+    def _report(self) -> None:
+        scheduler = self._engine.scheduler
+        now = (len(scheduler.running), len(scheduler.queue))
+        if not self._events and now == self._last:
+            return
+        self._last = now
+        began = [(e.id, e.cached) for e in self._events if isinstance(e, Began)]
+        wrote = [(e.id, e.tokens, e.finish_reason) for e in self._events if isinstance(e, Wrote)]
+        failed = [(e.id, e.code, e.message) for e in self._events if isinstance(e, Failed)]
+        self._events = []
+        frames.send(self._connection, frames.Progress(began, wrote, failed, self._engine.counters()))
+
+
+def _job(m: frames.Submit) -> Job:
+    return Job(
+        id=m.id,
+        key=m.key,
+        token_ids=m.token_ids,
+        sampling=Sampling(**m.sampling),
+        max_tokens=m.max_tokens,
+        stop_ids=frozenset(m.stop_ids),
+        scope=m.scope,
+        is_resumed=m.is_resumed,
+        first_mask=m.first_mask,
+    )
+
+
+def _read_forever(connection: socket.socket, inbox: "queue.SimpleQueue") -> None:
+    """Fills the inbox; when the front has gone, so does this process."""
+    while (message := frames.receive(connection)) is not None:
+        inbox.put(message)
+    os._exit(0)
+
+
+def _explain(error: BaseException) -> tuple[str, int]:
+    """One line and the exit code that the command line gives such an error."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text, 3 if isinstance(error, MemoryPlanError | MemoryError) else 1
+
+
+def main(file_number: int) -> None:
+    """Runs the engine on an inherited socket."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # the front decides when this process ends
+        signal.signal(number, signal.SIG_IGN)
+    connection = socket.socket(fileno=file_number)
+    start = frames.receive(connection)
+    inbox: queue.SimpleQueue = queue.SimpleQueue()
+    threading.Thread(target=_read_forever, args=(connection, inbox), daemon=True).start()
+    try:
+        engine = Engine(start)
+        frames.send(connection, engine.ready())
+        Loop(engine, connection, inbox, start.step_ms).run()
+    except BaseException as error:
+        if os.environ.get("QWEN3_MOE_DEBUG"):
+            traceback.print_exc()
+        frames.send(connection, frames.Broken(*_explain(error)))
+        raise SystemExit(1) from error
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))

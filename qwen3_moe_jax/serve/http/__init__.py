@@ -1,0 +1,1 @@
+"""The HTTP front: guards, protocols, endpoints."""

@@ -1,0 +1,101 @@
+"""What every endpoint works with."""
+
+import asyncio
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from starlette.requests import Request
+
+from qwen3_moe_jax.serve.engine.client import EngineClient
+from qwen3_moe_jax.serve.generation import Answer, Wish, choices
+from qwen3_moe_jax.serve.grammar import Grammars
+from qwen3_moe_jax.serve.http import json_body
+from qwen3_moe_jax.serve.http.errors import ApiError, full
+from qwen3_moe_jax.serve.http.metrics import Metrics
+from qwen3_moe_jax.serve.http.schemas import Body
+from qwen3_moe_jax.serve.settings import Settings
+from qwen3_moe_jax.serve.text_model import TextModel
+
+B = TypeVar("B", bound=Body)
+
+
+@dataclass
+class Service:
+    """The loaded model as endpoints see it.
+
+    Attributes:
+      preparing: requests that are being tokenised: they have a place in the queue already.
+    """
+
+    settings: Settings
+    engine: EngineClient
+    model: TextModel
+    grammars: Grammars
+    metrics: Metrics
+    preparing: int = 0
+
+    @property
+    def name(self) -> str:
+        return self.model.name
+
+    @property
+    def context(self) -> int:
+        return self.engine.ready.context if self.engine.ready else self.model.context
+
+    def parse(self, request: Request, kind: type[B]) -> B:
+        """The checked body of a request.
+
+        Raises:
+          ApiError, pydantic.ValidationError: it is not what it should be.
+        """
+        body = kind.model_validate(json_body.parse(request.state.body, self.settings))
+        if body.unknown:
+            self.metrics.unknown_fields.inc(len(body.unknown))
+            if self.settings.strict_fields:
+                raise ApiError(400, f"unknown fields: {', '.join(body.unknown)}"[:300], param=body.unknown[0])
+        asked = getattr(body, "model", None)
+        if self.settings.strict_model and asked not in (None, self.name):
+            raise ApiError(404, "there is no such model here", code="model_not_found", param="model")
+        return body
+
+    @contextlib.contextmanager
+    def place(self, count: int = 1) -> Iterator[None]:
+        """Room in the queue for ``count`` sequences while a request is prepared: checked before any work.
+
+        Raises:
+          ApiError: 429, there is none.
+          EngineError: the engine takes nothing now.
+        """
+        self.engine.check()
+        room = self.engine.ready.slots + self.settings.max_queue
+        if self.engine.active + self.preparing + count > room:
+            raise full()
+        self.preparing += count
+        try:
+            yield
+        finally:
+            self.preparing -= count
+
+    def submit(self, wishes: Sequence[Wish], n: int = 1) -> list[Answer]:
+        """Answers to these, ``n`` of each, all in the queue.
+
+        Raises:
+          ApiError: 429, more prompt tokens wait than may.
+        """
+        tokens = sum(len(w.token_ids) for w in wishes) * n
+        if self.engine.waiting and self.engine.active_tokens + tokens > self.settings.max_queue_tokens:
+            raise full()
+        if any(w.constraint is not None for w in wishes) and not self.engine.ready.has_masks:
+            raise ApiError(501, "this backend cannot constrain answers: use the jax backend")
+        return [a for w in wishes for a in choices(self.engine, self.model, w, n)]
+
+    def finished(self, answer: Answer) -> None:
+        """Counts an answer that has ended."""
+        self.metrics.answered(answer.usage, answer.finish_reason or "abort")
+
+
+async def in_thread(work: Any, *arguments: Any, **options: Any) -> Any:
+    """Runs what takes long (templates, tokenizers) beside the event loop."""
+    return await asyncio.to_thread(work, *arguments, **options)

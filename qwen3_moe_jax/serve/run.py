@@ -1,0 +1,186 @@
+"""From settings to a running server, and back: start, drain, end."""
+
+import asyncio
+import contextlib
+import ipaddress
+import logging
+import os
+import signal
+import socket
+from collections.abc import Callable
+
+import uvicorn
+
+from qwen3_moe_jax.core import terminal
+from qwen3_moe_jax.serve.engine import frames
+from qwen3_moe_jax.serve.engine.client import EngineClient
+from qwen3_moe_jax.serve.grammar import Grammars
+from qwen3_moe_jax.serve.http.app import make_app
+from qwen3_moe_jax.serve.http.metrics import Metrics
+from qwen3_moe_jax.serve.http.protocol import BoundedProtocol
+from qwen3_moe_jax.serve.http.state import Service
+from qwen3_moe_jax.serve.settings import Settings
+from qwen3_moe_jax.serve.text_model import TextModel
+from qwen3_moe_jax.text.chat_template import start_renderer
+
+BACKLOG = 2048
+
+
+class ServeError(RuntimeError):
+    """The server cannot start as asked."""
+
+
+def check_address(settings: Settings) -> None:
+    """Refuses to serve everybody on the network without a key.
+
+    Raises:
+      ServeError: the address is not this machine's alone, and there is no key.
+    """
+    if settings.api_keys:
+        return
+    try:
+        is_local = ipaddress.ip_address(settings.host).is_loopback
+    except ValueError:
+        is_local = settings.host == "localhost"
+    if not is_local:
+        raise ServeError(
+            f"--host {settings.host} can be reached by others: give --api-key-file, or use 127.0.0.1"
+        )
+
+
+def make_service(settings: Settings, start: frames.Start) -> Service:
+    """The parts of a server; the engine is not started yet."""
+    model = TextModel(start.model, name=settings.name)
+    return Service(settings, EngineClient(start), model, Grammars(model, settings), Metrics())
+
+
+class _WithoutTracebacks(logging.Filter):
+    """Logs say that a request failed, not with which values."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.exc_info and not os.environ.get("QWEN3_MOE_DEBUG"):
+            kind = record.exc_info[0]
+            record.msg, record.args = f"a request failed: {kind.__name__ if kind else 'unknown'}", ()
+            record.exc_info = record.exc_text = None
+        return True
+
+
+class Server:
+    """One server in the running event loop.
+
+    Attributes:
+      port: what it listens on, once it has started.
+    """
+
+    def __init__(self, service: Service, say: Callable[[str], None] = lambda text: None):
+        self.service, self._say = service, say
+        settings = service.settings
+        protocol = type("Protocol", (BoundedProtocol,), {"settings": settings})
+        config = uvicorn.Config(
+            make_app(service),
+            http=protocol,
+            ws="none",
+            lifespan="off",
+            log_level="warning",
+            access_log=False,
+            server_header=False,
+            date_header=True,
+            timeout_keep_alive=int(settings.header_seconds) or 1,
+            timeout_graceful_shutdown=1,
+            backlog=BACKLOG,
+        )
+        self._uvicorn = uvicorn.Server(config)
+        self._stop = asyncio.Event()
+        self._hurry = asyncio.Event()
+        self._socket = _listen(settings.host, settings.port)
+        self.port: int = self._socket.getsockname()[1]
+        logging.getLogger("uvicorn.error").addFilter(_WithoutTracebacks())
+
+    async def run(self) -> int:
+        """Serves until ``stop``; the exit code."""
+        engine = self.service.engine
+        start_renderer()
+        engine.launch()
+        serving = asyncio.ensure_future(self._serve())
+        told = asyncio.ensure_future(self._tell())
+        stopping = asyncio.ensure_future(self._stop.wait())
+        try:
+            await asyncio.wait({serving, stopping, told}, return_when=asyncio.FIRST_COMPLETED)
+            if told.done() and engine.fault and engine.ready is None:
+                raise ServeError(engine.fault)
+            await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
+            await self._drain()
+        finally:
+            self._uvicorn.should_exit = self._uvicorn.force_exit = True
+            for task in (told, stopping):
+                task.cancel()
+            await engine.close()
+            with contextlib.suppress(asyncio.CancelledError):
+                await serving
+        return 0
+
+    async def _serve(self) -> None:
+        await self._uvicorn._serve([self._socket])
+
+    async def _tell(self) -> None:
+        engine = self.service.engine
+        await engine.first_ready.wait()
+        if engine.ready is not None:
+            r = engine.ready
+            self._say(f"ready: {r.slots} slots of {r.context} tokens, {r.backend} on {r.facts.get('device')}")
+            await asyncio.Event().wait()
+
+    def stop(self) -> None:
+        """The first call drains, the second ends at once."""
+        if self._stop.is_set():
+            self._hurry.set()
+        self._stop.set()
+
+    async def _drain(self) -> None:
+        """Refuses what is new, and lets answers end for a while."""
+        engine, seconds = self.service.engine, self.service.settings.drain_seconds
+        engine.is_draining = True
+        self._say(f"draining: {engine.active} answers have {seconds:g} s to end")
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                while engine.active and not self._hurry.is_set():
+                    await asyncio.sleep(0.02)
+        await asyncio.sleep(0.05)  # last events are on their way
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except OSError as error:
+        listener.close()
+        raise ServeError(f"cannot listen on {host} port {port}: {error.strerror or error}") from None
+    listener.set_inheritable(False)
+    return listener
+
+
+def serve(settings: Settings, start: frames.Start) -> int:
+    """Serves until SIGTERM or Ctrl-C; returns the exit code.
+
+    Raises:
+      ServeError: it cannot start.
+      ModelFileError: the model cannot be read.
+    """
+    check_address(settings)
+    service = make_service(settings, start)
+    say = lambda text: terminal.note(*text.splitlines())
+
+    async def main() -> int:
+        server = Server(service, say)
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, server.stop)
+        say(
+            f"{service.name} on http://{settings.host}:{server.port} (loading); limits:\n"
+            f"{settings.describe()}"
+        )
+        return await server.run()
+
+    return asyncio.run(main())

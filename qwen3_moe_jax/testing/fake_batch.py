@@ -1,0 +1,143 @@
+"""A batch without a model, for tests of the scheduler: tokens are a function of the prompt and the place."""
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+
+from qwen3_moe_jax.core.errors import BatchFullError
+from qwen3_moe_jax.core.runner import Progress
+from qwen3_moe_jax.core.sampling import Sampling
+
+CHUNK = 16
+
+
+@dataclass
+class _Sequence:
+    tokens: list[int]
+    limit: int
+    filled: int
+    mask: bytes | None
+    is_held: bool = False
+    finish_reason: str | None = None
+
+    @property
+    def is_waiting(self) -> bool:
+        return self.finish_reason is None and self.filled < len(self.tokens) - 1
+
+
+def next_token(tokens: Sequence[int]) -> int:
+    """What the fake model writes after these."""
+    return (sum(tokens[-3:]) * 31 + len(tokens)) % 997
+
+
+@dataclass
+class FakeBatch:
+    """As ``jax_backend.batching.Batch``; a row that claims to hold a prefix that it does not is an error.
+
+    Attributes:
+      fails_at: numbers of steps that raise; ``breaks`` says whether they take the state with them.
+    """
+
+    slots: int = 4
+    capacity: int = 256
+    fails_at: frozenset[int] = frozenset()
+    breaks: bool = False
+    is_whole: bool = True
+    steps: int = 0
+    rows: dict[int, list[int]] = field(default_factory=dict)
+    sequences: dict[int, _Sequence] = field(default_factory=dict)
+    read_tokens: int = 0
+
+    @property
+    def free_slots(self) -> int:
+        return self.slots - len(self.sequences)
+
+    @property
+    def waiting(self) -> int:
+        return sum(s.is_waiting for s in self.sequences.values())
+
+    def admit(
+        self,
+        token_ids: Sequence[int],
+        *,
+        sampling: Sampling | None = None,
+        max_tokens: int | None = None,
+        stop_ids: Collection[int] = (),
+        slot: int | None = None,
+        filled: int = 0,
+        mask: bytes | None = None,
+    ) -> int:
+        """Takes a prompt; ``filled`` of its tokens must be in the row already."""
+        if not self.free_slots:
+            raise BatchFullError(self.slots)
+        slot = min(set(range(self.slots)) - self.sequences.keys()) if slot is None else slot
+        assert slot not in self.sequences
+        assert filled < len(token_ids)
+        assert self.rows.get(slot, [])[:filled] == list(token_ids[:filled]), "a prefix that is not there"
+        limit = min(len(token_ids) + (max_tokens or self.capacity), self.capacity)
+        self.sequences[slot] = _Sequence(list(token_ids), limit, filled, mask)
+        self.rows[slot] = list(token_ids[:filled])
+        return slot
+
+    def free(self, slot: int) -> None:
+        """Gives a slot back; its row stays."""
+        del self.sequences[slot]
+
+    def row_length(self, slot: int) -> int:
+        """Tokens that a row holds."""
+        return len(self.rows.get(slot, []))
+
+    def row_nbytes(self, length: int) -> int:
+        """Bytes of so many positions."""
+        return 100 * length
+
+    def copy_row(self, source: int, target: int, length: int) -> None:
+        """The first positions of one row to another."""
+        assert target not in self.sequences
+        self.rows[target] = self.rows[source][:length]
+
+    def save_row(self, slot: int, length: int) -> list[int]:
+        """A row's positions."""
+        return self.rows[slot][:length]
+
+    def load_row(self, slot: int, saved: list[int]) -> None:
+        """What ``save_row`` gave, into a row."""
+        assert slot not in self.sequences
+        self.rows[slot] = list(saved)
+
+    def allow(self, slot: int, mask: bytes) -> None:
+        """Lets a masked sequence go on."""
+        self.sequences[slot].mask, self.sequences[slot].is_held = mask, False
+
+    def step(self, tokens: int = 1, *, prompt_tokens: int = CHUNK, ahead: int = 0) -> list[Progress]:
+        """Reads a chunk of the oldest prompt, and writes."""
+        self.steps += 1
+        if self.steps in self.fails_at:
+            self.is_whole = not self.breaks
+            raise RuntimeError("a step that fails")
+        waiting = [slot for slot, s in self.sequences.items() if s.is_waiting]
+        ready = [slot for slot, s in self.sequences.items() if not s.is_waiting and not s.is_held]
+        if waiting:
+            self._read(waiting[0], prompt_tokens)
+        count = 1 if waiting else tokens
+        found = [self._write(slot, count) for slot in sorted(ready) if not self.sequences[slot].finish_reason]
+        return found
+
+    def _read(self, slot: int, most: int) -> None:
+        s = self.sequences[slot]
+        end = min(s.filled + min(most, CHUNK), len(s.tokens) - 1)
+        self.read_tokens += end - s.filled
+        self.rows[slot] += s.tokens[s.filled : end]
+        s.filled = end
+
+    def _write(self, slot: int, count: int) -> Progress:
+        s, new = self.sequences[slot], []
+        for _ in range(1 if s.mask is not None else count):
+            self.rows[slot].append(s.tokens[s.filled])
+            s.filled += 1
+            new.append(next_token(s.tokens))
+            s.tokens.append(new[-1])
+            if len(s.tokens) >= s.limit:
+                s.finish_reason = "length"
+                break
+        s.is_held = s.mask is not None
+        return Progress(slot, new, s.finish_reason)

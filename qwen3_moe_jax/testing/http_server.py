@@ -1,0 +1,56 @@
+"""A server in a thread of this process, with its engine in a child: what tests and benches talk to."""
+
+import asyncio
+import contextlib
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from qwen3_moe_jax.serve.engine.frames import Start
+from qwen3_moe_jax.serve.http.state import Service
+from qwen3_moe_jax.serve.run import Server, make_service
+from qwen3_moe_jax.serve.settings import Settings
+
+
+@dataclass
+class Running:
+    """A server that answers.
+
+    Attributes:
+      url: where.
+      service: its parts; to be touched from ``loop`` alone, or only read.
+    """
+
+    url: str
+    port: int
+    service: Service
+    server: Server
+    loop: asyncio.AbstractEventLoop
+
+
+@contextlib.contextmanager
+def running(settings: Settings, start: Start, *, wait: bool = True) -> Iterator[Running]:
+    """A server until the block ends; ``wait`` for its engine to be ready."""
+    loop = asyncio.new_event_loop()
+    service = make_service(settings, start)
+    made: dict[str, Server] = {}
+    has_begun = threading.Event()
+
+    async def main() -> None:
+        made["server"] = Server(service)
+        task = asyncio.ensure_future(made["server"].run())
+        if wait:
+            await service.engine.first_ready.wait()
+        has_begun.set()
+        await task
+
+    thread = threading.Thread(target=loop.run_until_complete, args=(main(),), daemon=True)
+    thread.start()
+    has_begun.wait(300)
+    server = made["server"]
+    try:
+        yield Running(f"http://127.0.0.1:{server.port}", server.port, service, server, loop)
+    finally:
+        loop.call_soon_threadsafe(server.stop)
+        loop.call_soon_threadsafe(server.stop)
+        thread.join(30)
