@@ -104,7 +104,7 @@ def routing(subject: Subject, tokens: int) -> dict[str, float]:
     ids = jnp.asarray(prompts(subject.config, 1, tokens, 0))
     cache = KVCache.create(subject.config, 1, tokens, subject.cache_dtype)
     spans = [Span(jnp.zeros(1, jnp.int32), tokens)]
-    run = jax.jit(lambda params, *args: subject.decoder.model.apply({"params": params}, *args).expert_ids)
+    run = jax.jit(lambda params, *args: subject.decoder.model.bind(params)(*args).expert_ids)
     chosen = np.asarray(run(subject.params, ids, cache, spans)).reshape(subject.config.num_hidden_layers, -1)
     counts = np.stack([np.bincount(layer, minlength=subject.config.num_experts) for layer in chosen])
     return {

@@ -122,8 +122,9 @@ def random_params(config: Qwen3MoeConfig, types: dict[str, GGMLType], roles: Any
 @partial(jax.jit, static_argnums=0, donate_argnums=2)
 def chunk_step(model: Qwen3Moe, params: Any, cache: KVCache, token_ids: jax.Array, start: jax.Array):
     """One chunk: the last token's logits [B, V] and the cache."""
-    output = model.apply({"params": params}, token_ids, cache, start)
-    logits = model.apply({"params": params}, output.hidden[:, -1:], method="logits")
+    network = model.bind(params)
+    output = network(token_ids, cache, start)
+    logits = network.logits(output.hidden[:, -1:])
     return logits[:, 0], output.cache
 
 

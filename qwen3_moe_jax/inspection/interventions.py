@@ -96,8 +96,9 @@ def logit_gradient(
     @jax.value_and_grad
     def logit(delta: jax.Array, params) -> jax.Array:
         model = runner.model.clone(interventions=(Intervention(stage, lambda x: x + delta, layer),))
-        output = model.apply({"params": params}, ids[None], cache, jnp.zeros(1, jnp.int32))
-        return model.apply({"params": params}, output.hidden, method="logits")[0, position, token]
+        network = model.bind(params)
+        output = network(ids[None], cache, jnp.zeros(1, jnp.int32))
+        return network.logits(output.hidden)[0, position, token]
 
     value, gradient = logit(zero, runner.params)
     return float(value), np.asarray(gradient[0])

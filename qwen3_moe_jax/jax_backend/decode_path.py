@@ -17,7 +17,7 @@ from flax import struct
 
 import qwen3_moe_jax.kernels_pallas as ops
 from qwen3_moe_jax.jax_backend.kv_cache import KVCache, Span
-from qwen3_moe_jax.jax_backend.model import OUTSIDE_LAYERS, STAGES_COLLECTION, Output, Qwen3Moe
+from qwen3_moe_jax.jax_backend.model import OUTSIDE_LAYERS, Network, Output, Qwen3Moe
 from qwen3_moe_jax.jax_backend.params import Params
 from qwen3_moe_jax.kernels_pallas.decode_layers import api as decode_layers
 from qwen3_moe_jax.kernels_pallas.gpu import device as gpu
@@ -99,20 +99,18 @@ def read(
     start: jax.Array,
     cache: KVCache,
     expert_ids: jax.Array | None = None,
-    layers: Callable[..., Output] = Qwen3Moe.__call__,
+    layers: Callable[..., Output] = Network.__call__,
 ) -> Step:
     """T tokens of each sequence [B, T] through the network, all of their logits.
 
     Args:
-      layers: the method that runs the layers.
+      layers: what runs the layers of a bound network.
     """
 
-    def whole(model: Qwen3Moe) -> tuple[Output, jax.Array]:
-        output = layers(model, token_ids, cache, start, expert_ids)
-        return output, model.logits(output.hidden)
-
-    (output, logits), sown = model.apply({"params": params}, method=whole, mutable=[STAGES_COLLECTION])
-    return Step(logits, output.cache, output.expert_ids, dict(sown.get(STAGES_COLLECTION, {})))
+    network = model.bind(params)
+    output = layers(network, token_ids, cache, start, expert_ids)
+    logits = network.logits(output.hidden)
+    return Step(logits, output.cache, output.expert_ids, network.shown())
 
 
 def _changed_stages(model: Qwen3Moe) -> set[str]:
@@ -182,17 +180,18 @@ class FewLaunches:
         expert_ids: jax.Array | None = None,
         active: jax.Array | None = None,
     ) -> Step:
-        layers = lambda model, ids, cache, start, _: few_launches(model, ids, cache, Span(start, 1))
+        layers = lambda network, ids, cache, start, _: few_launches(network, ids, cache, Span(start, 1))
         return read(model, params, token_ids, start, cache, layers=layers)
 
 
-def few_launches(model: Qwen3Moe, token_ids: jax.Array, cache: KVCache, span: Span) -> Output:
-    """All layers of ``model``, which is bound, for one token of each sequence [B, 1]."""
-    x, rope = model.embed(token_ids, [span])
-    change = lambda logits, layer: model.stage("ffn_moe_logits", logits[:, None], layer)[:, 0]
+def few_launches(network: Network, token_ids: jax.Array, cache: KVCache, span: Span) -> Output:
+    """All layers for one token of each sequence [B, 1]."""
+    model = network.settings
+    x, rope = network.embed(token_ids, [span])
+    change = lambda logits, layer: network.stage("ffn_moe_logits", logits[:, None], layer)[:, 0]
     hidden, k, v, chosen = ops.decode_layers(
         x[:, 0],
-        model.weight("layers"),
+        network.layers,
         cache.k,
         cache.v,
         span.start,

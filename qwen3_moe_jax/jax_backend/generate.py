@@ -391,8 +391,8 @@ def prefill(
         # the decoded rows come first: where one is not ready, the chunk overwrites what it leaves
         spans.insert(0, Span(state.filled[:rows], 1))
         token_ids = jnp.concatenate([last_tokens(state, rows)[:, 0], token_ids.reshape(-1)])[None]
-    variables = {"params": params}
-    output = decoder.model.apply(variables, token_ids, state.cache, spans)
+    network = decoder.model.bind(params)
+    output = network(token_ids, state.cache, spans)
 
     ends_here = length <= start + chunk
     filled = state.filled.at[slots].set(jnp.minimum(start + chunk, length)).at[:rows].add(ready)
@@ -404,7 +404,7 @@ def prefill(
     writes = jnp.concatenate([ready, ends_here])
 
     def write(state: DecodeState) -> DecodeState:
-        logits = decoder.model.apply(variables, hidden, method="logits")
+        logits = network.logits(hidden)
         return append_tokens(state, jnp.concatenate([jnp.arange(rows), slots]), logits, writes)
 
     state = jax.lax.cond(jnp.any(writes), write, lambda state: state, state)

@@ -60,12 +60,12 @@ def _score_chunk(
     wanted: jax.Array,
 ) -> tuple[jax.Array, KVCache]:
     """A chunk of tokens [B, T]: log-likelihoods float32 [B, T] of their targets, zeros unless wanted."""
-    variables = {"params": params}
-    output = model.apply(variables, token_ids, cache, start)
+    network = model.bind(params)
+    output = network(token_ids, cache, start)
 
     def score_rows(rows: tuple[jax.Array, jax.Array]) -> jax.Array:
         hidden, ids = rows
-        logits = model.apply(variables, hidden, method="logits")
+        logits = model.bind(params).logits(hidden)
         of_target = jnp.take_along_axis(logits, ids[..., None], axis=-1)[..., 0]
         return of_target - jax.nn.logsumexp(logits, axis=-1)
 

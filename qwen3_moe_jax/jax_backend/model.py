@@ -1,41 +1,47 @@
 """Qwen3-MoE as a Flax model on packed weights: the definition of the network.
 
-Every matrix is a ``PackedTensor`` parameter of its own quantization type, and
-the operations on it are ``kernels_pallas``'. Parameters have Hugging Face's
-names. Norms, router and softmax are float32 whatever the compute dtype.
+Every matrix is a ``PackedTensor`` of its own quantization type, and the operations on it are
+``kernels_pallas``'. Weights have Hugging Face's names. Norms, router and softmax are float32
+whatever the compute dtype.
 
-The layers are one loop over stacked weights (``stacks.py``): a program holds
-the code of one layer, however many there are, and reads a layer's weights from
-the stacks without a copy. Where a tensor's type differs from layer to layer
-(``v_proj`` and ``down_proj`` of a Q4_K_M file), its operation alone is a switch.
+The layers are one loop over stacked weights (``ops.LayerTable``): a program holds the code of one
+layer, however many there are, and reads a layer's weights from the stacks without a copy. Where a
+tensor's type differs from layer to layer (``v_proj`` and ``down_proj`` of a Q4_K_M file), its
+operation alone is a switch.
 
-``stage`` names the values that ``qwen3-moe trace`` shows: it sows those that
-are asked for, and it is where an intervention changes them.
+``stage`` names the values that ``qwen3-moe trace`` shows: it shows those that are captured, and it is
+where an intervention changes them.
+
+The modules are of ``flax.nnx``: weights are attributes, and a module lives while a program is traced,
+made of the parameters or of one layer's view of them. ``Qwen3Moe`` is what such a program depends on
+besides. In ``flax.linen`` weights were looked up by strings, and the same program took 1.0 s to trace
+in place of 0.7 s.
 
 Equations: Qwen3 technical report (arXiv 2505.09388); Transformers'
 ``modeling_qwen3_moe.py``.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
+from flax import nnx, struct
 
 import qwen3_moe_jax.kernels_pallas as ops
 from qwen3_moe_jax.convert.config import Qwen3MoeConfig
+from qwen3_moe_jax.convert.packed import PackedTensor
 from qwen3_moe_jax.core.stages import INSIDE_EXPERTS
 from qwen3_moe_jax.jax_backend.kv_cache import KVCache, Span, write_positions
 
-STAGES_COLLECTION = "stages"
-"""Flax collection that receives stages when it is mutable; those of layers have L as their first axis."""
-
 OUTSIDE_LAYERS = frozenset({"inp_embd", "result_norm", "result_output"})
 """Stages that no layer has."""
+
+
+Matrix = PackedTensor | ops.OneOf
+"""A packed matrix, or experts: whole, or one layer's inside stacks (``LayerTable.layer``)."""
 
 
 @dataclass(frozen=True)
@@ -69,53 +75,83 @@ class Output:
     expert_ids: jax.Array
 
 
-class _Part(nn.Module):
-    """What every part of the network needs.
+@dataclass(frozen=True)
+class Qwen3Moe:
+    """The network without its weights: hashable, a static argument of jitted programs.
 
     Attributes:
       config: hyper-parameters.
       compute_dtype: operands of the matrix products; accumulation is float32.
       interventions: changes of stages, in the order in which they are applied.
-      capture: stages to sow; those inside the fused operations make them unfused.
+      capture: stages to show; those inside the fused operations make them unfused.
+      layers: the layers to run, or None for all.
     """
 
     config: Qwen3MoeConfig
     compute_dtype: Any = jnp.float32
     interventions: tuple[Intervention, ...] = ()
     capture: frozenset[str] = frozenset()
+    layers: tuple[int, ...] | None = None
 
-    def part(self, cls: type["_Part"]) -> "_Part":
-        """A sub-part with the same settings."""
-        return cls(self.config, self.compute_dtype, self.interventions, self.capture)
+    def bind(self, params: Mapping[str, Any]) -> "Network":
+        """The network with these weights (``params.load_params``)."""
+        return Network(params, self)
 
-    def weight(self, name: str) -> Any:
-        """This part's parameter: an ``ops.OneOf`` or a packed tensor, or float32 norm weights."""
-        return self.get_variable("params", name)
+    def clone(self, **settings: Any) -> "Qwen3Moe":
+        """The same with other settings."""
+        return replace(self, **settings)
+
+
+class _Part(nnx.Module):
+    """A part of the network, whose attributes are its weights: packed matrices, or float32 of norms."""
+
+    def __init__(self, weights: Mapping[str, Any], settings: Qwen3Moe):
+        self.settings = settings
+        for name, value in weights.items():
+            if not isinstance(value, Mapping):
+                setattr(self, name, nnx.data(value))
 
     def stage(self, name: str, value: jax.Array, layer: jax.Array | None = None) -> jax.Array:
         """Names a value of the forward pass: applies interventions, then shows it to a trace."""
-        for intervention in self.interventions:
+        for intervention in self.settings.interventions:
             if intervention.stage == name:
                 changed = intervention.change(value)
                 everywhere = layer is None or intervention.layer is None
                 value = changed if everywhere else jnp.where(layer == intervention.layer, changed, value)
-        if name in self.capture:
-            self.sow(STAGES_COLLECTION, name, value, reduce_fn=lambda _, new: new, init_fn=lambda: None)
+        if name in self.settings.capture:
+            self.show(name, value)
         return value
 
-    def matmul(self, x: jax.Array, name: str, dtype: Any = None) -> jax.Array:
-        """x [B, T, K] times the transpose of the weight of this name [N, K]: float32 [B, T, N]."""
-        flat = x.reshape(-1, x.shape[-1])
-        out = ops.quantized_matmul(flat, self.weight(name), compute_dtype=dtype or self.compute_dtype)
-        return out.reshape(*x.shape[:-1], -1)
+    def show(self, name: str, value: jax.Array) -> None:
+        """Keeps a value for :meth:`shown`."""
+        self.sow(nnx.Intermediate, name, value, reduce_fn=lambda _, new: new, init_fn=lambda: None)
 
-    def norm(self, x: jax.Array, name: str) -> jax.Array:
-        """RMS norm of the last axis with the weight of this name."""
-        return ops.rms_norm(x, self.weight(name), self.config.rms_norm_eps)
+    def shown(self) -> dict[str, jax.Array]:
+        """The values that this part and those inside it have shown; they are kept no longer."""
+        if not self.settings.capture:
+            return {}
+        found = nnx.to_flat_state(nnx.pop(self, nnx.Intermediate))
+        return {str(path[-1]): variable.get_value() for path, variable in found}
+
+    def matmul(self, x: jax.Array, w: Matrix, dtype: Any = None) -> jax.Array:
+        """x [B, T, K] times the transpose of w [N, K]: float32 [B, T, N]."""
+        flat, dtype = x.reshape(-1, x.shape[-1]), dtype or self.settings.compute_dtype
+        return ops.quantized_matmul(flat, w, compute_dtype=dtype).reshape(*x.shape[:-1], -1)
+
+    def rms_norm(self, x: jax.Array, w: jax.Array) -> jax.Array:
+        """RMS norm of the last axis."""
+        return ops.rms_norm(x, w, self.settings.config.rms_norm_eps)
 
 
 class Attention(_Part):
     """Grouped-query attention with normed queries and keys, over the KV cache."""
+
+    q_proj: Matrix
+    k_proj: Matrix
+    v_proj: Matrix
+    o_proj: Matrix
+    q_norm: jax.Array
+    k_norm: jax.Array
 
     def __call__(
         self,
@@ -126,12 +162,12 @@ class Attention(_Part):
         layer: jax.Array,
     ) -> tuple[jax.Array, KVCache]:
         """x [B, T, D], whose rows the spans place, and rope's cos and sin [B, T, H / 2] of these places."""
-        heads = (*x.shape[:2], -1, self.config.head_dim)
-        q = self.stage("Qcur", self.matmul(x, "q_proj").reshape(heads), layer)
-        k = self.stage("Kcur", self.matmul(x, "k_proj").reshape(heads), layer)
-        v = self.stage("Vcur", self.matmul(x, "v_proj").reshape(heads), layer)
-        q = self.stage("Qcur_normed", self.norm(q, "q_norm"), layer)
-        k = self.stage("Kcur_normed", self.norm(k, "k_norm"), layer)
+        heads = (*x.shape[:2], -1, self.settings.config.head_dim)
+        q = self.stage("Qcur", self.matmul(x, self.q_proj).reshape(heads), layer)
+        k = self.stage("Kcur", self.matmul(x, self.k_proj).reshape(heads), layer)
+        v = self.stage("Vcur", self.matmul(x, self.v_proj).reshape(heads), layer)
+        q = self.stage("Qcur_normed", self.rms_norm(q, self.q_norm), layer)
+        k = self.stage("Kcur_normed", self.rms_norm(k, self.k_norm), layer)
         q = self.stage("Qcur_rope", ops.rope(q, *rope), layer)
         k = self.stage("Kcur_rope", ops.rope(k, *rope), layer)
 
@@ -144,32 +180,36 @@ class Attention(_Part):
             for span, part in zip(spans, _parts(q, spans), strict=True)
         ]
         out = self.stage("kqv_out", _joined(parts, x.shape[:2]), layer)
-        return self.stage("attn_out", self.matmul(out.reshape(*x.shape[:2], -1), "o_proj"), layer), cache
+        return self.stage("attn_out", self.matmul(out.reshape(*x.shape[:2], -1), self.o_proj), layer), cache
 
 
 class Experts(_Part):
     """The experts' feed-forward networks."""
 
+    gate_proj: Matrix
+    up_proj: Matrix
+    down_proj: Matrix
+
     def __call__(
         self, x: jax.Array, expert_ids: jax.Array, weights: jax.Array, layer: jax.Array
     ) -> jax.Array:
         """x [B, T, D], expert_ids and weights [B, T, X]: the experts' weighted sum [B, T, D]."""
-        weights_of = [self.weight(name) for name in ("gate_proj", "up_proj", "down_proj")]
+        weights_of = (self.gate_proj, self.up_proj, self.down_proj)
         ids = expert_ids.reshape(-1, expert_ids.shape[-1])
         flat, flat_weights = x.reshape(-1, x.shape[-1]), weights.reshape(ids.shape)
         if self._is_observed_inside():
             return self._unfused(flat, weights_of, ids, flat_weights, layer, x.shape)
-        out = ops.moe_mlp(flat, *weights_of, ids, flat_weights, compute_dtype=self.compute_dtype)
+        out = ops.moe_mlp(flat, *weights_of, ids, flat_weights, compute_dtype=self.settings.compute_dtype)
         return out.reshape(x.shape)
 
     def _is_observed_inside(self) -> bool:
-        return bool((self.capture | {i.stage for i in self.interventions}) & INSIDE_EXPERTS)
+        return bool((self.settings.capture | {i.stage for i in self.settings.interventions}) & INSIDE_EXPERTS)
 
     def _unfused(self, x, weights_of, ids, weights, layer: jax.Array, shape: tuple[int, ...]) -> jax.Array:
         """As ``moe_mlp``, one operation after the other, each result a stage [B, T, X, ...]."""
 
         def project(value: jax.Array, weight: ops.OneOf) -> jax.Array:
-            return ops.expert_matmul(value, weight, ids, compute_dtype=self.compute_dtype)
+            return ops.expert_matmul(value, weight, ids, compute_dtype=self.settings.compute_dtype)
 
         def stage(name: str, value: jax.Array) -> jax.Array:
             return self.stage(name, value.reshape(*shape[:2], *value.shape[1:]), layer).reshape(value.shape)
@@ -187,17 +227,20 @@ class Experts(_Part):
 class SparseMoeBlock(_Part):
     """Router and experts: every layer of the model is sparse, there is no dense FFN."""
 
-    def setup(self) -> None:
-        self.experts = self.part(Experts)
+    router: Matrix
+
+    def __init__(self, weights: Mapping[str, Any], settings: Qwen3Moe):
+        super().__init__(weights, settings)
+        self.experts = Experts(weights["experts"], settings)
 
     def __call__(
         self, x: jax.Array, forced_ids: jax.Array | None, layer: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
         """x [B, T, D], forced_ids [B, T, X] or None: the output [B, T, D] and the experts [B, T, X]."""
-        logits = self.stage("ffn_moe_logits", self.matmul(x, "router", jnp.float32), layer)
+        logits = self.stage("ffn_moe_logits", self.matmul(x, self.router, jnp.float32), layer)
         routing = ops.choose_experts(
             logits.reshape(-1, logits.shape[-1]),
-            self.config.num_experts_per_tok,
+            self.settings.config.num_experts_per_tok,
             None if forced_ids is None else forced_ids.reshape(-1, forced_ids.shape[-1]),
         )
         probs, expert_ids, weights = (value.reshape(*x.shape[:2], -1) for value in routing)
@@ -210,9 +253,13 @@ class SparseMoeBlock(_Part):
 class DecoderLayer(_Part):
     """Attention and the sparse block, each after a norm and beside the residual."""
 
-    def setup(self) -> None:
-        self.self_attn = self.part(Attention)
-        self.mlp = self.part(SparseMoeBlock)
+    input_layernorm: jax.Array
+    post_attention_layernorm: jax.Array
+
+    def __init__(self, weights: Mapping[str, Any], settings: Qwen3Moe):
+        super().__init__(weights, settings)
+        self.self_attn = Attention(weights["self_attn"], settings)
+        self.mlp = SparseMoeBlock(weights["mlp"], settings)
 
     def __call__(
         self,
@@ -223,24 +270,24 @@ class DecoderLayer(_Part):
         forced_ids: jax.Array | None,
         layer: jax.Array,
     ) -> tuple[jax.Array, KVCache, jax.Array]:
-        h = self.stage("attn_norm", self.norm(x, "input_layernorm"), layer)
+        h = self.stage("attn_norm", self.rms_norm(x, self.input_layernorm), layer)
         out, cache = self.self_attn(h, cache, spans, rope, layer)
         x = self.stage("ffn_inp", x + out, layer)
-        h = self.stage("ffn_norm", self.norm(x, "post_attention_layernorm"), layer)
+        h = self.stage("ffn_norm", self.rms_norm(x, self.post_attention_layernorm), layer)
         out, expert_ids = self.mlp(h, forced_ids, layer)
         return self.stage("l_out", x + out, layer), cache, expert_ids
 
 
-class Qwen3Moe(_Part):
-    """The whole network: ``__call__`` runs the decoder layers, ``logits`` the head on chosen rows.
+class Network(_Part):
+    """The whole network with its weights: a call runs the decoder layers, ``logits`` the head on chosen rows.
 
-    Parameters: "embed_tokens", "layers" (an ``ops.LayerTable``), "norm", and "lm_head" unless it is tied.
-
-    Attributes:
-      layers: the layers to run, or None for all.
+    Lives while a program is traced; ``lm_head`` is not there where it is tied to ``embed_tokens``.
     """
 
-    layers: tuple[int, ...] | None = None
+    embed_tokens: PackedTensor
+    layers: ops.LayerTable
+    norm: jax.Array
+    lm_head: PackedTensor
 
     def __call__(
         self,
@@ -261,45 +308,37 @@ class Qwen3Moe(_Part):
             share a sequence's positions, unless what the last one writes is meant to stay.
           expert_ids: int32 [L, B, T, X] to force the routing of the layers that run, or None.
         """
-        c = self.config
+        chosen_layers = self.settings.layers
         spans = places if isinstance(places, (list, tuple)) else (Span(places, token_ids.shape[1]),)
         x, rope = self.embed(token_ids, spans)
-        layers = np.asarray(range(c.num_hidden_layers) if self.layers is None else self.layers, np.int32)
-        layer_module = DecoderLayer(c, self.compute_dtype, self.interventions, self.capture, parent=None)
-        table = self.weight("layers")
+        numbers = range(self.layers.num_layers) if chosen_layers is None else chosen_layers
 
         def step(carry: tuple, xs: tuple) -> tuple:
             layer, forced_ids = xs
-            (x, cache, chosen), sown = layer_module.apply(
-                {"params": table.layer(layer)},
-                *carry,
-                spans,
-                rope,
-                forced_ids,
-                layer,
-                mutable=[STAGES_COLLECTION],
-            )
-            return (x, cache), (chosen, dict(_leaves(sown.get(STAGES_COLLECTION, {}))))
+            decoder_layer = DecoderLayer(self.layers.layer(layer), self.settings)
+            x, cache, chosen = decoder_layer(*carry, spans, rope, forced_ids, layer)
+            return (x, cache), (chosen, decoder_layer.shown())
 
-        (x, cache), (chosen, stages) = jax.lax.scan(step, (x, cache), (layers, expert_ids))
+        xs = (np.asarray(numbers, np.int32), expert_ids)
+        (x, cache), (chosen, stages) = jax.lax.scan(step, (x, cache), xs)
         for name, value in stages.items():
-            self.sow(STAGES_COLLECTION, name, value, reduce_fn=lambda _, new: new, init_fn=lambda: None)
+            self.show(name, value)
         return Output(x, cache, chosen)
 
     def embed(
         self, token_ids: jax.Array, spans: Sequence[Span]
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         """What the layers start with: float32 [B, T, D], and rope's cos and sin [B, T, H / 2]."""
-        c = self.config
-        x = ops.embedding_lookup(self.weight("embed_tokens"), token_ids.reshape(-1))
+        c = self.settings.config
+        x = ops.embedding_lookup(self.embed_tokens, token_ids.reshape(-1))
         x = self.stage("inp_embd", x.reshape(*token_ids.shape, -1))
         positions = _joined([span.positions for span in spans], token_ids.shape)
         return x, ops.rope_tables(positions, c.head_dim, c.rope_theta, c.rope_scaling)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Logits float32 [B, T, V] of hidden [B, T, D]."""
-        h = self.stage("result_norm", self.norm(hidden, "norm"))
-        head = "embed_tokens" if self.config.tie_word_embeddings else "lm_head"
+        h = self.stage("result_norm", self.rms_norm(hidden, self.norm))
+        head = self.embed_tokens if self.settings.config.tie_word_embeddings else self.lm_head
         return self.stage("result_output", self.matmul(h, head))
 
 
@@ -318,12 +357,3 @@ def _joined(parts: Sequence[jax.Array], shape: tuple[int, int]) -> jax.Array:
     flat = [part.reshape(-1, *part.shape[2:]) for part in parts]
     rows = flat[0] if len(flat) == 1 else jnp.concatenate(flat)
     return rows.reshape(*shape, *rows.shape[1:])
-
-
-def _leaves(tree: Mapping[str, Any]) -> Iterator[tuple[str, jax.Array]]:
-    """(name, value) of every value in Flax's nested collection."""
-    for name, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value)
-        else:
-            yield name, value

@@ -22,7 +22,7 @@ from qwen3_moe_jax.convert.packed import PackedTensor
 from qwen3_moe_jax.convert.tensor_names import tensor_specs
 from qwen3_moe_jax.jax_backend.decode_path import few_launches
 from qwen3_moe_jax.jax_backend.kv_cache import KVCache, Span
-from qwen3_moe_jax.jax_backend.model import STAGES_COLLECTION, Intervention, Qwen3Moe
+from qwen3_moe_jax.jax_backend.model import Intervention, Qwen3Moe
 from qwen3_moe_jax.jax_backend.params import GPU_ROLES, is_tiled, plan_layers
 from qwen3_moe_jax.kernels_pallas.decode_layers import api, kernel_sm90
 from qwen3_moe_jax.kernels_pallas.decode_layers import row_steps_triton as steps
@@ -125,17 +125,14 @@ def compare(
         ran = patches.enter_context(
             mock.patch.object(kernel_sm90, "decode_layers", wraps=kernel_sm90.decode_layers)
         )
-        actual = model.clone(compute_dtype=jnp.bfloat16).apply(
-            {"params": params}, tokens, cache, span, method=few_launches
-        )
+        actual = few_launches(model.clone(compute_dtype=jnp.bfloat16).bind(params), tokens, cache, span)
         assert ran.called
     ids = actual.expert_ids
     recorder = model.clone(capture=frozenset({"ffn_moe_logits"}))
     with jax.default_matmul_precision("highest"):
-        expected, sown = recorder.apply(
-            {"params": params}, tokens, cache, [span], ids, mutable=[STAGES_COLLECTION]
-        )
-    logits = np.asarray(sown[STAGES_COLLECTION]["ffn_moe_logits"])
+        network = recorder.bind(params)
+        expected = network(tokens, cache, [span], ids)
+    logits = np.asarray(network.shown()["ffn_moe_logits"])
     best = -np.sort(-logits, axis=-1)[..., : ids.shape[-1]]
     behind = best - np.take_along_axis(logits, np.asarray(ids), axis=-1)
     assert np.abs(behind).max() <= tolerances.ROUTER_TIE * logits.std()

@@ -218,8 +218,9 @@ def spans_forward(runner, token_ids, cache, spans):
     """Logits of every row of some spans, and the cache."""
 
     def run(model, params, ids, cache, spans):
-        output = model.apply({"params": params}, ids, cache, spans)
-        return model.apply({"params": params}, output.hidden, method="logits")[0], output.cache
+        network = model.bind(params)
+        output = network(ids, cache, spans)
+        return network.logits(output.hidden)[0], output.cache
 
     jitted = jax.jit(run, static_argnums=0, compiler_options=COMPILER_OPTIONS)
     return jitted(runner.model, runner.params, jnp.asarray(token_ids, jnp.int32)[None], cache, spans)

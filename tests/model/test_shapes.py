@@ -28,8 +28,8 @@ def abstract(config, types):
     cache = jax.eval_shape(lambda: KVCache.create(config, 2, 64))
     tokens, start = jnp.zeros((2, 3), jnp.int32), jnp.zeros((2,), jnp.int32)
     params = abstract_params(config, types, {})
-    step = jax.eval_shape(lambda p, c: model.apply({"params": p}, tokens, c, start), params, cache)
-    logits = jax.eval_shape(lambda p, h: model.apply({"params": p}, h, method="logits"), params, step.hidden)
+    step = jax.eval_shape(lambda p, c: model.bind(p)(tokens, c, start), params, cache)
+    logits = jax.eval_shape(lambda p, h: model.bind(p).logits(h), params, step.hidden)
     return params, step, logits
 
 
