@@ -16,6 +16,7 @@ from jax import lax
 from qwen3_moe_jax.convert.ggml_types import GGMLType
 from qwen3_moe_jax.convert.packed import GPU_TILES
 from qwen3_moe_jax.kernels_pallas import implementations
+from qwen3_moe_jax.kernels_pallas.attention.api import CACHE_TILE
 from qwen3_moe_jax.kernels_pallas.decode_step import config as step
 from qwen3_moe_jax.kernels_pallas.decode_step import kernel
 from qwen3_moe_jax.kernels_pallas.decode_step.tile_formats import TILE_FORMATS
@@ -27,8 +28,6 @@ from qwen3_moe_jax.kernels_pallas.norm_rope.api import rope_tables
 from qwen3_moe_jax.kernels_pallas.packed.stacks import LayerTable
 
 MAX_BATCH = 16
-CACHE_UNIT = max(step.KV_TILE.values())
-"""The cache's length is a multiple of this many tokens."""
 MODEL_FIELDS = (
     "num_hidden_layers",
     "hidden_size",
@@ -202,7 +201,7 @@ def step_config(
     types = weights.types
     check_supported(config, types, batch)
     length = cache.shape[2]
-    _require(length % CACHE_UNIT == 0, "cache length", length, f"need a multiple of {CACHE_UNIT}")
+    _require(length % CACHE_TILE == 0, "cache length", length, f"need a multiple of {CACHE_TILE}")
     return replace(
         shape_config(config, batch, device),
         cache_length=length,
@@ -223,7 +222,7 @@ def shape_config(config: Any, batch: int, device: Device) -> step.StepConfig:
     return step.StepConfig(
         batch=batch,
         **{name: getattr(config, name) for name in MODEL_FIELDS},
-        cache_length=CACHE_UNIT,
+        cache_length=CACHE_TILE,
         qkv_types=(q4, q6),
         qkv_always=(config.num_attention_heads + config.num_key_value_heads) * config.head_dim // 8,
         o_types=(q4,),

@@ -1,5 +1,6 @@
 """moe_mlp: the SwiGLU experts that each token chose, weighted after down_proj and summed in order."""
 
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -8,10 +9,14 @@ from jax.typing import DTypeLike
 
 from qwen3_moe_jax.convert.packed import PackedTensor
 from qwen3_moe_jax.kernels_pallas import implementations
+from qwen3_moe_jax.kernels_pallas.expert_matmul.api import expert_matmul
 from qwen3_moe_jax.kernels_pallas.gpu.device import OnHopper
 from qwen3_moe_jax.kernels_pallas.implementations import Implementation
 from qwen3_moe_jax.kernels_pallas.moe_mlp import xla
 from qwen3_moe_jax.kernels_pallas.packed.stacks import Matrices, OneOf, as_matrices, switch_types
+
+OnStage = Callable[[str, jax.Array], jax.Array]
+"""(name, value) -> the value that goes on."""
 
 
 def moe_mlp(
@@ -24,12 +29,11 @@ def moe_mlp(
     *,
     compute_dtype: DTypeLike = jnp.float32,
     implementation: Implementation | None = None,
-    return_stages: bool = False,
-) -> jax.Array | tuple[jax.Array, dict[str, jax.Array]]:
+    on_stage: OnStage | None = None,
+) -> jax.Array:
     """Runs each token through its experts.
 
-    Differentiable with respect to ``x`` and ``expert_weights``; packed weights
-    get no gradient. Stages carry no gradient.
+    Differentiable with respect to ``x`` and ``expert_weights``; packed weights get no gradient.
 
     Args:
       x: float32 or bfloat16 [T, D].
@@ -40,11 +44,12 @@ def moe_mlp(
       expert_weights: float32 [T, X].
       compute_dtype: float32 or bfloat16, what operands of products are rounded to; sums are float32.
       implementation: None chooses; a named one runs or raises.
-      return_stages: also return the intermediate stages.
+      on_stage: given each stage by its name, may change it, and gives it back: ``ffn_moe_gate``,
+        ``ffn_moe_up``, ``ffn_moe_swiglu`` [T, X, F] and ``ffn_moe_down`` [T, X, D] (before weighting).
+        The op then runs unfused, product after product.
 
     Returns:
-      float32 [T, D]; with ``return_stages`` a pair of it and ``ffn_moe_gate``,
-      ``ffn_moe_up``, ``ffn_moe_swiglu`` [T, X, F] and ``ffn_moe_down`` [T, X, D] (before weighting).
+      float32 [T, D].
 
     Raises:
       ValueError: shapes do not match.
@@ -66,7 +71,13 @@ def moe_mlp(
             f"up_proj {up_proj.shape}, down_proj {down_proj.shape}, "
             f"expert_ids {expert_ids.shape}, expert_weights {expert_weights.shape}"
         )
-    out, stages = implementations.run(
+    dtype = implementations.check_compute_dtype(compute_dtype)
+    if on_stage is not None:
+        project = partial(
+            expert_matmul, expert_ids=expert_ids, compute_dtype=dtype, implementation=implementation
+        )
+        return _in_stages(x, gate_proj, up_proj, down_proj, expert_weights, project, on_stage)
+    return implementations.run(
         "moe_mlp",
         implementation,
         {"pallas": OnHopper("moe_mlp"), "xla": partial(switch_types, xla.moe_mlp)},
@@ -76,7 +87,25 @@ def moe_mlp(
         as_matrices(down_proj),
         jnp.asarray(expert_ids),
         jnp.asarray(expert_weights),
-        implementations.check_compute_dtype(compute_dtype),
-        return_stages,
+        dtype,
     )
-    return (out, stages) if return_stages else out
+
+
+def _in_stages(
+    x: jax.Array,
+    gate_proj: PackedTensor | Matrices | OneOf,
+    up_proj: PackedTensor | Matrices | OneOf,
+    down_proj: PackedTensor | Matrices | OneOf,
+    expert_weights: jax.Array,
+    project: Callable[..., jax.Array],
+    on_stage: OnStage,
+) -> jax.Array:
+    """The op's definition, one product after the other."""
+    gate = on_stage("ffn_moe_gate", project(x, gate_proj))
+    up = on_stage("ffn_moe_up", project(x, up_proj))
+    swiglu = on_stage("ffn_moe_swiglu", jax.nn.silu(gate) * up)
+    down = on_stage("ffn_moe_down", project(swiglu, down_proj))
+    out = jnp.zeros_like(down[:, 0])
+    for choice in range(expert_weights.shape[1]):  # the order of the sum is part of the definition
+        out = out + down[:, choice] * expert_weights[:, choice, None]
+    return out

@@ -17,7 +17,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from qwen3_moe_jax.convert.packed import PackedTensor
-from qwen3_moe_jax.kernels_pallas.expert_matmul.kernel_sm90 import expert_matmul
 from qwen3_moe_jax.kernels_pallas.gpu.activations import SWIGLU_SCALE, WEIGHT_SCALE, float16_operand
 from qwen3_moe_jax.kernels_pallas.gpu.device import require_16_bits, require_hopper
 from qwen3_moe_jax.kernels_pallas.gpu.grouped_matmul_sm90 import (
@@ -42,11 +41,10 @@ def moe_mlp(
     expert_ids: jax.Array,
     expert_weights: jax.Array,
     compute_dtype: np.dtype,
-    return_stages: bool,
     *,
     config: MatmulConfig | None = None,
     interpret: Any = None,
-) -> tuple[jax.Array, dict[str, jax.Array]]:
+) -> jax.Array:
     """See ``api.moe_mlp``. Operands are float16 with powers of two as scales, not bfloat16.
 
     Raises:
@@ -59,20 +57,17 @@ def moe_mlp(
         gate = weights[0].options[0] if isinstance(weights[0], OneOf) else weights[0]
         config = few_config(x.shape[0], gate.stack.type)
     config = config or pick_config(expert_ids.size / gate_proj.shape[0])
-    is_few = x.shape[0] <= config.tile and config.widths == (config.tile,) and not return_stages
+    is_few = x.shape[0] <= config.tile and config.widths == (config.tile,)
 
-    def run(gate: Matrices, up: Matrices, down: Matrices | OneOf) -> tuple[jax.Array, dict]:
+    def run(gate: Matrices, up: Matrices, down: Matrices | OneOf) -> jax.Array:
         check_supported((gate, up))
         downs = down.options if isinstance(down, OneOf) else (down,)
         for option in downs:
             check_supported((option,))
         if is_few:
             which = down.which if isinstance(down, OneOf) else None
-            return _few(x, (gate, up, downs), which, expert_ids, expert_weights, config, interpret), {}
-        stacks = (gate, up, down)
-        if return_stages:
-            return _with_stages(x, stacks, expert_ids, expert_weights, compute_dtype, config, interpret)
-        return _experts(x, stacks, expert_ids, expert_weights, config, interpret), {}
+            return _few(x, (gate, up, downs), which, expert_ids, expert_weights, config, interpret)
+        return _experts(x, (gate, up, down), expert_ids, expert_weights, config, interpret)
 
     if is_few:
         return switch_types(lambda gate, up: run(gate, up, weights[2]), *weights[:2])
@@ -149,16 +144,3 @@ def _experts(
     for choice in range(1, expert_ids.shape[1]):
         total = total + parts[order.place[:, choice]]
     return total
-
-
-def _with_stages(x, weights: Stacks, expert_ids, expert_weights, compute_dtype, config, interpret):
-    """The same unfused, every stage in the order of tokens."""
-    options = {"config": config, "interpret": interpret}
-    gate, up = (expert_matmul(x, w, expert_ids, compute_dtype, **options) for w in weights[:2])
-    swiglu = jax.nn.silu(gate) * up
-    down = expert_matmul(swiglu, weights[2], expert_ids, compute_dtype, **options)
-    total = down[:, 0] * expert_weights[:, :1]
-    for choice in range(1, expert_ids.shape[1]):
-        total = total + down[:, choice] * expert_weights[:, choice : choice + 1]
-    names = ("ffn_moe_gate", "ffn_moe_up", "ffn_moe_swiglu", "ffn_moe_down")
-    return total, dict(zip(names, (gate, up, swiglu, down), strict=True))

@@ -18,7 +18,7 @@ Multiply = Callable[[jax.Array, int], jax.Array]
 Stacks = tuple[Matrices, Matrices, Matrices]
 
 
-@partial(jax.jit, static_argnums=(6, 7))
+@partial(jax.jit, static_argnums=6)
 def moe_mlp(
     x: jax.Array,
     gate_proj: Matrices,
@@ -27,11 +27,10 @@ def moe_mlp(
     expert_ids: jax.Array,
     expert_weights: jax.Array,
     compute_dtype: np.dtype,
-    return_stages: bool,
-) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """See ``api.moe_mlp``; always returns a pair, with no stages unless asked."""
+) -> jax.Array:
+    """See ``api.moe_mlp``."""
     stacks = (gate_proj, up_proj, down_proj)
-    return _moe(compute_dtype, return_stages, x, expert_weights.astype(jnp.float32), stacks, expert_ids)
+    return _moe(compute_dtype, x, expert_weights.astype(jnp.float32), stacks, expert_ids)
 
 
 def _per_token(x: jax.Array, num_experts_per_tok: int) -> jax.Array:
@@ -48,23 +47,20 @@ def _combine(parts: jax.Array, weights: jax.Array) -> jax.Array:
     return total
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _moe(
     compute_dtype: np.dtype,
-    return_stages: bool,
     x: jax.Array,
     weights: jax.Array,
     stacks: Stacks,
     expert_ids: jax.Array,
-) -> tuple[jax.Array, dict[str, jax.Array]]:
+) -> jax.Array:
     T, X = expert_ids.shape
     ids, rows = expert_ids.reshape(-1), _per_token(x, X)
 
     def swiglu_experts(multiply: Multiply, rows: jax.Array) -> list[jax.Array]:
         gate, up = multiply(rows, 0), multiply(rows, 1)
-        swiglu = jax.nn.silu(gate) * up
-        down = multiply(swiglu, 2)
-        return [down, gate, up, swiglu] if return_stages else [down]
+        return [multiply(jax.nn.silu(gate) * up, 2)]
 
     def tile(dense: list[DenseMatrix], tiles: list[jax.Array]) -> list[jax.Array]:
         return swiglu_experts(lambda rows, i: dots.matmul_nt(rows, dense[i]), tiles[0])
@@ -75,24 +71,15 @@ def _moe(
         )
     else:
         results = routing.over_rows(stacks, ids, [rows], tile, compute_dtype)
-    down, *others = [r.reshape(T, X, -1) for r in results]
-    names = ("ffn_moe_gate", "ffn_moe_up", "ffn_moe_swiglu", "ffn_moe_down")
-    stages = dict(zip(names, (*others, down), strict=True)) if return_stages else {}
-    return _combine(down, weights), stages
+    return _combine(results[0].reshape(T, X, -1), weights)
 
 
-def _forward(compute_dtype: np.dtype, return_stages: bool, x, weights, stacks, expert_ids) -> tuple:
-    return _moe(compute_dtype, return_stages, x, weights, stacks, expert_ids), (
-        x,
-        weights,
-        stacks,
-        expert_ids,
-    )
+def _forward(compute_dtype: np.dtype, x, weights, stacks, expert_ids) -> tuple:
+    return _moe(compute_dtype, x, weights, stacks, expert_ids), (x, weights, stacks, expert_ids)
 
 
-def _backward(compute_dtype: np.dtype, return_stages: bool, residuals: tuple, cotangents: tuple) -> tuple:
+def _backward(compute_dtype: np.dtype, residuals: tuple, dy: jax.Array) -> tuple:
     x, weights, stacks, expert_ids = residuals
-    dy, _ = cotangents
     T, X = expert_ids.shape
 
     def experts(dense: list[DenseMatrix], tiles: list[jax.Array]) -> list[jax.Array]:

@@ -53,8 +53,8 @@ class DecodePath(Protocol):
     batches: ClassVar[range]
     is_one_launch: ClassVar[bool]
 
-    def reason_on(self, device: jax.Device) -> str | None:
-        """Why this device does not suit it, or None."""
+    def reason_on(self, device: jax.Device, model: Qwen3Moe, params: Params) -> str | None:
+        """Why this device does not suit it, or None; asked when weights are loaded."""
         ...
 
     def reason_against(
@@ -125,7 +125,7 @@ class LayerByLayer:
     batches: ClassVar[range] = range(1, 1 << 31)
     is_one_launch: ClassVar[bool] = False
 
-    def reason_on(self, device: jax.Device) -> str | None:
+    def reason_on(self, device: jax.Device, model: Qwen3Moe, params: Params) -> str | None:
         return None
 
     def reason_against(
@@ -154,7 +154,7 @@ class FewLaunches:
     batches: ClassVar[range] = range(17, 65)
     is_one_launch: ClassVar[bool] = False
 
-    def reason_on(self, device: jax.Device) -> str | None:
+    def reason_on(self, device: jax.Device, model: Qwen3Moe, params: Params) -> str | None:
         return _refusal(gpu.require_hopper)
 
     def reason_against(
@@ -212,8 +212,10 @@ class OneKernel:
     batches: ClassVar[range] = range(1, 17)
     is_one_launch: ClassVar[bool] = True
 
-    def reason_on(self, device: jax.Device) -> str | None:
-        return _refusal(lambda: _decode_step().check_device(device))
+    def reason_on(self, device: jax.Device, model: Qwen3Moe, params: Params) -> str | None:
+        return _refusal(lambda: _decode_step().check_device(device)) or _refusal(
+            lambda: _decode_step().check(model.config, params, 1, device)
+        )
 
     def reason_against(
         self, model: Qwen3Moe, params: Params, batch: int, cache: KVCache, is_forced: bool = False
@@ -351,7 +353,7 @@ def choose(
     for path in paths:
         batch = path.batches[0]
         cache = jax.eval_shape(lambda n=batch: KVCache.create(model.config, n, ops.CACHE_TILE, cache_dtype))
-        reason = path.reason_on(device) or path.reason_against(model, params, batch, cache)
+        reason = path.reason_on(device, model, params) or path.reason_against(model, params, batch, cache)
         if reason is None:
             left.append(path)
         else:

@@ -194,34 +194,24 @@ class Experts(_Part):
         self, x: jax.Array, expert_ids: jax.Array, weights: jax.Array, layer: jax.Array
     ) -> jax.Array:
         """x [B, T, D], expert_ids and weights [B, T, X]: the experts' weighted sum [B, T, D]."""
-        weights_of = (self.gate_proj, self.up_proj, self.down_proj)
         ids = expert_ids.reshape(-1, expert_ids.shape[-1])
-        flat, flat_weights = x.reshape(-1, x.shape[-1]), weights.reshape(ids.shape)
-        if self._is_observed_inside():
-            return self._unfused(flat, weights_of, ids, flat_weights, layer, x.shape)
-        out = ops.moe_mlp(flat, *weights_of, ids, flat_weights, compute_dtype=self.settings.compute_dtype)
-        return out.reshape(x.shape)
-
-    def _is_observed_inside(self) -> bool:
-        return bool((self.settings.capture | {i.stage for i in self.settings.interventions}) & INSIDE_EXPERTS)
-
-    def _unfused(self, x, weights_of, ids, weights, layer: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-        """As ``moe_mlp``, one operation after the other, each result a stage [B, T, X, ...]."""
-
-        def project(value: jax.Array, weight: ops.OneOf) -> jax.Array:
-            return ops.expert_matmul(value, weight, ids, compute_dtype=self.settings.compute_dtype)
 
         def stage(name: str, value: jax.Array) -> jax.Array:
-            return self.stage(name, value.reshape(*shape[:2], *value.shape[1:]), layer).reshape(value.shape)
+            rows = value.reshape(*x.shape[:2], *value.shape[1:])
+            return self.stage(name, rows, layer).reshape(value.shape)
 
-        gate = stage("ffn_moe_gate", project(x, weights_of[0]))
-        up = stage("ffn_moe_up", project(x, weights_of[1]))
-        act = stage("ffn_moe_swiglu", jax.nn.silu(gate) * up)
-        down = stage("ffn_moe_down", project(act, weights_of[2]))
-        out = jnp.zeros_like(down[:, 0])
-        for choice in range(ids.shape[1]):  # the order of the sum is part of the definition
-            out = out + down[:, choice] * weights[:, choice, None]
-        return out.reshape(shape)
+        seen = self.settings.capture | {i.stage for i in self.settings.interventions}
+        out = ops.moe_mlp(
+            x.reshape(-1, x.shape[-1]),
+            self.gate_proj,
+            self.up_proj,
+            self.down_proj,
+            ids,
+            weights.reshape(ids.shape),
+            compute_dtype=self.settings.compute_dtype,
+            on_stage=stage if seen & INSIDE_EXPERTS else None,
+        )
+        return out.reshape(x.shape)
 
 
 class SparseMoeBlock(_Part):

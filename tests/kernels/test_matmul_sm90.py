@@ -121,8 +121,8 @@ def test_moe_mlp(rng, routing):
     stacks = [poison(w, np.unique(ids)) for w in stacks]
     x = rng.standard_normal((18, 256)).astype(np.float32)
     weights = rng.uniform(size=ids.shape).astype(np.float32)
-    out, _ = moe_sm90.moe_mlp(
-        x, *map(tiled, stacks), ids, weights, BFLOAT16, False, config=config, interpret=interpret()
+    out = moe_sm90.moe_mlp(
+        x, *map(tiled, stacks), ids, weights, BFLOAT16, config=config, interpret=interpret()
     )
     check(out, moe_oracle(x, stacks, ids, weights), tolerances.MOE_FLOAT16_NMSE, routing)
 
@@ -157,7 +157,7 @@ def test_moe_mlp_of_few_tokens(rng, routing, tokens, blocks, types):
         other = tiled(poison(random_weights(rng, GGMLType.Q8_0, (experts, 256, 256)), np.array([], int)))
         given[2] = OneOf((Matrices.of(other), Matrices.of(given[2])), jnp.int32(1))
     config = replace(few_config(tokens), warpgroups=2, blocks=blocks)
-    out, _ = moe_sm90.moe_mlp(x, *given, ids, weights, BFLOAT16, False, config=config, interpret=interpret())
+    out = moe_sm90.moe_mlp(x, *given, ids, weights, BFLOAT16, config=config, interpret=interpret())
     check(out, moe_oracle(x, stacks, ids, weights), tolerances.MOE_FLOAT16_NMSE, routing)
 
 
@@ -176,8 +176,8 @@ def test_four_warpgroups(rng):
     weights = rng.uniform(size=ids.shape).astype(np.float32)
     config = replace(few_config(3), blocks=2)
     assert config.warpgroups == 4
-    out, _ = moe_sm90.moe_mlp(
-        x, *map(tiled, stacks), ids, weights, BFLOAT16, False, config=config, interpret=interpret()
+    out = moe_sm90.moe_mlp(
+        x, *map(tiled, stacks), ids, weights, BFLOAT16, config=config, interpret=interpret()
     )
     check(out, moe_oracle(x, stacks, ids, weights), tolerances.MOE_FLOAT16_NMSE, "four warpgroups")
 

@@ -105,7 +105,7 @@ def test_ops_lower_for_cuda(rng, monkeypatch, tokens):
     x, ids = jnp.ones((tokens, 512)), jnp.zeros((tokens, 2), jnp.int32)
     dtype = np.dtype(jnp.bfloat16)
     experts = lower(
-        lambda x, *w: moe_sm90.moe_mlp(x, *w, ids, jnp.ones(ids.shape), dtype, False)[0],
+        lambda x, *w: moe_sm90.moe_mlp(x, *w, ids, jnp.ones(ids.shape), dtype),
         x, stack, stack, one_of(4, 512, 256),
     )  # fmt: skip
     # Few tokens run both types' kernels, one of them without work; many branch.
@@ -229,7 +229,8 @@ class TestHopper(OpCases):
         ids = np.stack([rng.permutation(6)[:2] for _ in range(tokens)]).astype(np.int32)
         weights, x = rng.uniform(size=(tokens, 2)).astype(np.float32), uniform(rng, (tokens, 256))
         prepared = [self.prepare(w) for w in (gate, up)] + [self.prepare(down)]
-        out, stages = self.moe(x, *prepared, ids, weights, return_stages=True)
+        stages = {}
+        out = self.moe(x, *prepared, ids, weights, on_stage=lambda n, value: stages.setdefault(n, value))
         gates, ups = expert_oracle(x, gate, ids), expert_oracle(x, up, ids)
         swiglu = silu64(gates) * ups
         expected = {"gate": gates, "up": ups, "swiglu": swiglu, "down": expert_oracle(swiglu, down, ids)}

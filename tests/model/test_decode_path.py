@@ -22,7 +22,7 @@ from qwen3_moe_jax.jax_backend.decode_path import (
 from qwen3_moe_jax.jax_backend.kv_cache import KVCache
 from qwen3_moe_jax.jax_backend.model import Intervention, Qwen3Moe
 from qwen3_moe_jax.jax_backend.params import GPU_ROLES, abstract_params, is_tiled
-from qwen3_moe_jax.kernels_pallas import LayerTable
+from qwen3_moe_jax.kernels_pallas import CACHE_TILE, LayerTable
 from qwen3_moe_jax.kernels_pallas.gpu import device as gpu
 
 CONFIG = PRESETS["Qwen3-30B-A3B"]
@@ -102,7 +102,7 @@ def test_an_h100_has_all_ways(params, on_hopper):
 @pytest.mark.parametrize(
     ("device", "dtype", "compute", "reasons"),
     [
-        ({"compute_capability": "8.9"}, jnp.float16, jnp.bfloat16, ["compute capability 8.9"]),
+        ({"compute_capability": "7.5"}, jnp.float16, jnp.bfloat16, ["compute capability 7.5"]),
         ({"core_count": 3}, jnp.float16, jnp.bfloat16, ["multiprocessors 3"]),
         ({}, jnp.int8, jnp.bfloat16, ["KV cache of 16 bits, and it is int8"] * 2),
         ({}, jnp.float16, jnp.float32, ["compute_dtype is float32"] * 2),
@@ -145,6 +145,8 @@ def test_what_is_to_be_seen_chooses_the_way(params, on_hopper, settings, is_forc
 def test_the_kernels_limits_are_the_ways():
     api = pytest.importorskip("qwen3_moe_jax.kernels_pallas.decode_step.api", reason="needs JAX 0.11")
     from qwen3_moe_jax.kernels_pallas.decode_layers import kernel_sm90
+    from qwen3_moe_jax.kernels_pallas.decode_step import config
 
     assert OneKernel.batches == range(1, api.MAX_BATCH + 1)
+    assert all(CACHE_TILE % tile == 0 for tile in config.KV_TILE.values())
     assert FewLaunches.batches == range(kernel_sm90._MIN_ROWS, kernel_sm90.MOST_FEW + 1)
