@@ -308,6 +308,8 @@ def _operands(
     layers: LayerTable = params["layers"]
     norm = lambda name: layers[name].options[0]
     router = layers[ROUTER].options[0].arrays["w"]
+    if router.dtype == jnp.uint16:  # bfloat16's bits
+        router = lax.bitcast_convert_type(router, jnp.bfloat16)
     router = router.reshape(c.num_hidden_layers, c.num_experts, c.hidden_size)
     shape = step.state_shape(c)
     state = jnp.zeros(shape, jnp.float32)

@@ -227,7 +227,7 @@ class Operands(NamedTuple):
       replay_ids_gmem: int32 [L, B, X] where experts are given.
       input_norm_gmem, post_norm_gmem: float32 [L, D / 32, 2, 4, 4]; final_norm_gmem without L.
       q_norm_gmem, k_norm_gmem: float32 [L, head_dim].
-      router_gmem: float32 [L, E, D / 32, 2, 4, 4].
+      router_gmem: float32, float16 or bfloat16 [L, E, D / 32, 2, 4, 4].
       weights_gmem: for each role, one dictionary of arrays per type.
       state_gmem: float32 [:func:`state_shape`].
       k_cache_gmem, v_cache_gmem: [L, batch, S, K, head_dim].

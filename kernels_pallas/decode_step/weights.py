@@ -15,6 +15,7 @@ from qwen3_moe_jax.convert.packed import PackedTensor
 from qwen3_moe_jax.kernels_pallas.packed.stacks import LayerTable, LayerTensor
 
 ROUTER = "mlp.router"
+ROUTER_TYPES = tuple(t.name for t in (GGMLType.F32, GGMLType.F16, GGMLType.BF16))
 TENSORS = {
     "o": "self_attn.o_proj",
     "gate": "mlp.experts.gate_proj",
@@ -50,9 +51,11 @@ class StepWeights(NamedTuple):
         table: LayerTable = params["layers"]
         if "lm_head" not in params:
             raise NotImplementedError("GPU decode step: tied word embeddings are not supported")
-        if (router := table[ROUTER].stacks) != (f"{ROUTER}.{GGMLType.F32.name}",):
+        router = [stack.removeprefix(f"{ROUTER}.") for stack in table[ROUTER].stacks]
+        if len(router) != 1 or router[0] not in ROUTER_TYPES:
             raise NotImplementedError(
-                f"GPU decode step: the router is in {', '.join(router)}; it must be F32"
+                f"GPU decode step: the router is in {', '.join(router)}; it must be in one of "
+                f"{', '.join(ROUTER_TYPES)}"
             )
         columns, always = _qkv_columns(table)
         stacks = {role: table[name].options for role, name in TENSORS.items()}

@@ -114,7 +114,11 @@ def test_the_table_lays_matrices_of_one_type_side_by_side():
 @pytest.mark.parametrize(
     ("path", "type", "named"),
     [
-        ("layers.1.mlp.router", GGMLType.F16, "it must be F32"),
+        (
+            "layers.1.mlp.router",
+            GGMLType.F16,
+            "the router is in F32, F16; it must be in one of",
+        ),
         ("layers.1.mlp.experts.up_proj", Q6, "gate_proj and up_proj of layer 1 are Q4_K and Q6_K"),
     ],
 )
@@ -130,3 +134,11 @@ def test_weights_must_lie_in_tiles_and_an_output_head_must_be_there():
     del params["lm_head"]
     with pytest.raises(NotImplementedError, match="tied word embeddings"):
         api.check(CONFIG, params, 1)
+
+
+@pytest.mark.parametrize("type", [GGMLType.F16, GGMLType.BF16])
+def test_a_router_of_16_bits_is_taken(type):
+    params = abstract(**{f"layers__{i}__mlp__router": type for i in range(2)})
+    (stack,) = params["layers"]["mlp.router"].options
+    assert stack.type is type
+    StepWeights.of(params)
