@@ -316,7 +316,8 @@ def _bar(label: str) -> Iterator[ProgressCallback]:
     )
     estimate = Estimate()
     console = Console(file=_Notes(), highlight=False)
-    with Progress(*columns, console=console, transient=True, auto_refresh=False) as bar:
+    ours = {"redirect_stdout": False, "redirect_stderr": False}  # this module writes to the real streams
+    with Progress(*columns, console=console, transient=True, auto_refresh=False, **ours) as bar:
         task = bar.add_task(label, total=None, visible=False, speed="")
 
         def report(done: int, total: int) -> None:
@@ -365,7 +366,9 @@ def read_line() -> str | None:
 
 
 def ask(prompt: str) -> str | None:
-    """A line from the person at the terminal; None at the end of input."""
+    """A line from the person at the terminal, who can edit it and recall earlier ones; None at the end."""
+    with suppress(ImportError):  # not on each system; ``input`` uses it where it is there
+        import readline  # noqa: F401
     try:
         return input(prompt)
     except (EOFError, RuntimeError):  # RuntimeError: a stream was lost

@@ -238,6 +238,76 @@ def test_input_that_cannot_be_read_is_named():
     assert done.stderr.startswith("qwen3-moe: standard input cannot be read")
 
 
+# Progress
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Time that stands still unless it is moved."""
+
+    class Clock:
+        now = 1000.0
+
+        def monotonic(self):
+            return self.now
+
+    clock = Clock()
+    monkeypatch.setattr(terminal, "time", clock)
+    return clock
+
+
+def test_the_clock_of_a_load_starts_with_its_first_byte(clock, capsys):
+    with terminal.show_progress("loading") as report:
+        clock.now += 60  # JAX is imported
+        for seconds, done in ((0, 1), (1.5, 1.5), (3, 1.6), (5, 1.7), (2, 4), (5, 7), (0, 8)):
+            clock.now += seconds
+            report(int(done * 10**9), 8 * 10**9)
+    assert capsys.readouterr().err.splitlines() == [
+        "loading: 1.50 GB of 8.00 GB, 333.3 MB/s, 20 s left",
+        "loading: 1.70 GB of 8.00 GB, 73.7 MB/s, 86 s left",
+        "loading: 7.00 GB of 8.00 GB, 363.6 MB/s, 3 s left",
+    ]
+
+
+def test_no_time_is_told_before_a_tenth_or_three_seconds(clock, capsys):
+    with terminal.show_progress("loading") as report:
+        for seconds, done in ((0, 0.0), (2, 0.2), (5, 0.4)):
+            clock.now += seconds
+            report(int(done * 10**9), 8 * 10**9)
+    assert capsys.readouterr().err.splitlines() == [
+        "loading: 200.0 MB of 8.00 GB, 100.0 MB/s",
+        "loading: 400.0 MB of 8.00 GB, 57.1 MB/s, 133 s left",
+    ]
+
+
+def test_quiet_progress_says_nothing_and_a_terminal_gets_a_bar(clock, monkeypatch):
+    stream = io.StringIO()
+    stream.isatty = lambda: True
+    monkeypatch.setattr(sys, "stderr", stream)
+    monkeypatch.setenv("TERM", "xterm")
+    for quiet in (True, False):
+        assert not stream.getvalue()
+        with terminal.show_progress("a[bold]\x1b[2J", quiet=quiet) as report:
+            report(0, 2 * 10**9)
+            clock.now += 2
+            report(10**9, 2 * 10**9)
+    assert "1.0/2.0 GB" in stream.getvalue()
+    assert r"a[bold]\x1b[2J" in stream.getvalue()
+
+
+# The end
+
+
+def test_generations_left_unfinished_say_nothing_at_exit():
+    code = (
+        "import qwen3_moe_jax as q3; model = q3.load(backend='jax', gate=False, max_context=64)\n"
+        "streams = [model.stream('x =', max_tokens=30, temperature=0) for _ in range(2)]\n"
+        "print([next(stream) for stream in streams])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=SECONDS)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 # The rule
 
 
