@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Literal, Protocol, TypedDict, Unpack
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from qwen3_moe_jax.convert.config import Qwen3MoeConfig
 from qwen3_moe_jax.core.errors import (
@@ -103,7 +103,7 @@ class ForwardOptions(TypedDict, total=False):
     """
 
     capture: Collection[str]
-    expert_ids: ArrayLike | None
+    expert_ids: NDArray[np.integer] | None
     layers: Sequence[int] | None
     chunk_sizes: Sequence[int]
     beside: Sequence[Sequence[int]]
@@ -320,7 +320,7 @@ def checked_forward(
     token_ids: Sequence[int],
     *,
     capture: Collection[str] = (),
-    expert_ids: ArrayLike | None = None,
+    expert_ids: NDArray[np.integer] | None = None,
     layers: Sequence[int] | None = None,
     chunk_sizes: Sequence[int] = (),
     beside: Sequence[Sequence[int]] = (),
@@ -414,7 +414,7 @@ def checked_prompt(runner: Runner, token_ids: Sequence[int]) -> NDArray[np.int32
 
 
 def _checked_experts(
-    config: Qwen3MoeConfig, expert_ids: ArrayLike, num_layers: int, num_tokens: int
+    config: Qwen3MoeConfig, expert_ids: NDArray[np.integer], num_layers: int, num_tokens: int
 ) -> NDArray[np.int32]:
     expected = (num_layers, num_tokens, config.num_experts_per_tok)
     ids = np.asarray(expert_ids)
@@ -425,7 +425,9 @@ def _checked_experts(
     return ids.astype(np.int32)
 
 
-def per_prompt(count: int, limits: int | Sequence[int], samplings: Sampling | Sequence[Sampling]):
+def per_prompt(
+    count: int, limits: int | Sequence[int], samplings: Sampling | Sequence[Sampling]
+) -> list[tuple[int, Sampling]]:
     """(max_tokens, sampling) of each of ``count`` prompts, where one value stands for all.
 
     Raises:

@@ -102,7 +102,8 @@ def recommended_sampling(
       thinking: whether the model is going to think; None takes what the model does by itself.
     """
     sampling, origin = _recommended_by_family(metadata, thinking)
-    taken, refused = [], []
+    taken: list[str] = []
+    refused: list[str] = []
     for key, name in _KEYS.items():
         if f"general.sampling.{key}" not in metadata:
             continue

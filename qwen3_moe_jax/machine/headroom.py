@@ -12,14 +12,11 @@ https://docs.kernel.org/admin-guide/cgroup-v1/memory.html, proc(5), getrlimit(2)
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import psutil
 
 from qwen3_moe_jax.machine.cuda import free_on_card
-
-if TYPE_CHECKING:
-    import jax
 
 ROOT = Path("/")
 """Where ``proc`` and ``sys`` are."""
@@ -53,7 +50,30 @@ class Headroom:
         return Headroom(nbytes, self.where, self.origin)
 
 
-def available_memory(device: "jax.Device") -> Headroom:
+class Device(Protocol):
+    """What is asked of a ``jax.Device``."""
+
+    @property
+    def platform(self) -> str:
+        """ "cpu", "gpu" or "tpu"."""
+        ...
+
+    @property
+    def device_kind(self) -> str:
+        """The device's name."""
+        ...
+
+    @property
+    def local_hardware_id(self) -> int | None:
+        """CUDA's number of the device."""
+        ...
+
+    def memory_stats(self) -> Mapping[str, int] | None:
+        """The allocator's figures."""
+        ...
+
+
+def available_memory(device: Device) -> Headroom:
     """What is free where a JAX device keeps its arrays."""
     if device.platform == "cpu":
         return main_memory()

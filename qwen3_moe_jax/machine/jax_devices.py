@@ -1,15 +1,13 @@
 """JAX's devices, and one line where it does not start: the variable that is the cause, not a traceback."""
 
+import importlib
 import os
 import re
 import warnings
-from typing import TYPE_CHECKING
+from typing import Any
 
 from qwen3_moe_jax.core.errors import BackendUnavailableError
 from qwen3_moe_jax.machine.folders import check_writable, writable_cache
-
-if TYPE_CHECKING:
-    import jax
 
 PLATFORMS_VARIABLE = "JAX_PLATFORMS"
 CARDS_VARIABLE = "CUDA_VISIBLE_DEVICES"
@@ -18,22 +16,25 @@ MIN_COMPILE_SECONDS = 0.1
 """Programs that take longer to compile are kept on disk."""
 
 
+def _jax() -> Any:
+    """The module: imported late, for JAX is slow to start and the other backends do not need it."""
+    return importlib.import_module("jax")
+
+
 def set_memory_policy() -> None:
     """Keeps XLA from taking most of a card at start; a user's own setting stays."""
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 
-def jax_devices() -> "list[jax.Device]":
-    """JAX's devices, its default one first.
+def jax_devices() -> list[Any]:
+    """JAX's devices (``jax.Device``), its default one first.
 
     Raises:
       BackendUnavailableError: JAX does not start; the line names the setting that is the cause.
     """
     set_memory_policy()
     try:
-        import jax
-
-        return jax.devices()
+        return _jax().devices()
     except Exception as error:  # a plugin that is broken, or absent, raises whatever it likes
         raise BackendUnavailableError(why_jax_does_not_start(error)) from error
 
@@ -54,9 +55,7 @@ def platforms_wanted() -> tuple[str, str]:
     """The platforms that JAX is told to use, and by what; ("", "") where it chooses."""
     in_environment = os.environ.get(PLATFORMS_VARIABLE, "")
     try:
-        import jax
-
-        configured = jax.config.jax_platforms or ""
+        configured = str(_jax().config.jax_platforms or "")
     except Exception:  # a broken installation: the variable is all that there is
         configured = in_environment
     if not configured or configured == in_environment:
@@ -73,13 +72,12 @@ def advice_for(platforms: str) -> str:
 
 def enable_compilation_cache() -> None:
     """Keeps compiled programs on disk between runs, unless the user has chosen a place already."""
-    import jax
-
-    chosen = jax.config.jax_compilation_cache_dir
+    config = _jax().config
+    chosen = config.jax_compilation_cache_dir
     if chosen is not None:
         check_writable(chosen)
-    elif jax.config.jax_enable_compilation_cache and (folder := writable_cache("xla")):
-        jax.config.update("jax_compilation_cache_dir", str(folder))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", MIN_COMPILE_SECONDS)
+    elif config.jax_enable_compilation_cache and (folder := writable_cache("xla")):
+        config.update("jax_compilation_cache_dir", str(folder))
+        config.update("jax_persistent_cache_min_compile_time_secs", MIN_COMPILE_SECONDS)
     # what fails later (a disk that fills up) costs time alone: JAX would say so for each program
     warnings.filterwarnings("ignore", message="Error (reading|writing) persistent compilation cache entry")

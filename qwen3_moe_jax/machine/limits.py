@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from qwen3_moe_jax.convert.config import Qwen3MoeConfig
 from qwen3_moe_jax.convert.ggml_types import BLOCK_FORMATS
@@ -80,18 +81,23 @@ def copy_bandwidth() -> float:
     with ThreadPoolExecutor(threads) as pool:
         for _ in range(REPEATS):
             began = time.perf_counter()
-            list(pool.map(lambda pair: np.copyto(pair[1], pair[0]), pairs))
+            list(pool.map(_copy, pairs))
             best = min(best, time.perf_counter() - began)
     return 2 * words * 8 * threads / best
+
+
+def _copy(pair: tuple[NDArray[np.float64], NDArray[np.float64]]) -> None:
+    pair[1][:] = pair[0]
 
 
 def product_rate() -> float:
     """Operations/s of a float32 matrix product in NumPy; the best of a few."""
     a = np.ones((PRODUCT_SIZE, PRODUCT_SIZE), np.float32)
+    product = np.empty_like(a)
     best = float("inf")
     for _ in range(REPEATS):
         began = time.perf_counter()
-        a @ a
+        np.matmul(a, a, out=product)
         best = min(best, time.perf_counter() - began)
     return 2 * PRODUCT_SIZE**3 / best
 

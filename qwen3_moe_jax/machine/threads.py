@@ -9,7 +9,7 @@ five times their arithmetic. So whoever runs products side by side keeps each on
 import ctypes
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +17,8 @@ from typing import TypeVar
 
 import numpy as np
 
-T, R = TypeVar("T"), TypeVar("R")
+T = TypeVar("T")
+R = TypeVar("R")
 
 MAX_WORKERS = 4
 """More would only wait for the interpreter's lock: four dequantize 1.7 times as fast as one."""
@@ -54,7 +55,7 @@ ALONE = Workers(1)
 
 
 @contextmanager
-def shares_the_lock() -> Iterator[None]:
+def shares_the_lock() -> Generator[None, None, None]:
     """Threads of short NumPy calls get on beside one that is pure Python, as the tracing of a program is.
 
     By default such a thread gives the interpreter's lock away after 5 ms, and each call of the others
@@ -73,7 +74,7 @@ _SETTER, _GETTER = "scipy_openblas_set_num_threads64_", "scipy_openblas_get_num_
 
 
 @contextmanager
-def one_thread_per_product() -> Iterator[None]:
+def one_thread_per_product() -> Generator[None, None, None]:
     """NumPy's products stay on the thread that asks; nothing changes where NumPy has another BLAS."""
     library = _openblas()
     if library is None:
