@@ -7,14 +7,14 @@
 
 For each number of sequences, what --work names:
   prefill   prompts together, until each has its first token
-  decode    then tokens for all of them, --steps a dispatch, at the prompts' depth; with --random-cache
+  decode    then tokens for all of them, --steps per dispatch, at the prompts' depth; with --random-cache
             the prompts are not read, their keys and values are random numbers
   mixed     a quarter of the sequences is replaced by new prompts while the others go on: prompt tokens and
             written tokens of the same seconds
   skewed    those of prefill and decode that --work names again, with routing that follows Zipf's law, most
             tokens to few experts: random weights route evenly, real ones do not
 
-Every token is sampled (temperature 1, top_k 20, a seed each): greedy sequences of random weights fall into
+Every token is sampled (temperature 1, top_k 20, one seed each): greedy sequences of random weights fall into
 loops and share their experts. The best of --repeats counts; the first run compiles and does not. Limits:
 for prompts --tflops; for decoding the bytes of the weights that a step reads, experts in the number that
 even routing is expected to choose, and the cache's, over --bandwidth. The last line is JSON.

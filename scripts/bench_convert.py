@@ -47,7 +47,7 @@ def best_seconds(function: Callable[[], object], repeats: int) -> float:
 
 
 def pack_rate(kind: GGMLType) -> float:
-    """GB of file bytes packed a second, from memory to memory, on the threads that ``pack`` takes."""
+    """GB of file bytes packed per second, from memory to memory, on the threads that ``pack`` takes."""
     blocks = _PACK_BYTES // BLOCK_FORMATS[kind].nbytes
     raw = random_blocks(kind, blocks, np.random.default_rng(0)).reshape(-1)
     shape = (blocks, BLOCK_FORMATS[kind].weights)

@@ -1,4 +1,4 @@
-"""Decode of a GGUF file as a user gets it: tokens a second, device memory, seconds to the first token.
+"""Decode of a GGUF file as a user gets it: tokens per second, device memory, seconds to the first token.
 
     python -m scripts.bench_decode FILE [--rows 1:0 1:4096 8:0 16:0] [--context 32768] [--stages cold rows]
 

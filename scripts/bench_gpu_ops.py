@@ -1,4 +1,4 @@
-"""The Hopper kernels alone at the shapes of Qwen3-30B-A3B: right first, then timed, a row each.
+"""The Hopper kernels alone at the shapes of Qwen3-30B-A3B: right first, then timed, one row each.
 
 Every row checks values against float32 before it is timed. Times are of a repetition inside one program,
 so that they hold what a layer of the model would pay: kernels and the small launches around them. Rows say

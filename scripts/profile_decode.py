@@ -313,7 +313,7 @@ def decode_many(w, config, tokens, positions, cache, steps: int, device, expert_
 
 
 def speed(w, config, batch, depth, *, device, dtype, steps=64, repeats=4, given=False) -> dict:
-    """Tokens a second, best and median of several dispatches; with ``given`` experts or free ones."""
+    """Tokens per second, best and median of several dispatches; with ``given`` experts or free ones."""
     tokens = jnp.arange(batch, dtype=jnp.int32) * 1000 % config.vocab_size + 17
     positions = jnp.full((batch,), depth, jnp.int32)
     cache = random_cache(config, batch, depth + steps, dtype)

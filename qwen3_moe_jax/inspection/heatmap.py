@@ -1,4 +1,4 @@
-"""The picture of expert usage: one row a layer, one column an expert, drawn with Pillow."""
+"""The picture of expert usage: one row per layer, one column per expert, drawn with Pillow."""
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -25,7 +25,7 @@ _COLOURS = np.array(
 INK, PALE = (32, 32, 36), (110, 110, 118)
 BACKGROUND = (255, 255, 255)
 
-WIDTH, LEAST_CELL, MOST_CELL = 1280, 6, 40
+WIDTH, MIN_CELL, MAX_CELL = 1280, 6, 40
 MARGIN_LEFT, MARGIN_TOP, MARGIN_RIGHT, MARGIN_BOTTOM = 84, 96, 190, 76
 SCALE_WIDTH, SCALE_GAP = 18, 36
 
@@ -41,7 +41,7 @@ def colours(values: np.ndarray) -> np.ndarray:
 def draw_usage(usage: ExpertUsage) -> Image.Image:
     """The heatmap with axes, scale, title and the number of tokens."""
     layers, experts = usage.counts.shape
-    cell = int(np.clip((WIDTH - MARGIN_LEFT - MARGIN_RIGHT) // experts, LEAST_CELL, MOST_CELL))
+    cell = int(np.clip((WIDTH - MARGIN_LEFT - MARGIN_RIGHT) // experts, MIN_CELL, MAX_CELL))
     row = int(np.clip(cell, 12, 28))
     width, height = cell * experts, row * layers
     size = (MARGIN_LEFT + width + MARGIN_RIGHT, MARGIN_TOP + max(height, 140) + MARGIN_BOTTOM)
@@ -78,7 +78,8 @@ def _titles(draw: ImageDraw.ImageDraw, usage: ExpertUsage) -> None:
     title = f"Experts used: {printable(usage.model, 80)}" if usage.model else "Experts used"
     layers, experts = usage.counts.shape
     facts = (
-        f"{usage.tokens:,} tokens, {layers} layers, {usage.experts_per_token} of {experts} experts a token; "
+        f"{usage.tokens:,} tokens, {layers} layers, "
+        f"{usage.experts_per_token} of {experts} experts per token; "
         f"balance {usage.balance().min():.2f} to {usage.balance().max():.2f} (1 is even), "
         f"{int(usage.unused().sum())} never used"
     )

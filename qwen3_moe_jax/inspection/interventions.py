@@ -32,7 +32,7 @@ def force_experts(experts: Sequence[int], layer: int | None = None) -> Intervent
     """Every token is sent to these experts, with the router's own probabilities of them, renormalized.
 
     Args:
-      experts: as many ids as the model uses a token, or more to choose among.
+      experts: as many ids as the model uses per token, or more to choose among.
       layer: the layer, or None for every layer.
     """
     return Intervention("ffn_moe_logits", partial(_only, experts=tuple(experts)), layer)

@@ -118,7 +118,7 @@ class Row:
       outcome: MEASURED, or why not: NOT_OFFERED, NO_MEMORY, TOO_SLOW or FAILED.
       reason: in words, unless measured.
       timing: if measured.
-      limit: tokens a second of all sequences that the machine allows, where that is known.
+      limit: tokens per second of all sequences that the machine allows, where that is known.
       limited_by: "memory" or "arithmetic".
     """
 
@@ -131,7 +131,7 @@ class Row:
 
     @property
     def rates(self) -> list[float]:
-        """Tokens a second of all sequences, run by run."""
+        """Tokens per second of all sequences, run by run."""
         tokens = self.workload.count * self.workload.tokens
         return [tokens / seconds for seconds in self.timing.runs] if self.timing else []
 

@@ -35,7 +35,7 @@ from qwen3_moe_jax.text.tokenizer import Tokenizer
 DEFAULT_CONTEXT = 512
 """Tokens of a window, which is llama-perplexity's default."""
 
-LEAST_CONTEXT = 4
+MIN_CONTEXT = 4
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class Perplexity:
       windows, windows_in_all: done, and in all.
       context, stride: as asked.
       seconds: since the first window began.
-      tokens_per_s: tokens that ran through the model a second, the first window (which may
+      tokens_per_s: tokens that ran through the model per second, the first window (which may
         compile) left out where there are others.
     """
 
@@ -112,8 +112,8 @@ class Perplexity:
 
 def check_windows(context: int, stride: int | None) -> None:
     """Raises ValueError for lengths that no text could be cut into."""
-    if context < LEAST_CONTEXT:
-        raise ValueError(f"a context of {context} tokens: a window needs at least {LEAST_CONTEXT}")
+    if context < MIN_CONTEXT:
+        raise ValueError(f"a context of {context} tokens: a window needs at least {MIN_CONTEXT}")
     if stride is not None and not 1 <= stride <= context:
         raise ValueError(f"a stride of {stride} tokens: it must be from 1 to the context, {context}")
 

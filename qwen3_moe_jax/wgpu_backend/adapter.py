@@ -32,12 +32,12 @@ class Tuning:
     """Settings of the kernels.
 
     Attributes:
-      workgroup: invocations a workgroup of the matrix kernels.
+      workgroup: invocations per workgroup of the matrix kernels.
       lanes: most invocations that share one row of weights; a power of two.
       decode_rows: rows of weights that one group of lanes computes for one token.
       prefill_rows, prefill_tokens: the same for a tile of tokens.
-      vector_workgroup: invocations a workgroup of norms, router, embedding and merge.
-      head_workgroup: invocations a workgroup of RoPE and attention.
+      vector_workgroup: invocations per workgroup of norms, router, embedding and merge.
+      head_workgroup: invocations per workgroup of RoPE and attention.
       heads: most query heads of one KV head that a workgroup of attention computes together.
       sample_workgroup: invocations of the one workgroup that samples.
       chunk: tokens of a prompt that are computed together.
@@ -79,7 +79,7 @@ _GPU = Tuning(
     submits_in_flight=2,
 )
 
-# A software adapter runs a workgroup as SIMD vectors of 8 lanes. A lane a row needs no reduction,
+# A software adapter runs a workgroup as SIMD vectors of 8 lanes. One lane per row needs no reduction,
 # and spans stay short enough for drivers that end an invocation's loops after 65,535 iterations.
 _SOFTWARE = Tuning(
     workgroup=8,

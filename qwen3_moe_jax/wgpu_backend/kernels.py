@@ -14,7 +14,7 @@ from qwen3_moe_jax.wgpu_backend.layout import WORD_FORMATS
 
 ATTENTION_TILE = 128
 GROUP_SHARED_BYTES = 10 << 10
-"""Of the counters of group.wgsl; with three words an expert they stay below the 16 KiB of every adapter."""
+"""Of the counters of group.wgsl; with three words per expert they stay below the 16 KiB of every adapter."""
 FULL_LANES = 0.75
 """Lanes are halved until at least this share of them has work."""
 
@@ -59,7 +59,7 @@ class Site:
       x: workgroups in x.
       y: what the grid's y follows: "once", "tokens", "token tiles", "pairs", "pair tiles"
         or "head tiles".
-      spans: for attention and merge, cache positions a workgroup; 0 otherwise.
+      spans: for attention and merge, cache positions per workgroup; 0 otherwise.
       merge: runs only where there is more than one span.
       taps: stages that can be read after this dispatch.
     """

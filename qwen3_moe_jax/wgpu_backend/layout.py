@@ -6,7 +6,7 @@ Kernels read 16 bytes at a time, so every type becomes whole vectors of four
 ======  =====================================================================
 type    words
 ======  =====================================================================
-Q4_K    9 vectors a superblock, ggml's own bytes: d, dmin and the 12 bytes of
+Q4_K    9 vectors per superblock, ggml's own bytes: d, dmin and the 12 bytes of
         six-bit scales and mins; 128 bytes of nibbles
 Q5_K    11 vectors, ggml's own bytes: the same with 32 bytes of high bits
         before the nibbles
@@ -77,17 +77,17 @@ def granule(type: GGMLType, weights_per_item: int) -> int:
 
 
 def items_per_window(
-    type: GGMLType, items: int, weights_per_item: int, most_bytes: int, most_items: int, step: int = 1
+    type: GGMLType, items: int, weights_per_item: int, most_bytes: int, max_items: int, step: int = 1
 ) -> int:
     """How many items of a tensor one buffer takes: all of them, or a multiple of the granule and of ``step``.
 
     Raises:
       ValueError: not even the smallest number of items fits.
     """
-    if device_nbytes(type, items * weights_per_item) <= most_bytes and items <= most_items:
+    if device_nbytes(type, items * weights_per_item) <= most_bytes and items <= max_items:
         return items
     step = max(step, granule(type, weights_per_item))  # both are powers of two
-    count = min(most_bytes // device_nbytes(type, step * weights_per_item), most_items // step) * step
+    count = min(most_bytes // device_nbytes(type, step * weights_per_item), max_items // step) * step
     if count == 0:
         raise ValueError(
             f"{step} x {weights_per_item} weights of {type.name} exceed the {most_bytes} bytes "

@@ -19,7 +19,7 @@ from qwen3_moe_jax.wgpu_backend.weights import weight_nbytes
 MEMORY_VARIABLE = "QWEN3_MOE_WGPU_MEMORY"
 """Environment variable: memory that the model may take, such as ``12GiB``, in place of what is found."""
 
-MOST_LOGIT_BYTES = 40 << 20
+MAX_LOGIT_BYTES = 40 << 20
 SHARE_OF_MEMORY = 0.95
 """Share of the free memory that a model may take."""
 
@@ -75,7 +75,7 @@ def _sizes(
     heads, kv_heads, head_dim = c.num_attention_heads, c.num_key_value_heads, c.head_dim
     pairs = chunk * c.num_experts_per_tok
     hidden = 4 * chunk * c.hidden_size
-    logit_rows = max(1, min(chunk, MOST_LOGIT_BYTES // (4 * c.vocab_size)))
+    logit_rows = max(1, min(chunk, MAX_LOGIT_BYTES // (4 * c.vocab_size)))
     decode_spans = -(-max_context // tuning.decode_span)
     prefill_spans = -(-max_context // tuning.prefill_span)
     parts = max(decode_spans if decode_spans > 1 else 0, chunk * prefill_spans if prefill_spans > 1 else 0)

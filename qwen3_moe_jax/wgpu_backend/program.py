@@ -1,6 +1,6 @@
 """The dispatches of one forward pass, for a tile of tokens (prefill) and for one token (decode).
 
-Ten dispatches a layer for a token: q, k and v; head norms, RoPE and cache
+Ten dispatches per layer for a token: q, k and v; head norms, RoPE and cache
 write; attention; o_proj; residual and norm; router; choice of experts; gate, up
 and SwiGLU; down; weighted sum, residual and the next norm. Prefill adds the
 grouping of tokens by expert.
@@ -53,7 +53,7 @@ class Tap:
 
 
 class Buffers:
-    """The work space on the device, by name; ``keys`` and ``values`` are lists, one a layer."""
+    """The work space on the device, by name; ``keys`` and ``values`` are lists, one per layer."""
 
     def __init__(self, device: Device, config: Qwen3MoeConfig, workspace: Workspace, max_context: int):
         self.workspace = workspace

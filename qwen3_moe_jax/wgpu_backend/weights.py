@@ -23,8 +23,8 @@ from qwen3_moe_jax.wgpu_backend.layout import (
     items_per_window,
 )
 
-MOST_ROWS = 65535 * 8
-"""Rows of one dispatch: a grid has at most 65,535 workgroups a dimension, of at least 8 rows each."""
+MAX_ROWS = 65535 * 8
+"""Rows of one dispatch: a grid has at most 65,535 workgroups per dimension, of at least 8 rows each."""
 
 SMALLEST_MULTIPLE = 8
 """Every width of the model must be a multiple of this: kernels read vectors of four, two at a time."""
@@ -102,7 +102,7 @@ class _Uploader:
 
     def model(self) -> ModelWeights:
         config = self._source.config
-        embed = self._stack("embed_tokens", config.vocab_size, 1, most_items=MOST_ROWS)
+        embed = self._stack("embed_tokens", config.vocab_size, 1, max_items=MAX_ROWS)
         layers = [self._layer(f"layers.{i}") for i in range(config.num_hidden_layers)]
         norm = self._norms("norm")
         if config.tie_word_embeddings:
@@ -142,12 +142,12 @@ class _Uploader:
         """Matrices side by side: in one buffer if that fits, else each in its own windows."""
         specs, types = self._source.specs, self._source.types
         sizes = [device_nbytes(types[p], int(np.prod(specs[p].shape))) for p in paths]
-        if sum(sizes) <= self._device.most_bytes and sum(specs[p].shape[0] for p in paths) <= MOST_ROWS:
+        if sum(sizes) <= self._device.most_bytes and sum(specs[p].shape[0] for p in paths) <= MAX_ROWS:
             return [self._side_by_side(paths, sizes)]
         buffers, y = [], 0
         for path in paths:
             rows = specs[path].shape[0]
-            for window in self._stack(path, rows, 1, most_items=MOST_ROWS):
+            for window in self._stack(path, rows, 1, max_items=MAX_ROWS):
                 segment = Segment(window.type, window.end - window.begin, window.columns, 0, y + window.begin)
                 buffers.append(DenseBuffer(window.buffer, (segment,)))
             y += rows
@@ -165,32 +165,32 @@ class _Uploader:
             y += rows
         return DenseBuffer(buffer, tuple(segments))
 
-    def _experts(self, path: str, step: int = 1, most_items: int = MOST_ROWS) -> list[ExpertBuffer]:
+    def _experts(self, path: str, step: int = 1, max_items: int = MAX_ROWS) -> list[ExpertBuffer]:
         experts, rows, _ = self._source.specs[path].shape
-        return self._stack(path, experts, rows, step=step, most_items=most_items)
+        return self._stack(path, experts, rows, step=step, max_items=max_items)
 
     def _gate_up(self, gate: str, up: str) -> list[tuple[ExpertBuffer, ExpertBuffer]]:
         """Both stacks, cut at the same experts."""
         specs, types = self._source.specs, self._source.types
         experts, rows, columns = specs[gate].shape
         step = max(granule(types[p], rows * columns) for p in (gate, up))
-        count = min(self._fit(p, types[p], experts, rows * columns, MOST_ROWS, step) for p in (gate, up))
+        count = min(self._fit(p, types[p], experts, rows * columns, MAX_ROWS, step) for p in (gate, up))
         pairs = zip(self._experts(gate, step, count), self._experts(up, step, count), strict=True)
         return list(pairs)
 
-    def _fit(self, path: str, type: GGMLType, items: int, weights: int, most_items: int, step: int) -> int:
+    def _fit(self, path: str, type: GGMLType, items: int, weights: int, max_items: int, step: int) -> int:
         try:
-            return items_per_window(type, items, weights, self._device.most_bytes, most_items, step)
+            return items_per_window(type, items, weights, self._device.most_bytes, max_items, step)
         except ValueError as error:
             raise MemoryPlanError(f"{path} does not fit {self._device.report.name}: {error}") from error
 
     def _stack(
-        self, path: str, items: int, rows: int, *, most_items: int, step: int = 1
+        self, path: str, items: int, rows: int, *, max_items: int, step: int = 1
     ) -> list[ExpertBuffer]:
         """A tensor as windows of whole items of ``rows`` rows."""
         type = self._source.types[path]
         columns = self._source.specs[path].shape[-1]
-        count = self._fit(path, type, items, rows * columns, most_items, step)
+        count = self._fit(path, type, items, rows * columns, max_items, step)
         tensor = self._tensor(path)
         found = []
         for begin in range(0, items, count):

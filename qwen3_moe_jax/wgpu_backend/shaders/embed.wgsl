@@ -1,5 +1,5 @@
 //% from "formats.wgsl" import units with context
-// Rows of the embedding table, dequantized: one workgroup a token.
+// Rows of the embedding table, dequantized: one workgroup per token.
 // A table larger than a binding comes in windows of rows; other windows' tokens are left alone.
 
 {% include "common.wgsl" %}

@@ -1,5 +1,5 @@
 // Residual and RMSNorm: x += sum_i weight_i * delta_i, then h = x / sqrt(mean(x^2) + eps) * norm.
-// One workgroup a token. The deltas are the attention's output (one, weight 1), the
+// One workgroup per token. The deltas are the attention's output (one, weight 1), the
 // outputs of the chosen experts (in the order of the choice), or none.
 
 {% include "common.wgsl" %}

@@ -1,5 +1,5 @@
 // Softmax over all experts, the most probable ones (lowest id first among equals), and
-// their renormalized weights. One workgroup a token.
+// their renormalized weights. One workgroup per token.
 {% include "common.wgsl" %}
 
 struct Params {
