@@ -1,8 +1,10 @@
 """What can be known to be wrong before a model is loaded is refused before it is loaded, with exit code 2."""
 
 import json
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -150,6 +152,12 @@ def test_help_has_each_exit_code(capsys):
     shown = capsys.readouterr().out
     for code, meaning in MEANINGS.items():
         assert f"{code.value}  {meaning}" in shown
+
+
+def test_the_documents_have_each_exit_code():
+    page = (Path(__file__).parents[2] / "docs/reference/exit-codes.md").read_text()
+    codes = [int(code) for code in re.findall(r"^\| (\d+) \|", page, re.MULTILINE)]
+    assert codes == list(ExitCode) == list(MEANINGS)
 
 
 @pytest.mark.parametrize(
