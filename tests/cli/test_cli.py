@@ -5,14 +5,13 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 
 from qwen3_moe_jax import loader
 from qwen3_moe_jax.cli import COMMANDS
 
-SECONDS = 120
+SECONDS = 600  # for hangs alone
 
 
 def run(*args: str, text: str | None = None) -> subprocess.CompletedProcess:
@@ -152,7 +151,6 @@ def test_ctrl_c_keeps_the_text_so_far():
         text=True,
     )
     first = process.stdout.read(4)
-    time.sleep(0.2)
     process.send_signal(signal.SIGINT)
     rest, errors = process.communicate(timeout=SECONDS)
     assert process.returncode == 130

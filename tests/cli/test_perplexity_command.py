@@ -6,7 +6,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -60,7 +59,7 @@ def test_standard_input_gives_what_the_file_gives(short, capsys):
         input=Path(short).read_bytes(),
         env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},
         capture_output=True,
-        timeout=120,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.decode() == of_file
@@ -129,9 +128,8 @@ def test_ctrl_c_prints_the_estimate_so_far():
     )
     while not process.stderr.readline().startswith("window"):
         assert process.poll() is None
-    time.sleep(0.1)
     process.send_signal(signal.SIGINT)
-    out, errors = process.communicate(timeout=120)
+    out, errors = process.communicate(timeout=600)
     assert process.returncode == 130
     assert "Traceback" not in errors
     found = json.loads(out)

@@ -12,7 +12,7 @@ from scripts import child_environment
 
 def fuzz(*options: str) -> tuple[int, str, dict]:
     command = [sys.executable, "-m", "scripts.fuzz_gguf", *options]
-    child = subprocess.run(command, capture_output=True, text=True, timeout=280, env=child_environment())
+    child = subprocess.run(command, capture_output=True, text=True, timeout=800, env=child_environment())
     return child.returncode, child.stdout, json.loads(child.stdout.splitlines()[-1])
 
 

@@ -100,7 +100,7 @@ def test_all_classes_under_optimization_and_a_memory_limit(tmp_path: Path):
         env={"PATH": "", "PYTHONPATH": str(ROOT), "OPENBLAS_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
     )
     assert child.returncode == 0, child.stderr
 

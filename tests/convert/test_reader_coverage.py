@@ -34,7 +34,7 @@ def coverage(*arguments: str, data_file: Path) -> subprocess.CompletedProcess[st
         },
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=800,
     )
 
 

@@ -113,7 +113,7 @@ def test_truncated_while_loading(tmp_path: Path):
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
     )
     assert child.returncode == 0, child.stderr  # negative: a signal
     reads, *codes = child.stdout.split()
