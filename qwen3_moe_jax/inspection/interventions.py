@@ -16,6 +16,7 @@ from qwen3_moe_jax.core.stages import STAGES
 from qwen3_moe_jax.jax_backend.kv_cache import KVCache
 from qwen3_moe_jax.jax_backend.model import Intervention
 from qwen3_moe_jax.jax_backend.runner import JaxRunner
+from qwen3_moe_jax.jax_backend.settings import own_settings
 
 
 def ablate_expert(expert: int, layer: int | None = None) -> Intervention:
@@ -56,6 +57,7 @@ def steer(stage: str, vector: np.ndarray, layer: int | None = None, *, scale: fl
     return Intervention(stage, lambda value: value + added.astype(value.dtype), layer)
 
 
+@own_settings()
 def logit_gradient(
     runner: JaxRunner,
     token_ids: Sequence[int],

@@ -27,6 +27,7 @@ from qwen3_moe_jax.jax_backend.generate import (
 )
 from qwen3_moe_jax.jax_backend.kv_cache import KVCache
 from qwen3_moe_jax.jax_backend.params import Params
+from qwen3_moe_jax.jax_backend.settings import own_settings
 from qwen3_moe_jax.jax_backend.token_choice import SamplingArrays, is_wide
 
 PREFILL_TOKENS = 2048
@@ -78,6 +79,7 @@ class Batch:
       capacity: tokens that a sequence may have, prompt and output.
     """
 
+    @own_settings()
     def __init__(self, decoder: Decoder, params: Params, cache: KVCache, capacity: int):
         """Makes empty slots, one for each row of ``cache``, which this batch owns from now on.
 
@@ -124,6 +126,7 @@ class Batch:
         """False after a step that failed on the device (out of memory, say) and took the state with it."""
         return not any(x.is_deleted() for x in jax.tree.leaves(self._state))
 
+    @own_settings()
     def admit(
         self,
         token_ids: Sequence[int],
@@ -181,6 +184,7 @@ class Batch:
         tokens[:count], is_stop[stops] = token_ids, True
         return tokens, is_stop
 
+    @own_settings()
     def free(self, slot: int) -> None:
         """Gives a slot back, at any time: a sequence that has not ended is given up.
 
@@ -198,6 +202,7 @@ class Batch:
         for slot in list(self._sequences):
             self.free(slot)
 
+    @own_settings()
     def step(self, tokens: int = 1, *, prompt_tokens: int = PREFILL_TOKENS, ahead: int = 0) -> list[Progress]:
         """Goes on with every sequence that has not ended.
 

@@ -44,6 +44,7 @@ from qwen3_moe_jax.jax_backend.kv_cache import KVCache, whole_tiles
 from qwen3_moe_jax.jax_backend.likelihood import log_likelihoods
 from qwen3_moe_jax.jax_backend.model import Qwen3Moe
 from qwen3_moe_jax.jax_backend.params import GPU_ROLES, Params, load_params, split_path
+from qwen3_moe_jax.jax_backend.settings import own_settings
 from qwen3_moe_jax.kernels_pallas import Matrices
 from qwen3_moe_jax.kernels_pallas import dequantize as dequantize_on_device
 from qwen3_moe_jax.kernels_pallas.gpu.device import ask_ptxas_once
@@ -78,6 +79,7 @@ class JaxRunner:
         beside=True, interventions=True, open_batch=True, dequantized=True, concurrent=True
     )
 
+    @own_settings()
     def __init__(
         self,
         source: ModelSource,
@@ -183,6 +185,7 @@ class JaxRunner:
                 raise ModelClosedError from error
             raise
 
+    @own_settings()
     def dequantized(self, path: str, tile: int, expert: int | None = None) -> np.ndarray:
         check_open(self)
         layer, name = split_path(path)
@@ -211,6 +214,7 @@ class JaxRunner:
         with self._open():
             return self._forward(request)
 
+    @own_settings()
     def _forward(self, r: ForwardRequest) -> Forward:
         token_ids, chosen, expert_ids = r.token_ids, r.layers, r.expert_ids
         row = len(r.beside) // 2
@@ -241,6 +245,7 @@ class JaxRunner:
         }
         return Forward(whole["logits"], np.moveaxis(whole["expert_ids"], 0, 1), stages)
 
+    @own_settings()
     def log_likelihoods(self, token_ids: Sequence[int], *, first: int = 1) -> np.ndarray:
         token_ids = checked_text(self, token_ids, first)
         chunks = chunk_lengths(len(token_ids) - 1)
@@ -339,6 +344,7 @@ class JaxRunner:
             batch.free_all()
             self._spare = batch
 
+    @own_settings()
     def _new_batch(self, slots: int, context: int) -> Batch:
         length = _cache_length(context)
         cache = KVCache.create(self.config, slots, length, self.cache_dtype, self.device)

@@ -13,6 +13,7 @@ from flax import struct
 
 import qwen3_moe_jax.kernels_pallas as ops
 from qwen3_moe_jax.core.sampling import Sampling
+from qwen3_moe_jax.jax_backend.settings import RANDOM_BITS
 
 CANDIDATES = 64
 """A top_k up to this many is served by a partial sort of the vocabulary."""
@@ -168,5 +169,5 @@ def _sample_one(values, ids, top_k, top_p, min_p, seed, position):
     before = jnp.cumsum(kept) - kept
     kept = jnp.where(before < top_p, kept, 0.0)
     kept = jnp.where(kept >= min_p * kept[0], kept, 0.0)
-    key = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), position)
+    key = jax.random.fold_in(jax.random.key(seed, impl=RANDOM_BITS), position)
     return ids[jax.random.categorical(key, jnp.log(kept))].astype(jnp.int32)
