@@ -154,6 +154,7 @@ class JaxRunner:
             "batch_invariant": self.decoder.is_batch_invariant,
         }
 
+    @own_settings()
     def _recorded(self) -> Record:
         """What runs the ops: what has run, or where nothing has, what the tracing of one token says."""
         if not self._record:

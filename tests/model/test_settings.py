@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 CHILD = """
 import hashlib, json, sys
-from qwen3_moe_jax.convert.model_source import open_model
+from qwen3_moe_jax.convert.open_model import open_model
 from qwen3_moe_jax.core.sampling import Sampling
 from qwen3_moe_jax.jax_backend.runner import JaxRunner
 
