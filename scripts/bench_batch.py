@@ -34,6 +34,7 @@ import numpy as np
 
 from qwen3_moe_jax.convert.config import PRESETS, Qwen3MoeConfig
 from qwen3_moe_jax.convert.open_model import open_model
+from qwen3_moe_jax.convert.tensor_names import q4_k_m_types
 from qwen3_moe_jax.core.sampling import Sampling
 from qwen3_moe_jax.jax_backend.batching import Batch
 from qwen3_moe_jax.jax_backend.decode_path import Decoder, choose
@@ -45,7 +46,7 @@ from qwen3_moe_jax.jax_backend.runner import JaxRunner
 from qwen3_moe_jax.loader import KV_CACHES, embedded_model
 from qwen3_moe_jax.machine.limits import prefill_operations
 from qwen3_moe_jax.machine.memory import cache_nbytes
-from scripts.bench_prefill import random_params, types_of
+from scripts.bench_prefill import random_params
 
 SEED = 11
 WORK = ("prefill", "decode", "mixed", "skewed")
@@ -75,7 +76,7 @@ class Subject:
 def of_preset(name: str, cache_dtype: str | None) -> Subject:
     """Random weights in the types of a Q4_K_M file, made on the device."""
     config = replace(PRESETS["Qwen3-30B-A3B"], **SMALL) if name == "small" else PRESETS[name]
-    types = types_of(config)
+    types = q4_k_m_types(config)
     params = jax.block_until_ready(random_params(config, types, GPU_ROLES))
     dtype = jnp.dtype(cache_dtype or "float16")
     decoder = choose(Qwen3Moe(config, jnp.bfloat16), params, jax.devices()[0], dtype)

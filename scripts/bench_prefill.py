@@ -22,7 +22,7 @@ from jax import lax
 from qwen3_moe_jax.convert.config import PRESETS, Qwen3MoeConfig
 from qwen3_moe_jax.convert.ggml_types import GGMLType
 from qwen3_moe_jax.convert.packed import GPU_TILES, PackedTensor
-from qwen3_moe_jax.convert.tensor_names import tensor_specs
+from qwen3_moe_jax.convert.tensor_names import q4_k_m_types
 from qwen3_moe_jax.jax_backend.kv_cache import KVCache
 from qwen3_moe_jax.jax_backend.model import Qwen3Moe
 from qwen3_moe_jax.jax_backend.params import plan_layers
@@ -32,27 +32,6 @@ from qwen3_moe_jax.measure.benchmark import random_prompts, repeated
 
 SCALES = {GGMLType.Q4_K: 1.4e-4, GGMLType.Q5_K: 0.7e-4, GGMLType.Q6_K: 1.5e-5, GGMLType.Q8_0: 2.7e-4}
 """Superblock scales that give weights of about 0.02."""
-
-
-def use_more_bits(layer: int, layers: int) -> bool:
-    """Layers in which Q4_K_M gives some tensors more bits (llama.cpp's rule)."""
-    return layer < layers // 8 or layer >= 7 * layers // 8 or (layer - layers // 8) % 3 == 2
-
-
-def types_of(config: Qwen3MoeConfig) -> dict[str, GGMLType]:
-    """Types of a Q4_K_M file, by path."""
-    types = {}
-    for spec in tensor_specs(config):
-        kind = GGMLType.Q4_K
-        if len(spec.shape) == 1 or spec.path.endswith("router"):
-            kind = GGMLType.F32
-        elif spec.path == "lm_head":
-            kind = GGMLType.Q6_K
-        elif spec.path.endswith(("v_proj", "down_proj")):
-            more = use_more_bits(int(spec.path.split(".")[1]), config.num_hidden_layers)
-            kind = GGMLType.Q6_K if more else GGMLType.Q4_K
-        types[spec.path] = kind
-    return types
 
 
 def tile_shapes(kind: GGMLType, rows: int, columns: int) -> dict[str, jax.ShapeDtypeStruct]:
@@ -161,7 +140,7 @@ def main() -> None:
     parser.add_argument("--tflops", type=float, default=798.0, help="what the card's matrix product reaches")
     args = parser.parse_args()
     config = PRESETS[args.preset]
-    types = types_of(config)
+    types = q4_k_m_types(config)
     began = time.perf_counter()
     params = jax.block_until_ready(random_params(config, types))
     print(f"{jax.devices()[0].device_kind}: weights made in {time.perf_counter() - began:.1f} s", flush=True)

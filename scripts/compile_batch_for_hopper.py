@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from qwen3_moe_jax.convert.config import PRESETS
+from qwen3_moe_jax.convert.tensor_names import q4_k_m_types
 from qwen3_moe_jax.jax_backend import generate
 from qwen3_moe_jax.jax_backend.decode_path import PATHS, Decoder
 from qwen3_moe_jax.jax_backend.generate import PREFILL_CHUNKS, DecodeState
@@ -23,14 +24,14 @@ from qwen3_moe_jax.jax_backend.model import Qwen3Moe
 from qwen3_moe_jax.jax_backend.params import GPU_ROLES
 from qwen3_moe_jax.loader import KV_CACHES
 from scripts import compile_for_hopper  # sets the platform, so it comes before JAX
-from scripts.bench_prefill import random_params, types_of
+from scripts.bench_prefill import random_params
 
 
 def programs(args: argparse.Namespace, kv_cache: str) -> dict[str, Callable[[], jax.stages.Traced]]:
     """What to trace, by name: decoding, and a chunk of ``--prompts`` prompts beside it."""
     sharding = compile_for_hopper.h100()
     config, slots, prompts = PRESETS[args.preset], args.slots, min(args.prompts, args.slots)
-    types = types_of(config)
+    types = q4_k_m_types(config)
     decoder = Decoder(Qwen3Moe(config, jnp.bfloat16), PATHS)
 
     def make() -> tuple:

@@ -33,6 +33,7 @@ from jax.experimental import topologies
 from jax.sharding import AbstractDevice, AbstractMesh, SingleDeviceSharding, use_abstract_mesh
 
 from qwen3_moe_jax.convert.ggml_types import GGMLType
+from qwen3_moe_jax.convert.tensor_names import q4_k_m_types
 from qwen3_moe_jax.jax_backend.kv_cache import KVCache
 from qwen3_moe_jax.jax_backend.model import Qwen3Moe
 from qwen3_moe_jax.jax_backend.params import GPU_ROLES
@@ -286,7 +287,7 @@ def decode(args: argparse.Namespace) -> int:
 def compile_step(args: argparse.Namespace) -> None:
     sharding = h100()
     config = bench_prefill.PRESETS[args.preset]
-    types = bench_prefill.types_of(config)
+    types = q4_k_m_types(config)
     model = Qwen3Moe(config, jnp.bfloat16)
     arguments = jax.eval_shape(
         lambda: (

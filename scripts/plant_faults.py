@@ -25,7 +25,8 @@ from qwen3_moe_jax.core.runner import Runner
 from qwen3_moe_jax.parity.bisect import LONG_TOKENS, bisect
 from qwen3_moe_jax.parity.recorded import parity_text
 from qwen3_moe_jax.parity.verify import TEXT_TOKENS
-from qwen3_moe_jax.testing.faults import FAULTS, Fault, plant
+from qwen3_moe_jax.testing.fault_list import FAULTS, Fault
+from qwen3_moe_jax.testing.faults import plant
 from qwen3_moe_jax.text.tokenizer import Tokenizer
 
 BACKENDS = ("reference", "jax", "jax:bfloat16", "wgpu")

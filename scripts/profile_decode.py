@@ -42,6 +42,7 @@ from jax import lax
 from qwen3_moe_jax.convert.config import PRESETS
 from qwen3_moe_jax.convert.ggml_types import GGMLType
 from qwen3_moe_jax.convert.packed import PackedTensor
+from qwen3_moe_jax.convert.tensor_names import q4_k_m_types
 from qwen3_moe_jax.jax_backend.kv_cache import KVCache, whole_tiles
 from qwen3_moe_jax.jax_backend.params import GPU_ROLES
 from qwen3_moe_jax.kernels_pallas.decode_step import api
@@ -56,7 +57,7 @@ from qwen3_moe_jax.kernels_pallas.embedding_lookup.api import embedding_lookup
 from qwen3_moe_jax.kernels_pallas.gpu.device import multiprocessors
 from qwen3_moe_jax.kernels_pallas.gpu.interpreter import interpreter
 from qwen3_moe_jax.kernels_pallas.norm_rope.api import rope, rope_tables
-from scripts.bench_prefill import random_params, types_of
+from scripts.bench_prefill import random_params
 
 
 def mixed(config) -> dict[str, GGMLType]:
@@ -64,7 +65,7 @@ def mixed(config) -> dict[str, GGMLType]:
     t = GGMLType
     kinds = ({"v_proj": t.Q8_0, "down_proj": t.Q8_0}, {"down_proj": t.Q5_K})
     types = {}
-    for path, kind in types_of(config).items():
+    for path, kind in q4_k_m_types(config).items():
         if path == "lm_head":
             types[path] = t.Q8_0
         elif kind is t.F32 or not path.startswith("layers."):
@@ -75,7 +76,7 @@ def mixed(config) -> dict[str, GGMLType]:
     return types
 
 
-TYPES = {"q4_k_m": types_of, "mixed": mixed}
+TYPES = {"q4_k_m": q4_k_m_types, "mixed": mixed}
 """Quantization types of all tensors."""
 
 

@@ -15,25 +15,15 @@ from qwen3_moe_jax.machine.datasheets import peak_bandwidth
 from qwen3_moe_jax.machine.limits import bytes_per_token, copy_bandwidth, is_cpu
 from qwen3_moe_jax.parity import metrics
 from qwen3_moe_jax.parity.contract import CPU, NVIDIA, Clause
-from qwen3_moe_jax.parity.evidence import (
-    BATCH_TOKENS,
-    BATCHES,
-    STAGE_CHUNK,
-    STAGE_TOKENS,
-    Evidence,
-    LogitDistance,
-    Oracle,
-    broken_invariants,
-    differing_bits,
-)
+from qwen3_moe_jax.parity.evidence import BATCH_TOKENS, BATCHES, STAGE_CHUNK, STAGE_TOKENS, Evidence, Oracle
 from qwen3_moe_jax.parity.judge import FUSED_STAGES
 from qwen3_moe_jax.parity.second_reading import read_blocks
+from qwen3_moe_jax.parity.text_runs import LogitDistance, broken_invariants, differing_bits
 
 PASSED, FAILED, NOT_APPLICABLE = "passed", "failed", "not applicable"
 
 LEAST_TEXT_TOKENS = 2000
 ROWS_READ = 32
-TILES_READ = 2
 CAUSAL_TOLERANCE = 1e-3
 """Logits of a position may differ this much with what comes after it (another order of sums)."""
 

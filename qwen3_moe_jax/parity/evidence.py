@@ -1,16 +1,13 @@
 """What the clauses are judged by: runs of the reference and of one backend, each made once and kept."""
 
 import tempfile
-import zlib
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from threading import RLock
 from typing import Any, Generic, TypeVar
 
 import numpy as np
 
-from qwen3_moe_jax.convert.config import Qwen3MoeConfig
 from qwen3_moe_jax.convert.packed import LANES
 from qwen3_moe_jax.convert.source import ModelSource
 from qwen3_moe_jax.convert.unpack import dequantize
@@ -19,10 +16,16 @@ from qwen3_moe_jax.core.sampling import Sampling
 from qwen3_moe_jax.machine.folders import writable_cache
 from qwen3_moe_jax.machine.resident import ResidentPeak
 from qwen3_moe_jax.machine.threads import ALONE, Workers
-from qwen3_moe_jax.parity import metrics
 from qwen3_moe_jax.parity.gate import GateResult, inspect, layers_option
 from qwen3_moe_jax.parity.judge import FUSED_STAGES, Judgement, StageJudge
 from qwen3_moe_jax.parity.recorded import RecordedLogits, recorded_logits
+from qwen3_moe_jax.parity.text_runs import (
+    LogitDistance,
+    TextRun,
+    broken_invariants,
+    checksums,
+    differing_bits,
+)
 from qwen3_moe_jax.reference import ReferenceRunner
 
 SMALL_MODEL_BYTES = 1 << 30
@@ -46,8 +49,6 @@ PROMPT_TOKENS = 24
 BATCHES = (2, 8, 16)
 BATCH_TOKENS = 8
 DECODED_TOKENS = 24
-
-ROWS_AT_A_TIME = 128
 
 RUNS = {
     "VRAM-001": ("memory",),
@@ -97,15 +98,6 @@ class once:
             value = instance.__dict__.setdefault(f"_lazily {self._name}", value)
         instance.__dict__[self._name] = value()
         return instance.__dict__[self._name]
-
-
-def by_rows(function, *arrays: np.ndarray) -> np.ndarray:
-    """``function`` of a few rows at a time, so that float64 copies stay small."""
-    parts = [
-        function(*(a[start : start + ROWS_AT_A_TIME] for a in arrays))
-        for start in range(0, len(arrays[0]), ROWS_AT_A_TIME)
-    ]
-    return np.concatenate(parts)
 
 
 class Oracle:
@@ -173,115 +165,6 @@ def stacked(forward: Forward, stage: str) -> np.ndarray:
     """One stage of every layer: [L, T, ...]."""
     layers = sorted(layer for name, layer in forward.stages if name == stage)
     return np.stack([forward.stages[stage, layer] for layer in layers])
-
-
-@dataclass(frozen=True)
-class LogitDistance:
-    """Logits of one backend against the reference's, over a text.
-
-    Attributes:
-      cosine: [T], over the vocabulary.
-      nmse: [T].
-      kl: [T], nats.
-      agrees: bool [T], whether the best token is the same.
-      largest: largest difference of any logit.
-    """
-
-    cosine: np.ndarray
-    nmse: np.ndarray
-    kl: np.ndarray
-    agrees: np.ndarray
-    largest: float
-
-    @classmethod
-    def of(cls, expected: np.ndarray, actual: np.ndarray) -> "LogitDistance":
-        rows = min(len(expected), len(actual))
-        expected, actual = expected[:rows], actual[:rows]
-        with np.errstate(invalid="ignore", over="ignore"):
-            return cls(
-                by_rows(metrics.cosine, expected, actual),
-                by_rows(metrics.nmse, actual, expected),
-                by_rows(metrics.kl_divergence, expected, actual),
-                by_rows(metrics.top1_agrees, expected, actual),
-                float(by_rows(lambda a, b: np.abs(a - b).max(axis=-1), actual, expected).max()),
-            )
-
-    @classmethod
-    def joined(cls, parts: Sequence["LogitDistance"]) -> "LogitDistance":
-        """The distance over a text from those over its windows."""
-        arrays = [
-            np.concatenate([getattr(part, name) for part in parts])
-            for name in ("cosine", "nmse", "kl", "agrees")
-        ]
-        return cls(*arrays, float(np.max([part.largest for part in parts])))
-
-    @property
-    def top1(self) -> float:
-        """Share of positions whose best token is the same."""
-        return float(self.agrees.mean())
-
-    def figures(self) -> dict[str, float]:
-        """What a receipt keeps."""
-        return {
-            "cosine_min": float(self.cosine.min()),
-            "cosine_mean": float(self.cosine.mean()),
-            "nmse_max": float(self.nmse.max()),
-            "nmse_mean": float(self.nmse.mean()),
-            "kl_mean": float(self.kl.mean()),
-            "kl_max": float(self.kl.max()),
-            "top1_agreement": self.top1,
-            "largest_difference": self.largest,
-        }
-
-
-@dataclass(frozen=True)
-class TextRun:
-    """What is kept of a backend's run over the text; not its logits, gigabytes for a large vocabulary.
-
-    Attributes:
-      distance: of its logits from the reference's.
-      expert_ids: int32 [L, T, X].
-      router_logits: float32 [L, T, E], or None where they were not asked for.
-      checksums: int [T], a CRC-32 of the bits of each position's logits.
-      broken: what is wrong with shapes, dtypes, finiteness and expert ids, one line each.
-    """
-
-    distance: LogitDistance
-    expert_ids: np.ndarray
-    router_logits: np.ndarray | None
-    checksums: np.ndarray
-    broken: tuple[str, ...]
-
-
-def broken_invariants(config: Qwen3MoeConfig, forward: Forward, length: int) -> list[str]:
-    """What is wrong with a run of ``length`` tokens whatever its weights; one line each."""
-    shape = (length, config.vocab_size)
-    if forward.logits.shape != shape or forward.logits.dtype != np.float32:
-        return [f"logits are {forward.logits.dtype} {forward.logits.shape}, not float32 {shape}"]
-    broken = []
-    if not np.isfinite(forward.logits).all():
-        rows = np.flatnonzero(~np.isfinite(forward.logits).all(axis=-1))
-        broken.append(f"logits are not finite from position {rows[0]} on")
-    ids = forward.expert_ids
-    expected = (config.num_hidden_layers, length, config.num_experts_per_tok)
-    if ids.shape != expected:
-        return [*broken, f"expert ids are {ids.shape}, not {expected}"]
-    ordered = np.sort(ids, axis=-1)
-    if ids.min() < 0 or ids.max() >= config.num_experts or (np.diff(ordered, axis=-1) == 0).any():
-        broken.append("a token's experts are out of range or not distinct")
-    return broken
-
-
-def differing_bits(actual: np.ndarray, expected: np.ndarray) -> int:
-    """How many values differ in any bit; all of them where the shapes do."""
-    if actual.shape != expected.shape:
-        return expected.size
-    return int(np.count_nonzero(actual.view(np.uint32) != expected.view(np.uint32)))
-
-
-def checksums(rows: np.ndarray) -> np.ndarray:
-    """A CRC-32 of the bits of each row."""
-    return np.array([zlib.crc32(np.ascontiguousarray(row).data) for row in rows], np.int64)
 
 
 class Evidence:

@@ -356,7 +356,7 @@ class Expectations:
         rounding x, and x and the weights, does to the output.
         """
         gate, up = true
-        sigmas = [self._float32_sigma(x, p) for p in projections]
+        sigmas = [careful_sigma(x, p, FLOAT32) for p in projections]
         error = MAX_SILU_SLOPE * np.abs(up) * sigmas[0] + np.abs(silu(gate)) * sigmas[1]
         spread = (error @ np.abs(down).T) ** 2
         if self.operand <= FLOAT32:
@@ -367,10 +367,6 @@ class Expectations:
             gate_near, up_near = (near @ w.T for w in matrices)
             spread += ((silu(gate_near) * up_near - silu(gate) * up) @ down.T) ** 2
         return spread
-
-    @staticmethod
-    def _float32_sigma(x: np.ndarray, weight: PackedTensor) -> np.ndarray:
-        return careful_sigma(x, weight, FLOAT32)
 
     def _dense(
         self, x: np.ndarray, weight: PackedTensor, operand: float | None = None

@@ -5,8 +5,6 @@ import sys
 import numpy as np
 import pytest
 
-from qwen3_moe_jax.convert.open_model import open_model
-from qwen3_moe_jax.loader import embedded_model
 from qwen3_moe_jax.parity.recorded import parity_text
 from qwen3_moe_jax.reference import ReferenceRunner
 from qwen3_moe_jax.text.tokenizer import Tokenizer
@@ -18,12 +16,6 @@ def forget_programs():
     yield
     if "jax" in sys.modules:
         sys.modules["jax"].clear_caches()
-
-
-@pytest.fixture(scope="session")
-def source():
-    with open_model(embedded_model()) as opened:
-        yield opened
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,8 @@ from qwen3_moe_jax.parity.bisect import bisect, bisect_trace, compare
 from qwen3_moe_jax.parity.causes import explain
 from qwen3_moe_jax.parity.judge import StageJudge
 from qwen3_moe_jax.parity.noise import ROUNDING
-from qwen3_moe_jax.testing.faults import FAULTS, plant
+from qwen3_moe_jax.testing.fault_list import FAULTS
+from qwen3_moe_jax.testing.faults import plant
 
 SHORT = 40
 

@@ -17,6 +17,7 @@ from qwen3_moe_jax.parity.evidence import Evidence, Oracle
 from qwen3_moe_jax.parity.gate import check_once
 from qwen3_moe_jax.parity.verify import verify
 from qwen3_moe_jax.testing import faults
+from qwen3_moe_jax.testing.fault_list import FAULTS
 from qwen3_moe_jax.testing.random_models import SMALL, write_random_gguf
 
 TOKENS = 96
@@ -40,7 +41,7 @@ def oracle(source, text_ids):
 
 @pytest.fixture(scope="module")
 def plant(source, makers):
-    return lambda name: faults.plant(faults.FAULTS[name], source, makers["reference"])
+    return lambda name: faults.plant(FAULTS[name], source, makers["reference"])
 
 
 def break_preload(oracle, reference, plant):
@@ -300,7 +301,7 @@ def test_the_gate_takes_few_layers_of_a_deep_model(backend, source, makers, monk
     assert gate.gate_layers(source) == (0, 2, 5)  # another mix of types from layer 2 on, and the last
     found = gate.inspect(makers[backend](source), source)
     assert (found.layers, found.stages, found.departures) == ((0, 2, 5), 3 + 3 * 18, ())
-    wrong = gate.inspect(faults.plant(faults.FAULTS["gqa-map"], source, makers[backend]), source)
+    wrong = gate.inspect(faults.plant(FAULTS["gqa-map"], source, makers[backend]), source)
     assert wrong.departures[0].where == "kqv_out-0"
 
 

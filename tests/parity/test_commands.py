@@ -12,7 +12,8 @@ from qwen3_moe_jax.core.code_version import code_version
 from qwen3_moe_jax.inspection.experts import expert_usage
 from qwen3_moe_jax.parity.contract import load_contract
 from qwen3_moe_jax.parity.receipt import check_receipt
-from qwen3_moe_jax.testing.faults import FAULTS, plant
+from qwen3_moe_jax.testing.fault_list import FAULTS
+from qwen3_moe_jax.testing.faults import plant
 
 QUICK = ["--tokens", "128"]
 

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from qwen3_moe_jax.testing.faults import FAULTS
+from qwen3_moe_jax.testing.fault_list import FAULTS
 from scripts import child_environment
 
 
