@@ -1,7 +1,7 @@
 """Pages of the documentation site that are made when it is built (a hook of mkdocs).
 
-``reference/commands.md`` is what ``--help`` of each command says; in ``reference/file-types.md`` the line
-``{{ types }}`` becomes a table made from the code's own tables. So neither can be stale.
+``reference/commands.md`` is what ``--help`` of each command says. The marks ``{{ types }}`` and
+``{{ exit_codes }}`` become tables made from the code's own. So none of them can be stale.
 """
 
 import contextlib
@@ -14,9 +14,9 @@ from mkdocs.structure.files import File, Files
 from qwen3_moe_jax import cli
 from qwen3_moe_jax.convert.ggml_types import BLOCK_FORMATS
 from qwen3_moe_jax.convert.layouts.gpu_tiles import TILED_TYPES
+from qwen3_moe_jax.core.exit_codes import MEANINGS
 
 COMMANDS_PAGE = "reference/commands.md"
-TYPES_MARK = "{{ types }}"
 HELP_WIDTH = "100"
 
 
@@ -28,7 +28,7 @@ def on_files(files: Files, config: Any) -> Files:
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """Puts generated tables in the place of their marks."""
-    return markdown.replace(TYPES_MARK, types_table())
+    return markdown.replace("{{ types }}", types_table()).replace("{{ exit_codes }}", exit_codes_table())
 
 
 def commands_page() -> str:
@@ -64,4 +64,13 @@ def types_table() -> str:
         bits = 8 * form.nbytes / form.weights
         gpu = "Pallas" if kind in TILED_TYPES else "XLA"
         lines.append(f"| {kind.name} | {bits:g} | XLA | {gpu} | WGSL | NumPy |")
+    return "\n".join(lines)
+
+
+def exit_codes_table() -> str:
+    """Every exit code and its meaning."""
+    lines = ["| code | meaning |", "|---|---|"]
+    for code, meaning in MEANINGS.items():
+        cell = meaning.replace("|", "\\|")
+        lines.append(f"| {code.value} | {cell} |")
     return "\n".join(lines)

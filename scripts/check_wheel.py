@@ -43,12 +43,24 @@ def faults_of_wheel(wheel: Path) -> Iterator[str]:
     top = {name.split("/")[0] for name in names}
     if others := {name for name in top - OURS if not name.endswith(".dist-info")}:
         yield f"the wheel holds {sorted(others)}"
-    for path in (path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")):
-        if f"qwen3_moe_jax/{path.relative_to(ROOT).as_posix()}" not in names:
-            yield f"the wheel lacks {path.relative_to(ROOT)}"
+    yield from (f"the wheel lacks {name}" for name in sorted(files_of_the_clone() - names))
     for license_file in ("LICENSE", "NOTICE"):
         if not any(name.endswith(f".dist-info/licenses/{license_file}") for name in names):
             yield f"the wheel lacks {license_file}"
+
+
+def files_of_the_clone() -> set[str]:
+    """Every file that the package has here, by its name in a wheel."""
+    files = {
+        path.relative_to(ROOT) for folder in OURS for path in (ROOT / folder).rglob("*") if path.is_file()
+    }
+    files |= {
+        Path("qwen3_moe_jax") / path.relative_to(ROOT)
+        for folder in FOLDERS
+        for path in (ROOT / folder).rglob("*")
+        if path.is_file()
+    }
+    return {path.as_posix() for path in files if "__pycache__" not in path.parts}
 
 
 def faults_of_archive(archive: Path) -> Iterator[str]:

@@ -4,8 +4,9 @@ Needs the packages jax-cuda13-plugin and jax-cuda13-pjrt of JAX's version, and C
 
     python -m scripts.compile_for_hopper kernels                      # registers and spills of every size
     python -m scripts.compile_for_hopper decode --sequences 1 8       # the same of the one-kernel decode step
-    python -m scripts.compile_for_hopper step --tokens 1 --sequences 32 [--thunks]   # launches a layer
+    python -m scripts.compile_for_hopper step --tokens 1 --sequences 32 [--thunks]   # launches per layer
     python -m scripts.compile_for_hopper count FILE                   # launches in XLA's own dump
+    python -m scripts.compile_for_hopper batch --slots 32             # scratch memory of a batch's programs
 
 "step" compiles a chunk of prompts, or with one token each a step of decoding, and counts what the
 loop over layers launches. On a machine with a GPU the same table comes from ``count`` and the file
@@ -57,7 +58,7 @@ from qwen3_moe_jax.kernels_pallas.gpu.sorting import Tiles, UsedExperts
 from qwen3_moe_jax.kernels_pallas.moe_mlp import kernel_sm90 as moe_mlp
 from qwen3_moe_jax.kernels_pallas.packed.stacks import Matrices
 from qwen3_moe_jax.kernels_pallas.quantized_matmul import kernel_sm90 as quantized_matmul
-from scripts import bench_prefill
+from scripts import _hopper_batch, bench_prefill
 
 H100 = """
 gpu_device_info {
@@ -363,6 +364,11 @@ def step(args: argparse.Namespace) -> int:
     return 0
 
 
+def batch(args: argparse.Namespace) -> int:
+    with as_on_h100():
+        return _hopper_batch.run(args, h100())
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
@@ -381,6 +387,8 @@ def main() -> None:
     model.add_argument("--sequences", type=int, default=1)
     model.add_argument("--length", type=int, default=4096, help="tokens that the cache holds")
     model.add_argument("--thunks", action="store_true", help="also name every launch")
+    slots = commands.add_parser("batch", help="scratch memory of a batch's programs")
+    _hopper_batch.add_arguments(slots)
     counting = commands.add_parser("count", help="launches a layer in a dump of XLA's")
     counting.add_argument("file", type=Path)
     counting.add_argument("--thunks", action="store_true")
@@ -388,7 +396,9 @@ def main() -> None:
     if args.command == "count":
         count(args.file.read_text(), show=args.thunks)
         return
-    raise SystemExit(bool({"kernels": kernels, "decode": decode, "step": step}[args.command](args)))
+    raise SystemExit(
+        bool({"kernels": kernels, "decode": decode, "step": step, "batch": batch}[args.command](args))
+    )
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import json
 import os
 import re
 import shutil
+import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -165,6 +166,33 @@ def show(row: dict) -> None:
     print(f"{start} {numbers} {share}  {'; '.join(row['faults']) or 'ok'}", flush=True)
 
 
+def compile_target(args: argparse.Namespace) -> list[dict]:
+    """All kernels of one target."""
+    target = cards.capabilities()[args.targets[0]]
+    card = next(iter(target.multiprocessors))
+    rows = []
+    for kernels in ("hopper", "portable") if target.version == "9.0" else ("portable",):
+        for batch in args.sequences:
+            rows.append(compile_step(target, card, args.preset, kernels, batch))
+            show(rows[-1])
+    return rows
+
+
+def compile_apart(args: argparse.Namespace) -> list[dict]:
+    """Each target in a process of its own: Mosaic keeps the first target that a process compiles for."""
+    rows = []
+    for version in args.targets:
+        command = [sys.executable, "-m", "scripts.compile_kernels", "--targets", version]
+        command += ["--preset", args.preset, "--sequences", *map(str, args.sequences)]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+        *table, last = done.stdout.splitlines() or [""]
+        print("\n".join(table), flush=True)
+        if not last.startswith("{"):
+            sys.exit(f"compiling for {version} failed: {last or done.returncode}")
+        rows += json.loads(last)["kernels"]
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--preset", default="Qwen3-30B-A3B", choices=sorted(PRESETS))
@@ -176,14 +204,7 @@ def main() -> None:
     if lacks := missing():
         print(f"SKIPPED: compiling for GPUs needs {lacks}")
         return
-    rows = []
-    for version in args.targets:
-        target = cards.capabilities()[version]
-        card = next(iter(target.multiprocessors))
-        for kernels in ("hopper", "portable") if version == "9.0" else ("portable",):
-            for batch in args.sequences:
-                rows.append(compile_step(target, card, args.preset, kernels, batch))
-                show(rows[-1])
+    rows = compile_target(args) if len(args.targets) == 1 else compile_apart(args)
     name = lambda row: f"{row['target']} {row['kernels']} batch {row['batch']}"
     faults = [f"{name(row)}: {fault}" for row in rows for fault in row.get("faults", ())]
     faults += grown(rows, args.limits) if args.limits else []

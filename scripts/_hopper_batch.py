@@ -1,13 +1,10 @@
-"""Compiles a batch's programs for an H100 on a machine without one: they must not copy the KV cache.
+"""``compile_for_hopper batch``: a batch's programs, compiled for an H100, must not copy the KV cache.
 
-Needs what ``compile_for_hopper.py`` needs. For each program the scratch memory beside its arguments is
-printed; a program that keeps more than ``--most`` GB has copied the cache, and ends this with an error.
-
-    python -m scripts.compile_batch_for_hopper --slots 32 --context 2048 --kv-cache float16 int8
+Prints each program's scratch memory besides its arguments. A program that keeps more than ``--max`` GB has
+copied the cache.
 """
 
 import argparse
-import sys
 import time
 from collections.abc import Callable
 
@@ -23,13 +20,13 @@ from qwen3_moe_jax.jax_backend.kv_cache import KVCache
 from qwen3_moe_jax.jax_backend.model import Qwen3Moe
 from qwen3_moe_jax.jax_backend.params import GPU_ROLES
 from qwen3_moe_jax.loader import KV_CACHES
-from scripts import compile_for_hopper  # sets the platform, so it comes before JAX
 from scripts.bench_prefill import random_params
 
 
-def programs(args: argparse.Namespace, kv_cache: str) -> dict[str, Callable[[], jax.stages.Traced]]:
+def programs(
+    args: argparse.Namespace, kv_cache: str, sharding: jax.sharding.Sharding
+) -> dict[str, Callable[[], jax.stages.Traced]]:
     """What to trace, by name: decoding, and a chunk of ``--prompts`` prompts beside it."""
-    sharding = compile_for_hopper.h100()
     config, slots, prompts = PRESETS[args.preset], args.slots, min(args.prompts, args.slots)
     types = q4_k_m_types(config)
     decoder = Decoder(Qwen3Moe(config, jnp.bfloat16), PATHS)
@@ -57,29 +54,28 @@ def programs(args: argparse.Namespace, kv_cache: str) -> dict[str, Callable[[], 
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``batch``."""
     parser.add_argument("--preset", default="Qwen3-30B-A3B", choices=sorted(PRESETS))
     parser.add_argument("--slots", type=int, default=32)
     parser.add_argument("--prompts", type=int, default=4, help="that are read at a time")
-    parser.add_argument("--context", type=int, default=2048, help="tokens of a slot")
+    parser.add_argument("--context", type=int, default=2048, help="tokens per slot")
     parser.add_argument("--kv-cache", nargs="+", choices=KV_CACHES, default=["float16", "int8"])
-    parser.add_argument("--most", type=float, default=0.5, help="GB of scratch without a copy of the cache")
-    args = parser.parse_args()
+    parser.add_argument("--max", type=float, default=0.5, help="GB of scratch without a copy of the cache")
+
+
+def run(args: argparse.Namespace, sharding: jax.sharding.Sharding) -> int:
+    """Compiles every program; returns 1 where one keeps too much."""
     too_much = []
-    with compile_for_hopper.as_on_h100():
-        for kv_cache in args.kv_cache:
-            for name, trace in programs(args, kv_cache).items():
-                began = time.perf_counter()
-                compiled = trace().lower(lowering_platforms=("cuda",)).compile()
-                scratch = compiled.memory_analysis().temp_size_in_bytes / 1e9
-                seconds = time.perf_counter() - began
-                print(f"{kv_cache}, {name}: scratch {scratch:.3f} GB, {seconds:.0f} s", flush=True)
-                if scratch > args.most:
-                    too_much.append(f"{kv_cache}, {name}")
+    for kv_cache in args.kv_cache:
+        for name, trace in programs(args, kv_cache, sharding).items():
+            began = time.perf_counter()
+            compiled = trace().lower(lowering_platforms=("cuda",)).compile()
+            scratch = compiled.memory_analysis().temp_size_in_bytes / 1e9
+            seconds = time.perf_counter() - began
+            print(f"{kv_cache}, {name}: scratch {scratch:.3f} GB, {seconds:.0f} s", flush=True)
+            if scratch > args.max:
+                too_much.append(f"{kv_cache}, {name}")
     if too_much:
-        sys.exit(f"more than {args.most} GB of scratch: {'; '.join(too_much)}")
-
-
-if __name__ == "__main__":
-    main()
+        print(f"more than {args.max} GB of scratch: {'; '.join(too_much)}")
+    return int(bool(too_much))

@@ -1,0 +1,82 @@
+"""The decode kernel's shared memory against each card's limit, before anything is compiled."""
+
+import dataclasses
+
+import jax
+import pytest
+
+pytest.importorskip("jax.experimental.pallas.mosaic_gpu")
+if jax.__version_info__ < (0, 11):
+    pytest.skip("the GPU kernels need JAX 0.11", allow_module_level=True)
+
+from qwen3_moe_jax.convert.config import PRESETS
+from qwen3_moe_jax.kernels_pallas.decode_step import api
+from qwen3_moe_jax.kernels_pallas.decode_step.config import check_shared_memory, shared_memory_budget
+from qwen3_moe_jax.kernels_pallas.gpu import cards
+from qwen3_moe_jax.testing.decode_kernel import trace_step
+
+SMALL, MIDDLE, LARGE = "Qwen3-30B-A3B", "Qwen3-235B-A22B", "Qwen3-Coder-480B-A35B"
+ALLOCATED = {1: 124928, 2: 134144, 8: 192512}
+"""Bytes that Pallas allocated for the kernel of each batch (its resource dump), without barriers."""
+
+
+def device(version: str, kernels: str = "portable", cores: int = 128) -> api.Device:
+    limit = cards.capabilities()[version].shared_memory
+    return api.Device.of_cores(cores, kernels=kernels, shared_memory=limit)
+
+
+@pytest.mark.parametrize("batch", ALLOCATED)
+def test_the_budget_is_what_pallas_allocates(batch):
+    budget = shared_memory_budget(api.shape_config(PRESETS[SMALL], batch, device("9.0", "hopper", 132)))
+    assert sum(budget.values()) - budget["barriers"] == ALLOCATED[batch]
+
+
+@pytest.mark.parametrize(
+    ("preset", "version", "kernels", "at_least"),
+    [
+        (SMALL, "9.0", "hopper", 8),
+        (SMALL, "9.0", "portable", 8),
+        (SMALL, "8.0", "portable", 8),
+        (SMALL, "8.6", "portable", 4),
+        (SMALL, "8.9", "portable", 4),
+        (SMALL, "12.0", "portable", 4),
+        (MIDDLE, "9.0", "hopper", 3),
+        (LARGE, "9.0", "hopper", 2),
+    ],
+)
+def test_kernels_are_as_large_as_a_card_holds(preset, version, kernels, at_least):
+    grid = device(version, kernels)
+    batch = api.kernel_batch(PRESETS[preset], grid)
+    fits = lambda n: sum(shared_memory_budget(api.shape_config(PRESETS[preset], n, grid)).values())
+    assert batch >= at_least
+    assert fits(batch) <= grid.shared_memory
+    assert batch == api.KERNEL_BATCH or fits(batch + 1) > grid.shared_memory
+
+
+def test_too_little_shared_memory_is_named():
+    grid = dataclasses.replace(device("8.9"), shared_memory=40_000)
+    with pytest.raises(
+        NotImplementedError, match=r"batch of 1 needs \d+ bytes of shared memory .* has 40000"
+    ):
+        api.kernel_batch(PRESETS[SMALL], grid)
+    check_shared_memory(api.shape_config(PRESETS[SMALL], 1, device("8.9")), 101376)
+
+
+@pytest.mark.parametrize(("preset", "batch"), [(MIDDLE, 2), (LARGE, 2)])
+@pytest.mark.parametrize("kernels", ["hopper", "portable"])
+def test_larger_models_are_traced(preset, batch, kernels):
+    """235B has 16 query heads for a KV head, 480B 12 and three steps of columns."""
+    config = dataclasses.replace(PRESETS[preset], num_hidden_layers=2, vocab_size=4096)
+    traced = trace_step(config, batch=batch, device=device("9.0", kernels, 132))
+    assert traced.out_info.shape[0] == batch
+
+
+def test_cards_have_blocks_that_are_a_multiple_of_four():
+    """By rule, without a table: an RTX 3090 has 82 multiprocessors and takes 80 blocks."""
+    for known in cards.capabilities().values():
+        for cores in known.multiprocessors.values():
+            blocks = api.Device.of_cores(cores).blocks
+            assert blocks % 4 == 0
+            assert cores - 4 < blocks <= cores
+    assert cards.capability("7.5") is None
+    assert cards.capability_of("sm_89").version == "8.9"
