@@ -2,7 +2,8 @@
 
 Importing the package registers ``PackedTensor`` as a JAX pytree. Every op takes
 ``implementation=None | "xla" | "pallas"``: None may fall back to what runs
-here, a named one runs or raises ``NotImplementedError``.
+here, a named one runs or raises ``NotImplementedError``. Two ops are kernels alone:
+``decode_layers``, and ``decode_step.api.decode_step``, whose import needs Mosaic GPU.
 """
 
 from qwen3_moe_jax.kernels_pallas.packed import pytree

@@ -17,8 +17,8 @@ BLOCK = 128
 """Neighbouring values of which the first pass keeps the largest."""
 _EACH = 16
 """Blocks of one program of the first pass."""
-_MOST_BLOCKS = 4096
-_FEWEST_ROWS = 17
+_MAX_BLOCKS = 4096
+_MIN_ROWS = 17
 """With fewer, XLA's sort is one launch that many multiprocessors share."""
 _LEAST = np.int32(-(2**31))
 
@@ -32,9 +32,9 @@ def top_k(x: jax.Array, k: int, interpret: bool = False) -> tuple[jax.Array, jax
     """
     rows, columns = x.shape
     blocks = -(-columns // BLOCK)
-    if rows < _FEWEST_ROWS:
-        raise NotImplementedError(f"the kernels of top_k are for {_FEWEST_ROWS} rows or more, not {rows}")
-    if x.dtype != jnp.float32 or k & (k - 1) or not k < blocks <= _MOST_BLOCKS or k > BLOCK:
+    if rows < _MIN_ROWS:
+        raise NotImplementedError(f"the kernels of top_k are for {_MIN_ROWS} rows or more, not {rows}")
+    if x.dtype != jnp.float32 or k & (k - 1) or not k < blocks <= _MAX_BLOCKS or k > BLOCK:
         raise NotImplementedError(f"{k} of {columns} values of {x.dtype} do not suit the kernels of top_k")
     grid = -(-blocks // _EACH)
     maxima = _call("block_maxima", _maxima, (rows, grid), 4, interpret, (rows, grid * _EACH), jnp.float32)(x)
