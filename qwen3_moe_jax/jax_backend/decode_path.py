@@ -196,7 +196,7 @@ def few_launches(network: Network, token_ids: jax.Array, cache: KVCache, span: S
         cache.v,
         span.start,
         span.slots,
-        tuple(table[:, 0] for table in rope),
+        (rope[0][:, 0], rope[1][:, 0]),
         num_experts_per_tok=model.config.num_experts_per_tok,
         eps=model.config.rms_norm_eps,
         on_logits=change if "ffn_moe_logits" in _changed_stages(model) else None,

@@ -303,7 +303,7 @@ class Network(_Part):
         x, rope = self.embed(token_ids, spans)
         numbers = range(self.layers.num_layers) if chosen_layers is None else chosen_layers
 
-        def step(carry: tuple, xs: tuple) -> tuple:
+        def step(carry: tuple[jax.Array, KVCache], xs: Any) -> tuple[Any, Any]:
             layer, forced_ids = xs
             decoder_layer = DecoderLayer(self.layers.layer(layer), self.settings)
             x, cache, chosen = decoder_layer(*carry, spans, rope, forced_ids, layer)
@@ -342,7 +342,7 @@ def _parts(rows: jax.Array, spans: Sequence[Span]) -> list[jax.Array]:
     return parts
 
 
-def _joined(parts: Sequence[jax.Array], shape: tuple[int, int]) -> jax.Array:
+def _joined(parts: Sequence[jax.Array], shape: tuple[int, ...]) -> jax.Array:
     """The rows of all spans as one batch of this (B, T): the reverse of ``_parts``."""
     flat = [part.reshape(-1, *part.shape[2:]) for part in parts]
     rows = flat[0] if len(flat) == 1 else jnp.concatenate(flat)
