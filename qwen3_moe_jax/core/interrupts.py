@@ -14,7 +14,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import Any
 
@@ -43,7 +43,7 @@ def _answer() -> None:
 
 
 @contextmanager
-def handled() -> Iterator[None]:
+def handled() -> Generator[None, None, None]:
     """Handles SIGINT while the block runs; leaves it alone where it is ignored or not ours to handle."""
     is_ours = threading.current_thread() is threading.main_thread()
     if not is_ours or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
@@ -61,7 +61,7 @@ def handled() -> Iterator[None]:
 
 
 @contextmanager
-def as_flag() -> Iterator[Callable[[], bool]]:
+def as_flag() -> Generator[Callable[[], bool], None, None]:
     """Within the block the first Ctrl-C only sets a flag, which the block's value reads; a second raises."""
     global _flag
     _flag = flag = threading.Event()
@@ -92,7 +92,7 @@ def _resend_swallowed(unraisable: Any, previous: Callable[[Any], None]) -> None:
 
 
 @contextmanager
-def _watched() -> Iterator[None]:
+def _watched() -> Generator[None, None, None]:
     """A thread that hears of signals while the main thread is in C++."""
     reader, writer = os.pipe()
     os.set_blocking(writer, False)

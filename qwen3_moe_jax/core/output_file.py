@@ -7,17 +7,17 @@ what was there. A device or a pipe (``/dev/stdout``) is written as it stands.
 import io
 import os
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from qwen3_moe_jax.core.errors import OutputFileError
 
 
-def check_output(path: str | os.PathLike, suffixes: tuple[str, ...] = ()) -> str:
+def check_output(path: str | os.PathLike[str], suffixes: tuple[str, ...] = ()) -> str:
     """The path, if a file can be written there.
 
     Args:
@@ -43,7 +43,7 @@ def check_output(path: str | os.PathLike, suffixes: tuple[str, ...] = ()) -> str
 
 
 @contextmanager
-def open_output(path: str | os.PathLike) -> Iterator[BinaryIO]:
+def open_output(path: str | os.PathLike[str]) -> Generator[BinaryIO, None, None]:
     """A file to write; when the block ends well it stands at ``path``.
 
     Raises:
@@ -57,7 +57,7 @@ def open_output(path: str | os.PathLike) -> Iterator[BinaryIO]:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[BinaryIO]:
+def _opened(path: Path) -> Generator[BinaryIO, None, None]:
     is_special = path.exists() and not path.is_file()
     if is_special or not os.access(path.parent, os.W_OK):
         with open(path, "wb") as file:
@@ -77,16 +77,21 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
         raise
 
 
-def save_arrays(path: str | os.PathLike, **arrays: np.ndarray) -> None:
+def save_arrays(path: str | os.PathLike[str], **arrays: np.ndarray) -> None:
     """Writes arrays in NumPy's ``.npz`` format to exactly this path.
 
     Raises:
       OutputFileError: it cannot be written.
     """
-    save_seekable(path, lambda file: np.savez_compressed(file, **arrays))
+    save_seekable(path, lambda file: _save_npz(file, arrays))
 
 
-def save_seekable(path: str | os.PathLike, write: Callable[[BinaryIO], object]) -> None:
+def _save_npz(file: BinaryIO, arrays: Mapping[str, np.ndarray]) -> None:
+    numpy: Any = np  # its stub takes no array whose name is only known at run time
+    numpy.savez_compressed(file, **arrays)
+
+
+def save_seekable(path: str | os.PathLike[str], write: Callable[[BinaryIO], object]) -> None:
     """Writes a format whose writer goes back in its file; one that cannot go back gets it in one piece."""
     with open_output(path) as file:
         if file.seekable() and os.path.isfile(file.name):

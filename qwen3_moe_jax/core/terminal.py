@@ -16,16 +16,17 @@ hold for each function:
   dropped.
 """
 
+import importlib
 import json
 import os
 import re
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TextIO
+from typing import IO, Any, TextIO, cast
 
 from qwen3_moe_jax.convert.errors import printable
 from qwen3_moe_jax.convert.progress import ProgressCallback, format_bytes
@@ -94,6 +95,8 @@ def _encodable(text: str, encoding: str) -> str:
 
 def _discard(stream: TextIO | None) -> None:
     """Sends what the stream still holds to the null device, so that the end of the program is silent."""
+    if stream is None:
+        return
     with suppress(OSError, ValueError, AttributeError):
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, stream.fileno())
@@ -190,7 +193,7 @@ def show_styled(*parts: tuple[object, str | None], notes: bool = False) -> None:
     from rich.console import Console
     from rich.text import Text
 
-    console = Console(file=_Notes() if notes else _Output(), highlight=False, soft_wrap=True)
+    console = Console(file=cast("IO[str]", _Notes() if notes else _Output()), highlight=False, soft_wrap=True)
     with console.capture() as capture:
         console.print(Text.assemble(*[(text, style or "") for text, style in pieces]))
     send(capture.get())
@@ -242,7 +245,7 @@ class Status:
 @contextmanager
 def explain_if_slow(
     text: str | Callable[[], str], *, quiet: bool = False, seconds: float | None = None
-) -> Iterator[Callable[[], None]]:
+) -> Generator[Callable[[], None], None, None]:
     """Says ``text`` on standard error if the block, or what precedes a call of its value, takes long."""
     seconds = SLOW_SECONDS if seconds is None else seconds
     timer = threading.Timer(seconds, lambda: note(text() if callable(text) else text))
@@ -277,7 +280,7 @@ class Estimate:
 
 
 @contextmanager
-def show_progress(label: str, *, quiet: bool = False) -> Iterator[ProgressCallback]:
+def show_progress(label: str, *, quiet: bool = False) -> Generator[ProgressCallback, None, None]:
     """Shows how far one job is, on standard error: a bar on a terminal, else lines; nothing if ``quiet``."""
     if quiet:
         yield lambda done, total: None
@@ -288,7 +291,7 @@ def show_progress(label: str, *, quiet: bool = False) -> Iterator[ProgressCallba
 
 
 @contextmanager
-def _lines(label: str) -> Iterator[ProgressCallback]:
+def _lines(label: str) -> Generator[ProgressCallback, None, None]:
     estimate = Estimate()
     due = QUIET_SECONDS
 
@@ -304,7 +307,7 @@ def _lines(label: str) -> Iterator[ProgressCallback]:
 
 
 @contextmanager
-def _bar(label: str) -> Iterator[ProgressCallback]:
+def _bar(label: str) -> Generator[ProgressCallback, None, None]:
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 
@@ -315,9 +318,16 @@ def _bar(label: str) -> Iterator[ProgressCallback]:
         TextColumn("{task.fields[speed]}", markup=False),
     )
     estimate = Estimate()
-    console = Console(file=_Notes(), highlight=False)
-    ours = {"redirect_stdout": False, "redirect_stderr": False}  # this module writes to the real streams
-    with Progress(*columns, console=console, transient=True, auto_refresh=False, **ours) as bar:
+    console = Console(file=cast("IO[str]", _Notes()), highlight=False)
+    bar = Progress(
+        *columns,
+        console=console,
+        transient=True,
+        auto_refresh=False,
+        redirect_stdout=False,  # this module writes to the real streams
+        redirect_stderr=False,
+    )
+    with bar:
         task = bar.add_task(label, total=None, visible=False, speed="")
 
         def report(done: int, total: int) -> None:
@@ -368,7 +378,7 @@ def read_line() -> str | None:
 def ask(prompt: str) -> str | None:
     """A line from the person at the terminal, who can edit it and recall earlier ones; None at the end."""
     with suppress(ImportError):  # not on each system; ``input`` uses it where it is there
-        import readline  # noqa: F401
+        importlib.import_module("readline")
     try:
         return input(prompt)
     except (EOFError, RuntimeError):  # RuntimeError: a stream was lost
