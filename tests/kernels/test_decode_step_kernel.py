@@ -5,6 +5,7 @@ have emulated twins. Everything else is the code that runs on the GPU.
 """
 
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import jax
@@ -167,11 +168,15 @@ def cosine(a, b):
 
 
 def run(weights, tokens, positions, cache, expert_ids=None, active=None, kernels="hopper"):
+    return step(weights, jnp.asarray(tokens), jnp.asarray(positions), cache, expert_ids, active, kernels)
+
+
+@partial(jax.jit, static_argnames="kernels")  # one function for all tests: compiling takes most of their time
+def step(weights, tokens, positions, cache, expert_ids, active, kernels):
     device = api.Device(blocks=1, splits=2, kernels=kernels, emulate=True, interpret=interpreter())
-    step = lambda w, t, p, kv: api.decode_step(
-        w, CONFIG, t, p, *kv, expert_ids=expert_ids, active=active, device=device
+    return api.decode_step(
+        weights, CONFIG, tokens, positions, *cache, expert_ids=expert_ids, active=active, device=device
     )
-    return jax.jit(step)(weights, jnp.asarray(tokens), jnp.asarray(positions), cache)
 
 
 def random_cache(batch, length=192, dtype=jnp.bfloat16):

@@ -39,6 +39,7 @@ SETTINGS = {
         "JAX_DEFAULT_MATMUL_PRECISION": "bfloat16",
     },
     "debugging": {"JAX_DEBUG_NANS": "1"},
+    "four devices": {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"},
 }
 
 
