@@ -16,7 +16,6 @@ hold for each function:
   dropped.
 """
 
-import importlib
 import json
 import os
 import re
@@ -376,9 +375,7 @@ def read_line() -> str | None:
 
 
 def ask(prompt: str) -> str | None:
-    """A line from the person at the terminal, who can edit it and recall earlier ones; None at the end."""
-    with suppress(ImportError):  # not on each system; ``input`` uses it where it is there
-        importlib.import_module("readline")
+    """A line from the person at the terminal; None at the end of input."""
     try:
         return input(prompt)
     except (EOFError, RuntimeError):  # RuntimeError: a stream was lost

@@ -141,7 +141,7 @@ def test_each_command_ends_with_one_line(args, monkeypatch, capsys):
     assert capsys.readouterr().err == "qwen3-moe: interrupted\n"
 
 
-PROMPT = r"\n> \Z"
+PROMPT = r"(^|\n)> \Z"
 
 
 class Terminal:
