@@ -85,10 +85,11 @@ sys.exit(cli.main(sys.argv[1:]))
 def generate(cwd: Path, *options: str, **environment: str):
     """Text of a user without a home; lines of progress are left out."""
     root = Path(folders.__file__).parents[2]
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("JAX_COMP")}
     command = ["generate", "def f", "-n", "3", "-q", "--temperature", "0", "--context", "64", *options]
     done = subprocess.run(
         [sys.executable, "-c", STRANGER, *command],
-        env={**os.environ, "PYTHONPATH": str(root), **environment},
+        env={**inherited, "PYTHONPATH": str(root), **environment},
         cwd=cwd,
         capture_output=True,
         text=True,
