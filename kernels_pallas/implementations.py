@@ -78,6 +78,13 @@ def recording(record: Record | None = None) -> Iterator[Record]:
         _records.reset(token)
 
 
+def replay(ran: Iterable[Ran]) -> None:
+    """Tells those who are recording what a program that was traced before runs."""
+    for record in _records.get():
+        for one in ran:
+            record.add(one)
+
+
 def note(op: str, implementation: str, weights: Iterable[Any], refused: Iterable[str] = ()) -> None:
     """Tells those who are recording that this implementation ran with these arguments."""
     if records := _records.get():

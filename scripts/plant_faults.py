@@ -73,8 +73,8 @@ def run_verify(backend: str, text_tokens: int) -> dict:
 
 def forget_programs() -> None:
     """Frees what JAX has compiled: every fault is another set of programs, and their memory maps run out."""
-    if "jax" in sys.modules:
-        sys.modules["jax"].clear_caches()
+    if "qwen3_moe_jax.jax_backend.programs" in sys.modules:
+        sys.modules["qwen3_moe_jax.jax_backend.programs"].forget()
 
 
 def try_backend(source: ModelSource, backend: str, token_ids: list[int], text_tokens: int) -> dict:

@@ -26,6 +26,7 @@ import pytest
 from qwen3_moe_jax.kernels_pallas.gpu.interpreter import ask_for_threads
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["QWEN3_MOE_PROGRAMS"] = "off"  # tests patch code, and a program on disk has the key of the files
 ask_for_threads()
 
 WORKER_BYTES = 5 * 2**30

@@ -18,6 +18,7 @@ from qwen3_moe_jax.core.sampling import Sampling
 from qwen3_moe_jax.jax_backend.decode_path import Decoder
 from qwen3_moe_jax.jax_backend.kv_cache import KVCache, Span
 from qwen3_moe_jax.jax_backend.params import Params
+from qwen3_moe_jax.jax_backend.programs import Program
 from qwen3_moe_jax.jax_backend.token_choice import (
     GREEDY,
     NARROW,
@@ -141,7 +142,7 @@ def chunk_lengths(num_tokens: int, sizes: Sequence[int] = PREFILL_CHUNKS) -> lis
     return lengths
 
 
-@partial(jax.jit, donate_argnames="state")
+@partial(Program, donate_argnames=("state",))
 def admit(
     state: DecodeState,
     slot: jax.Array,
@@ -179,7 +180,7 @@ def admit(
     return state.replace(**changed, sampling=settings)
 
 
-@partial(jax.jit, donate_argnames="state")
+@partial(Program, donate_argnames=("state",))
 def release(state: DecodeState, slot: jax.Array) -> DecodeState:
     """Empties a slot, whatever its sequence was at."""
     settings = jax.tree.map(lambda all_: all_.at[slot].set(0), state.sampling)  # temperature 0: greedy
@@ -192,7 +193,7 @@ def release(state: DecodeState, slot: jax.Array) -> DecodeState:
     )
 
 
-@partial(jax.jit, donate_argnames="state")
+@partial(Program, donate_argnames=("state",))
 def clear(state: DecodeState, slot: jax.Array) -> DecodeState:
     """Zeros in a slot's cache, which a sequence with NaN leaves behind."""
     return state.replace(cache=state.cache.cleared(slot))
@@ -313,7 +314,10 @@ def _write_tokens(
 
 
 @partial(
-    jax.jit, static_argnames=("decoder", "rows"), donate_argnames="state", compiler_options=COMPILER_OPTIONS
+    Program,
+    static_argnames=("decoder", "rows"),
+    donate_argnames=("state",),
+    compiler_options=COMPILER_OPTIONS,
 )
 def decode(
     decoder: Decoder, params: Params, state: DecodeState, steps: jax.Array, *, rows: int
@@ -365,9 +369,9 @@ def decode(
 
 
 @partial(
-    jax.jit,
+    Program,
     static_argnames=("decoder", "chunk", "rows"),
-    donate_argnames="state",
+    donate_argnames=("state",),
     compiler_options=COMPILER_OPTIONS,
 )
 def prefill(

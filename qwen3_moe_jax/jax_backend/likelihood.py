@@ -11,6 +11,7 @@ from qwen3_moe_jax.jax_backend.generate import COMPILER_OPTIONS
 from qwen3_moe_jax.jax_backend.kv_cache import KVCache
 from qwen3_moe_jax.jax_backend.model import Qwen3Moe
 from qwen3_moe_jax.jax_backend.params import Params
+from qwen3_moe_jax.jax_backend.programs import Program
 
 HEAD_ROWS = 128
 """Rows of logits that are on the device at once: 78 MB for Qwen3's vocabulary of 151,936."""
@@ -49,7 +50,7 @@ def log_likelihoods(
     return np.concatenate(parts)[first - 1 : len(token_ids) - 1]
 
 
-@partial(jax.jit, static_argnames="model", donate_argnames="cache", compiler_options=COMPILER_OPTIONS)
+@partial(Program, static_argnames=("model",), donate_argnames=("cache",), compiler_options=COMPILER_OPTIONS)
 def _score_chunk(
     model: Qwen3Moe,
     params: Params,

@@ -12,7 +12,6 @@ import enum
 import functools
 import hashlib
 import inspect
-import io
 import json
 import os
 import pickle
@@ -20,6 +19,7 @@ import platform
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import Future
 from importlib import metadata
@@ -33,8 +33,18 @@ from jax.experimental import serialize_executable
 
 from qwen3_moe_jax.core.code_version import code_version
 from qwen3_moe_jax.jax_backend.program_store import ProgramStore
+from qwen3_moe_jax.kernels_pallas.implementations import Ran, recording, replay
+from qwen3_moe_jax.machine.folders import writable_cache
 
 _Key = tuple[tuple[Hashable, ...], Any, tuple[Any, ...]]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Compiled:
+    """A compiled program, and what was recorded of its ops while it was traced."""
+
+    run: jax.stages.Compiled
+    ran: tuple[Ran, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,14 +59,38 @@ class Made:
 Listener = Callable[[str, Made | None], None]
 """Told a program's name before it is made (None), and again with what was done."""
 
+STORE_VARIABLE = "QWEN3_MOE_PROGRAMS"
+"""Environment variable: "off" keeps no programs on disk but those in JAX's own cache."""
+
 _listeners: list[Listener] = []
 _store: ProgramStore | None = None
+_is_chosen = False
+_all: "weakref.WeakSet[Program]" = weakref.WeakSet()
 
 
 def use_store(store: ProgramStore | None) -> None:
     """Sets where programs are kept from now on; None keeps them in memory alone."""
-    global _store
-    _store = store
+    global _store, _is_chosen
+    _store, _is_chosen = store, True
+
+
+def use_default_store() -> bool:
+    """Keeps programs in the user's cache folder unless :func:`use_store` has said where.
+
+    Returns:
+      Whether they are kept on disk: JAX's own cache is of no use then.
+    """
+    if not _is_chosen:
+        folder = None if os.environ.get(STORE_VARIABLE, "").lower() == "off" else writable_cache()
+        use_store(ProgramStore(folder / "programs") if folder is not None else None)
+    return _store is not None
+
+
+def forget() -> None:
+    """Drops every program in memory, JAX's too: for code that changes while it runs, and for memory maps."""
+    for program in _all:
+        program.clear()
+    jax.clear_caches()
 
 
 def listen(listener: Listener) -> Callable[[], None]:
@@ -93,18 +127,43 @@ class Program:
             donate_argnames=tuple(donate_argnames),
             compiler_options=dict(compiler_options) if compiler_options else None,
         )
-        self._programs: dict[_Key, Future[jax.stages.Compiled]] = {}
+        self._programs: dict[_Key, Future[_Compiled]] = {}
         self._lock = threading.Lock()
+        _all.add(self)
+
+    def trace(self, *args: Any, **kwargs: Any) -> jax.stages.Traced:
+        """As ``trace`` of a jitted function."""
+        return self._jitted.trace(*args, **kwargs)
+
+    def count(self) -> int:
+        """Returns how many programs are in memory."""
+        return len(self._programs)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if jax.config.jax_disable_jit or _is_traced((args, kwargs)):
             return self._jitted(*args, **kwargs)
         static, dynamic = self._split(args, kwargs)
-        return self._get(static, dynamic)(**dynamic)
+        program = self._get(static, dynamic)
+        replay(program.ran)
+        return program.run(**dynamic)
 
     def prepare(self, *args: Any, **kwargs: Any) -> None:
         """Makes the program for these arguments without running it; arrays may be ``ShapeDtypeStruct``."""
-        self._get(*self._split(args, kwargs))
+        replay(self._get(*self._split(args, kwargs)).ran)
+
+    def fetch(self, *args: Any, **kwargs: Any) -> bool:
+        """As :meth:`prepare`, from memory or disk alone. Returns whether the program is there."""
+        static, dynamic = self._split(args, kwargs)
+        key = _memory_key(static, dynamic)
+        if key not in self._programs:
+            disk_key = self._disk_key_if_any(static, dynamic)
+            program = _load(disk_key) if disk_key else None
+            if program is None:
+                return False
+            with self._lock:
+                self._programs.setdefault(key, Future()).set_result(program)
+        replay(self._programs[key].result().ran)
+        return True
 
     def is_ready(self, *args: Any, **kwargs: Any) -> bool:
         """Whether a call with these arguments would wait for nothing."""
@@ -124,7 +183,7 @@ class Program:
         static = {name: given[name] for name in self._static}
         return static, {name: value for name, value in given.items() if name not in static}
 
-    def _get(self, static: dict[str, Any], dynamic: dict[str, Any]) -> jax.stages.Compiled:
+    def _get(self, static: dict[str, Any], dynamic: dict[str, Any]) -> _Compiled:
         """The program; the first caller makes it, others wait for that one."""
         key = _memory_key(static, dynamic)
         with self._lock:
@@ -141,17 +200,20 @@ class Program:
                 future.set_exception(error)
         return future.result()
 
-    def _make(self, static: dict[str, Any], dynamic: dict[str, Any]) -> jax.stages.Compiled:
+    def _make(self, static: dict[str, Any], dynamic: dict[str, Any]) -> _Compiled:
         _tell(self.name, None)
         start = time.perf_counter()
         key = self._disk_key_if_any(static, dynamic)
-        compiled, source = (_load(key) if key else None), "disk"
-        if compiled is None:
-            compiled, source = self._jitted.lower(**static, **dynamic).compile(), "compiler"
-            if key:
-                _save(key, compiled)
+        program, source = (_load(key) if key else None), "disk"
+        if program is None:
+            with recording() as record:
+                lowered = self._jitted.lower(**static, **dynamic)
+            _cache_hits.count = 0
+            program, source = _Compiled(lowered.compile(), tuple(record)), "compiler"
+            if key and not _cache_hits.count:
+                _save(key, program)
         _tell(self.name, Made(self.name, source, time.perf_counter() - start))
-        return compiled
+        return program
 
     def _disk_key_if_any(self, static: dict[str, Any], dynamic: dict[str, Any]) -> str | None:
         if _store is None:
@@ -175,6 +237,24 @@ class Program:
         return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
 
 
+class _CacheHits(threading.local):
+    """Programs that this thread has taken from JAX's own cache: serialized once more they lack functions
+    on a CPU (JAX 0.11.2: "Function ... not found" when it runs)."""
+
+    count = 0
+
+
+_cache_hits = _CacheHits()
+
+
+def _on_event(event: str, **_: Any) -> None:
+    if event == "/jax/compilation_cache/cache_hits":
+        _cache_hits.count += 1
+
+
+jax.monitoring.register_event_listener(_on_event)
+
+
 def _is_traced(values: Any) -> bool:
     return any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(values))
 
@@ -193,26 +273,27 @@ def _aval(leaf: Any) -> tuple[tuple[int, ...], str, bool]:
     return tuple(aval.shape), str(aval.dtype), bool(aval.weak_type)
 
 
-def _load(key: str) -> jax.stages.Compiled | None:
+def _load(key: str) -> _Compiled | None:
     program = _store.get(key) if _store is not None else None
     if _store is None or program is None:
         return None
     try:
-        return serialize_executable.deserialize_and_load(*pickle.load(io.BytesIO(program)))
+        serialized, ran = pickle.loads(program)
+        return _Compiled(serialize_executable.deserialize_and_load(*serialized), ran)
     except Exception as error:  # whatever a foreign or stale file does: it is compiled anew
         _store.trouble.append(f"a compiled program could not be loaded and is made again: {error}")
         _store.delete(key)
         return None
 
 
-def _save(key: str, compiled: jax.stages.Compiled) -> None:
+def _save(key: str, program: _Compiled) -> None:
     if _store is None:
         return
     try:
-        program = pickle.dumps(serialize_executable.serialize(compiled))
+        content = pickle.dumps((serialize_executable.serialize(program.run), program.ran))
     except (ValueError, NotImplementedError, TypeError, AttributeError):
         return  # not every program or backend can be serialized: JAX's own cache may have it
-    _store.put(key, program)
+    _store.put(key, content)
 
 
 def _tell(name: str, made: Made | None) -> None:
@@ -244,13 +325,18 @@ def fingerprint(value: Any) -> Any:
             return ["array", array.shape, str(array.dtype), hashlib.sha256(array.tobytes()).hexdigest()]
         case functools.partial():
             return ["partial", fingerprint(value.func), fingerprint(value.args), fingerprint(value.keywords)]
+    if not (getattr(value, "__module__", None) or "").startswith(_OWN):
+        raise TypeError(f"{type(value).__qualname__} has no fingerprint: its programs are not kept on disk")
     if dataclasses.is_dataclass(value):
         fields = [f.name for f in dataclasses.fields(value) if f.compare and f.name not in ("parent", "name")]
         return [type(value).__qualname__, *([n, fingerprint(getattr(value, n))] for n in fields)]
     if callable(value) and "<" not in getattr(value, "__qualname__", "<"):
         return [value.__module__, value.__qualname__]
-    raise TypeError(f"{type(value).__qualname__} has no fingerprint: programs with it are not kept on disk")
+    raise TypeError(f"{value!r} has no fingerprint: its programs are not kept on disk")
 
+
+_OWN = __name__.partition(".")[0]
+"""The package whose code is part of every key: what a function or class of others does is not known."""
 
 _TRACE_SETTINGS = (
     "jax_enable_x64",

@@ -31,6 +31,7 @@ from qwen3_moe_jax.core.runner import (
 )
 from qwen3_moe_jax.core.sampling import Sampling
 from qwen3_moe_jax.core.stages import LAYER_STAGES, StageKey
+from qwen3_moe_jax.jax_backend import programs
 from qwen3_moe_jax.jax_backend.batching import Batch, Request, run_all
 from qwen3_moe_jax.jax_backend.compile_clock import compile_clock
 from qwen3_moe_jax.jax_backend.decode_path import PATHS, Decoder, choose
@@ -44,6 +45,7 @@ from qwen3_moe_jax.jax_backend.kv_cache import KVCache, whole_tiles
 from qwen3_moe_jax.jax_backend.likelihood import log_likelihoods
 from qwen3_moe_jax.jax_backend.model import Qwen3Moe
 from qwen3_moe_jax.jax_backend.params import GPU_ROLES, Params, load_params, split_path
+from qwen3_moe_jax.jax_backend.programs import Program
 from qwen3_moe_jax.jax_backend.settings import own_settings
 from qwen3_moe_jax.kernels_pallas import Matrices
 from qwen3_moe_jax.kernels_pallas import dequantize as dequantize_on_device
@@ -104,7 +106,8 @@ class JaxRunner:
           BackendUnavailableError: JAX does not start.
           MemoryPlanError: weights and cache do not fit the device.
         """
-        enable_compilation_cache()
+        if not programs.use_default_store():
+            enable_compilation_cache()
         compile_clock()
         self.config = source.config
         self.max_context = source.config.max_position_embeddings if max_context is None else max_context
@@ -371,7 +374,10 @@ def _dequantize_rows(w: Matrices) -> jax.Array:
 
 
 @partial(
-    jax.jit, static_argnames=("decoder", "row"), donate_argnames="cache", compiler_options=COMPILER_OPTIONS
+    Program,
+    static_argnames=("decoder", "row"),
+    donate_argnames=("cache",),
+    compiler_options=COMPILER_OPTIONS,
 )
 def _forward_chunk(
     decoder: Decoder,

@@ -6,6 +6,7 @@ code by replacing functions of the backend's module while it runs.
 """
 
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import fields, replace
@@ -38,6 +39,8 @@ def plant(fault: Fault, source: ModelSource, make_runner: MakeRunner, *, shaders
       make_runner: loads a backend from a source.
       shaders: whether the backend is wgpu, whose code is shaders.
     """
+    if programs := sys.modules.get("qwen3_moe_jax.jax_backend.programs"):
+        programs.use_store(None)  # a program on disk has the key of the code as it is written
     if fault.name in _LIES:
         return make_runner(LyingSource(source, *_LIES[fault.name](source)))
     if shaders and fault.name in _SHADER_EDITS:

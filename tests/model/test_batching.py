@@ -285,10 +285,10 @@ def test_settings_and_slots_are_no_new_programs(batch, golden):
         batch.free_all()
 
     serve(Sampling(), {1}, 0, 5)
-    before = [program._cache_size() for program in programs]
+    before = [program.count() for program in programs]
     serve(Sampling(temperature=0.5, top_p=0.5), {1, 2, 3}, 0, 9)
     serve(Sampling(temperature=0.5, top_k=3, repetition_penalty=1.3), (), 0, 3)
-    assert [program._cache_size() for program in programs] == before
+    assert [program.count() for program in programs] == before
 
 
 @pytest.fixture

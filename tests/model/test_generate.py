@@ -89,9 +89,9 @@ def test_decode_is_compiled_once_whatever_the_prompt_and_the_sampling(source, go
     sampled = Sampling(temperature=1.0, top_p=0.9, repetition_penalty=1.1)
     prompts = ((golden["ids0"], GREEDY), (golden["ids1"][:7], sampled), (golden["ids2"], Sampling(top_k=4)))
     for prompt, sampling in prompts:
-        before = generate.decode._cache_size()
+        before = generate.decode.count()
         assert len(list(runner.stream(prompt, max_tokens=5, sampling=sampling))) == 5
-    assert generate.decode._cache_size() == before
+    assert generate.decode.count() == before
     jax.block_until_ready(runner.params)
 
 
@@ -144,7 +144,7 @@ def test_a_stream_asks_for_more_tokens_at_once_however_long_its_prompt_took(sour
 
     def slow_then_fast(batch, tokens, **options):
         asked.append(tokens)
-        monkeypatch.setattr(jax_runner_module, "SECONDS_A_DISPATCH", 0.0 if len(asked) == 1 else 1e9)
+        monkeypatch.setattr(jax_runner_module, "SECONDS_PER_DISPATCH", 0.0 if len(asked) == 1 else 1e9)
         return step(batch, tokens, **options)
 
     monkeypatch.setattr(Batch, "step", slow_then_fast)

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from qwen3_moe_jax.jax_backend import program_store, programs
 from qwen3_moe_jax.jax_backend.program_store import ProgramStore
@@ -29,12 +30,23 @@ def new_program() -> programs.Program:
     return programs.Program(scaled_sum, static_argnames=("times",))
 
 
+@pytest.fixture(autouse=True)
+def without_jaxs_own_cache():
+    """What JAX's cache has is not written again: here every program is compiled."""
+    enabled = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()
+    yield
+    jax.config.update("jax_enable_compilation_cache", enabled)
+    compilation_cache.reset_cache()
+
+
 @pytest.fixture
 def store(tmp_path):
     store = ProgramStore(tmp_path / "programs")
     programs.use_store(store)
     yield store
-    programs.use_store(None)
+    programs.use_store(None)  # as tests/conftest.py has it
 
 
 @pytest.fixture
@@ -219,7 +231,8 @@ t.run(t.new_program())
 print(found[0].source)
 """
     command = [sys.executable, "-c", code, str(tmp_path / "programs")]
-    start = lambda: subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    environment = {**os.environ, "JAX_ENABLE_COMPILATION_CACHE": "false"}
+    start = lambda: subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
     both = [start(), start()]
     assert all(process.communicate()[0].strip() in ("compiler", "disk") for process in both)
     assert start().communicate()[0].strip() == "disk"
@@ -231,7 +244,8 @@ class Settings:
     dtype: np.dtype
 
 
-def test_a_fingerprint_is_the_same_in_every_process():
+def test_a_fingerprint_is_the_same_in_every_process(monkeypatch):
+    monkeypatch.setattr(Settings, "__module__", "qwen3_moe_jax.settings")
     value = Settings(frozenset({"b", "a", "c"}), np.dtype("float32"))
     assert programs.fingerprint(value) == [
         "Settings",
@@ -240,12 +254,66 @@ def test_a_fingerprint_is_the_same_in_every_process():
     ]
 
 
+def a_users_function(x):
+    return x
+
+
+@pytest.mark.parametrize("value", [Settings(frozenset(), np.dtype("int8")), a_users_function, object()])
+def test_code_of_others_has_no_fingerprint(value):
+    """The same name may stand for other code tomorrow."""
+    with pytest.raises(TypeError, match="no fingerprint"):
+        programs.fingerprint(value)
+
+
 def test_what_has_no_fingerprint_is_refused_and_still_runs(store, made):
     with pytest.raises(TypeError, match="no fingerprint"):
         programs.fingerprint(lambda: 0)
     program = programs.Program(lambda x, f: f(x), static_argnames=("f",))
     assert float(program(jnp.float32(2), lambda x: x + 1)) == 3
     assert not store.folder.exists()
+
+
+def test_what_comes_from_jaxs_own_cache_is_not_written_again(store, made, tmp_path):
+    """Serialized twice, a program of a CPU lacks functions and fails when it runs."""
+    settings = {
+        "jax_enable_compilation_cache": True,
+        "jax_compilation_cache_dir": str(tmp_path / "xla"),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {name: getattr(jax.config, name) for name in settings}
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    jax.clear_caches()
+    try:
+        run(new_program())
+        for path in store.folder.iterdir():
+            path.unlink()
+        jax.clear_caches()
+        run(new_program())
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+    assert sources(made) == ["compiler", "compiler"]
+    assert list(store.folder.iterdir()) == []
+
+
+def test_what_ran_is_known_of_a_program_from_disk(store):
+    from qwen3_moe_jax.kernels_pallas import implementations
+
+    def noted(x):
+        implementations.note("some_op", "xla", ())
+        return x + 1
+
+    with implementations.recording() as first:
+        programs.Program(noted)(jnp.float32(1))
+    again = programs.Program(noted)
+    again._jitted = None
+    with implementations.recording() as second:
+        again(jnp.float32(1))
+    assert [ran.op for ran in second] == [ran.op for ran in first] == ["some_op"]
 
 
 def test_inside_another_jit_it_is_part_of_that_program(store, made):

@@ -14,8 +14,8 @@ from qwen3_moe_jax.text.tokenizer import Tokenizer
 def forget_programs():
     """Frees the programs that planted faults made: a process has room for a few thousand memory maps only."""
     yield
-    if "jax" in sys.modules:
-        sys.modules["jax"].clear_caches()
+    if "qwen3_moe_jax.jax_backend.programs" in sys.modules:
+        sys.modules["qwen3_moe_jax.jax_backend.programs"].forget()
 
 
 @pytest.fixture(scope="session")
