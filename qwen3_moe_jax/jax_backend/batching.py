@@ -16,7 +16,7 @@ import numpy as np
 from qwen3_moe_jax.core.errors import BatchFullError, ContextOverflowError, ModelClosedError
 from qwen3_moe_jax.core.runner import FinishReason, Generated, IsOver, Progress
 from qwen3_moe_jax.core.sampling import Sampling
-from qwen3_moe_jax.jax_backend import generate
+from qwen3_moe_jax.jax_backend import generate, rows
 from qwen3_moe_jax.jax_backend.decode_path import Decoder
 from qwen3_moe_jax.jax_backend.generate import (
     MAX_STEPS,
@@ -47,6 +47,8 @@ class _Sequence:
     stop_ids: frozenset[int]
     is_wide: bool
     filled: int = 0
+    is_masked: bool = False
+    is_held: bool = False
     finish_reason: FinishReason | None = None
 
     @property
@@ -56,7 +58,7 @@ class _Sequence:
 
     @property
     def is_ready(self) -> bool:
-        return self.finish_reason is None and not self.is_waiting
+        return self.finish_reason is None and not self.is_waiting and not self.is_held
 
 
 @dataclass(frozen=True)
@@ -134,6 +136,9 @@ class Batch:
         sampling: Sampling | None = None,
         max_tokens: int | None = None,
         stop_ids: Collection[int] = (),
+        slot: int | None = None,
+        filled: int = 0,
+        mask: bytes | None = None,
     ) -> int:
         """Takes a prompt into a free slot; the next steps read it and write after it.
 
@@ -142,6 +147,10 @@ class Batch:
           sampling: None is greedy.
           max_tokens: at most this many new tokens; None fills the capacity.
           stop_ids: tokens that end the sequence.
+          slot: a free one to take; None is the lowest.
+          filled: so many tokens of the prompt are in that slot's row already (``row_length``, ``copy_row``,
+            ``load_row``); fewer than the prompt has.
+          mask: the tokens that may come first, as for ``allow``; None allows all, always.
 
         Returns:
           The slot, the lowest that is free, until ``free`` gives it back.
@@ -149,20 +158,92 @@ class Batch:
         Raises:
           BatchFullError: every slot is taken.
           ContextOverflowError: the prompt leaves no room for a token.
-          ValueError: an empty prompt, max_tokens below 1, or an id that is not in the vocabulary.
+          ValueError: an empty prompt, max_tokens below 1, an id that is not in the vocabulary, a slot that
+            is taken, or ``filled`` out of range.
         """
         self._check_open()
         tokens, is_stop = self._checked(token_ids, max_tokens, stop_ids)
         if not self.free_slots:
             raise BatchFullError(self.slots)
-        slot = min(set(range(self.slots)) - self._sequences.keys())
+        free = set(range(self.slots)) - self._sequences.keys()
+        slot = min(free) if slot is None else slot
+        if slot not in free:
+            raise ValueError(f"slot {slot} is not free")
+        if not 0 <= filled < len(token_ids):
+            raise ValueError(f"filled is {filled}, and the prompt has {len(token_ids)} tokens")
         limit = min(len(token_ids) + (max_tokens or self.capacity), self.capacity)
         numbers = (jnp.int32(n) for n in (len(token_ids), limit))
         sampling = sampling or Sampling()
         settings = SamplingArrays.of([sampling])
-        self._state = generate.admit(self._state, jnp.int32(slot), tokens, *numbers, is_stop, settings)
-        self._sequences[slot] = _Sequence(len(token_ids), limit, frozenset(stop_ids), is_wide(sampling))
+        reused = (jnp.int32(filled), self._bits(mask or b""), jnp.asarray(mask is not None))
+        self._state = generate.admit(
+            self._state, jnp.int32(slot), tokens, *numbers, is_stop, settings, *reused
+        )
+        stops, is_masked = frozenset(stop_ids), mask is not None
+        self._sequences[slot] = _Sequence(
+            len(token_ids), limit, stops, is_wide(sampling), filled=filled, is_masked=is_masked
+        )
         return slot
+
+    def _bits(self, mask: bytes) -> np.ndarray:
+        """A mask as int32 [ceil(V / 32)]; what it lacks is not allowed."""
+        bits = np.zeros(self._state.allowed.shape[1], np.int32)
+        given = np.frombuffer(mask, "<i4")[: len(bits)]
+        bits[: len(given)] = given
+        return bits
+
+    def allow(self, slot: int, mask: bytes) -> None:
+        """Lets a masked sequence write its next token.
+
+        Args:
+          slot: its slot, admitted with a mask.
+          mask: bit i % 8 of byte i // 8 is set where token i may come; whole groups of 4 bytes.
+
+        Raises:
+          KeyError: there is no sequence in this slot.
+        """
+        sequence = self._sequences[slot]
+        self._state = rows.allow(self._state, jnp.int32(slot), self._bits(mask))
+        sequence.is_held = False
+
+    @property
+    def is_held(self) -> bool:
+        """Whether a step would do nothing until ``allow`` is called."""
+        running = [s for s in self._sequences.values() if s.finish_reason is None]
+        return bool(running) and self._pending is None and all(s.is_held for s in running)
+
+    def row_length(self, slot: int) -> int:
+        """Tokens of a slot's sequence that its row of the cache holds.
+
+        Raises:
+          KeyError: there is no sequence in this slot.
+        """
+        return self._sequences[slot].filled
+
+    def row_nbytes(self, length: int) -> int:
+        """Bytes that ``save_row`` takes for so many positions."""
+        return rows.nbytes(self._state.cache, length)
+
+    def copy_row(self, source: int, target: int, length: int) -> None:
+        """Copies the first positions of one slot's row, which may be running, to a free slot's."""
+        self._check_free(target)
+        numbers = (jnp.int32(source), jnp.int32(target))
+        self._state = rows.copy(self._state, *numbers, length=rows.padded(self._state.cache, length))
+
+    def save_row(self, slot: int, length: int) -> KVCache:
+        """The first positions of a slot's row, in main memory."""
+        cut = rows.cut(self._state.cache, jnp.int32(slot), length=rows.padded(self._state.cache, length))
+        return jax.device_get(cut)
+
+    def load_row(self, slot: int, saved: KVCache) -> None:
+        """Puts what ``save_row`` gave into a free slot's row."""
+        self._check_free(slot)
+        self._state = rows.paste(self._state, jnp.int32(slot), saved)
+
+    def _check_free(self, slot: int) -> None:
+        self._check_open()
+        if slot in self._sequences:
+            raise ValueError(f"slot {slot} is not free")
 
     def _checked(
         self, token_ids: Sequence[int], max_tokens: int | None, stop_ids: Collection[int]
@@ -237,7 +318,7 @@ class Batch:
         """Whether no prompt is waiting, some sequence has tokens to write after this step, and asking for
         more does not wait for it: sampling of the whole vocabulary does (``generate.decode``)."""
         ready = [s for s in self._sequences.values() if s.is_ready]
-        if self.waiting or any(s.is_wide for s in ready):
+        if self.waiting or any(s.is_wide or s.is_masked for s in self._sequences.values()):
             return False
         return any(s.length + pending.tokens < s.limit for s in ready)
 
@@ -280,6 +361,7 @@ class Batch:
             if not (added or result.finished[slot]):
                 continue
             sequence.length += added
+            sequence.is_held = sequence.is_masked
             sequence.filled = sequence.length - 1
             tokens = result.tokens[slot, :added].tolist()
             if result.nonfinite[slot]:

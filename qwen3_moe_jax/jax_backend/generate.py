@@ -24,6 +24,7 @@ from qwen3_moe_jax.jax_backend.token_choice import (
     NARROW,
     WIDE,
     SamplingArrays,
+    allow_only,
     choose_tokens,
     work_of,
 )
@@ -64,6 +65,9 @@ class DecodeState:
       in_output: bool [B, V], tokens written since.
       is_stop: bool [B, V], tokens that end the sequence.
       sampling: of each sequence.
+      allowed: int32 [B, ceil(V / 32)], bits of the tokens that a masked sequence may write next.
+      masked: bool [B], whether ``allowed`` counts; such a sequence writes one token and is then held.
+      held: bool [B], waits for its next ``allowed``.
     """
 
     cache: KVCache
@@ -77,6 +81,9 @@ class DecodeState:
     in_output: jax.Array
     is_stop: jax.Array
     sampling: SamplingArrays
+    allowed: jax.Array
+    masked: jax.Array
+    held: jax.Array
 
     @classmethod
     def empty(cls, cache: KVCache, capacity: int, vocab_size: int) -> "DecodeState":
@@ -97,6 +104,9 @@ class DecodeState:
             in_output=masks[1],
             is_stop=masks[2],
             sampling=SamplingArrays.of([Sampling()] * batch),
+            allowed=jnp.zeros((batch, -(-vocab_size // 32)), jnp.int32),
+            masked=jnp.zeros((batch,), bool),
+            held=jnp.zeros((batch,), bool),
         )
 
     @property
@@ -107,7 +117,7 @@ class DecodeState:
     @property
     def ready(self) -> jax.Array:
         """bool [B], whether a slot's next step writes a token."""
-        return ~self.finished & (self.filled == self.length - 1)
+        return ~self.finished & (self.filled == self.length - 1) & ~self.held
 
 
 @struct.dataclass
@@ -151,6 +161,9 @@ def admit(
     limit: jax.Array,
     is_stop: jax.Array,
     sampling: SamplingArrays,
+    filled: jax.Array,
+    allowed: jax.Array,
+    masked: jax.Array,
 ) -> DecodeState:
     """Puts a sequence into a slot.
 
@@ -161,19 +174,24 @@ def admit(
       limit: int32 scalar, above ``length`` and at most S.
       is_stop: bool [V].
       sampling: of one sequence, [1].
+      filled: int32 scalar below ``length``, tokens of the prompt that the row of the cache has already.
+      allowed: int32 [ceil(V / 32)]; ``masked``: bool scalar.
     """
     real = jnp.arange(state.capacity) < length
-    zero, no = jnp.int32(0), jnp.zeros_like(is_stop)
+    no = jnp.zeros_like(is_stop)
     row = {
         "tokens": tokens,
         "length": length,
-        "filled": zero,
+        "filled": filled,
         "limit": limit,
         "finished": False,
         "nonfinite": False,
         "in_prompt": no.at[tokens].max(real),
         "in_output": no,
         "is_stop": is_stop,
+        "allowed": allowed,
+        "masked": masked,
+        "held": False,
     }
     changed = {name: getattr(state, name).at[slot].set(value) for name, value in row.items()}
     settings = jax.tree.map(lambda all_, one: all_.at[slot].set(one[0]), state.sampling, sampling)
@@ -182,12 +200,11 @@ def admit(
 
 @partial(Program, donate_argnames=("state",))
 def release(state: DecodeState, slot: jax.Array) -> DecodeState:
-    """Empties a slot, whatever its sequence was at."""
+    """Empties a slot, whatever its sequence was at. Its row of the cache stays, up to ``filled``."""
     settings = jax.tree.map(lambda all_: all_.at[slot].set(0), state.sampling)  # temperature 0: greedy
     return state.replace(
-        length=state.length.at[slot].set(0),
-        filled=state.filled.at[slot].set(0),
         finished=state.finished.at[slot].set(True),
+        masked=state.masked.at[slot].set(False),
         nonfinite=state.nonfinite.at[slot].set(False),
         sampling=settings.replace(repetition_penalty=settings.repetition_penalty.at[slot].set(1)),
     )
@@ -210,6 +227,8 @@ def append_tokens(state: DecodeState, rows: jax.Array, logits: jax.Array, writes
     sampling = jax.tree.map(lambda x: x[rows], state.sampling)
     length = state.length[rows]
     masks = lambda: (state.in_prompt[rows], state.in_output[rows])
+    masked = state.masked[rows]
+    logits = allow_only(logits, state.allowed[rows], masked)
     token, finite = choose_tokens(logits, sampling, length, masks)
     bad = writes & ~finite
     writes = writes & ~bad
@@ -221,6 +240,7 @@ def append_tokens(state: DecodeState, rows: jax.Array, logits: jax.Array, writes
         finished=state.finished.at[rows].max(bad | (writes & ends)),
         nonfinite=state.nonfinite.at[rows].max(bad),
         in_output=state.in_output.at[rows, token].max(writes),
+        held=state.held.at[rows].max(writes & masked),
     )
 
 
@@ -286,11 +306,14 @@ def _write_tokens(
     rows = len(now.last)
     slots = jnp.arange(rows)
     start, length, limit = state.filled[:rows], state.length[:rows], state.limit[:rows]
+    masked = state.masked[:rows]
     sampling = jax.tree.map(lambda x: x[:rows], state.sampling)
 
     def step(now: LoopState) -> LoopState:
         logits, cache = _decode_logits(decoder, params, now.last, start + now.count, now.active, now.cache)
         masks = lambda: (state.in_prompt[:rows], now.in_output[:rows])
+        if work in (None, WIDE):
+            logits = allow_only(logits, state.allowed[:rows], masked)
         token, finite = choose_tokens(logits, sampling, length + now.count, masks, work)
         writes, bad = now.active & finite, now.active & ~finite
         stops = state.is_stop.at[slots, token].get(mode="promise_in_bounds")
@@ -303,7 +326,7 @@ def _write_tokens(
             written=jnp.where(jnp.arange(MAX_STEPS)[:, None] == now.step, token, now.written),
             last=token,
             count=now.count + writes,
-            active=writes & ~ends & (now.step + 1 < steps),
+            active=writes & ~ends & ~masked & (now.step + 1 < steps),
             finished=now.finished | bad | (writes & ends),
             nonfinite=now.nonfinite | bad,
         )
@@ -348,6 +371,7 @@ def decode(
         ways = [partial(write, work=work, launches=n) for work in (GREEDY, NARROW) for n in LAUNCHES]
         work = work_of(jax.tree.map(lambda x: x[:rows], state.sampling))
         size = jnp.sum(steps > jnp.asarray(LAUNCHES[:-1]))
+        work = jnp.where(jnp.any(state.masked[:rows]), WIDE, work)
         way = jnp.where(work == WIDE, len(ways), work * len(LAUNCHES) + size)
         now = jax.lax.switch(way, [*ways, partial(write, work=WIDE)], now)
     else:
@@ -364,6 +388,7 @@ def decode(
         finished=state.finished.at[:rows].max(now.finished),
         nonfinite=state.nonfinite.at[:rows].max(now.nonfinite),
         in_output=now.in_output.at[slots[:, None], now.written.T].max(real),
+        held=state.held.at[:rows].max((now.count > 0) & state.masked[:rows]),
     )
     return state, StepResult.of(state, before, MAX_STEPS)
 

@@ -66,6 +66,23 @@ class SamplingArrays:
         return (self.repetition_penalty != 1) | (self.presence_penalty != 0)
 
 
+FORBIDDEN = -1e30
+"""Logit of a token that may not come: finite after every penalty and temperature, its probability 0."""
+
+
+def allow_only(logits: jax.Array, allowed: jax.Array, masked: jax.Array) -> jax.Array:
+    """Logits [B, V] of the masked rows, bool [B], with FORBIDDEN where ``allowed``, int32 [B, ceil(V / 32)],
+    has no bit; other rows, and what is not finite, stay."""
+
+    def forbid(logits: jax.Array) -> jax.Array:
+        bits = (allowed[:, :, None] >> jnp.arange(32)) & 1
+        may_come = bits.reshape(len(allowed), -1)[:, : logits.shape[-1]].astype(bool)
+        stays = may_come | ~masked[:, None] | ~jnp.isfinite(logits)
+        return jnp.where(stays, logits, FORBIDDEN)
+
+    return jax.lax.cond(jnp.any(masked), forbid, lambda logits: logits, logits)
+
+
 def penalize(
     logits: jax.Array, sampling: SamplingArrays, in_prompt: jax.Array, in_output: jax.Array
 ) -> jax.Array:

@@ -35,6 +35,11 @@ class Constraint:
         """The same grammar at the same place."""
         return Constraint(self._matcher.deep_copy(), self._mask_bytes)
 
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing more may come."""
+        return self._matcher.is_stopped() or self._matcher.is_accepting()
+
     def take(self, token: int) -> None:
         """Goes on after a token that the mask allowed."""
         self._matcher.consume_token(token)
@@ -48,7 +53,7 @@ class Constraint:
         if self._matcher.is_error():
             raise SchemaError("the schema is too complex for this answer")
         bits = bytearray(self._matcher.compute_bitmask())
-        bits += bytes(self._mask_bytes - len(bits))
+        bits += bytes(max(0, self._mask_bytes - len(bits)))
         if also is not None:
             bits[also // 8] |= 1 << also % 8
         return bytes(bits[: self._mask_bytes])
@@ -107,7 +112,10 @@ class Grammars:
           SchemaError: a keyword that is not supported, or a schema over its limits.
         """
         self._check(schema)
-        return await self._compiled(lambda ll: ll.grammar_from_json_schema(json.dumps(schema)))
+        found = await self._compiled(lambda ll: ll.grammar_from_json_schema(json.dumps(schema)))
+        if found.is_over:
+            raise SchemaError("it accepts nothing: a $ref that leads to itself?")
+        return found
 
     async def json_object(self) -> Constraint:
         """A constraint to any JSON object."""

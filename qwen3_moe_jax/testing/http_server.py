@@ -12,6 +12,12 @@ from qwen3_moe_jax.serve.run import Server, make_service
 from qwen3_moe_jax.serve.settings import Settings
 
 
+def quick_start(path, **options) -> Start:
+    """An engine that starts quickly: nothing is checked or compiled beforehand. Options as ``Start``."""
+    defaults = {"backend": "jax", "gate": False, "warm_up": False, "slots": 4, "context": 1024}
+    return Start(str(path), **{**defaults, **options})
+
+
 @dataclass
 class Running:
     """A server that answers.

@@ -2,9 +2,8 @@
 
 import pytest
 
-from qwen3_moe_jax.serve.engine.frames import Start
 from qwen3_moe_jax.serve.settings import Settings
-from qwen3_moe_jax.testing.http_server import running
+from qwen3_moe_jax.testing.http_server import quick_start, running
 from qwen3_moe_jax.testing.scripted_model import build_scripted_model
 
 
@@ -18,21 +17,17 @@ def model_files(tmp_path_factory):
     return files
 
 
-def start(path, **options):
-    """An engine that starts quickly."""
-    defaults = {"backend": "jax", "gate": False, "warm_up": False, "slots": 4, "context": 1024}
-    return Start(str(path), **{**defaults, **options})
-
-
 @pytest.fixture(scope="session")
 def server(model_files):
     """A server of the scripted model that writes calls as JSON."""
-    with running(Settings(port=0, name="scripted", metrics=True), start(model_files["hermes"])) as found:
+    with running(
+        Settings(port=0, name="scripted", metrics=True), quick_start(model_files["hermes"])
+    ) as found:
         yield found
 
 
 @pytest.fixture(scope="session")
 def coder_server(model_files):
     """The same, with calls as XML."""
-    with running(Settings(port=0, name="scripted"), start(model_files["coder"])) as found:
+    with running(Settings(port=0, name="scripted"), quick_start(model_files["coder"])) as found:
         yield found

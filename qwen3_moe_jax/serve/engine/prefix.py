@@ -16,8 +16,14 @@ import numpy as np
 if TYPE_CHECKING:
     from qwen3_moe_jax.serve.engine.scheduler import Job, Running, SlotBatch
 
+UNIT = 16
+"""Reused lengths are multiples of this, as prompts' chunks are."""
+
 MIN_LENGTH = 16
 """A shorter match is not worth a copy."""
+
+GOES_ON = 0.9
+"""A prompt that has this share of a row continues it in place; another gets a copy of what it shares."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +126,7 @@ class PrefixCache:
         free: list[int],
     ) -> Reuse | None:
         most = len(prompt) - 1  # the last token is the first step's input
-        match = lambda row: min(common_length(row.tokens, prompt), most)
+        match = lambda row: min(common_length(row.tokens, prompt), most) // UNIT * UNIT
         rows = {s: r for s, r in self._free.items() if r is not None and r.scope == scope and s in free}
         rows |= {s: r for s, r in self._running_rows(batch, busy, scope)}
         length, slot = max(((match(r), s) for s, r in rows.items()), default=(0, -1))
@@ -130,13 +136,13 @@ class PrefixCache:
             return None
         if in_store > length:
             return self._from_store(batch, number, in_store, free)
-        if slot in free and 2 * length >= len(rows[slot].tokens):
+        if slot in free and length >= GOES_ON * len(rows[slot].tokens):
             return Reuse(slot, length)
         target = self._victim(batch, free, keep=slot)
-        if target != slot:
-            batch.copy_row(slot, target, length)
-            return Reuse(target, length, source=slot)
-        return Reuse(slot, length)
+        if target == slot:  # the only one that is free: its end is lost
+            return Reuse(slot, length)
+        batch.copy_row(slot, target, length)
+        return Reuse(target, length, source=slot)
 
     def _running_rows(self, batch: "SlotBatch", busy: "dict[int, Running]", scope: str):
         for slot, running in busy.items():
@@ -160,7 +166,7 @@ class PrefixCache:
         others = [s for s in order if s != keep]
         slot = min(empty) if empty else (others or order)[0]
         row = self._free[slot]
-        if row is not None and self._max_store_bytes and slot != keep:
+        if row is not None and self._max_store_bytes:
             self._save(batch, slot, row, keep_entry)
         return slot
 

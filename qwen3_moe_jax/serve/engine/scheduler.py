@@ -202,6 +202,12 @@ class Scheduler:
         return bool(self.queue or self.running)
 
     @property
+    def is_held(self) -> bool:
+        """Whether a turn would do nothing: every sequence waits for its mask."""
+        could_admit = bool(self.queue) and self.batch.free_slots > 0
+        return not could_admit and getattr(self.batch, "is_held", False)
+
+    @property
     def has_waiting_prompts(self) -> bool:
         """Whether a step is going to read a prompt."""
         return bool(self.queue and self.batch.free_slots) or bool(self.batch.waiting)

@@ -231,10 +231,11 @@ class Loop:
         """Until the process ends."""
         scheduler = self._engine.scheduler
         while True:
-            self._drain(wait=not (scheduler.has_work or self._asides or self._events))
+            can_turn = scheduler.has_work and not scheduler.is_held
+            self._drain(wait=not (can_turn or self._asides or self._events))
             if self._asides:  # one between two steps
                 self._aside(self._asides.pop(0))
-            if scheduler.has_work:
+            if scheduler.has_work and not scheduler.is_held:
                 self._turn(scheduler)
             self._report()
 
