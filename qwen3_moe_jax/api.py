@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from qwen3_moe_jax import loader
 from qwen3_moe_jax.convert.config import Qwen3MoeConfig
 from qwen3_moe_jax.convert.open_model import open_model
 from qwen3_moe_jax.convert.progress import ProgressCallback
@@ -21,7 +22,6 @@ from qwen3_moe_jax.core.errors import (
 from qwen3_moe_jax.core.runner import Forward, Runner
 from qwen3_moe_jax.core.sampling import Sampling, random_seed, recommended_sampling
 from qwen3_moe_jax.core.stages import STAGES
-from qwen3_moe_jax.loader import choose_backend, make_runner, model_path
 from qwen3_moe_jax.measure.perplexity import Perplexity, measure_perplexity
 from qwen3_moe_jax.parity.gate import check_once
 from qwen3_moe_jax.text.chat_template import RenderedChat, find_template, render_chat, special_tokens
@@ -412,13 +412,13 @@ def load(
       BackendUnavailableError: the backend cannot run on this machine, or (strict) only in part.
       ParityError: the backend's logits are wrong on this machine.
     """
-    found = model_path(path)
-    chosen, reason, fallbacks = choose_backend() if backend == "auto" else (backend, "as asked", ())
+    found = loader.model_path(path)
+    chosen, reason, fallbacks = loader.choose_backend() if backend == "auto" else (backend, "as asked", ())
     if strict and fallbacks:
         raise BackendUnavailableError(f"strict: {fallbacks[0]}")
     with ExitStack() as undo:
         source = undo.enter_context(open_model(found))
-        runner = make_runner(
+        runner = loader.make_runner(
             source,
             chosen,
             max_context=max_context,

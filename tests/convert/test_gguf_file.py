@@ -188,7 +188,7 @@ def test_every_type_id(write: Callable[..., Path], type_id: int):
     assert (caught.value.code, caught.value.name) == ("E_QTYPE", "some.weight")
     message = str(caught.value)
     assert "some.weight" in message
-    assert f" {known.name};" in message
+    assert f" {known.name}, " in message
     assert message.endswith("F32, F16, BF16, Q8_0, Q4_K, Q5_K, Q6_K")
 
 
