@@ -352,7 +352,7 @@ def check_ahead(batch, golden, greedy):
 
     while len(texts[second]) < 15:
         step()
-    assert batch._begun is not None
+    assert batch._pending is not None
     assert texts[first] == greedy[0][: greedy[0].index(stop)]
     assert reasons[first] == "stop"
     batch.free(first)

