@@ -10,16 +10,31 @@ from qwen3_moe_jax.core.errors import OutputFileError
 from qwen3_moe_jax.core.output_file import check_output
 from qwen3_moe_jax.core.sampling import SEEDS, Sampling, random_seed
 
+MOST = 2**31 - 1
+"""The largest count that is taken: a larger one overflows the index type of the arrays."""
 
-def number(least: int, most: int | None = None) -> Callable[[str], int]:
-    """Whole numbers of at least ``least``, and at most ``most``."""
+
+def number(least: int, most: int = MOST) -> Callable[[str], int]:
+    """Whole numbers from ``least`` to ``most``."""
 
     def parse(text: str) -> int:
         value = _parsed(int, text, "a whole number")
         if value < least:
             raise argparse.ArgumentTypeError(f"{value}: it must be at least {least}")
-        if most is not None and value > most:
+        if value > most:
             raise argparse.ArgumentTypeError(f"{value}: it must be at most {most}")
+        return value
+
+    return parse
+
+
+def amount(least: float, most: float) -> Callable[[str], float]:
+    """Numbers from ``least`` to ``most``; a ``nan`` is none of them."""
+
+    def parse(text: str) -> float:
+        value = _parsed(float, text, "a number")
+        if not least <= value <= most:
+            raise argparse.ArgumentTypeError(f"{text}: it must be from {least:g} to {most:g}")
         return value
 
     return parse

@@ -7,6 +7,7 @@ from pathlib import Path
 from qwen3_moe_jax import loader
 from qwen3_moe_jax.commands import options
 from qwen3_moe_jax.commands.common import add_adapter, add_context, add_model
+from qwen3_moe_jax.core.errors import OptionError
 
 EXAMPLES = """
 clients (the server listens on http://127.0.0.1:8080 unless told otherwise):
@@ -52,26 +53,53 @@ def _add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_context(group, "tokens of each slot (default: the file's, as memory allows)")
     group.add_argument(
-        "--cache-ram", type=float, default=0, metavar="GB", help="main memory for prompts that were read (0)"
+        "--cache-ram",
+        type=options.amount(0, 1e6),
+        default=0,
+        metavar="GB",
+        help="main memory for prompts that were read (0)",
     )
     group.add_argument(
-        "--step-ms", type=float, default=50, metavar="MS", help="a step that also reads prompts may take (50)"
+        "--step-ms",
+        type=options.amount(1, 1e6),
+        default=50,
+        metavar="MS",
+        help="a step that also reads prompts may take (50)",
     )
 
 
 def _add_server_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("server")
-    group.add_argument("--host", default="127.0.0.1", help="address to listen on (127.0.0.1)")
+    group.add_argument(
+        "--host", type=options.name, default="127.0.0.1", help="address to listen on (127.0.0.1)"
+    )
     group.add_argument(
         "--port", type=options.number(0, 65535), default=8080, help="0 takes a free one (8080)"
     )
-    group.add_argument("--name", help="what clients call the model (default: the file's name)")
     group.add_argument(
-        "--api-key-file", metavar="FILE", help="keys, one a line, of which a request must bring one"
+        "--name", type=options.text, help="what clients call the model (default: the file's name)"
     )
-    group.add_argument("--allow-host", action="append", default=[], metavar="NAME", help="of the Host header")
     group.add_argument(
-        "--allow-origin", action="append", default=[], metavar="URL", help="of web pages that may call"
+        "--api-key-file",
+        type=options.path,
+        metavar="FILE",
+        help="keys, one per line, of which a request must bring one",
+    )
+    group.add_argument(
+        "--allow-host",
+        action="append",
+        type=options.name,
+        default=[],
+        metavar="NAME",
+        help="of the Host header",
+    )
+    group.add_argument(
+        "--allow-origin",
+        action="append",
+        type=options.name,
+        default=[],
+        metavar="URL",
+        help="of web pages that may call",
     )
     group.add_argument("--metrics", action="store_true", help="GET /metrics for Prometheus")
     group.add_argument("--no-page", action="store_true", help="no chat page at /")
@@ -81,10 +109,18 @@ def _add_server_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-queue", type=options.number(0), default=256, metavar="N", help="requests that may wait (256)"
     )
     group.add_argument(
-        "--max-queue-tokens", type=int, default=1 << 20, metavar="N", help="tokens of prompts that may wait"
+        "--max-queue-tokens",
+        type=options.number(0),
+        default=1 << 20,
+        metavar="N",
+        help="tokens of prompts that may wait",
     )
     group.add_argument(
-        "--drain-timeout", type=float, default=30, metavar="S", help="for answers to end after SIGTERM (30)"
+        "--drain-timeout",
+        type=options.amount(0, 1e6),
+        default=30,
+        metavar="S",
+        help="for answers to end after SIGTERM (30)",
     )
 
 
@@ -92,14 +128,19 @@ def read_keys(path: str | None) -> tuple[str, ...]:
     """The keys in a file: its lines that are not empty and no comments.
 
     Raises:
-      ValueError: there is none.
+      OptionError: there is none, or the file cannot be read.
     """
     if path is None:
         return ()
-    lines = [line.strip() for line in Path(path).read_text().splitlines()]
+    try:
+        lines = [line.strip() for line in Path(path).read_text("utf-8").splitlines()]
+    except OSError as error:
+        raise OptionError(f"--api-key-file {path} cannot be read: {error.strerror}") from error
+    except ValueError as error:  # not UTF-8, or a name with a NUL
+        raise OptionError(f"--api-key-file {path} cannot be read: {error}") from error
     keys = tuple(line for line in lines if line and not line.startswith("#"))
     if not keys:
-        raise ValueError(f"--api-key-file {path}: there is no key in it")
+        raise OptionError(f"--api-key-file {path}: there is no key in it")
     return keys
 
 
@@ -111,6 +152,8 @@ def run(args: argparse.Namespace) -> int:
     from qwen3_moe_jax.serve.run import serve
     from qwen3_moe_jax.serve.settings import Settings
 
+    if args.path and args.model:
+        raise OptionError("two models are given: give one")
     settings = Settings(
         host=args.host,
         port=args.port,

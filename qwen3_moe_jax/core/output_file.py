@@ -30,7 +30,19 @@ def check_output(path: str | os.PathLike[str], suffixes: tuple[str, ...] = ()) -
     """
     if not os.fspath(path):
         raise OutputFileError("is empty: is a variable of the shell unset?")
+    if "\0" in os.fspath(path):
+        raise OutputFileError(f"{path} cannot be written: there is a NUL in the name")
     path = Path(path)
+    try:
+        _check_place(path, suffixes)
+    except OSError as error:
+        if isinstance(error, OutputFileError):
+            raise
+        raise OutputFileError(f"{str(path)[:80]} cannot be written: {error.strerror}") from error
+    return str(path)
+
+
+def _check_place(path: Path, suffixes: tuple[str, ...]) -> None:
     if suffixes and path.suffix.lower() not in suffixes:
         raise OutputFileError(f"{path}: the name must end with {', '.join(suffixes)}")
     if path.is_dir():
@@ -39,7 +51,6 @@ def check_output(path: str | os.PathLike[str], suffixes: tuple[str, ...] = ()) -
         raise OutputFileError(f"{path}: there is no folder {path.parent}: make it first")
     if not os.access(path if path.exists() else path.parent, os.W_OK):
         raise OutputFileError(f"{path} cannot be written: no permission")
-    return str(path)
 
 
 @contextmanager

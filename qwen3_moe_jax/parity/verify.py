@@ -16,7 +16,7 @@ import numpy as np
 
 from qwen3_moe_jax.convert.source import ModelSource
 from qwen3_moe_jax.core.code_version import code_version
-from qwen3_moe_jax.core.errors import MemoryPlanError
+from qwen3_moe_jax.core.errors import MemoryPlanError, OptionError
 from qwen3_moe_jax.core.runner import Runner
 from qwen3_moe_jax.machine.headroom import available_main_memory
 from qwen3_moe_jax.machine.resident import ResidentPeak
@@ -166,7 +166,7 @@ def verify(
     contract = load_contract()
     unknown = set(clauses or ()) - contract.clauses.keys()
     if unknown or not runners:
-        raise ValueError(
+        raise OptionError(
             f"unknown clauses: {', '.join(sorted(unknown))}" if unknown else "no backend to verify"
         )
     wanted = [c for c in contract.clauses if clauses is None or c in clauses]

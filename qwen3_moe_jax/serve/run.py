@@ -12,6 +12,7 @@ from collections.abc import Callable
 import uvicorn
 
 from qwen3_moe_jax.core import terminal
+from qwen3_moe_jax.core.errors import OptionError
 from qwen3_moe_jax.serve.engine import frames
 from qwen3_moe_jax.serve.engine.client import EngineClient
 from qwen3_moe_jax.serve.grammar import Grammars
@@ -34,7 +35,7 @@ def check_address(settings: Settings) -> None:
     """Refuses to serve everybody on the network without a key.
 
     Raises:
-      ServeError: the address is not this machine's alone, and there is no key.
+      OptionError: the address is not this machine's alone, and there is no key.
     """
     if settings.api_keys:
         return
@@ -43,14 +44,21 @@ def check_address(settings: Settings) -> None:
     except ValueError:
         is_local = settings.host == "localhost"
     if not is_local:
-        raise ServeError(
+        raise OptionError(
             f"--host {settings.host} can be reached by others: give --api-key-file, or use 127.0.0.1"
         )
 
 
 def make_service(settings: Settings, start: frames.Start) -> Service:
-    """The parts of a server; the engine is not started yet."""
+    """The parts of a server; the engine is not started yet.
+
+    Raises:
+      ModelFileError: the model cannot be read.
+      OptionError: the model does not take so long a context.
+    """
     model = TextModel(start.model, name=settings.name)
+    if start.context is not None and start.context > model.context:
+        raise OptionError(f"a context of {start.context} tokens: this model takes from 2 to {model.context}")
     return Service(settings, EngineClient(start), model, Grammars(model, settings), Metrics())
 
 
@@ -166,7 +174,7 @@ def serve(settings: Settings, start: frames.Start) -> int:
 
     Raises:
       ServeError: it cannot start.
-      ModelFileError: the model cannot be read.
+      OptionError, ModelFileError: as ``check_address`` and ``make_service``.
     """
     check_address(settings)
     service = make_service(settings, start)
