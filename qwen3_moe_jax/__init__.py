@@ -17,6 +17,7 @@ if TYPE_CHECKING:
         BackendUnavailableError,
         BatchFullError,
         ContextOverflowError,
+        HubError,
         MemoryPlanError,
         ModelClosedError,
         NumericalError,
@@ -32,6 +33,7 @@ _HOMES = {
     "BackendUnavailableError": "qwen3_moe_jax.core.errors",
     "BatchFullError": "qwen3_moe_jax.core.errors",
     "ContextOverflowError": "qwen3_moe_jax.core.errors",
+    "HubError": "qwen3_moe_jax.core.errors",
     "Intervention": "qwen3_moe_jax.jax_backend.model",
     "MemoryPlanError": "qwen3_moe_jax.core.errors",
     "Model": "qwen3_moe_jax.api",
@@ -52,6 +54,7 @@ __all__ = [
     "BackendUnavailableError",
     "BatchFullError",
     "ContextOverflowError",
+    "HubError",
     "Intervention",
     "MemoryPlanError",
     "Model",
@@ -73,3 +76,8 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'qwen3_moe_jax' has no attribute {name!r}")
     return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    """The public names, which are not here before they are used."""
+    return sorted({*__all__, *globals()})

@@ -13,7 +13,13 @@ import sys
 
 from qwen3_moe_jax.commands.parser import Parser, guess_for_command
 from qwen3_moe_jax.core import interrupts, terminal
-from qwen3_moe_jax.core.errors import MemoryPlanError, OptionError, OutputFileError, for_command_line
+from qwen3_moe_jax.core.errors import (
+    HubError,
+    MemoryPlanError,
+    OptionError,
+    OutputFileError,
+    for_command_line,
+)
 from qwen3_moe_jax.core.exit_codes import ExitCode, table
 from qwen3_moe_jax.core.terminal import PROGRAM
 
@@ -24,6 +30,8 @@ COMMANDS = {
     "perplexity": ("qwen3_moe_jax.commands.perplexity", "measure how well the model expects a text"),
     "bench": ("qwen3_moe_jax.commands.bench", "measure how fast the model is on this machine"),
     "convert": ("qwen3_moe_jax.commands.convert", "pack a GGUF file into a checkpoint folder"),
+    "pull": ("qwen3_moe_jax.commands.pull", "download a model from Hugging Face"),
+    "models": ("qwen3_moe_jax.commands.models", "list the models on this machine, and which run here"),
     "inspect": ("qwen3_moe_jax.commands.inspect", "show what a model file holds and what will run"),
     "verify": ("qwen3_moe_jax.commands.verify", "prove on this machine that a backend is right"),
     "trace": ("qwen3_moe_jax.commands.trace", "show every stage of every layer for a prompt"),
@@ -139,6 +147,8 @@ def _explain(error: Exception) -> tuple[str | None, int]:
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in text or "Out of memory" in text:
         advice = "a smaller --context or another machine may do"
         return f"out of memory: {text[:300]}; {advice}", ExitCode.MEMORY
+    if isinstance(error, HubError):
+        return text, ExitCode.HUB
     if isinstance(error, OptionError):
         return text, ExitCode.USAGE
     if isinstance(error, OutputFileError):

@@ -6,10 +6,13 @@ from importlib.resources import files
 from pathlib import Path
 from typing import NamedTuple
 
+from qwen3_moe_jax.convert.manifest import MANIFEST_NAME
 from qwen3_moe_jax.convert.progress import ProgressCallback
 from qwen3_moe_jax.convert.source import ModelSource
 from qwen3_moe_jax.core.errors import BackendUnavailableError, OptionError
 from qwen3_moe_jax.core.runner import Runner
+from qwen3_moe_jax.hub import names
+from qwen3_moe_jax.hub.listing import files_in
 from qwen3_moe_jax.machine.headroom import main_memory
 from qwen3_moe_jax.machine.jax_devices import jax_devices
 from qwen3_moe_jax.machine.memory import MemoryPlan
@@ -32,18 +35,48 @@ def embedded_model() -> Path:
     return Path(str(files("qwen3_moe_jax") / "assets" / "tiny-coder-Q4_K_M.gguf"))
 
 
-def model_path(path: str | os.PathLike[str] | None) -> Path:
-    """The file or folder that a path names, with ``~`` expanded; None is the embedded model.
+def model_path(path: str | os.PathLike[str] | None, *, quiet: bool = False) -> Path:
+    """The file or folder that a name means, downloaded if it is on a hub; None is the embedded model.
+
+    Args:
+      path: a path (``~`` is the home folder; a folder with one model in it stands for that model),
+        ``hf:OWNER/REPO[:QUANT]``, or the address of a model's page or file.
+      quiet: a download says nothing.
 
     Raises:
-      ValueError: the path is empty, as a variable that is not set is.
+      ValueError: the path is empty, as a variable that is not set is, or names nothing.
+      HubError, MemoryPlanError, OutputFileError: as ``hub.pull.pull``.
     """
     if path is None:
         return embedded_model()
     text = os.fspath(path)
     if not text:
         raise ValueError("the model's path is empty (a variable that is not set?): name a .gguf file")
-    return Path(os.path.expanduser(text))
+    found = Path(os.path.expanduser(text))
+    if found.exists():
+        return _in_folder(found)
+    if (name := names.parse(text)) is not None:
+        from qwen3_moe_jax.hub.pull import pull
+
+        return pull(name, quiet=quiet, refresh=False)
+    if guess := names.guess(text):
+        raise OptionError(f"there is no file {text}; did you mean {guess}?")
+    return found
+
+
+def _in_folder(path: Path) -> Path:
+    """The one GGUF model of a folder that is no checkpoint; else the path itself.
+
+    Raises:
+      OptionError: the folder has several models.
+    """
+    if not path.is_dir() or (path / MANIFEST_NAME).exists():
+        return path
+    variants = files_in(path, deep=False)
+    if len(variants) > 1:
+        listed = ", ".join(v.files[0].path for v in variants)
+        raise OptionError(f"{path} has {len(variants)} models: name one of {listed}")
+    return path / variants[0].files[0].path if variants else path
 
 
 class Choice(NamedTuple):

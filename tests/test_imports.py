@@ -18,6 +18,7 @@ ORDER = (
     ("kernels_pallas",),
     ("core",),
     ("text", "machine"),
+    ("hub",),
     ("reference", "wgpu_backend", "jax_backend"),
     ("loader",),
     ("measure", "inspection"),

@@ -22,7 +22,7 @@ def add_model(parser: argparse._ActionsContainer) -> None:
         "-m",
         "--model",
         type=options.path,
-        help="a .gguf file or a packed checkpoint folder (default: the embedded model)",
+        help="a .gguf file, a checkpoint folder, or hf:OWNER/REPO[:QUANT] (default: the embedded model)",
     )
 
 
@@ -71,12 +71,13 @@ def load_model(args: argparse.Namespace, *, show_banner: bool = True) -> "Model"
     """Loads what ``add_model_arguments`` parsed, with progress and a banner on standard error."""
     from qwen3_moe_jax.api import load  # --help needs none of it
 
+    path = loader.model_path(args.model, quiet=args.quiet)
     with (
         explain_if_slow(SLOW_LOAD, quiet=args.quiet),
         show_progress("loading", quiet=args.quiet) as progress,
     ):
         model = load(
-            args.model,
+            path,
             backend=args.backend,
             max_context=args.context,
             dtype=args.dtype,

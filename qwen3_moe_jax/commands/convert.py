@@ -7,6 +7,7 @@ import sys
 import time
 from typing import Any
 
+from qwen3_moe_jax import loader
 from qwen3_moe_jax.commands import options
 from qwen3_moe_jax.convert.errors import ModelFileError
 from qwen3_moe_jax.convert.open_model import open_model
@@ -20,7 +21,9 @@ EXIT_CODES = {"E_EXISTS": ExitCode.NOT_EMPTY, "E_BUSY": ExitCode.BUSY}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", type=options.path, help="a .gguf file (any shard of a split one)")
+    parser.add_argument(
+        "model", type=options.path, help="a .gguf file (any shard of a split one), or hf:OWNER/REPO[:QUANT]"
+    )
     parser.add_argument("out", type=options.path, help="folder to make; must not exist, or be empty")
     parser.add_argument("-q", "--quiet", action="store_true", help="no progress")
 
@@ -54,6 +57,7 @@ def convert_model(model: str | os.PathLike, out: str | os.PathLike, *, quiet: bo
     silence_orbax()
     from qwen3_moe_jax.convert.checkpoint_writer import write_checkpoint
 
+    model = loader.model_path(model, quiet=quiet)
     start = time.monotonic()
     label = f"converting {os.path.basename(model)}"
     with open_model(model) as source, terminal.show_progress(label, quiet=quiet) as progress:

@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = EXAMPLES
     parser.add_argument(
-        "path", nargs="?", metavar="MODEL", type=options.path, help="a .gguf file or a checkpoint folder"
+        "path", nargs="?", metavar="MODEL", type=options.path, help="the same as --model MODEL"
     )
     _add_engine_arguments(parser)
     _add_server_arguments(parser)
@@ -170,7 +170,7 @@ def run(args: argparse.Namespace) -> int:
         drain_seconds=args.drain_timeout,
     )
     start = Start(
-        model=args.path or args.model,
+        model=str(loader.model_path(args.path or args.model)),
         backend=args.backend,
         dtype=args.dtype,
         kv_cache=args.kv_cache,

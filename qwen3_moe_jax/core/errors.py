@@ -69,6 +69,10 @@ class ParityError(RuntimeError):
     """A backend's results are not the reference's; the message names the first stage that departs."""
 
 
+class HubError(RuntimeError):
+    """A model hub cannot be reached, or refuses; the message says why and what to do."""
+
+
 class OptionError(ValueError):
     """An option or an argument has a value that it cannot have."""
 

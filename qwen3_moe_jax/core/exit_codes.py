@@ -13,6 +13,7 @@ class ExitCode(IntEnum):
     BUSY = 4
     NOT_EMPTY = 5
     OUTPUT = 6
+    HUB = 7
     INTERRUPTED = 130
     READER_GONE = 141
 
@@ -25,6 +26,7 @@ MEANINGS = {
     ExitCode.BUSY: "convert: another process writes the folder",
     ExitCode.NOT_EMPTY: "convert: something is at the output's name already",
     ExitCode.OUTPUT: "an output cannot be written",
+    ExitCode.HUB: "the model hub cannot be reached, or refuses",
     ExitCode.INTERRUPTED: "interrupted with Ctrl-C",
     ExitCode.READER_GONE: "the reader of standard output went away (| head)",
 }

@@ -1,0 +1,78 @@
+"""What a model is going to be like here before it is loaded: whether it fits, how fast it is.
+
+Decoding is bound by the bytes that a token reads. A backend reaches a share of the memory's speed that was
+measured: on an H100 652 tokens/s of 1.92 GB are 0.37 of its data sheet's 3.35 TB/s (104 through Vulkan:
+0.06), on a CPU with 4 cores 5.2 tokens/s are 0.30 of a copy's speed. Small models are bound by launches
+instead: nothing is expected to be faster than ``MOST_TOKENS`` a second.
+"""
+
+import functools
+from dataclasses import dataclass
+
+from qwen3_moe_jax.convert.source import ModelSource
+from qwen3_moe_jax.machine.datasheets import peak_bandwidth
+from qwen3_moe_jax.machine.headroom import Headroom, main_memory
+from qwen3_moe_jax.machine.limits import copy_bandwidth, step_nbytes
+from qwen3_moe_jax.machine.nvidia import nvidia_gpus
+from qwen3_moe_jax.machine.probe import cards_are_hidden_by
+
+SHARES = {("jax", True): 0.37, ("wgpu", True): 0.06, ("jax", False): 0.30}
+"""Of the memory's speed, by backend and by whether it is a GPU's."""
+
+MOST_TOKENS = 1000.0
+"""Tokens/s of one sequence that launches and the host allow on any machine."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a model is going to run.
+
+    Attributes:
+      backend: one of ``loader.BACKENDS``.
+      memory: what is free there.
+      bandwidth: bytes/s; None where unknown.
+      origin: of the bandwidth, in words.
+      itemsize: bytes of a value in the KV cache.
+    """
+
+    backend: str
+    memory: Headroom
+    bandwidth: float | None
+    origin: str
+    itemsize: int
+
+    def rate(self, source: ModelSource, depth: int) -> float | None:
+        """Expected tokens/s of one sequence with ``depth`` tokens in its cache; None where unknown."""
+        share = SHARES.get((self.backend, self.itemsize == 2))
+        if self.bandwidth is None or share is None:
+            return None
+        return min(MOST_TOKENS, share * self.bandwidth / step_nbytes(source, self.itemsize, 1, depth))
+
+
+def free_card() -> Headroom | None:
+    """The NVIDIA card with the most free memory; None where none can be used."""
+    cards = [] if cards_are_hidden_by() else [card for card in nvidia_gpus() if card.free]
+    if not cards:
+        return None
+    card = max(cards, key=lambda c: c.free or 0)
+    return Headroom(card.free, card.name)
+
+
+def machine_memory() -> Headroom:
+    """What a model can have: of the NVIDIA card with the most free memory, else main memory."""
+    return free_card() or main_memory()
+
+
+def place_of(backend: str) -> Place:
+    """Where a backend is going to run; measures a CPU's memory speed once per process."""
+    card = free_card() if backend == "jax" else None
+    if card is not None:
+        return Place(backend, card, peak_bandwidth(card.where), f"{card.where}'s data sheet", 2)
+    if backend == "jax":
+        return Place(backend, main_memory(), _measured(), "a copy in main memory, measured now", 4)
+    return Place(backend, main_memory(), None, "not known", 2 if backend == "wgpu" else 4)
+
+
+@functools.cache
+def _measured() -> float:
+    return copy_bandwidth()
