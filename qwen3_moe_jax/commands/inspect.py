@@ -1,19 +1,16 @@
 """``qwen3-moe inspect``: metadata, tensors and types of a model file, and what will run on them."""
 
 import argparse
-from collections import Counter
+from typing import Any
 
 from qwen3_moe_jax import loader
 from qwen3_moe_jax.commands import options
 from qwen3_moe_jax.commands.common import add_model
-from qwen3_moe_jax.convert.errors import ModelFileError
-from qwen3_moe_jax.convert.gguf_file import GGUFFile
-from qwen3_moe_jax.convert.open_model import open_model
+from qwen3_moe_jax.convert.progress import format_bytes
 from qwen3_moe_jax.core import terminal
 from qwen3_moe_jax.core.errors import OptionError
 from qwen3_moe_jax.core.exit_codes import ExitCode
-
-LONGEST_VALUE = 100
+from qwen3_moe_jax.inspection.file_report import is_supported, report_on
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,6 +19,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_model(parser)
     parser.add_argument("--tensors", action="store_true", help="list every tensor")
+    parser.add_argument(
+        "--no-estimates", action="store_true", help="say nothing of this machine: about a second quicker"
+    )
     parser.add_argument("--sha256", action="store_true", help="hash the whole file")
     parser.add_argument("--json", action="store_true", help="one JSON object")
 
@@ -29,70 +29,69 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     if args.file and args.model:
         raise OptionError("two models are given: give one")
-    args.model = args.model or args.file
-    try:
-        return _inspect_model(args)
-    except ModelFileError as error:
-        if error.code != "E_ARCH":
-            raise
-        _print_foreign(args.model)
-        raise
-
-
-def _print_foreign(path: str) -> None:
-    """What can be said of a GGUF file of another architecture."""
-    with GGUFFile.open(path) as file:
-        size = f"{file.nbytes / 1e9:.3f} GB, {len(file.tensors)} tensors"
-        terminal.show(path, size, "", "metadata")
-        terminal.show(*(f"  {key} = {_short(value)}" for key, value in file.metadata.items()))
-
-
-def _inspect_model(args: argparse.Namespace) -> int:
-    with open_model(loader.model_path(args.model)) as source:
-        report = {
-            "path": str(source.path),
-            "nbytes": source.nbytes,
-            "identity": source.identity,
-            "config": {k: v for k, v in vars(source.config).items() if k != "rope_scaling"},
-            "rope_scaling": source.config.rope_scaling and vars(source.config.rope_scaling),
-            "types": Counter(t.name for t in source.types.values()),
-            "metadata": {k: _short(v) for k, v in source.metadata.items()},
-            "tensors": [
-                {"path": p, "type": source.types[p].name, "shape": s.shape} for p, s in source.specs.items()
-            ],
-        }
-        if args.sha256:
-            report["sha256"] = source.sha256()
+    path = loader.model_path(args.model or args.file)
+    report = report_on(path, estimates=not args.no_estimates, sha256=args.sha256)
     if args.json:
         terminal.show_json(report, indent=2)
     else:
         _print(report, args.tensors)
+    if fault := report.get("fault"):
+        terminal.error(f"{fault}: {report['advice']}")
+        return ExitCode.FAULT
     return ExitCode.DONE
 
 
-def _short(value: object) -> object:
-    """Long arrays and texts as a summary."""
-    if isinstance(value, list | tuple) and len(value) > 8:
-        return f"[{len(value)} values: {', '.join(repr(v) for v in value[:4])}, ...]"
-    if isinstance(value, str) and len(value) > LONGEST_VALUE:
-        return f"{value[:LONGEST_VALUE]!r}... ({len(value)} characters)"
-    return value
-
-
-def _print(report: dict, tensors: bool) -> None:
-    kinds = ", ".join(f"{n} {t}" for t, n in sorted(report["types"].items()))
+def _print(report: dict[str, Any], tensors: bool) -> None:
+    kinds = ", ".join(f"{n} {_marked(t)}" for t, n in sorted(report["types"].items()))
     size = f"{report['nbytes'] / 1e9:.3f} GB, {len(report['tensors'])} tensors: {kinds}"
     terminal.show(report["path"], size)
     terminal.show(*(f"{key} {report[key]}" for key in ("sha256", "identity") if key in report))
-    config = dict(report["config"])
-    if report["rope_scaling"]:
-        config["rope_scaling"] = report["rope_scaling"]
-    for title, values in (("config", config), ("metadata", report["metadata"])):
-        terminal.show("", title, *(f"  {key} = {value}" for key, value in values.items()))
+    if fault := report.get("fault"):
+        terminal.show(f"does not run here: {fault}")
+    if here := report.get("here"):
+        _print_here(here)
+    if config := dict(report.get("config", {})):
+        if report["rope_scaling"]:
+            config["rope_scaling"] = report["rope_scaling"]
+        terminal.show("", "config", *(f"  {key} = {value}" for key, value in config.items()))
+    terminal.show("", "metadata", *(f"  {key} = {value}" for key, value in report["metadata"].items()))
+    terminal.show("", "tensor groups", *map(_group, report["groups"]))
     if tensors:
-        rows = (f"  {t['type']:5} {_shape(t):>16}  {t['path']}" for t in report["tensors"])
-        terminal.show("", "tensors", *rows)
+        terminal.show("", "tensors", *map(_tensor, report["tensors"]))
 
 
-def _shape(tensor: dict) -> str:
-    return "x".join(map(str, tensor["shape"]))
+def _print_here(here: dict[str, Any]) -> None:
+    parts = ", ".join(f"{t}: {i}" for t, i in here["implementations"].items())
+    terminal.show("", f"will run with {here['backend']} ({parts}); {here['memory']}")
+    terminal.show("  context   KV cache     in all            at that depth (estimates)")
+    terminal.show(*map(_context, here["contexts"]))
+    terminal.show(f"  rates from the bytes that a token reads and {here['bandwidth_origin']}")
+
+
+def _context(row: dict[str, Any]) -> str:
+    fits = {True: "fits", False: "does not fit", None: "unknown"}[row["fits"]]
+    rate = row["estimated_tokens_per_second"]
+    speed = (
+        "rate not known"
+        if rate is None
+        else f"about {rate:.2g} tokens/s"
+        if rate < 100
+        else f"about {rate:.0f} tokens/s"
+    )
+    sizes = f"{format_bytes(row['cache']):>9}  {format_bytes(row['total']):>9}"
+    return f"  {row['context']:>7}  {sizes}  {fits:14}  {speed}"
+
+
+def _marked(type_name: str) -> str:
+    return type_name if is_supported(type_name) else f"{type_name} (NOT SUPPORTED)"
+
+
+def _group(group: dict[str, Any]) -> str:
+    kinds = ", ".join(f"{n} {_marked(t)}" for t, n in sorted(group["types"].items()))
+    return f"  {group['name']:32} {format_bytes(group['nbytes']):>9}  {kinds}"
+
+
+def _tensor(t: dict[str, Any]) -> str:
+    shape = "x".join(map(str, t["shape"]))
+    path = f"  {t['path']}" if t["path"] else ""
+    return f"  {_marked(t['type']):5} {shape:>16} {t['nbytes']:>12}  {t['name']}{path}"

@@ -41,9 +41,14 @@ class Place:
     origin: str
     itemsize: int
 
+    @property
+    def on_gpu(self) -> bool:
+        """Whether it is a GPU: its KV cache is float16 there."""
+        return self.itemsize == 2
+
     def rate(self, source: ModelSource, depth: int) -> float | None:
         """Expected tokens/s of one sequence with ``depth`` tokens in its cache; None where unknown."""
-        share = SHARES.get((self.backend, self.itemsize == 2))
+        share = SHARES.get((self.backend, self.on_gpu))
         if self.bandwidth is None or share is None:
             return None
         return min(MOST_TOKENS, share * self.bandwidth / step_nbytes(source, self.itemsize, 1, depth))
