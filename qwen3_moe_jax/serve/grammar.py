@@ -37,8 +37,9 @@ class Constraint:
 
     @property
     def is_over(self) -> bool:
-        """Whether nothing more may come."""
-        return self._matcher.is_stopped() or self._matcher.is_accepting()
+        """Whether nothing may come."""
+        self._matcher.compute_bitmask()  # what is wrong with a grammar shows only now
+        return self._matcher.is_error() or self._matcher.is_stopped() or self._matcher.is_accepting()
 
     def take(self, token: int) -> None:
         """Goes on after a token that the mask allowed."""
@@ -50,9 +51,9 @@ class Constraint:
         Raises:
           SchemaError: the grammar became too complex.
         """
+        bits = bytearray(self._matcher.compute_bitmask())
         if self._matcher.is_error():
             raise SchemaError("the schema is too complex for this answer")
-        bits = bytearray(self._matcher.compute_bitmask())
         bits += bytes(max(0, self._mask_bytes - len(bits)))
         if also is not None:
             bits[also // 8] |= 1 << also % 8
