@@ -78,10 +78,18 @@ def text(value: str) -> str:
     if not value:
         raise argparse.ArgumentTypeError("is empty: give at least one character")
     try:
-        os.fsencode(value).decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise argparse.ArgumentTypeError(f"is not UTF-8 (byte {error.start})") from error
+        value.encode()
+    except UnicodeEncodeError:  # bytes of the command line that the locale's encoding lacks
+        return _from_bytes(value)
     return value
+
+
+def _from_bytes(value: str) -> str:
+    """A text in UTF-8 that a shell gave to a program in an ASCII locale."""
+    try:
+        return os.fsencode(value).decode("utf-8")
+    except UnicodeError as error:
+        raise argparse.ArgumentTypeError(f"is not UTF-8 (byte {error.start})") from error
 
 
 def path(value: str) -> str:

@@ -73,6 +73,23 @@ class _WithoutTracebacks(logging.Filter):
         return True
 
 
+class _Notes(logging.Handler):
+    """Logs go the way of all that is no result: escaped, and dropped where nobody can read them."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        terminal.note(*f"{record.levelname.lower()}: {self.format(record)}".splitlines())
+
+
+def _log_to_notes() -> None:
+    """Sends what uvicorn logs to standard error; its own handlers need one that is open."""
+    log = logging.getLogger("uvicorn")
+    if not any(isinstance(handler, _Notes) for handler in log.handlers):
+        handler = _Notes()
+        handler.addFilter(_WithoutTracebacks())
+        log.addHandler(handler)
+    log.propagate = False
+
+
 class Server:
     """One server in the running event loop.
 
@@ -90,6 +107,7 @@ class Server:
             ws="none",
             lifespan="off",
             log_level="warning",
+            log_config=None,
             access_log=False,
             server_header=False,
             date_header=True,
@@ -102,7 +120,7 @@ class Server:
         self._hurry = asyncio.Event()
         self._socket = _listen(settings.host, settings.port)
         self.port: int = self._socket.getsockname()[1]
-        logging.getLogger("uvicorn.error").addFilter(_WithoutTracebacks())
+        _log_to_notes()
 
     async def run(self) -> int:
         """Serves until ``stop``; the exit code."""

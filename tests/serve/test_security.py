@@ -1,6 +1,7 @@
 """Keys, hosts, origins, sizes, deadlines, broken JSON, engine deaths, shutdown: what must be withstood."""
 
 import json
+import logging
 import os
 import signal
 import socket
@@ -12,9 +13,10 @@ import pytest
 
 httpx = pytest.importorskip("httpx")
 
+from qwen3_moe_jax.core.errors import OptionError  # noqa: E402
 from qwen3_moe_jax.serve.http import app, guard  # noqa: E402
 from qwen3_moe_jax.serve.http.site import PAGE_PATHS  # noqa: E402
-from qwen3_moe_jax.serve.run import ServeError, check_address  # noqa: E402
+from qwen3_moe_jax.serve.run import Server, check_address, make_service  # noqa: E402
 from qwen3_moe_jax.serve.settings import Settings  # noqa: E402
 from qwen3_moe_jax.testing.http_server import quick_start, running  # noqa: E402
 
@@ -306,8 +308,22 @@ def test_a_killed_engine_comes_back(guarded):
     assert engine.restarts == 1
 
 
+def test_a_server_without_standard_streams_starts_and_its_log_is_dropped(model_files, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    monkeypatch.setattr(sys, "stderr", None)
+    server = Server(make_service(Settings(port=0), quick_start(model_files["hermes"])))
+    logging.getLogger("uvicorn.error").warning("nobody reads this")
+    server._socket.close()
+
+
+def test_the_log_of_the_server_cannot_command_a_terminal(model_files, capsys):
+    Server(make_service(Settings(port=0), quick_start(model_files["hermes"])))._socket.close()
+    logging.getLogger("uvicorn.error").warning("bad \x1b[2J request")
+    assert capsys.readouterr().err == "warning: bad \\x1b[2J request\n"
+
+
 def test_no_key_no_network():
-    with pytest.raises(ServeError, match="api-key-file"):
+    with pytest.raises(OptionError, match="api-key-file"):
         check_address(Settings(host="0.0.0.0"))
     check_address(Settings(host="0.0.0.0", api_keys=("k",)))
     check_address(Settings(host="::1"))
