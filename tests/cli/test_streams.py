@@ -80,9 +80,7 @@ def test_a_prompt_in_utf_8_is_taken_in_an_ascii_locale():
     code = "import sys; from qwen3_moe_jax.commands import options; print(ascii(options.text(sys.argv[1])))"
     env = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     command = [sys.executable, "-c", code, "caf\u00e9 \u4f60".encode()]
-    done = subprocess.run(
-        command, capture_output=True, text=True, env={**os.environ, **locale}, timeout=SECONDS
-    )
+    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=SECONDS)
     assert done.stdout == "'caf\\xe9 \\u4f60'\n", done.stderr
 
 
