@@ -36,7 +36,7 @@ from jax import lax
 from qwen3_moe_jax.convert.ggml_types import GGMLType
 from qwen3_moe_jax.kernels_pallas.attention import kernel_sm90 as attention_sm90
 from qwen3_moe_jax.kernels_pallas.attention import xla as attention_xla
-from qwen3_moe_jax.kernels_pallas.gpu.grouped_matmul_sm90 import MOST_FEW, MatmulConfig, few_config
+from qwen3_moe_jax.kernels_pallas.gpu.grouped_matmul_sm90 import MAX_FEW_ROWS, MatmulConfig, few_config
 from qwen3_moe_jax.kernels_pallas.gpu.interpreter import interpreter
 from qwen3_moe_jax.kernels_pallas.moe_mlp import kernel_sm90 as moe_sm90
 from qwen3_moe_jax.kernels_pallas.packed.gpu_tiles import dequantize_tiles
@@ -296,7 +296,7 @@ def attention_row(s: Shapes, chunk: tuple[int, int, int], kind: str, interpret) 
 def other_sizes(s: Shapes, interpret) -> Iterator[Row]:
     """Rows for the choice of sizes."""
     for tokens in s.tokens:
-        if tokens <= MOST_FEW:
+        if tokens <= MAX_FEW_ROWS:
             few = few_config(tokens)
             if interpret:
                 few = replace(few, blocks=3)
@@ -325,11 +325,11 @@ def all_rows(s: Shapes, interpret, sizes: bool) -> Iterator[Row]:
     """Cheap ones that tell most first; those of sizes that have run before, before others."""
     tiny = MatmulConfig(16, (8, 16), blocks=2) if interpret else None
     for tokens, matrix in itertools.product(s.tokens, ("q_proj", "k_proj", "v_proj", "o_proj", "lm_head")):
-        if (matrix == "lm_head" and tokens > MOST_FEW) or (matrix == "v_proj" and tokens != s.tokens[0]):
+        if (matrix == "lm_head" and tokens > MAX_FEW_ROWS) or (matrix == "v_proj" and tokens != s.tokens[0]):
             continue
         yield matmul_row(s, matrix, tokens, interpret, tiny)
     for tokens, kind in itertools.product(reversed(s.tokens), ("even", "zipf", "one")):
-        config = tiny and (replace(few_config(tokens), blocks=3) if tokens <= MOST_FEW else tiny)
+        config = tiny and (replace(few_config(tokens), blocks=3) if tokens <= MAX_FEW_ROWS else tiny)
         yield moe_row(s, tokens, kind, Q4_K, config, interpret)
         if kind == "even":
             yield moe_row(s, tokens, kind, Q6_K, config, interpret)

@@ -133,7 +133,7 @@ def measure(model, params, sequences: int, tokens: int, chunk: int, repeats: int
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--preset", default="Qwen3-30B-A3B", choices=sorted(PRESETS))
-    parser.add_argument("--tokens", type=int, nargs="+", default=[512, 2048], help="tokens a prompt")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[512, 2048], help="tokens per prompt")
     parser.add_argument("--sequences", type=int, nargs="+", default=[1], help="prompts, one number each")
     parser.add_argument("--chunk", type=int, default=2048, help="most tokens of a prompt at a time")
     parser.add_argument("--repeats", type=int, default=3)

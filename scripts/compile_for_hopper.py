@@ -381,7 +381,7 @@ def main() -> None:
         "--blocks", type=int, help="blocks of the grid; an H100 SXM's multiprocessors by default"
     )
     one.add_argument("--length", type=int, default=1024, help="tokens that the cache holds")
-    model = commands.add_parser("step", help="the model's step: memory, and launches a layer")
+    model = commands.add_parser("step", help="the model's step: memory, and launches per layer")
     model.add_argument("--preset", default="Qwen3-30B-A3B", choices=sorted(bench_prefill.PRESETS))
     model.add_argument("--tokens", type=int, default=2048, help="tokens of a chunk")
     model.add_argument("--sequences", type=int, default=1)
@@ -389,7 +389,7 @@ def main() -> None:
     model.add_argument("--thunks", action="store_true", help="also name every launch")
     slots = commands.add_parser("batch", help="scratch memory of a batch's programs")
     _hopper_batch.add_arguments(slots)
-    counting = commands.add_parser("count", help="launches a layer in a dump of XLA's")
+    counting = commands.add_parser("count", help="launches per layer in a dump of XLA's")
     counting.add_argument("file", type=Path)
     counting.add_argument("--thunks", action="store_true")
     args = parser.parse_args()

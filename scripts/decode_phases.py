@@ -14,8 +14,8 @@ phase's instructions is the share of time that it takes. A phase ends where its 
 the wait for the phase before it ends where memory is acquired (``CCTL.IVALL``); the warps that do not poll
 wait at the barrier behind it. Nothing is added to the kernel, unlike by a trace.
 
-Prints a line a phase: microseconds a layer, how much of that is waiting for the other blocks, and what warps
-wait for in the rest. The last line is JSON.
+Prints one line per phase: microseconds per layer, how much of that is waiting for the other blocks, and what
+warps wait for in the rest. The last line is JSON.
 """
 
 import argparse

@@ -47,10 +47,6 @@ def _words(xp: Any, b: Array) -> Array:
     return w.view(xp.int32)
 
 
-def _unword(w: np.ndarray) -> np.ndarray:
-    return np.ascontiguousarray(w)[..., None].view(np.uint8)
-
-
 def _split(a: Array, superblocks: int, *inner: int) -> Array:
     """[..., N, bytes] to [..., N / 8, superblocks, 8, *inner]."""
     *leading, rows, _ = a.shape
@@ -163,73 +159,3 @@ def to_gpu_tiles(packed: PackedTensor, xp: Any = np) -> PackedTensor:
     if xp is np:
         out = {name: np.ascontiguousarray(a) for name, a in out.items()}
     return PackedTensor(out, packed.type, GPU_TILES)
-
-
-def _unsplit(a: np.ndarray, inner: int) -> np.ndarray:
-    """[..., N / 8, superblocks, 8, *inner axes] to [..., N, bytes]; ``inner`` counts the inner axes."""
-    first = a.ndim - inner - 3
-    a = _move(a, first + 2, first + 1)
-    leading, tiles = a.shape[:first], a.shape[first]
-    return np.ascontiguousarray(a).reshape(*leading, tiles * TILE_ROWS, -1)
-
-
-def _rows_q5_high(qh: np.ndarray) -> np.ndarray:
-    b = _unword(_move(qh, qh.ndim - 3, qh.ndim - 1))  # [..., 8, 4 groups, half, byte]
-    words = []
-    for j in range(4):
-        byte = 0
-        for group in range(4):
-            for s in range(2):
-                byte = byte | ((b[..., group, :, :] >> (j + 4 * s) & 1) << (2 * group + s))
-        words.append(byte)
-    return np.stack(words, axis=-2)  # [..., 8, half, word, byte]
-
-
-def _rows_q6(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    low = _unword(arrays["ql"])
-    low = _move(low, low.ndim - 5, low.ndim - 3)  # [..., 8, group, half, word, byte]
-    high = _unword(arrays["qh"])  # [..., 8, group, word, byte]
-    w = np.empty((*low.shape[:-3], 2, *low.shape[-3:]), np.uint8)  # group, s, half, word, byte
-    for s in range(2):
-        for half in range(2):
-            upper = high >> (2 * (2 * half + s)) & 3
-            w[..., s, half, :, :] = (low[..., half, :, :] >> (4 * s) & 15) | (upper << 4)
-    w = w.reshape(*w.shape[:-5], 2, 4, 32)  # half of 128, quarter, 32
-    ql = [(w[..., i, :] & 15) | ((w[..., i + 2, :] & 15) << 4) for i in range(2)]
-    qh = 0
-    for i in range(4):
-        qh = qh | ((w[..., i, :] >> 4) << (2 * i))
-    return {
-        "ql": _unsplit(np.stack(ql, axis=-2), 3),
-        "qh": _unsplit(qh, 2),
-        "scales": _unsplit(_unword(arrays["scales"]), 2).view(np.int8),
-        "d": _unsplit(arrays["d"], 0),
-    }
-
-
-def from_gpu_tiles(packed: PackedTensor) -> PackedTensor:
-    """The inverse of :func:`to_gpu_tiles`, in NumPy."""
-    if packed.layout != GPU_TILES:
-        raise NotImplementedError(f"expected layout {GPU_TILES!r}, not {packed.layout!r}")
-    arrays = {name: np.asarray(a) for name, a in packed.arrays.items()}
-    match packed.type:
-        case GGMLType.Q6_K:
-            return PackedTensor(_rows_q6(arrays), packed.type)
-        case GGMLType.Q8_0:
-            b = _unword(arrays["q"])
-            q = _unsplit(_move(b, b.ndim - 5, b.ndim - 3), 4).view(np.int8)
-            d = np.stack([arrays["d0"], arrays["d1"]], axis=-1)
-            return PackedTensor({"q": q, "d": _unsplit(d, 2)}, packed.type)
-        case _:
-            b = _unword(arrays["q"])
-            scales = _unword(arrays["scales"])
-            out = {
-                "q": _unsplit(_move(b, b.ndim - 5, b.ndim - 3), 4),
-                "scales": _unsplit(scales[..., :2], 2),
-                "mins": _unsplit(scales[..., 2:], 2),
-                "d": _unsplit(arrays["d"], 0),
-                "dmin": _unsplit(arrays["dmin"], 0),
-            }
-            if packed.type is GGMLType.Q5_K:
-                out["qh"] = _unsplit(_rows_q5_high(arrays["qh"]), 3)
-            return PackedTensor(out, packed.type)

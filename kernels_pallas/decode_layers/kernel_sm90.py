@@ -1,4 +1,4 @@
-"""decode_layers on Hopper GPUs: 12 launches a layer, one more for each further type of v_proj and down_proj.
+"""decode_layers on Hopper GPUs: 12 launches per layer, and one per further type of v_proj and down_proj.
 
 Queries, keys and values are one product of the matrices that lie together in their stack. Between
 the products of ``gpu.grouped_matmul_sm90`` and the kernel of ``attention.kernel_sm90`` stand
@@ -21,7 +21,7 @@ from qwen3_moe_jax.kernels_pallas.attention import kernel_sm90 as attention
 from qwen3_moe_jax.kernels_pallas.decode_layers import row_steps_triton as steps
 from qwen3_moe_jax.kernels_pallas.gpu.device import require_hopper
 from qwen3_moe_jax.kernels_pallas.gpu.grouped_matmul_sm90 import (
-    MOST_FEW,
+    MAX_FEW_ROWS,
     OfLayer,
     check_supported,
     dense_config,
@@ -31,7 +31,7 @@ from qwen3_moe_jax.kernels_pallas.gpu.grouped_matmul_sm90 import (
 from qwen3_moe_jax.kernels_pallas.gpu.sorting import UsedExperts, dense_tiles
 from qwen3_moe_jax.kernels_pallas.packed.stacks import LayerTable, LayerTensor, Matrices
 
-_TILES = (32, MOST_FEW)
+_TILES = (32, MAX_FEW_ROWS)
 _MIN_ROWS = 17
 """Fewer sequences are for ``decode_step``, or go layer by layer."""
 
@@ -39,8 +39,10 @@ _MIN_ROWS = 17
 def check(table: LayerTable, batch: int, cache: jax.Array, interpret: Any = None) -> None:
     """Raises NotImplementedError, with the reason, for what :func:`decode_layers` does not take."""
     require_hopper(interpret)
-    if not _MIN_ROWS <= batch <= MOST_FEW:
-        raise NotImplementedError(f"few launches are for {_MIN_ROWS} to {MOST_FEW} sequences, not {batch}")
+    if not _MIN_ROWS <= batch <= MAX_FEW_ROWS:
+        raise NotImplementedError(
+            f"few launches are for {_MIN_ROWS} to {MAX_FEW_ROWS} sequences, not {batch}"
+        )
     if cache.dtype not in (jnp.bfloat16, jnp.float16):
         raise NotImplementedError(f"the Hopper kernels read 16-bit caches, not {cache.dtype}")
     w = _Weights.of(table)

@@ -193,12 +193,12 @@ def pick_config(rows_each: float) -> MatmulConfig:
     return MatmulConfig(tile=64, widths=(32, 64)) if rows_each <= 48 else MatmulConfig()
 
 
-MOST_FEW = 64
+MAX_FEW_ROWS = 64
 """Up to this many rows are "few": one tile holds them all."""
 
 
 def few_config(rows: int, type: GGMLType = GGMLType.Q4_K) -> MatmulConfig:
-    """Sizes for up to ``MOST_FEW`` rows that every matrix multiplies: unpacking is most of the work.
+    """Sizes for up to ``MAX_FEW_ROWS`` rows that every matrix multiplies: unpacking is most of the work.
 
     Four warpgroups hide each other's latencies, in the registers that the launch gives them. More
     than 32 rows (16 of Q5_K, gate_proj's type) leave none for a second operand, so that a warpgroup
@@ -212,7 +212,7 @@ def few_config(rows: int, type: GGMLType = GGMLType.Q4_K) -> MatmulConfig:
 def dense_config(rows: int, matrix_rows: int, columns: int) -> tuple[MatmulConfig, int]:
     """Sizes for one matrix, and splits of K: as many blocks as there are multiprocessors get work."""
     config = pick_config(rows)
-    if rows <= MOST_FEW:
+    if rows <= MAX_FEW_ROWS:
         config = replace(few_config(rows), warpgroups=2, in_flight=1)
     block_rows = config.warpgroups * config.slabs * SLAB_ROWS
     items = -(-rows // config.tile) * -(-matrix_rows // block_rows)

@@ -123,7 +123,7 @@ def sort_by_expert(expert_ids: jax.Array, experts: int, tile: int) -> SortedRows
     Args:
       expert_ids: int32 [T, X], each in [0, experts).
       experts: E.
-      tile: rows a tile.
+      tile: rows per tile.
     """
     pairs = expert_ids.size
     ranks, total = _ranks(expert_ids, experts)

@@ -20,7 +20,7 @@ from qwen3_moe_jax.convert.packed import PackedTensor
 from qwen3_moe_jax.kernels_pallas.gpu.activations import SWIGLU_SCALE, WEIGHT_SCALE, float16_operand
 from qwen3_moe_jax.kernels_pallas.gpu.device import require_16_bits, require_hopper
 from qwen3_moe_jax.kernels_pallas.gpu.grouped_matmul_sm90 import (
-    MOST_FEW,
+    MAX_FEW_ROWS,
     MatmulConfig,
     check_supported,
     few_config,
@@ -53,7 +53,7 @@ def moe_mlp(
     require_hopper(interpret)
     require_16_bits(compute_dtype)
     weights = [as_matrices(w) for w in (gate_proj, up_proj, down_proj)]
-    if config is None and x.shape[0] <= MOST_FEW:
+    if config is None and x.shape[0] <= MAX_FEW_ROWS:
         gate = weights[0].options[0] if isinstance(weights[0], OneOf) else weights[0]
         config = few_config(x.shape[0], gate.stack.type)
     config = config or pick_config(expert_ids.size / gate_proj.shape[0])

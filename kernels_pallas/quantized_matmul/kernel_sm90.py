@@ -12,7 +12,7 @@ from qwen3_moe_jax.convert.packed import PackedTensor
 from qwen3_moe_jax.kernels_pallas.gpu.activations import float16_operand
 from qwen3_moe_jax.kernels_pallas.gpu.device import require_16_bits, require_hopper
 from qwen3_moe_jax.kernels_pallas.gpu.grouped_matmul_sm90 import (
-    MOST_FEW,
+    MAX_FEW_ROWS,
     MatmulConfig,
     check_supported,
     dense_config,
@@ -48,7 +48,7 @@ def quantized_matmul(
         check_supported((option,))
     if config is None:
         config, splits = dense_config(x.shape[0], *w.shape)
-    if len(options) == 1 or x.shape[0] <= MOST_FEW:
+    if len(options) == 1 or x.shape[0] <= MAX_FEW_ROWS:
         which = w.which if isinstance(w, OneOf) else None
         return _multiply(x, options, which, config, splits, interpret)
     return switch_types(lambda w: _multiply(x, (w,), None, config, splits, interpret), w)

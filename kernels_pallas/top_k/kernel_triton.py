@@ -20,7 +20,7 @@ _EACH = 16
 _MAX_BLOCKS = 4096
 _MIN_ROWS = 17
 """With fewer, XLA's sort is one launch that many multiprocessors share."""
-_LEAST = np.int32(-(2**31))
+_INT32_MIN = np.int32(-(2**31))
 
 
 def top_k(x: jax.Array, k: int, interpret: bool = False) -> tuple[jax.Array, jax.Array]:
@@ -94,10 +94,10 @@ def _store_largest(values: jax.Array, places: jax.Array, out, row) -> None:
 
     def next_bit(i, found):
         tried = found | (jnp.int32(1) << (31 - i))
-        is_enough = jnp.sum(jnp.where(keys >= (tried ^ _LEAST), 1, 0)) >= k
+        is_enough = jnp.sum(jnp.where(keys >= (tried ^ _INT32_MIN), 1, 0)) >= k
         return jnp.where(is_enough, tried, found)
 
-    least = lax.fori_loop(0, 32, next_bit, jnp.int32(0)) ^ _LEAST  # the k-th largest
+    least = lax.fori_loop(0, 32, next_bit, jnp.int32(0)) ^ _INT32_MIN  # the k-th largest
     above, equal = jnp.where(keys > least, 1, 0), jnp.where(keys == least, 1, 0)
     taken = above + jnp.where(jnp.cumsum(equal) <= k - jnp.sum(above), equal, 0)
     pltriton.store(out.at[row, jnp.cumsum(taken) - taken], places, mask=taken > 0)

@@ -10,8 +10,9 @@ from qwen3_moe_jax.convert.open_model import open_model
 from qwen3_moe_jax.core import terminal
 from qwen3_moe_jax.core.exit_codes import ExitCode
 from qwen3_moe_jax.machine import probe as machine
+from qwen3_moe_jax.machine.jax_devices import jax_devices
 from qwen3_moe_jax.machine.memory import MemoryPlan
-from qwen3_moe_jax.machine.probe import Finding, Machine
+from qwen3_moe_jax.machine.probe import Diagnosis, Machine
 from qwen3_moe_jax.wgpu_backend.adapter import list_adapters
 
 MARKS = {"ok": "ok     ", "note": "note   ", "problem": "PROBLEM"}
@@ -27,8 +28,9 @@ def run(args: argparse.Namespace) -> int:
     facts = machine.detect(list_adapters())
     findings = machine.diagnose(facts)
     findings += judge_model(args.model, args.context, facts)
+    findings += judge_decoding(args.model)
     choice = loader.choose_backend()
-    findings.append(Finding("ok", "backend", f"auto is {choice.backend}: {choice.reason}"))
+    findings.append(Diagnosis("ok", "backend", f"auto is {choice.backend}: {choice.reason}"))
     if args.json:
         terminal.show_json([dataclasses.asdict(f) for f in findings], indent=2)
     else:
@@ -39,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
     return ExitCode.FAULT if any(f.level == "problem" for f in findings) else ExitCode.DONE
 
 
-def judge_model(path, context: int, facts: Machine) -> list[Finding]:
+def judge_model(path, context: int, facts: Machine) -> list[Diagnosis]:
     """The file's header, tensors and memory need; reads no weights."""
     path = loader.embedded_model() if path is None else path
     try:
@@ -47,6 +49,21 @@ def judge_model(path, context: int, facts: Machine) -> list[Finding]:
             kinds = ", ".join(sorted({t.name for t in source.types.values()}))
             what = f"{path}: {len(source.types)} tensors ({kinds}), {source.nbytes / 1e9:.2f} GB"
             plan = MemoryPlan.of(source, min(context, source.config.max_position_embeddings), itemsize=4)
-            return [Finding("ok", "model", what), machine.judge_memory(facts, plan)]
+            return [Diagnosis("ok", "model", what), machine.judge_memory(facts, plan)]
     except ModelFileError as error:
-        return [Finding("problem", "model", f"{path}: {error}", error.advice)]
+        return [Diagnosis("problem", "model", f"{path}: {error}", error.advice)]
+
+
+def judge_decoding(path: str | None) -> list[Diagnosis]:
+    """In which ways the jax backend writes a token of this model on its GPU; reads no weights."""
+    if not loader.jax_sees_gpu():
+        return []
+    from qwen3_moe_jax.jax_backend.decode_path import plan_decoding
+
+    try:
+        with open_model(loader.model_path(path)) as source:
+            decoder = plan_decoding(source.config, dict(source.types), jax_devices()[0])
+    except ModelFileError:
+        return []  # ``judge_model`` has told it
+    ways = "; ".join(f"{name}: {what}" for name, what in decoder.describe().items())
+    return [Diagnosis("ok" if decoder.is_batch_invariant else "note", "decoding", ways)]

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from qwen3_moe_jax.convert.errors import printable
 from qwen3_moe_jax.core.output_file import check_output, save_arrays, save_seekable
 from qwen3_moe_jax.core.runner import Runner
 
@@ -51,6 +52,17 @@ class ExpertUsage:
         """How many experts of each layer no token chose: int64 [L]."""
         return (self.counts == 0).sum(axis=1)
 
+    def facts(self) -> str:
+        """Size of the text and of the model, balance and unused experts, in one line."""
+        layers, experts = self.counts.shape
+        balance = self.balance()
+        return (
+            f"{self.tokens:,} tokens, {layers} layers, "
+            f"{self.experts_per_token} of {experts} experts per token; "
+            f"balance {balance.min():.2f} to {balance.max():.2f} (1 is even), "
+            f"{int(self.unused().sum())} never used"
+        )
+
     def save_arrays(self, path: str | Path) -> None:
         """Writes counts and shares to a file in the ``.npz`` format, at exactly this path.
 
@@ -71,10 +83,14 @@ class ExpertUsage:
         Raises:
           OutputFileError: another suffix, or the file cannot be written.
         """
-        from qwen3_moe_jax.inspection.heatmap import draw_usage
+        from qwen3_moe_jax.inspection.heatmap import draw_heatmap  # Pillow takes a while to import
 
         check_output(path, tuple(PICTURES))
-        picture, kind = draw_usage(self), PICTURES[Path(path).suffix.lower()]
+        title = f"Experts used: {printable(self.model, 80)}" if self.model else "Experts used"
+        picture = draw_heatmap(
+            self.share, even_share=self.even_share, title=title, facts=self.facts(), text=self.text
+        )
+        kind = PICTURES[Path(path).suffix.lower()]
         save_seekable(path, lambda file: picture.save(file, format=kind))
 
 

@@ -1,10 +1,9 @@
-"""The picture of expert usage: one row per layer, one column per expert, drawn with Pillow."""
+"""A heatmap of shares: one row per layer, one column per expert, drawn with Pillow."""
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from qwen3_moe_jax.convert.errors import printable
-from qwen3_moe_jax.inspection.experts import ExpertUsage
 
 # Viridis at nine points (matplotlib's colour map, CC0): dark is rare, yellow is frequent.
 _COLOURS = np.array(
@@ -38,24 +37,33 @@ def colours(values: np.ndarray) -> np.ndarray:
     return np.rint(_COLOURS[low] * (1 - part) + _COLOURS[low + 1] * part).astype(np.uint8)
 
 
-def draw_usage(usage: ExpertUsage) -> Image.Image:
-    """The heatmap with axes, scale, title and the number of tokens."""
-    layers, experts = usage.counts.shape
+def draw_heatmap(
+    share: np.ndarray, *, even_share: float, title: str, facts: str, text: str = ""
+) -> Image.Image:
+    """The heatmap with axes, scale and title.
+
+    Args:
+      share: float64 [L, E], the share of the tokens that chose each expert.
+      even_share: what every share would be if experts were chosen evenly; marked on the scale.
+      title, facts: the first two lines.
+      text: the beginning of what was read, for the third line.
+    """
+    layers, experts = share.shape
     cell = int(np.clip((WIDTH - MARGIN_LEFT - MARGIN_RIGHT) // experts, MIN_CELL, MAX_CELL))
     row = int(np.clip(cell, 12, 28))
     width, height = cell * experts, row * layers
     size = (MARGIN_LEFT + width + MARGIN_RIGHT, MARGIN_TOP + max(height, 140) + MARGIN_BOTTOM)
     size = (max(size[0], 760), size[1])
     image = Image.new("RGB", size, BACKGROUND)
-    top = max(float(usage.share.max()), 1e-9)
-    cells = colours(usage.share / top).repeat(row, axis=0).repeat(cell, axis=1)
+    top = max(float(share.max()), 1e-9)
+    cells = colours(share / top).repeat(row, axis=0).repeat(cell, axis=1)
     image.paste(Image.fromarray(cells), (MARGIN_LEFT, MARGIN_TOP))
     draw = ImageDraw.Draw(image)
     if cell >= 10:
         _grid(draw, layers, experts, cell, row)
-    _titles(draw, usage)
+    _titles(draw, title, facts, text)
     _axes(image, draw, layers, experts, cell, row)
-    _scale(image, draw, MARGIN_LEFT + width + SCALE_GAP, max(height, 140), top, usage)
+    _scale(image, draw, MARGIN_LEFT + width + SCALE_GAP, max(height, 140), top, even_share)
     return image
 
 
@@ -74,19 +82,11 @@ def _grid(draw: ImageDraw.ImageDraw, layers: int, experts: int, cell: int, row: 
         draw.line([(MARGIN_LEFT, y), (right, y)], fill=BACKGROUND)
 
 
-def _titles(draw: ImageDraw.ImageDraw, usage: ExpertUsage) -> None:
-    title = f"Experts used: {printable(usage.model, 80)}" if usage.model else "Experts used"
-    layers, experts = usage.counts.shape
-    facts = (
-        f"{usage.tokens:,} tokens, {layers} layers, "
-        f"{usage.experts_per_token} of {experts} experts per token; "
-        f"balance {usage.balance().min():.2f} to {usage.balance().max():.2f} (1 is even), "
-        f"{int(usage.unused().sum())} never used"
-    )
+def _titles(draw: ImageDraw.ImageDraw, title: str, facts: str, text: str) -> None:
     draw.text((MARGIN_LEFT, 18), title, fill=INK, font=_font(22))
     draw.text((MARGIN_LEFT, 48), facts, fill=PALE, font=_font(14))
-    if usage.text:
-        words = printable(" ".join(usage.text.split()))
+    if text:
+        words = printable(" ".join(text.split()))
         shown = words if len(words) <= 90 else words[:89] + "\u2026"
         draw.text((MARGIN_LEFT, 68), f"text: {shown}", fill=PALE, font=_font(14))
 
@@ -116,7 +116,7 @@ def _axes(
 
 
 def _scale(
-    image: Image.Image, draw: ImageDraw.ImageDraw, left: int, height: int, top: float, usage: ExpertUsage
+    image: Image.Image, draw: ImageDraw.ImageDraw, left: int, height: int, top: float, even_share: float
 ) -> None:
     """The colour scale: share of tokens, with a mark where an even use would be."""
     ramp = colours(np.linspace(1, 0, height))[:, None, :].repeat(SCALE_WIDTH, axis=1)
@@ -126,8 +126,8 @@ def _scale(
         y = MARGIN_TOP + (1 - part) * (height - 1)
         draw.line([(left + SCALE_WIDTH, y), (left + SCALE_WIDTH + 4, y)], fill=INK)
         draw.text((left + SCALE_WIDTH + 8, y), f"{part * top:.1%}", fill=INK, font=font, anchor="lm")
-    y = MARGIN_TOP + (1 - min(usage.even_share / top, 1)) * (height - 1)
+    y = MARGIN_TOP + (1 - min(even_share / top, 1)) * (height - 1)
     draw.line([(left - 6, y), (left + SCALE_WIDTH, y)], fill=INK, width=2)
     below = MARGIN_TOP + height + 10
     draw.text((left - 6, below), "share of tokens", fill=INK, font=font)
-    draw.text((left - 6, below + 17), f"bar: even, {usage.even_share:.1%}", fill=PALE, font=font)
+    draw.text((left - 6, below + 17), f"bar: even, {even_share:.1%}", fill=PALE, font=font)

@@ -18,8 +18,6 @@ from qwen3_moe_jax.core.output_file import save_arrays
 from qwen3_moe_jax.core.runner import Forward, Runner
 from qwen3_moe_jax.core.stages import INPUT_STAGES, LAYER_STAGES, OUTPUT_STAGES, STAGES, StageKey
 
-SHOWN_EXPERTS = 64
-
 
 @dataclass(frozen=True)
 class StageFigures:

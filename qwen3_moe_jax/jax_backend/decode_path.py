@@ -16,9 +16,10 @@ import jax.numpy as jnp
 from flax import struct
 
 import qwen3_moe_jax.kernels_pallas as ops
+from qwen3_moe_jax.convert.config import Qwen3MoeConfig
 from qwen3_moe_jax.jax_backend.kv_cache import KVCache, Span
 from qwen3_moe_jax.jax_backend.model import OUTSIDE_LAYERS, Network, Output, Qwen3Moe
-from qwen3_moe_jax.jax_backend.params import Params
+from qwen3_moe_jax.jax_backend.params import GPU_ROLES, Params, Types, abstract_params, tiled_params
 from qwen3_moe_jax.kernels_pallas.decode_layers import api as decode_layers
 from qwen3_moe_jax.kernels_pallas.gpu import device as gpu
 
@@ -359,3 +360,9 @@ def choose(
         else:
             refused.append((path.name, reason))
     return Decoder(model, tuple(left), tuple(refused))
+
+
+def plan_decoding(config: Qwen3MoeConfig, types: Types, device: jax.Device) -> Decoder:
+    """The ways that this model would have on a GPU with a runner's own dtypes; loads nothing."""
+    params = tiled_params(abstract_params(config, types, GPU_ROLES))
+    return choose(Qwen3Moe(config, jnp.dtype(jnp.bfloat16)), params, device, jnp.float16)

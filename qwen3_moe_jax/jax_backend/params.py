@@ -91,6 +91,18 @@ def abstract_params(config: Qwen3MoeConfig, types: Types, roles: Roles) -> Param
     return params
 
 
+def tiled_params(params: Params) -> Params:
+    """The shapes of ``abstract_params`` as a GPU holds them, matrices in tiles."""
+
+    def tiles(name: str, value: Value) -> Value:
+        return jax.eval_shape(partial(_rearranged, tiled=is_tiled(name, value)), value)
+
+    table = params["layers"]
+    stacks = {name: tiles(name.rpartition(".")[0] or name, w) for name, w in table.stacks.items()}
+    whole = {name: tiles(name, w) for name, w in params.items() if name != "layers"}
+    return {**whole, "layers": LayerTable(stacks, table.tensors)}
+
+
 def load_params(
     source: ModelSource, roles: Roles, device: jax.Device, progress: ProgressCallback | None = None
 ) -> Params:

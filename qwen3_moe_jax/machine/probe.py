@@ -67,7 +67,7 @@ class Machine:
 
 
 @dataclass(frozen=True)
-class Finding:
+class Diagnosis:
     """One line of the doctor.
 
     Attributes:
@@ -145,7 +145,7 @@ def _jax() -> tuple[tuple[str, ...], str | None, Headroom]:
     return tuple(d.platform for d in devices), None, available_memory(devices[0])
 
 
-def diagnose(machine: Machine) -> list[Finding]:
+def diagnose(machine: Machine) -> list[Diagnosis]:
     """Judges the facts: software, NVIDIA GPU, WebGPU, in this order."""
     return [_judge_software(machine), *_judge_nvidia(machine), _judge_wgpu(machine)]
 
@@ -154,30 +154,30 @@ def _version_numbers(version: str) -> tuple[int, ...]:
     return tuple(int(n) for n in version.split(".")[:2] if n.isdigit())
 
 
-def _judge_software(machine: Machine) -> Finding:
+def _judge_software(machine: Machine) -> Diagnosis:
     python = ".".join(map(str, machine.python))
     jax = machine.packages.get("jax")
     if jax is None:
-        return Finding("problem", "JAX", "not installed", "pip install qwen3-moe-jax")
+        return Diagnosis("problem", "JAX", "not installed", "pip install qwen3-moe-jax")
     if machine.jax_error:
         what, _, advice = machine.jax_error.rpartition("): ")
         if not what:
-            return Finding("problem", "JAX", f"{jax}: {machine.jax_error}", "pip install -U qwen3-moe-jax")
-        return Finding("problem", "JAX", f"{jax}: {what})", advice)
+            return Diagnosis("problem", "JAX", f"{jax}: {machine.jax_error}", "pip install -U qwen3-moe-jax")
+        return Diagnosis("problem", "JAX", f"{jax}: {what})", advice)
     if _version_numbers(jax) < KERNEL_JAX:
-        return Finding(
+        return Diagnosis(
             "note",
             "JAX",
             f"{jax} on Python {python}: everything runs but the Pallas GPU kernels",
             "use Python 3.12 or newer, which gets JAX 0.11",
         )
-    return Finding("ok", "JAX", f"{jax} on Python {python}")
+    return Diagnosis("ok", "JAX", f"{jax} on Python {python}")
 
 
-def _judge_nvidia(machine: Machine) -> list[Finding]:
+def _judge_nvidia(machine: Machine) -> list[Diagnosis]:
     if machine.nvidia_fault:
         return [
-            Finding(
+            Diagnosis(
                 "problem",
                 "NVIDIA GPU",
                 machine.nvidia_fault,
@@ -185,7 +185,7 @@ def _judge_nvidia(machine: Machine) -> list[Finding]:
             )
         ]
     if not machine.nvidia_gpus:
-        return [Finding("note", "NVIDIA GPU", "none found (nvidia-smi lists no card)")]
+        return [Diagnosis("note", "NVIDIA GPU", "none found (nvidia-smi lists no card)")]
     plugins = [n for n in ("cuda13", "cuda12") if f"jax-{n}-plugin" in machine.packages]
     return [_judge_card(gpu, plugins, machine) for gpu in machine.nvidia_gpus]
 
@@ -203,58 +203,58 @@ def describe_card(gpu: NvidiaGpu) -> str:
     return ", ".join(parts)
 
 
-def _judge_card(gpu: NvidiaGpu, plugins: list[str], machine: Machine) -> Finding:
+def _judge_card(gpu: NvidiaGpu, plugins: list[str], machine: Machine) -> Diagnosis:
     what, driver = describe_card(gpu), gpu.driver_major
     if machine.hidden_cards:
         text = f"{what}: not used, for {machine.hidden_cards} hides it"
-        return Finding("note", "NVIDIA GPU", text, f"unset {machine.hidden_cards.split('=')[0]} to use it")
+        return Diagnosis("note", "NVIDIA GPU", text, f"unset {machine.hidden_cards.split('=')[0]} to use it")
     if not plugins:
         is_new = driver is None or driver >= MIN_DRIVER["cuda13"]
         advice = f"pip install 'qwen3-moe-jax[{'cuda13' if is_new else 'cuda12'}]'"
-        return Finding("problem", "NVIDIA GPU", f"{what}: JAX has no CUDA plugin", advice)
+        return Diagnosis("problem", "NVIDIA GPU", f"{what}: JAX has no CUDA plugin", advice)
     needed = MIN_DRIVER[plugins[0]]
     if driver is not None and driver < needed:
-        return Finding(
+        return Diagnosis(
             "problem",
             "NVIDIA GPU",
             f"{what}: the {plugins[0]} plugin needs driver {needed} or newer",
             f"update the driver (the cuda12 extra needs {MIN_DRIVER['cuda12']} or newer)",
         )
     if "gpu" not in machine.jax_platforms:
-        return Finding(
+        return Diagnosis(
             "problem",
             "NVIDIA GPU",
             f"{what}: JAX does not see it (its devices: {', '.join(machine.jax_platforms) or 'none'})",
             "check JAX_PLATFORMS and CUDA_VISIBLE_DEVICES, then run `python -c 'import jax; jax.devices()'`",
         )
     if gpu.capability and gpu.capability != KERNEL_CAPABILITY:
-        return Finding(
+        return Diagnosis(
             "note",
             "NVIDIA GPU",
             f"{what}: the Pallas kernels are for sm_90 (H100, H200); the slower XLA operations run here",
         )
-    return Finding("ok", "NVIDIA GPU", what)
+    return Diagnosis("ok", "NVIDIA GPU", what)
 
 
-def _judge_wgpu(machine: Machine) -> Finding:
+def _judge_wgpu(machine: Machine) -> Diagnosis:
     if not machine.wgpu_adapters:
-        return Finding(
+        return Diagnosis(
             "note",
             "WebGPU",
             "no adapter",
             "install a Vulkan driver (Debian: apt install mesa-vulkan-drivers)",
         )
     names = ", ".join(machine.wgpu_adapters)
-    return Finding("ok", "WebGPU", names if machine.wgpu_hardware else f"software only: {names}")
+    return Diagnosis("ok", "WebGPU", names if machine.wgpu_hardware else f"software only: {names}")
 
 
-def judge_memory(machine: Machine, plan: MemoryPlan) -> Finding:
+def judge_memory(machine: Machine, plan: MemoryPlan) -> Diagnosis:
     """Whether a model fits what is free, as a load would judge it, and which limit sets that."""
     try:
         plan.check(machine.memory)
     except MemoryPlanError as error:
         what, advice = str(error).rsplit(": ", 1)
-        return Finding("problem", "memory", what, advice)
+        return Diagnosis("problem", "memory", what, advice)
     if machine.memory.nbytes is None:
-        return Finding("note", "memory", f"{plan}; this system does not say how much it has")
-    return Finding("ok", "memory", f"{plan} fit {machine.memory}")
+        return Diagnosis("note", "memory", f"{plan}; this system does not say how much it has")
+    return Diagnosis("ok", "memory", f"{plan} fit {machine.memory}")

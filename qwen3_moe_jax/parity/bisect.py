@@ -27,7 +27,7 @@ LONG_TOKENS = 560
 """More than the largest prefill chunk."""
 
 LONG_JUDGED_TOKENS = 48
-MOST_LONG_BYTES = 1 << 29
+MAX_LONG_BYTES = 1 << 29
 """Stages of the long prompt are only captured when they take less than this."""
 
 
@@ -125,7 +125,7 @@ def _long_capture(source: ModelSource, tokens: int) -> tuple[str, ...]:
         6 * config.hidden_size + 8 * config.num_attention_heads * config.head_dim + 3 * config.num_experts
     )
     nbytes = 4 * tokens * (config.num_hidden_layers * a_token + config.vocab_size)
-    return FUSED_STAGES if nbytes <= MOST_LONG_BYTES else ("inp_embd",)
+    return FUSED_STAGES if nbytes <= MAX_LONG_BYTES else ("inp_embd",)
 
 
 def bisect_trace(

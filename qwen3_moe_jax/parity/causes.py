@@ -29,7 +29,7 @@ FEW_ROWS = 0.1
 
 OTHER_THETAS = (1e4, 5e5, 1e6, 5e6, 1e7)
 
-MOST_CANDIDATE_EXPERTS = 256
+MAX_CANDIDATE_EXPERTS = 256
 
 SUBBLOCK_SIZES = {GGMLType.Q4_K: 32, GGMLType.Q5_K: 32, GGMLType.Q8_0: 32, GGMLType.Q6_K: 16}
 """Weights that share a scale."""
@@ -295,7 +295,7 @@ def _whose(judge: StageJudge, key: StageKey, expert: int) -> int | None:
     x = inside[token, choice][None]
     actual = judge.value(name, layer)[token, choice]
     weight = judge.weight(judge.tensor_path(key))
-    for other in range(min(weight.shape[0], MOST_CANDIDATE_EXPERTS)):
+    for other in range(min(weight.shape[0], MAX_CANDIDATE_EXPERTS)):
         suspicion = judge.matmul(x, weight[other])
         channels = slice(None) if suspicion.channels is None else suspicion.channels
         error = np.abs(actual[channels] - suspicion.value[0])

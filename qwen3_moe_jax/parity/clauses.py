@@ -22,20 +22,20 @@ from qwen3_moe_jax.parity.text_runs import LogitDistance, broken_invariants, dif
 
 PASSED, FAILED, NOT_APPLICABLE = "passed", "failed", "not applicable"
 
-LEAST_TEXT_TOKENS = 2000
+MIN_TEXT_TOKENS = 2000
 ROWS_READ = 32
 CAUSAL_TOLERANCE = 1e-3
 """Logits of a position may differ this much with what comes after it (another order of sums)."""
 
-LEAST_DECIDED = 0.5
+MIN_DECIDED = 0.5
 """Share of expert choices whose margin has to exceed the error, or agreement means nothing."""
 
 FILE_SHARE, FREE_BYTES = 1.06, 0.5e9
 """Device memory may be this much of the file, and this many bytes, beside the KV cache."""
 
 SPEED_TOKENS = {NVIDIA: 256, CPU: 32}
-LEAST_SPEED_BYTES = 200e6
-"""Bytes a token below which decoding is bound by launches, not by bandwidth."""
+MIN_SPEED_BYTES = 200e6
+"""Bytes per token below which decoding is bound by launches, not by bandwidth."""
 
 
 @dataclass(frozen=True)
@@ -214,11 +214,11 @@ def _nines(cosine: float) -> str:
 def check_text(clause: Clause, evidence: Evidence) -> Finding:
     """TEXT-001: KL divergence and top-1 agreement, free-running."""
     free, tokens = evidence.free.distance, len(evidence.oracle.text_ids)
-    if tokens < LEAST_TEXT_TOKENS:
+    if tokens < MIN_TEXT_TOKENS:
         return not_applicable(
             clause,
             evidence.label,
-            f"only {tokens} tokens of text fit; the clause asks for {LEAST_TEXT_TOKENS}",
+            f"only {tokens} tokens of text fit; the clause asks for {MIN_TEXT_TOKENS}",
         )
     missing = tokens - len(evidence.free.checksums)
     figure = np.inf if missing else float(free.kl.mean())
@@ -252,8 +252,8 @@ def check_routing(clause: Clause, evidence: Evidence) -> Finding:
         f"{int(flipped.sum())} of {flipped.size} choices differ, {unexplained} unexplained; "
         f"the margin exceeds the error in {share:.2%}"
     )
-    figure = unexplained if share >= LEAST_DECIDED else np.inf
-    if share < LEAST_DECIDED:
+    figure = unexplained if share >= MIN_DECIDED else np.inf
+    if share < MIN_DECIDED:
         note = f"the router's error exceeds its margin in {1 - share:.0%} of choices"
     return conclude(
         clause,
@@ -381,8 +381,8 @@ def check_speed(clause: Clause, evidence: Evidence) -> Finding:
     share = rate * needed / peak
     note = f"{rate:.1f} tokens/s of {peak / needed:.0f} that {peak / 1e9:.0f} GB/s allow"
     figures = {"tokens_per_s": rate, "bytes_per_token": needed, "bytes_per_s": peak, "share": share}
-    if needed <= LEAST_SPEED_BYTES:
-        reason = f"{needed / 1e6:.0f} MB a token: launches are the limit, not bandwidth ({note})"
+    if needed <= MIN_SPEED_BYTES:
+        reason = f"{needed / 1e6:.0f} MB per token: launches are the limit, not bandwidth ({note})"
         return not_applicable(clause, evidence.label, reason, **figures)
     if kind == NVIDIA and evidence.facts["fallbacks"]:
         return not_applicable(clause, evidence.label, f"{evidence.facts['fallbacks'][0]} ({note})", **figures)

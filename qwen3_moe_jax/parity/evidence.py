@@ -35,7 +35,7 @@ Above it the reference is float32 and reads each tensor from the file when it ne
 more than one whole model in memory.
 """
 
-MOST_LOGIT_BYTES = 1 << 30
+MAX_LOGIT_BYTES = 1 << 30
 """A text whose logits take more is run in windows, each from an empty cache."""
 
 STAGE_TOKENS = 40
@@ -117,7 +117,7 @@ class Oracle:
         self.dtype = np.float64 if self.is_small else np.float32
         self.workers = ALONE if self.is_small else Workers.one_a_core()
         row = 4 * source.config.vocab_size
-        step = max(1, MOST_LOGIT_BYTES // row)
+        step = max(1, MAX_LOGIT_BYTES // row)
         if len(self.text_ids) > step:  # windows of one length, a power of two, so that they share programs
             step = 1 << (step.bit_length() - 1)
         self.windows = [slice(s, s + step) for s in range(0, len(self.text_ids), step)]

@@ -31,7 +31,7 @@ FEW_LAYERS = 8
 """A model of no more layers runs whole: its time is compilation, of a program that verify needs too."""
 
 CACHE_NAME = "gates.json"
-MOST_REMEMBERED = 1000
+MAX_REMEMBERED = 1000
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ def _remembered(path: Path) -> list[str]:
 
 def _remember(path: Path, key: str) -> None:
     """Adds a key; a cache that cannot be written only means that the check runs again."""
-    keys = [*_remembered(path), key][-MOST_REMEMBERED:]
+    keys = [*_remembered(path), key][-MAX_REMEMBERED:]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:

@@ -11,7 +11,7 @@ from qwen3_moe_jax.convert.source import ModelSource
 TEXT_NAME = "parity-text.txt"
 LOGITS_NAME = "tiny-coder-logits.npz"
 
-MOST_FINGERPRINTED_BYTES = 64 << 20
+MAX_FINGERPRINTED_BYTES = 64 << 20
 """Recorded logits are of a small model; a larger one is not read to find out."""
 
 
@@ -48,7 +48,7 @@ def fingerprint(source: ModelSource) -> str:
 
 def recorded_logits(source: ModelSource) -> list[RecordedLogits]:
     """The recordings made of exactly these weights; empty for any other model."""
-    if source.nbytes > MOST_FINGERPRINTED_BYTES:
+    if source.nbytes > MAX_FINGERPRINTED_BYTES:
         return []
     with (
         (files("qwen3_moe_jax") / "assets" / LOGITS_NAME).open("rb") as file,

@@ -65,7 +65,7 @@ class Settings:
     schema_seconds: float = 1.0
 
     def body_limit(self, context: int) -> int:
-        """Bytes of a request's body: room for a context full of text, 64 bytes a token."""
+        """Bytes of a request's body: room for a context full of text, 64 bytes per token."""
         return max(self.max_body, 64 * context)
 
     def describe(self) -> str:

@@ -77,7 +77,7 @@ class Shape:
     """What grids follow from.
 
     Attributes:
-      tile: tokens a tile of the matrix kernels.
+      tile: tokens per tile of the matrix kernels.
       experts, chosen: E and X.
     """
 

@@ -1,11 +1,11 @@
-"""The GPU tile arrangement is an exact shuffle: it can be undone, and lanes find the weights they expect."""
+"""The GPU tile arrangement is an exact shuffle: lanes find every weight where they expect it."""
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from qwen3_moe_jax.convert.ggml_types import BLOCK_FORMATS, SUPERBLOCK, GGMLType
-from qwen3_moe_jax.convert.layouts.gpu_tiles import TILED_TYPES, from_gpu_tiles, to_gpu_tiles
+from qwen3_moe_jax.convert.layouts.gpu_tiles import TILED_TYPES, to_gpu_tiles
 from qwen3_moe_jax.convert.packed import PackedTensor
 from qwen3_moe_jax.convert.unpack import dequantize, pack
 
@@ -60,20 +60,11 @@ def lane_weights(tiles: PackedTensor) -> np.ndarray:
 
 
 @pytest.mark.parametrize("type", TILED_TYPES)
-def test_tiles_give_back_the_rows_bit_for_bit(type):
-    rows = random_rows(type, SHAPE)
-    back = from_gpu_tiles(to_gpu_tiles(rows))
-    assert back.shape == rows.shape
-    for name, array in rows.arrays.items():
-        np.testing.assert_array_equal(back.arrays[name], array, err_msg=name)
-        assert back.arrays[name].dtype == array.dtype
-    np.testing.assert_array_equal(dequantize(back), dequantize(rows))
-
-
-@pytest.mark.parametrize("type", TILED_TYPES)
 def test_each_lane_holds_its_row_and_64_columns(type):
     rows = random_rows(type, SHAPE)
-    w = lane_weights(to_gpu_tiles(rows))
+    tiles = to_gpu_tiles(rows)
+    assert tiles.nbytes == rows.nbytes
+    w = lane_weights(tiles)
     leading, n, k = SHAPE
     w = w.reshape(leading, n // 8, k // SUPERBLOCK, 8, SUPERBLOCK).transpose(0, 1, 3, 2, 4)
     np.testing.assert_array_equal(w.reshape(SHAPE), dequantize(rows))

@@ -137,7 +137,7 @@ def test_moe_mlp(rng, routing):
     ],
 )
 def test_moe_mlp_of_few_tokens(rng, routing, tokens, blocks, types):
-    """Fewer items than blocks, as many, and more; 4 items an expert in the first kernel, 2 in the second.
+    """Fewer items than blocks, as many, and more; 4 items per expert in the first kernel, 2 in the second.
 
     Every second time with down_proj of one of two types.
     """

@@ -20,7 +20,7 @@ from qwen3_moe_jax.convert.packed import GPU_TILES, PackedTensor
 from qwen3_moe_jax.kernels_pallas.attention import kernel_sm90 as attention_sm90
 from qwen3_moe_jax.kernels_pallas.gpu.device import ask_ptxas_once
 from qwen3_moe_jax.kernels_pallas.gpu.grouped_matmul_sm90 import (
-    MOST_FEW,
+    MAX_FEW_ROWS,
     dense_config,
     few_config,
     grouped_matmul,
@@ -56,7 +56,7 @@ def lower(f, *args) -> str:
 
 
 CONFIGS = {
-    **{f"few {config.tile}": config for config in map(few_config, range(8, MOST_FEW + 1, 8))},
+    **{f"few {config.tile}": config for config in map(few_config, range(8, MAX_FEW_ROWS + 1, 8))},
     **{f"dense {tokens}": dense_config(tokens, 4096, 2048)[0] for tokens in (8, 40)},
     "sorted, few rows": pick_config(8),
     "sorted, many rows": pick_config(100),
@@ -109,7 +109,7 @@ def test_ops_lower_for_cuda(rng, monkeypatch, tokens):
         x, stack, stack, one_of(4, 512, 256),
     )  # fmt: skip
     # Few tokens run both types' kernels, one of them without work; many branch.
-    assert ("stablehlo.case" in experts) == (tokens > MOST_FEW)
+    assert ("stablehlo.case" in experts) == (tokens > MAX_FEW_ROWS)
     dense = lower(lambda x, w: matmul_sm90.quantized_matmul(x, w, dtype), x, one_of(256, 512))
     assert "grouped_matmul_q6_k_plain" in dense
 

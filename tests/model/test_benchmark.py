@@ -23,7 +23,7 @@ from qwen3_moe_jax.measure.benchmark import (
     repeated,
 )
 
-KNOWN = Limits(Limit(1e9, "a gigabyte a second"), Limit(1e12, "a teraflop a second"))
+KNOWN = Limits(Limit(1e9, "a gigabyte per second"), Limit(1e12, "a teraflop per second"))
 
 
 @pytest.mark.parametrize(

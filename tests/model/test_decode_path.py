@@ -1,15 +1,14 @@
 """The choice of the way in which tokens are written, and what the runner says of it."""
 
-from dataclasses import replace
 from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import pytest
 
+from qwen3_moe_jax.commands import doctor
 from qwen3_moe_jax.convert.config import PRESETS
 from qwen3_moe_jax.convert.ggml_types import GGMLType
-from qwen3_moe_jax.convert.packed import GPU_TILES
 from qwen3_moe_jax.convert.tensor_names import q4_k_m_types
 from qwen3_moe_jax.jax_backend.decode_path import (
     PATHS,
@@ -18,11 +17,12 @@ from qwen3_moe_jax.jax_backend.decode_path import (
     LayerByLayer,
     OneKernel,
     choose,
+    plan_decoding,
 )
 from qwen3_moe_jax.jax_backend.kv_cache import KVCache
 from qwen3_moe_jax.jax_backend.model import Intervention, Qwen3Moe
-from qwen3_moe_jax.jax_backend.params import GPU_ROLES, abstract_params, is_tiled
-from qwen3_moe_jax.kernels_pallas import CACHE_TILE, LayerTable
+from qwen3_moe_jax.jax_backend.params import GPU_ROLES, abstract_params, tiled_params
+from qwen3_moe_jax.kernels_pallas import CACHE_TILE
 from qwen3_moe_jax.kernels_pallas.gpu import device as gpu
 
 CONFIG = PRESETS["Qwen3-30B-A3B"]
@@ -47,24 +47,9 @@ def test_the_runner_says_what_ran(jax_runner):
     assert any(line.startswith("moe_mlp of Q4_K") and "pallas:" in line for line in facts["refused"])
 
 
-def tiled(params):
-    """Parameters as a GPU holds them, as shapes."""
-    from scripts.bench_prefill import tile_shapes
-
-    def tiles(name, w):
-        if not hasattr(w, "type") or not is_tiled(name.rpartition(".")[0] or name, w):
-            return w
-        return replace(w, arrays=tile_shapes(w.type, *w.shape), layout=GPU_TILES)
-
-    table = params["layers"]
-    stacks = {name: tiles(name, w) for name, w in table.stacks.items()}
-    whole = {name: tiles(name, w) for name, w in params.items() if name != "layers"}
-    return {**whole, "layers": LayerTable(stacks, table.tensors)}
-
-
 @pytest.fixture(scope="module")
 def params():
-    return tiled(abstract_params(CONFIG, q4_k_m_types(CONFIG), GPU_ROLES))
+    return tiled_params(abstract_params(CONFIG, q4_k_m_types(CONFIG), GPU_ROLES))
 
 
 @pytest.fixture
@@ -117,7 +102,7 @@ def test_what_keeps_a_gpu_from_a_way_is_named(params, on_hopper, device, dtype, 
 
 def test_types_that_the_kernels_do_not_take_are_named(on_hopper):
     types = q4_k_m_types(CONFIG) | {"layers.3.self_attn.o_proj": GGMLType.F16}
-    decoder = choose(MODEL, tiled(abstract_params(CONFIG, types, GPU_ROLES)), H100, jnp.float16)
+    decoder = choose(MODEL, tiled_params(abstract_params(CONFIG, types, GPU_ROLES)), H100, jnp.float16)
     one, few = (reason for _, reason in decoder.refused)
     assert "type of o F16" in one
     assert "not 'rows'" in few
@@ -149,4 +134,19 @@ def test_the_kernels_limits_are_the_ways():
 
     assert OneKernel.batches == range(1, api.MAX_BATCH + 1)
     assert all(CACHE_TILE % tile == 0 for tile in config.KV_TILE.values())
-    assert FewLaunches.batches == range(kernel_sm90._MIN_ROWS, kernel_sm90.MOST_FEW + 1)
+    assert FewLaunches.batches == range(kernel_sm90._MIN_ROWS, kernel_sm90.MAX_FEW_ROWS + 1)
+
+
+def test_decoding_is_planned_without_weights(on_hopper):
+    planned = plan_decoding(CONFIG, q4_k_m_types(CONFIG), H100)
+    assert [path.name for path in planned.paths] == NAMES
+    assert planned.is_batch_invariant
+
+
+def test_the_doctor_says_how_a_token_is_decoded_on_a_gpu(monkeypatch):
+    assert doctor.judge_decoding(None) == [], "no GPU, nothing to say"
+    monkeypatch.setattr(doctor.loader, "jax_sees_gpu", lambda: True)
+    (found,) = doctor.judge_decoding(None)
+    assert (found.level, found.subject) == ("note", "decoding")
+    assert found.text.startswith("one kernel: ")
+    assert found.text.endswith("layer by layer: everything else")

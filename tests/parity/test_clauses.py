@@ -162,8 +162,8 @@ FALSIFIED_BY = {
 
 @pytest.mark.parametrize("id", FALSIFIED_BY)
 def test_clause_can_fail(id, oracle, reference, plant, source, monkeypatch):
-    monkeypatch.setattr(clauses, "LEAST_TEXT_TOKENS", TOKENS)
-    monkeypatch.setattr(clauses, "LEAST_SPEED_BYTES", 0)
+    monkeypatch.setattr(clauses, "MIN_TEXT_TOKENS", TOKENS)
+    monkeypatch.setattr(clauses, "MIN_SPEED_BYTES", 0)
     monkeypatch.setattr(clauses, "bytes_per_token", lambda source: 1e6)
     clause = load_contract().clauses[id]
     if id == "PARITY-002":

@@ -28,7 +28,7 @@ TOKENS = 100
 def is_large(monkeypatch):
     """The embedded model counts as large, and a window holds 32 tokens' logits."""
     monkeypatch.setattr(evidence, "SMALL_MODEL_BYTES", 1)
-    monkeypatch.setattr(evidence, "MOST_LOGIT_BYTES", 40 * 4 * 4096)
+    monkeypatch.setattr(evidence, "MAX_LOGIT_BYTES", 40 * 4 * 4096)
 
 
 @pytest.fixture(autouse=True)

@@ -10,7 +10,7 @@ from qwen3_moe_jax.kernels_pallas.decode_step.primitives.layouts import EXPERTS,
 
 
 def top_experts(logits, scale, ids, routing, count: int) -> None:
-    """The ``count`` largest of each row of logits times its scale, and their softmax, a row a warp.
+    """The ``count`` largest of each row of logits times its scale, and their softmax, one row per warp.
 
     Equal logits are ordered by index. The exponentials are of differences to the largest and
     their sum runs from the largest down, so a row's result depends on that row alone.

@@ -27,7 +27,7 @@ def lane_and_warp() -> tuple[ir.Value, ir.Value]:
 
 
 def lane_value(array: mgpu.FragmentedArray) -> ir.Value:
-    """This lane's value of an array that has one a lane."""
+    """This lane's value of an array that has one per lane."""
     (register,) = array.registers.flat
     return llvm.extractelement(register, const(0))
 

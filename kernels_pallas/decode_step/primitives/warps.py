@@ -96,7 +96,7 @@ def warp_largest(x, layout):
     """The largest of each warp's 32 values, in all its lanes; a NaN if one is among them.
 
     Args:
-      x: float32, none below zero, 128 values of layout ``layout``: one a lane.
+      x: float32, none below zero, 128 values of layout ``layout``: one per lane.
     """
     shape = x.shape
 
@@ -122,7 +122,7 @@ def store_lanes(refs: list, subblock, warp: int, parts: list, scale, q, layout) 
       refs: words int32 [2, superblocks, 4, 2, 2, 4], scales float32 [superblocks, 4, 2] and sums
         int32 [superblocks, 4, 2, 2] in global memory, contiguous.
       subblock: which of the ``8 * superblocks``.
-      parts: high and low parts, int32 [128 values] of layout ``layout``, one a lane.
+      parts: high and low parts, int32 [128 values] of layout ``layout``, one per lane.
       scale, q: float32 and int32, likewise.
     """
 
