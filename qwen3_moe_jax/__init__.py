@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.2.0"
 
 if TYPE_CHECKING:
-    from qwen3_moe_jax.api import Answer, Model, load
+    from qwen3_moe_jax.api import Model, load
     from qwen3_moe_jax.convert.errors import ModelFileError
     from qwen3_moe_jax.core.errors import (
         BackendUnavailableError,
@@ -27,9 +27,10 @@ if TYPE_CHECKING:
     from qwen3_moe_jax.inspection.interventions import ablate_expert, force_experts, steer
     from qwen3_moe_jax.jax_backend.model import Intervention
     from qwen3_moe_jax.measure.perplexity import Perplexity
+    from qwen3_moe_jax.text.answer import Answer
 
 _HOMES = {
-    "Answer": "qwen3_moe_jax.api",
+    "Answer": "qwen3_moe_jax.text.answer",
     "BackendUnavailableError": "qwen3_moe_jax.core.errors",
     "BatchFullError": "qwen3_moe_jax.core.errors",
     "ContextOverflowError": "qwen3_moe_jax.core.errors",

@@ -1,10 +1,10 @@
 """The model as a Python object: text in, text out, logits, its own proof; and ``load``, which makes it."""
 
 import os
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 
@@ -19,11 +19,14 @@ from qwen3_moe_jax.core.errors import (
     ModelClosedError,
     NumericalError,
 )
-from qwen3_moe_jax.core.runner import Forward, Runner
+from qwen3_moe_jax.core.options import GenerateOptions, SamplingOptions, shows
+from qwen3_moe_jax.core.runner import Forward, ForwardOptions, Runner
 from qwen3_moe_jax.core.sampling import Sampling, random_seed, recommended_sampling
 from qwen3_moe_jax.core.stages import STAGES
+from qwen3_moe_jax.measure.perplexity import DEFAULT_CONTEXT as DEFAULT_WINDOW
 from qwen3_moe_jax.measure.perplexity import Perplexity, measure_perplexity
 from qwen3_moe_jax.parity.gate import check_once
+from qwen3_moe_jax.text.answer import Answer
 from qwen3_moe_jax.text.chat_template import RenderedChat, find_template, render_chat, special_tokens
 from qwen3_moe_jax.text.stream import StopStrings, TextStream
 from qwen3_moe_jax.text.tokenizer import StreamDecoder, Tokenizer
@@ -35,26 +38,6 @@ if TYPE_CHECKING:
     from qwen3_moe_jax.parity.bisect import Departure
 
 Messages = Sequence[dict[str, Any]]
-
-
-@dataclass(frozen=True)
-class Answer:
-    """A finished generation.
-
-    Attributes:
-      text: what was written.
-      finish_reason: "stop" (an end token or a stop string) or "length".
-      prompt_tokens, new_tokens: how many.
-      notes: what the user should know of how the prompt was made, one line each.
-      seed: the same seed gives the same answer again.
-    """
-
-    text: str
-    finish_reason: str
-    prompt_tokens: int
-    new_tokens: int
-    notes: tuple[str, ...] = ()
-    seed: int | None = None
 
 
 @dataclass(frozen=True)
@@ -70,9 +53,7 @@ class _Request:
 def _whole(stream: TextStream) -> Answer:
     """The answer that a stream gives when it is read to its end."""
     text = "".join(stream)
-    return Answer(
-        text, stream.finish_reason, stream.prompt_tokens, stream.new_tokens, stream.notes, stream.seed
-    )
+    return Answer(text, stream.finish_reason, stream.tokens, stream.prompt_tokens, stream.notes, stream.seed)
 
 
 class Model:
@@ -110,6 +91,7 @@ class Model:
     def __repr__(self) -> str:
         c = self.config
         state = "closed" if self.is_closed else f"{self.runner.name}, max_context={self.runner.max_context}"
+        state += f", {self.source.nbytes / 1e9:.3g} GB of weights"
         return (
             f"<Model {self.source.path.name}: {c.num_hidden_layers} layers, {c.num_experts} experts, {state}>"
         )
@@ -155,6 +137,7 @@ class Model:
         recommended = self.default_sampling(thinking=thinking)[0]
         return replace(recommended, seed=random_seed() if seed is None else seed, **given)
 
+    @shows(SamplingOptions)
     def open_stream(
         self,
         prompt: str | Messages,
@@ -164,7 +147,7 @@ class Model:
         stop: Sequence[str] = (),
         tools: Sequence[dict[str, Any]] | None = None,
         thinking: bool | None = None,
-        **overrides: float | None,
+        **overrides: Unpack[SamplingOptions],
     ) -> TextStream:
         """Text pieces as they come, with the reason of the end and token counts.
 
@@ -225,20 +208,24 @@ class Model:
             seed=r.sampling.seed,
         )
 
-    def stream(self, prompt: str | Messages, **options: Any) -> Iterator[str]:
+    @shows(GenerateOptions)
+    def stream(self, prompt: str | Messages, **options: Unpack[GenerateOptions]) -> Iterator[str]:
         """Text pieces as they come; options as ``open_stream``."""
         return iter(self.open_stream(prompt, **options))
 
-    def generate(self, prompt: str | Messages, **options: Any) -> str:
-        """The whole text; options as ``open_stream``."""
-        return self.answer(prompt, **options).text
+    @shows(GenerateOptions)
+    def generate(self, prompt: str | Messages, **options: Unpack[GenerateOptions]) -> Answer:
+        """The whole text, a ``str`` that has ``finish_reason``, ``tokens``, ``seed`` and ``notes``.
 
-    def answer(self, prompt: str | Messages, **options: Any) -> Answer:
-        """The whole text with the reason of its end and token counts; options as ``open_stream``."""
+        Options and errors as ``open_stream``.
+        """
         return _whole(self.open_stream(prompt, **options))
 
+    answer = generate
+
+    @shows(GenerateOptions)
     def generate_batch(
-        self, prompts: Sequence[str | Messages], *, stop: Sequence[str] = (), **options: Any
+        self, prompts: Sequence[str | Messages], *, stop: str | Sequence[str] = (), **options: Any
     ) -> list[Answer]:
         """Answers to several prompts, in their order; options as ``open_stream``.
 
@@ -275,7 +262,8 @@ class Model:
             answers.append(_whole(self._text_stream(r, result.tokens, stop)))
         return answers
 
-    def forward(self, token_ids: Sequence[int], **options: Any) -> Forward:
+    @shows(ForwardOptions)
+    def forward(self, token_ids: Sequence[int], **options: Unpack[ForwardOptions]) -> Forward:
         """Logits, expert choices and captured stages of a prompt; options as ``Runner.forward``.
 
         Raises:
@@ -287,22 +275,48 @@ class Model:
         """Logits of every position: float32 [T, V]."""
         return self.forward(token_ids).logits
 
-    def perplexity(self, text: str, **options: Any) -> Perplexity:
-        """Perplexity of a text, with its standard error; options as ``perplexity.estimates``.
+    def perplexity(
+        self, text: str, *, context: int = DEFAULT_WINDOW, stride: int | None = None
+    ) -> Perplexity:
+        """Perplexity of a text, with its standard error; errors as ``perplexity.estimates``.
 
         Args:
-          text: in windows of ``context`` tokens (512). ``stride=None`` scores the second half of
-            each, as llama-perplexity does; a number is Hugging Face's strided recipe.
+          text: read in windows.
+          context: tokens of a window.
+          stride: None scores the second half of each window, as llama-perplexity does; a number is
+            Hugging Face's strided recipe.
         """
-        return measure_perplexity(self.runner, self.tokenizer, text, **options)
+        return measure_perplexity(self.runner, self.tokenizer, text, context=context, stride=stride)
 
-    def verify(self, **options: Any) -> "Report":
-        """Runs the parity contract on this machine; options as ``parity.verify``."""
+    def verify(
+        self,
+        *,
+        text_tokens: int | None = None,
+        clauses: Sequence[str] = (),
+        progress: Callable[..., None] | None = None,
+        begins: Callable[..., None] | None = None,
+    ) -> "Report":
+        """Runs the parity contract on this machine.
+
+        Args:
+          text_tokens: of the text that is run; None for the contract's.
+          clauses: ids of those to run; none for all.
+          progress, begins: as ``parity.verify``.
+        """
         from qwen3_moe_jax.parity import verify
 
-        return verify(self.source, [self.runner], **options)
+        options: dict[str, Any] = {"text_tokens": text_tokens, "clauses": clauses or None}
+        options |= {"progress": progress, "begins": begins}
+        given = {key: value for key, value in options.items() if value is not None}
+        return verify(self.source, [self.runner], **given)
 
-    def trace(self, prompt: str | Messages, stages: Collection[str] | None = None, **options: Any) -> "Trace":
+    @shows(ForwardOptions)
+    def trace(
+        self,
+        prompt: str | Messages,
+        stages: Collection[str] | None = None,
+        **options: Unpack[ForwardOptions],
+    ) -> "Trace":
         """Every stage of every layer for a prompt, or only the named ones; options as ``Runner.forward``.
 
         ``.forward.stages["l_out", 3]`` is an array [T, ...], ``.figures()`` are norms, ranges and
@@ -390,8 +404,8 @@ def load(
     """Loads a model.
 
     Args:
-      path: a ``.gguf`` file (any shard of a split one), a packed checkpoint
-        folder, or None for the embedded model; ``~`` is the home folder.
+      path: a ``.gguf`` file (any shard of a split one), a packed checkpoint folder, a folder with one model,
+        ``"hf:OWNER/REPO:Q4_K_M"`` (downloaded if need be), or None for the embedded model.
       backend: "auto", "jax", "wgpu" or "reference". auto is JAX with an NVIDIA
         GPU, else a hardware WebGPU adapter, else JAX on the CPU.
       max_context: tokens of the KV cache.

@@ -32,6 +32,11 @@ class ExpertUsage:
     model: str = ""
     text: str = ""
 
+    def __repr__(self) -> str:
+        layers, experts = self.counts.shape
+        of = f" of {self.model}" if self.model else ""
+        return f"<ExpertUsage{of}: {layers} layers, {experts} experts, {self.tokens} tokens>"
+
     @property
     def share(self) -> np.ndarray:
         """Share of the tokens that chose each expert: float64 [L, E]."""

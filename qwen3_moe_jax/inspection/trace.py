@@ -60,6 +60,13 @@ class Trace:
     facts: Mapping[str, Any]
     forward: Forward
 
+    def __repr__(self) -> str:
+        stages = len({name for name, _ in self.forward.stages})
+        return (
+            f"<Trace: {len(self.token_ids)} tokens, {stages} stages in {len(self.forward.stages)} arrays, "
+            f"{self.facts.get('backend', 'no backend')}>"
+        )
+
     def figures(self) -> list[StageFigures]:
         """Every captured stage, in the order of the forward pass."""
         return [_figures(key, self.forward.stages[key]) for key in ordered_keys(self.forward.stages)]

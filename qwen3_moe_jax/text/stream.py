@@ -33,7 +33,7 @@ class TextStream:
         before the end.
       stop_string: the stop string that ended the text, or None.
       prompt_tokens: tokens of the prompt.
-      new_tokens: tokens generated so far; an end token is not counted.
+      tokens: ids generated so far, without an end token.
       notes: what the user should know of how the prompt was made, one line each.
       seed: of the random stream, or None where that is not known.
     """
@@ -69,13 +69,18 @@ class TextStream:
         self.finish_reason: Literal["stop", "length"] | None = None
         self.prompt_tokens = prompt_tokens
         self.notes, self.seed = tuple(notes), seed
-        self.new_tokens = 0
+        self.tokens: list[int] = []
         self._decoder = StreamDecoder(tokenizer)
         self._token_ids = iter(token_ids)
         self._stops = StopStrings(stop)
         self._max_tokens = max_tokens
         self._starts_in_reasoning = starts_in_reasoning
         _STREAMS.add(self)
+
+    @property
+    def new_tokens(self) -> int:
+        """Tokens generated so far; an end token is not counted."""
+        return len(self.tokens)
 
     @property
     def stop_string(self) -> str | None:
@@ -86,7 +91,7 @@ class TextStream:
         """Pieces of text, none of them empty."""
         try:
             for token_id in self._token_ids:
-                self.new_tokens += 1
+                self.tokens.append(token_id)
                 yield from self._emit(self._decoder.push(token_id))
                 if self.finish_reason:
                     return

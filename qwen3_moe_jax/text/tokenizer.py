@@ -107,6 +107,9 @@ class Tokenizer:
             declared |= set(metadata.get(f"{key}s", ()))
         return frozenset(declared | {self._added[t] for t in END_OF_GENERATION if t in self._added})
 
+    def __repr__(self) -> str:
+        return f"<Tokenizer: {self._vocab_size} ids, stops at {sorted(self.stop_ids)}>"
+
     @property
     def vocab_size(self) -> int:
         """Ids are 0 to vocab_size - 1, padding rows of the embedding included."""

@@ -27,6 +27,7 @@ CALLS: dict[str, Callable[[q3.Model], object]] = {
     "open_stream": lambda m: m.open_stream("x"),
     "perplexity": lambda m: m.perplexity("x " * 2000),
     "prompt": lambda m: m.prompt("x"),
+    "sampling": lambda m: m.sampling(),
     "stream": lambda m: m.stream("x"),
     "trace": lambda m: m.trace("x"),
     "verify": lambda m: m.verify(),
