@@ -267,7 +267,7 @@ class Model:
         """Logits, expert choices and captured stages of a prompt; options as ``Runner.forward``.
 
         Raises:
-          ValueError: what ``core.runner.checked_forward`` refuses: an id that is not in the vocabulary, say.
+          ValueError: what ``core.runner_arguments.checked_forward`` refuses: an unknown id, say.
         """
         return self.runner.forward(token_ids, **options)
 

@@ -36,7 +36,11 @@ from jax import lax
 from qwen3_moe_jax.convert.ggml_types import GGMLType
 from qwen3_moe_jax.kernels_pallas.attention import kernel_sm90 as attention_sm90
 from qwen3_moe_jax.kernels_pallas.attention import xla as attention_xla
-from qwen3_moe_jax.kernels_pallas.gpu.grouped_matmul_sm90 import MAX_FEW_ROWS, MatmulConfig, few_config
+from qwen3_moe_jax.kernels_pallas.gpu.grouped_matmul_config import (
+    MAX_FEW_ROWS,
+    MatmulConfig,
+    few_config,
+)
 from qwen3_moe_jax.kernels_pallas.gpu.interpreter import interpreter
 from qwen3_moe_jax.kernels_pallas.moe_mlp import kernel_sm90 as moe_sm90
 from qwen3_moe_jax.kernels_pallas.packed.gpu_tiles import dequantize_tiles

@@ -44,15 +44,17 @@ from qwen3_moe_jax.kernels_pallas.decode_layers import kernel_sm90 as decode_lay
 from qwen3_moe_jax.kernels_pallas.decode_step import api as decode_step_api
 from qwen3_moe_jax.kernels_pallas.expert_matmul import kernel_sm90 as expert_matmul
 from qwen3_moe_jax.kernels_pallas.gpu import device
-from qwen3_moe_jax.kernels_pallas.gpu.grouped_matmul_sm90 import (
+from qwen3_moe_jax.kernels_pallas.gpu.grouped_matmul_config import (
     REGISTERS,
     MatmulConfig,
     OfLayer,
-    _Kernel,
     dense_config,
     few_config,
-    grouped_matmul,
     pick_config,
+)
+from qwen3_moe_jax.kernels_pallas.gpu.grouped_matmul_sm90 import (
+    Kernel,
+    grouped_matmul,
 )
 from qwen3_moe_jax.kernels_pallas.gpu.sorting import Tiles, UsedExperts
 from qwen3_moe_jax.kernels_pallas.moe_mlp import kernel_sm90 as moe_mlp
@@ -156,7 +158,7 @@ def compile_case(case: Case, sharding: SingleDeviceSharding) -> tuple[int, int]:
     stack = jax.eval_shape(lambda: bench_prefill.random_tiles(0, case.type, experts * rows, columns))
     w = Matrices(stack, jax.ShapeDtypeStruct((), jnp.int32), shape)
     tile = case.config.tile
-    kernel = _Kernel(w, case.fused, case.config, case.splits, None)
+    kernel = Kernel(w, case.fused, case.config, case.splits, None)
     numbers = lambda n: jax.ShapeDtypeStruct((n,), jnp.int32)
     options = {"config": case.config, "splits": case.splits}
     if case.kind == "few":

@@ -20,12 +20,14 @@ from qwen3_moe_jax.convert.packed import ROWS
 from qwen3_moe_jax.kernels_pallas.attention import kernel_sm90 as attention
 from qwen3_moe_jax.kernels_pallas.decode_layers import row_steps_triton as steps
 from qwen3_moe_jax.kernels_pallas.gpu.device import require_hopper
-from qwen3_moe_jax.kernels_pallas.gpu.grouped_matmul_sm90 import (
+from qwen3_moe_jax.kernels_pallas.gpu.grouped_matmul_config import (
     MAX_FEW_ROWS,
     OfLayer,
     check_supported,
     dense_config,
     few_config,
+)
+from qwen3_moe_jax.kernels_pallas.gpu.grouped_matmul_sm90 import (
     grouped_matmul,
 )
 from qwen3_moe_jax.kernels_pallas.gpu.sorting import UsedExperts, dense_tiles
@@ -57,7 +59,7 @@ def check(table: LayerTable, batch: int, cache: jax.Array, interpret: Any = None
     if head_dim % 64 or heads // kv_heads > attention.ONE_QUERY.tile or columns % 512 or experts % 16:
         raise NotImplementedError(f"heads of {head_dim}, {columns} columns or {experts} experts do not fit")
     router = w.router.options
-    if len(router) > 1 or router[0].type is not GGMLType.F32 or router[0].layout != ROWS:
+    if len(router) != 1 or router[0].type is not GGMLType.F32 or router[0].layout != ROWS:
         raise NotImplementedError("the router's weights are not all float32")
     for tensor in (w.q_proj, w.v_proj, w.o_proj, w.down_proj):
         for option in range(len(tensor.options)):
@@ -113,7 +115,7 @@ class _Weights(NamedTuple):
 def _qkv_as_one(table: LayerTable) -> tuple[LayerTensor, tuple[int, ...], tuple[int, ...]]:
     """The first three of :class:`_Weights`."""
     q, k, v = (table[f"self_attn.{name}_proj"] for name in "qkv")
-    if len(q.stacks) > 1 or q.stacks != k.stacks:
+    if len(q.stacks) != 1 or q.stacks != k.stacks:
         raise NotImplementedError("q_proj and k_proj are not of one type, in one stack")
     inside = [i for i, stack in enumerate(v.stacks) if stack == q.stacks[0]]
     others = tuple(i for i in range(len(v.stacks)) if i not in inside)
@@ -216,7 +218,8 @@ class _Step:
         self.order: list[tuple[int, ...]] = []
         self.v_at, self.down_at = self.column(w.v_which), self.column(w.down_proj.which)
         for tensor in (w.qkv, w.v_proj, w.o_proj, w.gate_proj, w.up_proj, w.down_proj):
-            self.column(tensor.first), self.column(tensor.which)
+            self.column(tensor.first)
+            self.column(tensor.which)
         # of one number after the other its L, so that a layer's is at the number's begin + layer
         self.table = jnp.asarray(table.columns(self.order).T.reshape(-1))
 

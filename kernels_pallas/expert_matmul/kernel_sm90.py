@@ -9,11 +9,13 @@ import numpy as np
 from qwen3_moe_jax.convert.packed import PackedTensor
 from qwen3_moe_jax.kernels_pallas.gpu.activations import float16_operand
 from qwen3_moe_jax.kernels_pallas.gpu.device import require_16_bits, require_hopper
-from qwen3_moe_jax.kernels_pallas.gpu.grouped_matmul_sm90 import (
+from qwen3_moe_jax.kernels_pallas.gpu.grouped_matmul_config import (
     MatmulConfig,
     check_supported,
-    grouped_matmul,
     pick_config,
+)
+from qwen3_moe_jax.kernels_pallas.gpu.grouped_matmul_sm90 import (
+    grouped_matmul,
 )
 from qwen3_moe_jax.kernels_pallas.gpu.sorting import sort_by_expert
 from qwen3_moe_jax.kernels_pallas.packed.stacks import Matrices, OneOf, as_matrices, switch_types

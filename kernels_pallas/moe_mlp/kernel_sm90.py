@@ -19,13 +19,15 @@ import numpy as np
 from qwen3_moe_jax.convert.packed import PackedTensor
 from qwen3_moe_jax.kernels_pallas.gpu.activations import SWIGLU_SCALE, WEIGHT_SCALE, float16_operand
 from qwen3_moe_jax.kernels_pallas.gpu.device import require_16_bits, require_hopper
-from qwen3_moe_jax.kernels_pallas.gpu.grouped_matmul_sm90 import (
+from qwen3_moe_jax.kernels_pallas.gpu.grouped_matmul_config import (
     MAX_FEW_ROWS,
     MatmulConfig,
     check_supported,
     few_config,
-    grouped_matmul,
     pick_config,
+)
+from qwen3_moe_jax.kernels_pallas.gpu.grouped_matmul_sm90 import (
+    grouped_matmul,
 )
 from qwen3_moe_jax.kernels_pallas.gpu.sorting import sort_by_expert, used_experts
 from qwen3_moe_jax.kernels_pallas.packed.stacks import Matrices, OneOf, as_matrices, switch_types
@@ -98,6 +100,7 @@ def _few(
         mine = used if which is None else used._replace(count=used.count * (which == i))
         out = grouped_matmul(swiglu, weight.reshape(-1), mine, (down,), **places, **options)
         parts = out if parts is None else jnp.where(which == i, out, parts)
+    assert parts is not None, "down has a type"
     parts = parts.reshape(T, X, -1)
     total = None
     for choice in range(X):
@@ -106,6 +109,7 @@ def _few(
             again = expert_ids[:, choice] == expert_ids[:, later]
             part = jnp.where(again[:, None], 0.0, part)
         total = part if total is None else total + part
+    assert total is not None, "a token has an expert"
     return total
 
 

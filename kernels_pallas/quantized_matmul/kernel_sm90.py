@@ -11,11 +11,13 @@ import numpy as np
 from qwen3_moe_jax.convert.packed import PackedTensor
 from qwen3_moe_jax.kernels_pallas.gpu.activations import float16_operand
 from qwen3_moe_jax.kernels_pallas.gpu.device import require_16_bits, require_hopper
-from qwen3_moe_jax.kernels_pallas.gpu.grouped_matmul_sm90 import (
+from qwen3_moe_jax.kernels_pallas.gpu.grouped_matmul_config import (
     MAX_FEW_ROWS,
     MatmulConfig,
     check_supported,
     dense_config,
+)
+from qwen3_moe_jax.kernels_pallas.gpu.grouped_matmul_sm90 import (
     grouped_matmul,
 )
 from qwen3_moe_jax.kernels_pallas.gpu.sorting import dense_tiles
@@ -73,4 +75,5 @@ def _multiply(
         out = grouped_matmul(operand, scale, mine, (w,), config=config, splits=splits, interpret=interpret)
         out = functools.reduce(jnp.add, [out[part] for part in range(splits)] if splits > 1 else [out])
         total = out if total is None else jnp.where(which == i, out, total)
+    assert total is not None, "a matrix has a type"
     return total[:tokens]

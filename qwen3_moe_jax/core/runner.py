@@ -1,6 +1,6 @@
 """The protocol that every backend speaks: jax, wgpu and reference are runners of the whole model.
 
-``checked_forward`` is the one check of the arguments of ``Runner.forward``, and ``OneAtATime`` gives a
+``runner_arguments`` checks the arguments of its methods for every backend; ``one_at_a_time`` gives a
 backend that runs one sequence at a time the methods that take several.
 """
 
@@ -12,14 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qwen3_moe_jax.convert.config import Qwen3MoeConfig
-from qwen3_moe_jax.core.errors import (
-    BackendUnavailableError,
-    ContextOverflowError,
-    ModelClosedError,
-    NumericalError,
-)
 from qwen3_moe_jax.core.sampling import Sampling
-from qwen3_moe_jax.core.stages import STAGES, StageKey
+from qwen3_moe_jax.core.stages import StageKey
 
 FinishReason = Literal["stop", "length", "nonfinite"]
 """A stop token (or what the caller took for one); max_tokens or the context; logits that are not finite."""
@@ -108,26 +102,6 @@ class ForwardOptions(TypedDict, total=False):
     chunk_sizes: Sequence[int]
     beside: Sequence[Sequence[int]]
     interventions: Sequence[object]
-
-
-@dataclass(frozen=True, eq=False)
-class ForwardRequest:
-    """Arguments of ``Runner.forward`` that have been checked; see ``ForwardOptions``.
-
-    Attributes:
-      token_ids: int32 [T].
-      layers: the layers that run.
-      is_whole: whether these are all layers, in their order.
-    """
-
-    token_ids: NDArray[np.int32]
-    capture: frozenset[str]
-    expert_ids: NDArray[np.int32] | None
-    layers: tuple[int, ...]
-    is_whole: bool
-    chunk_sizes: tuple[int, ...]
-    beside: tuple[Sequence[int], ...]
-    interventions: tuple[object, ...]
 
 
 class Batch(Protocol):
@@ -313,186 +287,3 @@ class Runner(Protocol):
     def memory(self) -> dict[str, int] | None:
         """Bytes of device memory: "peak", "planned", "cache"; None where the device does not tell."""
         ...
-
-
-def checked_forward(
-    runner: Runner,
-    token_ids: Sequence[int],
-    *,
-    capture: Collection[str] = (),
-    expert_ids: NDArray[np.integer] | None = None,
-    layers: Sequence[int] | None = None,
-    chunk_sizes: Sequence[int] = (),
-    beside: Sequence[Sequence[int]] = (),
-    interventions: Sequence[object] = (),
-) -> ForwardRequest:
-    """The arguments of ``runner.forward``, checked: every backend refuses the same ones.
-
-    Raises:
-      ModelClosedError: the runner is closed.
-      ContextOverflowError: more tokens than ``max_context``.
-      ValueError: no token, an id, layer, stage, chunk or expert that does not exist, a wrong shape, or
-        an option that this backend does not have.
-    """
-    check_open(runner)
-    config, can = runner.config, runner.capabilities
-    if (beside and not can.beside) or (interventions and not can.interventions):
-        what = "other sequences beside a prompt" if beside else "interventions"
-        raise ValueError(f'the {runner.name} backend takes no {what}: load(backend="jax") does')
-    tokens = checked_ids(token_ids, config.vocab_size)
-    if len(tokens) > runner.max_context:
-        raise ContextOverflowError(len(tokens), runner.max_context)
-    unknown = sorted(set(capture) - STAGES.keys())
-    if unknown:
-        raise ValueError(f"no stage is named {unknown[0]!r}: choose from {', '.join(STAGES)}")
-    every = tuple(range(config.num_hidden_layers))
-    chosen = every if layers is None else tuple(layers)
-    if not chosen or any(layer not in every for layer in chosen):
-        raise ValueError(f"layers must be some of 0 to {every[-1]}, not {list(chosen)}")
-    if any(size < 1 for size in chunk_sizes):
-        raise ValueError(f"a chunk has at least one token: chunk_sizes is {tuple(chunk_sizes)}")
-    for row in beside:
-        checked_ids(row, config.vocab_size)
-    forced = None if expert_ids is None else _checked_experts(config, expert_ids, len(chosen), len(tokens))
-    return ForwardRequest(
-        tokens,
-        frozenset(capture),
-        forced,
-        chosen,
-        chosen == every,
-        tuple(chunk_sizes),
-        tuple(beside),
-        tuple(interventions),
-    )
-
-
-def check_open(runner: Runner) -> None:
-    """Raises ModelClosedError if ``runner`` is closed."""
-    if runner.is_closed:
-        raise ModelClosedError
-
-
-def checked_ids(token_ids: Sequence[int], vocab_size: int) -> NDArray[np.int32]:
-    """Token ids as int32 [T].
-
-    Raises:
-      ValueError: there are none, they are no integers, or one is not in the vocabulary.
-    """
-    ids = np.asarray(token_ids)
-    if ids.ndim != 1 or not ids.size or not np.issubdtype(ids.dtype, np.integer):
-        raise ValueError("token_ids must be a non-empty list of integers")
-    outside = ids[(ids < 0) | (ids >= vocab_size)]
-    if outside.size:
-        raise ValueError(f"token id {outside[0]} is not in 0..{vocab_size - 1}")
-    return ids.astype(np.int32)
-
-
-def checked_text(runner: Runner, token_ids: Sequence[int], first: int) -> NDArray[np.int32]:
-    """The arguments of ``runner.log_likelihoods``, checked; int32 [T].
-
-    Raises:
-      ModelClosedError: the runner is closed.
-      ContextOverflowError: more tokens than ``max_context``.
-      ValueError: as ``checked_ids``, or ``first`` is not one of 1 to T - 1.
-    """
-    check_open(runner)
-    tokens = checked_ids(token_ids, runner.config.vocab_size)
-    if len(tokens) > runner.max_context:
-        raise ContextOverflowError(len(tokens), runner.max_context)
-    if not 1 <= first < len(tokens):
-        raise ValueError(f"first is {first}, and must be 1 to {len(tokens) - 1}")
-    return tokens
-
-
-def checked_prompt(runner: Runner, token_ids: Sequence[int]) -> NDArray[np.int32]:
-    """The prompt of ``runner.stream``, checked; int32 [T]. Raises as ``checked_text``."""
-    check_open(runner)
-    tokens = checked_ids(token_ids, runner.config.vocab_size)
-    if len(tokens) >= runner.max_context:
-        raise ContextOverflowError(len(tokens), runner.max_context)
-    return tokens
-
-
-def _checked_experts(
-    config: Qwen3MoeConfig, expert_ids: NDArray[np.integer], num_layers: int, num_tokens: int
-) -> NDArray[np.int32]:
-    expected = (num_layers, num_tokens, config.num_experts_per_tok)
-    ids = np.asarray(expert_ids)
-    if ids.shape != expected:
-        raise ValueError(f"expert_ids has shape {ids.shape}, expected [L, T, X] = {expected}")
-    if ids.size and not 0 <= ids.min() <= ids.max() < config.num_experts:
-        raise ValueError(f"expert_ids must be 0 to {config.num_experts - 1}")
-    return ids.astype(np.int32)
-
-
-def per_prompt(
-    count: int, limits: int | Sequence[int], samplings: Sampling | Sequence[Sampling]
-) -> list[tuple[int, Sampling]]:
-    """(max_tokens, sampling) of each of ``count`` prompts, where one value stands for all.
-
-    Raises:
-      ValueError: another number of values than of prompts.
-    """
-    limits = [limits] * count if isinstance(limits, int) else limits
-    samplings = [samplings] * count if isinstance(samplings, Sampling) else samplings
-    if not len(limits) == len(samplings) == count:
-        raise ValueError(f"{count} prompts, {len(limits)} max_tokens and {len(samplings)} samplings")
-    return list(zip(limits, samplings, strict=True))
-
-
-class OneAtATime:
-    """The methods of ``Runner`` for several sequences, on a backend that runs one at a time."""
-
-    capabilities = Capabilities()
-
-    def open_batch(self: Runner, slots: int, *, context: int | None = None) -> Batch:
-        """Raises BackendUnavailableError; see ``Runner.open_batch``."""
-        check_open(self)
-        raise BackendUnavailableError(
-            f"the {self.name} backend runs one sequence at a time: batches need backend='jax'"
-        )
-
-    def dequantized(self: Runner, path: str, tile: int, expert: int | None = None) -> NDArray[np.float32]:
-        """Raises BackendUnavailableError; see ``Runner.dequantized``."""
-        check_open(self)
-        raise BackendUnavailableError(f"the {self.name} backend does not show its unpacked weights")
-
-    def memory(self) -> dict[str, int] | None:
-        """None: nobody tells; see ``Runner.memory``."""
-        return None
-
-    def generate_batch(
-        self: Runner,
-        prompts: Sequence[Sequence[int]],
-        *,
-        max_tokens: int | Sequence[int],
-        sampling: Sampling | Sequence[Sampling],
-        stop_ids: Collection[int] = (),
-        slots: int | None = None,
-        is_over: IsOver | None = None,
-    ) -> list[Generated]:
-        """One prompt after the other; see ``Runner.generate_batch``."""
-        check_open(self)
-        found: list[Generated] = []
-        for number, (prompt, (limit, its_sampling)) in enumerate(
-            zip(prompts, per_prompt(len(prompts), max_tokens, sampling), strict=True)
-        ):
-            tokens = self.stream(prompt, max_tokens=limit, sampling=its_sampling, stop_ids=stop_ids)
-            room = min(limit, self.max_context - len(prompt))
-            found.append(_written(tokens, room, number, is_over))
-        return found
-
-
-def _written(tokens: Iterator[int], most: int, number: int, is_over: IsOver | None) -> Generated:
-    """Reads a stream to its end, or until ``is_over``."""
-    result = Generated(finish_reason="stop")
-    try:
-        for token in tokens:
-            result.tokens.append(token)
-            if is_over is not None and is_over(number, [token]):
-                return result
-    except NumericalError:
-        return Generated(result.tokens, "nonfinite")
-    if len(result.tokens) == most:
-        result.finish_reason = "length"
-    return result

@@ -3,7 +3,7 @@
 import sys
 import time
 import weakref
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, Unpack
@@ -11,6 +11,7 @@ from typing import Any, Unpack
 import jax
 import jax.numpy as jnp
 import numpy as np
+from numpy.typing import NDArray
 
 from qwen3_moe_jax.convert.packed import LANES
 from qwen3_moe_jax.convert.progress import ProgressCallback
@@ -20,9 +21,11 @@ from qwen3_moe_jax.core.runner import (
     Capabilities,
     Forward,
     ForwardOptions,
-    ForwardRequest,
     Generated,
     IsOver,
+)
+from qwen3_moe_jax.core.runner_arguments import (
+    ForwardRequest,
     check_open,
     checked_forward,
     checked_prompt,
@@ -179,7 +182,7 @@ class JaxRunner:
             array.delete()
 
     @contextmanager
-    def _open(self) -> Iterator[None]:
+    def _open(self) -> Generator[None]:
         """Raises ModelClosedError at the start, and where the model is closed meanwhile."""
         check_open(self)
         try:
@@ -251,12 +254,12 @@ class JaxRunner:
 
     @own_settings()
     def log_likelihoods(self, token_ids: Sequence[int], *, first: int = 1) -> np.ndarray:
-        token_ids = checked_text(self, token_ids, first)
-        chunks = chunk_lengths(len(token_ids) - 1)
+        tokens = checked_text(self, token_ids, first)
+        chunks = chunk_lengths(len(tokens) - 1)
         length = whole_tiles(sum(chunks))
         cache = KVCache.create(self.config, 1, length, self.cache_dtype, self.device)
         with self._open():
-            return log_likelihoods(self.decoder.model, self.params, cache, token_ids, chunks, first)
+            return log_likelihoods(self.decoder.model, self.params, cache, tokens, chunks, first)
 
     def stream(
         self,
@@ -408,7 +411,7 @@ def _sown(stages: Mapping[str, jax.Array], row: int) -> Iterator[tuple[StageKey,
             yield (name, None), value[row]
 
 
-def _rows(sequences: Sequence[Sequence[int]], length: int) -> np.ndarray:
+def _rows(sequences: Sequence[Sequence[int] | NDArray[np.int32]], length: int) -> np.ndarray:
     """Token ids int32 [B, length]: longer sequences are cut, zeros follow shorter ones."""
     rows = np.zeros((len(sequences), length), np.int32)
     for row, sequence in zip(rows, sequences, strict=True):

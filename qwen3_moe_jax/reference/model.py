@@ -20,11 +20,15 @@ from qwen3_moe_jax.convert.source import ModelSource
 from qwen3_moe_jax.convert.unpack import dequantize
 from qwen3_moe_jax.core.errors import ContextOverflowError, NumericalError
 from qwen3_moe_jax.core.likelihood import target_log_likelihoods
+from qwen3_moe_jax.core.one_at_a_time import (
+    OneAtATime,
+)
 from qwen3_moe_jax.core.rope import rope_tables
 from qwen3_moe_jax.core.runner import (
     Forward,
     ForwardOptions,
-    OneAtATime,
+)
+from qwen3_moe_jax.core.runner_arguments import (
     check_open,
     checked_forward,
     checked_prompt,

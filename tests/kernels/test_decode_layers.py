@@ -26,6 +26,7 @@ from qwen3_moe_jax.jax_backend.model import Intervention, Qwen3Moe
 from qwen3_moe_jax.jax_backend.params import GPU_ROLES, is_tiled, plan_layers
 from qwen3_moe_jax.kernels_pallas.decode_layers import api, kernel_sm90
 from qwen3_moe_jax.kernels_pallas.decode_layers import row_steps_triton as steps
+from qwen3_moe_jax.kernels_pallas.gpu import grouped_matmul_config as matmul_config
 from qwen3_moe_jax.kernels_pallas.gpu import grouped_matmul_sm90 as matmul_sm90
 from qwen3_moe_jax.kernels_pallas.gpu.activations import SWIGLU_SCALE, WEIGHT_SCALE, float16_operand
 from qwen3_moe_jax.kernels_pallas.gpu.interpreter import interpreter
@@ -120,6 +121,7 @@ def compare(
                 (kernel_sm90, "decode_layers", run),
                 (kernel_sm90, "_MIN_ROWS", 1),
                 (matmul_sm90, "multiprocessors", lambda: 3),
+                (matmul_config, "multiprocessors", lambda: 3),
             ):
                 patches.enter_context(mock.patch.object(where, name, value))
         ran = patches.enter_context(

@@ -14,10 +14,12 @@ from qwen3_moe_jax.convert.ggml_types import GGMLType
 from qwen3_moe_jax.convert.layouts.gpu_tiles import to_gpu_tiles
 from qwen3_moe_jax.kernels_pallas.expert_matmul import kernel_sm90 as expert_sm90
 from qwen3_moe_jax.kernels_pallas.gpu.activations import float16_operand, operand_order
-from qwen3_moe_jax.kernels_pallas.gpu.grouped_matmul_sm90 import (
+from qwen3_moe_jax.kernels_pallas.gpu.grouped_matmul_config import (
     REGISTERS,
     MatmulConfig,
     few_config,
+)
+from qwen3_moe_jax.kernels_pallas.gpu.grouped_matmul_sm90 import (
     grouped_matmul,
 )
 from qwen3_moe_jax.kernels_pallas.gpu.interpreter import interpreter

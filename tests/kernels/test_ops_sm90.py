@@ -19,12 +19,14 @@ from qwen3_moe_jax.convert.layouts.gpu_tiles import to_gpu_tiles
 from qwen3_moe_jax.convert.packed import GPU_TILES, PackedTensor
 from qwen3_moe_jax.kernels_pallas.attention import kernel_sm90 as attention_sm90
 from qwen3_moe_jax.kernels_pallas.gpu.device import ask_ptxas_once
-from qwen3_moe_jax.kernels_pallas.gpu.grouped_matmul_sm90 import (
+from qwen3_moe_jax.kernels_pallas.gpu.grouped_matmul_config import (
     MAX_FEW_ROWS,
     dense_config,
     few_config,
-    grouped_matmul,
     pick_config,
+)
+from qwen3_moe_jax.kernels_pallas.gpu.grouped_matmul_sm90 import (
+    grouped_matmul,
 )
 from qwen3_moe_jax.kernels_pallas.gpu.sorting import UsedExperts, dense_tiles
 from qwen3_moe_jax.kernels_pallas.moe_mlp import kernel_sm90 as moe_sm90

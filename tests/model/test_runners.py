@@ -7,7 +7,17 @@ import numpy as np
 import pytest
 
 from qwen3_moe_jax.core.errors import BackendUnavailableError, ContextOverflowError
-from qwen3_moe_jax.core.runner import Capabilities, ForwardOptions, OneAtATime, Runner, checked_forward
+from qwen3_moe_jax.core.one_at_a_time import (
+    OneAtATime,
+)
+from qwen3_moe_jax.core.runner import (
+    Capabilities,
+    ForwardOptions,
+    Runner,
+)
+from qwen3_moe_jax.core.runner_arguments import (
+    checked_forward,
+)
 from qwen3_moe_jax.core.sampling import Sampling
 from qwen3_moe_jax.jax_backend.batching import Batch
 from qwen3_moe_jax.jax_backend.runner import JaxRunner

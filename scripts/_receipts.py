@@ -1,0 +1,78 @@
+"""The receipts as the tables read them, and how a table and its numbers are written."""
+
+import json
+from collections.abc import Iterable
+from functools import cache
+
+from scripts import ROOT
+
+RECEIPTS = ROOT / "docs" / "receipts"
+Rows = Iterable[tuple[object, ...]]
+
+
+@cache
+def receipt(name: str) -> dict:
+    """One receipt."""
+    return json.loads((RECEIPTS / f"{name}.json").read_text())
+
+
+def table(head: str, rows: Rows) -> str:
+    """A Markdown table; ``head`` holds the columns' names, between bars."""
+    columns = head.split("|")
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join(f"| {' | '.join(str(cell).strip() for cell in line)} |" for line in lines) + "\n"
+
+
+def whole(number: float) -> str:
+    """A rate as a whole number with thousands apart."""
+    return f"{number:,.0f}"
+
+
+def percent(share: float) -> str:
+    """A share as whole percent."""
+    return f"{100 * share:.0f} %"
+
+
+def below_one(cosine: float) -> str:
+    """A cosine as its distance from 1."""
+    return f"1 - {1 - cosine:.0e}".replace("e-0", "e-")
+
+
+# What the receipts hold, by the names that the tables use
+
+
+def decode_rows(name: str = "decode_user_h100") -> dict[str, dict]:
+    """Rows BATCH:DEPTH of the user's path."""
+    return {row["row"]: row for row in receipt(name)["figures"]["rows"]}
+
+
+def prefill_rows() -> dict[tuple[int, int], dict]:
+    """Rows (sequences, tokens) of prompts."""
+    return {(row["sequences"], row["tokens"]): row for row in receipt("prefill_h100")["prefill"]}
+
+
+def batch_rows() -> dict[int, dict]:
+    """Decode of many sequences, by their number."""
+    return {row["sequences"]: row for row in receipt("batch_h100")["figures"]["batches"]}
+
+
+def cold_start() -> dict[str, dict]:
+    """Seconds of a new process, with an empty and a full cache of programs."""
+    return _first_receipt_with("cold")["cold"]
+
+
+def cache_memory() -> dict:
+    """Peak device memory with a long context."""
+    return _first_receipt_with("memory")["memory"][0]
+
+
+def _first_receipt_with(key: str) -> dict:
+    newest = receipt("decode_user_h100")
+    runs = [newest, *newest.get("earlier", ())]
+    return next(run["figures"] for run in runs if key in run.get("figures", {}))
+
+
+def finding(name: str, clause: str, subject: str) -> dict:
+    """One finding of ``verify``."""
+    found = receipt(name)["findings"]
+    return next(f for f in found if (f["clause"], f["subject"]) == (clause, subject))
