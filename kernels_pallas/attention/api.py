@@ -46,12 +46,12 @@ def attention(
       ValueError: shapes do not match.
     """
     if layer is None:
-        k_cache, v_cache, layer = k_cache[None], v_cache[None], 0
-        scales = scales and tuple(scale[None] for scale in scales)
+        k_cache, v_cache = k_cache[None], v_cache[None]
+        scales = scales and (scales[0][None], scales[1][None])
     _check_shapes(q, k_cache, v_cache, positions, slots, scales)
     arrays = (jnp.asarray(a) for a in (q, k_cache, v_cache, positions))
     candidates = {"pallas": OnHopper("attention"), "xla": xla.attention}
-    layer = jnp.asarray(layer, jnp.int32)
+    layer = jnp.asarray(0 if layer is None else layer, jnp.int32)
     return implementations.run("attention", implementation, candidates, *arrays, layer, slots, scales)
 
 

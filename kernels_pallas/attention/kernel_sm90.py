@@ -200,7 +200,15 @@ def _kernel(config: AttentionConfig, interpret: Any, *, batch, kv_heads, rows, h
 
 
 class _Block:
-    """One tile of rows of one KV head: methods are what its warpgroups do."""
+    """One tile of rows of one KV head: methods are what its warpgroups do.
+
+    Attributes:
+      cache: the sequence's row of the cache.
+      column: the first column of the KV head.
+    """
+
+    cache: Any
+    column: Any
 
     def __init__(self, config: AttentionConfig, refs: dict, emulate: bool, *, tile, head, sequence):
         self.c, self.r, self.emulate = config, refs, emulate

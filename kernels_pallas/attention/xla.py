@@ -77,8 +77,8 @@ def _read(cache: jax.Array, layer: jax.Array, slots: jax.Array | int, start: jax
         corner = (layer, first, start, *(0 for _ in inner))
         return lax.dynamic_slice(cache, corner, (1, count, block, *inner))[0]
 
-    block = rows(0, slots) if isinstance(slots, int) else jnp.concatenate([rows(slot, 1) for slot in slots])
-    return lax.platform_dependent(block, cpu=lambda block: block, default=_in_its_own_layout)
+    read = rows(0, slots) if isinstance(slots, int) else jnp.concatenate([rows(slot, 1) for slot in slots])
+    return lax.platform_dependent(read, cpu=lambda block: block, default=_in_its_own_layout)
 
 
 def _in_its_own_layout(block: jax.Array) -> jax.Array:

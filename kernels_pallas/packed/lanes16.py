@@ -97,7 +97,7 @@ def _top_byte(words: jax.Array, to_top: jax.Array | np.ndarray) -> jax.Array:
     return ((words * to_top) >> 24).astype(jnp.int32).astype(_F32)
 
 
-def _top_signed_byte(words: jax.Array, to_top: jax.Array | np.ndarray) -> jax.Array:
+def _top_signed_byte(words: jax.Array, to_top: jax.Array | np.ndarray | np.uint32) -> jax.Array:
     """As :func:`_top_byte`, for a signed byte."""
     return ((words * to_top).astype(jnp.int32) >> 24).astype(_F32)
 
@@ -207,6 +207,7 @@ def _q6_k(x: jax.Array, w: PackedTensor, take: Take) -> jax.Array:
         to_top = _shifts([24 - 8 * (2 * s % 4 + half) for half in range(2)], word.shape[-2])
         term = _top_signed_byte(word, to_top) * _add(sums[s])
         total = term if total is None else total + term
+    assert total is not None
     return take(_repeat(w.arrays["d"], 4)).astype(_F32) * total
 
 

@@ -181,7 +181,7 @@ class Batch:
         )
         stops, is_masked = frozenset(stop_ids), mask is not None
         self._sequences[slot] = _Sequence(
-            len(token_ids), limit, stops, is_wide(sampling), filled=filled, is_masked=is_masked
+            len(token_ids), limit, stops, bool(is_wide(sampling)), filled=filled, is_masked=is_masked
         )
         return slot
 

@@ -29,13 +29,14 @@ class CompileClock:
         """What an interrupted person waits for."""
         return "a program is being compiled" if self._open else None
 
-    def began(self, event: str, _value: float = 0.0, **_facts: object) -> None:
+    def began(self, event: str, value: float = 0.0, **_facts: object) -> None:
         """A step of a compilation has begun."""
         if event.startswith(_EVENTS):
             self._open += 1
 
-    def ended(self, event: str, start: float, end: float, **_facts: object) -> None:
+    def ended(self, event: str, start_time: float, end_time: float, **_facts: object) -> None:
         """A step has ended; an inner one is told before the one that it is part of."""
+        start, end = start_time, end_time
         if not event.startswith(_EVENTS):
             return
         self._open = max(self._open - 1, 0)

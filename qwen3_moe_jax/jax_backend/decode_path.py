@@ -17,6 +17,7 @@ from flax import struct
 
 import qwen3_moe_jax.kernels_pallas as ops
 from qwen3_moe_jax.convert.config import Qwen3MoeConfig
+from qwen3_moe_jax.jax_backend.device import Device
 from qwen3_moe_jax.jax_backend.kv_cache import KVCache, Span
 from qwen3_moe_jax.jax_backend.model import OUTSIDE_LAYERS, Network, Output, Qwen3Moe
 from qwen3_moe_jax.jax_backend.params import GPU_ROLES, Params, Types, abstract_params, tiled_params
@@ -54,7 +55,7 @@ class DecodePath(Protocol):
     batches: ClassVar[range]
     is_one_launch: ClassVar[bool]
 
-    def reason_on(self, device: jax.Device, model: Qwen3Moe, params: Params) -> str | None:
+    def reason_on(self, device: Device, model: Qwen3Moe, params: Params) -> str | None:
         """Why this device does not suit it, or None; asked when weights are loaded."""
         ...
 
@@ -126,7 +127,7 @@ class LayerByLayer:
     batches: ClassVar[range] = range(1, 1 << 31)
     is_one_launch: ClassVar[bool] = False
 
-    def reason_on(self, device: jax.Device, model: Qwen3Moe, params: Params) -> str | None:
+    def reason_on(self, device: Device, model: Qwen3Moe, params: Params) -> str | None:
         return None
 
     def reason_against(
@@ -155,7 +156,7 @@ class FewLaunches:
     batches: ClassVar[range] = range(17, 65)
     is_one_launch: ClassVar[bool] = False
 
-    def reason_on(self, device: jax.Device, model: Qwen3Moe, params: Params) -> str | None:
+    def reason_on(self, device: Device, model: Qwen3Moe, params: Params) -> str | None:
         return _refusal(gpu.require_hopper)
 
     def reason_against(
@@ -202,7 +203,7 @@ def few_launches(network: Network, token_ids: jax.Array, cache: KVCache, span: S
         eps=model.config.rms_norm_eps,
         on_logits=change if "ffn_moe_logits" in _changed_stages(model) else None,
     )
-    return Output(hidden[:, None], cache.replace(k=k, v=v), chosen[:, :, None])
+    return Output(hidden[:, None], replace(cache, k=k, v=v), chosen[:, :, None])
 
 
 @dataclass(frozen=True)
@@ -213,7 +214,7 @@ class OneKernel:
     batches: ClassVar[range] = range(1, 17)
     is_one_launch: ClassVar[bool] = True
 
-    def reason_on(self, device: jax.Device, model: Qwen3Moe, params: Params) -> str | None:
+    def reason_on(self, device: Device, model: Qwen3Moe, params: Params) -> str | None:
         return _refusal(lambda: _decode_step().check_device(device)) or _refusal(
             lambda: _decode_step().check(model.config, params, 1, device)
         )
@@ -251,7 +252,7 @@ class OneKernel:
             expert_ids=None if expert_ids is None else expert_ids[:, :, 0],
             active=active,
         )
-        return Step(out.logits[:, None], cache.replace(k=out.k, v=out.v), out.expert_ids[:, :, None], {})
+        return Step(out.logits[:, None], replace(cache, k=out.k, v=out.v), out.expert_ids[:, :, None], {})
 
 
 def _decode_step() -> ModuleType:
@@ -339,7 +340,7 @@ class Decoder:
 def choose(
     model: Qwen3Moe,
     params: Params,
-    device: jax.Device,
+    device: Device,
     cache_dtype: Any,
     paths: Sequence[DecodePath] = PATHS,
 ) -> Decoder:
@@ -362,7 +363,7 @@ def choose(
     return Decoder(model, tuple(left), tuple(refused))
 
 
-def plan_decoding(config: Qwen3MoeConfig, types: Types, device: jax.Device) -> Decoder:
+def plan_decoding(config: Qwen3MoeConfig, types: Types, device: Device) -> Decoder:
     """The ways that this model would have on a GPU with a runner's own dtypes; loads nothing."""
     params = tiled_params(abstract_params(config, types, GPU_ROLES))
     return choose(Qwen3Moe(config, jnp.dtype(jnp.bfloat16)), params, device, jnp.float16)

@@ -8,6 +8,7 @@ compiles anything. ``batching.Batch`` is the host's side.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -195,25 +196,26 @@ def admit(
     }
     changed = {name: getattr(state, name).at[slot].set(value) for name, value in row.items()}
     settings = jax.tree.map(lambda all_, one: all_.at[slot].set(one[0]), state.sampling, sampling)
-    return state.replace(**changed, sampling=settings)
+    return replace(state, **changed, sampling=settings)
 
 
 @partial(Program, donate_argnames=("state",))
 def release(state: DecodeState, slot: jax.Array) -> DecodeState:
     """Empties a slot, whatever its sequence was at. Its row of the cache stays, up to ``filled``."""
     settings = jax.tree.map(lambda all_: all_.at[slot].set(0), state.sampling)  # temperature 0: greedy
-    return state.replace(
+    return replace(
+        state,
         finished=state.finished.at[slot].set(True),
         masked=state.masked.at[slot].set(False),
         nonfinite=state.nonfinite.at[slot].set(False),
-        sampling=settings.replace(repetition_penalty=settings.repetition_penalty.at[slot].set(1)),
+        sampling=replace(settings, repetition_penalty=settings.repetition_penalty.at[slot].set(1)),
     )
 
 
 @partial(Program, donate_argnames=("state",))
 def clear(state: DecodeState, slot: jax.Array) -> DecodeState:
     """Zeros in a slot's cache, which a sequence with NaN leaves behind."""
-    return state.replace(cache=state.cache.cleared(slot))
+    return replace(state, cache=state.cache.cleared(slot))
 
 
 def append_tokens(state: DecodeState, rows: jax.Array, logits: jax.Array, writes: jax.Array) -> DecodeState:
@@ -234,7 +236,8 @@ def append_tokens(state: DecodeState, rows: jax.Array, logits: jax.Array, writes
     writes = writes & ~bad
     where = jnp.where(writes, length, state.capacity)  # an index past the end is dropped
     ends = state.is_stop[rows, token] | (length + 1 >= state.limit[rows])
-    return state.replace(
+    return replace(
+        state,
         tokens=state.tokens.at[rows, where].set(token, mode="drop"),
         length=state.length.at[rows].add(writes),
         finished=state.finished.at[rows].max(bad | (writes & ends)),
@@ -380,7 +383,8 @@ def decode(
     order = jnp.arange(MAX_STEPS)
     real = order < now.count[:, None]
     where = jnp.where(real, before[:rows, None] + order, state.capacity)  # an index past the end is dropped
-    state = state.replace(
+    state = replace(
+        state,
         cache=now.cache,
         tokens=state.tokens.at[slots[:, None], where].set(now.written.T, mode="drop"),
         length=state.length.at[:rows].add(now.count),
@@ -425,7 +429,7 @@ def prefill(
 
     ends_here = length <= start + chunk
     filled = state.filled.at[slots].set(jnp.minimum(start + chunk, length)).at[:rows].add(ready)
-    state = state.replace(cache=output.cache, filled=filled)
+    state = replace(state, cache=output.cache, filled=filled)
     hidden = output.hidden.reshape(-1, output.hidden.shape[-1])
     of_prompts = hidden[rows:].reshape(len(slots), chunk, -1)
     last = jnp.clip(length - 1 - start, 0, chunk - 1)

@@ -4,6 +4,7 @@ A cache has one row of S positions for each sequence; ``Span`` says which rows a
 positions the tokens of a batch belong to.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from qwen3_moe_jax.convert.config import Qwen3MoeConfig
+from qwen3_moe_jax.jax_backend.device import Device
 from qwen3_moe_jax.kernels_pallas import CACHE_TILE
 
 MAX_SLICES = 8
@@ -45,7 +47,7 @@ class KVCache:
         batch: int,
         length: int,
         dtype: Any = jnp.float32,
-        device: jax.Device | None = None,
+        device: Device | None = None,
     ) -> "KVCache":
         """An empty cache of ``length`` positions for ``batch`` sequences.
 
@@ -67,7 +69,7 @@ class KVCache:
     @property
     def scales(self) -> tuple[jax.Array, jax.Array] | None:
         """Scales of keys and values, or None where the cache holds floats."""
-        return None if self.k_scale is None else (self.k_scale, self.v_scale)
+        return None if self.k_scale is None or self.v_scale is None else (self.k_scale, self.v_scale)
 
     def cleared(self, row: jax.Array) -> "KVCache":
         """The cache with zeros in one sequence's row: NaN there would outlive its sequence."""
@@ -111,9 +113,9 @@ def write_positions(cache: KVCache, k: jax.Array, v: jax.Array, span: Span, laye
     The caller keeps ``start + T <= S``: XLA would move a write that does not fit.
     """
     if cache.scales is None:
-        return cache.replace(k=_write(cache.k, k, span, layer), v=_write(cache.v, v, span, layer))
+        return replace(cache, k=_write(cache.k, k, span, layer), v=_write(cache.v, v, span, layer))
     values = dict(zip(("k", "k_scale", "v", "v_scale"), (*_to_int8(k), *_to_int8(v)), strict=True))
-    return cache.replace(**{n: _write(getattr(cache, n), x, span, layer) for n, x in values.items()})
+    return replace(cache, **{n: _write(getattr(cache, n), x, span, layer) for n, x in values.items()})
 
 
 def _to_int8(x: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -6,6 +6,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+from numpy.typing import NDArray
 
 from qwen3_moe_jax.jax_backend.generate import COMPILER_OPTIONS
 from qwen3_moe_jax.jax_backend.kv_cache import KVCache
@@ -21,7 +22,7 @@ def log_likelihoods(
     model: Qwen3Moe,
     params: Params,
     cache: KVCache,
-    token_ids: Sequence[int],
+    token_ids: Sequence[int] | NDArray[np.int32],
     chunks: Sequence[int],
     first: int = 1,
 ) -> np.ndarray:

@@ -124,7 +124,7 @@ class _Part(nnx.Module):
 
     def show(self, name: str, value: jax.Array) -> None:
         """Keeps a value for :meth:`shown`."""
-        self.sow(nnx.Intermediate, name, value, reduce_fn=lambda _, new: new, init_fn=lambda: None)
+        self.sow(nnx.Intermediate, name, value, reduce_fn=lambda _, new: new, init_fn=lambda: value)
 
     def shown(self) -> dict[str, jax.Array]:
         """The values that this part and those inside it have shown; they are kept no longer."""
@@ -299,7 +299,7 @@ class Network(_Part):
           expert_ids: int32 [L, B, T, X] to force the routing of the layers that run, or None.
         """
         chosen_layers = self.settings.layers
-        spans = places if isinstance(places, (list, tuple)) else (Span(places, token_ids.shape[1]),)
+        spans = places if isinstance(places, Sequence) else (Span(places, token_ids.shape[1]),)
         x, rope = self.embed(token_ids, spans)
         numbers = range(self.layers.num_layers) if chosen_layers is None else chosen_layers
 

@@ -23,6 +23,7 @@ from qwen3_moe_jax.convert.progress import ProgressCallback
 from qwen3_moe_jax.convert.source import ModelSource
 from qwen3_moe_jax.convert.tensor_names import tensor_specs
 from qwen3_moe_jax.convert.unpack import aligned_empty, dequantize
+from qwen3_moe_jax.jax_backend.device import Device
 from qwen3_moe_jax.kernels_pallas import LayerTable
 from qwen3_moe_jax.kernels_pallas.packed.stacks import Roles, abstract_packed, rows_per_unit
 
@@ -46,15 +47,19 @@ class _Placer(Protocol):
 
     def whole(self, name: str, value: Value) -> Value:
         """A tensor that stands alone, on the device."""
+        ...
 
     def room(self, name: str, rows: int, like: Value) -> Value:
         """An empty stack of ``rows`` rows for tensors like ``like``."""
+        ...
 
     def put(self, name: str, stack: Value, first: int, value: Value) -> Value:
         """The stack with a tensor's rows from row ``first`` on."""
+        ...
 
     def finish(self, stack: Value) -> Value:
         """The filled stack, on the device."""
+        ...
 
 
 def split_path(path: str) -> tuple[int | None, str]:
@@ -104,7 +109,7 @@ def tiled_params(params: Params) -> Params:
 
 
 def load_params(
-    source: ModelSource, roles: Roles, device: jax.Device, progress: ProgressCallback | None = None
+    source: ModelSource, roles: Roles, device: Device, progress: ProgressCallback | None = None
 ) -> Params:
     """Every tensor of ``source`` on ``device``, as the model's parameters.
 
@@ -145,7 +150,7 @@ def _unit(value: Value) -> int:
 class _OnHost:
     """NumPy arrays that JAX's CPU backend uses without a copy, sixteen rows side by side where possible."""
 
-    def __init__(self, device: jax.Device):
+    def __init__(self, device: Device):
         self._device = device
 
     def whole(self, name: str, value: Value) -> Value:
@@ -178,7 +183,7 @@ class _OnHost:
 class _OnDevice:
     """Arrays on a GPU, matrices as the tiles that its kernels read."""
 
-    def __init__(self, device: jax.Device):
+    def __init__(self, device: Device):
         self._device = device
 
     def whole(self, name: str, value: Value) -> Value:
@@ -207,7 +212,7 @@ def is_tiled(name: str, value: Value) -> bool:
 
 
 def _rearranged(value: Value, tiled: bool) -> Value:
-    return to_gpu_tiles(value, jnp) if tiled else value
+    return to_gpu_tiles(value, jnp) if tiled and isinstance(value, PackedTensor) else value
 
 
 _rearrange = jax.jit(_rearranged, static_argnums=1)

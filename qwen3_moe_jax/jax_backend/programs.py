@@ -325,6 +325,11 @@ def fingerprint(value: Any) -> Any:
             return ["array", array.shape, str(array.dtype), hashlib.sha256(array.tobytes()).hexdigest()]
         case functools.partial():
             return ["partial", fingerprint(value.func), fingerprint(value.args), fingerprint(value.keywords)]
+        case _:
+            return _fingerprint_of_object(value)
+
+
+def _fingerprint_of_object(value: Any) -> list[Any]:
     if not (getattr(value, "__module__", None) or "").startswith(_OWN):
         raise TypeError(f"{type(value).__qualname__} has no fingerprint: its programs are not kept on disk")
     if dataclasses.is_dataclass(value):

@@ -1,5 +1,6 @@
 """Rows of a batch's cache: copied, cut out and put back, so that a prompt need not be read twice."""
 
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -41,7 +42,7 @@ def paste(state: DecodeState, row: jax.Array, piece: KVCache) -> DecodeState:
     def put(stack: jax.Array, new: jax.Array) -> jax.Array:
         return jax.lax.dynamic_update_slice(stack, new, (0, row, *(0 for _ in stack.shape[2:])))
 
-    return state.replace(cache=jax.tree.map(put, state.cache, piece))
+    return replace(state, cache=jax.tree.map(put, state.cache, piece))
 
 
 @partial(jax.jit, static_argnames="length", donate_argnames="state")
@@ -53,6 +54,6 @@ def copy(state: DecodeState, source: jax.Array, target: jax.Array, *, length: in
 @partial(jax.jit, donate_argnames="state")
 def allow(state: DecodeState, slot: jax.Array, bits: jax.Array) -> DecodeState:
     """Lets a masked sequence write one token; ``bits`` int32 [ceil(V / 32)]."""
-    return state.replace(
-        allowed=state.allowed.at[slot].set(bits), held=state.held.at[slot].set(jnp.bool_(False))
+    return replace(
+        state, allowed=state.allowed.at[slot].set(bits), held=state.held.at[slot].set(jnp.bool_(False))
     )

@@ -6,7 +6,7 @@ and random draws of a model must not depend on them. JAX keeps compiled function
 program that is called under them is the same program.
 """
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 
 import jax
@@ -16,7 +16,7 @@ RANDOM_BITS = "threefry2x32"
 
 
 @contextmanager
-def own_settings() -> Iterator[None]:
+def own_settings() -> Generator[None]:
     """A context, or the decorator ``@own_settings()`` of a function that is no generator."""
     with (
         jax.enable_x64(False),

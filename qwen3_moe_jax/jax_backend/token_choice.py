@@ -5,6 +5,7 @@ sequence asks for is skipped while it runs. A sequence's token depends on its ow
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -47,8 +48,11 @@ class SamplingArrays:
     def of(cls, batch: list[Sampling]) -> "SamplingArrays":
         """Packs one Sampling a sequence."""
 
-        def column(name: str, dtype: type) -> np.ndarray:
-            return np.asarray([getattr(s, name) for s in batch], dtype)
+        def numbers(values: list[Any], dtype: type) -> Any:
+            return np.asarray(values, dtype)  # an argument of a program, which JAX takes as an array
+
+        def column(name: str, dtype: type) -> Any:
+            return numbers([getattr(s, name) for s in batch], dtype)
 
         return cls(
             temperature=column("temperature", np.float32),
@@ -57,7 +61,7 @@ class SamplingArrays:
             min_p=column("min_p", np.float32),
             repetition_penalty=column("repetition_penalty", np.float32),
             presence_penalty=column("presence_penalty", np.float32),
-            seed=np.asarray([s.seed % 2**32 for s in batch], np.uint32),
+            seed=numbers([s.seed % 2**32 for s in batch], np.uint32),
         )
 
     @property
@@ -131,7 +135,9 @@ def choose_tokens(
         logits = logits if masks is None else penalize(logits, sampling, *masks())
         return jnp.where(is_wide(sampling), _sample(logits, sampling, positions, vocab_size), others)
 
-    def checked(choose: Callable[[jax.Array], jax.Array]) -> Callable:
+    def checked(
+        choose: Callable[[jax.Array], jax.Array],
+    ) -> Callable[[jax.Array], tuple[jax.Array, jax.Array]]:
         return lambda logits: (choose(logits), jnp.isfinite(logits).all(axis=-1))
 
     branches = (_largest, checked(narrow), checked(wide))
@@ -155,7 +161,7 @@ def _largest_in_one_pass(keys: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The fewest launches."""
     ids = jax.lax.broadcasted_iota(jnp.int32, keys.shape, keys.ndim - 1)
 
-    def larger(a: tuple[jax.Array, jax.Array], b: tuple[jax.Array, jax.Array]) -> tuple:
+    def larger(a: tuple[jax.Array, jax.Array], b: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         is_a = (a[0] > b[0]) | ((a[0] == b[0]) & (a[1] < b[1]))
         return jnp.where(is_a, a[0], b[0]), jnp.where(is_a, a[1], b[1])
 
@@ -179,7 +185,15 @@ def _sample(logits: jax.Array, sampling: SamplingArrays, positions: jax.Array, c
     )
 
 
-def _sample_one(values, ids, top_k, top_p, min_p, seed, position):
+def _sample_one(
+    values: jax.Array,
+    ids: jax.Array,
+    top_k: jax.Array,
+    top_p: jax.Array,
+    min_p: jax.Array,
+    seed: jax.Array,
+    position: jax.Array,
+) -> jax.Array:
     rank = jnp.arange(len(values))
     kept = jnp.where((top_k == 0) | (rank < top_k), jnp.exp(values - values[0]), 0.0)
     kept = kept / jnp.sum(kept)

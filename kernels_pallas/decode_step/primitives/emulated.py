@@ -31,12 +31,13 @@ def load_fragments(words, zeros, *, shared: bool) -> list:
 def dot_tiles(tiles: list, fragments: list, *, signed: bool) -> list:
     out = []
     for words in tiles:
-        total = 0
+        total: Any = 0
         for part, factor in enumerate((128, 1)):
             for word, fragment in zip(words, fragments, strict=True):
                 x = fragment[:, part::2].sum(axis=1)  # a group's words are in one row, zeros elsewhere
                 pairs = zip(_bytes(word, signed), _bytes(x[:, None], True), strict=True)
-                total = total + factor * sum(a * b for a, b in pairs).sum(-1)
+                products: Any = sum(a * b for a, b in pairs)
+                total = total + factor * products.sum(-1)
         out.append(total)
     return out
 

@@ -1,0 +1,22 @@
+"""What this backend asks of a ``jax.Device``, a class of an extension module without types."""
+
+from typing import Any, Protocol
+
+
+class Device(Protocol):
+    """A ``jax.Device``.
+
+    Attributes:
+      platform: "cpu" or "gpu".
+      device_kind: the product's name.
+    """
+
+    @property
+    def platform(self) -> str: ...
+
+    @property
+    def device_kind(self) -> str: ...
+
+    def memory_stats(self) -> dict[str, Any] | None:
+        """Bytes by name, or None where the device does not tell."""
+        ...
