@@ -92,7 +92,7 @@ def test_doctor_names_a_damaged_file(tmp_path):
     done = run("doctor", "-m", str(damaged))
     assert done.returncode == 1
     assert "PROBLEM  model" in done.stdout
-    assert "-> download or convert the file again" in done.stdout
+    assert "-> download the file again" in done.stdout
 
 
 def test_convert_then_generate_gives_the_same_text(tmp_path):

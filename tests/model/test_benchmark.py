@@ -6,6 +6,7 @@ import pytest
 from qwen3_moe_jax.convert.config import PRESETS
 from qwen3_moe_jax.jax_backend import runner as jax_runner_module
 from qwen3_moe_jax.machine import limits
+from qwen3_moe_jax.machine.headroom import Headroom
 from qwen3_moe_jax.machine.limits import Limit, Limits, bytes_per_token
 from qwen3_moe_jax.measure import benchmark
 from qwen3_moe_jax.measure.benchmark import (
@@ -226,7 +227,7 @@ def test_batches_on_jax(source, jax_runner):
 
 
 def test_a_batch_beyond_the_memory_says_so(source, jax_runner, monkeypatch):
-    monkeypatch.setattr(jax_runner_module, "available_memory", lambda device: (1 << 20, "main memory"))
+    monkeypatch.setattr(jax_runner_module, "available_memory", lambda device: Headroom(1 << 20))
     rows = measure(source, jax_runner, plan([], 3, [], [2], 16), repeats=1)
     assert {row.outcome for row in rows.values()} == {NO_MEMORY}
-    assert "main memory has 0.00 GB free" in rows["2 x pp16"].reason
+    assert "main memory, 0.00 GB free" in rows["2 x pp16"].reason
