@@ -257,3 +257,15 @@ def test_help_and_import_are_free_of_the_hub():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "HF_TOKEN" in done.stdout
+
+
+def test_commands_take_names_and_addresses(hub, tmp_path, capsys):
+    page = f"{hub.url}/{REPO}/blob/main/Small-Q4_K_M.gguf"
+    assert main(["inspect", "--json", "--no-estimates", "-m", page]) == 0
+    assert json.loads(capsys.readouterr().out)["config"]
+    ask = ("x", "-n", "1", "--backend", "reference", "--no-gate", "-q")
+    assert main(["generate", "-m", Q4, *ask]) == 0
+    assert main(["generate", "-m", REPO, *ask]) == ExitCode.USAGE
+    assert f"did you mean hf:{REPO}?" in capsys.readouterr().err
+    assert main(["generate", "-m", f"hf:{REPO}:Q9_K", *ask]) == ExitCode.USAGE
+    assert "has no Q9_K" in capsys.readouterr().err
