@@ -21,7 +21,7 @@ from qwen3_moe_jax.core.errors import (
 )
 from qwen3_moe_jax.core.options import GenerateOptions, SamplingOptions, shows
 from qwen3_moe_jax.core.runner import Forward, ForwardOptions, Runner
-from qwen3_moe_jax.core.sampling import Sampling, random_seed, recommended_sampling
+from qwen3_moe_jax.core.sampling import Sampling, check_number, random_seed, recommended_sampling
 from qwen3_moe_jax.core.stages import STAGES
 from qwen3_moe_jax.measure.perplexity import DEFAULT_CONTEXT as DEFAULT_WINDOW
 from qwen3_moe_jax.measure.perplexity import Perplexity, measure_perplexity
@@ -144,7 +144,7 @@ class Model:
         *,
         max_tokens: int | None = None,
         sampling: Sampling | None = None,
-        stop: Sequence[str] = (),
+        stop: Sequence[str] | None = (),
         tools: Sequence[dict[str, Any]] | None = None,
         thinking: bool | None = None,
         **overrides: Unpack[SamplingOptions],
@@ -181,8 +181,10 @@ class Model:
         **overrides: float | None,
     ) -> "_Request":
         """What ``open_stream`` is asked for, checked."""
-        if max_tokens is not None and max_tokens < 1:
-            raise ValueError(f"max_tokens is {max_tokens}; it must be at least 1")
+        if max_tokens is not None:
+            check_number("max_tokens", max_tokens)
+            if max_tokens < 1:
+                raise ValueError(f"max_tokens is {max_tokens}; it must be at least 1")
         if sampling is None:
             sampling = self.sampling(thinking=thinking, **overrides)
         elif overrides:
@@ -196,7 +198,7 @@ class Model:
         limit = room if max_tokens is None else min(max_tokens, room)
         return _Request(token_ids, limit, sampling, chat)
 
-    def _text_stream(self, r: "_Request", tokens: Iterable[int], stop: Sequence[str]) -> TextStream:
+    def _text_stream(self, r: "_Request", tokens: Iterable[int], stop: Sequence[str] | None) -> TextStream:
         return TextStream(
             self.tokenizer,
             tokens,
@@ -225,7 +227,7 @@ class Model:
 
     @shows(GenerateOptions)
     def generate_batch(
-        self, prompts: Sequence[str | Messages], *, stop: str | Sequence[str] = (), **options: Any
+        self, prompts: Sequence[str | Messages], *, stop: str | Sequence[str] | None = (), **options: Any
     ) -> list[Answer]:
         """Answers to several prompts, in their order; options as ``open_stream``.
 
@@ -234,8 +236,11 @@ class Model:
         but for what rounding decides.
 
         Raises:
+          ValueError: ``prompts`` is one text, or as ``open_stream``.
           NumericalError: logits of a prompt were not finite.
         """
+        if isinstance(prompts, str | bytes):
+            raise ValueError("prompts is one text: give a list of prompts")
         if options.get("sampling") is None and options.get("seed") is None:
             options["seed"] = random_seed()
         run = self.runner.generate_batch

@@ -11,6 +11,7 @@ from qwen3_moe_jax.convert.progress import ProgressCallback
 from qwen3_moe_jax.convert.source import ModelSource
 from qwen3_moe_jax.core.errors import BackendUnavailableError, OptionError
 from qwen3_moe_jax.core.runner import Runner
+from qwen3_moe_jax.core.sampling import check_number
 from qwen3_moe_jax.hub import names
 from qwen3_moe_jax.hub.listing import files_in
 from qwen3_moe_jax.machine.headroom import main_memory
@@ -155,7 +156,10 @@ def make_runner(
     if kv_cache is not None and backend != "jax":
         raise BackendUnavailableError(f"the {backend} backend chooses its KV cache: leave out kv_cache")
     most = source.config.max_position_embeddings
+    if max_context is not None:
+        check_number("max_context", max_context)
     max_context = min(DEFAULT_CONTEXT, most) if max_context is None else max_context
+    max_context = int(max_context)
     if not 1 < max_context <= most:
         raise OptionError(f"a context of {max_context} tokens: this model takes from 2 to {most}")
     return _MAKERS[backend](source, max_context, dtype, kv_cache, adapter, progress)

@@ -26,7 +26,7 @@ class GenerateOptions(SamplingOptions, total=False):
 
     max_tokens: int | None
     sampling: Sampling | None
-    stop: str | Sequence[str]
+    stop: str | Sequence[str] | None
     tools: Sequence[dict[str, Any]] | None
     thinking: bool | None
 

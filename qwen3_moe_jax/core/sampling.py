@@ -43,7 +43,7 @@ class Sampling:
 
     def __post_init__(self):
         for field in fields(self):
-            _check_number(field.name, getattr(self, field.name), Integral if field.type is int else Real)
+            check_number(field.name, getattr(self, field.name), Integral if field.type is int else Real)
         _check(self, "repetition_penalty", 0.01 <= self.repetition_penalty <= 100, "between 0.01 and 100")
         _check(self, "presence_penalty", -100 <= self.presence_penalty <= 100, "between -100 and 100")
         _check(
@@ -63,7 +63,12 @@ def random_seed() -> int:
     return secrets.randbelow(SEEDS)
 
 
-def _check_number(name: str, value: object, kind: type) -> None:
+def check_number(name: str, value: object, kind: type = Integral) -> None:
+    """Refuses what is no number: a text, a bool, or with ``Integral`` a float.
+
+    Raises:
+      ValueError: naming ``name`` and the value.
+    """
     if isinstance(value, bool) or not isinstance(value, kind):
         wanted = "an integer" if kind is Integral else "a number"
         raise ValueError(f"{name} must be {wanted}, not {value!r}")

@@ -43,7 +43,7 @@ class TextStream:
         tokenizer: Tokenizer,
         token_ids: Iterable[int],
         *,
-        stop: Sequence[str] = (),
+        stop: Sequence[str] | None = (),
         max_tokens: int | None = None,
         prompt_tokens: int = 0,
         starts_in_reasoning: bool = False,
@@ -144,8 +144,8 @@ class StopStrings:
       found: the stop string that was met, or None.
     """
 
-    def __init__(self, stop: Sequence[str] = ()):
-        self._stops = (stop,) if isinstance(stop, str) else tuple(stop)
+    def __init__(self, stop: Sequence[str] | None = ()):
+        self._stops = (stop,) if isinstance(stop, str) else tuple(stop or ())
         for text in self._stops:
             if not isinstance(text, str) or not text:
                 raise ValueError(f"a stop string must be a text of at least one character, not {text!r}")
