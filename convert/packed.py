@@ -20,11 +20,22 @@ Q4_K    ``q``: uint8 [..., N, K/2], ``scales`` and ``mins``: uint8 [..., N, K/32
 Q5_K    as Q4_K, and ``qh``: uint8 [..., N, K/8]
 Q6_K    ``ql``: uint8 [..., N, K/2], ``qh``: uint8 [..., N, K/4],
         ``scales``: int8 [..., N, K/16], ``d``: float16 [..., N, K/256]
+Q2_K    ``q``: uint8 [..., N, K/4], ``scales``: uint8 [..., N, K/16] (low four bits the
+        scale, high four the minimum), ``d`` and ``dmin``: float16 [..., N, K/256]
+Q3_K    ``q``: uint8 [..., N, K/4], ``qh``: uint8 [..., N, K/8],
+        ``scales``: int8 [..., N, K/16], ``d``: float16 [..., N, K/256]
+IQ4_XS  ``q``: uint8 [..., N, K/2], ``scales``: int8 [..., N, K/32],
+        ``d``: float16 [..., N, K/256]
+IQ4_NL  ``q``: uint8 [..., N, K/2], ``d``: float16 [..., N, K/32]
+Q4_0    as IQ4_NL
+Q4_1    as Q4_0, and ``m``: float16 [..., N, K/32]
+Q5_0    as Q4_0, and ``qh``: uint8 [..., N, K/8]
+Q5_1    as Q5_0, and ``m``: float16 [..., N, K/32]
 ======  ==========================================================================
 
-The bytes of ``q``, ``qh`` and ``ql`` keep the order of the file; only the
-twelve bytes of 6-bit scales and mins of Q4_K and Q5_K are spread to one byte
-each. That is 4 bytes a superblock: 2.8 % of a Q4_K tensor, nothing for Q6_K.
+The bytes of ``q``, ``qh`` and ``ql`` keep the order of the file; only 6-bit
+scales and mins are spread to one byte each. That is 4 bytes per superblock of Q4_K
+(2.8 %), Q5_K and Q3_K (3.6 %), 2 of IQ4_XS (1.5 %), nothing for other types.
 """
 
 import math
@@ -34,7 +45,8 @@ from typing import Any
 
 import numpy as np
 
-from qwen3_moe_jax.convert.ggml_types import SUPERBLOCK, GGMLType
+from qwen3_moe_jax.convert.formats import FORMATS
+from qwen3_moe_jax.convert.formats.base import SUPERBLOCK, ArrayFormat, GGMLType
 
 Array = Any
 """A NumPy or JAX array: this package only looks at ``shape``, ``dtype`` and indexing."""
@@ -53,35 +65,7 @@ LAYOUT_VERSION = 1
 """Version of what the layouts below mean; a checkpoint records it."""
 
 
-@dataclass(frozen=True)
-class ArrayFormat:
-    """One array of a packed tensor: its NumPy dtype and how many weights one element stands for."""
-
-    dtype: str
-    weights: int
-
-
-_K_QUANT_SCALES = {
-    "scales": ArrayFormat("uint8", 32),
-    "mins": ArrayFormat("uint8", 32),
-    "d": ArrayFormat("float16", 256),
-    "dmin": ArrayFormat("float16", 256),
-}
-
-ARRAY_FORMATS: dict[GGMLType, dict[str, ArrayFormat]] = {
-    GGMLType.F32: {"w": ArrayFormat("float32", 1)},
-    GGMLType.F16: {"w": ArrayFormat("float16", 1)},
-    GGMLType.BF16: {"w": ArrayFormat("uint16", 1)},
-    GGMLType.Q8_0: {"q": ArrayFormat("int8", 1), "d": ArrayFormat("float16", 32)},
-    GGMLType.Q4_K: {"q": ArrayFormat("uint8", 2), **_K_QUANT_SCALES},
-    GGMLType.Q5_K: {"q": ArrayFormat("uint8", 2), "qh": ArrayFormat("uint8", 8), **_K_QUANT_SCALES},
-    GGMLType.Q6_K: {
-        "ql": ArrayFormat("uint8", 2),
-        "qh": ArrayFormat("uint8", 4),
-        "scales": ArrayFormat("int8", 16),
-        "d": ArrayFormat("float16", 256),
-    },
-}
+ARRAY_FORMATS: dict[GGMLType, dict[str, ArrayFormat]] = {kind: form.arrays for kind, form in FORMATS.items()}
 """The arrays of layout ``"rows"``; the first of each type is the one that ``shape`` is read from."""
 
 

@@ -122,9 +122,8 @@ def q4_k_m_types(config: Qwen3MoeConfig) -> dict[str, GGMLType]:
     """The type that llama.cpp's Q4_K_M recipe gives every tensor, by path.
 
     Rows that are no multiple of 256 fall back to Q8_0, or to F16 where 32 does
-    not divide them either (llama.cpp's own fallback from Q4_K is Q5_0, which
-    this project does not read). Real files differ from the recipe: always go by
-    the type of each tensor.
+    not divide them either (llama.cpp's own fallback from Q4_K is Q5_0). Real
+    files differ from the recipe: always go by the type of each tensor.
     """
     return {spec.path: _q4_k_m_type(spec, config.num_hidden_layers) for spec in tensor_specs(config)}
 

@@ -12,13 +12,14 @@ chunks and a tensor never exists twice.
 """
 
 import math
-from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from qwen3_moe_jax.convert.formats import FORMATS, SCALE_NAMES
+from qwen3_moe_jax.convert.formats.base import Arrays
 from qwen3_moe_jax.convert.ggml_types import BLOCK_FORMATS, SUPERBLOCK, GGMLType
 from qwen3_moe_jax.convert.packed import ARRAY_FORMATS, ROWS, PackedTensor, array_shapes
 
@@ -29,9 +30,6 @@ PACK_CHUNK_BYTES = 4 << 20
 PACK_THREADS = 4
 _DEQUANTIZE_WEIGHTS = 1 << 18
 """Weights dequantized at a time: 1 MiB of float32, so that the second pass finds them in cache."""
-
-Arrays = Mapping[str, np.ndarray]
-"""Arrays of a packed tensor, flattened to ``[blocks, elements of one block]``."""
 
 
 # Allocation
@@ -130,88 +128,7 @@ def unpack_blocks(raw: np.ndarray, type: GGMLType, arrays: Arrays, start: int) -
     """
     blocks = raw.reshape(-1, BLOCK_FORMATS[type].nbytes)
     part = {name: array[start : start + len(blocks)] for name, array in arrays.items()}
-    _UNPACK[type](blocks, part)
-
-
-def _field(blocks: np.ndarray, type: GGMLType, name: str) -> np.ndarray:
-    """One field of every block, ``[blocks, count]``: a strided view of the file's bytes."""
-    field = BLOCK_FORMATS[type].fields[name]
-    return blocks[:, field.offset : field.offset + field.nbytes].view(field.dtype)
-
-
-def _copy_fields(blocks: np.ndarray, type: GGMLType, out: Arrays, names: tuple[str, ...]) -> None:
-    for name in names:
-        out[name][...] = _field(blocks, type, name)
-
-
-def _unpack_f32(blocks: np.ndarray, out: Arrays) -> None:
-    """Plain little-endian float32."""
-    _copy_fields(blocks, GGMLType.F32, out, ("w",))
-
-
-def _unpack_f16(blocks: np.ndarray, out: Arrays) -> None:
-    """Plain little-endian float16 (IEEE binary16)."""
-    _copy_fields(blocks, GGMLType.F16, out, ("w",))
-
-
-def _unpack_bf16(blocks: np.ndarray, out: Arrays) -> None:
-    """bfloat16 bits, kept as uint16."""
-    _copy_fields(blocks, GGMLType.BF16, out, ("w",))
-
-
-def _unpack_q8_0(blocks: np.ndarray, out: Arrays) -> None:
-    """``block_q8_0``: https://github.com/ggml-org/llama.cpp/blob/0c1e57098/ggml/src/ggml-common.h"""
-    _copy_fields(blocks, GGMLType.Q8_0, out, ("d", "q"))
-
-
-def _unpack_q4_k(blocks: np.ndarray, out: Arrays) -> None:
-    """``block_q4_K``: https://github.com/ggml-org/llama.cpp/blob/0c1e57098/ggml/src/ggml-common.h"""
-    _copy_fields(blocks, GGMLType.Q4_K, out, ("d", "dmin", "q"))
-    _spread_scales(_field(blocks, GGMLType.Q4_K, "scales"), out["scales"], out["mins"])
-
-
-def _unpack_q5_k(blocks: np.ndarray, out: Arrays) -> None:
-    """``block_q5_K``: https://github.com/ggml-org/llama.cpp/blob/0c1e57098/ggml/src/ggml-common.h"""
-    _copy_fields(blocks, GGMLType.Q5_K, out, ("d", "dmin", "q", "qh"))
-    _spread_scales(_field(blocks, GGMLType.Q5_K, "scales"), out["scales"], out["mins"])
-
-
-def _unpack_q6_k(blocks: np.ndarray, out: Arrays) -> None:
-    """``block_q6_K``: https://github.com/ggml-org/llama.cpp/blob/0c1e57098/ggml/src/ggml-common.h"""
-    _copy_fields(blocks, GGMLType.Q6_K, out, ("d", "scales", "qh", "ql"))
-
-
-def _spread_scales(packed: np.ndarray, scales: np.ndarray, mins: np.ndarray) -> None:
-    """Spreads the 12 bytes of 6-bit scales and mins of Q4_K and Q5_K to one byte each.
-
-    ``get_scale_min_k4`` in
-    https://github.com/ggml-org/llama.cpp/blob/0c1e57098/ggml/src/ggml-quants.c:
-    bytes 0-3 and 4-7 hold scales 0-3 and mins 0-3 in their low six bits and the
-    top two bits of scales and mins 4-7 above them; bytes 8-11 hold the low four
-    bits of both. Four bytes at a time, as the lanes of one 32-bit word.
-
-    Args:
-      packed: uint8 [blocks, 12].
-      scales: uint8 [blocks, 8], written.
-      mins: uint8 [blocks, 8], written.
-    """
-    low_scales, low_mins, high = np.ascontiguousarray(packed).view("<u4").T
-    scale_words, min_words = scales.view("<u4"), mins.view("<u4")
-    scale_words[:, 0] = low_scales & 0x3F3F3F3F
-    scale_words[:, 1] = (high & 0x0F0F0F0F) | ((low_scales >> 2) & 0x30303030)
-    min_words[:, 0] = low_mins & 0x3F3F3F3F
-    min_words[:, 1] = ((high >> 4) & 0x0F0F0F0F) | ((low_mins >> 2) & 0x30303030)
-
-
-_UNPACK: dict[GGMLType, Callable[[np.ndarray, Arrays], None]] = {
-    GGMLType.F32: _unpack_f32,
-    GGMLType.F16: _unpack_f16,
-    GGMLType.BF16: _unpack_bf16,
-    GGMLType.Q8_0: _unpack_q8_0,
-    GGMLType.Q4_K: _unpack_q4_k,
-    GGMLType.Q5_K: _unpack_q5_k,
-    GGMLType.Q6_K: _unpack_q6_k,
-}
+    FORMATS[type].fill(blocks, part)
 
 
 # Packed arrays to floating point
@@ -246,80 +163,8 @@ def dequantize(packed: PackedTensor, dtype: Any = np.float32) -> np.ndarray:
     with np.errstate(invalid="ignore", over="ignore"):
         for start in range(0, len(blocks), step):
             part = {name: array[start : start + step] for name, array in arrays.items()}
-            _DEQUANTIZE[packed.type](part, blocks[start : start + step])
+            FORMATS[packed.type].dequantize(part, blocks[start : start + step])
     return out
-
-
-def _dequantize_float(arrays: Arrays, out: np.ndarray) -> None:
-    """F32 and F16: a plain conversion."""
-    out[...] = arrays["w"]
-
-
-def _dequantize_bf16(arrays: Arrays, out: np.ndarray) -> None:
-    """``ggml_compute_bf16_to_fp32``: https://github.com/ggml-org/llama.cpp/blob/0c1e57098/ggml/src/ggml-impl.h"""
-    out[...] = (arrays["w"].astype(np.uint32) << 16).view(np.float32)
-
-
-def _dequantize_q8_0(arrays: Arrays, out: np.ndarray) -> None:
-    """``dequantize_row_q8_0``: https://github.com/ggml-org/llama.cpp/blob/0c1e57098/ggml/src/ggml-quants.c"""
-    out[...] = arrays["q"]
-    out *= arrays["d"].astype(out.dtype)
-
-
-def _dequantize_q4_k(arrays: Arrays, out: np.ndarray) -> None:
-    """``dequantize_row_q4_K``: https://github.com/ggml-org/llama.cpp/blob/0c1e57098/ggml/src/ggml-quants.c"""
-    q = arrays["q"].reshape(-1, 4, 32)
-    halves = out.reshape(-1, 4, 2, 32)
-    halves[:, :, 0] = q & 0x0F
-    halves[:, :, 1] = q >> 4
-    _apply_scales_and_mins(arrays, out)
-
-
-def _dequantize_q5_k(arrays: Arrays, out: np.ndarray) -> None:
-    """``dequantize_row_q5_K``: https://github.com/ggml-org/llama.cpp/blob/0c1e57098/ggml/src/ggml-quants.c"""
-    q = arrays["q"].reshape(-1, 4, 32)
-    halves = out.reshape(-1, 4, 2, 32)
-    # Bit j of high byte l is the fifth bit of weight l of subblock j.
-    for pair in range(4):
-        halves[:, pair, 0] = (q[:, pair] & 0x0F) | ((arrays["qh"] >> (2 * pair) & 1) << 4)
-        halves[:, pair, 1] = (q[:, pair] >> 4) | ((arrays["qh"] >> (2 * pair + 1) & 1) << 4)
-    _apply_scales_and_mins(arrays, out)
-
-
-def _apply_scales_and_mins(arrays: Arrays, out: np.ndarray) -> None:
-    """``(d * scale) * q - (dmin * min)`` in place, each product rounded as ggml does."""
-    subblocks = out.reshape(-1, 8, 32)
-    subblocks *= (arrays["d"].astype(out.dtype) * arrays["scales"])[:, :, None]
-    subblocks -= (arrays["dmin"].astype(out.dtype) * arrays["mins"])[:, :, None]
-
-
-def _dequantize_q6_k(arrays: Arrays, out: np.ndarray) -> None:
-    """``dequantize_row_q6_K``: https://github.com/ggml-org/llama.cpp/blob/0c1e57098/ggml/src/ggml-quants.c
-
-    Each half of a superblock holds four groups of 32 weights. Byte l of ``ql``
-    has the low bits of groups 0 and 2, byte l + 32 those of groups 1 and 3;
-    byte l of ``qh`` has two high bits for each of the four groups.
-    """
-    ql = arrays["ql"].reshape(-1, 2, 2, 32)
-    qh = arrays["qh"].reshape(-1, 2, 32)
-    groups = out.reshape(-1, 2, 4, 32)
-    for group in range(4):
-        low = ql[:, :, group % 2] >> 4 if group >= 2 else ql[:, :, group % 2] & 0x0F
-        high = (qh >> (2 * group)) & 0x03
-        groups[:, :, group] = (low | (high << 4)).view(np.int8) - np.int8(32)
-    subblocks = out.reshape(-1, SUPERBLOCK // 16, 16)
-    subblocks *= (arrays["d"].astype(out.dtype) * arrays["scales"])[:, :, None]
-
-
-_DEQUANTIZE: dict[GGMLType, Callable[[Arrays, np.ndarray], None]] = {
-    GGMLType.F32: _dequantize_float,
-    GGMLType.F16: _dequantize_float,
-    GGMLType.BF16: _dequantize_bf16,
-    GGMLType.Q8_0: _dequantize_q8_0,
-    GGMLType.Q4_K: _dequantize_q4_k,
-    GGMLType.Q5_K: _dequantize_q5_k,
-    GGMLType.Q6_K: _dequantize_q6_k,
-}
 
 
 # Numbers that are no numbers
@@ -330,7 +175,7 @@ class Nonfinite:
     """Where a tensor holds a NaN or an infinity.
 
     Attributes:
-      array: name of the packed array: ``d`` and ``dmin`` are scales, ``w`` weights.
+      array: name of the packed array: ``w`` holds weights, others scales.
       block: index of the block in the whole tensor, in the order of the file.
     """
 
@@ -375,7 +220,7 @@ def find_nonfinite_blocks(type: GGMLType, arrays: Arrays, start: int, stop: int 
     """:func:`find_nonfinite` for the blocks ``[start, stop)`` of :func:`block_arrays`."""
     found = []
     for name, array in ARRAY_FORMATS[type].items():
-        if name not in ("w", "d", "dmin"):
+        if name not in SCALE_NAMES:
             continue
         mask = _EXPONENT_MASKS[array.dtype]
         part = np.ascontiguousarray(arrays[name][start:stop]).reshape(-1)

@@ -18,11 +18,14 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from qwen3_moe_jax.convert.ggml_types import BLOCK_FORMATS, GGMLType
+from qwen3_moe_jax.convert.ggml_types import GGMLType
 from qwen3_moe_jax.convert.packed import ARRAY_FORMATS, LANES, LANES16, ROWS, PackedTensor
 from qwen3_moe_jax.convert.unpack import aligned_empty
 
 LAYOUTS = (ROWS, LANES16)
+
+LANES_TYPES = (GGMLType.Q4_K, GGMLType.Q5_K, GGMLType.Q6_K, GGMLType.Q8_0)
+"""Types with products in this layout, see ``kernels_pallas/packed/lanes16.py``; others stay in rows."""
 
 _CHUNK_NBYTES = 1 << 22
 
@@ -31,8 +34,7 @@ def supports(layout: str, type: GGMLType, shape: tuple[int, ...]) -> bool:
     """Whether a tensor of this type and logical shape has that layout."""
     if layout == ROWS:
         return True
-    quantized = BLOCK_FORMATS[type].weights > 1
-    return layout == LANES16 and quantized and len(shape) >= 2 and shape[-2] % LANES == 0
+    return layout == LANES16 and type in LANES_TYPES and len(shape) >= 2 and shape[-2] % LANES == 0
 
 
 def to_layout(packed: PackedTensor, layout: str) -> PackedTensor:
@@ -47,7 +49,8 @@ def to_layout(packed: PackedTensor, layout: str) -> PackedTensor:
         return packed
     if not supports(layout, packed.type, packed.shape):
         raise ValueError(
-            f"{packed!r} cannot have layout {layout!r}: it takes {LANES} quantized rows at a time"
+            f"{packed!r} cannot have layout {layout!r}: it takes {LANES} quantized rows at a time, "
+            f"of {', '.join(t.name for t in LANES_TYPES)}"
         )
     formats = ARRAY_FORMATS[packed.type]
     convert = _interleave if layout == LANES16 else _separate

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from qwen3_moe_jax.convert.formats import FORMATS
 from qwen3_moe_jax.convert.ggml_types import BLOCK_FORMATS, GGMLType
 from qwen3_moe_jax.convert.gguf_file import GGUFFile
 from qwen3_moe_jax.convert.packed import PackedTensor
@@ -31,7 +32,7 @@ OTHER_THETAS = (1e4, 5e5, 1e6, 5e6, 1e7)
 
 MAX_CANDIDATE_EXPERTS = 256
 
-SUBBLOCK_SIZES = {GGMLType.Q4_K: 32, GGMLType.Q5_K: 32, GGMLType.Q8_0: 32, GGMLType.Q6_K: 16}
+SUBBLOCK_SIZES = {kind: form.subblock for kind, form in FORMATS.items() if form.subblock > 1}
 """Weights that share a scale."""
 
 

@@ -13,7 +13,8 @@ for independent, their sum for a random walk, and a weight for one number.
 **Careful.** Three things are otherwise where weights have a mean, or are alike:
 
 1. *A weight is a difference.* Q4_K and Q5_K are ``a - b`` with ``a = (d scale) q``
-   and ``b = dmin min``, and Q6_K may be computed so with ``b = 32 d scale``. A
+   and ``b = dmin min``, and Q6_K may be computed so with ``b = 32 d scale``; so may
+   every type of ``Format.is_difference``. A
    backend may sum ``x a`` and ``x b`` of a subblock apart. What is rounded is as
    large as the terms, not as their difference: powers are those of a and of b.
 2. *Sums are no random walks.* Each addition in float32 rounds by ``2^-24`` of the
@@ -44,6 +45,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from qwen3_moe_jax.convert.formats import FORMATS
 from qwen3_moe_jax.convert.packed import PackedTensor
 from qwen3_moe_jax.convert.unpack import dequantize
 
@@ -138,9 +140,9 @@ def _of_rows(x: np.ndarray, weight: PackedTensor, operand: float) -> np.ndarray:
 
 def subtracted(weight: PackedTensor) -> np.ndarray:
     """The term b of every weight ``a - b``: float64 [..., N, K], zeros for types without one."""
-    quants = [name for name in ("q", "qh", "ql") if name in weight.arrays]
-    if not quants or ("dmin" not in weight.arrays and "ql" not in weight.arrays):
+    if not FORMATS[weight.type].is_difference:
         return np.zeros(weight.shape)
+    quants = [name for name in ("q", "qh", "ql") if name in weight.arrays]
     nothing = {name: np.zeros_like(weight.arrays[name]) for name in quants}
     return -dequantize(replace(weight, arrays={**weight.arrays, **nothing}), np.float64)
 

@@ -78,6 +78,63 @@ def _q8_0(blocks: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(blocks[:, 2:]).view(np.int8).astype(np.float32) * _half(blocks, 0)
 
 
+def _q2_k(blocks: np.ndarray) -> np.ndarray:
+    low = blocks[:, 16 + 32 * (_I // 128) + _I % 32] >> (2 * (_SUBBLOCK % 4)).astype(np.uint8) & 3
+    both = blocks[:, _I // 16]
+    scale, least = ((both & 15).astype(np.float32), (both >> 4).astype(np.float32))
+    return _half(blocks, 80) * scale * low.astype(np.float32) - _half(blocks, 82) * least
+
+
+def _q3_k(blocks: np.ndarray) -> np.ndarray:
+    low = blocks[:, 32 + 32 * (_I // 128) + _I % 32] >> (2 * (_SUBBLOCK % 4)).astype(np.uint8) & 3
+    third = blocks[:, _I % 32] >> _SUBBLOCK.astype(np.uint8) & 1
+    j = _I // 16
+    four = blocks[:, 96 + j % 8] >> (4 * (j // 8)).astype(np.uint8) & 15
+    two = blocks[:, 104 + j % 4] >> (2 * (j // 4)).astype(np.uint8) & 3
+    scale = four.astype(np.float32) + 16 * two.astype(np.float32) - 32
+    return _half(blocks, 108) * scale * (low.astype(np.float32) + 4 * third.astype(np.float32) - 4)
+
+
+_CURVE = np.float32([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113])
+
+
+def _iq4_xs(blocks: np.ndarray) -> np.ndarray:
+    four = blocks[:, 4 + _SUBBLOCK // 2] >> (4 * (_SUBBLOCK % 2)).astype(np.uint8) & 15
+    two = blocks[:, 2 + _SUBBLOCK // 4] >> (2 * (_SUBBLOCK % 4)).astype(np.uint8) & 3
+    scale = four.astype(np.float32) + 16 * two.astype(np.float32) - 32
+    nibble = blocks[:, 8 + 16 * _SUBBLOCK + _I % 16] >> (4 * (_I % 32 // 16)).astype(np.uint8) & 15
+    return _half(blocks, 0) * scale * _CURVE[nibble]
+
+
+def _legacy_quants(blocks: np.ndarray, nibbles: int, high: int | None = None) -> np.ndarray:
+    """Quants [blocks, 32]: nibbles from one byte offset, fifth bits from another."""
+    i = np.arange(32)
+    quants = blocks[:, nibbles + i % 16] >> (4 * (i // 16)).astype(np.uint8) & 15
+    if high is not None:
+        quants = quants | (blocks[:, high + i // 8] >> (i % 8).astype(np.uint8) & 1) << 4
+    return quants
+
+
+def _iq4_nl(blocks: np.ndarray) -> np.ndarray:
+    return _half(blocks, 0) * _CURVE[_legacy_quants(blocks, 2)]
+
+
+def _q4_0(blocks: np.ndarray) -> np.ndarray:
+    return _half(blocks, 0) * (_legacy_quants(blocks, 2).astype(np.float32) - 8)
+
+
+def _q4_1(blocks: np.ndarray) -> np.ndarray:
+    return _half(blocks, 0) * _legacy_quants(blocks, 4).astype(np.float32) + _half(blocks, 2)
+
+
+def _q5_0(blocks: np.ndarray) -> np.ndarray:
+    return _half(blocks, 0) * (_legacy_quants(blocks, 6, 2).astype(np.float32) - 16)
+
+
+def _q5_1(blocks: np.ndarray) -> np.ndarray:
+    return _half(blocks, 0) * _legacy_quants(blocks, 8, 4).astype(np.float32) + _half(blocks, 2)
+
+
 def _bf16(blocks: np.ndarray) -> np.ndarray:
     bits = blocks[:, 0].astype(np.uint32) << 16 | blocks[:, 1].astype(np.uint32) << 24
     return bits.view(np.float32)[:, None]
@@ -95,4 +152,12 @@ _READERS: dict[GGMLType, Callable[[np.ndarray], np.ndarray]] = {
     GGMLType.Q4_K: _q4_k,
     GGMLType.Q5_K: _q5_k,
     GGMLType.Q6_K: _q6_k,
+    GGMLType.Q2_K: _q2_k,
+    GGMLType.Q3_K: _q3_k,
+    GGMLType.IQ4_XS: _iq4_xs,
+    GGMLType.IQ4_NL: _iq4_nl,
+    GGMLType.Q4_0: _q4_0,
+    GGMLType.Q4_1: _q4_1,
+    GGMLType.Q5_0: _q5_0,
+    GGMLType.Q5_1: _q5_1,
 }

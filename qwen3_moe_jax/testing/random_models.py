@@ -11,18 +11,19 @@ deviations, constant blocks, terms that cancel, random bytes, extreme scales.
 
 import os
 import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import cycle
 from typing import BinaryIO
 
 import numpy as np
 
 from qwen3_moe_jax.convert.config import ARCHITECTURE, PRESETS, Qwen3MoeConfig
-from qwen3_moe_jax.convert.ggml_types import BLOCK_FORMATS, SUPPORTED_TYPES, GGMLType
+from qwen3_moe_jax.convert.ggml_types import BLOCK_FORMATS, GGMLType
 from qwen3_moe_jax.convert.gguf_file import GGUFFile
-from qwen3_moe_jax.convert.tensor_names import TensorSpec, q4_k_m_types, tensor_specs
+from qwen3_moe_jax.convert.tensor_names import TensorSpec, tensor_specs
+from qwen3_moe_jax.testing import low_bits
+from qwen3_moe_jax.testing.mixes import mix_types
 
 ALIGNMENT = 32
 WEIGHT_STD = 0.02
@@ -66,8 +67,7 @@ def write_random_gguf(
     Args:
       path: where; overwritten.
       config: sizes; ``tie_word_embeddings`` leaves ``output.weight`` out.
-      mix: ``"q4_k_m"``, ``"all"`` (every supported type, in turn) or the name of
-        one type for all matrices.
+      mix: what :func:`~qwen3_moe_jax.testing.mixes.mix_types` takes.
       types: types of single tensors by parameter path, over ``mix``.
       tokenizer: the ``tokenizer.*`` metadata; None for a byte-level vocabulary.
       seed: of every random number.
@@ -77,7 +77,7 @@ def write_random_gguf(
     style = style or Style()
     rng = np.random.default_rng(seed)
     specs = tensor_specs(config)
-    chosen = {**_mix_types(mix, config), **(types or {})}
+    chosen = {**mix_types(mix, config), **(types or {})}
     tokenizer = byte_level_tokenizer(config.vocab_size) if tokenizer is None else tokenizer
     with open(path, "wb") as file:
         file.write(_header({**_metadata(config, tokenizer), **(metadata or {})}, specs, chosen))
@@ -127,22 +127,6 @@ def _byte_characters() -> list[str]:
     moved = [byte for byte in range(256) if byte not in plain]
     table = {byte: chr(byte) for byte in plain} | {byte: chr(256 + i) for i, byte in enumerate(moved)}
     return [table[byte] for byte in range(256)]
-
-
-def _mix_types(mix: str, config: Qwen3MoeConfig) -> dict[str, GGMLType]:
-    if mix == "q4_k_m":
-        return q4_k_m_types(config)
-    wanted = SUPPORTED_TYPES if mix == "all" else (GGMLType[mix.upper()],)
-    turns: dict[tuple[GGMLType, ...], Iterator[GGMLType]] = {}
-    types = {}
-    for spec in tensor_specs(config):
-        fitting = tuple(t for t in wanted if t in spec.types and _fits(t, spec)) or (GGMLType.F32,)
-        types[spec.path] = next(turns.setdefault(fitting, cycle(fitting)))
-    return types
-
-
-def _fits(kind: GGMLType, spec: TensorSpec) -> bool:
-    return spec.shape[-1] % BLOCK_FORMATS[kind].weights == 0
 
 
 def _metadata(config: Qwen3MoeConfig, tokenizer: Mapping[str, object]) -> dict[str, object]:
@@ -264,8 +248,9 @@ def random_blocks(
       count: how many blocks.
       rng: source of random numbers.
       std: about the standard deviation of the weights.
-      mean: of the weights, in standard deviations of those that share a scale. Q4_K and Q5_K reach
-        any, Q6_K and Q8_0 narrow their quants to the end of their range.
+      mean: of the weights, in standard deviations of those that share a scale. Types with a minimum
+        reach any, Q6_K and Q8_0 narrow their quants to the end of their range, and the other ones
+        that are symmetric stay at zero.
 
     Returns:
       uint8 [count, bytes of one block].
@@ -288,6 +273,8 @@ def random_blocks(
             _set_q6_k(blocks, rng.integers(low, high, (count, 256)) + 32)
         _set(blocks, kind, "scales", rng.integers(20, 60, (count, 16)))
         _set(blocks, kind, "d", std / (40 * spread))
+    elif kind not in (GGMLType.Q4_K, GGMLType.Q5_K):
+        low_bits.randomize(blocks, kind, std, mean, rng)
     else:
         # Mins equal to scales, and dmin half the range of q where weights are centred on zero.
         levels = 16 if kind == GGMLType.Q4_K else 32
@@ -304,7 +291,7 @@ def constant_blocks(
 ) -> np.ndarray:
     """Blocks all of whose weights are one number, which differs from block to block.
 
-    In Q4_K and Q5_K it is a small difference of two large terms.
+    In types with a minimum it is a small difference of two large terms.
     """
     fmt = BLOCK_FORMATS[kind]
     if kind in _FLOATS:  # a block is one weight: runs of 256 are alike
@@ -319,6 +306,9 @@ def constant_blocks(
         _set_q6_k(blocks, np.repeat(rng.integers(0, 64, (count, 1)), 256, axis=1))
         _set(blocks, kind, "scales", 40)
         _set(blocks, kind, "d", std / (40 * 18))
+        return blocks
+    if kind not in (GGMLType.Q4_K, GGMLType.Q5_K):
+        low_bits.make_constant(blocks, kind, std, rng)
         return blocks
     blocks[:, fmt.fields["q"].offset :] = rng.integers(12, 16, (count, 1), dtype=np.uint8) * 0x11
     _set(blocks, kind, "scales", _six_bit_scales(np.full((count, 8), 40, np.uint8)))

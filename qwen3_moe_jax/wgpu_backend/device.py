@@ -18,6 +18,7 @@ from typing import Any
 import jinja2
 import numpy as np
 
+from qwen3_moe_jax.convert.formats.iq4 import VALUES as IQ4_VALUES
 from qwen3_moe_jax.core.errors import BackendUnavailableError, MemoryPlanError
 from qwen3_moe_jax.wgpu_backend.adapter import TUNINGS, AdapterReport, Tuning, probe
 from qwen3_moe_jax.wgpu_backend.layout import WORD_FORMATS
@@ -55,7 +56,8 @@ def _templates() -> jinja2.Environment:
 def render(name: str, **constants: Any) -> str:
     """The WGSL source of ``shaders/<name>.wgsl`` with its constants filled in."""
     kinds = {type.name: layout.kind for type, layout in WORD_FORMATS.items()}
-    return _templates().get_template(f"{name}.wgsl").render(KINDS=kinds, **constants)
+    words = [f"{word:#x}u" for word in np.array(IQ4_VALUES, np.int8).view("<u4").tolist()]
+    return _templates().get_template(f"{name}.wgsl").render(KINDS=kinds, IQ4=words, **constants)
 
 
 @dataclass(frozen=True, eq=False)

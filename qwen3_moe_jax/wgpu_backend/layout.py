@@ -1,7 +1,8 @@
 """The words in which packed weights lie on the device.
 
 Kernels read 16 bytes at a time, so every type becomes whole vectors of four
-32-bit words, with no padding but at a tensor's end:
+32-bit words, with no padding but at a tensor's end (Q3_K and IQ4_XS take 3.6 % and
+1.5 % more than in a file, as packed):
 
 ======  =====================================================================
 type    words
@@ -13,6 +14,14 @@ Q5_K    11 vectors, ggml's own bytes: the same with 32 bytes of high bits
 Q6_K    105 vectors for eight superblocks: their eight d, then for each 128
         bytes of ql, 64 of qh and 16 scales
 Q8_0    17 vectors for eight blocks: their eight d, then 32 int8 each
+Q2_K,   for eight superblocks or blocks, one array after the other as it is packed:
+Q3_K,   42, 57 and 69 vectors of d (and dmin), scales (one byte each; with minimums in
+IQ4_XS  Q2_K), qh of Q3_K, q
+Q4_0,   the same for eight blocks of 32: 9, 10, 11, 12 and 9 vectors of d, m, qh and
+Q4_1,   q, where the type has them
+Q5_0,
+Q5_1,
+IQ4_NL
 F16,    one vector for eight weights
 BF16
 F32     one vector for four weights
@@ -61,7 +70,18 @@ WORD_FORMATS: dict[GGMLType, WordFormat] = {
     GGMLType.Q4_K: WordFormat(4, 256, 64, 1, 9),
     GGMLType.Q5_K: WordFormat(5, 256, 64, 1, 11),
     GGMLType.Q6_K: WordFormat(6, 256, 64, 8, 105),
+    GGMLType.Q4_0: WordFormat(7, 32, 32, 8, 9),
+    GGMLType.Q4_1: WordFormat(8, 32, 32, 8, 10),
+    GGMLType.Q5_0: WordFormat(9, 32, 32, 8, 11),
+    GGMLType.Q5_1: WordFormat(10, 32, 32, 8, 12),
+    GGMLType.IQ4_NL: WordFormat(11, 32, 32, 8, 9),
+    GGMLType.Q2_K: WordFormat(12, 256, 64, 8, 42),
+    GGMLType.Q3_K: WordFormat(13, 256, 64, 8, 57),
+    GGMLType.IQ4_XS: WordFormat(14, 256, 32, 8, 69),
 }
+
+_IN_TURN = ("d", "m", "dmin", "scales", "qh", "q")
+"""The arrays of types that lie array by array, in their order."""
 
 
 def device_nbytes(type: GGMLType, num_weights: int) -> int:
@@ -102,7 +122,25 @@ def device_words(rows: PackedTensor) -> np.ndarray:
     Args:
       rows: layout "rows"; leading axes are taken as one run of rows.
     """
-    return _WRITERS[rows.type]({name: np.asarray(a) for name, a in rows.arrays.items()})
+    arrays = {name: np.asarray(a) for name, a in rows.arrays.items()}
+    if rows.type in _WRITERS:
+        return _WRITERS[rows.type](arrays)
+    layout = WORD_FORMATS[rows.type]
+    return _array_by_array(arrays, math.prod(rows.shape) // layout.block, layout)
+
+
+def _array_by_array(arrays: dict[str, np.ndarray], blocks: int, layout: WordFormat) -> np.ndarray:
+    """For each group of blocks one array after the other; zeros after the last block."""
+    out = np.zeros((-(-blocks // layout.group), 16 * layout.group_vectors), np.uint8)
+    at = 0
+    for name in (name for name in _IN_TURN if name in arrays):
+        values = np.ascontiguousarray(arrays[name]).view(np.uint8).reshape(blocks, -1)
+        padded = np.zeros((len(out) * layout.group, values.shape[1]), np.uint8)
+        padded[:blocks] = values
+        end = at + layout.group * values.shape[1]
+        out[:, at:end] = padded.reshape(len(out), -1)
+        at = end
+    return out.reshape(-1)
 
 
 def _plain(arrays: dict[str, np.ndarray]) -> np.ndarray:

@@ -8,7 +8,7 @@ import pytest
 
 from qwen3_moe_jax.convert.config import PRESETS
 from qwen3_moe_jax.convert.errors import ModelFileError
-from qwen3_moe_jax.convert.ggml_types import KNOWN_TYPES, GGMLType
+from qwen3_moe_jax.convert.ggml_types import KNOWN_TYPES, SUPPORTED_TYPES, GGMLType
 from qwen3_moe_jax.convert.gguf_file import GGUFFile
 from qwen3_moe_jax.convert.tensor_names import check_tensors, q4_k_m_types, tensor_specs, uses_more_bits
 from qwen3_moe_jax.testing.gguf_builder import TINY, GGUFBuilder, Tensor, model_tensors
@@ -147,7 +147,7 @@ def test_every_type_in_a_norm_and_in_matrices(tmp_path: Path, type_id: int, path
     wide = replace(TINY, hidden_size=256, moe_intermediate_size=256)
     model = Model(tmp_path, wide, model_tensors(wide))
     model.find(path).type = type_id
-    allowed = (0, 1, 30) if path == "norm" else (0, 1, 30, 8, 12, 13, 14)
+    allowed = (0, 1, 30) if path == "norm" else SUPPORTED_TYPES
     if type_id in allowed:
         model.check()
         return
@@ -160,11 +160,11 @@ def test_every_type_in_a_norm_and_in_matrices(tmp_path: Path, type_id: int, path
 def test_unsupported_types_are_counted_and_another_file_named(tmp_path: Path):
     wide = replace(TINY, hidden_size=256, moe_intermediate_size=256)
     model = Model(tmp_path, wide, model_tensors(wide))
-    wanted = {"embed_tokens": "IQ4_XS", "layers.1.self_attn.q_proj": "IQ4_XS", "lm_head": "Q3_K"}
+    wanted = {"embed_tokens": "IQ3_XXS", "layers.1.self_attn.q_proj": "IQ3_XXS", "lm_head": "TQ1_0"}
     for path, name in wanted.items():
         model.find(path).type = next(i for i, known in KNOWN_TYPES.items() if known.name == name)
     error = model.refusal()
-    assert "IQ4_XS (2 tensors), Q3_K (1 tensors)" in str(error)
+    assert "IQ3_XXS (2 tensors), TQ1_0 (1 tensors)" in str(error)
     assert "Q4_K_M" in str(error)
     assert "Q4_K_M" in error.advice
     assert "download" not in f"{error} {error.advice}"

@@ -98,7 +98,7 @@ def random_weights(rng: np.random.Generator, type: GGMLType, shape: tuple[int, .
         raw = raw.astype({GGMLType.F32: "<f4", GGMLType.F16: "<f2", GGMLType.BF16: "<u2"}[type])
         return pack(raw.view(np.uint8), type, shape)
     blocks = rng.integers(0, 256, (count, block.nbytes), dtype=np.uint8)
-    for name in ("d", "dmin"):
+    for name in ("d", "dmin", "m"):
         if name in block.fields:
             offset = block.fields[name].offset
             scale = rng.uniform(1e-3, 4e-3, count) * rng.choice((-1, 1), count)

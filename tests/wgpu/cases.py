@@ -30,7 +30,7 @@ def random_weights(rng: np.random.Generator, type: GGMLType, shape: tuple[int, .
         return pack(bits.reshape(-1).view(np.uint8), type, shape)
     block = BLOCK_FORMATS[type]
     blocks = rng.integers(0, 256, (int(np.prod(shape)) // block.weights, block.nbytes), dtype=np.uint8)
-    for name in ("d", "dmin"):
+    for name in ("d", "dmin", "m"):
         if name in block.fields:
             field = block.fields[name]
             scale = rng.uniform(1e-3, 2e-3, len(blocks)).astype("<f2").view(np.uint8).reshape(-1, 2)

@@ -1,7 +1,7 @@
 //# How one unit of weights of each type is read; layout.py writes these words.
 //#
 //# A unit is what one invocation decodes between two loop steps: 64 weights of a
-//# K-quant, 16 of Q8_0, 8 of F16 and BF16, 4 of F32. A macro unrolls the reading
+//# K-quant, 32 of IQ4 and of the types of 32-weight blocks but 16 of Q8_0, 8 of F16 and BF16, 4 of F32. A macro unrolls the reading
 //# of unit `u` for several rows at once and hands its caller, four weights at a
 //# time, `w0`, `w1`, ... (one vec4 a row) with the index of the matching vec4 of x.
 //# `rows` is a list of (storage array, first vec4, first superblock or block of the row).
@@ -184,4 +184,165 @@ let w{{loop.index0}} = bitcast<vec4<f32>>({{w}}[{{base}} + {{start}} + u]);
 {{ caller("u") }}
 //% endmacro
 
-//% set units = {"Q4_K": unit_Q4_K, "Q5_K": unit_Q5_K, "Q6_K": unit_Q6_K, "Q8_0": unit_Q8_0, "F16": unit_F16, "BF16": unit_BF16, "F32": unit_F32}
+//# Types whose eight blocks lie array by array: k is the block's place in its group, which begins at vec4 g.
+//% macro place(r, base, start, block, group)
+let s{{r}} = {{start}} + {{block}};
+let k{{r}} = s{{r}} & 7u;
+let g{{r}} = {{base}} + (s{{r}} >> 3u) * {{group}}u;
+//% endmacro
+
+//% macro half_of(r, w, vector)
+unpack2x16float({{w}}[g{{r}} + {{vector}}u][k{{r}} >> 1u] >> ((k{{r}} & 1u) * 16u)).x
+//%- endmacro
+
+//# Four values of IQ4 out of the four nibbles of a word's bytes: the table is four words.
+//% macro iq4(r, scale, nibbles)
+let n{{r}} = unpack4xU8({{nibbles}});
+let odd{{r}} = (n{{r}} & vec4<u32>(4u)) != vec4<u32>(0u);
+let t{{r}} = select(select(vec4<u32>({{IQ4[0]}}), vec4<u32>({{IQ4[1]}}), odd{{r}}), select(vec4<u32>({{IQ4[2]}}), vec4<u32>({{IQ4[3]}}), odd{{r}}), n{{r}} > vec4<u32>(7u));
+let w{{r}} = {{scale}} * vec4<f32>(bitcast<vec4<i32>>(t{{r}} << (vec4<u32>(24u) - 8u * (n{{r}} & vec4<u32>(3u)))) >> vec4<u32>(24u));
+//% endmacro
+
+//# Blocks of 32 weights: low nibbles are the first 16, high ones the others. Four bits times
+//# 0x204081 are one bit in each byte.
+//% macro unit_of_32(emit, rows, group, q, center=0, m=0, qh=0, curve=False)
+//% for w, base, start in rows
+//% set r = loop.index0
+{{ place(r, base, start, "u", group) }}
+let d{{r}} = {{ half_of(r, w, 0) }};
+//% if m
+let m{{r}} = {{ half_of(r, w, m) }};
+//% endif
+//% if qh
+let b{{r}} = {{w}}[g{{r}} + {{qh}}u + (k{{r}} >> 2u)][k{{r}} & 3u];
+//% endif
+let q{{r}} = {{w}}[g{{r}} + {{q}}u + k{{r}}];
+//% endfor
+for (var high = 0u; high < 2u; high++) {
+  //% for _ in rows
+  let l{{loop.index0}} = (q{{loop.index0}} >> vec4<u32>(high * 4u)) & vec4<u32>(0x0f0f0f0fu);
+  //% if qh
+  let f{{loop.index0}} = b{{loop.index0}} >> (high * 16u);
+  //% endif
+  //% endfor
+  let at = u * 8u + high * 4u;
+  //% for c in "xyzw"
+  //% set i = loop.index0
+  {
+    //% for _ in rows
+    //% set r = loop.index0
+    //% if curve
+    {{ iq4(r, "d%d" % r, "l%d.%s" % (r, c)) }}
+    //% else
+    let w{{r}} = d{{r}} * (vec4<f32>(unpack4xU8(l{{r}}.{{c}}{% if qh %} | (((((f{{r}} >> {{ 4 * i }}u) & 15u) * 0x204081u) & 0x01010101u) << 4u){% endif %})) - {{center}}.0){% if m %} + m{{r}}{% endif %};
+    //% endif
+    //% endfor
+    {{ emit("at + %du" % i) }}
+  }
+  //% endfor
+}
+//% endmacro
+
+//% macro unit_Q4_0(rows)
+{{ unit_of_32(caller, rows, 9, 1, center=8) }}
+//% endmacro
+
+//% macro unit_Q4_1(rows)
+{{ unit_of_32(caller, rows, 10, 2, m=1) }}
+//% endmacro
+
+//% macro unit_Q5_0(rows)
+{{ unit_of_32(caller, rows, 11, 3, center=16, qh=1) }}
+//% endmacro
+
+//% macro unit_Q5_1(rows)
+{{ unit_of_32(caller, rows, 12, 4, m=1, qh=2) }}
+//% endmacro
+
+//% macro unit_IQ4_NL(rows)
+{{ unit_of_32(caller, rows, 9, 1, curve=True) }}
+//% endmacro
+
+//% macro unit_IQ4_XS(rows)
+//% for w, base, start in rows
+//% set r = loop.index0
+{{ place(r, base, start, "(u >> 3u)", 69) }}
+let c{{r}} = bitcast<i32>({{w}}[g{{r}} + 1u + (k{{r}} >> 1u)][(k{{r}} & 1u) * 2u + ((u >> 2u) & 1u)]);
+let d{{r}} = {{ half_of(r, w, 0) }} * f32((c{{r}} << (24u - 8u * (u & 3u))) >> 24u);
+let q{{r}} = {{w}}[g{{r}} + 5u + k{{r}} * 8u + (u & 7u)];
+//% endfor
+for (var high = 0u; high < 2u; high++) {
+  //% for _ in rows
+  let l{{loop.index0}} = (q{{loop.index0}} >> vec4<u32>(high * 4u)) & vec4<u32>(0x0f0f0f0fu);
+  //% endfor
+  let at = u * 8u + high * 4u;
+  //% for c in "xyzw"
+  {
+    //% for _ in rows
+    {{ iq4(loop.index0, "d%d" % loop.index0, "l%d.%s" % (loop.index0, c)) }}
+    //% endfor
+    {{ caller("at + %du" % loop.index0) }}
+  }
+  //% endfor
+}
+//% endmacro
+
+//# Q2_K and Q3_K: 16 bytes of two bits are 16 weights of each of four sets of 32; one scale each.
+//% macro unit_of_two_bits(emit, rows, group, scales, q, dmin=0, qh=0)
+let sb = u >> 2u;
+let upper = (u >> 1u) & 1u;
+let part = u & 1u;
+//% for w, base, start in rows
+//% set r = loop.index0
+{{ place(r, base, start, "sb", group) }}
+let d{{r}} = {{ half_of(r, w, 0) }};
+//% if dmin
+let m{{r}} = {{ half_of(r, w, dmin) }};
+//% endif
+let sc{{r}} = {{w}}[g{{r}} + {{scales}}u + k{{r}}];
+let sc_lo{{r}} = select(sc{{r}}.x, sc{{r}}.z, upper == 1u) >> (part * 8u);
+let sc_hi{{r}} = select(sc{{r}}.y, sc{{r}}.w, upper == 1u) >> (part * 8u);
+let q{{r}} = {{w}}[g{{r}} + {{q}}u + k{{r}} * 4u + upper * 2u + part];
+//% if qh
+let b{{r}} = {{w}}[g{{r}} + {{qh}}u + k{{r}} * 2u + part] >> vec4<u32>(upper * 4u);
+//% endif
+//% endfor
+for (var turn = 0u; turn < 4u; turn++) {
+  //% for _ in rows
+  //% set r = loop.index0
+  let c{{r}} = (select(sc_lo{{r}}, sc_hi{{r}}, turn > 1u) >> ((turn & 1u) * 16u)) & 0xffu;
+  let l{{r}} = (q{{r}} >> vec4<u32>(turn * 2u)) & vec4<u32>(0x03030303u);
+  //% if dmin
+  let scale{{r}} = d{{r}} * f32(c{{r}} & 15u);
+  let least{{r}} = m{{r}} * f32(c{{r}} >> 4u);
+  //% else
+  let scale{{r}} = d{{r}} * f32((bitcast<i32>(c{{r}}) << 24u) >> 24u);
+  let h{{r}} = ((b{{r}} >> vec4<u32>(turn)) & vec4<u32>(0x01010101u)) << vec4<u32>(2u);
+  //% endif
+  //% endfor
+  let at = sb * 64u + upper * 32u + turn * 8u + part * 4u;
+  //% for c in "xyzw"
+  {
+    //% for _ in rows
+    //% set r = loop.index0
+    //% if dmin
+    let w{{r}} = scale{{r}} * vec4<f32>(unpack4xU8(l{{r}}.{{c}})) - least{{r}};
+    //% else
+    let w{{r}} = scale{{r}} * (vec4<f32>(unpack4xU8(l{{r}}.{{c}} | h{{r}}.{{c}})) - 4.0);
+    //% endif
+    //% endfor
+    {{ emit("at + %du" % loop.index0) }}
+  }
+  //% endfor
+}
+//% endmacro
+
+//% macro unit_Q2_K(rows)
+{{ unit_of_two_bits(caller, rows, 42, 2, 10, dmin=1) }}
+//% endmacro
+
+//% macro unit_Q3_K(rows)
+{{ unit_of_two_bits(caller, rows, 57, 1, 25, qh=9) }}
+//% endmacro
+
+//% set units = {"Q4_K": unit_Q4_K, "Q5_K": unit_Q5_K, "Q6_K": unit_Q6_K, "Q8_0": unit_Q8_0, "F16": unit_F16, "BF16": unit_BF16, "F32": unit_F32, "Q2_K": unit_Q2_K, "Q3_K": unit_Q3_K, "IQ4_XS": unit_IQ4_XS, "IQ4_NL": unit_IQ4_NL, "Q4_0": unit_Q4_0, "Q4_1": unit_Q4_1, "Q5_0": unit_Q5_0, "Q5_1": unit_Q5_1}
