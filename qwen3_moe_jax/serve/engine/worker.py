@@ -192,16 +192,12 @@ class Engine:
         if not m.top:
             found = runner.log_likelihoods(m.token_ids, first=m.first)
             return frames.Scored(m.id, [float(x) for x in found], [[] for _ in found])
-        score_top = getattr(runner, "top_log_likelihoods", None)
-        if score_top is not None:
-            own, ids, values = score_top(m.token_ids, first=m.first, top=m.top)
-        else:
-            logits = self.model.logits(m.token_ids)[m.first - 1 : -1].astype(np.float64)
-            peak = logits.max(axis=-1, keepdims=True)
-            logits -= peak + np.log(np.exp(logits - peak).sum(axis=-1, keepdims=True))
-            own = logits[np.arange(len(logits)), m.token_ids[m.first :]]
-            ids = np.argsort(-logits, axis=-1, kind="stable")[:, : m.top]
-            values = np.take_along_axis(logits, ids, axis=-1)
+        logits = self.model.logits(m.token_ids)[m.first - 1 : -1].astype(np.float64)
+        peak = logits.max(axis=-1, keepdims=True)
+        logits -= peak + np.log(np.exp(logits - peak).sum(axis=-1, keepdims=True))
+        own = logits[np.arange(len(logits)), m.token_ids[m.first :]]
+        ids = np.argsort(-logits, axis=-1, kind="stable")[:, : m.top]
+        values = np.take_along_axis(logits, ids, axis=-1)
         top = [
             [(int(i), float(x)) for i, x in zip(*row, strict=True)] for row in zip(ids, values, strict=True)
         ]
