@@ -20,6 +20,9 @@ from the checked config; files are opened without following links; sizes are
 compared before memory is allocated; nothing is ever unpickled or evaluated.
 """
 
+# Elements of untrusted lists and of NumPy functions have types that no declaration gives.
+# pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false, reportUnknownMemberType=false
+
 import os
 import re
 import stat
@@ -28,6 +31,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -85,7 +89,7 @@ def array_files(path: str, type: GGMLType, shape: tuple[int, ...]) -> dict[str, 
 class CheckpointSource(ModelSource):
     """A model in a packed checkpoint; see :func:`qwen3_moe_jax.convert.source.open_model`."""
 
-    def __init__(self, path: str | os.PathLike, *, check: bool = True, threads: int = READ_THREADS):
+    def __init__(self, path: str | os.PathLike[str], *, check: bool = True, threads: int = READ_THREADS):
         self.path = Path(path)
         self._check = check
         self._folder = _Folder(self.path)
@@ -206,7 +210,7 @@ class CheckpointSource(ModelSource):
 def _checked_metadata(data: bytes) -> dict[str, object]:
     metadata = parse_object(data, METADATA_NAME)
     for value in metadata.values():
-        elements = value if isinstance(value, list) else [value]
+        elements: list[Any] = value if isinstance(value, list) else [value]
         if not all(isinstance(element, str | int | float) for element in elements):
             raise damaged(METADATA_NAME, "has a value that is no text, number or list of these")
     return metadata
@@ -225,11 +229,11 @@ def _checked_config(manifest: Manifest, metadata: Mapping[str, object]) -> Qwen3
 def _checked_types(manifest: Manifest, specs: Mapping[str, TensorSpec]) -> dict[str, GGMLType]:
     if manifest.types.keys() != specs.keys():
         raise damaged(MANIFEST_NAME, "lists other tensors than a model of its config has")
-    types = {}
+    types: dict[str, GGMLType] = {}
     for path, spec in specs.items():
-        name = manifest.types[path]
+        name: Any = manifest.types[path]
         kind = GGMLType.__members__.get(name) if isinstance(name, str) else None
-        if kind not in spec.types or spec.shape[-1] % BLOCK_FORMATS[kind].weights:
+        if kind is None or kind not in spec.types or spec.shape[-1] % BLOCK_FORMATS[kind].weights:
             raise damaged(MANIFEST_NAME, f"has a type that {path} cannot have")
         types[path] = kind
     return types

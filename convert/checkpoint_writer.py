@@ -10,10 +10,11 @@ cannot tear.
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ _Save = Callable[[Path, Mapping[str, Any]], None]
 
 
 def write_checkpoint(
-    source: ModelSource, out: str | os.PathLike, *, progress: ProgressCallback | None = None
+    source: ModelSource, out: str | os.PathLike[str], *, progress: ProgressCallback | None = None
 ) -> int:
     """Writes the packed checkpoint of a model to a new folder.
 
@@ -136,17 +137,16 @@ def _tree(tensors: Mapping[str, PackedTensor]) -> dict[str, Any]:
 
 
 @contextmanager
-def _orbax() -> Iterator[_Save]:
+def _orbax() -> Generator[_Save]:
     """A function that saves a tree of NumPy arrays as one orbax checkpoint."""
-    import orbax.checkpoint as ocp
-
+    ocp: Any = import_module("orbax.checkpoint")  # it has no types
     handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_zarr3=False, use_compression=False)
     with ocp.Checkpointer(handler) as checkpointer, _silenced("absl"):
         yield lambda folder, tree: checkpointer.save(folder, args=ocp.args.PyTreeSave(tree))
 
 
 @contextmanager
-def _silenced(logger_name: str) -> Iterator[None]:
+def _silenced(logger_name: str) -> Generator[None]:
     """Orbax warns at every save of OCDBT, which it was told not to use, and logs what it raises as well."""
     logger = logging.getLogger(logger_name)
     level = logger.level
@@ -159,9 +159,9 @@ def _silenced(logger_name: str) -> Iterator[None]:
 
 def _start_hashing(
     pool: ThreadPoolExecutor, tensors: Mapping[str, PackedTensor]
-) -> dict[str, tuple[int, list[Future]]]:
+) -> dict[str, tuple[int, list[Future[str]]]]:
     """Size and digests to be of every array's file, whose bytes are those of the array."""
-    hashing = {}
+    hashing: dict[str, tuple[int, list[Future[str]]]] = {}
     for path, tensor in tensors.items():
         for array, name in array_files(path, tensor.type, tensor.shape).items():
             data = tensor.arrays[array].reshape(-1).view(np.uint8)
@@ -186,7 +186,7 @@ def _check_sizes(folder: Path, files: Mapping[str, FileRecord]) -> None:
 
 def _small_files(folder: Path, arrays: Mapping[str, FileRecord]) -> dict[str, FileRecord]:
     """Records of the files that hold no array."""
-    records = {}
+    records: dict[str, FileRecord] = {}
     for root, _, names in os.walk(folder):
         for path in (Path(root, name) for name in names):
             inside = path.relative_to(folder).as_posix()

@@ -8,6 +8,7 @@ all keys.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -101,7 +102,7 @@ class Qwen3MoeConfig:
         read.equal("attention.value_length", head_dim, "attention.key_length")
         read.equal("rope.dimension_count", head_dim, "attention.key_length")
         read.equal("vocab_size", vocab_size, "the rows of token_embd.weight")
-        numbers = {
+        numbers: dict[str, Any] = {
             field: read.number(key.name) if isinstance(key.low, float) else read.integer(key.name)
             for field, key in RANGES.items()
             if key.rule == REQUIRED

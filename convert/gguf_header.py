@@ -17,6 +17,7 @@ import math
 import struct
 import sys
 from dataclasses import dataclass
+from typing import Any
 
 from qwen3_moe_jax.convert.errors import ModelFileError, quote
 from qwen3_moe_jax.convert.ggml_types import KNOWN_TYPES, SUPPORTED_TYPES, GGMLType
@@ -171,7 +172,7 @@ class _Cursor:
         self._at += count
         return self._window[self._at - count : self._at]
 
-    def number(self, code: str, what: str) -> int | float:
+    def number(self, code: str, what: str) -> Any:
         layout = struct.Struct("<" + code)
         return layout.unpack(self.take(layout.size, what))[0]
 
@@ -211,7 +212,7 @@ class _HeaderParser:
         num_tensors = self._count("tensors", _MIN_TENSOR_INFO, "E_TENSOR")
         num_entries = self._count("metadata entries", _MIN_ENTRY, "E_METADATA")
         metadata = self._entries(num_entries)
-        alignment = metadata.get("general.alignment", DEFAULT_ALIGNMENT)
+        alignment: Any = metadata.get("general.alignment", DEFAULT_ALIGNMENT)
         raw_tensors = [self._tensor_info() for _ in range(num_tensors)]
         data_offset = _round_up(self._cursor.offset, alignment)
         tensors = self._place(raw_tensors, data_offset, alignment)
@@ -261,7 +262,7 @@ class _HeaderParser:
             metadata[key] = value
         return metadata
 
-    def _check_alignment(self, type_id: int, value: object, start: int) -> None:
+    def _check_alignment(self, type_id: int, value: Any, start: int) -> None:
         if type_id != _UINT32 or not 1 <= value <= MAX_ALIGNMENT or value & (value - 1):
             raise self._fail(
                 "E_METADATA",

@@ -34,7 +34,7 @@ _SAMPLES = 64
 class GGUFSource(ModelSource):
     """A model in a GGUF file."""
 
-    def __init__(self, path: str | os.PathLike, *, check: bool = True, threads: int = READ_THREADS):
+    def __init__(self, path: str | os.PathLike[str], *, check: bool = True, threads: int = READ_THREADS):
         self.path = Path(path)
         self._check = check
         self._file = GGUFFile.open(self.path)

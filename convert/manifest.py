@@ -9,6 +9,9 @@ Nothing in a manifest is trusted: names are matched against what a model of
 this config must have, never used as they are.
 """
 
+# Elements of untrusted lists and of NumPy functions have types that no declaration gives.
+# pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false, reportUnknownMemberType=false
+
 import hashlib
 import json
 import re
@@ -120,7 +123,8 @@ def _check_versions(fields: Mapping[str, Any]) -> None:
 def _file_record(record: Any) -> FileRecord:
     if not isinstance(record, dict) or set(record) != {"nbytes", "sha256"}:
         raise damaged(MANIFEST_NAME, "has a file record of another form")
-    nbytes, digests = record["nbytes"], record["sha256"]
+    fields: dict[str, Any] = record
+    nbytes, digests = fields["nbytes"], fields["sha256"]
     if isinstance(nbytes, bool) or not isinstance(nbytes, int) or not 0 <= nbytes < 2**63:
         raise damaged(MANIFEST_NAME, "has a file size that is no size")
     if not isinstance(digests, list) or len(digests) != -(-nbytes // PIECE_BYTES):

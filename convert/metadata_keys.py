@@ -9,9 +9,13 @@ Source: ``src/llama-arch.cpp`` (names) and ``src/llama-model.cpp``
 (``load_hparams``) of llama.cpp at commit 0c1e57098.
 """
 
+# Elements of untrusted lists and of NumPy functions have types that no declaration gives.
+# pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false, reportUnknownMemberType=false
+
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from qwen3_moe_jax.convert.errors import ModelFileError, quote
 
@@ -167,7 +171,7 @@ def hparam_error(key: str, problem: str) -> ModelFileError:
     return ModelFileError("E_HPARAM", f"{key} {problem}", name=key)
 
 
-def check_integer(key: str, value: object, low: int, high: int) -> int:
+def check_integer(key: str, value: object, low: float, high: float) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
         raise hparam_error(key, f"must be one integer, found {describe(value)}")
     if not low <= value <= high:
@@ -219,7 +223,7 @@ class KeyReader:
 
     def number(self, name: str, default: float | None = None) -> float:
         value = self.need(name) if default is None else self.get(name)
-        if value is None:
+        if value is None and default is not None:
             return default
         return check_float(_BY_NAME[name].full_name, value, -math.inf, math.inf)
 
@@ -249,7 +253,7 @@ class KeyReader:
     @staticmethod
     def _is_neutral(key: Key, value: object, head_dim: int, context: int) -> bool:
         if key.name == "attention.scale" and isinstance(value, float):
-            return value == 0 or math.isclose(value, head_dim**-0.5, rel_tol=1e-6)
+            return value == 0.0 or math.isclose(value, head_dim**-0.5, rel_tol=1e-6)
         if key.name == "attention.sliding_window" and type(value) is int:
             return value == 0 or value >= context
         return any(type(value) is type(one) and value == one for one in key.neutral)
@@ -257,7 +261,7 @@ class KeyReader:
     def expert_width(self) -> int:
         """Width of one expert: a scalar, or an array that gives every layer the same."""
         key = _BY_NAME["expert_feed_forward_length"]
-        value = self.get(key.name)
+        value: Any = self.get(key.name)
         if value is None:
             return self._derived_expert_width()
         if isinstance(value, list):

@@ -8,7 +8,9 @@ from qwen3_moe_jax.convert.gguf_source import GGUFSource
 from qwen3_moe_jax.convert.source import READ_THREADS, ModelSource
 
 
-def open_model(path: str | os.PathLike, *, check: bool = True, threads: int = READ_THREADS) -> ModelSource:
+def open_model(
+    path: str | os.PathLike[str], *, check: bool = True, threads: int = READ_THREADS
+) -> ModelSource:
     """Opens a ``.gguf`` file (any shard of a split one) or a packed checkpoint folder.
 
     Args:

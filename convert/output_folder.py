@@ -15,7 +15,7 @@ import secrets
 import shutil
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -47,7 +47,7 @@ class OutputError(RuntimeError):
 
 
 @contextmanager
-def output_folder(out: str | os.PathLike, need: int) -> Iterator[Path]:
+def output_folder(out: str | os.PathLike[str], need: int) -> Generator[Path]:
     """Gives a temporary folder to fill; when the block ends well it becomes ``out``.
 
     Args:
@@ -73,7 +73,7 @@ def output_folder(out: str | os.PathLike, need: int) -> Iterator[Path]:
         raise explained from error
 
 
-def _write(out: Path) -> Iterator[Path]:
+def _write(out: Path) -> Generator[Path]:
     """Makes the temporary folder, yields it, then syncs and renames it; removes it on any error."""
     temporary = out.with_name(f".{out.name}.tmp-{secrets.token_hex(8)}")
     try:
@@ -96,7 +96,7 @@ def _remove_for_good(folder: Path) -> None:
 
 
 @contextmanager
-def _locked(out: Path) -> Iterator[None]:
+def _locked(out: Path) -> Generator[None]:
     path = out.with_name(f".{out.name}.lock")
     descriptor = _take_lock(path, out)
     try:

@@ -6,8 +6,12 @@ that llama.cpp and Transformers share; llama.cpp at commit 0c1e57098,
 (``ggml_rope_yarn_corr_dims``).
 """
 
+# Elements of untrusted lists and of NumPy functions have types that no declaration gives.
+# pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false, reportUnknownMemberType=false
+
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -105,7 +109,7 @@ def read_rope_scaling(read: KeyReader) -> RopeScaling | None:
       ModelFileError: ``E_HPARAM`` naming the key.
     """
     prefix = "rope.scaling."
-    kind = read.get(prefix + "type")
+    kind: Any = read.get(prefix + "type")
     factor_key = prefix + "factor"
     if read.get(factor_key) is None and read.get("rope.scale_linear") is not None:
         factor_key = "rope.scale_linear"
@@ -121,7 +125,7 @@ def read_rope_scaling(read: KeyReader) -> RopeScaling | None:
     if kind == "linear" and factor == 1.0 and attention_factor in (None, 1.0):
         return None
     original_key = prefix + "original_context_length"
-    original = read.get(original_key)
+    original: Any = read.get(original_key)
     if original is None:
         original = read.need(original_key if kind == "yarn" else "context_length")
     if kind == "yarn" and attention_factor is not None and factor > 0.0:

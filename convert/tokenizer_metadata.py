@@ -6,7 +6,11 @@ Only byte-level BPE with the ``qwen2`` pre-tokenizer is accepted: every
 Qwen3-MoE file has it, and another one would split text differently.
 """
 
+# Elements of untrusted lists and of NumPy functions have types that no declaration gives.
+# pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false, reportUnknownMemberType=false
+
 from collections.abc import Mapping
+from typing import Any
 
 from qwen3_moe_jax.convert.errors import ModelFileError, quote
 
@@ -57,8 +61,8 @@ def _check_supported(metadata: Mapping[str, object], key: str, wanted: str) -> N
     raise _fail(key, f"{what}; supported: '{wanted}'")
 
 
-def _array(metadata: Mapping[str, object], key: str, element: type) -> list:
-    values = metadata.get(key)
+def _array(metadata: Mapping[str, object], key: str, element: type) -> list[Any]:
+    values: Any = metadata.get(key)
     if values is None:
         raise _fail(key, "is missing from the file")
     if not isinstance(values, list):
@@ -102,7 +106,8 @@ def _check_per_token(
 
 def _check_token_types(metadata: Mapping[str, object]) -> None:
     key = _PREFIX + "token_type"
-    for i, kind in enumerate(metadata[key]):
+    kinds: Any = metadata[key]
+    for i, kind in enumerate(kinds):
         if kind not in _TOKEN_TYPES:
             raise _fail(key, f"gives token {i} the type {kind}; types go from 1 to 6")
 

@@ -11,6 +11,9 @@ Both work in pieces small enough for the processor's caches, and
 chunks and a tensor never exists twice.
 """
 
+# Elements of untrusted lists and of NumPy functions have types that no declaration gives.
+# pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false, reportUnknownMemberType=false
+
 import math
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -218,7 +221,7 @@ def find_nonfinite(packed: PackedTensor) -> Nonfinite | None:
 
 def find_nonfinite_blocks(type: GGMLType, arrays: Arrays, start: int, stop: int | None) -> Nonfinite | None:
     """:func:`find_nonfinite` for the blocks ``[start, stop)`` of :func:`block_arrays`."""
-    found = []
+    found: list[Nonfinite] = []
     for name, array in ARRAY_FORMATS[type].items():
         if name not in SCALE_NAMES:
             continue

@@ -24,6 +24,9 @@ Sizes are the same as those of ``rows``: 148 bytes a superblock for Q4_K (144 in
 (``numpy`` or ``jax.numpy``), so that the shuffle can run where the bytes are.
 """
 
+# Elements of untrusted lists and of NumPy functions have types that no declaration gives.
+# pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false, reportUnknownMemberType=false
+
 from collections.abc import Mapping
 from typing import Any
 
