@@ -3,6 +3,7 @@
 import dataclasses
 import errno
 import os
+import pickle
 import stat
 import subprocess
 import sys
@@ -320,3 +321,15 @@ def test_inside_another_jit_it_is_part_of_that_program(store, made):
     program = new_program()
     jax.jit(lambda x: program(x, jnp.float32(0.5), times=2))(jnp.arange(3.0))
     assert made == []
+
+
+@pytest.mark.parametrize(
+    "fault", [jax.errors.JaxRuntimeError("UNIMPLEMENTED"), MemoryError(), pickle.PicklingError()]
+)
+def test_a_program_that_cannot_be_written_runs_all_the_same(store, made, monkeypatch, fault):
+    def fail(_):
+        raise fault
+
+    monkeypatch.setattr(programs.serialize_executable, "serialize", fail)
+    assert float(new_program()(jnp.zeros(2), 1.0, times=1).sum()) == 0
+    assert store.nbytes() == 0
