@@ -89,6 +89,7 @@ def test_an_h100_has_all_ways(params, on_hopper):
     [
         ({"compute_capability": "7.5"}, jnp.float16, jnp.bfloat16, ["compute capability 7.5"]),
         ({"core_count": 3}, jnp.float16, jnp.bfloat16, ["multiprocessors 3"]),
+        ({"shared_memory_per_block_optin": 60_000}, jnp.float16, jnp.bfloat16, ["shared memory"]),
         ({}, jnp.int8, jnp.bfloat16, ["KV cache of 16 bits, and it is int8"] * 2),
         ({}, jnp.float16, jnp.float32, ["compute_dtype is float32"] * 2),
     ],
