@@ -4,6 +4,9 @@
 l and l + 16; bit i of the word ``qh`` is the fifth bit of weight i.
 """
 
+# NumPy leaves parts of its functions' types unknown.
+# pyright: reportUnknownMemberType=false
+
 import numpy as np
 
 from qwen3_moe_jax.convert.formats.base import ArrayFormat, Arrays, BlockFormat, Field, Format, GGMLType
