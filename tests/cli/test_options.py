@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,7 +18,6 @@ from qwen3_moe_jax.core.exit_codes import MEANINGS, ExitCode
 from qwen3_moe_jax.core.output_file import open_output, save_arrays
 from qwen3_moe_jax.inspection.experts import ExpertUsage
 from qwen3_moe_jax.text.chat_template import RenderedChat
-from qwen3_moe_jax.text.stream import TextStream
 
 QUICK = ("--backend", "reference", "--no-gate", "-q")
 
@@ -340,8 +340,7 @@ def test_rates_leave_compilation_out(monkeypatch):
     monkeypatch.setattr(generate.time, "perf_counter", lambda: next(times))
     monkeypatch.setattr(generate, "compile_seconds", lambda runner: next(compiled))
     clock = generate.Clock(Runner())
-    stream = TextStream.__new__(TextStream)
-    stream.prompt_tokens, stream.new_tokens = 100, 1
+    stream = SimpleNamespace(prompt_tokens=100, new_tokens=1)
     clock.tick(stream)
     stream.new_tokens = 9
     clock.tick(stream)

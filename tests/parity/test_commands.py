@@ -94,7 +94,7 @@ def test_verify_lists_the_contract(capsys):
 
 
 def test_an_unknown_clause_is_one_line(capsys):
-    assert cli.main(["verify", "--backend", "reference", "--clause", "NONE-001"]) == 1
+    assert cli.main(["verify", "--backend", "reference", "--clause", "NONE-001"]) == 2
     assert capsys.readouterr().err.count("\n") == 1
 
 
