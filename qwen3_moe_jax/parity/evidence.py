@@ -13,6 +13,7 @@ from qwen3_moe_jax.convert.source import ModelSource
 from qwen3_moe_jax.convert.unpack import dequantize
 from qwen3_moe_jax.core.runner import Forward, Runner
 from qwen3_moe_jax.core.sampling import Sampling
+from qwen3_moe_jax.core.stages import INSIDE_EXPERTS, STAGES
 from qwen3_moe_jax.machine.folders import writable_cache
 from qwen3_moe_jax.machine.resident import ResidentPeak
 from qwen3_moe_jax.machine.threads import ALONE, Workers
@@ -308,8 +309,17 @@ class Evidence:
 
     @once
     def judgements(self) -> list[tuple[str, Judgement]]:
-        """Every stage: of all layers as a prompt runs, and of a few as decoding does."""
+        """Every stage: of all layers as a prompt runs, and of a few as decoding does.
+
+        Operands of 16 bits make the output of a fused expert layer so uncertain that one wrong scale can hide
+        in it: where that output departs by the plain model alone, the layer's inner stages are judged too.
+        """
         found = [("prompt", j) for j in self._judge(self.stage_ids, self.fused)]
+        suspects = {j.layer for _, j in found if j.stage == "ffn_moe_out" and j.is_excused}
+        if suspects:
+            opened = self.runner.forward(self.stage_ids, capture=tuple(STAGES), **self.chunks)
+            inner = self._judge(self.stage_ids, opened)
+            found += [("opened", j) for j in inner if j.layer in suspects and j.stage in INSIDE_EXPERTS]
         if self.single:
             ids = self.stage_ids[:SINGLE_TOKENS]
             found += [("token by token", j) for j in self._judge(ids, self.single, **self.few)]

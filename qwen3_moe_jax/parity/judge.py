@@ -51,6 +51,7 @@ class Judgement:
       token: position of the largest error.
       wrong: share of the judged values that depart.
       missing: positions of the prompt that the stage lacks.
+      is_excused: departs by the plain model of rounding, and not by the careful one.
     """
 
     stage: str
@@ -63,6 +64,7 @@ class Judgement:
     token: int
     wrong: float
     missing: int = 0
+    is_excused: bool = False
 
     @property
     def departs(self) -> bool:
@@ -99,7 +101,8 @@ class StageJudge(Expectations):
         judgement = self._judge(key)
         if self.careful or judgement.missing or not judgement.departs:
             return judgement
-        return self._with_care(whole=judgement.nonfinite > 0)._judge(key)
+        careful = self._with_care(whole=judgement.nonfinite > 0)._judge(key)
+        return replace(careful, is_excused=not careful.departs)
 
     def _with_care(self, whole: bool) -> "StageJudge":
         """The same judge with ``careful``; ``whole`` looks at every row and position."""
