@@ -19,6 +19,7 @@ hold for each function:
 import json
 import os
 import re
+import select
 import sys
 import threading
 import time
@@ -374,10 +375,25 @@ def read_line() -> str | None:
     return line.rstrip("\r\n") if line else None
 
 
+ASK_SECONDS = 0.2
+"""An interrupt at the prompt is seen this soon."""
+
+
 def ask(prompt: str) -> str | None:
-    """A line from the person at the terminal; None at the end of input."""
+    """A line from the person at the terminal; None at the end of input.
+
+    An interrupt that comes between the prompt and the wait for a key would be seen at the next key alone, so
+    the wait is in short pieces.
+    """
     try:
-        return input(prompt)
+        if os.name == "nt" or sys.stdin is None or not sys.stdin.isatty():
+            return input(prompt)
+        sys.stdout.write(prompt)
+        sys.stdout.flush()
+        while not select.select([sys.stdin], [], [], ASK_SECONDS)[0]:
+            pass
+        line = sys.stdin.readline()
+        return line.rstrip("\r\n") if line else None
     except (EOFError, RuntimeError):  # RuntimeError: a stream was lost
         return None
 
