@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
@@ -27,7 +27,9 @@ from qwen3_moe_jax.measure.perplexity import DEFAULT_CONTEXT as DEFAULT_WINDOW
 from qwen3_moe_jax.measure.perplexity import Perplexity, measure_perplexity
 from qwen3_moe_jax.parity.gate import check_once
 from qwen3_moe_jax.text.answer import Answer
-from qwen3_moe_jax.text.chat_template import RenderedChat, find_template, render_chat, special_tokens
+from qwen3_moe_jax.text.chat_template import find_template, render_chat, special_tokens
+from qwen3_moe_jax.text.rendered_chat import RenderedChat
+from qwen3_moe_jax.text.request import Request, whole
 from qwen3_moe_jax.text.stream import StopStrings, TextStream
 from qwen3_moe_jax.text.tokenizer import StreamDecoder, Tokenizer
 
@@ -40,22 +42,6 @@ if TYPE_CHECKING:
 Messages = Sequence[dict[str, Any]]
 
 
-@dataclass(frozen=True)
-class _Request:
-    """A prompt's tokens and how it is answered."""
-
-    token_ids: list[int]
-    max_tokens: int
-    sampling: Sampling
-    chat: RenderedChat | None
-
-
-def _whole(stream: TextStream) -> Answer:
-    """The answer that a stream gives when it is read to its end."""
-    text = "".join(stream)
-    return Answer(text, stream.finish_reason, stream.tokens, stream.prompt_tokens, stream.notes, stream.seed)
-
-
 class Model:
     """A loaded model. Use it as a context manager, or call ``close``: later calls raise ModelClosedError.
 
@@ -63,6 +49,7 @@ class Model:
       source: the open file or checkpoint.
       tokenizer: the file's own.
       backend_reason: why this backend was chosen, in words.
+      chat_template: Jinja source in place of the file's own, or None.
     """
 
     def __init__(self, source: ModelSource, runner: Runner, *, backend_reason: str = "as asked"):
@@ -70,6 +57,7 @@ class Model:
         self._runner = runner
         self.tokenizer = Tokenizer(source.metadata, vocab_size=source.config.vocab_size)
         self.backend_reason = backend_reason
+        self.chat_template: str | None = None
 
     @property
     def runner(self) -> Runner:
@@ -102,19 +90,28 @@ class Model:
         *,
         tools: Sequence[dict[str, Any]] | None = None,
         thinking: bool | None = None,
+        prefill: str = "",
+        special: bool = False,
     ) -> tuple[list[int], RenderedChat | None]:
-        """Token ids of a prompt; a list of messages goes through the file's chat template."""
+        """Token ids of a prompt; a list of messages goes through the chat template.
+
+        Args:
+          prompt, tools, thinking: as ``open_stream``.
+          prefill: the beginning of the answer to messages; with a text it is a part of the text.
+          special: make control tokens of their names in a text (``<|fim_prefix|>``).
+        """
         _ = self.runner  # a closed model says so
         if isinstance(prompt, str):
-            return self.tokenizer.encode(prompt), None
+            return self.tokenizer.encode(prompt + prefill, parse_special=special), None
         chat = render_chat(
-            find_template(self.source.metadata),
+            self.chat_template or find_template(self.source.metadata),
             prompt,
             tools,
             enable_thinking=thinking,
             special=special_tokens(self.source.metadata),
             control_tokens=self.tokenizer.control_tokens,
         )
+        chat = chat.with_prefill(prefill) if prefill else chat
         return self.tokenizer.encode_chat(chat), chat
 
     def default_sampling(self, *, thinking: bool | None = None) -> tuple[Sampling, str]:
@@ -147,6 +144,9 @@ class Model:
         stop: Sequence[str] | None = (),
         tools: Sequence[dict[str, Any]] | None = None,
         thinking: bool | None = None,
+        prefill: str = "",
+        special: bool = False,
+        reuse: bool = False,
         **overrides: Unpack[SamplingOptions],
     ) -> TextStream:
         """Text pieces as they come, with the reason of the end and token counts.
@@ -158,6 +158,10 @@ class Model:
           stop: strings that end the answer; they are not part of it.
           tools: function definitions for the chat template.
           thinking: the template's thinking switch; None leaves its default.
+          prefill: the beginning of the answer, which the model goes on from; it is not given back.
+          special: make control tokens of their names in a text (``<|fim_prefix|>``).
+          reuse: read only what the prompt has beyond the last stream's, where the backend can. The same
+            prompt's logits may then differ by rounding.
           **overrides: fields of ``Sampling`` in place of the sampling's own: ``temperature=0``, ``seed=1``.
 
         Raises:
@@ -165,9 +169,13 @@ class Model:
           ValueError: max_tokens is below 1, the prompt is empty, or an option is out of its range.
         """
         StopStrings(stop)
-        r = self._request(prompt, max_tokens, sampling, tools, thinking, **overrides)
+        r = self._request(
+            prompt, max_tokens, sampling, tools, thinking, prefill=prefill, special=special, **overrides
+        )
+        options: dict[str, Any] = {"reuse": True} if reuse and self.runner.capabilities.prefixes else {}
+        stop_ids = self.tokenizer.stop_ids
         tokens = self.runner.stream(
-            r.token_ids, max_tokens=r.max_tokens, sampling=r.sampling, stop_ids=self.tokenizer.stop_ids
+            r.token_ids, max_tokens=r.max_tokens, sampling=r.sampling, stop_ids=stop_ids, **options
         )
         return self._text_stream(r, tokens, stop)
 
@@ -178,8 +186,11 @@ class Model:
         sampling: Sampling | None = None,
         tools: Sequence[dict[str, Any]] | None = None,
         thinking: bool | None = None,
+        *,
+        prefill: str = "",
+        special: bool = False,
         **overrides: float | None,
-    ) -> "_Request":
+    ) -> Request:
         """What ``open_stream`` is asked for, checked."""
         if max_tokens is not None:
             check_number("max_tokens", max_tokens)
@@ -189,16 +200,18 @@ class Model:
             sampling = self.sampling(thinking=thinking, **overrides)
         elif overrides:
             sampling = replace(sampling, **overrides)
-        token_ids, chat = self.prompt(prompt, tools=tools, thinking=thinking)
+        token_ids, chat = self.prompt(
+            prompt, tools=tools, thinking=thinking, prefill=prefill, special=special
+        )
         if not token_ids:
             raise ValueError("the prompt is empty: give at least one character")
         room = self.runner.max_context - len(token_ids)
         if room < 1:
             raise ContextOverflowError(len(token_ids), self.runner.max_context)
         limit = room if max_tokens is None else min(max_tokens, room)
-        return _Request(token_ids, limit, sampling, chat)
+        return Request(token_ids, limit, sampling, chat)
 
-    def _text_stream(self, r: "_Request", tokens: Iterable[int], stop: Sequence[str] | None) -> TextStream:
+    def _text_stream(self, r: Request, tokens: Iterable[int], stop: Sequence[str] | None) -> TextStream:
         return TextStream(
             self.tokenizer,
             tokens,
@@ -221,7 +234,7 @@ class Model:
 
         Options and errors as ``open_stream``.
         """
-        return _whole(self.open_stream(prompt, **options))
+        return whole(self.open_stream(prompt, **options))
 
     answer = generate
 
@@ -264,7 +277,7 @@ class Model:
         for number, (r, result) in enumerate(zip(requests, results, strict=True)):
             if result.finish_reason == "nonfinite":
                 raise NumericalError(f"the logits of prompt {number} are not finite: run `qwen3-moe trace`")
-            answers.append(_whole(self._text_stream(r, result.tokens, stop)))
+            answers.append(whole(self._text_stream(r, result.tokens, stop)))
         return answers
 
     @shows(ForwardOptions)
@@ -398,7 +411,7 @@ def load(
     path: str | os.PathLike[str] | None = None,
     *,
     backend: str = "auto",
-    max_context: int | None = None,
+    max_context: loader.Context = None,
     dtype: str | None = None,
     kv_cache: str | None = None,
     adapter: str | None = None,
@@ -413,7 +426,8 @@ def load(
         ``"hf:OWNER/REPO:Q4_K_M"`` (downloaded if need be), or None for the embedded model.
       backend: "auto", "jax", "wgpu" or "reference". auto is JAX with an NVIDIA
         GPU, else a hardware WebGPU adapter, else JAX on the CPU.
-      max_context: tokens of the KV cache.
+      max_context: tokens of the KV cache; None is 4,096, or the model's own, if less; "fit" is what the
+        file and the memory allow.
       dtype: "float32" or "bfloat16" operands (jax); None is bfloat16 on a GPU, float32 on the CPU.
       kv_cache: "float32", "float16", "bfloat16" or "int8" keys and values (jax); None is float16 on a
         GPU, float32 on the CPU. int8 takes about a quarter of float32's memory.

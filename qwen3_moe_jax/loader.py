@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from qwen3_moe_jax.convert.manifest import MANIFEST_NAME
 from qwen3_moe_jax.convert.progress import ProgressCallback
@@ -14,9 +14,9 @@ from qwen3_moe_jax.core.runner import Runner
 from qwen3_moe_jax.core.sampling import check_number
 from qwen3_moe_jax.hub import names
 from qwen3_moe_jax.hub.listing import files_in
-from qwen3_moe_jax.machine.headroom import main_memory
+from qwen3_moe_jax.machine.headroom import MAIN_MEMORY, Headroom, available_memory, main_memory
 from qwen3_moe_jax.machine.jax_devices import jax_devices
-from qwen3_moe_jax.machine.memory import MemoryPlan
+from qwen3_moe_jax.machine.memory import MIN_CONTEXT, MemoryPlan
 from qwen3_moe_jax.machine.nvidia import nvidia_gpus
 from qwen3_moe_jax.machine.probe import cards_are_hidden_by
 from qwen3_moe_jax.wgpu_backend.adapter import list_adapters
@@ -29,6 +29,17 @@ FLOAT32_BYTES = 4
 
 DEFAULT_CONTEXT = 4096
 """Tokens of KV cache when nothing else is asked for; a model with less takes its own."""
+
+Context = int | Literal["fit"] | None
+"""Tokens; "fit" is what ``fitting_context`` says, None is DEFAULT_CONTEXT or the model's own, if less."""
+
+SHARE_OF_CARD, SHARE_OF_MAIN = 0.9, 0.5
+"""What "fit" takes of the memory that the weights leave: other programs use main memory too."""
+
+ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
+
+SLACK_TOKENS = 1024
+"""A cache has room for one more chunk of a prompt, in whole tiles."""
 
 
 def embedded_model() -> Path:
@@ -124,7 +135,7 @@ def make_runner(
     source: ModelSource,
     backend: str,
     *,
-    max_context: int | None = None,
+    max_context: Context = None,
     dtype: str | None = None,
     kv_cache: str | None = None,
     adapter: str | None = None,
@@ -135,7 +146,7 @@ def make_runner(
     Args:
       source: an open model.
       backend: one of BACKENDS.
-      max_context: tokens of KV cache; None is DEFAULT_CONTEXT or the model's own, if less.
+      max_context: tokens of KV cache, as ``Context``.
       dtype: matrix operands on jax, one of DTYPES, or None for what suits the device; wgpu and
         reference compute in float32.
       kv_cache: dtype of the KV cache on jax, one of KV_CACHES, or None for what suits the device.
@@ -156,6 +167,8 @@ def make_runner(
     if kv_cache is not None and backend != "jax":
         raise BackendUnavailableError(f"the {backend} backend chooses its KV cache: leave out kv_cache")
     most = source.config.max_position_embeddings
+    if max_context == "fit":
+        max_context = fitting_context(source, backend, kv_cache)
     if max_context is not None:
         check_number("max_context", max_context)
     max_context = min(DEFAULT_CONTEXT, most) if max_context is None else max_context
@@ -163,6 +176,39 @@ def make_runner(
     if not 1 < max_context <= most:
         raise OptionError(f"a context of {max_context} tokens: this model takes from 2 to {most}")
     return _MAKERS[backend](source, max_context, dtype, kv_cache, adapter, progress)
+
+
+def fitting_context(source: ModelSource, backend: str, kv_cache: str | None = None) -> int:
+    """The context that the file and the memory of this machine allow.
+
+    All of the model's own where its cache takes at most a share of what the weights leave; else the
+    power of two below that (few lengths, so that few are compiled). DEFAULT_CONTEXT, or what fits, where
+    that share is less. WebGPU does not tell how much memory is free: DEFAULT_CONTEXT there.
+    """
+    most = source.config.max_position_embeddings
+    least = min(DEFAULT_CONTEXT, most)
+    free, itemsize = _place_of_cache(backend, kv_cache)
+    if free is None or free.nbytes is None:
+        return least
+    plan = MemoryPlan.of(source, most, itemsize)
+    left = free.nbytes - plan.weights - plan.working
+    fits = lambda share: int(left * share) * most // plan.cache - SLACK_TOKENS
+    found = fits(SHARE_OF_MAIN if free.where == MAIN_MEMORY else SHARE_OF_CARD)
+    if found >= most:
+        return most
+    found = found if found >= least else min(fits(1.0), least)
+    return 1 << (found.bit_length() - 1) if found >= MIN_CONTEXT else least
+
+
+def _place_of_cache(backend: str, kv_cache: str | None) -> tuple[Headroom | None, int]:
+    """Where a backend keeps its cache, and bytes of a value; None where the memory is not known."""
+    if backend == "wgpu":
+        return None, FLOAT32_BYTES
+    if backend == "reference":
+        return main_memory(), FLOAT32_BYTES
+    device = jax_devices()[0]
+    default = "float32" if device.platform == "cpu" else "float16"
+    return available_memory(device), ITEM_BYTES[kv_cache or default]
 
 
 def _make_jax(source, max_context, dtype, kv_cache, _adapter, progress) -> Runner:

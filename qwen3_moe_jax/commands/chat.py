@@ -1,53 +1,119 @@
 """``qwen3-moe chat``: a conversation in the terminal."""
 
 import argparse
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from qwen3_moe_jax.commands import options
 from qwen3_moe_jax.commands.common import (
     add_model_arguments,
     add_sampling_arguments,
+    add_template,
     load_model,
     sampling_from,
 )
-from qwen3_moe_jax.commands.generate import THINKING, Clock, add_thinking, written
+from qwen3_moe_jax.commands.generate import THINKING, Clock, Figures, add_thinking, written
+from qwen3_moe_jax.commands.talk.conversation import Conversation, Message, Turn
+from qwen3_moe_jax.commands.talk.editor import keys_unseen, make_editor
+from qwen3_moe_jax.commands.talk.screen import make_screen
+from qwen3_moe_jax.commands.talk.slash import VIEWS, Leave, complete, literal, parsed, run_command
 from qwen3_moe_jax.core import terminal
 from qwen3_moe_jax.core.exit_codes import ExitCode
+from qwen3_moe_jax.core.sampling import SEEDS, Sampling
+from qwen3_moe_jax.machine.folders import state_folder
 from qwen3_moe_jax.text.chat_template import start_renderer
+from qwen3_moe_jax.text.stream import Piece, TextStream
 
-HELP = "/reset forgets the conversation, /exit or Ctrl-D ends, Ctrl-C stops an answer"
+if TYPE_CHECKING:
+    from qwen3_moe_jax.api import Model
+
+HELP = "/help lists the commands, Ctrl-C stops an answer, Ctrl-D or /exit leaves"
+
+NEARLY_FULL = 0.8
+"""From this part of the context on, the chat says how full it is."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--system", type=options.text, metavar="TEXT", help="a system message")
     add_thinking(parser)
+    parser.add_argument(
+        "--reasoning",
+        choices=VIEWS,
+        default="show",
+        help="what is shown of the thinking: dimmed text (the default), one line, nothing",
+    )
+    parser.add_argument("--plain", action="store_true", help="text as the model writes it, no Markdown")
+    parser.add_argument("--verbose", action="store_true", help="figures after each answer")
+    parser.add_argument(
+        "--context-full",
+        choices=("drop", "stop"),
+        default="drop",
+        help="drop the oldest turns when the context is full (the default), or refuse the message",
+    )
+    parser.add_argument("--no-history", action="store_true", help="keep no messages for the next run")
+    parser.add_argument("--load", type=options.path, metavar="FILE", help="go on with a saved conversation")
+    add_template(parser)
     add_sampling_arguments(parser)
-    add_model_arguments(parser)
+    add_model_arguments(
+        parser, context_help="tokens of the conversation (default: as the file and memory allow)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
+    conversation = Conversation.load(Path(args.load)) if args.load else Conversation()
+    conversation.system = args.system or conversation.system
     start_renderer()  # it is up by the time that the model is
-    with load_model(args) as model:
+    with load_model(args, context="fit") as model:
+        model.chat_template = args.chat_template
         sampling = sampling_from(args, model, thinking=THINKING[args.thinking])
-        return Conversation(args, model, sampling).run()
+        chat = Chat(args, model, sampling, conversation)
+        if not args.quiet:
+            terminal.note(context_line(model, is_given=args.context is not None))
+        return chat.run()
 
 
-class Conversation:
-    """Messages so far, and what is done with the next line."""
+def context_line(model: "Model", *, is_given: bool) -> str:
+    """How long a conversation can be, and why."""
+    size, most = model.runner.max_context, model.config.max_position_embeddings
+    reason = (
+        "as asked" if is_given else "all of the file's" if size == most else "as memory allows; see --context"
+    )
+    return f"context: {size:,} of {most:,} tokens ({reason})"
 
-    def __init__(self, args: argparse.Namespace, model, sampling):
-        self._args, self._model, self._sampling = args, model, sampling
-        self._start = [{"role": "system", "content": args.system}] if args.system else []
-        self.messages = list(self._start)
+
+class Chat:
+    """A conversation with a model: what the commands of ``talk.slash`` change, and how a message is answered.
+
+    Attributes:
+      conversation: the turns.
+      sampling, stop, max_tokens, thinking: of the next answer.
+      reasoning: the view of the model's thinking, one of VIEWS.
+      verbose: whether figures follow each answer.
+      own_files: files that this conversation was saved to or loaded from.
+    """
+
+    def __init__(
+        self, args: argparse.Namespace, model: "Model", sampling: Sampling, conversation: Conversation
+    ):
+        self._args, self._model = args, model
+        self.conversation, self.sampling = conversation, sampling
+        self.stop, self.max_tokens = list(args.stop), args.max_tokens
+        self.thinking, self.reasoning = THINKING[args.thinking], args.reasoning
+        self.verbose = args.verbose
+        self.own_files: set[Path] = {Path(args.load).resolve()} if args.load else set()
         self._notes: set[str] = set()
+        self._last: tuple[Figures, str] | None = None
+        self._used, self._is_warned, self._retries = 0, False, 0
 
     def run(self) -> int:
-        """Answers line after line; returns the exit code."""
-        if terminal.input_on_terminal() and not self._args.quiet:
-            terminal.note(HELP)
+        """Answers message after message; returns the exit code."""
+        ask = self._make_ask()
         is_leaving = False
         while True:
             try:
-                text = self._next()
+                text = ask()
             except KeyboardInterrupt:
                 if is_leaving:
                     return ExitCode.INTERRUPTED
@@ -55,53 +121,154 @@ class Conversation:
                 terminal.note("", "Ctrl-C again, Ctrl-D or /exit leaves")
                 continue
             is_leaving = False
-            if text is None or text.strip() == "/exit":
+            if text is None:
                 return ExitCode.DONE
             try:
-                self._take(text)
+                self.take(text)
+            except Leave:
+                return ExitCode.DONE
             except KeyboardInterrupt:  # before the answer began, or the second one
                 terminal.note("", "stopped: the message is not kept")
 
-    def _next(self) -> str | None:
-        if terminal.input_on_terminal():
-            return terminal.ask("> ")
-        try:
-            return terminal.read_line()
-        except ValueError as error:
-            terminal.error(error)
-            return ""
+    def _make_ask(self) -> Callable[[], str | None]:
+        if not terminal.input_on_terminal():
+            return _next_line
+        if not self._args.quiet:
+            terminal.note(HELP)
+        folder = None if self._args.no_history else state_folder()
+        return make_editor(complete, folder and folder / "chat-history")
 
-    def _take(self, text: str) -> None:
-        command = text.strip()
-        if not command:
+    def take(self, text: str) -> None:
+        """Does what a message says: a command, or a question to the model.
+
+        Raises:
+          Leave: it was /exit.
+        """
+        command = parsed(text)
+        if command:
+            run_command(self, *command)
+        elif text.strip():
+            self._retries = 0
+            self._ask(literal(text))
+
+    def retry(self) -> None:
+        """Answers the last message again; the answer before stays if this one comes to nothing."""
+        turn = self.conversation.undo()
+        if turn is None:
+            terminal.note("there is nothing to answer again")
             return
-        if command == "/reset":
-            self.messages = list(self._start)
-        elif command.startswith("/") and " " not in command and command.count("/") == 1:
-            terminal.error(f"there is no command {command}; {HELP}")
-        else:
-            self._answer(text)
-
-    def _answer(self, text: str) -> None:
-        """Streams one answer; Ctrl-C keeps what was written. A question without an answer is forgotten."""
-        asked = [*self.messages, {"role": "user", "content": text}]
+        self._retries += 1
+        is_answered = False
         try:
-            stream = self._model.open_stream(
-                asked,
-                max_tokens=self._args.max_tokens,
-                sampling=self._sampling,
-                stop=self._args.stop,
-                thinking=THINKING[self._args.thinking],
-            )
-            self._tell_once(stream.notes)
-            answer, _ = written(stream, Clock(self._model.runner), show=True, quiet=self._args.quiet)
+            is_answered = self._ask(turn.question)
+        finally:
+            if not is_answered:
+                self.conversation.add(turn)
+
+    def _ask(self, question: str) -> bool:
+        """Answers a message; False, after a line of error, where that cannot be: it is then forgotten."""
+        try:
+            return self._make_room(question) and self._answer(question)
         except (ValueError, ArithmeticError) as error:
-            terminal.error(error)
-            return
-        terminal.show_text("\n")
-        self.messages = [*asked, {"role": "assistant", "content": answer}]
+            terminal.error(str(error).replace("max_context", "--context"))
+            return False
+
+    def _make_room(self, question: str) -> bool:
+        context, conversation = self._model.runner.max_context, self.conversation
+        if self._args.context_full == "stop":
+            tokens = self._count(conversation.messages(question))
+            if conversation.turns and conversation.is_full(tokens, context, self.max_tokens):
+                terminal.error(
+                    f"the context is full ({tokens:,} of {context:,} tokens with this message): /undo or "
+                    "/reset makes room, /save keeps the conversation; --context-full drop drops old turns"
+                )
+                return False
+            return True
+        dropped = conversation.make_room(question, self._count, context, self.max_tokens)
+        if dropped:
+            turns = "turn is" if dropped == 1 else f"{dropped} turns are"
+            terminal.note(
+                f"note: the context is full: the oldest {turns} not sent any more "
+                f"({len(conversation.turns) - conversation.first} are left); /save still has all"
+            )
+        return True
+
+    def _count(self, messages: list[Message]) -> int:
+        return len(self._model.prompt(messages, thinking=self.thinking)[0])
+
+    def _answer(self, question: str) -> bool:
+        """Streams one answer; Ctrl-C keeps what was written."""
+        stream = self._model.open_stream(
+            self.conversation.messages(question),
+            max_tokens=self.max_tokens,
+            sampling=replace(self.sampling, seed=(self.sampling.seed + self._retries) % SEEDS),
+            stop=self.stop,
+            thinking=self.thinking,
+            reuse=True,
+        )
+        self._tell_once(stream.notes)
+        said: dict[str, list[str]] = {"content": [], "reasoning": []}
+        is_stopped = self._show(stream, said)
+        answer, reasoning = "".join(said["content"]), "".join(said["reasoning"])
+        if is_stopped and not answer and not reasoning:
+            terminal.note("stopped: the message is not kept")
+            return False
+        self.conversation.add(Turn(question, answer, reasoning))
+        self._tell_context(stream)
+        return True
+
+    def _show(self, stream: TextStream, said: dict[str, list[str]]) -> bool:
+        """Shows an answer and keeps its pieces; whether Ctrl-C ended it."""
+        screen, clock = make_screen(self.reasoning, plain=self._args.plain), Clock(self._model.runner)
+
+        def take(piece: Piece) -> None:
+            said[piece.kind].append(piece.text)
+            screen.take(piece)
+
+        try:
+            with keys_unseen():
+                is_stopped = written(stream.pieces(), stream, clock, take, quiet=self._args.quiet)
+        finally:
+            screen.finish()
+        self._last = clock.figures(stream), "Ctrl-C" if is_stopped else stream.finish_reason or "an error"
+        self._used = stream.prompt_tokens + stream.new_tokens
+        if self.verbose:
+            terminal.note(*self.stats())
+        return is_stopped
+
+    def stats(self) -> list[str]:
+        """Figures of the last answer, and how much of the context is in use: one line each."""
+        if self._last is None:
+            return ["there was no answer yet"]
+        figures, ended_by = self._last
+        return [figures.in_words(ended_by), f"context: {self._fill()}"]
+
+    def _fill(self) -> str:
+        context = self._model.runner.max_context
+        return f"{self._used:,} of {context:,} tokens in use ({self._used / context:.0%})"
+
+    def _tell_context(self, stream: TextStream) -> None:
+        """Says once that the context is nearly full, and always that it ended an answer."""
+        context = self._model.runner.max_context
+        if self._used >= context and stream.finish_reason == "length":
+            terminal.note("note: the answer ended because the context is full")
+        is_near = self._used >= NEARLY_FULL * context
+        if is_near and not self._is_warned:
+            drops = self._args.context_full == "drop"
+            then = "the oldest turns will be dropped" if drops else "messages will be refused"
+            terminal.note(f"note: {self._fill()}; when it is full, {then}: /save, /undo, /reset")
+        self._is_warned = is_near
 
     def _tell_once(self, notes: tuple[str, ...]) -> None:
         new = [line for line in notes if line not in self._notes]
         self._notes.update(new)
         terminal.note(*(f"note: {line}" for line in new))
+
+
+def _next_line() -> str | None:
+    """A message from a pipe or a file; one that is not UTF-8 is skipped."""
+    try:
+        return terminal.read_line()
+    except ValueError as error:
+        terminal.error(error)
+        return ""

@@ -64,11 +64,27 @@ def add_model_arguments(
     group.add_argument("-q", "--quiet", action="store_true", help="no banner and no figures")
 
 
+def add_template(parser: argparse.ArgumentParser) -> None:
+    """--chat-template-file."""
+    parser.add_argument(
+        "--chat-template-file",
+        dest="chat_template",
+        type=options.template,
+        metavar="FILE",
+        help="a Jinja template in place of the model file's",
+    )
+
+
 SLOW_LOAD = "loading the model; the first time, a few tokens are checked against the reference too"
 
 
-def load_model(args: argparse.Namespace, *, show_banner: bool = True) -> "Model":
-    """Loads what ``add_model_arguments`` parsed, with progress and a banner on standard error."""
+def load_model(
+    args: argparse.Namespace, *, show_banner: bool = True, context: loader.Context = None
+) -> "Model":
+    """Loads what ``add_model_arguments`` parsed, with progress and a banner on standard error.
+
+    ``context`` is what holds without --context.
+    """
     from qwen3_moe_jax.api import load  # --help needs none of it
 
     path = loader.model_path(args.model, quiet=args.quiet)
@@ -79,7 +95,7 @@ def load_model(args: argparse.Namespace, *, show_banner: bool = True) -> "Model"
         model = load(
             path,
             backend=args.backend,
-            max_context=args.context,
+            max_context=args.context or context,
             dtype=args.dtype,
             kv_cache=args.kv_cache,
             adapter=args.adapter,
@@ -155,10 +171,10 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--stop",
         action="append",
-        type=options.text,
+        type=options.escaped,
         default=[],
         metavar="TEXT",
-        help="end before this text; may be given several times",
+        help="end before this text, in which \\n is a line end; may be given several times",
     )
 
 

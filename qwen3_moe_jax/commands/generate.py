@@ -1,13 +1,17 @@
 """``qwen3-moe generate``: text after a prompt, streamed to standard output."""
 
 import argparse
+import math
 import time
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar
 
 from qwen3_moe_jax.commands import options
 from qwen3_moe_jax.commands.common import (
     add_model_arguments,
     add_sampling_arguments,
+    add_template,
     compile_seconds,
     load_model,
     sampling_from,
@@ -19,6 +23,11 @@ from qwen3_moe_jax.core.exit_codes import ExitCode
 from qwen3_moe_jax.core.runner import Runner
 from qwen3_moe_jax.text.chat_template import start_renderer
 from qwen3_moe_jax.text.stream import TextStream
+
+if TYPE_CHECKING:
+    from qwen3_moe_jax.api import Model
+
+T = TypeVar("T")
 
 DEFAULT_MAX_TOKENS = 256
 
@@ -34,7 +43,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--chat", action="store_true", help="send the prompt as a user's message")
     parser.add_argument("--system", type=options.text, metavar="TEXT", help="a system message (with --chat)")
     add_thinking(parser)
+    parser.add_argument(
+        "--tools", type=options.tools, metavar="FILE", help="JSON with functions to call (with --chat)"
+    )
+    add_template(parser)
+    parser.add_argument(
+        "--prefill", type=options.text, metavar="TEXT", help="how the answer begins; it is not written again"
+    )
+    parser.add_argument(
+        "--special", action="store_true", help="<|fim_prefix|> and other control tokens of the prompt count"
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object in place of the text")
+    parser.add_argument(
+        "--logprobs",
+        action="store_true",
+        help="with --json: ln of each token's probability, before temperature and penalties",
+    )
     add_sampling_arguments(parser)
     add_model_arguments(parser)
 
@@ -49,27 +73,52 @@ def add_thinking(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     prompt, thinking = prompt_from(args), THINKING[args.thinking]
     with load_model(args) as model:
+        model.chat_template = args.chat_template
         sampling = sampling_from(args, model, thinking=thinking)
         clock = Clock(model.runner)
+        asked = {"thinking": thinking, "tools": args.tools, "prefill": args.prefill or ""}
         stream = model.open_stream(
             prompt,
             max_tokens=args.max_tokens or DEFAULT_MAX_TOKENS,
             sampling=sampling,
             stop=args.stop,
-            thinking=thinking,
+            special=args.special,
+            **asked,
         )
         terminal.note(*(f"note: {line}" for line in stream.notes))
-        text, is_stopped = written(stream, clock, show=not args.json, quiet=args.quiet)
+        pieces: list[str] = []
+        show = pieces.append if args.json else _all_of(pieces.append, terminal.show_text)
+        is_stopped = written(stream, stream, clock, show, quiet=args.quiet)
+        ids = model.prompt(prompt, special=args.special, **asked)[0] if args.json else []
+        facts = {"prompt_token_ids": ids, "token_ids": stream.tokens}
+        if args.logprobs:
+            facts["logprobs"] = _logprobs(model, ids, stream.tokens)
     figures = clock.figures(stream)
     if args.json:
         reason = "interrupted" if is_stopped else stream.finish_reason
-        facts = {"finish_reason": reason, "seed": stream.seed, "notes": stream.notes}
-        terminal.show_json({"text": text, **facts, **figures.as_dict()})
+        text = {"text": "".join(pieces), "finish_reason": reason, "seed": stream.seed, "notes": stream.notes}
+        terminal.show_json({**text, **figures.as_dict(), **facts})
     else:
         terminal.show_text("\n")
         if not args.quiet:
             terminal.note(figures.in_words("Ctrl-C" if is_stopped else stream.finish_reason))
     return ExitCode.INTERRUPTED if is_stopped else ExitCode.DONE
+
+
+def _all_of(*takers: Callable[[str], None]) -> Callable[[str], None]:
+    def take(text: str) -> None:
+        for taker in takers:
+            taker(text)
+
+    return take
+
+
+def _logprobs(model: "Model", prompt: list[int], tokens: list[int]) -> list[float | None]:
+    """Of each new token, by one more pass over the text; None (JSON's null) where it is not finite."""
+    if not tokens:
+        return []
+    found = model.runner.log_likelihoods([*prompt, *tokens], first=len(prompt))
+    return [float(value) if math.isfinite(value) else None for value in found]
 
 
 def prompt_from(args: argparse.Namespace) -> str | list[dict[str, str]]:
@@ -83,6 +132,14 @@ def prompt_from(args: argparse.Namespace) -> str | list[dict[str, str]]:
         raise OptionError(f"{len(given)} prompts are given: give one, as PROMPT, --prompt or --file")
     if not args.chat and (args.system or args.thinking != "auto"):
         raise OptionError("--system and --thinking are for messages: add --chat")
+    if not args.chat and (args.tools or args.chat_template):
+        raise OptionError("--tools and --chat-template-file are for messages: add --chat")
+    if args.chat and args.special:
+        raise OptionError(
+            "--special is for plain prompts, in a message control tokens stay text: leave it out"
+        )
+    if args.logprobs and not args.json:
+        raise OptionError("--logprobs are part of --json: add it")
     source = args.file or ("-" if given == ["-"] else None)
     prompt = given[0] if source is None else terminal.read_text(source)
     if not prompt:
@@ -95,18 +152,17 @@ def prompt_from(args: argparse.Namespace) -> str | list[dict[str, str]]:
     return [*system, {"role": "user", "content": prompt}]
 
 
-def written(stream: TextStream, clock: "Clock", *, show: bool, quiet: bool) -> tuple[str, bool]:
-    """Writes an answer as it comes; its text, and whether Ctrl-C ended it."""
-    pieces: list[str] = []
+def written(
+    pieces: Iterable[T], stream: TextStream, clock: "Clock", show: Callable[[T], None], *, quiet: bool
+) -> bool:
+    """Shows an answer's pieces as they come; whether Ctrl-C ended it. ``pieces`` come from ``stream``."""
     slow = what_is_slow(clock.runner, "reading the prompt")
     try:
         with interrupts.as_flag() as is_stopped, terminal.explain_if_slow(slow, quiet=quiet) as has_begun:
-            for piece in stream:
+            for piece in pieces:
                 has_begun()
                 clock.tick(stream)
-                pieces.append(piece)
-                if show:
-                    terminal.show_text(piece)
+                show(piece)
                 if is_stopped():
                     break
         stopped = is_stopped()
@@ -114,7 +170,7 @@ def written(stream: TextStream, clock: "Clock", *, show: bool, quiet: bool) -> t
         stopped = True
     stream.close()
     clock.stop()
-    return "".join(pieces), stopped and stream.finish_reason is None
+    return stopped and stream.finish_reason is None
 
 
 @dataclass(frozen=True)
@@ -126,6 +182,7 @@ class Figures:
       first_text_s: seconds from the request to the first text, compilation included.
       compile_s: seconds of compilation, which no rate counts.
       prompt_tokens_per_s, tokens_per_s: rates of reading and of writing; None without enough tokens.
+      reused_tokens: tokens of the prompt that were in the cache already; no rate counts them.
     """
 
     prompt_tokens: int
@@ -134,6 +191,7 @@ class Figures:
     compile_s: float
     prompt_tokens_per_s: float | None
     tokens_per_s: float | None
+    reused_tokens: int = 0
 
     def as_dict(self) -> dict[str, float | None]:
         """Plain data."""
@@ -141,8 +199,9 @@ class Figures:
 
     def in_words(self, ended_by: str) -> str:
         """One line."""
+        reused = f" ({self.reused_tokens} in the cache)" if self.reused_tokens else ""
         parts = [
-            f"{self.prompt_tokens} prompt tokens{_rate(self.prompt_tokens_per_s)}",
+            f"{self.prompt_tokens} prompt tokens{reused}{_rate(self.prompt_tokens_per_s)}",
             f"first text after {self.first_text_s:.2f} s",
             f"{self.new_tokens} new tokens{_rate(self.tokens_per_s)}",
         ]
@@ -179,13 +238,15 @@ class Clock:
     def figures(self, stream: TextStream) -> Figures:
         """The figures; without any text all time is that of reading."""
         began, first, end = self._marks[0], self._marks[1], self._marks[-1]
+        reused = getattr(self.runner, "reused_tokens", 0)
         return Figures(
             stream.prompt_tokens,
             stream.new_tokens,
             first[0] - began[0],
             end[1] - began[1],
-            _per_second(stream.prompt_tokens, began, first),
+            _per_second(stream.prompt_tokens - reused, began, first),
             _per_second(stream.new_tokens - self._tokens_at_first, first, end),
+            reused,
         )
 
 

@@ -1,9 +1,12 @@
 """Types of option values: each refuses what cannot be when the command line is read, before any load."""
 
 import argparse
+import json
 import os
+import re
 from collections.abc import Callable
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 from qwen3_moe_jax.core.errors import OutputFileError
@@ -92,11 +95,57 @@ def _from_bytes(value: str) -> str:
         raise argparse.ArgumentTypeError(f"is not UTF-8 (byte {error.start})") from error
 
 
+_ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "0": "\0", "\\": "\\"}
+
+
+def escaped(value: str) -> str:
+    """A text of at least one character with escapes: ``\\n``, ``\\t``, ``\\xHH``, ``\\uHHHH``, ``\\\\``.
+
+    Any other character after a backslash stays as it is, with the backslash.
+    """
+
+    def meant(found: re.Match[str]) -> str:
+        code = found[1]
+        is_number = len(code) > 1 and not "\ud800" <= chr(int(code[1:], 16)) <= "\udfff"
+        return chr(int(code[1:], 16)) if is_number else _ESCAPES.get(code, found[0])
+
+    return re.sub(r"\\(x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4}|.)", meant, text(value))
+
+
 def path(value: str) -> str:
     """The name of a file that is read; "~" is the home folder."""
     if not value:
         raise argparse.ArgumentTypeError("is empty: is a variable of the shell unset?")
     return os.path.expanduser(value)
+
+
+def tools(value: str) -> list[dict[str, Any]]:
+    """The function definitions in a JSON file: a list, or an object with a list as ``tools``."""
+    file = path(value)
+    try:
+        content = json.loads(Path(file).read_text("utf-8"))
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{file} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{file} is not JSON: {error}") from error
+    found = content.get("tools") if isinstance(content, dict) else content
+    if not isinstance(found, list) or not found or not all(isinstance(tool, dict) for tool in found):
+        raise argparse.ArgumentTypeError(f"{file} has no list of function definitions")
+    return found
+
+
+def template(value: str) -> str:
+    """The text of a file with a chat template."""
+    file = path(value)
+    try:
+        found = Path(file).read_text("utf-8")
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{file} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise argparse.ArgumentTypeError(f"{file} is not UTF-8 (byte {error.start})") from error
+    if not found.strip():
+        raise argparse.ArgumentTypeError(f"{file} is empty: it needs a chat template")
+    return found
 
 
 def name(value: str) -> str:

@@ -73,6 +73,19 @@ def as_flag() -> Generator[Callable[[], bool], None, None]:
             _answer()
 
 
+@contextmanager
+def heard_elsewhere() -> Generator[None, None, None]:
+    """Within the block another event loop may have the signals (``asyncio`` takes the wake-up descriptor)."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    descriptor = signal.set_wakeup_fd(-1)
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(descriptor, warn_on_full_buffer=False)
+
+
 def _on_interrupt(_number: int, _frame: Any) -> None:
     if _flag is not None and not _flag.is_set():
         _flag.set()

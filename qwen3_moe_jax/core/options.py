@@ -29,6 +29,8 @@ class GenerateOptions(SamplingOptions, total=False):
     stop: str | Sequence[str] | None
     tools: Sequence[dict[str, Any]] | None
     thinking: bool | None
+    prefill: str
+    special: bool
 
 
 def shows(options: type) -> Callable[[F], F]:

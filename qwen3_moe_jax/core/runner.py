@@ -70,6 +70,8 @@ class Capabilities:
       open_batch: many sequences share a forward pass.
       dequantized: weights can be read back as the backend's own code unpacks them.
       concurrent: forward passes, and one stream, may run at the same time.
+      prefixes: ``stream`` takes ``reuse``: a prompt that begins as the last one's prompt and text is read
+        from there. Keys and values are then those of its own way there: equal but for rounding.
     """
 
     beside: bool = False
@@ -77,6 +79,7 @@ class Capabilities:
     open_batch: bool = False
     dequantized: bool = False
     concurrent: bool = False
+    prefixes: bool = False
 
 
 class ForwardOptions(TypedDict, total=False):

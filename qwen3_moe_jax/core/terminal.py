@@ -26,11 +26,14 @@ import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any, TextIO, cast
+from typing import IO, TYPE_CHECKING, Any, TextIO, cast
 
 from qwen3_moe_jax.convert.errors import printable
 from qwen3_moe_jax.convert.progress import ProgressCallback, format_bytes
 from qwen3_moe_jax.core.errors import OutputFileError
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 PROGRAM = "qwen3-moe"
 
@@ -190,13 +193,37 @@ def show_styled(*parts: tuple[object, str | None], notes: bool = False) -> None:
     if not is_terminal:
         send("".join(text for text, _ in pieces) + "\n")
         return
-    from rich.console import Console
     from rich.text import Text
 
-    console = Console(file=cast("IO[str]", _Notes() if notes else _Output()), highlight=False, soft_wrap=True)
+    console = styled(notes=notes, soft_wrap=True)
     with console.capture() as capture:
         console.print(Text.assemble(*[(text, style or "") for text, style in pieces]))
     send(capture.get())
+
+
+def styled(*, notes: bool = False, **options: Any) -> "Console":
+    """A console of ``rich`` on standard output, or on standard error; its text must be ``harmless``."""
+    from rich.console import Console
+
+    return Console(file=cast("IO[str]", _Notes() if notes else _Output()), highlight=False, **options)
+
+
+def can_style() -> bool:
+    """Whether standard output is a terminal that moves its cursor and has the characters of frames."""
+    encoding = getattr(sys.stdout, "encoding", None) or ""
+    is_dumb = os.environ.get("TERM", "").lower() in ("dumb", "unknown")
+    return output_on_terminal() and not is_dumb and encoding.lower().startswith("utf")
+
+
+def harmless(text: str) -> str:
+    """The text with what a terminal acts upon escaped; line ends and tabs stay."""
+    return _CONTROLS.sub(lambda found: ascii(found.group())[1:-1], text)
+
+
+def control(sequence: str) -> None:
+    """Sends our own control sequence to the terminal; nothing elsewhere."""
+    if output_on_terminal():
+        _to_output(sequence)
 
 
 def show_json(value: Any, *, indent: int | None = None) -> None:
@@ -206,9 +233,7 @@ def show_json(value: Any, *, indent: int | None = None) -> None:
 
 def show_text(text: str) -> None:
     """Writes text of the model or of a help page: as it is, but for control characters on a terminal."""
-    if output_on_terminal():
-        text = _CONTROLS.sub(lambda found: ascii(found.group())[1:-1], text)
-    _to_output(text)
+    _to_output(harmless(text) if output_on_terminal() else text)
 
 
 def note(*lines: object) -> None:
@@ -308,7 +333,6 @@ def _lines(label: str) -> Generator[ProgressCallback, None, None]:
 
 @contextmanager
 def _bar(label: str) -> Generator[ProgressCallback, None, None]:
-    from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 
     columns = (
@@ -318,7 +342,7 @@ def _bar(label: str) -> Generator[ProgressCallback, None, None]:
         TextColumn("{task.fields[speed]}", markup=False),
     )
     estimate = Estimate()
-    console = Console(file=cast("IO[str]", _Notes()), highlight=False)
+    console = styled(notes=True)
     bar = Progress(
         *columns,
         console=console,

@@ -220,6 +220,11 @@ class Batch:
         """
         return self._sequences[slot].filled
 
+    def sound_length(self, slot: int) -> int:
+        """As ``row_length``; 0 for no sequence, or one whose logits were not finite."""
+        sequence = self._sequences.get(slot)
+        return 0 if sequence is None or sequence.finish_reason == "nonfinite" else sequence.filled
+
     def row_nbytes(self, length: int) -> int:
         """Bytes that ``save_row`` takes for so many positions."""
         return rows.nbytes(self._state.cache, length)

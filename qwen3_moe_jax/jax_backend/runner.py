@@ -76,12 +76,13 @@ class JaxRunner:
     Attributes:
       decoder: the Flax module and the ways in which it writes a token.
       params: the parameters, packed.
+      reused_tokens: tokens of the last stream's prompt that were in the cache already.
       plan: the memory that it is expected to take.
     """
 
     name = "jax"
     capabilities = Capabilities(
-        beside=True, interventions=True, open_batch=True, dequantized=True, concurrent=True
+        beside=True, interventions=True, open_batch=True, dequantized=True, concurrent=True, prefixes=True
     )
 
     @own_settings()
@@ -129,6 +130,8 @@ class JaxRunner:
         model = Qwen3Moe(source.config, self.compute_dtype)
         self.decoder = choose(model, self.params, self.device, self.cache_dtype)
         self._spare: Batch | None = None
+        self.reused_tokens = 0
+        self._spare_tokens: list[int] = []  # whose keys and values its row holds
         self._record = Record()
 
     @property
@@ -268,17 +271,25 @@ class JaxRunner:
         max_tokens: int,
         sampling: Sampling,
         stop_ids: Collection[int] = (),
+        reuse: bool = False,
     ) -> Iterator[int]:
-        token_ids = checked_prompt(self, token_ids).tolist()
-        return self._stream(token_ids, max_tokens, sampling, stop_ids)
+        prompt = checked_prompt(self, token_ids).tolist()
+        return self._stream(Request(prompt, sampling, max_tokens, stop_ids), reuse)
 
-    def _stream(
-        self, token_ids: Sequence[int], max_tokens: int, sampling: Sampling, stop_ids: Collection[int]
-    ) -> Iterator[int]:
+    def _stream(self, request: Request, reuse: bool) -> Iterator[int]:
         with self._open():
+            held, self._spare_tokens = self._spare_tokens, []
             batch = self._take_spare()
+            tokens = list(request.token_ids)
+            self.reused_tokens = filled = _shared(held, tokens) if reuse else 0
             try:
-                batch.admit(token_ids, sampling=sampling, max_tokens=max_tokens, stop_ids=stop_ids)
+                batch.admit(
+                    tokens,
+                    sampling=request.sampling,
+                    max_tokens=request.max_tokens,
+                    stop_ids=request.stop_ids,
+                    filled=filled,
+                )
                 written, count, reason = 0, 1, None
                 while reason is None:
                     began = time.perf_counter()
@@ -287,11 +298,12 @@ class JaxRunner:
                     for progress in made:
                         reason, written = progress.finish_reason, written + len(progress.tokens)
                         count = _next_count(count, time.perf_counter() - began)
+                        tokens += progress.tokens
                         yield from progress.tokens
                 if reason == "nonfinite":
-                    raise self._nonfinite(len(token_ids) + written - 1)
+                    raise self._nonfinite(len(request.token_ids) + written - 1)
             finally:
-                self._keep_spare(batch)
+                self._keep_spare(batch, tokens)
 
     def open_batch(self, slots: int, *, context: int | None = None) -> Batch:
         check_open(self)
@@ -340,14 +352,18 @@ class JaxRunner:
         batch, self._spare = self._spare, None
         return batch or self._new_batch(1, self.max_context)
 
-    def _keep_spare(self, batch: Batch, is_exit: Callable[[], bool] = sys.is_finalizing) -> None:
+    def _keep_spare(
+        self, batch: Batch, tokens: Sequence[int] = (), is_exit: Callable[[], bool] = sys.is_finalizing
+    ) -> None:
         """Lets the next request use this one's buffers, unless a failed step has taken them.
 
+        ``tokens`` are the prompt and what was written: those in the cache are known to the next request.
         At the interpreter's exit JAX is gone before the last streams are, and so is ``sys`` itself.
         """
         if self.is_closed or is_exit():
             return
         if batch.is_whole:
+            self._spare_tokens = list(tokens[: batch.sound_length(0)])
             batch.free_all()
             self._spare = batch
 
@@ -363,6 +379,12 @@ class JaxRunner:
 def _cache_length(context: int) -> int:
     """Positions of a cache for ``context`` tokens and one more chunk, in whole tiles."""
     return whole_tiles(context + PREFILL_CHUNKS[-1])
+
+
+def _shared(held: Sequence[int], tokens: Sequence[int]) -> int:
+    """How many tokens of a prompt a row holds from its beginning: not the last, which is the first step's."""
+    pairs = zip(held, tokens[:-1], strict=False)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(held), len(tokens) - 1))
 
 
 def _next_count(count: int, seconds: float) -> int:

@@ -31,11 +31,11 @@ import subprocess
 import sys
 import threading
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cache
 from itertools import islice
 from pathlib import Path
 
+from qwen3_moe_jax.text.rendered_chat import RenderedChat
 from qwen3_moe_jax.text.template_worker import CPU_SECONDS
 
 MAX_INPUT_BYTES = 16 << 20
@@ -73,29 +73,6 @@ class TemplateError(ValueError):
 
 class MessageError(ValueError):
     """Messages or tools are not what a chat is made of; the text names the place."""
-
-
-@dataclass(frozen=True)
-class RenderedChat:
-    """A chat as the prompt that the model reads.
-
-    Attributes:
-      text: the prompt.
-      inert: ascending places of characters in ``text`` that came from messages or tools
-        and must not be part of a control token.
-      notes: what the user should know, one line each.
-      tracked: control tokens without ``|`` whose characters ``inert`` has, too.
-    """
-
-    text: str
-    inert: tuple[int, ...] = ()
-    notes: tuple[str, ...] = ()
-    tracked: frozenset[str] = frozenset()
-
-    @property
-    def starts_in_reasoning(self) -> bool:
-        """Whether the prompt ends inside an open ``<think>``, so that the answer starts with reasoning."""
-        return self.text.rstrip().endswith("<think>")
 
 
 def find_template(metadata: Mapping[str, object]) -> str:

@@ -2,32 +2,16 @@
 
 import gc
 import os
-import pty
-import re
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
 
 from qwen3_moe_jax.core import interrupts
+from qwen3_moe_jax.testing.terminal import SECONDS, Terminal, start
 
-SECONDS = 120
 QUICK = ("--backend", "reference", "--no-gate")
 GREEDY = ("--temperature", "0", "--repetition-penalty", "1")
-
-# A suite that runs in the background of a shell has SIGINT ignored, and children inherit that.
-START = (
-    "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
-    "from qwen3_moe_jax.cli import main; sys.exit(main(sys.argv[1:]))"
-)
-
-
-def start(*args: str, code: str = START, **options) -> subprocess.Popen:
-    pipes = {name: subprocess.PIPE for name in ("stdin", "stdout", "stderr")}
-    command = [sys.executable, "-u", "-c", code, *args]
-    return subprocess.Popen(command, **{**pipes, "text": True, **options})
 
 
 @pytest.fixture(autouse=True)
@@ -144,44 +128,8 @@ def test_each_command_ends_with_one_line(args, monkeypatch, capsys):
 PROMPT = r"(^|\n)> \Z"
 
 
-class Terminal:
-    """A chat at a terminal of its own, driven by keys."""
-
-    def __init__(self, *args: str):
-        self.master, slave = pty.openpty()
-        streams = {name: slave for name in ("stdin", "stdout", "stderr")}
-        code = f"import fcntl, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); {START}"
-        environment = {**os.environ, "TERM": "dumb"}
-        self.process = start("chat", *args, code=code, start_new_session=True, env=environment, **streams)
-        os.close(slave)
-        self.shown = ""
-
-    def press(self, keys: str) -> None:
-        os.write(self.master, keys.encode())
-
-    def until(self, pattern: str) -> str:
-        """What is shown up to and with a match; what comes later is left."""
-        while not (found := re.search(pattern, self.shown)):
-            self.shown += self._read()
-        before, self.shown = self.shown[: found.end()], self.shown[found.end() :]
-        return before
-
-    def _read(self) -> str:
-        text = os.read(self.master, 4096).decode(errors="replace")
-        print(text, end="")  # for a failure's report
-        return text
-
-    def exit_code(self) -> int:
-        try:
-            while os.read(self.master, 4096):
-                pass
-        except OSError:  # Linux: the other side is closed
-            pass
-        return self.process.wait(timeout=SECONDS)
-
-
 def test_ctrl_c_in_chat_stops_the_answer_and_keeps_the_conversation():
-    chat = Terminal("-q", "-n", "3000", "--thinking", "off", *GREEDY, *QUICK)
+    chat = Terminal("chat", "-q", "-n", "3000", "--thinking", "off", *GREEDY, *QUICK)
     chat.until(PROMPT)
     chat.press("abc\x03")
     chat.until("Ctrl-C again, Ctrl-D or /exit leaves")

@@ -12,7 +12,7 @@ import pytest
 import qwen3_moe_jax as q3
 from qwen3_moe_jax import api, cli
 from qwen3_moe_jax.cli import COMMANDS, main
-from qwen3_moe_jax.commands import generate
+from qwen3_moe_jax.commands import common, generate
 from qwen3_moe_jax.core.errors import OutputFileError
 from qwen3_moe_jax.core.exit_codes import MEANINGS, ExitCode
 from qwen3_moe_jax.core.output_file import open_output, save_arrays
@@ -168,7 +168,7 @@ def test_an_empty_name_is_refused_from_python_too():
     [
         (("genrate", "x"), "there is no command 'genrate'; did you mean generate?"),
         (("run",), "did you mean chat?"),
-        (("qqqq",), "generate, chat, serve, perplexity"),
+        (("qqqq",), "generate, chat, "),
         (("generate", "x", "--temprature", "1"), "--temprature 1; did you mean --temperature"),
         (("inspect", "--tensor"), "did you mean --tensors?"),
         (("generate", "x", "--max-tokens"), "--max-tokens expected one argument"),
@@ -349,3 +349,82 @@ def test_rates_leave_compilation_out(monkeypatch):
     assert (found.prompt_tokens_per_s, found.tokens_per_s, found.compile_s) == (100.0, 2.0, 15.0)
     assert found.first_text_s == 12.0
     assert "compiled 15.0 s" in found.in_words("length")
+
+
+# What generate is asked for beside text
+
+TOOL = {"name": "weather", "parameters": {"type": "object", "properties": {}}}
+
+
+def test_escapes_in_a_text_are_read():
+    read = common.options.escaped
+    assert read(r"a\nb\t\x41\u00e9\\n\d") == "a\nb\tAé\\n\\d"
+    assert read("\\ud800") == "\\ud800"
+    assert read("\\") == "\\"
+
+
+def test_a_stop_string_may_be_a_line_end(capsys):
+    assert main(["generate", "def f(x):", "--stop", r"\n", "-n", "40", "--json", "--temp", "0", *QUICK]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert "\n" not in found["text"]
+    assert (found["finish_reason"], found["new_tokens"] < 40) == ("stop", True)
+
+
+def test_json_has_tokens_and_their_probabilities(model, capsys):
+    ask = ["generate", "def f(x):", "-n", "4", "--json", "--logprobs", "--temp", "0"]
+    assert main([*ask, "--repetition-penalty", "1", *QUICK]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["prompt_token_ids"] == model.tokenizer.encode("def f(x):")
+    assert model.tokenizer.decode(found["token_ids"]) == found["text"]
+    ids = found["prompt_token_ids"] + found["token_ids"]
+    logits = model.logits(ids[:-1])[-4:].astype(float)
+    expected = (
+        logits.max(-1) - np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1)) - logits.max(-1)
+    )
+    np.testing.assert_allclose(found["logprobs"], expected, rtol=0, atol=1e-4)
+
+
+def test_control_tokens_of_a_plain_prompt_count_only_if_asked(model, capsys):
+    control = next(t for t in model.tokenizer.control_tokens if t.startswith("<|"))
+    counts = []
+    for options in ([], ["--special"]):
+        assert main(["generate", f"{control}x", "-n", "1", "--json", *options, *QUICK]) == 0
+        counts.append(json.loads(capsys.readouterr().out)["prompt_tokens"])
+    assert counts[1] == 2 < counts[0]
+
+
+def test_an_answer_begins_as_it_is_told_to(model, tmp_path, capsys):
+    (tmp_path / "tools.json").write_text(json.dumps({"tools": [TOOL]}))
+    (tmp_path / "chat.jinja").write_text("{{ tools | length }}|{{ messages[0].content }}|")
+    ask = ["generate", "hi", "--chat", "--prefill", "<|im_end|>So", "--json", "-n", "1", *QUICK]
+    files = ["--tools", str(tmp_path / "tools.json"), "--chat-template-file", str(tmp_path / "chat.jinja")]
+    assert main([*ask, *files]) == 0
+    ids = json.loads(capsys.readouterr().out)["prompt_token_ids"]
+    assert model.tokenizer.decode(ids) == "1|hi|<|im_end|>So"  # as text: decoding leaves control tokens out
+
+
+def test_a_prefill_may_hold_the_thinking():
+    opened = RenderedChat("a<think>\n")
+    assert opened.starts_in_reasoning
+    assert opened.with_prefill("Well").starts_in_reasoning
+    assert not opened.with_prefill("Well</think>").starts_in_reasoning
+    assert RenderedChat("a").with_prefill("<think>\nWell").starts_in_reasoning
+    assert not RenderedChat("a").with_prefill("Well").starts_in_reasoning
+    assert RenderedChat("a", (0,)).with_prefill("bc").inert == (0, 1, 2)
+
+
+@pytest.mark.parametrize(
+    ("args", "expected"),
+    [
+        (("x", "--tools", "/no/such"), "--tools /no/such cannot be read"),
+        (("x", "--chat", "--tools", "FILE"), "FILE has no list of function definitions"),
+        (("x", "--chat-template-file", "FILE"), "add --chat"),
+        (("x", "--chat", "--special"), "--special is for plain prompts"),
+        (("x", "--logprobs"), "add it"),
+    ],
+)
+def test_options_that_cannot_be_are_refused_before_the_load(args, expected, no_load, tmp_path, capsys):
+    file = tmp_path / "file"
+    file.write_text("{}")
+    assert main(["generate", *(str(file) if a == "FILE" else a for a in args)]) == ExitCode.USAGE
+    assert expected.replace("FILE", str(file)) in capsys.readouterr().err

@@ -1,0 +1,1 @@
+"""What ``qwen3-moe chat`` is made of: the editor, the screen, the conversation and its commands."""

@@ -1,0 +1,57 @@
+"""Commands in processes of their own: with pipes, or at a pseudo-terminal that a test types at."""
+
+import os
+import pty
+import re
+import subprocess
+import sys
+
+SECONDS = 120
+
+# A suite that runs in the background of a shell has SIGINT ignored, and children inherit that.
+START = (
+    "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    "from qwen3_moe_jax.cli import main; sys.exit(main(sys.argv[1:]))"
+)
+
+
+def start(*args: str, code: str = START, **options) -> subprocess.Popen:
+    pipes = {name: subprocess.PIPE for name in ("stdin", "stdout", "stderr")}
+    command = [sys.executable, "-u", "-c", code, *args]
+    return subprocess.Popen(command, **{**pipes, "text": True, **options})
+
+
+class Terminal:
+    """A command at a terminal of its own, driven by keys; ``shown`` is what was not matched yet."""
+
+    def __init__(self, *args: str, **environment: str):
+        self.master, slave = pty.openpty()
+        streams = {name: slave for name in ("stdin", "stdout", "stderr")}
+        code = f"import fcntl, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); {START}"
+        environment = {**os.environ, "TERM": "dumb", **environment}
+        self.process = start(*args, code=code, start_new_session=True, env=environment, **streams)
+        os.close(slave)
+        self.shown = ""
+
+    def press(self, keys: str) -> None:
+        os.write(self.master, keys.encode())
+
+    def until(self, pattern: str) -> str:
+        """What is shown up to and with a match; what comes later is left."""
+        while not (found := re.search(pattern, self.shown)):
+            self.shown += self._read()
+        before, self.shown = self.shown[: found.end()], self.shown[found.end() :]
+        return before
+
+    def _read(self) -> str:
+        text = os.read(self.master, 4096).decode(errors="replace")
+        print(text, end="")  # for a failure's report
+        return text
+
+    def exit_code(self) -> int:
+        try:
+            while os.read(self.master, 4096):
+                pass
+        except OSError:  # Linux: the other side is closed
+            pass
+        return self.process.wait(timeout=SECONDS)
