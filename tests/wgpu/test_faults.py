@@ -26,7 +26,7 @@ from tests.wgpu import gpu_work
         ("bad_token", (), "ValueError", ["4096"]),
         ("bad_expert", (), "ValueError", ["0 to 15"]),
         ("bad_stage", (), "ValueError", ["ffn_mope"]),
-        ("empty_forward", (), "ValueError", ["at least one token"]),
+        ("empty_forward", (), "ValueError", ["non-empty"]),
         ("bad_layer", (), "ValueError", ["0 to 5"]),
         ("closed", ("forward",), "ModelClosedError", ["closed", "load it again"]),
         ("closed", ("stream",), "ModelClosedError", ["closed"]),
