@@ -151,20 +151,6 @@ class Program:
         """Makes the program for these arguments without running it; arrays may be ``ShapeDtypeStruct``."""
         replay(self._get(*self._split(args, kwargs)).ran)
 
-    def fetch(self, *args: Any, **kwargs: Any) -> bool:
-        """As :meth:`prepare`, from memory or disk alone. Returns whether the program is there."""
-        static, dynamic = self._split(args, kwargs)
-        key = _memory_key(static, dynamic)
-        if key not in self._programs:
-            disk_key = self._disk_key_if_any(static, dynamic)
-            program = _load(disk_key) if disk_key else None
-            if program is None:
-                return False
-            with self._lock:
-                self._programs.setdefault(key, Future()).set_result(program)
-        replay(self._programs[key].result().ran)
-        return True
-
     def is_ready(self, *args: Any, **kwargs: Any) -> bool:
         """Whether a call with these arguments would wait for nothing."""
         static, dynamic = self._split(args, kwargs)
