@@ -17,7 +17,6 @@ import argparse
 import contextlib
 import os
 import re
-import sys
 import tempfile
 import time
 from collections import Counter
@@ -61,6 +60,7 @@ from qwen3_moe_jax.kernels_pallas.moe_mlp import kernel_sm90 as moe_mlp
 from qwen3_moe_jax.kernels_pallas.packed.stacks import Matrices
 from qwen3_moe_jax.kernels_pallas.quantized_matmul import kernel_sm90 as quantized_matmul
 from scripts import _hopper_batch, bench_prefill
+from scripts._captured import captured_output
 
 H100 = """
 gpu_device_info {
@@ -188,25 +188,6 @@ def compile_case(case: Case, sharding: SingleDeviceSharding) -> tuple[int, int]:
     return kernel.weight_slots, kernel.x_slots
 
 
-@contextlib.contextmanager
-def captured_stdout() -> Iterator[list[str]]:
-    """Lines that libraries write to the process' standard output and error meanwhile."""
-    lines: list[str] = []
-    sys.stdout.flush()
-    with tempfile.TemporaryFile("w+") as file:
-        kept = [os.dup(n) for n in (1, 2)]
-        for n in (1, 2):
-            os.dup2(file.fileno(), n)
-        try:
-            yield lines
-        finally:
-            for n, fd in zip((1, 2), kept, strict=True):
-                os.dup2(fd, n)
-                os.close(fd)
-            file.seek(0)
-            lines += file.read().splitlines()
-
-
 def ptxas_report(text: str) -> tuple[int, int, int]:
     """(registers, bytes spilled: stored, loaded), the most of any kernel; 0 where nothing is said."""
     patterns = (r"Used (\d+) registers", r"(\d+) bytes spill stores", r"(\d+) bytes spill loads")
@@ -225,7 +206,7 @@ def kernels(args: argparse.Namespace) -> int:
     for case in found:
         if args.only not in str(case):
             continue
-        with captured_stdout() as lines, as_on_h100():
+        with captured_output() as lines, as_on_h100():
             slots = compile_case(case, sharding)
         text = "\n".join(lines)
         used, spilled, _ = ptxas_report(text)
@@ -274,7 +255,7 @@ def decode(args: argparse.Namespace) -> int:
                 profile_decode.random_cache(config, batch, args.length, jnp.float16),
             )
         )
-        with captured_stdout() as lines:
+        with captured_output() as lines:
             traced = jax.jit(step, donate_argnums=(3,)).trace(*jax.tree.map(there, arguments))
             traced.lower(lowering_platforms=("cuda",)).compile()
         used, stores, loads = ptxas_report("\n".join(lines))

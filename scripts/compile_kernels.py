@@ -18,7 +18,6 @@ import re
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
@@ -35,6 +34,7 @@ from qwen3_moe_jax.kernels_pallas.decode_step import api
 from qwen3_moe_jax.kernels_pallas.decode_step.config import shared_memory_budget
 from qwen3_moe_jax.kernels_pallas.gpu import cards
 from qwen3_moe_jax.testing.decode_kernel import trace_step
+from scripts._captured import captured_output
 
 THREADS = 256
 """Of a block."""
@@ -84,25 +84,6 @@ def compiling_for(target: cards.Capability) -> Iterator[None]:
     """Mosaic makes code for the target: without a device it would take Hopper's."""
     with mock.patch("jax.experimental.mosaic.gpu.utils._infer_arch", return_value=target.number):
         yield
-
-
-@contextlib.contextmanager
-def captured_output() -> Iterator[list[str]]:
-    """What libraries write to the process' standard output and error meanwhile, as lines."""
-    lines: list[str] = []
-    sys.stdout.flush()
-    with tempfile.TemporaryFile("w+") as file:
-        kept = [os.dup(n) for n in (1, 2)]
-        for n in (1, 2):
-            os.dup2(file.fileno(), n)
-        try:
-            yield lines
-        finally:
-            for n, fd in zip((1, 2), kept, strict=True):
-                os.dup2(fd, n)
-                os.close(fd)
-            file.seek(0)
-            lines += file.read().splitlines()
 
 
 def ptxas_report(text: str) -> dict[str, int]:
