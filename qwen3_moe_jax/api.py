@@ -172,10 +172,9 @@ class Model:
         r = self._request(
             prompt, max_tokens, sampling, tools, thinking, prefill=prefill, special=special, **overrides
         )
-        options: dict[str, Any] = {"reuse": True} if reuse and self.runner.capabilities.prefixes else {}
         stop_ids = self.tokenizer.stop_ids
         tokens = self.runner.stream(
-            r.token_ids, max_tokens=r.max_tokens, sampling=r.sampling, stop_ids=stop_ids, **options
+            r.token_ids, max_tokens=r.max_tokens, sampling=r.sampling, stop_ids=stop_ids, reuse=reuse
         )
         return self._text_stream(r, tokens, stop)
 

@@ -238,7 +238,7 @@ class Clock:
     def figures(self, stream: TextStream) -> Figures:
         """The figures; without any text all time is that of reading."""
         began, first, end = self._marks[0], self._marks[1], self._marks[-1]
-        reused = getattr(self.runner, "reused_tokens", 0)
+        reused = self.runner.reused_tokens
         return Figures(
             stream.prompt_tokens,
             stream.new_tokens,

@@ -18,6 +18,7 @@ class OneAtATime:
     """The methods of ``Runner`` for several sequences, on a backend that runs one at a time."""
 
     capabilities = Capabilities()
+    reused_tokens = 0
 
     def open_batch(self: Runner, slots: int, *, context: int | None = None) -> Batch:
         """Raises BackendUnavailableError; see ``Runner.open_batch``."""

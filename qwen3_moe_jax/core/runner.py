@@ -70,8 +70,6 @@ class Capabilities:
       open_batch: many sequences share a forward pass.
       dequantized: weights can be read back as the backend's own code unpacks them.
       concurrent: forward passes, and one stream, may run at the same time.
-      prefixes: ``stream`` takes ``reuse``: a prompt that begins as the last one's prompt and text is read
-        from there. Keys and values are then those of its own way there: equal but for rounding.
     """
 
     beside: bool = False
@@ -79,7 +77,6 @@ class Capabilities:
     open_batch: bool = False
     dequantized: bool = False
     concurrent: bool = False
-    prefixes: bool = False
 
 
 class ForwardOptions(TypedDict, total=False):
@@ -181,6 +178,11 @@ class Runner(Protocol):
         ...
 
     @property
+    def reused_tokens(self) -> int:
+        """Tokens of the last stream's prompt that were in the cache already."""
+        ...
+
+    @property
     def is_closed(self) -> bool:
         """Whether ``close`` has been called."""
         ...
@@ -226,8 +228,17 @@ class Runner(Protocol):
         max_tokens: int,
         sampling: Sampling,
         stop_ids: Collection[int] = (),
+        reuse: bool = False,
     ) -> Iterator[int]:
         """Yields new token ids as they come; ends after max_tokens, or before one of stop_ids.
+
+        Args:
+          token_ids: the prompt.
+          max_tokens: at most this many new tokens.
+          sampling: how a token is chosen.
+          stop_ids: tokens that end the text.
+          reuse: a backend that can reads only what the prompt has beyond the last stream's prompt and text
+            (``reused_tokens``). Keys and values are then of another chunking: equal but for rounding.
 
         Raises:
           ContextOverflowError: the prompt leaves no room in the cache.

@@ -81,8 +81,9 @@ class JaxRunner:
     """
 
     name = "jax"
+    reused_tokens = 0
     capabilities = Capabilities(
-        beside=True, interventions=True, open_batch=True, dequantized=True, concurrent=True, prefixes=True
+        beside=True, interventions=True, open_batch=True, dequantized=True, concurrent=True
     )
 
     @own_settings()
@@ -130,7 +131,6 @@ class JaxRunner:
         model = Qwen3Moe(source.config, self.compute_dtype)
         self.decoder = choose(model, self.params, self.device, self.cache_dtype)
         self._spare: Batch | None = None
-        self.reused_tokens = 0
         self._spare_tokens: list[int] = []  # whose keys and values its row holds
         self._record = Record()
 

@@ -254,6 +254,7 @@ class ReferenceRunner(OneAtATime):
         max_tokens: int,
         sampling: Sampling,
         stop_ids: Collection[int] = (),
+        reuse: bool = False,
     ) -> Iterator[int]:
         tokens = checked_prompt(self, token_ids)
         return self._stream(tokens, max_tokens, Sampler(sampling, tokens), stop_ids)

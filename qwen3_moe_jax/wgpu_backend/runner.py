@@ -216,6 +216,7 @@ class WgpuRunner(OneAtATime):
         max_tokens: int,
         sampling: Sampling,
         stop_ids: Collection[int] = (),
+        reuse: bool = False,
     ) -> Iterator[int]:
         """As ``Runner.stream``. A newer request on this runner ends this one with a RuntimeError."""
         tokens = checked_prompt(self, token_ids).astype(np.uint32)

@@ -62,11 +62,11 @@ def test_an_interrupt_that_a_gc_callback_swallows_comes_again():
             press()
 
     def collect_and_wait():
+        gc.callbacks.append(callback)  # not before: a collection may come at any time
         gc.collect()
         assert pressed
         time.sleep(SECONDS)
 
-    gc.callbacks.append(callback)
     try:
         with interrupts.handled(), pytest.raises(KeyboardInterrupt):
             collect_and_wait()

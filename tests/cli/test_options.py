@@ -334,6 +334,7 @@ def test_notes_of_the_chat_are_shown_once(model, monkeypatch, capsys):
 def test_rates_leave_compilation_out(monkeypatch):
     class Runner:
         name = "none"
+        reused_tokens = 0
 
     times = iter([0.0, 12.0, 20.0])
     compiled = iter([0.0, 11.0, 15.0])
