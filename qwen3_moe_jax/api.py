@@ -13,15 +13,17 @@ from qwen3_moe_jax.convert.config import Qwen3MoeConfig
 from qwen3_moe_jax.convert.open_model import open_model
 from qwen3_moe_jax.convert.progress import ProgressCallback
 from qwen3_moe_jax.convert.source import ModelSource
+from qwen3_moe_jax.core.arguments import check_count, check_list, check_switch, check_text, wrong_kind
 from qwen3_moe_jax.core.errors import (
     BackendUnavailableError,
     ContextOverflowError,
+    KindError,
     ModelClosedError,
     NumericalError,
 )
 from qwen3_moe_jax.core.options import GenerateOptions, SamplingOptions, shows
 from qwen3_moe_jax.core.runner import Forward, ForwardOptions, Runner
-from qwen3_moe_jax.core.sampling import Sampling, check_number, random_seed, recommended_sampling
+from qwen3_moe_jax.core.sampling import Sampling, random_seed, recommended_sampling
 from qwen3_moe_jax.core.stages import STAGES
 from qwen3_moe_jax.measure.perplexity import DEFAULT_CONTEXT as DEFAULT_WINDOW
 from qwen3_moe_jax.measure.perplexity import Perplexity, measure_perplexity
@@ -29,7 +31,7 @@ from qwen3_moe_jax.parity.gate import check_once
 from qwen3_moe_jax.text.answer import Answer
 from qwen3_moe_jax.text.chat_template import find_template, render_chat, special_tokens
 from qwen3_moe_jax.text.rendered_chat import RenderedChat
-from qwen3_moe_jax.text.request import Request, whole
+from qwen3_moe_jax.text.request import Request, check_request, whole
 from qwen3_moe_jax.text.stream import StopStrings, TextStream
 from qwen3_moe_jax.text.tokenizer import StreamDecoder, Tokenizer
 
@@ -101,8 +103,12 @@ class Model:
           special: make control tokens of their names in a text (``<|fim_prefix|>``).
         """
         _ = self.runner  # a closed model says so
+        check_text("prefill", prefill)
+        check_switch("special", special)
         if isinstance(prompt, str):
             return self.tokenizer.encode(prompt + prefill, parse_special=special), None
+        if not isinstance(prompt, list | tuple):
+            raise wrong_kind("a prompt", prompt, "a text or a list of messages")
         chat = render_chat(
             self.chat_template or find_template(self.source.metadata),
             prompt,
@@ -191,10 +197,7 @@ class Model:
         **overrides: float | None,
     ) -> Request:
         """What ``open_stream`` is asked for, checked."""
-        if max_tokens is not None:
-            check_number("max_tokens", max_tokens)
-            if max_tokens < 1:
-                raise ValueError(f"max_tokens is {max_tokens}; it must be at least 1")
+        check_request(max_tokens, sampling, tools, thinking, overrides)
         if sampling is None:
             sampling = self.sampling(thinking=thinking, **overrides)
         elif overrides:
@@ -252,7 +255,8 @@ class Model:
           NumericalError: logits of a prompt were not finite.
         """
         if isinstance(prompts, str | bytes):
-            raise ValueError("prompts is one text: give a list of prompts")
+            raise KindError("prompts is one text: give a list of prompts")
+        prompts = check_list("prompts", prompts)
         if options.get("sampling") is None and options.get("seed") is None:
             options["seed"] = random_seed()
         run = self.runner.generate_batch
@@ -303,6 +307,7 @@ class Model:
           stride: None scores the second half of each window, as llama-perplexity does; a number is
             Hugging Face's strided recipe.
         """
+        check_text("text", text)
         return measure_perplexity(self.runner, self.tokenizer, text, context=context, stride=stride)
 
     def verify(
@@ -322,6 +327,7 @@ class Model:
         """
         from qwen3_moe_jax.parity import verify
 
+        clauses = check_list("clauses", clauses)
         options: dict[str, Any] = {"text_tokens": text_tokens, "clauses": clauses or None}
         options |= {"progress": progress, "begins": begins}
         given = {key: value for key, value in options.items() if value is not None}
@@ -341,7 +347,8 @@ class Model:
         """
         from qwen3_moe_jax.inspection import trace
 
-        return trace.trace(self.runner, self._some_ids(prompt), stages or tuple(STAGES), **options)
+        wanted = check_list("stages", stages or ()) or tuple(STAGES)
+        return trace.trace(self.runner, self._some_ids(prompt), wanted, **options)
 
     def bisect(self, prompt: str | Messages | None = None) -> "Departure | None":
         """The first stage that departs from the reference, with its cause; None for a right backend."""
@@ -355,6 +362,8 @@ class Model:
         """How often every expert of every layer is chosen; ``.save_picture`` draws it layer by expert."""
         from qwen3_moe_jax.inspection import experts
 
+        if window is not None:
+            check_count("window", window)
         ids = self._some_ids(text)
         name = str(self.source.metadata.get("general.name", self.source.path.name))
         shown = text[:200] if isinstance(text, str) else ""
@@ -439,11 +448,16 @@ def load(
 
     Raises:
       ModelFileError: the file cannot be used.
-      ValueError: an empty path, or an argument that does not exist.
+      KindError: an argument is of a wrong kind.
+      ValueError: an empty path, or a value that does not exist.
       MemoryPlanError: the model does not fit the memory.
       BackendUnavailableError: the backend cannot run on this machine, or (strict) only in part.
       ParityError: the backend's logits are wrong on this machine.
     """
+    check_switch("gate", gate)
+    check_switch("strict", strict)
+    if progress is not None and not callable(progress):
+        raise wrong_kind("progress", progress, "a function")
     found = loader.model_path(path)
     chosen, reason, fallbacks = loader.choose_backend() if backend == "auto" else (backend, "as asked", ())
     if strict and fallbacks:

@@ -9,9 +9,9 @@ from typing import Literal, NamedTuple
 from qwen3_moe_jax.convert.manifest import MANIFEST_NAME
 from qwen3_moe_jax.convert.progress import ProgressCallback
 from qwen3_moe_jax.convert.source import ModelSource
+from qwen3_moe_jax.core.arguments import check_number, check_text, wrong_kind
 from qwen3_moe_jax.core.errors import BackendUnavailableError, OptionError
 from qwen3_moe_jax.core.runner import Runner
-from qwen3_moe_jax.core.sampling import check_number
 from qwen3_moe_jax.hub import names
 from qwen3_moe_jax.hub.listing import files_in
 from qwen3_moe_jax.machine.headroom import MAIN_MEMORY, Headroom, available_memory, main_memory
@@ -56,12 +56,15 @@ def model_path(path: str | os.PathLike[str] | None, *, quiet: bool = False) -> P
       quiet: a download says nothing.
 
     Raises:
-      ValueError: the path is empty, as a variable that is not set is, or names nothing.
+      KindError: the path is no text and no path.
+      ValueError: it is empty, as a variable that is not set is, or names nothing.
       HubError, MemoryPlanError, OutputFileError: as ``hub.pull.pull``.
     """
     if path is None:
         return embedded_model()
-    text = os.fspath(path)
+    if not isinstance(path, str | os.PathLike):
+        raise wrong_kind("the model's path", path, "a text or a path")
+    text = os.fsdecode(path)
     if not text:
         raise ValueError("the model's path is empty (a variable that is not set?): name a .gguf file")
     found = Path(os.path.expanduser(text))
@@ -164,6 +167,8 @@ def make_runner(
         raise ValueError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
     if kv_cache not in (None, *KV_CACHES):
         raise ValueError(f"kv_cache {kv_cache!r} is not one of {', '.join(KV_CACHES)}")
+    if adapter is not None:
+        check_text("adapter", adapter)
     if kv_cache is not None and backend != "jax":
         raise BackendUnavailableError(f"the {backend} backend chooses its KV cache: leave out kv_cache")
     most = source.config.max_position_embeddings

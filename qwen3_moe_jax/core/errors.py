@@ -77,5 +77,9 @@ class OptionError(ValueError):
     """An option or an argument has a value that it cannot have."""
 
 
+class KindError(TypeError, ValueError):
+    """An argument is of a kind that it cannot be: a TypeError, and a ValueError as every caller's mistake."""
+
+
 class OutputFileError(OSError):
     """A file that was asked for cannot be written; the message names it and says why."""

@@ -2,11 +2,13 @@
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from qwen3_moe_jax.convert.config import Qwen3MoeConfig
+from qwen3_moe_jax.core.arguments import check_count, check_list, check_number, wrong_kind
 from qwen3_moe_jax.core.errors import ContextOverflowError, ModelClosedError
 from qwen3_moe_jax.core.runner import Runner
 from qwen3_moe_jax.core.sampling import Sampling
@@ -60,17 +62,18 @@ def checked_forward(
     tokens = checked_ids(token_ids, config.vocab_size)
     if len(tokens) > runner.max_context:
         raise ContextOverflowError(len(tokens), runner.max_context)
-    unknown = sorted(set(capture) - STAGES.keys())
-    if unknown:
-        raise ValueError(f"no stage is named {unknown[0]!r}: choose from {', '.join(STAGES)}")
+    for stage in check_list("capture", capture):
+        check_stage(stage)
     every = tuple(range(config.num_hidden_layers))
-    chosen = every if layers is None else tuple(layers)
-    if not chosen or any(layer not in every for layer in chosen):
+    chosen = every if layers is None else check_list("layers", layers)
+    if not chosen or any(isinstance(layer, bool) or layer not in every for layer in chosen):
         raise ValueError(f"layers must be some of 0 to {every[-1]}, not {list(chosen)}")
-    if any(size < 1 for size in chunk_sizes):
-        raise ValueError(f"a chunk has at least one token: chunk_sizes is {tuple(chunk_sizes)}")
-    for row in beside:
+    for size in check_list("chunk_sizes", chunk_sizes):
+        check_count("a size of chunk_sizes", size)
+    for row in check_list("beside", beside):
         checked_ids(row, config.vocab_size)
+    for intervention in check_list("interventions", interventions):
+        _check_intervention(intervention, len(every))
     forced = None if expert_ids is None else _checked_experts(config, expert_ids, len(chosen), len(tokens))
     return ForwardRequest(
         tokens,
@@ -82,6 +85,24 @@ def checked_forward(
         tuple(beside),
         tuple(interventions),
     )
+
+
+def check_stage(stage: object) -> None:
+    """Raises ValueError for what is no name of ``stages.STAGES``."""
+    if not isinstance(stage, str) or stage not in STAGES:
+        raise ValueError(f"no stage is named {stage!r}: choose from {', '.join(STAGES)}")
+
+
+def _check_intervention(intervention: Any, num_layers: int) -> None:
+    """A change of a stage or a layer that is not there would change nothing, and nobody would know."""
+    if not callable(getattr(intervention, "change", None)):
+        raise wrong_kind("an intervention", intervention, "an Intervention")
+    check_stage(intervention.stage)
+    if intervention.layer is None:
+        return
+    check_number("an intervention's layer", intervention.layer)
+    if not 0 <= intervention.layer < num_layers:
+        raise ValueError(f"an intervention's layer must be 0 to {num_layers - 1}, not {intervention.layer}")
 
 
 def check_open(runner: Runner) -> None:
@@ -138,6 +159,8 @@ def _checked_experts(
     ids = np.asarray(expert_ids)
     if ids.shape != expected:
         raise ValueError(f"expert_ids has shape {ids.shape}, expected [L, T, X] = {expected}")
+    if not np.issubdtype(ids.dtype, np.integer):
+        raise ValueError(f"expert_ids must be integers, not {ids.dtype}")
     if ids.size and not 0 <= ids.min() <= ids.max() < config.num_experts:
         raise ValueError(f"expert_ids must be 0 to {config.num_experts - 1}")
     return ids.astype(np.int32)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields, replace
 from numbers import Integral, Real
 
 from qwen3_moe_jax.convert.errors import quote
+from qwen3_moe_jax.core.arguments import check_number
 
 MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-3, 100.0
 """Of a temperature that is not 0: outside, logits overflow float32 or are flat."""
@@ -61,17 +62,6 @@ class Sampling:
 def random_seed() -> int:
     """A seed that nobody chose."""
     return secrets.randbelow(SEEDS)
-
-
-def check_number(name: str, value: object, kind: type = Integral) -> None:
-    """Refuses what is no number: a text, a bool, or with ``Integral`` a float.
-
-    Raises:
-      ValueError: naming ``name`` and the value.
-    """
-    if isinstance(value, bool) or not isinstance(value, kind):
-        wanted = "an integer" if kind is Integral else "a number"
-        raise ValueError(f"{name} must be {wanted}, not {value!r}")
 
 
 def _check(sampling: Sampling, name: str, is_right: bool, wanted: str) -> None:

@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qwen3_moe_jax.core.stages import STAGES
+from qwen3_moe_jax.core.arguments import check_list, check_number
+from qwen3_moe_jax.core.runner_arguments import check_stage
 from qwen3_moe_jax.jax_backend.kv_cache import KVCache
 from qwen3_moe_jax.jax_backend.model import Intervention
 from qwen3_moe_jax.jax_backend.runner import JaxRunner
@@ -26,6 +27,7 @@ def ablate_expert(expert: int, layer: int | None = None) -> Intervention:
       expert: its id.
       layer: the layer, or None for every layer.
     """
+    check_number("expert", expert)
     return Intervention("ffn_moe_logits", partial(_without, experts=(expert,)), layer)
 
 
@@ -36,7 +38,10 @@ def force_experts(experts: Sequence[int], layer: int | None = None) -> Intervent
       experts: as many ids as the model uses per token, or more to choose among.
       layer: the layer, or None for every layer.
     """
-    return Intervention("ffn_moe_logits", partial(_only, experts=tuple(experts)), layer)
+    chosen = check_list("experts", experts)
+    for expert in chosen:
+        check_number("an expert", expert)
+    return Intervention("ffn_moe_logits", partial(_only, experts=chosen), layer)
 
 
 def steer(stage: str, vector: np.ndarray, layer: int | None = None, *, scale: float = 1.0) -> Intervention:
@@ -51,8 +56,7 @@ def steer(stage: str, vector: np.ndarray, layer: int | None = None, *, scale: fl
     Raises:
       ValueError: no such stage.
     """
-    if stage not in STAGES:
-        raise ValueError(f"there is no stage {stage!r}; there are {', '.join(STAGES)}")
+    check_stage(stage)
     added = jnp.asarray(vector, jnp.float32) * scale
     return Intervention(stage, lambda value: value + added.astype(value.dtype), layer)
 
@@ -86,6 +90,8 @@ def logit_gradient(
     if not isinstance(runner, JaxRunner):
         raise ValueError(f'the {runner.name} backend has no gradients: load(backend="jax") has')
     ids = np.asarray(token_ids, np.int32)
+    _check_index("token", token, 0, runner.config.vocab_size)
+    _check_index("position", position, -len(ids), len(ids))
     captured = runner.forward(ids, capture=(stage,)).stages
     if (stage, layer) not in captured or captured[stage, layer].dtype != np.float32:
         raise ValueError(
@@ -106,10 +112,26 @@ def logit_gradient(
     return float(value), np.asarray(gradient[0])
 
 
+def _check_index(name: str, value: int, least: int, end: int) -> None:
+    """JAX takes the nearest of what is there for an index that is not, in silence."""
+    check_number(name, value)
+    if not least <= value < end:
+        raise ValueError(f"{name} must be {least} to {end - 1}, not {value}")
+
+
 def _without(logits: jax.Array, experts: tuple[int, ...]) -> jax.Array:
+    _check_experts(experts, logits.shape[-1])
     return logits.at[..., jnp.asarray(experts)].set(-jnp.inf)
 
 
+def _check_experts(experts: tuple[int, ...], count: int) -> None:
+    """JAX leaves out an index that is not there, in silence."""
+    for expert in experts:
+        if not 0 <= expert < count:
+            raise ValueError(f"there is no expert {expert}: this model has 0 to {count - 1}")
+
+
 def _only(logits: jax.Array, experts: tuple[int, ...]) -> jax.Array:
+    _check_experts(experts, logits.shape[-1])
     kept = jnp.zeros(logits.shape[-1], bool).at[jnp.asarray(experts)].set(True)
     return jnp.where(kept, logits, -jnp.inf)

@@ -8,6 +8,7 @@ from typing import Any
 
 from qwen3_moe_jax.core.errors import BackendUnavailableError
 from qwen3_moe_jax.machine.folders import check_writable, writable_cache
+from qwen3_moe_jax.machine.xla_flags import check_xla_flags
 
 PLATFORMS_VARIABLE = "JAX_PLATFORMS"
 CARDS_VARIABLE = "CUDA_VISIBLE_DEVICES"
@@ -33,6 +34,7 @@ def jax_devices() -> list[Any]:
       BackendUnavailableError: JAX does not start; the line names the setting that is the cause.
     """
     set_memory_policy()
+    check_xla_flags()
     try:
         return _jax().devices()
     except Exception as error:  # a plugin that is broken, or absent, raises whatever it likes
@@ -42,8 +44,10 @@ def jax_devices() -> list[Any]:
 def why_jax_does_not_start(error: Exception) -> str:
     """One line: the platforms that are asked for, or what JAX says."""
     said = re.sub(r"\s+", " ", f"{error}" or type(error).__name__)[:300]
+    if variable := re.search(r"environment '(\w+)'", said):
+        return f"JAX does not start with {variable[1]} ({said}): correct {variable[1]} or unset it"
     wanted, origin = platforms_wanted()
-    if not wanted:
+    if wanted in ("", "cpu"):  # a processor is always there: something else is the cause
         return f"JAX does not start: {said}"
     return (
         f"JAX does not start with {origin}={wanted} ({said}): {advice_for(wanted)}unset it, or use "

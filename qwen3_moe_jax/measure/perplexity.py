@@ -28,6 +28,7 @@ from typing import Any
 
 import numpy as np
 
+from qwen3_moe_jax.core.arguments import check_number
 from qwen3_moe_jax.core.errors import NumericalError
 from qwen3_moe_jax.core.runner import Runner
 from qwen3_moe_jax.text.tokenizer import Tokenizer
@@ -112,6 +113,9 @@ class Perplexity:
 
 def check_windows(context: int, stride: int | None) -> None:
     """Raises ValueError for lengths that no text could be cut into."""
+    check_number("context", context)
+    if stride is not None:
+        check_number("stride", stride)
     if context < MIN_CONTEXT:
         raise ValueError(f"a context of {context} tokens: a window needs at least {MIN_CONTEXT}")
     if stride is not None and not 1 <= stride <= context:

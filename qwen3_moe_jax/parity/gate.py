@@ -8,8 +8,6 @@ What passed is remembered by file, code, backend and device.
 
 import hashlib
 import json
-import os
-import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +19,7 @@ from qwen3_moe_jax.core.code_version import code_version
 from qwen3_moe_jax.core.errors import ParityError
 from qwen3_moe_jax.core.runner import Runner
 from qwen3_moe_jax.machine.folders import writable_cache
+from qwen3_moe_jax.machine.remembered import remember, remembered
 from qwen3_moe_jax.parity.judge import FUSED_STAGES, Judgement, StageJudge
 
 TOKENS = 4
@@ -31,7 +30,6 @@ FEW_LAYERS = 8
 """A model of no more layers runs whole: its time is compilation, of a program that verify needs too."""
 
 CACHE_NAME = "gates.json"
-MAX_REMEMBERED = 1000
 
 
 @dataclass(frozen=True)
@@ -106,13 +104,13 @@ def check_once(runner: Runner, source: ModelSource, cache_dir: Path | None = Non
     folder = cache_dir or writable_cache()
     path = folder and folder / CACHE_NAME
     key = gate_key(runner, source)
-    if path and key in _remembered(path):
+    if path and key in remembered(path):
         return None
     result = inspect(runner, source)
     if result.departures:
         raise ParityError(_explain(runner, result.departures[0]))
     if path:
-        _remember(path, key)
+        remember(path, key)
     return result
 
 
@@ -130,24 +128,3 @@ def _explain(runner: Runner, departure: Judgement) -> str:
         f"the {runner.name} backend computes wrongly on this machine: {departure.where}{tensor} is the first "
         "stage that departs from the reference; `qwen3-moe bisect` names the cause, gate=False loads anyway"
     )
-
-
-def _remembered(path: Path) -> list[str]:
-    """Keys that have passed; an unreadable file has none."""
-    try:
-        keys = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return []
-    return [k for k in keys if isinstance(k, str)] if isinstance(keys, list) else []
-
-
-def _remember(path: Path, key: str) -> None:
-    """Adds a key; a cache that cannot be written only means that the check runs again."""
-    keys = [*_remembered(path), key][-MAX_REMEMBERED:]
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-            file.write(json.dumps(keys))
-        os.replace(file.name, path)
-    except OSError:
-        return

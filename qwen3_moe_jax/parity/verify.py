@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from qwen3_moe_jax.convert.source import ModelSource
+from qwen3_moe_jax.core.arguments import check_number
 from qwen3_moe_jax.core.code_version import code_version
 from qwen3_moe_jax.core.errors import MemoryPlanError, OptionError
 from qwen3_moe_jax.core.runner import Runner
@@ -163,6 +164,7 @@ def verify(
       ValueError: no runner, an unknown clause, or a text or context below MIN_TOKENS.
       MemoryPlanError: a backend does not fit, or leaves no room for the text's logits.
     """
+    check_number("text_tokens", text_tokens)
     contract = load_contract()
     unknown = set(clauses or ()) - contract.clauses.keys()
     if unknown or not runners:

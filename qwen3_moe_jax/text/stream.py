@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from qwen3_moe_jax.core.arguments import check_list
 from qwen3_moe_jax.text.tokenizer import StreamDecoder, Tokenizer
 
 THINK, END_THINK = "<think>", "</think>"
@@ -145,7 +146,7 @@ class StopStrings:
     """
 
     def __init__(self, stop: Sequence[str] | None = ()):
-        self._stops = (stop,) if isinstance(stop, str) else tuple(stop or ())
+        self._stops = (stop,) if isinstance(stop, str) else check_list("stop", () if stop is None else stop)
         for text in self._stops:
             if not isinstance(text, str) or not text:
                 raise ValueError(f"a stop string must be a text of at least one character, not {text!r}")

@@ -63,6 +63,15 @@ def test_an_error_without_a_setting_says_what_jax_says(monkeypatch):
     assert (found.level, found.advice) == ("problem", "pip install -U qwen3-moe-jax")
 
 
+def test_a_variable_that_jax_cannot_read_is_named_and_not_the_platform(monkeypatch):
+    monkeypatch.setattr(jax_devices, "platforms_wanted", lambda: ("cpu", "JAX_PLATFORMS"))
+    error = ValueError("invalid truth value 'foo' for environment 'JAX_ENABLE_X64'")
+    line = jax_devices.why_jax_does_not_start(error)
+    assert line.startswith("JAX does not start with JAX_ENABLE_X64 (invalid truth value 'foo'")
+    assert line.endswith("): correct JAX_ENABLE_X64 or unset it")
+    assert "JAX_PLATFORMS" not in jax_devices.why_jax_does_not_start(RuntimeError("no"))
+
+
 CARD = NvidiaGpu("NVIDIA H100", "580.1", "9.0", 80 << 30)
 
 

@@ -72,7 +72,7 @@ REFUSED = {
     "no stage is named 'l_outt'": {"capture": ("l_outt",)},
     "layers must be some of 0 to": {"layers": (0, 99)},
     "layers must be some of 0 to .* not \\[\\]": {"layers": ()},
-    "a chunk has at least one token": {"chunk_sizes": (4, 0)},
+    "a size of chunk_sizes is 0": {"chunk_sizes": (4, 0)},
     "expected \\[L, T, X\\]": {"expert_ids": np.zeros((1, 1, 1), np.int32)},
     "token id 999999 is not in 0..": {"token_ids": [1, 999999]},
     "token id -1 is not in 0..": {"token_ids": [-1]},

@@ -1,0 +1,29 @@
+"""Checks that passed, remembered between runs: a list of keys in a JSON file of the cache folder."""
+
+import json
+import os
+import tempfile
+from pathlib import Path
+
+MAX_REMEMBERED = 1000
+
+
+def remembered(path: Path) -> list[str]:
+    """Keys that have passed; an unreadable file has none."""
+    try:
+        keys: object = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError):
+        return []
+    return [key for key in keys if isinstance(key, str)] if isinstance(keys, list) else []
+
+
+def remember(path: Path, key: str) -> None:
+    """Adds a key; a cache that cannot be written only means that the check runs again."""
+    keys = [*remembered(path), key][-MAX_REMEMBERED:]
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
+            file.write(json.dumps(keys))
+        os.replace(file.name, path)
+    except OSError:
+        return
