@@ -1,7 +1,7 @@
 """Ops on packed arrays, used inside ``jit``: what each means in plain jnp, and its fast kernels.
 
 Importing the package registers ``PackedTensor`` as a JAX pytree. Every op takes
-``implementation=None | "xla" | "pallas"``: None may fall back to what runs
+``implementation=None | "xla" | "hopper" | "portable"``: None may fall back to what runs
 here, a named one runs or raises ``NotImplementedError``. Two ops are kernels alone:
 ``decode_layers``, and ``decode_step.api.decode_step``, whose import needs Mosaic GPU.
 """

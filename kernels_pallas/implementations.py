@@ -14,7 +14,7 @@ from qwen3_moe_jax.convert.ggml_types import GGMLType
 from qwen3_moe_jax.convert.packed import PackedTensor
 from qwen3_moe_jax.kernels_pallas.packed.stacks import Matrices, OneOf
 
-Implementation = Literal["xla", "pallas"]
+Implementation = Literal["xla", "hopper", "portable"]
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Ran:
       op: the op's name.
       types: quantization types of its packed arguments, without repeats.
       implementation: its name.
-      refused: what those before it said against these arguments, "pallas: the reason".
+      refused: what those before it said against these arguments, "hopper: the reason".
     """
 
     op: str
@@ -50,7 +50,7 @@ class Record:
         return bool(self._ran)
 
     def of_type(self, ggml_type: GGMLType) -> str | None:
-        """What multiplies by matrices of this type, "pallas" or "pallas and xla"; or None."""
+        """What multiplies by matrices of this type, "hopper" or "hopper and xla"; or None."""
         mine = [ran for ran in self if ggml_type in ran.types and ran.op != "embedding_lookup"]
         return " and ".join(sorted({ran.implementation for ran in mine})) or None
 
@@ -65,6 +65,25 @@ class Record:
 
 
 _records: ContextVar[tuple[Record, ...]] = ContextVar("records", default=())
+
+ANY = "any"
+"""No choice of kernels: the first implementation that does not refuse runs."""
+
+_kernels: ContextVar[str] = ContextVar("kernels", default=ANY)
+
+
+@contextmanager
+def using(kernels: str) -> Iterator[None]:
+    """Ops whose implementation is not named take this one, or "xla" where it refuses, meanwhile.
+
+    Args:
+      kernels: "hopper", "portable", "xla", or ANY.
+    """
+    token = _kernels.set(kernels)
+    try:
+        yield
+    finally:
+        _kernels.reset(token)
 
 
 @contextmanager
@@ -112,7 +131,7 @@ def run(
 
     Args:
       op: the op's name, for messages.
-      implementation: None, "xla" or "pallas".
+      implementation: None or a candidate's name.
       candidates: functions by name, in order of preference.
 
     Raises:
@@ -122,7 +141,7 @@ def run(
         raise NotImplementedError(f"{op}: {implementation=} (there is {', '.join(candidates)})")
     reasons: list[str] = []
     for name, function in candidates.items():
-        if implementation not in (None, name):
+        if name not in ((implementation,) if implementation else _allowed(candidates)):
             continue
         try:
             result = function(*args, **kwargs)
@@ -134,6 +153,12 @@ def run(
         note(op, name, args, reasons)
         return result
     raise NotImplementedError(f"{op}: no implementation takes these arguments: {'; '.join(reasons)}")
+
+
+def _allowed(candidates: Iterable[str]) -> tuple[str, ...]:
+    """Names of the candidates that the choice of kernels leaves."""
+    kernels = _kernels.get()
+    return tuple(candidates) if kernels == ANY else (kernels, "xla")
 
 
 def check_compute_dtype(dtype: DTypeLike) -> np.dtype:

@@ -25,6 +25,7 @@ from qwen3_moe_jax.core.options import GenerateOptions, SamplingOptions, shows
 from qwen3_moe_jax.core.runner import Forward, ForwardOptions, Runner
 from qwen3_moe_jax.core.sampling import Sampling, random_seed, recommended_sampling
 from qwen3_moe_jax.core.stages import STAGES
+from qwen3_moe_jax.machine.kernels import AUTO
 from qwen3_moe_jax.measure.perplexity import DEFAULT_CONTEXT as DEFAULT_WINDOW
 from qwen3_moe_jax.measure.perplexity import Perplexity, measure_perplexity
 from qwen3_moe_jax.parity.gate import check_once
@@ -422,6 +423,7 @@ def load(
     max_context: loader.Context = None,
     dtype: str | None = None,
     kv_cache: str | None = None,
+    kernels: str = AUTO,
     adapter: str | None = None,
     gate: bool = True,
     strict: bool = False,
@@ -439,6 +441,7 @@ def load(
       dtype: "float32" or "bfloat16" operands (jax); None is bfloat16 on a GPU, float32 on the CPU.
       kv_cache: "float32", "float16", "bfloat16" or "int8" keys and values (jax); None is float16 on a
         GPU, float32 on the CPU. int8 takes about a quarter of float32's memory.
+      kernels: "hopper", "portable" or "xla" (jax); "auto" is the fastest that the device has.
       adapter: part of a WebGPU adapter's name (wgpu).
       gate: check a few tokens against the reference when this backend first
         meets this file (remembered afterwards).
@@ -459,7 +462,9 @@ def load(
     if progress is not None and not callable(progress):
         raise wrong_kind("progress", progress, "a function")
     found = loader.model_path(path)
-    chosen, reason, fallbacks = loader.choose_backend() if backend == "auto" else (backend, "as asked", ())
+    chosen, reason, fallbacks = (
+        loader.choose_backend(kernels) if backend == "auto" else (backend, "as asked", ())
+    )
     if strict and fallbacks:
         raise BackendUnavailableError(f"strict: {fallbacks[0]}")
     with ExitStack() as undo:
@@ -470,6 +475,7 @@ def load(
             max_context=max_context,
             dtype=dtype,
             kv_cache=kv_cache,
+            kernels=kernels,
             adapter=adapter,
             progress=progress,
         )

@@ -16,6 +16,7 @@ from qwen3_moe_jax.hub import names
 from qwen3_moe_jax.hub.listing import files_in
 from qwen3_moe_jax.machine.headroom import MAIN_MEMORY, Headroom, available_memory, main_memory
 from qwen3_moe_jax.machine.jax_devices import jax_devices
+from qwen3_moe_jax.machine.kernels import AUTO, CHOICES, capability_of, is_before_ampere
 from qwen3_moe_jax.machine.memory import MIN_CONTEXT, MemoryPlan
 from qwen3_moe_jax.machine.nvidia import nvidia_gpus
 from qwen3_moe_jax.machine.probe import cards_are_hidden_by
@@ -108,21 +109,34 @@ class Choice(NamedTuple):
     fallbacks: tuple[str, ...] = ()
 
 
-def choose_backend() -> Choice:
-    """An NVIDIA GPU through JAX; else a hardware WebGPU adapter; else JAX on the CPU."""
+def choose_backend(kernels: str = AUTO) -> Choice:
+    """An NVIDIA GPU through JAX; else a hardware WebGPU adapter; else JAX on the CPU.
+
+    A GPU before Ampere has no kernels: a hardware WebGPU adapter is faster than XLA's operations.
+
+    Args:
+      kernels: one of ``machine.kernels.CHOICES``; a named one is JAX's.
+    """
+    if kernels != AUTO:
+        return Choice("jax", f"kernels {kernels} are asked for")
     why, fallbacks = "no NVIDIA GPU", ()
     if nvidia_gpus():
         hidden = cards_are_hidden_by()
         if hidden:
             why = f"the NVIDIA GPU is hidden by {hidden}"
         elif jax_sees_gpu():
-            return Choice("jax", "JAX sees an NVIDIA GPU")
+            capability = capability_of(jax_devices()[0])
+            if not is_before_ampere(capability):
+                return Choice("jax", "JAX sees an NVIDIA GPU")
+            why = f"the NVIDIA GPU, {capability}, is before Ampere (8.0): no kernels for it"
         else:
             why = "JAX does not see the NVIDIA GPU"
             fallbacks = (f"{why}: run `qwen3-moe doctor`",)
     hardware = [adapter for adapter in list_adapters() if not adapter.software]
     if hardware:
         return Choice("wgpu", f"{why}; WebGPU adapter {hardware[0].summary}", fallbacks)
+    if jax_sees_gpu():
+        return Choice("jax", f"{why}, and no WebGPU hardware", fallbacks)
     return Choice("jax", f"{why}, no WebGPU hardware", fallbacks)
 
 
@@ -141,6 +155,7 @@ def make_runner(
     max_context: Context = None,
     dtype: str | None = None,
     kv_cache: str | None = None,
+    kernels: str = AUTO,
     adapter: str | None = None,
     progress: ProgressCallback | None = None,
 ) -> Runner:
@@ -153,11 +168,12 @@ def make_runner(
       dtype: matrix operands on jax, one of DTYPES, or None for what suits the device; wgpu and
         reference compute in float32.
       kv_cache: dtype of the KV cache on jax, one of KV_CACHES, or None for what suits the device.
+      kernels: of the jax backend, one of ``machine.kernels.CHOICES``.
       adapter: part of a WebGPU adapter's name.
       progress: told how far loading is.
 
     Raises:
-      ValueError: an unknown backend or dtype.
+      ValueError: an unknown backend, dtype or name of kernels.
       OptionError: a context that the model does not have.
       BackendUnavailableError: the backend cannot run here.
     """
@@ -171,6 +187,10 @@ def make_runner(
         check_text("adapter", adapter)
     if kv_cache is not None and backend != "jax":
         raise BackendUnavailableError(f"the {backend} backend chooses its KV cache: leave out kv_cache")
+    if kernels not in CHOICES:
+        raise ValueError(f"kernels {kernels!r} is not one of {', '.join(CHOICES)}")
+    if kernels != AUTO and backend != "jax":
+        raise BackendUnavailableError(f"the {backend} backend has kernels of its own: leave out kernels")
     most = source.config.max_position_embeddings
     if max_context == "fit":
         max_context = fitting_context(source, backend, kv_cache)
@@ -180,7 +200,7 @@ def make_runner(
     max_context = int(max_context)
     if not 1 < max_context <= most:
         raise OptionError(f"a context of {max_context} tokens: this model takes from 2 to {most}")
-    return _MAKERS[backend](source, max_context, dtype, kv_cache, adapter, progress)
+    return _MAKERS[backend](source, max_context, dtype, kv_cache, kernels, adapter, progress)
 
 
 def fitting_context(source: ModelSource, backend: str, kv_cache: str | None = None) -> int:
@@ -216,22 +236,27 @@ def _place_of_cache(backend: str, kv_cache: str | None) -> tuple[Headroom | None
     return available_memory(device), ITEM_BYTES[kv_cache or default]
 
 
-def _make_jax(source, max_context, dtype, kv_cache, _adapter, progress) -> Runner:
+def _make_jax(source, max_context, dtype, kv_cache, kernels, _adapter, progress) -> Runner:
     from qwen3_moe_jax.jax_backend.runner import JaxRunner
 
     return JaxRunner(
-        source, max_context=max_context, compute_dtype=dtype, cache_dtype=kv_cache, progress=progress
+        source,
+        max_context=max_context,
+        compute_dtype=dtype,
+        cache_dtype=kv_cache,
+        kernels=kernels,
+        progress=progress,
     )
 
 
-def _make_wgpu(source, max_context, dtype, _kv_cache, adapter, progress) -> Runner:
+def _make_wgpu(source, max_context, dtype, _kv_cache, _kernels, adapter, progress) -> Runner:
     _only_float32("wgpu", dtype)
     from qwen3_moe_jax.wgpu_backend.runner import WgpuRunner
 
     return WgpuRunner(source, max_context=max_context, adapter=adapter, progress=progress)
 
 
-def _make_reference(source, max_context, dtype, _kv_cache, _adapter, _progress) -> Runner:
+def _make_reference(source, max_context, dtype, _kv_cache, _kernels, _adapter, _progress) -> Runner:
     _only_float32("reference", dtype)
     from qwen3_moe_jax.reference import ReferenceRunner
 

@@ -21,4 +21,4 @@ error = np.abs(y - truth).max() / np.abs(truth).max()
 print(f"largest relative error: {error:.0e}")
 assert error < 1e-5
 
-# On a Hopper GPU, implementation="pallas" takes weights in layout gpu_tiles, and runs or says why not.
+# On a Hopper GPU, implementation="hopper" takes weights in layout gpu_tiles, and runs or says why not.

@@ -50,7 +50,7 @@ def attention(
         scales = scales and (scales[0][None], scales[1][None])
     _check_shapes(q, k_cache, v_cache, positions, slots, scales)
     arrays = (jnp.asarray(a) for a in (q, k_cache, v_cache, positions))
-    candidates = {"pallas": OnHopper("attention"), "xla": xla.attention}
+    candidates = {"hopper": OnHopper("attention"), "xla": xla.attention}
     layer = jnp.asarray(0 if layer is None else layer, jnp.int32)
     return implementations.run("attention", implementation, candidates, *arrays, layer, slots, scales)
 

@@ -60,7 +60,7 @@ def decode_layers(
       NotImplementedError: :func:`reason_against` says why.
     """
     require_hopper()
-    implementations.note("decode_layers", "pallas", table.stacks.values())
+    implementations.note("decode_layers", "hopper", table.stacks.values())
     return import_kernels(_KERNELS).decode_layers(
         x,
         table,

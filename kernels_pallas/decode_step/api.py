@@ -175,7 +175,9 @@ def _splits(blocks: int, kv_heads: int) -> int:
     return max(1, min(step.WARPGROUPS * blocks // kv_heads, step.MAX_SPLITS))
 
 
-def check(config: Any, params: Mapping[str, Any], batch: int, device: Any = None) -> None:
+def check(
+    config: Any, params: Mapping[str, Any], batch: int, device: Any = None, kernels: str | None = None
+) -> None:
     """Raises NotImplementedError unless the kernel runs this model on this device, with weights that lie so.
 
     Args:
@@ -183,12 +185,13 @@ def check(config: Any, params: Mapping[str, Any], batch: int, device: Any = None
       params: the model's parameters, or their shapes; see :func:`decode_step`.
       batch: sequences that are decoded together.
       device: a ``jax.Device``; None does not ask for one.
+      kernels: as ``Device.of``.
     """
     weights = StepWeights.of(params)
     check_supported(config, weights.types, batch)
     if device is not None:
         check_device(device)
-        kernel_batch(config, Device.of(device))
+        kernel_batch(config, Device.of(device, kernels))
     for role, stacks in weights.stacks.items():
         for stack in stacks:
             _require(stack.layout == GPU_TILES, f"layout of {role}", stack.layout, f"need {GPU_TILES}")
@@ -249,6 +252,7 @@ def decode_step(
     expert_ids: jax.Array | None = None,
     active: jax.Array | None = None,
     device: Device | None = None,
+    kernels: str | None = None,
 ) -> StepOutput:
     """Decodes one token of every sequence. Call inside ``jit``, with the cache donated.
 
@@ -265,16 +269,19 @@ def decode_step(
       active: bool [B], whose results are wanted; None for all. Where none of a kernel's sequences is, it
         ends at once: logits are then anything, and the cache is as it was.
       device: the grid; None takes the default device's multiprocessors.
+      kernels: without ``device``, as ``Device.of``.
 
     Raises:
       NotImplementedError: a shape or type that the kernel does not support.
     """
-    device = device or Device.of(jax.devices()[0], cores=multiprocessors())
+    device = device or Device.of(jax.devices()[0], kernels, multiprocessors())
     (batch,) = token_ids.shape
     replay = expert_ids is not None
     weights = StepWeights.of(params)
     whole = step_config(weights, config, batch, k, device, replay=replay)
-    implementations.note("decode_step", "pallas", (s for stacks in weights.stacks.values() for s in stacks))
+    implementations.note(
+        "decode_step", device.kernels, (s for stacks in weights.stacks.values() for s in stacks)
+    )
     x = embedding_lookup(params["embed_tokens"], token_ids)
     rope = jnp.stack(rope_tables(positions, whole.head_dim, config.rope_theta, config.rope_scaling), axis=1)
     k_cache, v_cache = jax.new_ref(k), jax.new_ref(v)

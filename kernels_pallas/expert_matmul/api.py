@@ -48,7 +48,7 @@ def expert_matmul(
     return implementations.run(
         "expert_matmul",
         implementation,
-        {"pallas": OnHopper("expert_matmul"), "xla": partial(switch_types, xla.expert_matmul)},
+        {"hopper": OnHopper("expert_matmul"), "xla": partial(switch_types, xla.expert_matmul)},
         jnp.asarray(x),
         as_matrices(w),
         jnp.asarray(expert_ids),

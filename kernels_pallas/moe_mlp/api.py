@@ -80,7 +80,7 @@ def moe_mlp(
     return implementations.run(
         "moe_mlp",
         implementation,
-        {"pallas": OnHopper("moe_mlp"), "xla": partial(switch_types, xla.moe_mlp)},
+        {"hopper": OnHopper("moe_mlp"), "xla": partial(switch_types, xla.moe_mlp)},
         jnp.asarray(x),
         as_matrices(gate_proj),
         as_matrices(up_proj),

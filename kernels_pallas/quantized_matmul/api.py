@@ -43,7 +43,7 @@ def quantized_matmul(
     return implementations.run(
         "quantized_matmul",
         implementation,
-        {"pallas": OnHopper("quantized_matmul"), "xla": partial(switch_types, xla.quantized_matmul)},
+        {"hopper": OnHopper("quantized_matmul"), "xla": partial(switch_types, xla.quantized_matmul)},
         jnp.asarray(x),
         as_matrices(w),
         implementations.check_compute_dtype(compute_dtype),

@@ -5,12 +5,13 @@ from pathlib import Path
 
 from qwen3_moe_jax import loader
 from qwen3_moe_jax.commands import options
-from qwen3_moe_jax.commands.common import add_adapter, add_model
+from qwen3_moe_jax.commands.common import add_adapter, add_kernels, add_model, runner_options
 from qwen3_moe_jax.convert.open_model import open_model
 from qwen3_moe_jax.convert.source import ModelSource
 from qwen3_moe_jax.core import terminal
 from qwen3_moe_jax.core.errors import OptionError
 from qwen3_moe_jax.core.exit_codes import ExitCode
+from qwen3_moe_jax.core.runner import Runner
 from qwen3_moe_jax.inspection.trace import Trace, trace
 from qwen3_moe_jax.parity.bisect import Comparison, Departure, bisect, bisect_trace, compare
 from qwen3_moe_jax.parity.recorded import parity_text
@@ -39,6 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-p", "--prompt", type=options.text, help="the text to run (default: the text that verify uses)"
     )
+    add_kernels(parser)
     add_adapter(parser)
     parser.add_argument("--json", action="store_true", help="one JSON object")
 
@@ -50,12 +52,12 @@ def run(args: argparse.Namespace) -> int:
         tokenizer = Tokenizer(source.metadata, vocab_size=source.config.vocab_size)
         token_ids = tokenizer.encode(parity_text() if args.prompt is None else args.prompt)
         found = {
-            side: bisect(source, _runner(source, side, args.adapter), token_ids)
+            side: bisect(source, _runner(source, side, args), token_ids)
             if recorded is None
             else bisect_trace(source, recorded)
             for side, recorded in traces.items()
         }
-        parting = _parting(source, sides, traces, token_ids, args.adapter) if args.against else None
+        parting = _parting(source, sides, traces, token_ids, args) if args.against else None
     if args.json:
         data = {side: None if d is None else d.to_json() for side, d in found.items()}
         terminal.show_json({"departures": data, "parting": parting})
@@ -73,10 +75,11 @@ def _recorded(side: str) -> Trace | None:
     return Trace.load(side)
 
 
-def _runner(source: ModelSource, side: str, adapter: str | None):
+def _runner(source: ModelSource, side: str, args: argparse.Namespace) -> Runner:
     backend, _, dtype = side.partition(":")
     context = min(1024, source.config.max_position_embeddings)
-    return loader.make_runner(source, backend, max_context=context, dtype=dtype or "float32", adapter=adapter)
+    options = runner_options(backend, args)
+    return loader.make_runner(source, backend, max_context=context, dtype=dtype or "float32", **options)
 
 
 def _parting(
@@ -84,14 +87,14 @@ def _parting(
     sides: list[str],
     recorded: dict[str, Trace | None],
     token_ids: list[int],
-    adapter: str | None,
+    args: argparse.Namespace,
 ) -> list[dict[str, object]]:
     """How far two sides are apart at every stage, with the first one's experts replayed."""
     traces = [recorded[side] for side in sides]
     known = next((t for t in traces if t is not None), None)
     ids = token_ids[:40] if known is None else known.token_ids
-    first = traces[0] or trace(_runner(source, sides[0], adapter), ids)
-    other = traces[1] or trace(_runner(source, sides[1], adapter), ids, expert_ids=first.forward.expert_ids)
+    first = traces[0] or trace(_runner(source, sides[0], args), ids)
+    other = traces[1] or trace(_runner(source, sides[1], args), ids, expert_ids=first.forward.expert_ids)
     return [_row(c) for c in compare(first, other)]
 
 

@@ -1,15 +1,16 @@
 """What commands share: naming a model, loading it with a banner, sampling options."""
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qwen3_moe_jax import loader
 from qwen3_moe_jax.commands import options
 from qwen3_moe_jax.core import terminal
 from qwen3_moe_jax.core.sampling import Sampling, random_seed
 from qwen3_moe_jax.core.terminal import explain_if_slow, show_progress
+from qwen3_moe_jax.machine.kernels import AUTO, CHOICES
 
 if TYPE_CHECKING:
     from qwen3_moe_jax.api import Model
@@ -31,6 +32,21 @@ def add_adapter(parser: argparse._ActionsContainer) -> None:
     parser.add_argument(
         "--adapter", type=options.name, metavar="NAME", help="part of the WebGPU adapter's name (wgpu)"
     )
+
+
+def add_kernels(parser: argparse._ActionsContainer) -> None:
+    """--kernels alone."""
+    parser.add_argument(
+        "--kernels",
+        choices=CHOICES,
+        default=AUTO,
+        help="GPU kernels (jax): for Hopper GPUs, from Ampere on, or none (default: the fastest here)",
+    )
+
+
+def runner_options(backend: str, args: argparse.Namespace) -> dict[str, Any]:
+    """What ``add_kernels`` and ``add_adapter`` parsed, as far as a backend takes it."""
+    return {"adapter": args.adapter} | ({"kernels": args.kernels} if backend == "jax" else {})
 
 
 def add_context(parser: argparse._ActionsContainer, help: str, default: int | None = None) -> None:
@@ -55,6 +71,7 @@ def add_model_arguments(
         choices=loader.KV_CACHES,
         help="keys and values of the context (jax; default: by the device); int8 saves memory",
     )
+    add_kernels(group)
     add_context(group, context_help)
     add_adapter(group)
     group.add_argument("--no-gate", action="store_true", help="skip the check at a file's first load")
@@ -98,6 +115,7 @@ def load_model(
             max_context=args.context or context,
             dtype=args.dtype,
             kv_cache=args.kv_cache,
+            kernels=args.kernels,
             adapter=args.adapter,
             gate=not args.no_gate,
             strict=args.strict,
@@ -115,12 +133,18 @@ def banner(model: "Model") -> tuple[str, str]:
     kinds = ", ".join(sorted({t.name for t in source.types.values()}))
     facts = model.runner.describe()
     implementations = ", ".join(f"{t}: {i}" for t, i in facts["implementations"].items())
+    kernels = f"{facts['kernels']} kernels ({facts['kernels_reason']}), " if _on_gpu(facts) else ""
+    device = f"{facts['backend']} on {facts['device']} ({model.backend_reason})"
     return (
         f"{name}: {c.num_hidden_layers} layers, {c.num_experts} experts ({c.num_experts_per_tok} used), "
         f"{kinds}, {source.nbytes / 1e9:.3g} GB",
-        f"{facts['backend']} on {facts['device']} ({model.backend_reason}), {facts['compute_dtype']}, "
-        f"context {model.runner.max_context}, {implementations}",
+        f"{device}, {kernels}{facts['compute_dtype']}, context {model.runner.max_context}, {implementations}",
     )
+
+
+def _on_gpu(facts: Mapping[str, Any]) -> bool:
+    """Whether there was a choice of kernels."""
+    return "kernels" in facts and "(gpu)" in facts["device"]
 
 
 def compile_seconds(runner: "Runner") -> float:

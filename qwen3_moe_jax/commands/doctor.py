@@ -7,10 +7,13 @@ from qwen3_moe_jax import loader
 from qwen3_moe_jax.commands.common import add_context, add_model
 from qwen3_moe_jax.convert.errors import ModelFileError
 from qwen3_moe_jax.convert.open_model import open_model
+from qwen3_moe_jax.convert.source import ModelSource
 from qwen3_moe_jax.core import terminal
 from qwen3_moe_jax.core.exit_codes import ExitCode
 from qwen3_moe_jax.machine import probe as machine
+from qwen3_moe_jax.machine.estimate import MOST_TOKENS, SHARES, Place, place_on
 from qwen3_moe_jax.machine.jax_devices import jax_devices
+from qwen3_moe_jax.machine.kernels import AUTO, capability_of, choose_kernels, installed_jax
 from qwen3_moe_jax.machine.memory import MemoryPlan
 from qwen3_moe_jax.machine.probe import Diagnosis, Machine
 from qwen3_moe_jax.wgpu_backend.adapter import list_adapters
@@ -29,6 +32,7 @@ def run(args: argparse.Namespace) -> int:
     findings = machine.diagnose(facts)
     findings += judge_model(args.model, args.context, facts)
     findings += judge_decoding(args.model)
+    findings += expect_speed(args.model, facts)
     choice = loader.choose_backend()
     findings.append(Diagnosis("ok", "backend", f"auto is {choice.backend}: {choice.reason}"))
     if args.json:
@@ -62,8 +66,33 @@ def judge_decoding(path: str | None) -> list[Diagnosis]:
 
     try:
         with open_model(loader.model_path(path)) as source:
-            decoder = plan_decoding(source.config, dict(source.types), jax_devices()[0])
+            device = jax_devices()[0]
+            kernels = choose_kernels(AUTO, capability_of(device), installed_jax()).name
+            decoder = plan_decoding(source.config, dict(source.types), device, kernels)
     except ModelFileError:
         return []  # ``judge_model`` has told it
     ways = "; ".join(f"{name}: {what}" for name, what in decoder.describe().items())
     return [Diagnosis("ok" if decoder.is_batch_invariant else "note", "decoding", ways)]
+
+
+def expect_speed(path: str | None, facts: Machine) -> list[Diagnosis]:
+    """How fast one sequence of this model is written on each NVIDIA card: an estimate; reads no weights."""
+    cards = [] if facts.hidden_cards else facts.nvidia_gpus
+    if not cards:
+        return []
+    try:
+        with open_model(loader.model_path(path)) as source:
+            return [_expected(source, place_on(card)) for card in cards]
+    except ModelFileError:
+        return []
+
+
+def _expected(source: ModelSource, place: Place) -> Diagnosis:
+    rate, name = place.rate(source, 0), place.memory.where
+    if rate is None or place.bandwidth is None:
+        why = f"no memory speed is known for {name}" if place.bandwidth is None else "xla has no receipt"
+        return Diagnosis("note", "speed", f"{name}: no estimate ({why})", "run `qwen3-moe bench`")
+    how = f"{SHARES[place.way]:.2f} of {place.bandwidth / 1e12:.2f} TB/s"
+    text = f"{name}, {place.kernels} kernels: about {rate:,.0f} tokens/s, an estimate: {how}"
+    limit = ", and at most what launches allow" if rate >= MOST_TOKENS else ""
+    return Diagnosis("ok", "speed", f"{text}, the share that an H100 reached{limit}; `bench` measures it")

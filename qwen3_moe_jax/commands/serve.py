@@ -6,7 +6,7 @@ from pathlib import Path
 
 from qwen3_moe_jax import loader
 from qwen3_moe_jax.commands import options
-from qwen3_moe_jax.commands.common import add_adapter, add_context, add_model
+from qwen3_moe_jax.commands.common import add_adapter, add_context, add_kernels, add_model
 from qwen3_moe_jax.core.errors import OptionError
 
 EXAMPLES = """
@@ -42,6 +42,7 @@ def _add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--backend", choices=("auto", *loader.BACKENDS), default="auto")
     group.add_argument("--dtype", choices=loader.DTYPES, help="operands of matrix products (jax)")
     group.add_argument("--kv-cache", choices=loader.KV_CACHES, help="keys and values of the context (jax)")
+    add_kernels(group)
     add_adapter(group)
     group.add_argument("--no-gate", action="store_true", help="skip the check at a file's first load")
     group.add_argument("--no-warm-up", action="store_true", help="compile at the first requests instead")
@@ -174,6 +175,7 @@ def run(args: argparse.Namespace) -> int:
         backend=args.backend,
         dtype=args.dtype,
         kv_cache=args.kv_cache,
+        kernels=args.kernels,
         adapter=args.adapter,
         gate=not args.no_gate,
         context=args.context,

@@ -3,12 +3,13 @@
 import argparse
 import threading
 import time
+from collections.abc import Sequence
 from contextlib import closing
 from functools import partial
 
 from qwen3_moe_jax import loader
 from qwen3_moe_jax.commands import options
-from qwen3_moe_jax.commands.common import add_adapter, add_model
+from qwen3_moe_jax.commands.common import add_adapter, add_kernels, add_model, runner_options
 from qwen3_moe_jax.convert.open_model import open_model
 from qwen3_moe_jax.convert.source import ModelSource
 from qwen3_moe_jax.core import terminal
@@ -67,6 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=TARGETS,
         help="what to verify; may be given several times (default: reference, jax and jax:bfloat16)",
     )
+    add_kernels(parser)
     add_adapter(parser)
     parser.add_argument(
         "--tokens",
@@ -96,7 +98,7 @@ def run(args: argparse.Namespace) -> int:
         show_finding(finding, notes=args.json)
 
     with open_model(loader.model_path(args.model)) as source, closing(waits):
-        runners = unloaded_runners(source, args.backend or TARGETS[:3], args.adapter)
+        runners = unloaded_runners(source, args.backend or TARGETS[:3], args)
         report = verify(
             source,
             runners,
@@ -115,13 +117,13 @@ def run(args: argparse.Namespace) -> int:
     return ExitCode.DONE if report.passed else ExitCode.FAULT
 
 
-def unloaded_runners(source: ModelSource, targets: list[str], adapter: str | None) -> list[Unloaded]:
+def unloaded_runners(source: ModelSource, targets: Sequence[str], args: argparse.Namespace) -> list[Unloaded]:
     """One backend for each of ``targets`` ("jax:bfloat16"), loaded when it is needed."""
     context = min(DEFAULT_CONTEXT, source.config.max_position_embeddings)
     runners = []
     for target in dict.fromkeys(targets):
         backend, _, dtype = target.partition(":")
-        options = {"max_context": context, "dtype": dtype or "float32", "adapter": adapter}
+        options = {"max_context": context, "dtype": dtype or "float32", **runner_options(backend, args)}
         on_gpu = backend == "jax" and loader.jax_sees_gpu()
         runners.append(Unloaded(partial(loader.make_runner, source, backend, **options), context, on_gpu))
     return runners

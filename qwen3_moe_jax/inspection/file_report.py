@@ -145,7 +145,7 @@ def implementation(place: Place, type_name: str) -> str:
     """What is expected to multiply by matrices of a type."""
     if place.backend != "jax":
         return {"wgpu": "wgsl"}.get(place.backend, "numpy")
-    return "pallas" if place.on_gpu and type_name in PALLAS_TYPES else "xla"
+    return place.kernels if place.on_gpu and type_name in PALLAS_TYPES else "xla"
 
 
 def _at(source: ModelSource, place: Place, context: int) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from qwen3_moe_jax.jax_backend.model import OUTSIDE_LAYERS, Network, Output, Qwe
 from qwen3_moe_jax.jax_backend.params import GPU_ROLES, Params, Types, abstract_params, tiled_params
 from qwen3_moe_jax.kernels_pallas.decode_layers import api as decode_layers
 from qwen3_moe_jax.kernels_pallas.gpu import device as gpu
+from qwen3_moe_jax.kernels_pallas.implementations import ANY
 
 
 @struct.dataclass
@@ -157,6 +158,8 @@ class FewLaunches:
     is_one_launch: ClassVar[bool] = False
 
     def reason_on(self, device: Device, model: Qwen3Moe, params: Params) -> str | None:
+        if model.kernels not in ("hopper", ANY):
+            return f"it is made of the Hopper kernels, and {model.kernels} is chosen"
         return _refusal(gpu.require_hopper)
 
     def reason_against(
@@ -215,8 +218,10 @@ class OneKernel:
     is_one_launch: ClassVar[bool] = True
 
     def reason_on(self, device: Device, model: Qwen3Moe, params: Params) -> str | None:
+        if model.kernels == "xla":
+            return "it is a GPU kernel, and xla is chosen"
         return _refusal(lambda: _decode_step().check_device(device)) or _refusal(
-            lambda: _decode_step().check(model.config, params, 1, device)
+            lambda: _decode_step().check(model.config, params, 1, device, _named(model))
         )
 
     def reason_against(
@@ -251,8 +256,14 @@ class OneKernel:
             cache.v,
             expert_ids=None if expert_ids is None else expert_ids[:, :, 0],
             active=active,
+            kernels=_named(model),
         )
         return Step(out.logits[:, None], replace(cache, k=out.k, v=out.v), out.expert_ids[:, :, None], {})
+
+
+def _named(model: Qwen3Moe) -> str | None:
+    """The decode kernel's primitives that are chosen, or None."""
+    return None if model.kernels == ANY else model.kernels
 
 
 def _decode_step() -> ModuleType:
@@ -363,7 +374,8 @@ def choose(
     return Decoder(model, tuple(left), tuple(refused))
 
 
-def plan_decoding(config: Qwen3MoeConfig, types: Types, device: Device) -> Decoder:
+def plan_decoding(config: Qwen3MoeConfig, types: Types, device: Device, kernels: str = ANY) -> Decoder:
     """The ways that this model would have on a GPU with a runner's own dtypes; loads nothing."""
     params = tiled_params(abstract_params(config, types, GPU_ROLES))
-    return choose(Qwen3Moe(config, jnp.dtype(jnp.bfloat16)), params, device, jnp.float16)
+    model = Qwen3Moe(config, jnp.dtype(jnp.bfloat16), kernels=kernels)
+    return choose(model, params, device, jnp.float16)

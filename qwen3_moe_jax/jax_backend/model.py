@@ -21,9 +21,10 @@ Equations: Qwen3 technical report (arXiv 2505.09388); Transformers'
 ``modeling_qwen3_moe.py``.
 """
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +36,7 @@ from qwen3_moe_jax.convert.config import Qwen3MoeConfig
 from qwen3_moe_jax.convert.packed import PackedTensor
 from qwen3_moe_jax.core.stages import INSIDE_EXPERTS
 from qwen3_moe_jax.jax_backend.kv_cache import KVCache, Span, write_positions
+from qwen3_moe_jax.kernels_pallas import implementations
 
 OUTSIDE_LAYERS = frozenset({"inp_embd", "result_norm", "result_output"})
 """Stages that no layer has."""
@@ -85,6 +87,7 @@ class Qwen3Moe:
       interventions: changes of stages, in the order in which they are applied.
       capture: stages to show; those inside the fused operations make them unfused.
       layers: the layers to run, or None for all.
+      kernels: "hopper", "portable" or "xla", those that the operations take; "any" leaves it to them.
     """
 
     config: Qwen3MoeConfig
@@ -92,6 +95,7 @@ class Qwen3Moe:
     interventions: tuple[Intervention, ...] = ()
     capture: frozenset[str] = frozenset()
     layers: tuple[int, ...] | None = None
+    kernels: str = implementations.ANY
 
     def bind(self, params: Mapping[str, Any]) -> "Network":
         """The network with these weights (``params.load_params``)."""
@@ -100,6 +104,23 @@ class Qwen3Moe:
     def clone(self, **settings: Any) -> "Qwen3Moe":
         """The same with other settings."""
         return replace(self, **settings)
+
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _with_its_kernels(
+    method: "Callable[Concatenate[Network, P], R]",
+) -> "Callable[Concatenate[Network, P], R]":
+    """The method of a network; operations in it take the kernels of the network's settings."""
+
+    @functools.wraps(method)
+    def run(self: "Network", *args: P.args, **kwargs: P.kwargs) -> R:
+        with implementations.using(self.settings.kernels):
+            return method(self, *args, **kwargs)
+
+    return run
 
 
 class _Part(nnx.Module):
@@ -279,6 +300,7 @@ class Network(_Part):
     norm: jax.Array
     lm_head: PackedTensor
 
+    @_with_its_kernels
     def __call__(
         self,
         token_ids: jax.Array,
@@ -315,6 +337,7 @@ class Network(_Part):
             self.show(name, value)
         return Output(x, cache, chosen)
 
+    @_with_its_kernels
     def embed(
         self, token_ids: jax.Array, spans: Sequence[Span]
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
@@ -325,6 +348,7 @@ class Network(_Part):
         positions = _joined([span.positions for span in spans], token_ids.shape)
         return x, ops.rope_tables(positions, c.head_dim, c.rope_theta, c.rope_scaling)
 
+    @_with_its_kernels
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Logits float32 [B, T, V] of hidden [B, T, D]."""
         h = self.stage("result_norm", self.rms_norm(hidden, self.norm))

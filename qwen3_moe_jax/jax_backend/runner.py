@@ -56,6 +56,7 @@ from qwen3_moe_jax.kernels_pallas.gpu.device import ask_ptxas_once
 from qwen3_moe_jax.kernels_pallas.implementations import Record, recording
 from qwen3_moe_jax.machine.headroom import available_memory
 from qwen3_moe_jax.machine.jax_devices import enable_compilation_cache, jax_devices
+from qwen3_moe_jax.machine.kernels import AUTO, capability_of, choose_kernels
 from qwen3_moe_jax.machine.memory import MemoryPlan, check_slots, fitting_slots
 
 LAYER_STAGE_NAMES = frozenset(stage.name for stage in LAYER_STAGES)
@@ -78,6 +79,7 @@ class JaxRunner:
       params: the parameters, packed.
       reused_tokens: tokens of the last stream's prompt that were in the cache already.
       plan: the memory that it is expected to take.
+      kernels: those that it runs, and why.
     """
 
     name = "jax"
@@ -94,6 +96,7 @@ class JaxRunner:
         max_context: int | None = None,
         compute_dtype: Any = None,
         cache_dtype: Any = None,
+        kernels: str = AUTO,
         progress: ProgressCallback | None = None,
     ):
         """Loads the weights.
@@ -105,10 +108,11 @@ class JaxRunner:
             CPU and bfloat16 on a GPU, whose kernels take 16-bit operands.
           cache_dtype: of the KV cache: float32, float16, bfloat16 or int8 (with a float32 scale for
             each head's vector); None is float32 on the CPU and float16 on a GPU.
+          kernels: "hopper", "portable" or "xla"; "auto" takes the fastest that the device has.
           progress: told how far loading is.
 
         Raises:
-          BackendUnavailableError: JAX does not start.
+          BackendUnavailableError: JAX does not start, or the device does not run these kernels.
           MemoryPlanError: weights and cache do not fit the device.
         """
         if not programs.use_default_store():
@@ -118,6 +122,7 @@ class JaxRunner:
         self.max_context = source.config.max_position_embeddings if max_context is None else max_context
         self.device = jax_devices()[0]
         on_gpu = self.device.platform == "gpu"
+        self.kernels = choose_kernels(kernels, capability_of(self.device), jax.__version_info__)
         self.compute_dtype = jnp.dtype(compute_dtype or (jnp.bfloat16 if on_gpu else jnp.float32))
         self.cache_dtype = jnp.dtype(cache_dtype or (jnp.float16 if on_gpu else jnp.float32))
         self._types = dict(source.types)
@@ -128,7 +133,7 @@ class JaxRunner:
         self._batches: weakref.WeakSet[Batch] = weakref.WeakSet()
         if on_gpu:
             ask_ptxas_once()
-        model = Qwen3Moe(source.config, self.compute_dtype)
+        model = Qwen3Moe(source.config, self.compute_dtype, kernels=self.kernels.name)
         self.decoder = choose(model, self.params, self.device, self.cache_dtype)
         self._spare: Batch | None = None
         self._spare_tokens: list[int] = []  # whose keys and values its row holds
@@ -150,6 +155,8 @@ class JaxRunner:
         return {
             "backend": self.name,
             "device": f"{device.device_kind} ({device.platform})",
+            "kernels": self.kernels.name,
+            "kernels_reason": self.kernels.reason,
             "compute_dtype": self.compute_dtype.name,
             "cache_dtype": self.cache_dtype.name,
             "implementations": {t.name: found for t, found in implementations.items() if found},

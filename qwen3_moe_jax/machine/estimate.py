@@ -2,8 +2,10 @@
 
 Decoding is bound by the bytes that a token reads. A backend reaches a share of the memory's speed that was
 measured: on an H100 652 tokens/s of 1.92 GB are 0.37 of its data sheet's 3.35 TB/s (104 through Vulkan:
-0.06), on a CPU with 4 cores 5.2 tokens/s are 0.30 of a copy's speed. Small models are bound by launches
-instead: nothing is expected to be faster than ``MOST_TOKENS`` a second.
+0.06), on a CPU with 4 cores 5.2 tokens/s are 0.30 of a copy's speed. The portable kernel takes 37.2 us per
+layer where Hopper's takes 31.8 (docs/receipts/decode_portable_h100.json): 0.32. On a card that was not
+measured this is a guess; waits are a smaller part of the time where memory is slower. Small models are
+bound by launches instead: nothing is expected to be faster than ``MOST_TOKENS`` a second.
 """
 
 import functools
@@ -12,12 +14,13 @@ from dataclasses import dataclass
 from qwen3_moe_jax.convert.source import ModelSource
 from qwen3_moe_jax.machine.datasheets import peak_bandwidth
 from qwen3_moe_jax.machine.headroom import Headroom, main_memory
+from qwen3_moe_jax.machine.kernels import AUTO, choose_kernels, installed_jax
 from qwen3_moe_jax.machine.limits import copy_bandwidth, step_nbytes
-from qwen3_moe_jax.machine.nvidia import nvidia_gpus
+from qwen3_moe_jax.machine.nvidia import NvidiaGpu, nvidia_gpus
 from qwen3_moe_jax.machine.probe import cards_are_hidden_by
 
-SHARES = {("jax", True): 0.37, ("wgpu", True): 0.06, ("jax", False): 0.30}
-"""Of the memory's speed, by backend and by whether it is a GPU's."""
+SHARES = {"jax hopper": 0.37, "jax portable": 0.32, "wgpu": 0.06, "jax cpu": 0.30}
+"""Of the memory's speed, by :attr:`Place.way`; XLA's operations on a GPU have no receipt."""
 
 MOST_TOKENS = 1000.0
 """Tokens/s of one sequence that launches and the host allow on any machine."""
@@ -33,6 +36,7 @@ class Place:
       bandwidth: bytes/s; None where unknown.
       origin: of the bandwidth, in words.
       itemsize: bytes of a value in the KV cache.
+      kernels: on an NVIDIA GPU, one of ``machine.kernels.KERNELS``.
     """
 
     backend: str
@@ -40,27 +44,37 @@ class Place:
     bandwidth: float | None
     origin: str
     itemsize: int
+    kernels: str = "xla"
 
     @property
     def on_gpu(self) -> bool:
         """Whether it is a GPU: its KV cache is float16 there."""
         return self.itemsize == 2
 
+    @property
+    def way(self) -> str:
+        """What computes, as SHARES names it."""
+        if self.backend != "jax":
+            return self.backend
+        return f"jax {self.kernels if self.on_gpu else 'cpu'}"
+
     def rate(self, source: ModelSource, depth: int) -> float | None:
         """Expected tokens/s of one sequence with ``depth`` tokens in its cache; None where unknown."""
-        share = SHARES.get((self.backend, self.on_gpu))
+        share = SHARES.get(self.way)
         if self.bandwidth is None or share is None:
             return None
         return min(MOST_TOKENS, share * self.bandwidth / step_nbytes(source, self.itemsize, 1, depth))
 
 
+def _free_card() -> NvidiaGpu | None:
+    cards = [] if cards_are_hidden_by() else [card for card in nvidia_gpus() if card.free]
+    return max(cards, key=lambda c: c.free or 0, default=None)
+
+
 def free_card() -> Headroom | None:
     """The NVIDIA card with the most free memory; None where none can be used."""
-    cards = [] if cards_are_hidden_by() else [card for card in nvidia_gpus() if card.free]
-    if not cards:
-        return None
-    card = max(cards, key=lambda c: c.free or 0)
-    return Headroom(card.free, card.name)
+    card = _free_card()
+    return None if card is None else Headroom(card.free, card.name)
 
 
 def machine_memory() -> Headroom:
@@ -70,12 +84,19 @@ def machine_memory() -> Headroom:
 
 def place_of(backend: str) -> Place:
     """Where a backend is going to run; measures a CPU's memory speed once per process."""
-    card = free_card() if backend == "jax" else None
+    card = _free_card() if backend == "jax" else None
     if card is not None:
-        return Place(backend, card, peak_bandwidth(card.where), f"{card.where}'s data sheet", 2)
+        return place_on(card)
     if backend == "jax":
         return Place(backend, main_memory(), _measured(), "a copy in main memory, measured now", 4)
     return Place(backend, main_memory(), None, "not known", 2 if backend == "wgpu" else 4)
+
+
+def place_on(card: NvidiaGpu) -> Place:
+    """The jax backend on an NVIDIA card, with the fastest kernels that this has."""
+    kernels = choose_kernels(AUTO, card.capability, installed_jax()).name
+    memory = Headroom(card.free, card.name)
+    return Place("jax", memory, peak_bandwidth(card.name), f"{card.name}'s data sheet", 2, kernels)
 
 
 @functools.cache

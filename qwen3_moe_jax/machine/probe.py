@@ -10,14 +10,9 @@ from typing import Protocol
 from qwen3_moe_jax.core.errors import BackendUnavailableError, MemoryPlanError
 from qwen3_moe_jax.machine.headroom import Headroom, available_memory, main_memory
 from qwen3_moe_jax.machine.jax_devices import CARDS_VARIABLE, jax_devices, platforms_wanted
+from qwen3_moe_jax.machine.kernels import AUTO, KERNEL_JAX, choose_kernels
 from qwen3_moe_jax.machine.memory import MemoryPlan
 from qwen3_moe_jax.machine.nvidia import NvidiaGpu, nvidia_report
-
-KERNEL_JAX = (0, 11)
-"""The Pallas kernels are written for the Mosaic GPU API of this JAX version and later."""
-
-KERNEL_CAPABILITY = "9.0"
-"""Compute capability that the Pallas kernels are built for (Hopper)."""
 
 MIN_DRIVER = {"cuda12": 525, "cuda13": 580}
 """Oldest NVIDIA driver of each CUDA major version: https://docs.nvidia.com/deploy/cuda-compatibility."""
@@ -227,13 +222,11 @@ def _judge_card(gpu: NvidiaGpu, plugins: list[str], machine: Machine) -> Diagnos
             f"{what}: JAX does not see it (its devices: {', '.join(machine.jax_platforms) or 'none'})",
             "check JAX_PLATFORMS and CUDA_VISIBLE_DEVICES, then run `python -c 'import jax; jax.devices()'`",
         )
-    if gpu.capability and gpu.capability != KERNEL_CAPABILITY:
-        return Diagnosis(
-            "note",
-            "NVIDIA GPU",
-            f"{what}: the Pallas kernels are for sm_90 (H100, H200); the slower XLA operations run here",
-        )
-    return Diagnosis("ok", "NVIDIA GPU", what)
+    if not gpu.capability:
+        return Diagnosis("ok", "NVIDIA GPU", what)
+    chosen = choose_kernels(AUTO, gpu.capability, _version_numbers(machine.packages.get("jax", "")))
+    level = "note" if chosen.name == "xla" else "ok"
+    return Diagnosis(level, "NVIDIA GPU", f"{what}: {chosen.name} kernels ({chosen.reason})")
 
 
 def _judge_wgpu(machine: Machine) -> Diagnosis:

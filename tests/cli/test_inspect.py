@@ -82,7 +82,8 @@ def test_what_is_no_gguf_file_is_one_line(tmp_path, capsys):
 
 
 def test_what_runs_on_a_gpu():
-    gpu, cpu = (Place("jax", Headroom(None), None, "", size) for size in (2, 4))
-    assert implementation(gpu, "Q4_K") == "pallas"
+    gpu = Place("jax", Headroom(None), None, "", 2, "portable")
+    cpu = Place("jax", Headroom(None), None, "", 4)
+    assert implementation(gpu, "Q4_K") == "portable"
     assert implementation(gpu, "F16") == implementation(cpu, "Q4_K") == "xla"
     assert implementation(Place("wgpu", Headroom(None), None, "", 2), "Q4_K") == "wgsl"

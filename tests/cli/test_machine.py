@@ -56,8 +56,8 @@ def test_a_good_machine_has_no_problem():
         (
             replace(GOOD, nvidia_gpus=(replace(H100, name="NVIDIA A100", capability="8.0"),)),
             "NVIDIA GPU",
-            "note",
-            "sm_80",
+            "ok",
+            "sm_80: portable kernels",
             "",
         ),
         (CPU_ONLY, "NVIDIA GPU", "note", "none found", ""),

@@ -51,7 +51,7 @@ def test_the_estimate_is_the_measured_share_of_the_memorys_speed():
     class Source:
         pass
 
-    place = estimate.Place("jax", Headroom(None), 3.35e12, "", 2)
+    place = estimate.Place("jax", Headroom(None), 3.35e12, "", 2, "hopper")
     original = estimate.step_nbytes
     estimate.step_nbytes = lambda *_: 1.92e9
     try:

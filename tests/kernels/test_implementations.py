@@ -37,28 +37,28 @@ def test_a_shape_that_the_kernel_refuses_runs_in_xla_and_the_record_says_why(rng
     assert (ran.op, ran.types, ran.implementation) == ("quantized_matmul", (GGMLType.Q4_K,), "xla")
     assert "rows" in ran.refused[0]
     assert record.of_type(GGMLType.Q4_K) == "xla"
-    assert record.refusals()[0].startswith("quantized_matmul of Q4_K: xla; pallas: ")
+    assert record.refusals()[0].startswith("quantized_matmul of Q4_K: xla; hopper: ")
 
 
 def test_the_first_that_does_not_refuse_is_recorded():
     record = Record()
     with recording(record), recording() as inner:
-        assert run("op", None, {"pallas": refuse, "xla": lambda x: x + 1}, 1) == 2
-        assert run("op", "xla", {"pallas": refuse, "xla": lambda x: x}, 1) == 1
+        assert run("op", None, {"hopper": refuse, "xla": lambda x: x + 1}, 1) == 2
+        assert run("op", "xla", {"hopper": refuse, "xla": lambda x: x}, 1) == 1
     assert list(record) == list(inner)
-    assert list(record) == [Ran("op", (), "xla", ("pallas: no such shape",)), Ran("op", (), "xla")]
+    assert list(record) == [Ran("op", (), "xla", ("hopper: no such shape",)), Ran("op", (), "xla")]
     run("op", None, {"xla": lambda x: x}, 1)
     assert len(list(record)) == 2, "nobody records any more"
 
 
 def test_a_named_implementation_that_refuses_leaves_no_record():
     with recording() as record, pytest.raises(NotImplementedError, match="no such shape"):
-        run("op", "pallas", {"pallas": refuse, "xla": lambda x: x}, 1)
+        run("op", "hopper", {"hopper": refuse, "xla": lambda x: x}, 1)
     assert not record
-    with pytest.raises(NotImplementedError, match="pallas: no such shape; xla: no such shape"):
-        run("op", None, {"pallas": refuse, "xla": refuse}, 1)
+    with pytest.raises(NotImplementedError, match="hopper: no such shape; xla: no such shape"):
+        run("op", None, {"hopper": refuse, "xla": refuse}, 1)
     with pytest.raises(NotImplementedError, match="there is xla"):
-        run("op", "pallas", {"xla": refuse}, 1)
+        run("op", "hopper", {"xla": refuse}, 1)
 
 
 def test_a_jitted_program_is_recorded_while_it_is_traced(rng):
@@ -71,10 +71,10 @@ def test_a_jitted_program_is_recorded_while_it_is_traced(rng):
 def test_a_type_that_two_implementations_multiply_says_both():
     record = Record()
     q4 = (GGMLType.Q4_K,)
-    for ran in (Ran("moe_mlp", q4, "pallas"), Ran("quantized_matmul", q4, "xla")):
+    for ran in (Ran("moe_mlp", q4, "hopper"), Ran("quantized_matmul", q4, "xla")):
         record.add(ran)
     record.add(Ran("embedding_lookup", (GGMLType.Q6_K,), "xla"))
-    assert record.of_type(GGMLType.Q4_K) == "pallas and xla"
+    assert record.of_type(GGMLType.Q4_K) == "hopper and xla"
     assert record.of_type(GGMLType.Q6_K) is None, "a lookup multiplies by nothing"
 
 

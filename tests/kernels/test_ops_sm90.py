@@ -163,7 +163,7 @@ SECONDS_A_CALL = 120
 class TestHopper(OpCases):
     """The shared cases on the real kernels; shapes and types that they do not take are skipped."""
 
-    implementation, layout, dtypes = "pallas", GPU_TILES, (jnp.bfloat16,)
+    implementation, layout, dtypes = "hopper", GPU_TILES, (jnp.bfloat16,)
     # Weights have no other use in this layout, and the kernels no derivative.
     test_dequantization_is_bit_exact = test_embedding_lookup_is_bit_exact = None
     test_gradients = test_vmap_over_a_batch = test_matmul_in_tiles_of_rows = None
@@ -256,7 +256,7 @@ class TestHopper(OpCases):
         positions[:, -1] = S - 1
         positions[0, 0] = -1 if T > 1 else positions[0, 0]  # padding sees nothing
         expected = attention_oracle(*(np.asarray(a, np.float32) for a in (q, k, v)), positions)
-        actual = ops.attention(q, k, v, positions, implementation="pallas")
+        actual = ops.attention(q, k, v, positions, implementation="hopper")
         check(actual, expected, tolerances.ATTENTION_BFLOAT16_NMSE, shape)
 
 

@@ -34,7 +34,7 @@ def test_on_a_cpu_the_network_runs_as_it_is_defined(jax_runner):
     decoder = jax_runner.decoder
     assert decoder.paths == (LayerByLayer(),)
     assert [name for name, _ in decoder.refused] == NAMES[:2]
-    assert all("cpu" in reason or "JAX" in reason for _, reason in decoder.refused)
+    assert all("xla is chosen" in reason for _, reason in decoder.refused)
     facts = jax_runner.describe()
     assert list(facts["decode"]) == NAMES
     assert facts["decode"]["layer by layer"] == "everything else"
@@ -44,7 +44,8 @@ def test_on_a_cpu_the_network_runs_as_it_is_defined(jax_runner):
 def test_the_runner_says_what_ran(jax_runner):
     facts = jax_runner.describe()
     assert facts["implementations"] == {"F32": "xla", "Q4_K": "xla", "Q6_K": "xla"}
-    assert any(line.startswith("moe_mlp of Q4_K") and "pallas:" in line for line in facts["refused"])
+    assert (facts["kernels"], facts["refused"]) == ("xla", [])
+    assert "NVIDIA GPU" in facts["kernels_reason"]
 
 
 @pytest.fixture(scope="module")

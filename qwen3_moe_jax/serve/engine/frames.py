@@ -23,6 +23,7 @@ class Start(msgspec.Struct, tag=True):
     backend: str = "auto"
     dtype: str | None = None
     kv_cache: str | None = None
+    kernels: str = "auto"
     adapter: str | None = None
     gate: bool = True
     context: int | None = None

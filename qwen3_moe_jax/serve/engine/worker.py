@@ -79,6 +79,7 @@ class Engine:
             backend=start.backend,
             dtype=start.dtype,
             kv_cache=start.kv_cache,
+            kernels=start.kernels,
             adapter=start.adapter,
             gate=start.gate,
         )
