@@ -1,11 +1,12 @@
-"""decode_layers on Hopper GPUs: 12 launches per layer, and one per further type of v_proj and down_proj.
+"""decode_layers on Hopper GPUs: products and attention in kernels, what stands between them in XLA.
 
 Queries, keys and values are one product of the matrices that lie together in their stack. Between
 the products of ``gpu.grouped_matmul_sm90`` and the kernel of ``attention.kernel_sm90`` stand
-the steps of ``row_steps_triton``. All find the layer's weights by its number, on the device, in one
+the steps of ``row_steps``. The kernels find the layer's weights by its number, on the device, in one
 table. What experts add to a row is summed by the next layer's first step.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -18,7 +19,7 @@ from jax import lax
 from qwen3_moe_jax.convert.ggml_types import GGMLType
 from qwen3_moe_jax.convert.packed import ROWS
 from qwen3_moe_jax.kernels_pallas.attention import kernel_sm90 as attention
-from qwen3_moe_jax.kernels_pallas.decode_layers import row_steps_triton as steps
+from qwen3_moe_jax.kernels_pallas.decode_layers import row_steps as steps
 from qwen3_moe_jax.kernels_pallas.gpu.device import require_hopper
 from qwen3_moe_jax.kernels_pallas.gpu.grouped_matmul_config import (
     MAX_FEW_ROWS,
@@ -30,10 +31,12 @@ from qwen3_moe_jax.kernels_pallas.gpu.grouped_matmul_config import (
 from qwen3_moe_jax.kernels_pallas.gpu.grouped_matmul_sm90 import (
     grouped_matmul,
 )
-from qwen3_moe_jax.kernels_pallas.gpu.sorting import UsedExperts, dense_tiles
+from qwen3_moe_jax.kernels_pallas.gpu.sorting import dense_tiles
 from qwen3_moe_jax.kernels_pallas.packed.stacks import LayerTable, LayerTensor, Matrices
+from qwen3_moe_jax.kernels_pallas.quantized_matmul.xla import quantized_matmul
 
 _TILES = (32, MAX_FEW_ROWS)
+_ROUTER_TYPES = (GGMLType.F32, GGMLType.F16, GGMLType.BF16)
 _MIN_ROWS = 17
 """Fewer sequences are for ``decode_step``, or go layer by layer."""
 
@@ -50,17 +53,11 @@ def check(table: LayerTable, batch: int, cache: jax.Array, interpret: Any = None
     w = _Weights.of(table)
     kv_heads, head_dim = cache.shape[3:]
     heads = w.q_proj.shape[0] // head_dim
-    experts, columns = w.router.shape
-    powers = {"hidden_size": columns, "queries": w.q_proj.shape[0], "head_dim": head_dim}
-    powers |= {"experts": experts, "queries per KV head": heads // kv_heads}
-    for name, size in powers.items():
-        if size & (size - 1):
-            raise NotImplementedError(f"Triton's arrays have powers of two, and {name} is {size}")
-    if head_dim % 64 or heads // kv_heads > attention.ONE_QUERY.tile or columns % 512 or experts % 16:
-        raise NotImplementedError(f"heads of {head_dim}, {columns} columns or {experts} experts do not fit")
+    if head_dim % 64 or heads // kv_heads > attention.ONE_QUERY.tile:
+        raise NotImplementedError(f"{heads // kv_heads} heads of {head_dim} per KV head do not fit")
     router = w.router.options
-    if len(router) != 1 or router[0].type is not GGMLType.F32 or router[0].layout != ROWS:
-        raise NotImplementedError("the router's weights are not all float32")
+    if len(router) != 1 or router[0].type not in _ROUTER_TYPES or router[0].layout != ROWS:
+        raise NotImplementedError("the router's weights are not all of one type among F32, F16 and BF16")
     for tensor in (w.q_proj, w.v_proj, w.o_proj, w.down_proj):
         for option in range(len(tensor.options)):
             check_supported((_matrices(tensor, option),))
@@ -157,7 +154,7 @@ def decode_layers(
         results=tuple(jnp.zeros(shape, jnp.float32) for _ in weights.down_proj.options),
         cache_k=cache_k,
         cache_v=cache_v,
-        expert_ids=jnp.zeros((layers, tile, num_experts_per_tok), jnp.int32),
+        expert_ids=jnp.zeros((layers, rows, num_experts_per_tok), jnp.int32),
     )
     # A loop by hand: a scan's layer would be picked from an array, by a launch.
     last = lax.while_loop(
@@ -167,7 +164,7 @@ def decode_layers(
     )[1]
     results = last.results[weights.down_proj.which[-1]]
     out = last.x + sum((results[:, choice] for choice in range(1, results.shape[1])), results[:, 0])
-    return out, last.cache_k, last.cache_v, last.expert_ids[:, :rows]
+    return out, last.cache_k, last.cache_v, last.expert_ids
 
 
 class _Places(NamedTuple):
@@ -187,7 +184,7 @@ class _State(NamedTuple):
       x: float32 [B, D], without what the experts of the last layer add.
       results: float32 [B, X, D] for each type of down_proj; that of the last layer's is to be added.
       cache_k, cache_v: [L, C, S, K, H].
-      expert_ids: int32 [L, tile, X].
+      expert_ids: int32 [L, B, X].
     """
 
     x: jax.Array
@@ -213,7 +210,6 @@ class _Step:
     ):
         self.weights, self.places, self.rows, self.tile = weights, places, rows, tile
         self.eps, self.on_logits, self.interpret = eps, on_logits, interpret
-        self.plain = interpret is not None  # how Triton's kernels are interpreted
         w = weights
         self.order: list[tuple[int, ...]] = []
         self.v_at, self.down_at = self.column(w.v_which), self.column(w.down_proj.which)
@@ -230,54 +226,62 @@ class _Step:
         return self.order.index(of_layers) * len(of_layers)
 
     def __call__(self, layer: jax.Array, state: _State) -> _State:
-        w, places, tile = self.weights, self.places, self.tile
-        kv_heads, head_dim = state.cache_k.shape[3:]
-        heads = w.q_proj.shape[0] // head_dim
-        norm = partial(
-            steps.add_and_norm, layer=layer, table=self.table, eps=self.eps, tile=tile, interpret=self.plain
-        )
-        before = lambda layer, table: table[self.down_at + jnp.maximum(layer[0] - 1, 0)]
-        top = norm(state.x, steps.Addends(state.results, before, by_row=True), w.input_layernorm)
-        q, cache_k, cache_v = steps.finish_qkv(
-            self.dense(top.operand, top.scale, w.qkv, 0, layer),
-            tuple(self.dense(top.operand, top.scale, w.v_proj, o, layer) for o in w.other_v),
-            frozenset(w.v_which),
-            lambda layer, table: table[self.v_at + layer[0]],
-            (w.q_norm, w.k_norm),
-            places.rope,
-            (state.cache_k, state.cache_v),
-            layer,
-            self.table,
-            places.positions,
-            places.slots,
-            heads=heads,
-            q_rows=attention.ONE_QUERY.tile,
-            eps=self.eps,
-            interpret=self.plain,
-        )
+        w, at = self.weights, layer[0]
+        x = state.x + self.added(at, state.results)
+        top = steps.norm(x, w.input_layernorm[at], self.eps, self.tile)
+        q, cache_k, cache_v = self.queries(top, layer, state)
         out = attention.attend_rows(
             q,
             cache_k,
             cache_v,
-            places.row_positions,
-            places.bounds,
+            self.places.row_positions,
+            self.places.bounds,
             layer,
-            places.slots,
+            self.places.slots,
             attention.ONE_QUERY,
             self.interpret,
         )
-        operand, scale = steps.attention_operand(out, self.rows, kv_heads, heads, tile, self.plain)
-        parts = self.dense(operand, scale, w.o_proj, 0, layer)
-        mid = norm(top.x, steps.Addends((parts,)), w.post_attention_layernorm)
-        logits = steps.router_parts(
-            mid.normed, w.router.options[0].arrays["w"], layer, w.router.shape[0], self.plain
-        )
-        if self.on_logits is not None:
-            changed = self.on_logits(jnp.sum(logits, axis=0)[: self.rows], layer[0])
-            logits = jnp.pad(changed, ((0, tile - self.rows), (0, 0)))[None]
-        routes = steps.choose_experts(logits, state.expert_ids, layer, self.rows, self.plain)
-        choices = routes.expert_ids.shape[2]
-        return _State(mid.x, self.experts(mid, routes, layer, choices), cache_k, cache_v, routes.expert_ids)
+        heads = w.q_proj.shape[0] // out.shape[2]
+        operand, scale = steps.attention_operand(out, self.rows, heads, self.tile)
+        x = steps.add_parts(x, self.dense(operand, scale, w.o_proj, 0, layer))
+        mid = steps.norm(x, w.post_attention_layernorm[at], self.eps, self.tile)
+        choices = state.expert_ids.shape[2]
+        routes = steps.choose(self.router_logits(mid.normed, at), choices, self.tile)
+        ids = state.expert_ids.at[at].set(routes.expert_ids)
+        return _State(x, self.experts(mid, routes, layer, choices), cache_k, cache_v, ids)
+
+    def added(self, layer: jax.Array, results: tuple[jax.Array, ...]) -> jax.Array:
+        """What the experts of the layer before add: float32 [B, D]."""
+        parts = steps.pick(results, self.table[self.down_at + jnp.maximum(layer - 1, 0)])
+        return functools.reduce(jnp.add, [parts[:, choice] for choice in range(parts.shape[1])])
+
+    def queries(
+        self, x: steps.NormedRows, layer: jax.Array, state: _State
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """The attention kernel's queries, and the caches with this token's keys and values."""
+        w, places, at = self.weights, self.places, layer[0]
+        kv_heads, head_dim = state.cache_k.shape[3:]
+        heads = w.q_proj.shape[0] // head_dim
+        cut = lambda parts: steps.sum_parts(parts, self.rows).reshape(self.rows, -1, head_dim)
+        qkv = cut(self.dense(x.operand, x.scale, w.qkv, 0, layer))
+        q = steps.turn(qkv[:, :heads], w.q_norm[at], places.rope, self.eps)
+        k = steps.turn(qkv[:, heads : heads + kv_heads], w.k_norm[at], places.rope, self.eps)
+        values = {0: qkv[:, heads + kv_heads :]} if 0 in w.v_which else {}
+        for number, option in enumerate(w.other_v, 1):
+            values[number] = cut(self.dense(x.operand, x.scale, w.v_proj, option, layer))
+        which = self.table[self.v_at + at] - min(values)
+        v = steps.pick([values[number] for number in sorted(values)], which)
+        write = partial(steps.write, layer=at, slots=places.slots, positions=places.positions)
+        rows, dtype = attention.ONE_QUERY.tile, state.cache_k.dtype
+        q = steps.query_operand(q, kv_heads, rows, dtype)
+        return q, write(state.cache_k, k), write(state.cache_v, v)
+
+    def router_logits(self, x: jax.Array, layer: jax.Array) -> jax.Array:
+        """float32 [B, E], changed where the caller changes them."""
+        router = self.weights.router
+        w = Matrices(router.options[0], layer * router.rows, router.shape)
+        logits = quantized_matmul(x, w, jnp.dtype(jnp.float32))
+        return logits if self.on_logits is None else self.on_logits(logits, layer)
 
     def of_layer(self, layer: jax.Array, weights: tuple[LayerTensor, ...], option: int) -> OfLayer:
         firsts = tuple(self.column(w.first) for w in weights)
@@ -304,7 +308,7 @@ class _Step:
         self, x: steps.NormedRows, routes: steps.Routes, layer: jax.Array, choices: int
     ) -> tuple[jax.Array, ...]:
         """Weighted results of each row's experts, float32 [R, X, D]; of down_proj's types one is written."""
-        used = UsedExperts(routes.used, routes.count)
+        used = routes.used
         gate, up, down = self.weights.gate_proj, self.weights.up_proj, self.weights.down_proj
         config = few_config(self.tile, gate.options[0].type)
         run = partial(grouped_matmul, config=config, interpret=self.interpret)

@@ -83,13 +83,11 @@ class OnHopper:
     """An op's implementation for Hopper GPUs.
 
     Attributes:
-      op: the op's name.
-      module: of the op, holds a function of the op's name.
+      op: the op's name; its module ``kernel_sm90`` holds a function of that name.
     """
 
     op: str
-    module: str = "kernel_sm90"
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         require_hopper()
-        return getattr(import_kernels(f"{self.op}.{self.module}"), self.op)(*args, **kwargs)
+        return getattr(import_kernels(f"{self.op}.kernel_sm90"), self.op)(*args, **kwargs)

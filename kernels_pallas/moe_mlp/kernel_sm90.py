@@ -30,6 +30,7 @@ from qwen3_moe_jax.kernels_pallas.gpu.grouped_matmul_sm90 import (
     grouped_matmul,
 )
 from qwen3_moe_jax.kernels_pallas.gpu.sorting import sort_by_expert, used_experts
+from qwen3_moe_jax.kernels_pallas.moe_mlp.routes import expert_factors
 from qwen3_moe_jax.kernels_pallas.packed.stacks import Matrices, OneOf, as_matrices, switch_types
 
 Stacks = tuple[Matrices, Matrices, Matrices]
@@ -92,7 +93,7 @@ def _few(
     options = {"config": config, "interpret": interpret}
     operand, scale = float16_operand(x, config.tile)
     used = used_experts(expert_ids, E)
-    place, weight = _route(expert_ids, expert_weights.astype(jnp.float32), E, config.tile)
+    place, weight = expert_factors(expert_ids, expert_weights.astype(jnp.float32), E, config.tile)
     swiglu = grouped_matmul(operand, scale, used, (gate, up), **options)
     places = {"places": place.reshape(-1), "out_rows": T * X}
     parts = None
@@ -111,20 +112,6 @@ def _few(
         total = part if total is None else total + part
     assert total is not None, "a token has an expert"
     return total
-
-
-def _route(expert_ids: jax.Array, weights: jax.Array, experts: int, rows: int) -> tuple[jax.Array, ...]:
-    """Of each expert and row, the last (token, choice) pair or -1, and a factor: int32, float32 [E, rows]."""
-    T, X = expert_ids.shape
-    ids = jnp.pad(expert_ids, ((0, rows - T), (0, 0)), constant_values=-1)
-    weights = jnp.pad(weights, ((0, rows - T), (0, 0)))
-    weights = weights / (SWIGLU_SCALE * WEIGHT_SCALE)
-    place, weight = jnp.full((experts, rows), -1, jnp.int32), jnp.zeros((experts, rows), jnp.float32)
-    for choice in range(X):  # not a reduction, so that XLA makes one kernel of it
-        chosen = ids[:, choice] == np.arange(experts)[:, None]
-        place = jnp.where(chosen, np.arange(rows) * X + choice, place)
-        weight = weight + jnp.where(chosen, weights[:, choice], 0.0)
-    return place, weight
 
 
 @partial(jax.jit, static_argnums=(4, 5))

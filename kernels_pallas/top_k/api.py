@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 
 from qwen3_moe_jax.kernels_pallas import implementations
-from qwen3_moe_jax.kernels_pallas.gpu.device import OnHopper
 from qwen3_moe_jax.kernels_pallas.implementations import Implementation
+from qwen3_moe_jax.kernels_pallas.top_k import xla
 
 
 def top_k(
@@ -28,5 +28,4 @@ def top_k(
     """
     if x.ndim != 2 or not 0 < k <= x.shape[1]:
         raise ValueError(f"top_k: {k=} of x {x.shape}, which is to be [B, V]")
-    candidates = {"pallas": OnHopper("top_k", "kernel_triton"), "xla": jax.lax.top_k}
-    return implementations.run("top_k", implementation, candidates, jnp.asarray(x), k)
+    return implementations.run("top_k", implementation, {"xla": xla.top_k}, jnp.asarray(x), k)

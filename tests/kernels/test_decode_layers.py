@@ -25,12 +25,11 @@ from qwen3_moe_jax.jax_backend.kv_cache import KVCache, Span
 from qwen3_moe_jax.jax_backend.model import Intervention, Qwen3Moe
 from qwen3_moe_jax.jax_backend.params import GPU_ROLES, is_tiled, plan_layers
 from qwen3_moe_jax.kernels_pallas.decode_layers import api, kernel_sm90
-from qwen3_moe_jax.kernels_pallas.decode_layers import row_steps_triton as steps
+from qwen3_moe_jax.kernels_pallas.decode_layers import row_steps as steps
 from qwen3_moe_jax.kernels_pallas.gpu import grouped_matmul_config as matmul_config
 from qwen3_moe_jax.kernels_pallas.gpu import grouped_matmul_sm90 as matmul_sm90
 from qwen3_moe_jax.kernels_pallas.gpu.activations import SWIGLU_SCALE, WEIGHT_SCALE, float16_operand
 from qwen3_moe_jax.kernels_pallas.gpu.interpreter import interpreter
-from qwen3_moe_jax.kernels_pallas.moe_mlp import kernel_sm90 as moe_sm90
 from qwen3_moe_jax.kernels_pallas.packed.stacks import LayerTable
 from qwen3_moe_jax.kernels_pallas.router.xla import choose_experts
 from tests import tolerances
@@ -160,65 +159,59 @@ def test_layers_equal_the_model(capfd):
 
 def test_choice_is_the_routers(rng):
     """Ties go to the lower id; rows after the last are nobody's; an expert that none chose is not in use."""
-    logits = np.round(rng.normal(size=(32, 16)), 1).astype(np.float32)
+    logits = np.round(rng.normal(size=(20, 16)), 1).astype(np.float32)
     logits[:, 5] = -50
-    parts = jnp.asarray(np.stack([logits * 0.25] * 4))
-    ids = jnp.full((2, 32, 3), -7, jnp.int32)
-    routes = steps.choose_experts(parts, ids, jnp.asarray([1]), 20, interpret=True)
-    _, expected, weights = choose_experts(jnp.asarray(logits), 3, None)
-    np.testing.assert_array_equal(routes.expert_ids[1], expected)
-    np.testing.assert_array_equal(routes.expert_ids[0], -7)
-    places, factors = moe_sm90._route(expected[:20], weights[:20], 16, 32)
+    routes = steps.choose(jnp.asarray(logits), 3, 32)
+    by_hand = np.argsort(-logits, axis=1, kind="stable")[:, :3]
+    np.testing.assert_array_equal(routes.expert_ids, by_hand)
+    weights = choose_experts(jnp.asarray(logits), 3, None)[2]
+    places, factors = np.full((16, 32), -1), np.zeros((16, 32))
+    for row, ids in enumerate(by_hand):
+        for choice, expert in enumerate(ids):
+            places[expert, row] = 3 * row + choice
+            factors[expert, row] = weights[row, choice] / (SWIGLU_SCALE * WEIGHT_SCALE)
     np.testing.assert_array_equal(routes.places, places)
-    held = np.asarray(places) >= 0
-    np.testing.assert_allclose(np.asarray(routes.factors)[held], np.asarray(factors)[held], rtol=1e-6)
-    used = np.unique(expected[:20])
-    assert routes.count[0] == len(used)
+    np.testing.assert_allclose(routes.factors, factors, rtol=1e-6)
+    used = np.unique(by_hand)
+    assert routes.used.count[0] == len(used)
     assert 5 not in used
-    np.testing.assert_array_equal(routes.used[: len(used)], used)
+    np.testing.assert_array_equal(routes.used.experts[: len(used)], used)
 
 
 def test_choice_of_a_row_that_is_not_finite(rng):
     """Its weights are NaN, whatever it chose; the others' are not."""
-    parts = np.array(rng.normal(size=(1, 32, 16)), np.float32)
-    parts[0, 3, 7] = np.inf
-    ids = jnp.zeros((1, 32, 3), jnp.int32)
-    routes = steps.choose_experts(jnp.asarray(parts), ids, jnp.zeros(1, jnp.int32), 32, True)
+    logits = np.array(rng.normal(size=(32, 16)), np.float32)
+    logits[3, 7] = np.inf
+    routes = steps.choose(jnp.asarray(logits), 3, 32)
     factors, places = np.asarray(routes.factors), np.asarray(routes.places)
     assert np.asarray(routes.expert_ids).max() < 16
     assert (places[:, 3] >= 0).any()
     assert np.isnan(factors[:, 3][places[:, 3] >= 0]).all()
     assert np.isfinite(np.delete(factors, 3, axis=1)).all()
-    assert WEIGHT_SCALE * SWIGLU_SCALE == 1
 
 
 def test_norm_and_operand(rng):
-    """The operand is that of the norm's result; rows of the tile after the last repeat it."""
-    x = rng.normal(size=(5, 512)).astype(np.float32) * np.array([1e-3, 1, 1e3, 0, 30])[:, None].astype(
-        np.float32
-    )
-    parts = rng.normal(size=(3, 32, 512)).astype(np.float32)
+    """The parts are added, the operand is that of the norm's result, rows after the last are zeros."""
+    x = rng.normal(size=(5, 768)).astype(np.float32)
+    x *= np.array([1e-3, 1, 1e3, 0, 30], np.float32)[:, None]
+    parts = rng.normal(size=(3, 32, 768)).astype(np.float32)
     parts[:, 3] = 0
-    weight = rng.uniform(0.5, 1.5, (2, 512)).astype(np.float32)
-    layer = jnp.asarray([1])
-    out = steps.add_and_norm(
-        jnp.asarray(x),
-        steps.Addends((jnp.asarray(parts),)),
-        jnp.asarray(weight),
-        layer,
-        layer,
-        1e-6,
-        32,
-        True,
-    )
-    total = x + parts.astype(np.float64)[:, :5].sum(axis=0)
-    normed = total / np.sqrt((total**2).mean(axis=1, keepdims=True) + 1e-6) * weight[1]
-    np.testing.assert_allclose(out.x, total, rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(out.normed[:5], normed, rtol=1e-5, atol=1e-6)
-    np.testing.assert_array_equal(out.normed[5:], np.broadcast_to(out.normed[4], (27, 512)))
-    operand, scale = float16_operand(out.normed)
+    weight = rng.uniform(0.5, 1.5, 768).astype(np.float32)
+    total = steps.add_parts(jnp.asarray(x), jnp.asarray(parts))
+    exact = x + parts.astype(np.float64)[:, :5].sum(axis=0)
+    np.testing.assert_allclose(total, exact, rtol=1e-5, atol=1e-6)
+    out = steps.norm(total, jnp.asarray(weight), 1e-6, 32)
+    normed = exact / np.sqrt((exact**2).mean(axis=1, keepdims=True) + 1e-6) * weight
+    np.testing.assert_allclose(out.normed, normed, rtol=1e-5, atol=1e-6)
+    operand, scale = float16_operand(out.normed, 32)
     np.testing.assert_array_equal(out.operand, operand)
     np.testing.assert_array_equal(out.scale, scale)
+    assert not np.asarray(out.operand)[5:].any()
+
+
+def test_results_that_are_not_meant_may_be_anything():
+    nothing = jnp.full(3, jnp.nan)
+    np.testing.assert_array_equal(steps.pick([nothing, jnp.ones(3), nothing], jnp.int32(1)), np.ones(3))
 
 
 def table_of(**types: str) -> LayerTable:

@@ -1,16 +1,18 @@
-"""top_k: the kernels in Pallas' interpreter equal ``jax.lax.top_k``, places and all."""
+"""top_k: what a GPU runs equals ``jax.lax.top_k``, places and all."""
+
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qwen3_moe_jax.kernels_pallas.top_k import api
-from tests.kernels.op_cases import needs_hopper_gpu, rng
+from qwen3_moe_jax.kernels_pallas.top_k import api, xla
+from tests.kernels.op_cases import rng
 
 __all__ = ["rng"]
 
-kernel_triton = pytest.importorskip("qwen3_moe_jax.kernels_pallas.top_k.kernel_triton")
+needs_gpu = pytest.mark.skipif(jax.devices()[0].platform != "gpu", reason="needs a GPU")
 
 
 def rows(rng, columns: int) -> dict[str, np.ndarray]:
@@ -29,33 +31,37 @@ def rows(rng, columns: int) -> dict[str, np.ndarray]:
 
 @pytest.mark.parametrize(("columns", "k"), [(4096, 16), (151936 // 8 + 3, 64)])
 def test_equals_laxs(rng, columns, k):
-    x = np.stack(list(rows(rng, columns).values()) * 3)
-    x = jnp.asarray(x, jnp.float32) + 0.0
-    values, ids = kernel_triton.top_k(x, k, interpret=True)
+    x = jnp.asarray(np.stack(list(rows(rng, columns).values())), jnp.float32)
+    values, ids = xla.by_blocks(x, k)
     expected = jax.lax.top_k(x, k)
-    np.testing.assert_array_equal(values, expected[0])
+    np.testing.assert_array_equal(np.asarray(values).view(np.int32), np.asarray(expected[0]).view(np.int32))
     np.testing.assert_array_equal(ids, expected[1])
 
 
-@needs_hopper_gpu
-def test_equals_laxs_on_a_gpu(rng):
-    x = jnp.asarray(np.stack(list(rows(rng, 151936).values()) * 9), jnp.float32) + 0.0
-    values, ids = api.top_k(x, 64, implementation="pallas")
+@needs_gpu
+@pytest.mark.parametrize("count", [1, 9])
+def test_equals_laxs_on_a_gpu(rng, count):
+    x = jnp.asarray(np.stack(list(rows(rng, 151936).values()) * count), jnp.float32)
+    values, ids = api.top_k(x, 64)
     expected = jax.lax.top_k(x, 64)
     np.testing.assert_array_equal(values, expected[0])
     np.testing.assert_array_equal(ids, expected[1])
 
 
-def test_what_it_does_not_take_is_xlas(rng):
-    x = jnp.asarray(rng.normal(size=(2, 300)), jnp.float32)
-    for k in (3, 300):
+def test_what_it_does_not_take_is_sorted(rng):
+    x = jnp.asarray(rng.normal(size=(20, 300)), jnp.float32)
+    for k in (1, 3, 48, 300):
         np.testing.assert_array_equal(api.top_k(x, k)[1], jax.lax.top_k(x, k)[1])
-    with pytest.raises(NotImplementedError, match="not 2"):
-        kernel_triton.top_k(x, 2)
-    for k in (48, 64):
-        with pytest.raises(NotImplementedError, match="300 values"):
-            kernel_triton.top_k(jnp.zeros((20, 300)), k)
-    with pytest.raises(NotImplementedError, match="Hopper"):
-        api.top_k(x, 2, implementation="pallas")
     with pytest.raises(ValueError, match="k=301"):
         api.top_k(x, 301)
+
+
+def test_on_a_gpu_many_rows_are_not_sorted_whole():
+    def sorted_lengths(rows: int) -> list[int]:
+        x = jax.ShapeDtypeStruct((rows, 151936), jnp.float32)
+        text = jax.jit(lambda x: api.top_k(x, 64)).trace(x).lower(lowering_platforms=("cuda",)).as_text()
+        found = re.findall(r"top_k.*tensor<(?:\d+)x(\d+)x\w+>[,)]? *->", text)
+        return [int(length) for length in found]
+
+    assert sorted_lengths(16) == [151936]
+    assert sorted_lengths(32) == [2374, 4096]

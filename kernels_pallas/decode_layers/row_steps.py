@@ -1,0 +1,107 @@
+"""The steps of ``decode_layers`` between its products, on one row per sequence, in plain jnp.
+
+XLA makes a few launches of each. Nothing in them depends on the other rows.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from qwen3_moe_jax.kernels_pallas.gpu.activations import float16_operand
+from qwen3_moe_jax.kernels_pallas.gpu.sorting import UsedExperts, used_experts
+from qwen3_moe_jax.kernels_pallas.moe_mlp.routes import expert_factors
+from qwen3_moe_jax.kernels_pallas.norm_rope.api import rms_norm, rope
+from qwen3_moe_jax.kernels_pallas.router.xla import choose_experts
+
+
+class NormedRows(NamedTuple):
+    """Rows after a norm.
+
+    Attributes:
+      normed: float32 [R, D].
+      operand: float16 [tile, D] in operand order, zeros after row R.
+      scale: float32 [tile].
+    """
+
+    normed: jax.Array
+    operand: jax.Array
+    scale: jax.Array
+
+
+class Routes(NamedTuple):
+    """The router's choice, as the matrix kernels read it.
+
+    Attributes:
+      expert_ids: int32 [R, X], most probable first, the lower id first among equals.
+      used: the experts in use.
+      places: int32 [E, tile], the (row, choice) pair row * X + choice of each expert and row, or -1.
+      factors: float32 [E, tile], what the down product of the pair is multiplied by.
+    """
+
+    expert_ids: jax.Array
+    used: UsedExperts
+    places: jax.Array
+    factors: jax.Array
+
+
+def pick(options: Sequence[jax.Array], which: jax.Array) -> jax.Array:
+    """The array number ``which``; what the others hold, were it NaN, does not matter."""
+    chosen = options[0]
+    for number, option in enumerate(options[1:], 1):
+        chosen = jnp.where(which == number, option, chosen)
+    return chosen
+
+
+def add_parts(x: jax.Array, parts: jax.Array) -> jax.Array:
+    """``x`` [R, D] plus the parts [P, R, D], which are added in order first."""
+    return x + sum_parts(parts, len(x))
+
+
+def sum_parts(parts: jax.Array, rows: int) -> jax.Array:
+    """The first rows of parts [P, tile, N], added in order."""
+    return functools.reduce(jnp.add, [parts[part, :rows] for part in range(len(parts))])
+
+
+def norm(x: jax.Array, weight: jax.Array, eps: float, tile: int) -> NormedRows:
+    """RMS norm of rows [R, D], and the operand of ``tile`` rows that it makes."""
+    normed = rms_norm(x, weight, eps)
+    return NormedRows(normed, *float16_operand(normed, tile))
+
+
+def turn(x: jax.Array, weight: jax.Array, places: tuple[jax.Array, jax.Array], eps: float) -> jax.Array:
+    """Heads [R, N, H] normed and turned by rope's cos and sin [R, H / 2]."""
+    cos, sin = (table[:, None] for table in places)
+    return rope(rms_norm(x, weight, eps)[:, None], cos, sin)[:, 0]
+
+
+def write(
+    cache: jax.Array, new: jax.Array, layer: jax.Array, slots: jax.Array, positions: jax.Array
+) -> jax.Array:
+    """The cache [L, C, S, K, H] with ``new`` [R, K, H] at each row's slot and position of one layer."""
+    return cache.at[layer, slots, positions].set(new.astype(cache.dtype), mode="clip")
+
+
+def query_operand(q: jax.Array, kv_heads: int, rows: int, dtype: jnp.dtype) -> jax.Array:
+    """Queries [R, N, H] as the attention kernel takes them: [R * K, rows, H], zeros after a head's own."""
+    count, heads, head_dim = q.shape
+    q = q.astype(dtype).reshape(count * kv_heads, heads // kv_heads, head_dim)
+    return jnp.pad(q, ((0, 0), (0, rows - heads // kv_heads), (0, 0)))
+
+
+def attention_operand(out: jax.Array, rows: int, heads: int, tile: int) -> tuple[jax.Array, jax.Array]:
+    """The attention kernel's result [R * K, q_rows, H] as an operand: float16 [tile, N * H] and its scale."""
+    group = heads * rows // len(out)
+    return float16_operand(out[:, :group].reshape(rows, -1), tile)
+
+
+def choose(logits: jax.Array, choices: int, tile: int) -> Routes:
+    """The X most probable experts of each row of logits [R, E], their weights, and who uses which.
+
+    A row whose logits are not finite gets weights that are NaN.
+    """
+    _, ids, weights = choose_experts(logits, choices, None)
+    places, factors = expert_factors(ids, weights, logits.shape[1], tile)
+    return Routes(ids, used_experts(ids, logits.shape[1]), places, factors)
