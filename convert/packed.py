@@ -31,11 +31,27 @@ Q4_0    as IQ4_NL
 Q4_1    as Q4_0, and ``m``: float16 [..., N, K/32]
 Q5_0    as Q4_0, and ``qh``: uint8 [..., N, K/8]
 Q5_1    as Q5_0, and ``m``: float16 [..., N, K/32]
+MXFP4   ``q``: uint8 [..., N, K/2], ``e``: uint8 [..., N, K/32], the power of two
+IQ3_S   ``q``: uint8 [..., N, K/4], ``qh``: uint8 [..., N, K/32], ``signs``: uint8 [..., N, K/8],
+        ``scales``: uint8 [..., N, K/64], ``d``: float16 [..., N, K/256]
+IQ3_XXS ``q``: uint8 [..., N, K/4], ``signs``: uint32 [..., N, K/32] (four times seven signs, and
+        the scale), ``d``: float16 [..., N, K/256]
+IQ2_S   ``q`` and ``signs``: uint8 [..., N, K/8], ``qh`` and ``scales``: uint8 [..., N, K/32],
+        ``d``: float16 [..., N, K/256]
+IQ2_XS  ``q``: uint16 [..., N, K/8], ``scales``: uint8 [..., N, K/32], ``d``: float16 [..., N, K/256]
+IQ2_XXS ``q``: uint8 [..., N, K/8], ``signs`` and ``d`` as in IQ3_XXS
+IQ1_S   ``q``: uint8 [..., N, K/8], ``qh``: uint16 [..., N, K/32], ``d``: float16 [..., N, K/256]
+IQ1_M   ``q``: uint8 [..., N, K/8], ``qh``: uint8 [..., N, K/16], ``scales``: uint8 [..., N, K/32],
+        ``d``: float16 [..., N, K/256]
+TQ1_0   ``q``: uint8 [..., N, K/8], ``q16``: uint8 [..., N, K/16], ``qh``: uint8 [..., N, K/64],
+        ``d``: float16 [..., N, K/256]
+TQ2_0   ``q``: uint8 [..., N, K/4], ``d``: float16 [..., N, K/256]
 ======  ==========================================================================
 
 The bytes of ``q``, ``qh`` and ``ql`` keep the order of the file; only 6-bit
 scales and mins are spread to one byte each. That is 4 bytes per superblock of Q4_K
-(2.8 %), Q5_K and Q3_K (3.6 %), 2 of IQ4_XS (1.5 %), nothing for other types.
+(2.8 %), Q5_K and Q3_K (3.6 %), 2 of IQ4_XS (1.5 %). IQ1_M has its scale once more, in
+one piece (3.6 %). Other types are as large as in the file.
 """
 
 import math

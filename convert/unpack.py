@@ -23,6 +23,7 @@ import numpy as np
 
 from qwen3_moe_jax.convert.formats import FORMATS, SCALE_NAMES
 from qwen3_moe_jax.convert.formats.base import Arrays
+from qwen3_moe_jax.convert.formats.mxfp4 import MAX_EXPONENT
 from qwen3_moe_jax.convert.ggml_types import BLOCK_FORMATS, SUPERBLOCK, GGMLType
 from qwen3_moe_jax.convert.packed import ARRAY_FORMATS, ROWS, PackedTensor, array_shapes
 
@@ -214,6 +215,16 @@ def _any_nonfinite(values: np.ndarray, mask: int) -> bool:
     return bool(values.view(f"i{width}").max() >= mask or values.view(f"u{width}").max() >= (mask | sign))
 
 
+def _first_nonfinite(values: np.ndarray, dtype: str) -> int | None:
+    """Index of the first NaN or infinity; of exponents of MXFP4, of one whose weights may be infinite."""
+    if dtype == "uint8":
+        return int(np.argmax(values > MAX_EXPONENT)) if values.max() > MAX_EXPONENT else None
+    mask = _EXPONENT_MASKS[dtype]
+    if not _any_nonfinite(values, mask):
+        return None
+    return int(np.argmax(values.view(f"u{values.dtype.itemsize}") & mask == mask))
+
+
 def find_nonfinite(packed: PackedTensor) -> Nonfinite | None:
     """The first NaN or infinite scale (or weight, in types without scales), or None."""
     return find_nonfinite_blocks(packed.type, block_arrays(packed), 0, None)
@@ -225,9 +236,8 @@ def find_nonfinite_blocks(type: GGMLType, arrays: Arrays, start: int, stop: int 
     for name, array in ARRAY_FORMATS[type].items():
         if name not in SCALE_NAMES:
             continue
-        mask = _EXPONENT_MASKS[array.dtype]
         part = np.ascontiguousarray(arrays[name][start:stop]).reshape(-1)
-        if part.size and _any_nonfinite(part, mask):
-            exponents = part.view(f"u{part.dtype.itemsize}") & mask
-            found.append(Nonfinite(name, start + int(np.argmax(exponents == mask))))
+        first = _first_nonfinite(part, array.dtype) if part.size else None
+        if first is not None:
+            found.append(Nonfinite(name, start + first))
     return min(found, key=lambda bad: bad.block, default=None)

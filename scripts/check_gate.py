@@ -55,7 +55,7 @@ STYLES: dict[str, Style] = {
     "bytes, norms 1e3": Style(raw_blocks, norm_scale=1e3),
     "constant, norms 0.01": Style(constant_blocks, norm_scale=0.01),
 }
-MIXES = ("q4_k_m", "all", *(t.name.lower() for t in SUPPORTED_TYPES))
+MIXES = ("q4_k_m", "all", "few_bits", *(f"only_{t.name.lower()}" for t in SUPPORTED_TYPES))
 SIZES = (
     {},
     {"hidden_size": 512, "num_experts": 8, "num_experts_per_tok": 4},

@@ -31,7 +31,11 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--vocab-size", type=int, dest="vocab_size", help="of the byte-level vocabulary")
     parser.add_argument("--tied", action="store_true", dest="tie_word_embeddings", help="no output.weight")
     parser.add_argument("--vocab", help="a GGUF file to copy the tokenizer from")
-    parser.add_argument("--mix", default="q4_k_m", help="q4_k_m, q3_k_m, q2_k, iq4_xs, all, or one type")
+    parser.add_argument(
+        "--mix",
+        default="q4_k_m",
+        help="as published: Q2_K, Q3_K_M, IQ4_XS, ...; or all, few_bits, only_TYPE",
+    )
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args(argv)
 

@@ -34,9 +34,19 @@ class GGMLType(IntEnum):
     Q4_K = 12
     Q5_K = 13
     Q6_K = 14
+    IQ2_XXS = 16
+    IQ2_XS = 17
+    IQ3_XXS = 18
+    IQ1_S = 19
     IQ4_NL = 20
+    IQ3_S = 21
+    IQ2_S = 22
     IQ4_XS = 23
+    IQ1_M = 29
     BF16 = 30
+    TQ1_0 = 34
+    TQ2_0 = 35
+    MXFP4 = 39
 
 
 @dataclass(frozen=True)
@@ -49,7 +59,7 @@ class Field:
 
     @property
     def nbytes(self) -> int:
-        return self.count * (2 if self.dtype in ("<f2", "<u2") else 4 if self.dtype == "<f4" else 1)
+        return self.count * np.dtype(self.dtype).itemsize
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from qwen3_moe_jax.convert.formats.iq4 import VALUES
 from qwen3_moe_jax.convert.ggml_types import GGMLType
 from qwen3_moe_jax.convert.packed import GPU_TILES, LANES16, ROWS, PackedTensor
 from qwen3_moe_jax.kernels_pallas.packed import gpu_tiles as tiles
+from qwen3_moe_jax.kernels_pallas.packed import grids
 from qwen3_moe_jax.kernels_pallas.packed import lanes16 as lanes
 
 _F32 = jnp.float32
@@ -180,4 +181,5 @@ _BY_TYPE = {
     GGMLType.Q4_1: _q4_1,
     GGMLType.Q5_0: _q5_0,
     GGMLType.Q5_1: _q5_1,
+    **grids.BY_TYPE,
 }

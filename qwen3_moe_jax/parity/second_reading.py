@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from qwen3_moe_jax.convert.formats.grids import GRIDS
 from qwen3_moe_jax.convert.ggml_types import BLOCK_FORMATS, GGMLType
 
 _I = np.arange(256)
@@ -135,6 +136,97 @@ def _q5_1(blocks: np.ndarray) -> np.ndarray:
     return _half(blocks, 0) * _legacy_quants(blocks, 8, 4).astype(np.float32) + _half(blocks, 2)
 
 
+def _mxfp4(blocks: np.ndarray) -> np.ndarray:
+    values = np.float32([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12])
+    return values[_legacy_quants(blocks, 1)] * np.ldexp(np.float32(1), blocks[:, :1].astype(np.int32) - 128)
+
+
+def _bits(blocks: np.ndarray, offset: int, first: np.ndarray, count: int) -> np.ndarray:
+    """``count`` bits, at most 16, from bit ``first`` of the bytes at an offset: int64 [blocks, n]."""
+    low = offset + first // 8
+    word = sum(
+        blocks[:, np.minimum(low + i, blocks.shape[1] - 1)].astype(np.int64) << (8 * i) for i in range(3)
+    )
+    return word >> (first % 8) & ((1 << count) - 1)
+
+
+def _signs(blocks: np.ndarray, offset: int, first: np.ndarray) -> np.ndarray:
+    """1 or -1: bit ``_I % 8`` of seven bits from ``first``, the eighth their parity."""
+    seven = _bits(blocks, offset, first, 7)
+    odd = sum(seven >> i & 1 for i in range(7)) & 1
+    return 1 - 2 * ((seven | odd << 7) >> (_I % 8) & 1).astype(np.float32)
+
+
+def _plain_signs(blocks: np.ndarray, offset: int) -> np.ndarray:
+    return 1 - 2 * _bits(blocks, offset, _I, 1).astype(np.float32)
+
+
+def _point(grid: str, index: np.ndarray) -> np.ndarray:
+    """The weights' values [blocks, 256] in their points."""
+    points = GRIDS[grid]
+    return points[index, _I % points.shape[1]].astype(np.float32)
+
+
+def _iq3_s(blocks: np.ndarray) -> np.ndarray:
+    index = _bits(blocks, 2, _I // 4 * 8, 8) | _bits(blocks, 66, _I // 4, 1) << 8
+    scale = 1 + 2 * _bits(blocks, 106, _SUBBLOCK * 4, 4).astype(np.float32)
+    return _half(blocks, 0) * scale * _point("IQ3_S", index) * _plain_signs(blocks, 74)
+
+
+def _iq3_xxs(blocks: np.ndarray) -> np.ndarray:
+    scale = 0.5 + _bits(blocks, 66, _SUBBLOCK * 32 + 28, 4).astype(np.float32)
+    signs = _signs(blocks, 66, _SUBBLOCK * 32 + _I % 32 // 8 * 7)
+    points = _point("IQ3_XXS", _bits(blocks, 2, _I // 4 * 8, 8))
+    return _half(blocks, 0) * scale * np.float32(0.5) * points * signs
+
+
+def _iq2_s(blocks: np.ndarray) -> np.ndarray:
+    index = _bits(blocks, 2, _I // 8 * 8, 8) | _bits(blocks, 66, _I // 8 * 2, 2) << 8
+    scale = 0.5 + _bits(blocks, 74, _I // 16 * 4, 4).astype(np.float32)
+    return _half(blocks, 0) * scale / 4 * _point("IQ2_S", index) * _plain_signs(blocks, 34)
+
+
+def _iq2_xs(blocks: np.ndarray) -> np.ndarray:
+    scale = 0.5 + _bits(blocks, 66, _I // 16 * 4, 4).astype(np.float32)
+    points = _point("IQ2_XS", _bits(blocks, 2, _I // 8 * 16, 9))
+    return _half(blocks, 0) * scale / 4 * points * _signs(blocks, 2, _I // 8 * 16 + 9)
+
+
+def _iq2_xxs(blocks: np.ndarray) -> np.ndarray:
+    scale = 0.5 + _bits(blocks, 2, _SUBBLOCK * 64 + 60, 4).astype(np.float32)
+    points = _point("IQ2_XXS", _bits(blocks, 2, _SUBBLOCK * 64 + _I % 32 // 8 * 8, 8))
+    signs = _signs(blocks, 2, _SUBBLOCK * 64 + 32 + _I % 32 // 8 * 7)
+    return _half(blocks, 0) * scale / 4 * points * signs
+
+
+def _iq1_s(blocks: np.ndarray) -> np.ndarray:
+    index = _bits(blocks, 2, _I // 8 * 8, 8) | _bits(blocks, 34, _SUBBLOCK * 16 + _I % 32 // 8 * 3, 3) << 8
+    scale = 1 + 2 * _bits(blocks, 34, _SUBBLOCK * 16 + 12, 3).astype(np.float32)
+    delta = 0.125 - 0.25 * _bits(blocks, 34, _SUBBLOCK * 16 + 15, 1).astype(np.float32)
+    return _half(blocks, 0) * scale * (_point("IQ1", index) + delta)
+
+
+def _iq1_m(blocks: np.ndarray) -> np.ndarray:
+    index = _bits(blocks, 0, _I // 8 * 8, 8) | _bits(blocks, 32, _I // 8 * 4, 3) << 8
+    scale = 1 + 2 * _bits(blocks, 48, _I // 64 * 16 + _I % 64 // 16 * 3, 3).astype(np.float32)
+    delta = 0.125 - 0.25 * _bits(blocks, 32, _I // 8 * 4 + 3, 1).astype(np.float32)
+    fours = [_bits(blocks, 48, np.array([16 * i + 12]), 4) << 4 * i for i in range(4)]
+    d = sum(fours).astype(np.uint16).view(np.float16).astype(np.float32)
+    return d * scale * (_point("IQ1", index) + delta)
+
+
+def _tq1_0(blocks: np.ndarray) -> np.ndarray:
+    parts = ((_I % 32, _I // 32), (32 + _I % 16, (_I - 160) // 16), (48 + _I % 4, (_I - 240) // 4))
+    place, digit = (np.where(_I < 160, a, np.where(_I < 240, b, c)) for a, b, c in zip(*parts, strict=True))
+    moved = blocks[:, place].astype(np.int64) * 3**digit % 256
+    return _half(blocks, 52) * (moved * 3 // 256 - 1).astype(np.float32)
+
+
+def _tq2_0(blocks: np.ndarray) -> np.ndarray:
+    low = blocks[:, 32 * (_I // 128) + _I % 32] >> (2 * (_SUBBLOCK % 4)).astype(np.uint8) & 3
+    return _half(blocks, 64) * (low.astype(np.float32) - 1)
+
+
 def _bf16(blocks: np.ndarray) -> np.ndarray:
     bits = blocks[:, 0].astype(np.uint32) << 16 | blocks[:, 1].astype(np.uint32) << 24
     return bits.view(np.float32)[:, None]
@@ -160,4 +252,14 @@ _READERS: dict[GGMLType, Callable[[np.ndarray], np.ndarray]] = {
     GGMLType.Q4_1: _q4_1,
     GGMLType.Q5_0: _q5_0,
     GGMLType.Q5_1: _q5_1,
+    GGMLType.MXFP4: _mxfp4,
+    GGMLType.IQ3_S: _iq3_s,
+    GGMLType.IQ3_XXS: _iq3_xxs,
+    GGMLType.IQ2_S: _iq2_s,
+    GGMLType.IQ2_XS: _iq2_xs,
+    GGMLType.IQ2_XXS: _iq2_xxs,
+    GGMLType.IQ1_S: _iq1_s,
+    GGMLType.IQ1_M: _iq1_m,
+    GGMLType.TQ1_0: _tq1_0,
+    GGMLType.TQ2_0: _tq2_0,
 }

@@ -328,6 +328,9 @@ def raw_blocks(kind: GGMLType, count: int, rng: np.random.Generator) -> np.ndarr
             part = blocks[:, field.offset : field.offset + field.nbytes]
             bits = part.view(f"<u{field.nbytes}")
             bits &= np.array(2 ** (8 * field.nbytes) - 1 - mask, bits.dtype)
+    if kind in (GGMLType.IQ1_M, GGMLType.MXFP4):
+        scales = rng.uniform(-2, 2, count)
+        low_bits.set_scale(blocks, kind, low_bits.scale_name(kind), scales)
     return blocks
 
 

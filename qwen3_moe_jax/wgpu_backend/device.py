@@ -19,9 +19,10 @@ import jinja2
 import numpy as np
 
 from qwen3_moe_jax.convert.formats.iq4 import VALUES as IQ4_VALUES
+from qwen3_moe_jax.convert.formats.mxfp4 import FP4_VALUES
 from qwen3_moe_jax.core.errors import BackendUnavailableError, MemoryPlanError
 from qwen3_moe_jax.wgpu_backend.adapter import TUNINGS, AdapterReport, Tuning, probe
-from qwen3_moe_jax.wgpu_backend.layout import WORD_FORMATS
+from qwen3_moe_jax.wgpu_backend.layout import GRID_OFFSETS, WORD_FORMATS, grid_words, reads_grids
 
 UPLOAD_CHUNK = 16 << 20
 """Bytes a write; submitting after each bounds what waits in staging memory, and is twice as fast."""
@@ -40,6 +41,10 @@ _BINDING = re.compile(r"@binding\((\d+)\) var<(uniform|storage, read|storage, re
 _BUFFER_TYPES = {"uniform": "uniform", "storage, read": "read-only-storage", "storage, read_write": "storage"}
 
 
+GRIDS_BINDING = 8
+"""Where kernels of types whose weights are points of a grid find the table of points."""
+
+
 @cache
 def _templates() -> jinja2.Environment:
     return jinja2.Environment(
@@ -56,8 +61,15 @@ def _templates() -> jinja2.Environment:
 def render(name: str, **constants: Any) -> str:
     """The WGSL source of ``shaders/<name>.wgsl`` with its constants filled in."""
     kinds = {type.name: layout.kind for type, layout in WORD_FORMATS.items()}
-    words = [f"{word:#x}u" for word in np.array(IQ4_VALUES, np.int8).view("<u4").tolist()]
-    return _templates().get_template(f"{name}.wgsl").render(KINDS=kinds, IQ4=words, **constants)
+    facts = {"KINDS": kinds, "IQ4": _words(IQ4_VALUES), "FP4": _words(FP4_VALUES), "GRIDS": GRID_OFFSETS}
+    names = [*constants.get("TYPES", ()), *([constants["TYPE"]] if "TYPE" in constants else ())]
+    facts["READS_GRIDS"] = any(map(reads_grids, names))
+    return _templates().get_template(f"{name}.wgsl").render(**facts, **constants)
+
+
+def _words(values: Sequence[int]) -> list[str]:
+    """Sixteen values of eight bits as four words of WGSL."""
+    return [f"{word:#x}u" for word in np.array(values, np.int8).view("<u4").tolist()]
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,6 +137,7 @@ class Device:
         self.most_bytes = min(most_bytes or largest, largest) & ~255
         self._kernels: dict[tuple, Kernel] = {}
         self._buffers: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._grid_table: Any = None
         self._open = True
 
     def close(self) -> None:
@@ -228,13 +241,19 @@ class Device:
         self._check_open()
         entries = []
         for number in kernel.bindings:
-            found = resources[number]
+            found = self._grids() if number == GRIDS_BINDING else resources[number]
             buffer, offset, size = found if isinstance(found, tuple) else (found, 0, found.size)
             entries.append(
                 {"binding": number, "resource": {"buffer": buffer, "offset": offset, "size": size}}
             )
         group = self._device.create_bind_group(layout=kernel.layout, entries=entries, label=kernel.name)
         return Dispatch(kernel, group)
+
+    def _grids(self) -> Any:
+        """The table of the points of all grids, uploaded when a kernel first reads it."""
+        if self._grid_table is None:
+            self._grid_table = self.upload(grid_words(), "grids")
+        return self._grid_table
 
     def run(self, launches: Sequence[Launch], readback: "Readback | None" = None) -> None:
         """Encodes the launches, in order, into one command buffer and submits it."""

@@ -1,8 +1,8 @@
 """The words in which packed weights lie on the device.
 
 Kernels read 16 bytes at a time, so every type becomes whole vectors of four
-32-bit words, with no padding but at a tensor's end (Q3_K and IQ4_XS take 3.6 % and
-1.5 % more than in a file, as packed):
+32-bit words, with no padding but at a tensor's end (Q3_K, IQ1_M and IQ4_XS take 3.6 %,
+3.6 % and 1.5 % more than in a file, as packed):
 
 ======  =====================================================================
 type    words
@@ -22,6 +22,12 @@ Q4_1,   q, where the type has them
 Q5_0,
 Q5_1,
 IQ4_NL
+MXFP4   17 vectors for 16 blocks: their exponents, then 16 bytes of nibbles each
+IQ1,    for eight superblocks, one array after the other, as packed: d, scales, qh, signs, q
+IQ2,    and q16, where the type has them; the points of the grids are in a table of their own
+IQ3,
+TQ1_0,
+TQ2_0
 F16,    one vector for eight weights
 BF16
 F32     one vector for four weights
@@ -32,9 +38,11 @@ F32     one vector for four weights
 
 import math
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 
+from qwen3_moe_jax.convert.formats.grids import GRIDS
 from qwen3_moe_jax.convert.ggml_types import GGMLType
 from qwen3_moe_jax.convert.packed import PackedTensor
 
@@ -78,10 +86,38 @@ WORD_FORMATS: dict[GGMLType, WordFormat] = {
     GGMLType.Q2_K: WordFormat(12, 256, 64, 8, 42),
     GGMLType.Q3_K: WordFormat(13, 256, 64, 8, 57),
     GGMLType.IQ4_XS: WordFormat(14, 256, 32, 8, 69),
+    GGMLType.MXFP4: WordFormat(15, 32, 32, 16, 17),
+    GGMLType.IQ3_S: WordFormat(16, 256, 32, 8, 55),
+    GGMLType.IQ3_XXS: WordFormat(17, 256, 32, 8, 49),
+    GGMLType.IQ2_S: WordFormat(18, 256, 32, 8, 41),
+    GGMLType.IQ2_XS: WordFormat(19, 256, 32, 8, 37),
+    GGMLType.IQ2_XXS: WordFormat(20, 256, 32, 8, 33),
+    GGMLType.IQ1_S: WordFormat(21, 256, 32, 8, 25),
+    GGMLType.IQ1_M: WordFormat(22, 256, 32, 8, 29),
+    GGMLType.TQ1_0: WordFormat(23, 256, 32, 8, 27),
+    GGMLType.TQ2_0: WordFormat(24, 256, 32, 8, 33),
 }
 
-_IN_TURN = ("d", "m", "dmin", "scales", "qh", "q")
+_IN_TURN = ("d", "m", "dmin", "e", "scales", "qh", "signs", "q", "q16")
 """The arrays of types that lie array by array, in their order."""
+
+_GRID_TYPES = {"IQ1_S": "IQ1", "IQ1_M": "IQ1"}
+"""The grid of types that do not have one of their own name."""
+
+GRID_OFFSETS: dict[str, int] = dict(
+    zip(GRIDS, accumulate((grid.size // 4 for grid in GRIDS.values()), initial=0), strict=False)
+)
+"""The first word of each grid in :func:`grid_words`."""
+
+
+def grid_words() -> np.ndarray:
+    """The points of all grids as shaders read them: int8, four weights in a word."""
+    return np.concatenate([grid.reshape(-1) for grid in GRIDS.values()])
+
+
+def reads_grids(type_name: str) -> bool:
+    """Whether a type's weights are points of a grid."""
+    return _GRID_TYPES.get(type_name, type_name) in GRIDS
 
 
 def device_nbytes(type: GGMLType, num_weights: int) -> int:

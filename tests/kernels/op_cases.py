@@ -31,6 +31,7 @@ from qwen3_moe_jax.kernels_pallas.expert_matmul import arg_specs as expert_specs
 from qwen3_moe_jax.kernels_pallas.expert_matmul.routing import ROW_TILE
 from qwen3_moe_jax.kernels_pallas.gpu.device import require_hopper
 from qwen3_moe_jax.kernels_pallas.quantized_matmul import arg_specs as matmul_specs
+from qwen3_moe_jax.testing import low_bits
 from tests import tolerances
 
 QUANTIZED = (GGMLType.Q4_K, GGMLType.Q5_K, GGMLType.Q6_K, GGMLType.Q8_0)
@@ -98,19 +99,17 @@ def random_weights(rng: np.random.Generator, type: GGMLType, shape: tuple[int, .
         raw = raw.astype({GGMLType.F32: "<f4", GGMLType.F16: "<f2", GGMLType.BF16: "<u2"}[type])
         return pack(raw.view(np.uint8), type, shape)
     blocks = rng.integers(0, 256, (count, block.nbytes), dtype=np.uint8)
-    for name in ("d", "dmin", "m"):
-        if name in block.fields:
-            offset = block.fields[name].offset
-            scale = rng.uniform(1e-3, 4e-3, count) * rng.choice((-1, 1), count)
-            blocks[:, offset : offset + 2] = scale.astype("<f2").view(np.uint8).reshape(-1, 2)
+    for name in low_bits.scale_names(type):
+        scale = rng.uniform(1e-3, 4e-3, count) * rng.choice((-1, 1), count)
+        low_bits.set_scale(blocks, type, name, scale)
     return pack(blocks.reshape(-1), type, shape)
 
 
 def poison(w: PackedTensor, keep: np.ndarray) -> PackedTensor:
     """The same stack with NaN in every expert but those of ``keep``."""
-    name = "d" if "d" in w.arrays else "w"
+    name = next(name for name in ("d", "w", "e") if name in w.arrays)
     poisoned = w.arrays[name].copy()
-    poisoned[np.setdiff1d(np.arange(w.shape[0]), keep)] = np.nan
+    poisoned[np.setdiff1d(np.arange(w.shape[0]), keep)] = 255 if name == "e" else np.nan
     return PackedTensor({**w.arrays, name: poisoned}, w.type, w.layout)
 
 

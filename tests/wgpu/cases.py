@@ -5,6 +5,7 @@ import numpy as np
 from qwen3_moe_jax.convert.ggml_types import BLOCK_FORMATS, GGMLType
 from qwen3_moe_jax.convert.packed import PackedTensor
 from qwen3_moe_jax.convert.unpack import dequantize, pack
+from qwen3_moe_jax.testing import low_bits
 
 SEED = 20260923
 
@@ -30,11 +31,8 @@ def random_weights(rng: np.random.Generator, type: GGMLType, shape: tuple[int, .
         return pack(bits.reshape(-1).view(np.uint8), type, shape)
     block = BLOCK_FORMATS[type]
     blocks = rng.integers(0, 256, (int(np.prod(shape)) // block.weights, block.nbytes), dtype=np.uint8)
-    for name in ("d", "dmin", "m"):
-        if name in block.fields:
-            field = block.fields[name]
-            scale = rng.uniform(1e-3, 2e-3, len(blocks)).astype("<f2").view(np.uint8).reshape(-1, 2)
-            blocks[:, field.offset : field.offset + 2] = scale
+    for name in low_bits.scale_names(type):
+        low_bits.set_scale(blocks, type, name, rng.uniform(1e-3, 2e-3, len(blocks)))
     return pack(blocks.reshape(-1), type, shape)
 
 

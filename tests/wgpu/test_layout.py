@@ -17,8 +17,8 @@ from tests.wgpu.cases import random_weights, rng_of
 TYPES = pytest.mark.parametrize("type", SUPPORTED_TYPES, ids=lambda t: t.name)
 
 
-_SPREAD = (GGMLType.Q3_K, GGMLType.IQ4_XS)
-"""Types whose scales take a byte each on the device, as in packed arrays."""
+_SPREAD = (GGMLType.Q3_K, GGMLType.IQ4_XS, GGMLType.IQ1_M)
+"""Types whose scales take more on the device than in a file, as in packed arrays."""
 
 
 @pytest.mark.parametrize("type", [GGMLType.Q4_K, GGMLType.Q5_K], ids=lambda t: t.name)
@@ -39,7 +39,7 @@ def test_nothing_is_padded(type):
 @TYPES
 def test_rows_in_pieces_are_the_rows_at_once(type):
     """Cut at the granule, the words of the parts follow each other."""
-    columns = 256 if WORD_FORMATS[type].block == 256 else 96
+    columns = 256 if WORD_FORMATS[type].block == 256 else 96  # three blocks of 32
     weights = random_weights(rng_of(type), type, (24, columns))
     step = granule(type, columns)
     parts = [device_words(weights[i : i + step]) for i in range(0, 24, step)]

@@ -16,6 +16,9 @@ struct Params {
 @group(0) @binding(1) var<storage, read> table: array<vec4<u32>>;
 @group(0) @binding(2) var<storage, read> tokens: array<u32>;
 @group(0) @binding(3) var<storage, read_write> x: array<vec4<f32>>;
+//% if READS_GRIDS
+@group(0) @binding(8) var<storage, read> grids: array<u32>;
+//% endif
 
 @compute @workgroup_size({{ WG }})
 fn main(@builtin(workgroup_id) wg: vec3<u32>, @builtin(local_invocation_index) lane: u32) {

@@ -1,13 +1,17 @@
 //# How one unit of weights of each type is read; layout.py writes these words.
 //#
 //# A unit is what one invocation decodes between two loop steps: 64 weights of a
-//# K-quant, 32 of IQ4 and of the types of 32-weight blocks but 16 of Q8_0, 8 of F16 and BF16, 4 of F32. A macro unrolls the reading
+//# K-quant, 32 of IQ1 to IQ4, of ternary types and of those of 32-weight blocks but 16 of Q8_0, 8 of F16 and
+//# BF16, 4 of F32. A macro unrolls the reading
 //# of unit `u` for several rows at once and hands its caller, four weights at a
 //# time, `w0`, `w1`, ... (one vec4 a row) with the index of the matching vec4 of x.
 //# `rows` is a list of (storage array, first vec4, first superblock or block of the row).
 //#
 //# Bit layouts: ggml-common.h and ggml-quants.c (dequantize_row_*) of llama.cpp at
 //# commit 0c1e57098. Six-bit scales are decoded four at a time inside a word.
+
+//% from "blocks.wgsl" import place, half_of
+//% from "grids.wgsl" import units as more_units with context
 
 //% macro k_scales(r)
 let sc{{r}} = select(h{{r}}.y & 0x3f3f3f3fu, (h{{r}}.w & 0x0f0f0f0fu) | ((h{{r}}.y >> 2u) & 0x30303030u), j > 1u) >> ((j & 1u) * 16u);
@@ -184,17 +188,6 @@ let w{{loop.index0}} = bitcast<vec4<f32>>({{w}}[{{base}} + {{start}} + u]);
 {{ caller("u") }}
 //% endmacro
 
-//# Types whose eight blocks lie array by array: k is the block's place in its group, which begins at vec4 g.
-//% macro place(r, base, start, block, group)
-let s{{r}} = {{start}} + {{block}};
-let k{{r}} = s{{r}} & 7u;
-let g{{r}} = {{base}} + (s{{r}} >> 3u) * {{group}}u;
-//% endmacro
-
-//% macro half_of(r, w, vector)
-unpack2x16float({{w}}[g{{r}} + {{vector}}u][k{{r}} >> 1u] >> ((k{{r}} & 1u) * 16u)).x
-//%- endmacro
-
 //# Four values of IQ4 out of the four nibbles of a word's bytes: the table is four words.
 //% macro iq4(r, scale, nibbles)
 let n{{r}} = unpack4xU8({{nibbles}});
@@ -345,4 +338,4 @@ for (var turn = 0u; turn < 4u; turn++) {
 {{ unit_of_two_bits(caller, rows, 57, 1, 25, qh=9) }}
 //% endmacro
 
-//% set units = {"Q4_K": unit_Q4_K, "Q5_K": unit_Q5_K, "Q6_K": unit_Q6_K, "Q8_0": unit_Q8_0, "F16": unit_F16, "BF16": unit_BF16, "F32": unit_F32, "Q2_K": unit_Q2_K, "Q3_K": unit_Q3_K, "IQ4_XS": unit_IQ4_XS, "IQ4_NL": unit_IQ4_NL, "Q4_0": unit_Q4_0, "Q4_1": unit_Q4_1, "Q5_0": unit_Q5_0, "Q5_1": unit_Q5_1}
+//% set units = dict({"Q4_K": unit_Q4_K, "Q5_K": unit_Q5_K, "Q6_K": unit_Q6_K, "Q8_0": unit_Q8_0, "F16": unit_F16, "BF16": unit_BF16, "F32": unit_F32, "Q2_K": unit_Q2_K, "Q3_K": unit_Q3_K, "IQ4_XS": unit_IQ4_XS, "IQ4_NL": unit_IQ4_NL, "Q4_0": unit_Q4_0, "Q4_1": unit_Q4_1, "Q5_0": unit_Q5_0, "Q5_1": unit_Q5_1}, **more_units)

@@ -51,6 +51,10 @@ struct Params {
 @group(0) @binding(7) var<storage, read> w_up: array<vec4<u32>>;
 //% endif
 
+//% if READS_GRIDS
+@group(0) @binding(8) var<storage, read> grids: array<u32>;
+//% endif
+
 //% set R = ROWS * (2 if DUAL else 1)
 //% set GROUPS = WG // LANES
 //% if LANES > 1 and not SUBGROUPS
