@@ -9,7 +9,7 @@ from qwen3_moe_jax.core.errors import (
     BackendUnavailableError,
     NumericalError,
 )
-from qwen3_moe_jax.core.runner import Batch, Capabilities, Generated, IsOver, Runner
+from qwen3_moe_jax.core.runner import Batch, Capabilities, Generated, IsOver, Platform, Runner
 from qwen3_moe_jax.core.runner_arguments import check_open, per_prompt
 from qwen3_moe_jax.core.sampling import Sampling
 
@@ -18,7 +18,21 @@ class OneAtATime:
     """The methods of ``Runner`` for several sequences, on a backend that runs one at a time."""
 
     capabilities = Capabilities()
+    platform: Platform = "cpu"
     reused_tokens = 0
+
+    @property
+    def token_nbytes(self: Runner) -> int:
+        """Bytes of one token's keys and values."""
+        return self.cache_nbytes // self.max_context
+
+    def free_nbytes(self) -> int | None:
+        """None: the cache was made with the weights; see ``Runner.free_nbytes``."""
+        return None
+
+    def set_max_context(self: Runner, tokens: int) -> None:
+        """Raises BackendUnavailableError; see ``Runner.set_max_context``."""
+        raise BackendUnavailableError(f"the {self.name} backend makes its cache when it loads a model")
 
     def open_batch(self: Runner, slots: int, *, context: int | None = None) -> Batch:
         """Raises BackendUnavailableError; see ``Runner.open_batch``."""

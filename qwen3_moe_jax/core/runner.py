@@ -6,7 +6,7 @@ backend that runs one sequence at a time the methods that take several.
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol, TypedDict, Unpack
+from typing import Any, Literal, Protocol, TypedDict, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +17,8 @@ from qwen3_moe_jax.core.stages import StageKey
 
 FinishReason = Literal["stop", "length", "nonfinite"]
 """A stop token (or what the caller took for one); max_tokens or the context; logits that are not finite."""
+
+Platform = Literal["cpu", "gpu"]
 
 IsOver = Callable[[int, list[int]], bool]
 """Told a request's number and its new tokens; True ends it, as a stop token would."""
@@ -67,7 +69,8 @@ class Capabilities:
     Attributes:
       beside: ``forward`` takes other sequences into its batch.
       interventions: ``forward`` takes changes of stages.
-      open_batch: many sequences share a forward pass.
+      open_batch: many sequences share a forward pass; their rows of the cache can be copied and saved,
+        and their next tokens masked (``Batch``).
       dequantized: weights can be read back as the backend's own code unpacks them.
       concurrent: forward passes, and one stream, may run at the same time.
     """
@@ -105,15 +108,17 @@ class ForwardOptions(TypedDict, total=False):
 
 
 class Batch(Protocol):
-    """Slots for sequences that share every forward pass (``jax_backend.batching.Batch``).
+    """Slots for sequences that share every forward pass (``jax_backend.batching.Batch``)."""
 
-    Attributes:
-      slots: how many.
-      capacity: tokens that a sequence may have, prompt and output.
-    """
+    @property
+    def slots(self) -> int:
+        """How many sequences it holds."""
+        ...
 
-    slots: int
-    capacity: int
+    @property
+    def capacity(self) -> int:
+        """Tokens that a sequence may have, prompt and output."""
+        ...
 
     @property
     def free_slots(self) -> int:
@@ -125,6 +130,16 @@ class Batch(Protocol):
         """How many sequences have prompts that are not read to their end."""
         ...
 
+    @property
+    def is_whole(self) -> bool:
+        """False after a step that failed and took the state with it."""
+        ...
+
+    @property
+    def is_held(self) -> bool:
+        """Whether a step would do nothing until ``allow`` is called."""
+        ...
+
     def admit(
         self,
         token_ids: Sequence[int],
@@ -132,16 +147,43 @@ class Batch(Protocol):
         sampling: Sampling | None = None,
         max_tokens: int | None = None,
         stop_ids: Collection[int] = (),
+        slot: int | None = None,
+        filled: int = 0,
+        mask: bytes | None = None,
     ) -> int:
-        """Takes a prompt into a free slot; returns the slot."""
+        """Takes a prompt into a free slot, ``filled`` of its tokens in that slot's row already."""
         ...
 
-    def step(self, tokens: int = 1) -> Sequence[Progress]:
+    def step(self, tokens: int = 1, *, prompt_tokens: int = 2048, ahead: int = 0) -> Sequence[Progress]:
         """Continues every sequence that has not ended."""
         ...
 
     def free(self, slot: int) -> None:
         """Gives a slot back, at any time."""
+        ...
+
+    def allow(self, slot: int, mask: bytes) -> None:
+        """Lets a sequence that was admitted with a mask write its next token, one of the mask's."""
+        ...
+
+    def row_length(self, slot: int) -> int:
+        """Tokens of a slot's sequence that its row of the cache holds."""
+        ...
+
+    def row_nbytes(self, length: int) -> int:
+        """Bytes that ``save_row`` takes for so many positions."""
+        ...
+
+    def copy_row(self, source: int, target: int, length: int) -> None:
+        """Copies the first positions of one slot's row to a free slot's."""
+        ...
+
+    def save_row(self, slot: int, length: int) -> Any:
+        """The first positions of a slot's row, in main memory."""
+        ...
+
+    def load_row(self, slot: int, saved: Any) -> None:
+        """Puts what ``save_row`` gave into a free slot's row."""
         ...
 
 
@@ -168,6 +210,11 @@ class Runner(Protocol):
         ...
 
     @property
+    def platform(self) -> Platform:
+        """Whether a GPU computes, or this machine's cores."""
+        ...
+
+    @property
     def max_context(self) -> int:
         """Tokens that the KV cache holds."""
         ...
@@ -175,6 +222,23 @@ class Runner(Protocol):
     @property
     def cache_nbytes(self) -> int:
         """Bytes of the KV cache of one sequence of ``max_context`` tokens."""
+        ...
+
+    @property
+    def token_nbytes(self) -> int:
+        """Bytes of one token's keys and values."""
+        ...
+
+    def free_nbytes(self) -> int | None:
+        """Bytes that caches could take now; None where the device does not tell."""
+        ...
+
+    def set_max_context(self, tokens: int) -> None:
+        """Changes ``max_context`` of the caches that are made from now on.
+
+        Raises:
+          BackendUnavailableError: the cache was made with the weights (``capabilities.open_batch``).
+        """
         ...
 
     @property

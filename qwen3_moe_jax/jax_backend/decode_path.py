@@ -110,10 +110,12 @@ def read(
       layers: what runs the layers of a bound network.
     """
 
-    network = model.bind(params)
-    output = layers(network, token_ids, cache, start, expert_ids)
-    logits = network.logits(output.hidden)
-    return Step(logits, output.cache, output.expert_ids, network.shown())
+    def run(network: Network) -> tuple[jax.Array, Output]:
+        output = layers(network, token_ids, cache, start, expert_ids)
+        return network.logits(output.hidden), output
+
+    (logits, output), stages = model.bind(params).watched(run)
+    return Step(logits, output.cache, output.expert_ids, stages)
 
 
 def _changed_stages(model: Qwen3Moe) -> set[str]:

@@ -41,7 +41,6 @@ from qwen3_moe_jax.kernels_pallas import implementations
 OUTSIDE_LAYERS = frozenset({"inp_embd", "result_norm", "result_output"})
 """Stages that no layer has."""
 
-
 Matrix = PackedTensor | ops.OneOf
 """A packed matrix, or experts: whole, or one layer's inside stacks (``LayerTable.layer``)."""
 
@@ -144,15 +143,15 @@ class _Part(nnx.Module):
         return value
 
     def show(self, name: str, value: jax.Array) -> None:
-        """Keeps a value for :meth:`shown`."""
+        """Gives a value to :meth:`watched`, which must be running."""
         self.sow(nnx.Intermediate, name, value, reduce_fn=lambda _, new: new, init_fn=lambda: value)
 
-    def shown(self) -> dict[str, jax.Array]:
-        """The values that this part and those inside it have shown; they are kept no longer."""
+    def watched(self, run: Callable[..., R], *args: Any) -> tuple[R, dict[str, jax.Array]]:
+        """``run(self, *args)``, and the values that this part and those inside it have shown meanwhile."""
         if not self.settings.capture:
-            return {}
-        found = nnx.to_flat_state(nnx.pop(self, nnx.Intermediate))
-        return {str(path[-1]): variable.get_value() for path, variable in found}
+            return run(self, *args), {}
+        result, state = nnx.capture(run, nnx.Intermediate)(self, *args)
+        return result, {str(path[-1]): value.get_value() for path, value in nnx.to_flat_state(state)}
 
     def matmul(self, x: jax.Array, w: Matrix, dtype: Any = None) -> jax.Array:
         """x [B, T, K] times the transpose of w [N, K]: float32 [B, T, N]."""
@@ -328,8 +327,9 @@ class Network(_Part):
         def step(carry: tuple[jax.Array, KVCache], xs: Any) -> tuple[Any, Any]:
             layer, forced_ids = xs
             decoder_layer = DecoderLayer(self.layers.layer(layer), self.settings)
-            x, cache, chosen = decoder_layer(*carry, spans, rope, forced_ids, layer)
-            return (x, cache), (chosen, decoder_layer.shown())
+            args = (*carry, spans, rope, forced_ids, layer)
+            (x, cache, chosen), stages = decoder_layer.watched(DecoderLayer.__call__, *args)
+            return (x, cache), (chosen, stages)
 
         xs = (np.asarray(numbers, np.int32), expert_ids)
         (x, cache), (chosen, stages) = jax.lax.scan(step, (x, cache), xs)

@@ -3,15 +3,13 @@
 import sys
 import time
 import weakref
-from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from numpy.typing import NDArray
 
 from qwen3_moe_jax.convert.packed import LANES
 from qwen3_moe_jax.convert.progress import ProgressCallback
@@ -23,6 +21,7 @@ from qwen3_moe_jax.core.runner import (
     ForwardOptions,
     Generated,
     IsOver,
+    Platform,
 )
 from qwen3_moe_jax.core.runner_arguments import (
     ForwardRequest,
@@ -33,22 +32,16 @@ from qwen3_moe_jax.core.runner_arguments import (
     per_prompt,
 )
 from qwen3_moe_jax.core.sampling import Sampling
-from qwen3_moe_jax.core.stages import LAYER_STAGES, StageKey
 from qwen3_moe_jax.jax_backend import programs
 from qwen3_moe_jax.jax_backend.batching import Batch, Request, run_all
 from qwen3_moe_jax.jax_backend.compile_clock import compile_clock
-from qwen3_moe_jax.jax_backend.decode_path import PATHS, Decoder, choose
-from qwen3_moe_jax.jax_backend.generate import (
-    COMPILER_OPTIONS,
-    MAX_STEPS,
-    PREFILL_CHUNKS,
-    chunk_lengths,
-)
+from qwen3_moe_jax.jax_backend.decode_path import PATHS, choose
+from qwen3_moe_jax.jax_backend.forward import forward
+from qwen3_moe_jax.jax_backend.generate import MAX_STEPS, PREFILL_CHUNKS, chunk_lengths
 from qwen3_moe_jax.jax_backend.kv_cache import KVCache, whole_tiles
 from qwen3_moe_jax.jax_backend.likelihood import log_likelihoods
 from qwen3_moe_jax.jax_backend.model import Qwen3Moe
-from qwen3_moe_jax.jax_backend.params import GPU_ROLES, Params, load_params, split_path
-from qwen3_moe_jax.jax_backend.programs import Program
+from qwen3_moe_jax.jax_backend.params import GPU_ROLES, load_params, split_path
 from qwen3_moe_jax.jax_backend.settings import own_settings
 from qwen3_moe_jax.kernels_pallas import Matrices
 from qwen3_moe_jax.kernels_pallas import dequantize as dequantize_on_device
@@ -57,9 +50,7 @@ from qwen3_moe_jax.kernels_pallas.implementations import Record, recording
 from qwen3_moe_jax.machine.headroom import available_memory
 from qwen3_moe_jax.machine.jax_devices import enable_compilation_cache, jax_devices
 from qwen3_moe_jax.machine.kernels import AUTO, capability_of, choose_kernels
-from qwen3_moe_jax.machine.memory import MemoryPlan, check_slots, fitting_slots
-
-LAYER_STAGE_NAMES = frozenset(stage.name for stage in LAYER_STAGES)
+from qwen3_moe_jax.machine.memory import MemoryPlan, cache_nbytes, check_slots, fitting_slots
 
 SECONDS_PER_DISPATCH = 0.06
 """Streaming asks the device for as many tokens at once as take about this long."""
@@ -140,8 +131,22 @@ class JaxRunner:
         self._record = Record()
 
     @property
+    def platform(self) -> Platform:
+        return "gpu" if self.device.platform == "gpu" else "cpu"
+
+    @property
     def cache_nbytes(self) -> int:
         return self.plan.cache
+
+    @property
+    def token_nbytes(self) -> int:
+        return cache_nbytes(self.config, 1, self.cache_dtype.itemsize)
+
+    def free_nbytes(self) -> int | None:
+        return available_memory(self.device).nbytes
+
+    def set_max_context(self, tokens: int) -> None:
+        self.max_context = tokens
 
     @property
     def model(self) -> Qwen3Moe:
@@ -233,34 +238,8 @@ class JaxRunner:
 
     @own_settings()
     def _forward(self, r: ForwardRequest) -> Forward:
-        token_ids, chosen, expert_ids = r.token_ids, r.layers, r.expert_ids
-        row = len(r.beside) // 2
-        tokens = _rows([*r.beside[:row], token_ids, *r.beside[row:]], len(token_ids))
-        decoder = self.decoder.clone(
-            capture=r.capture, interventions=r.interventions, layers=None if r.is_whole else chosen
-        )
-        chunks = chunk_lengths(len(token_ids), r.chunk_sizes or PREFILL_CHUNKS)
-        length = whole_tiles(sum(chunks))  # prompts of nearby lengths share a program
-        cache = KVCache.create(self.config, len(tokens), length, self.cache_dtype, self.device)
-        parts, start = [], 0
-        for chunk in chunks:
-            part = slice(start, start + chunk)
-            forced = None
-            if expert_ids is not None:
-                forced = _padded(expert_ids[:, part], 1, chunk)[:, None].repeat(len(tokens), axis=1)
-            ids, begin = _padded(tokens[:, part], 1, chunk), jnp.full((len(tokens),), start)
-            with recording(self._record):
-                outputs = _forward_chunk(decoder, self.params, cache, ids, begin, forced, row)
-            cache = outputs.pop("cache")
-            real = min(chunk, len(token_ids) - start)
-            parts.append(jax.tree.map(lambda x, n=real: np.asarray(x)[:n], outputs))
-            start += chunk
-        whole = jax.tree.map(lambda *p: np.concatenate(p), *parts)
-        stages = {
-            (name, None if index is None else chosen[index]): value
-            for (name, index), value in whole["stages"].items()
-        }
-        return Forward(whole["logits"], np.moveaxis(whole["expert_ids"], 0, 1), stages)
+        with recording(self._record):
+            return forward(self.decoder, self.params, r, self.cache_dtype, self.device)
 
     @own_settings()
     def log_likelihoods(self, token_ids: Sequence[int], *, first: int = 1) -> np.ndarray:
@@ -403,54 +382,3 @@ def _next_count(count: int, seconds: float) -> int:
 def _dequantize_rows(w: Matrices) -> jax.Array:
     """All rows of a matrix."""
     return dequantize_on_device(w.slice(0, w.rows))
-
-
-@partial(
-    Program,
-    static_argnames=("decoder", "row"),
-    donate_argnames=("cache",),
-    compiler_options=COMPILER_OPTIONS,
-)
-def _forward_chunk(
-    decoder: Decoder,
-    params: Params,
-    cache: KVCache,
-    token_ids: jax.Array,
-    start: jax.Array,
-    expert_ids: jax.Array | None,
-    row: int,
-) -> dict[str, Any]:
-    """One chunk of a batch of prompts [B, T], its row ``row`` alone: logits [T, V], expert_ids [T, L, X],
-    stages with T first; and the cache of the batch."""
-    step = decoder.read(params, token_ids, start, cache, expert_ids)
-    return {
-        "logits": step.logits[row],
-        "expert_ids": jnp.moveaxis(step.expert_ids[:, row], 0, 1),
-        "cache": step.cache,
-        "stages": dict(_sown(step.stages, row)),
-    }
-
-
-def _sown(stages: Mapping[str, jax.Array], row: int) -> Iterator[tuple[StageKey, jax.Array]]:
-    """Stages of one sequence out of Flax's collection: ((name, index of the layer), value [T, ...])."""
-    for name, value in stages.items():
-        if name in LAYER_STAGE_NAMES:
-            yield from (((name, i), layer[row]) for i, layer in enumerate(value))
-        else:
-            yield (name, None), value[row]
-
-
-def _rows(sequences: Sequence[Sequence[int] | NDArray[np.int32]], length: int) -> np.ndarray:
-    """Token ids int32 [B, length]: longer sequences are cut, zeros follow shorter ones."""
-    rows = np.zeros((len(sequences), length), np.int32)
-    for row, sequence in zip(rows, sequences, strict=True):
-        part = np.asarray(sequence[:length])
-        row[: len(part)] = part
-    return rows
-
-
-def _padded(values: np.ndarray, axis: int, length: int) -> np.ndarray:
-    """``values`` with zeros after them up to ``length`` along ``axis``."""
-    widths = [(0, 0)] * values.ndim
-    widths[axis] = (0, length - values.shape[axis])
-    return np.pad(values, widths)

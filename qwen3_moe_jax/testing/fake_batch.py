@@ -4,7 +4,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 from qwen3_moe_jax.core.errors import BatchFullError
-from qwen3_moe_jax.core.runner import Progress
+from qwen3_moe_jax.core.runner import FinishReason, Progress
 from qwen3_moe_jax.core.sampling import Sampling
 
 CHUNK = 16
@@ -17,7 +17,7 @@ class _Sequence:
     filled: int
     mask: bytes | None
     is_held: bool = False
-    finish_reason: str | None = None
+    finish_reason: FinishReason | None = None
 
     @property
     def is_waiting(self) -> bool:
@@ -54,6 +54,11 @@ class FakeBatch:
     @property
     def waiting(self) -> int:
         return sum(s.is_waiting for s in self.sequences.values())
+
+    @property
+    def is_held(self) -> bool:
+        running = [s for s in self.sequences.values() if s.finish_reason is None]
+        return bool(running) and all(s.is_held for s in running)
 
     def admit(
         self,

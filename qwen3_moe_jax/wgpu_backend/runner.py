@@ -18,6 +18,7 @@ from qwen3_moe_jax.core.one_at_a_time import (
 from qwen3_moe_jax.core.runner import (
     Forward,
     ForwardOptions,
+    Platform,
 )
 from qwen3_moe_jax.core.runner_arguments import (
     check_open,
@@ -92,6 +93,7 @@ class WgpuRunner(OneAtATime):
         check_shapes(self.config, source.types)
         self._owns_device = device is None
         self._device = device or Device(adapter)
+        self.platform: Platform = "cpu" if self._device.report.software else "gpu"
         self._types = sorted(
             {t.name for path, t in source.types.items() if "norm" not in path.split(".")[-1]}
         )

@@ -22,6 +22,7 @@ from qwen3_moe_jax.core.sampling import Sampling
 from qwen3_moe_jax.jax_backend.batching import Batch
 from qwen3_moe_jax.jax_backend.runner import JaxRunner
 from qwen3_moe_jax.reference import ReferenceRunner
+from qwen3_moe_jax.serve.engine.single import SingleBatch
 from qwen3_moe_jax.wgpu_backend.runner import WgpuRunner
 
 BACKENDS = (JaxRunner, WgpuRunner, ReferenceRunner)
@@ -61,6 +62,9 @@ def test_what_a_backend_can_is_what_it_overrides(backend):
     for name in ("open_batch", "dequantized"):
         inherits = getattr(backend, name) is getattr(OneAtATime, name)
         assert getattr(can, name) != inherits, name
+    for name in ("set_max_context", "free_nbytes"):  # caches that are made when they are needed
+        inherits = getattr(backend, name) is getattr(OneAtATime, name)
+        assert can.open_batch != inherits, name
 
 
 def test_options_are_those_of_the_check():
@@ -129,10 +133,22 @@ def test_several_prompts_are_answered_alike(jax_runner, reference_runner):
         reference_runner.generate_batch(prompts, max_tokens=[3], sampling=sampling)
 
 
-def test_a_batch_keeps_its_protocol():
+@pytest.mark.parametrize("kind", [Batch, SingleBatch])
+def test_a_batch_keeps_its_protocol(kind):
     from qwen3_moe_jax.core.runner import Batch as Protocol
 
     for name, value in vars(Protocol).items():
         if inspect.isfunction(value) and not name.startswith("_"):
-            ours, wanted = parameters(getattr(Batch, name)), parameters(value)
+            ours, wanted = parameters(getattr(kind, name)), parameters(value)
             assert ours[: len(wanted)] == wanted, name
+
+
+def test_a_batch_of_one_has_no_rows_and_masks(reference_runner):
+    batch = SingleBatch(reference_runner)
+    for ask in ({"mask": b""}, {"filled": 1}):
+        with pytest.raises(BackendUnavailableError, match="no rows and masks"):
+            batch.admit([1, 2], **ask)
+    with pytest.raises(BackendUnavailableError, match="no rows and masks"):
+        batch.copy_row(0, 0, 1)
+    with pytest.raises(BackendUnavailableError, match="when it loads"):
+        reference_runner.set_max_context(4)

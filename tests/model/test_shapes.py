@@ -1,5 +1,6 @@
 """Full-size models by their shapes alone: parameters, cache and step, without a byte of weights."""
 
+import warnings
 from dataclasses import replace
 
 import jax
@@ -10,6 +11,8 @@ import pytest
 from qwen3_moe_jax.convert.config import PRESETS
 from qwen3_moe_jax.convert.ggml_types import GGMLType
 from qwen3_moe_jax.convert.tensor_names import q4_k_m_types, tensor_specs
+from qwen3_moe_jax.core.stages import LAYER_STAGES, STAGES
+from qwen3_moe_jax.jax_backend.decode_path import read
 from qwen3_moe_jax.jax_backend.kv_cache import KVCache
 from qwen3_moe_jax.jax_backend.model import Qwen3Moe
 from qwen3_moe_jax.jax_backend.params import GPU_ROLES, abstract_params, plan_layers
@@ -97,3 +100,19 @@ def test_cache_size_is_what_a_plan_says():
     cache = jax.eval_shape(lambda: KVCache.create(config, 1, 4096, jnp.float16))
     nbytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache))
     assert nbytes == cache_nbytes(config, 4096, itemsize=2) == 4096 * 96 * 1024
+
+
+def test_stages_are_captured_as_flax_says():
+    """Flax warns of values that are sown where nothing captures them, and gives that way up."""
+    config = replace(PRESETS["Qwen3-30B-A3B"], num_hidden_layers=3)
+    cache = jax.eval_shape(lambda: KVCache.create(config, 2, 64))
+    tokens, start = jnp.zeros((2, 3), jnp.int32), jnp.zeros((2,), jnp.int32)
+    params = abstract_params(config, q4_k_m_types(config), {})
+    model = Qwen3Moe(config, capture=frozenset(STAGES))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", DeprecationWarning)
+        step = jax.eval_shape(lambda p, c: read(model, p, tokens, start, c), params, cache)
+    of_layers = {stage.name for stage in LAYER_STAGES}
+    assert set(step.stages) == set(STAGES)
+    for name, value in step.stages.items():
+        assert value.shape[: 1 + (name in of_layers)] == ((3, 2) if name in of_layers else (2,)), name

@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from qwen3_moe_jax.core.runner import Batch
+
 if TYPE_CHECKING:
-    from qwen3_moe_jax.serve.engine.scheduler import Job, Running, SlotBatch
+    from qwen3_moe_jax.serve.engine.scheduler import Job, Running
 
 UNIT = 16
 """Reused lengths are multiples of this, as prompts' chunks are."""
@@ -42,7 +44,7 @@ class Reuse:
     source: int | None = None
     saved: Any = field(default=None, repr=False, compare=False)
 
-    def repeat(self, batch: "SlotBatch") -> None:
+    def repeat(self, batch: Batch) -> None:
         """Does to another batch what was done to the first one."""
         if self.saved is not None:
             batch.load_row(self.slot, self.saved)
@@ -85,7 +87,7 @@ class PrefixCache:
         self.hits = self.lookups = self.reused_tokens = self.prompt_tokens = 0
 
     def prepare(
-        self, batch: "SlotBatch", token_ids: Sequence[int], scope: str | None, busy: "dict[int, Running]"
+        self, batch: Batch, token_ids: Sequence[int], scope: str | None, busy: "dict[int, Running]"
     ) -> Reuse:
         """Chooses a free slot of the batch and brings what can be reused into its row."""
         prompt = np.asarray(token_ids, np.int64)
@@ -103,7 +105,7 @@ class PrefixCache:
         return reuse
 
     def leave(
-        self, batch: "SlotBatch", slot: int, job: "Job", written: Sequence[int], *, is_sound: bool = True
+        self, batch: Batch, slot: int, job: "Job", written: Sequence[int], *, is_sound: bool = True
     ) -> None:
         """Notes what a sequence that ended leaves in its row."""
         row = None
@@ -119,7 +121,7 @@ class PrefixCache:
 
     def _best(
         self,
-        batch: "SlotBatch",
+        batch: Batch,
         prompt: np.ndarray,
         scope: str,
         busy: "dict[int, Running]",
@@ -144,13 +146,13 @@ class PrefixCache:
         batch.copy_row(slot, target, length)
         return Reuse(target, length, source=slot)
 
-    def _running_rows(self, batch: "SlotBatch", busy: "dict[int, Running]", scope: str):
+    def _running_rows(self, batch: Batch, busy: "dict[int, Running]", scope: str):
         for slot, running in busy.items():
             if running.job.scope == scope:
                 tokens = np.asarray(running.job.token_ids, np.int64)
                 yield slot, _Row(tokens[: batch.row_length(slot)], scope)
 
-    def _from_store(self, batch: "SlotBatch", number: int, length: int, free: list[int]) -> Reuse:
+    def _from_store(self, batch: Batch, number: int, length: int, free: list[int]) -> Reuse:
         self._store.move_to_end(number)
         saved = self._store[number].saved
         target = self._victim(batch, free, keep_entry=number)
@@ -158,7 +160,7 @@ class PrefixCache:
         return Reuse(target, length, saved=saved)
 
     def _victim(
-        self, batch: "SlotBatch", free: list[int], keep: int | None = None, keep_entry: int | None = None
+        self, batch: Batch, free: list[int], keep: int | None = None, keep_entry: int | None = None
     ) -> int:
         """The free slot that is overwritten, an empty or the least recently used one; its row is stored."""
         order = [s for s in self._free if s in free]
@@ -170,7 +172,7 @@ class PrefixCache:
             self._save(batch, slot, row, keep_entry)
         return slot
 
-    def _save(self, batch: "SlotBatch", slot: int, row: _Row, keep_entry: int | None) -> None:
+    def _save(self, batch: Batch, slot: int, row: _Row, keep_entry: int | None) -> None:
         nbytes = batch.row_nbytes(len(row.tokens))
         covered = any(
             r.scope == row.scope and common_length(r.tokens, row.tokens) == len(row.tokens)

@@ -9,40 +9,11 @@ order of their arrival; keys take turns. A request that was admitted is never pu
 from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
+from qwen3_moe_jax.core.runner import Batch, Progress
 from qwen3_moe_jax.core.sampling import Sampling
 from qwen3_moe_jax.serve.engine.prefix import PrefixCache, Reuse
-
-
-class BatchProgress(Protocol):
-    """What a step did for one sequence (``batching.Progress``)."""
-
-    slot: int
-    tokens: list[int]
-    finish_reason: str | None
-
-
-class SlotBatch(Protocol):
-    """What the scheduler asks of a batch (``batching.Batch``)."""
-
-    slots: int
-    capacity: int
-
-    @property
-    def free_slots(self) -> int: ...
-
-    @property
-    def waiting(self) -> int: ...
-
-    @property
-    def is_whole(self) -> bool: ...
-
-    def admit(self, token_ids: Sequence[int], **options: Any) -> int: ...
-
-    def free(self, slot: int) -> None: ...
-
-    def step(self, tokens: int, **options: Any) -> Sequence[BatchProgress]: ...
 
 
 @dataclass(frozen=True)
@@ -171,7 +142,7 @@ class Scheduler:
 
     def __init__(
         self,
-        open_batch: Callable[[], SlotBatch],
+        open_batch: Callable[[], Batch],
         *,
         limits: Limits | None = None,
         prefixes: PrefixCache | None = None,
@@ -205,7 +176,7 @@ class Scheduler:
     def is_held(self) -> bool:
         """Whether a turn would do nothing: every sequence waits for its mask."""
         could_admit = bool(self.queue) and self.batch.free_slots > 0
-        return not could_admit and getattr(self.batch, "is_held", False)
+        return not could_admit and self.batch.is_held
 
     @property
     def has_waiting_prompts(self) -> bool:
@@ -275,7 +246,7 @@ class Scheduler:
         return events
 
     def _admit(self, job: Job) -> Began:
-        options = {
+        options: dict[str, Any] = {
             "sampling": job.sampling,
             "max_tokens": min(job.max_tokens, self.batch.capacity - len(job.token_ids)),
             "stop_ids": job.stop_ids,
@@ -295,7 +266,7 @@ class Scheduler:
     def _busy(self) -> dict[int, Running]:
         return self.running
 
-    def _take(self, progress: BatchProgress) -> Wrote:
+    def _take(self, progress: Progress) -> Wrote:
         running = self.running[progress.slot]
         running.written += progress.tokens
         if progress.finish_reason:
@@ -333,7 +304,7 @@ class Scheduler:
             self.log.append(decision)
 
 
-def replay(log: Sequence[tuple], batch: SlotBatch) -> dict[int, list[int]]:
+def replay(log: Sequence[tuple], batch: Batch) -> dict[int, list[int]]:
     """Carries the decisions of a log out on another batch: the tokens of each job id.
 
     Raises:
@@ -344,7 +315,7 @@ def replay(log: Sequence[tuple], batch: SlotBatch) -> dict[int, list[int]]:
     for name, *arguments in log:
         if name == "admit":
             job, slot, reuse = arguments
-            options = {"sampling": job.sampling, "stop_ids": job.stop_ids}
+            options: dict[str, Any] = {"sampling": job.sampling, "stop_ids": job.stop_ids}
             options["max_tokens"] = min(job.max_tokens, batch.capacity - len(job.token_ids))
             if job.first_mask is not None:
                 options["mask"] = job.first_mask

@@ -1,27 +1,24 @@
 """One sequence at a time as a batch of one slot: for backends that have no batches (wgpu, reference)."""
 
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Generator, Iterator, Sequence
+from typing import Any, NoReturn
 
-from qwen3_moe_jax.core.errors import BatchFullError, ContextOverflowError, NumericalError
-from qwen3_moe_jax.core.runner import Runner
+from qwen3_moe_jax.core.errors import (
+    BackendUnavailableError,
+    BatchFullError,
+    ContextOverflowError,
+    NumericalError,
+)
+from qwen3_moe_jax.core.runner import Progress, Runner
 from qwen3_moe_jax.core.sampling import Sampling
 
 
-@dataclass(frozen=True)
-class SingleProgress:
-    """As ``batching.Progress``."""
-
-    slot: int
-    tokens: list[int]
-    finish_reason: str | None
-
-
 class SingleBatch:
-    """``Runner.stream`` behind the part of ``batching.Batch`` that the scheduler needs."""
+    """``Runner.stream`` as a ``core.runner.Batch`` of one slot, without rows and masks."""
 
     slots = 1
     is_whole = True
+    is_held = False
 
     def __init__(self, runner: Runner):
         self.capacity = runner.max_context
@@ -45,8 +42,13 @@ class SingleBatch:
         sampling: Sampling | None = None,
         max_tokens: int | None = None,
         stop_ids: Collection[int] = (),
+        slot: int | None = None,
+        filled: int = 0,
+        mask: bytes | None = None,
     ) -> int:
-        """As ``Batch.admit``."""
+        """As ``Batch.admit``; raises BackendUnavailableError for ``filled`` and ``mask``."""
+        if filled or mask is not None:
+            self._refuse()
         if self._stream is not None:
             raise BatchFullError(1)
         room = self.capacity - len(token_ids)
@@ -61,12 +63,11 @@ class SingleBatch:
 
     def free(self, slot: int) -> None:
         """As ``Batch.free``."""
-        close = getattr(self._stream, "close", None)
-        self._stream = None
-        if close is not None:
-            close()
+        stream, self._stream = self._stream, None
+        if isinstance(stream, Generator):
+            stream.close()
 
-    def step(self, tokens: int = 1, **_: int) -> list[SingleProgress]:
+    def step(self, tokens: int = 1, *, prompt_tokens: int = 2048, ahead: int = 0) -> list[Progress]:
         """One token, whatever is asked for."""
         if self._stream is None:
             return []
@@ -74,8 +75,30 @@ class SingleBatch:
         try:
             token = next(self._stream, None)
         except NumericalError:
-            return [SingleProgress(0, [], "nonfinite")]
+            return [Progress(0, [], "nonfinite")]
         if token is None:
-            return [SingleProgress(0, [], "stop")]
+            return [Progress(0, [], "stop")]
         self._left -= 1
-        return [SingleProgress(0, [token], None if self._left else "length")]
+        return [Progress(0, [token], None if self._left else "length")]
+
+    def allow(self, slot: int, mask: bytes) -> None:
+        """Raises BackendUnavailableError, as what follows: see ``Capabilities.open_batch``."""
+        self._refuse()
+
+    def row_length(self, slot: int) -> int:
+        self._refuse()
+
+    def row_nbytes(self, length: int) -> int:
+        self._refuse()
+
+    def copy_row(self, source: int, target: int, length: int) -> None:
+        self._refuse()
+
+    def save_row(self, slot: int, length: int) -> Any:
+        self._refuse()
+
+    def load_row(self, slot: int, saved: Any) -> None:
+        self._refuse()
+
+    def _refuse(self) -> NoReturn:
+        raise BackendUnavailableError(f"the {self._runner.name} backend has no rows and masks of slots")

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from qwen3_moe_jax.core.errors import MemoryPlanError
+from qwen3_moe_jax.core.runner import Batch
 from qwen3_moe_jax.core.sampling import Sampling
 from qwen3_moe_jax.serve.engine import frames
 from qwen3_moe_jax.serve.engine.prefix import PrefixCache
@@ -88,14 +89,12 @@ class Engine:
         self.slots, self.context = self._sizes(start)
         if runner.capabilities.open_batch:
             # prompts are scored and drawn in caches of their own, of any length that the slots have
-            runner.max_context = self.context
+            runner.set_max_context(self.context)
         limits = Limits(start.max_queue, start.max_queue_tokens)
         self.scheduler = Scheduler(
             self._open_batch, limits=limits, max_step=MAX_STEP[self._place], keep_log=start.keep_log
         )
-        batch = self.scheduler.batch
-        self.has_prefixes = hasattr(batch, "copy_row")
-        self.has_masks = hasattr(batch, "allow")
+        self.has_prefixes = self.has_masks = runner.capabilities.open_batch
         if self.has_prefixes:
             self.scheduler.prefixes = PrefixCache(start.prefix_bytes)
         if start.warm_up:
@@ -103,8 +102,7 @@ class Engine:
 
     @property
     def _place(self) -> str:
-        device = getattr(self.model.runner, "device", None)
-        return "gpu" if device is not None and device.platform == "gpu" else "cpu"
+        return self.model.runner.platform
 
     def _sizes(self, start: frames.Start) -> tuple[int, int]:
         """Slots and context: as asked for, or as memory allows, up to the file's own context."""
@@ -113,15 +111,12 @@ class Engine:
         context = min(start.context or most, most)
         if not runner.capabilities.open_batch:
             return 1, min(context, runner.max_context)
-        from qwen3_moe_jax.machine.headroom import available_memory
-        from qwen3_moe_jax.machine.memory import cache_nbytes
-
         slots = start.slots or DEFAULT_SLOTS[self._place]
-        free = available_memory(runner.device).nbytes
+        free = runner.free_nbytes()
         if free is None or (start.context and start.slots):
             return slots, context
         share = free * (CPU_SHARE if self._place == "cpu" else 0.9)
-        one = cache_nbytes(config, 1, runner.cache_dtype.itemsize)
+        one = runner.token_nbytes
         if start.context:
             return max(1, min(slots, int(share // (one * (context + 512))))), context
         while slots > 1 and not start.slots and share // (one * slots) < min(most, MIN_CONTEXT) + 512:
@@ -129,7 +124,7 @@ class Engine:
         fitting = int(share // (one * slots)) - 512
         return slots, max(64, min(context, fitting // 64 * 64))
 
-    def _open_batch(self) -> Any:
+    def _open_batch(self) -> Batch:
         runner = self.model.runner
         if runner.capabilities.open_batch:
             return runner.open_batch(self.slots, context=self.context)
@@ -170,7 +165,11 @@ class Engine:
     def counters(self) -> dict[str, float]:
         """Gauges and counts for the metrics."""
         s, p = self.scheduler, self.scheduler.prefixes
-        found = {"running": len(s.running), "queued": len(s.queue), "queued_tokens": s.queue.tokens}
+        found: dict[str, float] = {
+            "running": len(s.running),
+            "queued": len(s.queue),
+            "queued_tokens": s.queue.tokens,
+        }
         if p is not None:
             found |= {
                 "prefix_hits": p.hits,
@@ -282,11 +281,12 @@ class Loop:
 
 
 def _job(m: frames.Submit) -> Job:
+    sampling: dict[str, Any] = dict(m.sampling)
     return Job(
         id=m.id,
         key=m.key,
         token_ids=m.token_ids,
-        sampling=Sampling(**m.sampling),
+        sampling=Sampling(**sampling),
         max_tokens=m.max_tokens,
         stop_ids=frozenset(m.stop_ids),
         scope=m.scope,
@@ -314,6 +314,7 @@ def main(file_number: int) -> None:
         signal.signal(number, signal.SIG_IGN)
     connection = socket.socket(fileno=file_number)
     start = frames.receive(connection)
+    assert isinstance(start, frames.Start), "the front's first message says what to load"
     inbox: queue.SimpleQueue = queue.SimpleQueue()
     threading.Thread(target=_read_forever, args=(connection, inbox), daemon=True).start()
     try:
