@@ -26,6 +26,7 @@ from qwen3_moe_jax.core.terminal import PROGRAM
 COMMANDS = {
     "generate": ("qwen3_moe_jax.commands.generate", "write text after a prompt"),
     "chat": ("qwen3_moe_jax.commands.chat", "talk with the model in the terminal"),
+    "batch": ("qwen3_moe_jax.commands.batch", "answer a file of requests in OpenAI's batch format"),
     "serve": ("qwen3_moe_jax.commands.serve", "serve the model over HTTP, with a chat page"),
     "perplexity": ("qwen3_moe_jax.commands.perplexity", "measure how well the model expects a text"),
     "bench": ("qwen3_moe_jax.commands.bench", "measure how fast the model is on this machine"),

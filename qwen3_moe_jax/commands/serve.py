@@ -3,11 +3,15 @@
 import argparse
 import importlib.util
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from qwen3_moe_jax import loader
 from qwen3_moe_jax.commands import options
 from qwen3_moe_jax.commands.common import add_adapter, add_context, add_kernels, add_model
 from qwen3_moe_jax.core.errors import OptionError
+
+if TYPE_CHECKING:
+    from qwen3_moe_jax.serve.engine.frames import Start
 
 EXAMPLES = """
 clients (the server listens on http://127.0.0.1:8080 unless told otherwise):
@@ -32,11 +36,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "path", nargs="?", metavar="MODEL", type=options.path, help="the same as --model MODEL"
     )
-    _add_engine_arguments(parser)
+    add_engine_arguments(parser).add_argument(
+        "--no-warm-up", action="store_true", help="compile at the first requests instead"
+    )
     _add_server_arguments(parser)
 
 
-def _add_engine_arguments(parser: argparse.ArgumentParser) -> None:
+def add_engine_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """The model, and how its engine runs; returns their group."""
     group = parser.add_argument_group("model and engine")
     add_model(group)
     group.add_argument("--backend", choices=("auto", *loader.BACKENDS), default="auto")
@@ -45,7 +52,6 @@ def _add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     add_kernels(group)
     add_adapter(group)
     group.add_argument("--no-gate", action="store_true", help="skip the check at a file's first load")
-    group.add_argument("--no-warm-up", action="store_true", help="compile at the first requests instead")
     group.add_argument(
         "--slots",
         type=options.number(1, 256),
@@ -66,6 +72,34 @@ def _add_engine_arguments(parser: argparse.ArgumentParser) -> None:
         default=50,
         metavar="MS",
         help="a step that also reads prompts may take (50)",
+    )
+    return group
+
+
+def check_installed() -> None:
+    """Raises RuntimeError: a package of the extra ``serve`` is missing."""
+    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        raise RuntimeError(f"this command needs {', '.join(missing)}: pip install 'qwen3-moe-jax[serve]'")
+
+
+def start_from(args: argparse.Namespace, **fields: object) -> "Start":
+    """What the engine is to load; ``fields`` as ``frames.Start``, beside ``add_engine_arguments``."""
+    from qwen3_moe_jax.serve.engine.frames import Start
+
+    return Start(
+        model=str(loader.model_path(args.model)),
+        backend=args.backend,
+        dtype=args.dtype,
+        kv_cache=args.kv_cache,
+        kernels=args.kernels,
+        adapter=args.adapter,
+        gate=not args.no_gate,
+        context=args.context,
+        slots=args.slots,
+        prefix_bytes=int(args.cache_ram * 1e9),
+        step_ms=args.step_ms,
+        **fields,
     )
 
 
@@ -146,10 +180,7 @@ def read_keys(path: str | None) -> tuple[str, ...]:
 
 
 def run(args: argparse.Namespace) -> int:
-    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
-    if missing:
-        raise RuntimeError(f"serve needs {', '.join(missing)}: pip install 'qwen3-moe-jax[serve]'")
-    from qwen3_moe_jax.serve.engine.frames import Start
+    check_installed()
     from qwen3_moe_jax.serve.run import serve
     from qwen3_moe_jax.serve.settings import Settings
 
@@ -170,20 +201,11 @@ def run(args: argparse.Namespace) -> int:
         max_queue_tokens=args.max_queue_tokens,
         drain_seconds=args.drain_timeout,
     )
-    start = Start(
-        model=str(loader.model_path(args.path or args.model)),
-        backend=args.backend,
-        dtype=args.dtype,
-        kv_cache=args.kv_cache,
-        kernels=args.kernels,
-        adapter=args.adapter,
-        gate=not args.no_gate,
-        context=args.context,
-        slots=args.slots,
+    args.model = args.path or args.model
+    start = start_from(
+        args,
         max_queue=args.max_queue,
         max_queue_tokens=args.max_queue_tokens,
-        prefix_bytes=int(args.cache_ram * 1e9),
-        step_ms=args.step_ms,
         warm_up=not args.no_warm_up,
     )
     return serve(settings, start)

@@ -23,7 +23,7 @@ MEANINGS = {
     ExitCode.FAULT: "a fault, or a verdict that is not a pass",
     ExitCode.USAGE: "a wrong command line: nothing was loaded",
     ExitCode.MEMORY: "the memory does not suffice",
-    ExitCode.BUSY: "convert: another process writes the folder",
+    ExitCode.BUSY: "another process writes the output",
     ExitCode.NOT_EMPTY: "convert: something is at the output's name already",
     ExitCode.OUTPUT: "an output cannot be written",
     ExitCode.HUB: "the model hub cannot be reached, or refuses",

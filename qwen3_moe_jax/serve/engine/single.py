@@ -20,8 +20,9 @@ class SingleBatch:
     is_whole = True
     is_held = False
 
-    def __init__(self, runner: Runner):
-        self.capacity = runner.max_context
+    def __init__(self, runner: Runner, context: int):
+        """``context``: tokens that a sequence may have; the runner's own, if that is less."""
+        self.capacity = min(context, runner.max_context)
         self._runner = runner
         self._stream: Iterator[int] | None = None
         self._left = 0

@@ -111,7 +111,7 @@ class Engine:
         context = min(start.context or most, most)
         if not runner.capabilities.open_batch:
             return 1, min(context, runner.max_context)
-        slots = start.slots or DEFAULT_SLOTS[self._place]
+        slots = start.slots or start.most_slots or DEFAULT_SLOTS[self._place]
         free = runner.free_nbytes()
         if free is None or (start.context and start.slots):
             return slots, context
@@ -130,7 +130,7 @@ class Engine:
             return runner.open_batch(self.slots, context=self.context)
         from qwen3_moe_jax.serve.engine.single import SingleBatch
 
-        return SingleBatch(runner)
+        return SingleBatch(runner, self.context)
 
     def _warm_up(self) -> None:
         """Compiles what the first requests need: chunks of prompts, and a step for every number of rows."""

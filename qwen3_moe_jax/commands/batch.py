@@ -1,0 +1,165 @@
+"""``qwen3-moe batch``: a file of requests in OpenAI's batch format, answered into a file of results."""
+
+import argparse
+import os
+import sys
+import time
+from collections import Counter
+from typing import TYPE_CHECKING
+
+from qwen3_moe_jax.commands import options
+from qwen3_moe_jax.commands.serve import add_engine_arguments, check_installed, start_from
+from qwen3_moe_jax.core import terminal
+from qwen3_moe_jax.core.errors import OptionError
+from qwen3_moe_jax.core.exit_codes import ExitCode
+
+if TYPE_CHECKING:
+    from qwen3_moe_jax.serve.batch.estimate import Estimate
+    from qwen3_moe_jax.serve.batch.results import Results
+    from qwen3_moe_jax.serve.engine.frames import Start
+
+SLOTS = 16
+"""Requests at a time, as memory allows."""
+
+LINE_SECONDS = 10.0
+"""Between two lines of progress where standard error is no terminal."""
+
+EXAMPLE = """
+a line of the input, and of the output (in the order in which they end):
+  {"custom_id": "1", "method": "POST", "url": "/v1/chat/completions",
+   "body": {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 100}}
+  {"id": "batch_...", "custom_id": "1", "response": {"status_code": 200, "request_id": "req_...",
+   "body": {...}}, "error": null}
+urls: /v1/chat/completions, /v1/completions, /v1/responses; bodies as `qwen3-moe serve` takes them.
+
+After Ctrl-C or a kill the same command goes on: a custom_id that has its line is not asked again.
+A line that cannot be a request gets a line with its error. With any such line the exit code is 1.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = EXAMPLE
+    parser.add_argument(
+        "requests", metavar="REQUESTS.jsonl", type=options.path, help="one request per line; - reads a pipe"
+    )
+    parser.add_argument(
+        "-o",
+        "--output",
+        required=True,
+        type=options.output(),
+        metavar="RESULTS.jsonl",
+        help="results are added to this file, each as its request ends",
+    )
+    parser.add_argument(
+        "--retry-errors", action="store_true", help="ask again what has a line that is no answer"
+    )
+    parser.add_argument("--name", type=options.text, help="the model's name in results (default: the file's)")
+    parser.add_argument("-q", "--quiet", action="store_true", help="no progress and no figures")
+    add_engine_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    check_installed()
+    from qwen3_moe_jax.serve.batch import lines, results
+
+    names = None if args.requests == "-" else lines.check(args.requests)
+    if args.retry_errors and os.path.isfile(args.output):
+        results.without_failures(args.output)
+    try:
+        with results.open_results(args.output) as found:
+            if names is not None:
+                _check_results(found, names, args)
+            return _answer(args, found)
+    except results.ResultsBusyError as error:
+        terminal.error(error)
+        return ExitCode.BUSY
+
+
+def _check_results(found: "Results", names: dict[str, int], args: argparse.Namespace) -> None:
+    """Raises OptionError: the results are of other requests."""
+    other = next((n for n in found.names if isinstance(n, str) and n not in names), None)
+    if other is not None:
+        raise OptionError(
+            f"{args.output} has a result of {other[:80]!r}, which is not in {args.requests}: "
+            "name another file"
+        )
+
+
+def _answer(args: argparse.Namespace, found: "Results") -> int:
+    from qwen3_moe_jax.serve.batch import lines, run, source
+    from qwen3_moe_jax.serve.batch.estimate import Estimate
+
+    if args.requests == "-":
+        requests, estimate = source.StreamSource(sys.stdin.buffer), Estimate()
+    else:
+        with lines.open_requests(args.requests) as file:
+            estimate = Estimate(line for line in lines.read(file) if line.name not in found.names)
+        requests = source.FileSource(args.requests)
+    before = found.statuses.total()
+    if before and not args.quiet:
+        left = "" if estimate.total is None else f", {estimate.total:,} are left"
+        terminal.note(f"{before:,} lines have their result{left}")
+    start = start_from(args, most_slots=SLOTS, warm_up=False)
+    if estimate.total == 0:
+        return _end(found, estimate, args, is_stopped=False)
+    progress = Progress(quiet=args.quiet)
+
+    async def work() -> None:
+        with terminal.explain_if_slow("loading the model ...", quiet=args.quiet) as has_begun:
+            async with run.engine(run.batch_settings(args.name), start) as service:
+                has_begun()
+                progress.banner(service.engine.ready, start)
+                estimate.start()
+                await run.Work(service, found, estimate, say=progress.show).run(requests)
+
+    try:
+        is_stopped = run.until_interrupted(work)
+    finally:
+        progress.clear()
+        requests.close()
+    return _end(found, estimate, args, is_stopped=is_stopped)
+
+
+def _end(found: "Results", estimate: "Estimate", args: argparse.Namespace, *, is_stopped: bool) -> int:
+    if not args.quiet:
+        kinds = found.statuses - Counter({"200": found.statuses["200"]})
+        errors = ", ".join(f"{count:,} x {kind}" for kind, count in sorted(kinds.items()))
+        terminal.note(
+            f"{args.output}: {found.statuses['200']:,} answers, {found.errors:,} errors"
+            + (f" ({errors})" if errors else "")
+            + estimate.figures()
+        )
+        if is_stopped:
+            terminal.note("stopped: the same command goes on with what is left")
+    if is_stopped:
+        return ExitCode.INTERRUPTED
+    return ExitCode.FAULT if found.errors else ExitCode.DONE
+
+
+class Progress:
+    """What is said on the way: one line that is written over on a terminal, else a line now and then."""
+
+    def __init__(self, *, quiet: bool):
+        self._quiet, self._status = quiet, terminal.Status()
+        self._due = time.monotonic() + LINE_SECONDS
+
+    def banner(self, ready: object, start: "Start") -> None:
+        """What runs."""
+        if not self._quiet:
+            terminal.note(
+                f"{os.path.basename(start.model or '')}: {ready.slots} requests at a time, each of at most "
+                f"{ready.context:,} tokens; {ready.backend} on {ready.facts.get('device')}"
+            )
+
+    def show(self, estimate: "Estimate", results: "Results") -> None:
+        """How far it is."""
+        now = time.monotonic()
+        if self._quiet or (now < self._due and not terminal.notes_on_terminal()):
+            return
+        self._due = now + LINE_SECONDS
+        self._status.show(estimate.in_words(results.errors))
+
+    def clear(self) -> None:
+        """Takes the line away."""
+        self._status.clear()
