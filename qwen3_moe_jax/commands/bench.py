@@ -8,16 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from qwen3_moe_jax.commands import options
-from qwen3_moe_jax.commands.common import add_model_arguments, banner, load_model
+from qwen3_moe_jax.commands.common import add_model_arguments, add_picture, banner, load_model, picture_path
 from qwen3_moe_jax.convert.config import Qwen3MoeConfig
 from qwen3_moe_jax.convert.open_model import open_model
 from qwen3_moe_jax.core import terminal
 from qwen3_moe_jax.core.errors import OptionError
 from qwen3_moe_jax.core.exit_codes import ExitCode
+from qwen3_moe_jax.core.pictures import drawn
 from qwen3_moe_jax.core.terminal import explain_if_slow
 from qwen3_moe_jax.loader import model_path
 from qwen3_moe_jax.machine.nvidia import nvidia_gpus
 from qwen3_moe_jax.measure.benchmark import FAILED, MEASURED, Benchmark, Row, Workload, plan
+from qwen3_moe_jax.measure.plots import draw_bench
 
 EPILOG = """\
 Rows are llama-bench's: pp512 reads a prompt of 512 tokens, tg128 writes 128 tokens after an empty cache,
@@ -77,11 +79,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="S",
         help="begin no further run of a row after this time, and leave out one that would take longer (120)",
     )
+    add_picture(parser, "the rates by depth and by batch beside what the machine allows")
     parser.add_argument("--json", action="store_true", help="one JSON object with every figure, nothing else")
     add_model_arguments(parser, context_help="tokens of the KV cache (default: what the rows need)")
 
 
 def run(args: argparse.Namespace) -> int:
+    picture_path(args)
     with open_model(model_path(args.model)) as source:
         workloads = planned(args, source.config)
     args.context = args.context or max([w.context for w in workloads if not w.sequences], default=None)
@@ -107,9 +111,20 @@ def run(args: argparse.Namespace) -> int:
             terminal.show_json(_report(args, model, benchmark, facts, rows))
         else:
             terminal.show(*_notes(benchmark, rows))
+        if args.picture:
+            _draw(args, banner(model), facts, rows)
     if interrupted:
         return ExitCode.INTERRUPTED
     return ExitCode.FAULT if any(row.outcome == FAILED for row in rows) else ExitCode.DONE
+
+
+def _draw(args: argparse.Namespace, lines: tuple[str, str], facts: dict[str, Any], rows: list[Row]) -> None:
+    if not any(row.outcome == MEASURED for row in rows):
+        terminal.note("no row was measured: no picture")
+        return
+    drawn(args.picture, lambda: draw_bench(rows, title=lines[0], facts="; ".join(_versions(facts))))
+    if not args.json:
+        terminal.show(f"picture: {args.picture}")
 
 
 def planned(args: argparse.Namespace, config: Qwen3MoeConfig) -> list[Workload]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from qwen3_moe_jax import loader
 from qwen3_moe_jax.commands import options
 from qwen3_moe_jax.core import terminal
+from qwen3_moe_jax.core.pictures import PICTURES, check_drawing
 from qwen3_moe_jax.core.sampling import Sampling, random_seed
 from qwen3_moe_jax.core.terminal import explain_if_slow, show_progress
 from qwen3_moe_jax.machine.kernels import AUTO, CHOICES
@@ -90,6 +91,24 @@ def add_template(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="a Jinja template in place of the model file's",
     )
+
+
+def add_picture(parser: argparse._ActionsContainer, what: str) -> None:
+    """--picture."""
+    parser.add_argument(
+        "-o",
+        "--picture",
+        type=options.output(*PICTURES),
+        metavar="FILE",
+        help=f"draw {what}: {', '.join(PICTURES)} (needs the extra [plot])",
+    )
+
+
+def picture_path(args: argparse.Namespace) -> str | None:
+    """Where the picture goes; raises PicturesUnavailableError before any work if it cannot be drawn."""
+    if args.picture:
+        check_drawing()
+    return args.picture
 
 
 SLOW_LOAD = "loading the model; the first time, a few tokens are checked against the reference too"

@@ -1,15 +1,25 @@
 """``qwen3-moe perplexity``: how well the model expects a text."""
 
 import argparse
+import os
 import time
 
 from qwen3_moe_jax.commands import options
-from qwen3_moe_jax.commands.common import add_model_arguments, load_model, what_is_slow
+from qwen3_moe_jax.commands.common import (
+    add_model_arguments,
+    add_picture,
+    load_model,
+    picture_path,
+    what_is_slow,
+)
 from qwen3_moe_jax.core import terminal
 from qwen3_moe_jax.core.errors import OptionError
 from qwen3_moe_jax.core.exit_codes import ExitCode
+from qwen3_moe_jax.core.pictures import drawn
 from qwen3_moe_jax.core.terminal import SLOW_SECONDS, explain_if_slow, input_name
 from qwen3_moe_jax.measure.perplexity import DEFAULT_CONTEXT, Perplexity, check_windows, estimates
+from qwen3_moe_jax.measure.plots import draw_perplexity
+from qwen3_moe_jax.measure.positions import Positions
 
 EPILOG = """\
 Without --stride the definition is llama-perplexity's: windows of --context tokens beside each other, of
@@ -33,11 +43,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="TOKENS",
         help="score every token, in windows this far apart",
     )
+    add_picture(parser, "perplexity by position in the window, and along the text")
     parser.add_argument("--json", action="store_true", help="one JSON object in place of the text")
     add_model_arguments(parser, context_help=f"tokens of a window (default: {DEFAULT_CONTEXT})")
 
 
 def run(args: argparse.Namespace) -> int:
+    picture_path(args)
     args.context = DEFAULT_CONTEXT if args.context is None else args.context
     try:
         check_windows(args.context, args.stride)
@@ -48,6 +60,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"{input_name(args.file)} is empty: perplexity needs a text")
     check_length(args.file, text, args.context if args.stride is None else 2)
     last, interrupted = None, False
+    positions = Positions.empty(args.context)
     with load_model(args) as model:
         facts = {
             "model": str(model.source.path),
@@ -59,7 +72,12 @@ def run(args: argparse.Namespace) -> int:
             slow = what_is_slow(model.runner, "scoring the first window")
             with explain_if_slow(slow, quiet=args.quiet) as has_begun:
                 for last in estimates(
-                    model.runner, model.tokenizer, text, context=args.context, stride=args.stride
+                    model.runner,
+                    model.tokenizer,
+                    text,
+                    context=args.context,
+                    stride=args.stride,
+                    positions=positions,
                 ):
                     has_begun()
                     progress.show(last)
@@ -69,10 +87,15 @@ def run(args: argparse.Namespace) -> int:
     if last is None:
         terminal.error("interrupted before the first window was scored")
         return ExitCode.INTERRUPTED
+    if args.picture:
+        title = f"{input_name(args.file)} by {os.path.basename(facts['model'])}"
+        drawn(args.picture, lambda: draw_perplexity(last, positions, title=title))
+        facts["picture"] = args.picture
     if args.json:
         terminal.show_json({**last.as_dict(), **facts})
     else:
         _print(last, quiet=args.quiet)
+        terminal.show(*([f"picture: {args.picture}"] if args.picture else []))
     return ExitCode.INTERRUPTED if interrupted else ExitCode.DONE
 
 

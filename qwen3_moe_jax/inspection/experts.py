@@ -6,12 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
-from qwen3_moe_jax.convert.errors import printable
-from qwen3_moe_jax.core.output_file import check_output, save_arrays, save_seekable
+from qwen3_moe_jax.core.output_file import save_arrays
+from qwen3_moe_jax.core.pictures import PICTURES, can_draw, drawn, png_of
 from qwen3_moe_jax.core.runner import Runner
-
-PICTURES = {".png": "PNG", ".pdf": "PDF", ".webp": "WEBP", ".jpg": "JPEG", ".jpeg": "JPEG"}
-"""Formats of pictures by the file's suffix."""
 
 
 @dataclass(frozen=True)
@@ -68,35 +65,58 @@ class ExpertUsage:
             f"{int(self.unused().sum())} never used"
         )
 
-    def save_arrays(self, path: str | Path) -> None:
+    def save_arrays(self, path: str | Path, against: "ExpertUsage | None" = None) -> None:
         """Writes counts and shares to a file in the ``.npz`` format, at exactly this path.
+
+        ``against``, of another text, is written too, with ``against_`` before its names.
 
         Raises:
           OutputFileError: it cannot be written.
         """
-        save_arrays(
-            path,
-            counts=self.counts,
-            share=self.share,
-            tokens=np.array(self.tokens),
-            experts_per_token=np.array(self.experts_per_token),
-        )
+        arrays = self._arrays()
+        if against is not None:
+            arrays |= {f"against_{name}": value for name, value in against._arrays().items()}
+        save_arrays(path, **arrays)
 
-    def save_picture(self, path: str | Path) -> None:
+    def _arrays(self) -> dict[str, np.ndarray]:
+        counts = {"tokens": np.array(self.tokens), "experts_per_token": np.array(self.experts_per_token)}
+        return {"counts": self.counts, "share": self.share, **counts}
+
+    def save_picture(self, path: str | Path, against: "ExpertUsage | None" = None) -> None:
         """Draws the heatmap in the format that the path's suffix names, one of ``PICTURES``.
 
-        Raises:
-          OutputFileError: another suffix, or the file cannot be written.
-        """
-        from qwen3_moe_jax.inspection.heatmap import draw_heatmap  # Pillow takes a while to import
+        Args:
+          path: of the picture.
+          against: of another text by the same model: drawn below on the same scale, with the difference.
 
-        check_output(path, tuple(PICTURES))
-        title = f"Experts used: {printable(self.model, 80)}" if self.model else "Experts used"
-        picture = draw_heatmap(
-            self.share, even_share=self.even_share, title=title, facts=self.facts(), text=self.text
-        )
-        kind = PICTURES[Path(path).suffix.lower()]
-        save_seekable(path, lambda file: picture.save(file, format=kind))
+        Raises:
+          ValueError: ``against`` is of a model with other layers or experts.
+          OutputFileError: another suffix, or the file cannot be written.
+          PicturesUnavailableError: matplotlib, of the extra ``[plot]``, is not installed.
+        """
+        from qwen3_moe_jax.inspection import heatmap
+
+        if against is not None and against.counts.shape != self.counts.shape:
+            sizes = " and ".join("{} x {}".format(*u.counts.shape) for u in (self, against))
+            raise ValueError(f"layers by experts are {sizes}: compare texts of one model")
+        kind = PICTURES.get(Path(path).suffix.lower(), "")
+        drawn(path, lambda: heatmap.draw(self, against, kind=kind))
+
+    def _repr_png_(self) -> bytes | None:
+        """The heatmap, for notebooks; None without matplotlib."""
+        from qwen3_moe_jax.inspection import heatmap
+
+        return png_of(lambda: heatmap.draw(self)) if can_draw() else None
+
+
+def difference(a: ExpertUsage, b: ExpertUsage) -> np.ndarray:
+    """log2 of B's share over A's: float64 [L, E]; NaN where neither text used the expert.
+
+    Half a token is added to each count, so that an expert that one of them never used has a finite value,
+    and one of few tokens no large one.
+    """
+    ratio = np.log2((b.counts + 0.5) / (b.tokens + 1)) - np.log2((a.counts + 0.5) / (a.tokens + 1))
+    return np.where((a.counts == 0) & (b.counts == 0), np.nan, ratio)
 
 
 def expert_usage(

@@ -1,133 +1,125 @@
-"""A heatmap of shares: one row per layer, one column per expert, drawn with Pillow."""
+"""Pictures of expert use, one row per layer and one column per expert: of one text, or of two.
+
+The scale is logarithmic and has the same ends in each picture of a model, so that any two can be compared:
+from a 32nd of an even share to every token. An expert that no token chose is grey.
+"""
+
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
 
-from qwen3_moe_jax.convert.errors import printable
+from qwen3_moe_jax.core.pictures import INK, PALE, words
+from qwen3_moe_jax.inspection.experts import ExpertUsage, difference
 
-# Viridis at nine points (matplotlib's colour map, CC0): dark is rare, yellow is frequent.
-_COLOURS = np.array(
-    [
-        (68, 1, 84),
-        (71, 44, 122),
-        (59, 81, 139),
-        (44, 113, 142),
-        (33, 144, 141),
-        (39, 173, 129),
-        (92, 200, 99),
-        (170, 220, 50),
-        (253, 231, 37),
-    ],
-    np.float64,
-)
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
-INK, PALE = (32, 32, 36), (110, 110, 118)
-BACKGROUND = (255, 255, 255)
+RANGE = 32
+"""The scale begins at the even share divided by this."""
 
-WIDTH, MIN_CELL, MAX_CELL = 1280, 6, 40
-MARGIN_LEFT, MARGIN_TOP, MARGIN_RIGHT, MARGIN_BOTTOM = 84, 96, 190, 76
-SCALE_WIDTH, SCALE_GAP = 18, 36
+OCTAVES = 3
+"""The difference of two texts is shown up to a factor of 2 to the power of this."""
+
+UNUSED = "#dcdce0"
+TEXT_CHARACTERS = 96
 
 
-def colours(values: np.ndarray) -> np.ndarray:
-    """Colours uint8 [..., 3] of values in 0..1."""
-    place = np.clip(values, 0, 1) * (len(_COLOURS) - 1)
-    low = np.minimum(place.astype(int), len(_COLOURS) - 2)
-    part = (place - low)[..., None]
-    return np.rint(_COLOURS[low] * (1 - part) + _COLOURS[low + 1] * part).astype(np.uint8)
-
-
-def draw_heatmap(
-    share: np.ndarray, *, even_share: float, title: str, facts: str, text: str = ""
-) -> Image.Image:
-    """The heatmap with axes, scale and title.
+def draw(usage: ExpertUsage, against: ExpertUsage | None = None, *, kind: str = "png") -> "Figure":
+    """The figure of one text, or of two on one scale with their difference.
 
     Args:
-      share: float64 [L, E], the share of the tokens that chose each expert.
-      even_share: what every share would be if experts were chosen evenly; marked on the scale.
-      title, facts: the first two lines.
-      text: the beginning of what was read, for the third line.
+      usage: of the text.
+      against: of another text, by the same model.
+      kind: the format, for the fonts (``pictures.words``).
     """
-    layers, experts = share.shape
-    cell = int(np.clip((WIDTH - MARGIN_LEFT - MARGIN_RIGHT) // experts, MIN_CELL, MAX_CELL))
-    row = int(np.clip(cell, 12, 28))
-    width, height = cell * experts, row * layers
-    size = (MARGIN_LEFT + width + MARGIN_RIGHT, MARGIN_TOP + max(height, 140) + MARGIN_BOTTOM)
-    size = (max(size[0], 760), size[1])
-    image = Image.new("RGB", size, BACKGROUND)
-    top = max(float(share.max()), 1e-9)
-    cells = colours(share / top).repeat(row, axis=0).repeat(cell, axis=1)
-    image.paste(Image.fromarray(cells), (MARGIN_LEFT, MARGIN_TOP))
-    draw = ImageDraw.Draw(image)
-    if cell >= 10:
-        _grid(draw, layers, experts, cell, row)
-    _titles(draw, title, facts, text)
-    _axes(image, draw, layers, experts, cell, row)
-    _scale(image, draw, MARGIN_LEFT + width + SCALE_GAP, max(height, 140), top, even_share)
+    from matplotlib.figure import Figure
+
+    panels = 1 if against is None else 3
+    layers, experts = usage.counts.shape
+    row = float(np.clip(5.5 / layers, 0.085, 0.24))
+    width = float(np.clip(experts * 0.085 + 2.4, 9.0, 14.0))
+    height = row * layers
+    heads = 1.1 if against is None else 0.62
+    figure = Figure(figsize=(width, 0.95 + panels * (height + heads) + 0.1), layout="constrained")
+    axes = figure.subplots(panels, 1, squeeze=False)[:, 0]
+    model = words(usage.model, 80, kind)
+    figure.suptitle(f"Experts used by {model[0]}" if usage.model else "Experts used", x=0.012, ha="left",
+                    fontsize=14, fontfamily=model[1])  # fmt: skip
+    _share_panel(figure, axes[0], usage, kind, letter="" if against is None else "A")
+    if against is not None:
+        _share_panel(figure, axes[1], against, kind, letter="B")
+        _difference_panel(figure, axes[2], usage, against)
+    axes[-1].set_xlabel("expert (grey: no token chose it)")
+    return figure
+
+
+def _share_panel(figure: "Figure", axes: "Axes", usage: ExpertUsage, kind: str, letter: str = "") -> None:
+    from matplotlib.colors import LogNorm
+
+    share = np.ma.masked_equal(usage.share, 0)
+    norm = LogNorm(usage.even_share / RANGE, 1)
+    image = _cells(axes, share, cmap=_colours("viridis"), norm=norm)
+    text, fonts = words(usage.text, TEXT_CHARACTERS, kind)
+    title = f"{letter}: {usage.facts()}" if letter else usage.facts()
+    axes.set_title(title + (f"\n{text}" if text else ""), fontfamily=fonts, fontsize=9, color=PALE)
+    bar = figure.colorbar(image, ax=axes, extend="min", pad=0.01, aspect=18)
+    _ticks(bar, usage.even_share)
+    bar.set_label("share of the tokens")
+
+
+def _ticks(bar: Any, even: float) -> None:
+    """Shares in factors of 4, and the even one by its name."""
+    ticks = [even / RANGE * 4**i for i in range(12) if even / RANGE * 4**i <= 1.0001]
+    ticks = sorted({*ticks, even, 1.0})
+    ticks = [t for t in ticks if t in (even, 1.0) or min(abs(np.log2(t / x)) for x in (even, 1.0)) > 0.7]
+    bar.set_ticks(ticks, labels=[_percent(t, even) for t in ticks])
+    bar.minorticks_off()
+    bar.ax.axhline(even, color=INK, linewidth=1.2)
+
+
+def _percent(share: float, even: float) -> str:
+    text = f"{share:.0%}" if share >= 0.1 else f"{share:.1%}" if share >= 0.01 else f"{share:.2%}"
+    return f"{text} even" if share == even else text
+
+
+def _difference_panel(figure: "Figure", axes: "Axes", a: ExpertUsage, b: ExpertUsage) -> None:
+    from matplotlib.colors import Normalize
+
+    octaves = np.ma.masked_invalid(difference(a, b))
+    image = _cells(axes, octaves, cmap=_colours("RdBu_r"), norm=Normalize(-OCTAVES, OCTAVES))
+    axes.set_title("B beside A: how many times more often (red) or less often (blue)", fontsize=9, color=PALE)
+    bar = figure.colorbar(image, ax=axes, extend="both", pad=0.01, aspect=18)
+    marks = range(-OCTAVES, OCTAVES + 1)
+    bar.set_ticks(list(marks), labels=[f"{2**m}x" if m >= 0 else f"1/{2**-m}" for m in marks])
+    bar.set_label("share in B over share in A")
+
+
+def _colours(name: str) -> Any:
+    import matplotlib as mpl
+
+    return mpl.colormaps[name].with_extremes(bad=UNUSED)
+
+
+def _cells(axes: "Axes", values: Any, **options: Any) -> Any:
+    layers, experts = values.shape
+    image = axes.imshow(values, aspect="auto", interpolation="nearest", rasterized=True, **options)
+    axes.set_ylabel("layer")
+    axes.set_yticks(_places(layers, 12))
+    axes.set_xticks(_places(experts, 17))
+    axes.spines[:].set_visible(False)
+    axes.tick_params(length=2)
+    if experts <= 40:  # gaps between cells that are large enough for them
+        axes.set_xticks(np.arange(experts + 1) - 0.5, minor=True)
+        axes.set_yticks(np.arange(layers + 1) - 0.5, minor=True)
+        axes.grid(which="minor", color="white", linewidth=1)
+        axes.tick_params(which="minor", length=0)
     return image
 
 
-def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    return ImageFont.load_default(size)
-
-
-def _grid(draw: ImageDraw.ImageDraw, layers: int, experts: int, cell: int, row: int) -> None:
-    """Thin gaps between cells that are large enough for them."""
-    right, bottom = MARGIN_LEFT + cell * experts, MARGIN_TOP + row * layers
-    for e in range(experts + 1):
-        x = MARGIN_LEFT + e * cell
-        draw.line([(x, MARGIN_TOP), (x, bottom)], fill=BACKGROUND)
-    for layer in range(layers + 1):
-        y = MARGIN_TOP + layer * row
-        draw.line([(MARGIN_LEFT, y), (right, y)], fill=BACKGROUND)
-
-
-def _titles(draw: ImageDraw.ImageDraw, title: str, facts: str, text: str) -> None:
-    draw.text((MARGIN_LEFT, 18), title, fill=INK, font=_font(22))
-    draw.text((MARGIN_LEFT, 48), facts, fill=PALE, font=_font(14))
-    if text:
-        words = printable(" ".join(text.split()))
-        shown = words if len(words) <= 90 else words[:89] + "\u2026"
-        draw.text((MARGIN_LEFT, 68), f"text: {shown}", fill=PALE, font=_font(14))
-
-
-def _axes(
-    image: Image.Image, draw: ImageDraw.ImageDraw, layers: int, experts: int, cell: int, row: int
-) -> None:
-    """Numbers of layers and experts, as many as there is room for, and what they are."""
-    font = _font(13)
-    for layer in range(0, layers, max(1, -(-16 // row))):
-        y = MARGIN_TOP + layer * row + row / 2
-        draw.text((MARGIN_LEFT - 8, y), str(layer), fill=INK, font=font, anchor="rm")
-    bottom = MARGIN_TOP + row * layers
-    room = 28 if experts > 100 else 24
-    step = next(s for s in (1, 2, 4, 8, 16, 32, 64) if s * cell >= room or s == 64)
-    for expert in range(0, experts, step):
-        x = MARGIN_LEFT + expert * cell + cell / 2
-        draw.line([(x, bottom + 2), (x, bottom + 6)], fill=PALE)
-        draw.text((x, bottom + 9), str(expert), fill=INK, font=font, anchor="ma")
-    draw.text(
-        (MARGIN_LEFT + experts * cell / 2, bottom + 32), "expert", fill=INK, font=_font(15), anchor="ma"
-    )
-    label = Image.new("RGBA", (60, 22), (255, 255, 255, 0))
-    ImageDraw.Draw(label).text((30, 11), "layer", fill=INK, font=_font(15), anchor="mm")
-    turned = label.rotate(90, expand=True)
-    image.paste(turned, (18, int(MARGIN_TOP + row * layers / 2 - 30)), turned)
-
-
-def _scale(
-    image: Image.Image, draw: ImageDraw.ImageDraw, left: int, height: int, top: float, even_share: float
-) -> None:
-    """The colour scale: share of tokens, with a mark where an even use would be."""
-    ramp = colours(np.linspace(1, 0, height))[:, None, :].repeat(SCALE_WIDTH, axis=1)
-    image.paste(Image.fromarray(ramp), (left, MARGIN_TOP))
-    font = _font(13)
-    for part in (0.0, 0.25, 0.5, 0.75, 1.0):
-        y = MARGIN_TOP + (1 - part) * (height - 1)
-        draw.line([(left + SCALE_WIDTH, y), (left + SCALE_WIDTH + 4, y)], fill=INK)
-        draw.text((left + SCALE_WIDTH + 8, y), f"{part * top:.1%}", fill=INK, font=font, anchor="lm")
-    y = MARGIN_TOP + (1 - min(even_share / top, 1)) * (height - 1)
-    draw.line([(left - 6, y), (left + SCALE_WIDTH, y)], fill=INK, width=2)
-    below = MARGIN_TOP + height + 10
-    draw.text((left - 6, below), "share of tokens", fill=INK, font=font)
-    draw.text((left - 6, below + 17), f"bar: even, {even_share:.1%}", fill=PALE, font=font)
+def _places(count: int, most: int) -> range:
+    """Numbers for an axis: every, or every 2nd, 4th, ... one."""
+    step = 1
+    while count > most * step:
+        step *= 2
+    return range(0, count, step)

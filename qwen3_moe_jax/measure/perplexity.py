@@ -31,6 +31,7 @@ import numpy as np
 from qwen3_moe_jax.core.arguments import check_number
 from qwen3_moe_jax.core.errors import NumericalError
 from qwen3_moe_jax.core.runner import Runner
+from qwen3_moe_jax.measure.positions import Positions
 from qwen3_moe_jax.text.tokenizer import Tokenizer
 
 DEFAULT_CONTEXT = 512
@@ -129,6 +130,7 @@ def estimates(
     *,
     context: int = DEFAULT_CONTEXT,
     stride: int | None = None,
+    positions: Positions | None = None,
 ) -> Iterator[Perplexity]:
     """The perplexity of ``text`` after one window, after two, ... after all of them.
 
@@ -139,6 +141,7 @@ def estimates(
       context: tokens of a window.
       stride: tokens from one window's beginning to the next one's; None is llama-perplexity's
         definition.
+      positions: is added to, window by window.
 
     Raises:
       ValueError: lengths that do not fit each other or the runner, or a text without one window.
@@ -159,9 +162,10 @@ def estimates(
     bos_id = tokenizer.bos_id if stride is None else None
     tally = _Tally(len(ids), len(cut), context, stride)
     for window in cut:
-        yield tally.add(
-            _score(runner, ids, window, bos_id), int(nbytes[window.first : window.end].sum()), window
-        )
+        scored = _score(runner, ids, window, bos_id)
+        if positions is not None:
+            positions.add(window.first, window.start, scored)
+        yield tally.add(scored, int(nbytes[window.first : window.end].sum()), window)
 
 
 def measure_perplexity(runner: Runner, tokenizer: Tokenizer, text: str, **options: Any) -> Perplexity:
