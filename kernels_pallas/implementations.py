@@ -14,7 +14,10 @@ from qwen3_moe_jax.convert.ggml_types import GGMLType
 from qwen3_moe_jax.convert.packed import PackedTensor
 from qwen3_moe_jax.kernels_pallas.packed.stacks import Matrices, OneOf
 
-Implementation = Literal["xla", "hopper", "portable"]
+Implementation = Literal["xla", "hopper", "portable", "native"]
+
+NATIVE = "native"
+"""Integer dots on the CPU: activations are rounded to 15 bits, so it is for those who ask for it."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,7 @@ def using(kernels: str) -> Iterator[None]:
     """Ops whose implementation is not named take this one, or "xla" where it refuses, meanwhile.
 
     Args:
-      kernels: "hopper", "portable", "xla", or ANY.
+      kernels: "hopper", "portable", "native", "xla", or ANY, which is no "native".
     """
     token = _kernels.set(kernels)
     try:
@@ -158,7 +161,7 @@ def run(
 def _allowed(candidates: Iterable[str]) -> tuple[str, ...]:
     """Names of the candidates that the choice of kernels leaves."""
     kernels = _kernels.get()
-    return tuple(candidates) if kernels == ANY else (kernels, "xla")
+    return tuple(name for name in candidates if name != NATIVE) if kernels == ANY else (kernels, "xla")
 
 
 def check_compute_dtype(dtype: DTypeLike) -> np.dtype:

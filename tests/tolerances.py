@@ -47,6 +47,18 @@ WGPU_FLOAT16_CACHE_COSINE = 0.9999
 # 2,000 draws over up to 300 tokens: about sqrt(300 / (2 pi 2000)) = 0.155 at worst.
 WGPU_TOTAL_VARIATION = 0.16
 
+# --- integer dots on the CPU ----------------------------------------------------------------------
+# Activations are whole numbers up to this, times a scale for 256 of them: each is off by half a scale.
+NATIVE_TOP = 16256
+# Sums of float32 beside that, relative to the sum of the terms' sizes: a term passes some twenty roundings
+# of 2^-24 (16 lanes, 8 groups, up to 16 superblocks, its scales).
+NATIVE_FLOAT32_SUMS = 40 * 2.0**-24
+# Relative error of an expert's output: the largest of 256 normal activations is at 3 deviations, so a step is
+# 3 / 16256 and an error of that / sqrt(12), 5.3e-5, in each of three products; silu's slope is up to 1.1.
+NATIVE_MOE = 3e-4
+# Two forms compute the same whole numbers; their float32 operations differ where one fuses more.
+NATIVE_FORMS = 4 * 2.0**-24
+
 # --- ops, normalized mean squared error against float64 -------------------------------------------
 # Sums of K float32 products round to about sqrt(K) * 2^-24 at worst: NMSE 1e-12 for K = 4096.
 MATMUL_FLOAT32_NMSE = 1e-10

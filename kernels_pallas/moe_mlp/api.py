@@ -12,7 +12,7 @@ from qwen3_moe_jax.kernels_pallas import implementations
 from qwen3_moe_jax.kernels_pallas.expert_matmul.api import expert_matmul
 from qwen3_moe_jax.kernels_pallas.gpu.device import OnHopper
 from qwen3_moe_jax.kernels_pallas.implementations import Implementation
-from qwen3_moe_jax.kernels_pallas.moe_mlp import xla
+from qwen3_moe_jax.kernels_pallas.moe_mlp import native, xla
 from qwen3_moe_jax.kernels_pallas.packed.stacks import Matrices, OneOf, as_matrices, switch_types
 
 OnStage = Callable[[str, jax.Array], jax.Array]
@@ -80,7 +80,11 @@ def moe_mlp(
     return implementations.run(
         "moe_mlp",
         implementation,
-        {"hopper": OnHopper("moe_mlp"), "xla": partial(switch_types, xla.moe_mlp)},
+        {
+            "native": native.moe_mlp,
+            "hopper": OnHopper("moe_mlp"),
+            "xla": partial(switch_types, xla.moe_mlp),
+        },
         jnp.asarray(x),
         as_matrices(gate_proj),
         as_matrices(up_proj),

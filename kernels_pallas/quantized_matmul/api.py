@@ -11,7 +11,7 @@ from qwen3_moe_jax.kernels_pallas import implementations
 from qwen3_moe_jax.kernels_pallas.gpu.device import OnHopper
 from qwen3_moe_jax.kernels_pallas.implementations import Implementation
 from qwen3_moe_jax.kernels_pallas.packed.stacks import Matrices, OneOf, as_matrices, switch_types
-from qwen3_moe_jax.kernels_pallas.quantized_matmul import xla
+from qwen3_moe_jax.kernels_pallas.quantized_matmul import native, xla
 
 
 def quantized_matmul(
@@ -43,7 +43,11 @@ def quantized_matmul(
     return implementations.run(
         "quantized_matmul",
         implementation,
-        {"hopper": OnHopper("quantized_matmul"), "xla": partial(switch_types, xla.quantized_matmul)},
+        {
+            "native": native.quantized_matmul,
+            "hopper": OnHopper("quantized_matmul"),
+            "xla": partial(switch_types, xla.quantized_matmul),
+        },
         jnp.asarray(x),
         as_matrices(w),
         implementations.check_compute_dtype(compute_dtype),

@@ -5,7 +5,7 @@ import os
 from functools import cache
 from pathlib import Path
 
-SUFFIXES = {".py", ".wgsl", ".toml", ".json"}
+SUFFIXES = {".py", ".wgsl", ".toml", ".json", ".c", ".h"}
 
 
 @cache

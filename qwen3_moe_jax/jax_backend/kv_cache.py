@@ -106,6 +106,12 @@ class Span:
         """int32 [B, T]."""
         return self.start[:, None] + jnp.arange(self.length, dtype=self.start.dtype)
 
+    @property
+    def rows(self) -> jax.Array:
+        """int32 [B * T], the cache's row of each token."""
+        rows = jnp.arange(len(self.start), dtype=jnp.int32) if self.slots is None else self.slots
+        return jnp.repeat(rows, self.length, total_repeat_length=len(self.start) * self.length)
+
 
 def write_positions(cache: KVCache, k: jax.Array, v: jax.Array, span: Span, layer: jax.Array) -> KVCache:
     """Writes k and v [B, T, K, H] of one layer at the span's places.

@@ -37,6 +37,7 @@ from qwen3_moe_jax.convert.packed import PackedTensor
 from qwen3_moe_jax.core.stages import INSIDE_EXPERTS
 from qwen3_moe_jax.jax_backend.kv_cache import KVCache, Span, write_positions
 from qwen3_moe_jax.kernels_pallas import implementations
+from qwen3_moe_jax.kernels_pallas.all_layers import api as all_layers
 
 OUTSIDE_LAYERS = frozenset({"inp_embd", "result_norm", "result_output"})
 """Stages that no layer has."""
@@ -86,7 +87,7 @@ class Qwen3Moe:
       interventions: changes of stages, in the order in which they are applied.
       capture: stages to show; those inside the fused operations make them unfused.
       layers: the layers to run, or None for all.
-      kernels: "hopper", "portable" or "xla", those that the operations take; "any" leaves it to them.
+      kernels: "hopper", "portable", "native" or "xla", which the operations take; "any" leaves it to them.
     """
 
     config: Qwen3MoeConfig
@@ -322,6 +323,8 @@ class Network(_Part):
         chosen_layers = self.settings.layers
         spans = places if isinstance(places, Sequence) else (Span(places, token_ids.shape[1]),)
         x, rope = self.embed(token_ids, spans)
+        if self._is_one_call(cache):
+            return self._in_one_call(x, rope, cache, spans, expert_ids)
         numbers = range(self.layers.num_layers) if chosen_layers is None else chosen_layers
 
         def step(carry: tuple[jax.Array, KVCache], xs: Any) -> tuple[Any, Any]:
@@ -336,6 +339,39 @@ class Network(_Part):
         for name, value in stages.items():
             self.show(name, value)
         return Output(x, cache, chosen)
+
+    def _is_one_call(self, cache: KVCache) -> bool:
+        """Whether all layers run as one native call; nothing inside them can be seen or changed then."""
+        s = self.settings
+        if s.kernels != implementations.NATIVE or s.layers is not None:
+            return False
+        if (s.capture | {i.stage for i in s.interventions}) - OUTSIDE_LAYERS:
+            return False
+        return all_layers.reason_against(self.layers, cache.k) is None
+
+    def _in_one_call(
+        self,
+        x: jax.Array,
+        rope: tuple[jax.Array, jax.Array],
+        cache: KVCache,
+        spans: Sequence[Span],
+        expert_ids: jax.Array | None,
+    ) -> Output:
+        c, rows = self.settings.config, x.shape[:2]
+        out = ops.all_layers(
+            x.reshape(-1, c.hidden_size),
+            self.layers,
+            cache.k,
+            cache.v,
+            jnp.concatenate([span.rows for span in spans]),
+            jnp.concatenate([span.positions.reshape(-1) for span in spans]),
+            (rope[0].reshape(-1, c.head_dim // 2), rope[1].reshape(-1, c.head_dim // 2)),
+            num_experts_per_tok=c.num_experts_per_tok,
+            eps=c.rms_norm_eps,
+            expert_ids=expert_ids,
+        )
+        chosen = out.expert_ids.reshape(-1, *rows, c.num_experts_per_tok)
+        return Output(out.hidden.reshape(*rows, -1), replace(cache, k=out.k, v=out.v), chosen)
 
     @_with_its_kernels
     def embed(

@@ -41,12 +41,13 @@ from qwen3_moe_jax.jax_backend.generate import MAX_STEPS, PREFILL_CHUNKS, chunk_
 from qwen3_moe_jax.jax_backend.kv_cache import KVCache, whole_tiles
 from qwen3_moe_jax.jax_backend.likelihood import log_likelihoods
 from qwen3_moe_jax.jax_backend.model import Qwen3Moe
+from qwen3_moe_jax.jax_backend.native import NATIVE_DTYPE, Native
 from qwen3_moe_jax.jax_backend.params import GPU_ROLES, load_params, split_path
 from qwen3_moe_jax.jax_backend.settings import own_settings
 from qwen3_moe_jax.kernels_pallas import Matrices
 from qwen3_moe_jax.kernels_pallas import dequantize as dequantize_on_device
 from qwen3_moe_jax.kernels_pallas.gpu.device import ask_ptxas_once
-from qwen3_moe_jax.kernels_pallas.implementations import Record, recording
+from qwen3_moe_jax.kernels_pallas.implementations import NATIVE, Record, recording
 from qwen3_moe_jax.machine.headroom import available_memory
 from qwen3_moe_jax.machine.jax_devices import enable_compilation_cache, jax_devices
 from qwen3_moe_jax.machine.kernels import AUTO, capability_of, choose_kernels
@@ -95,11 +96,12 @@ class JaxRunner:
         Args:
           source: an open model.
           max_context: tokens of the KV cache; None is all that the model was trained for.
-          compute_dtype: float32 or bfloat16 operands of matrix products; None is float32 on the
-            CPU and bfloat16 on a GPU, whose kernels take 16-bit operands.
+          compute_dtype: float32 or bfloat16 operands of matrix products. None is bfloat16 on a GPU, whose
+            kernels take 16-bit operands; on a CPU it is activations of 15 bits in integer dots where these
+            run (``kernels``), else float32.
           cache_dtype: of the KV cache: float32, float16, bfloat16 or int8 (with a float32 scale for
             each head's vector); None is float32 on the CPU and float16 on a GPU.
-          kernels: "hopper", "portable" or "xla"; "auto" takes the fastest that the device has.
+          kernels: "hopper", "portable", "native" or "xla"; "auto" takes the fastest that the device has.
           progress: told how far loading is.
 
         Raises:
@@ -113,17 +115,21 @@ class JaxRunner:
         self.max_context = source.config.max_position_embeddings if max_context is None else max_context
         self.device = jax_devices()[0]
         on_gpu = self.device.platform == "gpu"
-        self.kernels = choose_kernels(kernels, capability_of(self.device), jax.__version_info__)
+        self.kernels = choose_kernels(
+            AUTO if kernels == NATIVE else kernels, capability_of(self.device), jax.__version_info__
+        )
         self.compute_dtype = jnp.dtype(compute_dtype or (jnp.bfloat16 if on_gpu else jnp.float32))
         self.cache_dtype = jnp.dtype(cache_dtype or (jnp.float16 if on_gpu else jnp.float32))
         self._types = dict(source.types)
         self.plan = MemoryPlan.of(source, _cache_length(self.max_context), self.cache_dtype.itemsize)
         self.plan.check(available_memory(self.device))
+        native = Native.begin(self.device, kernels, compute_dtype is not None)
         self.params = load_params(source, GPU_ROLES if on_gpu else {}, self.device, progress)
         self.is_closed = False
         self._batches: weakref.WeakSet[Batch] = weakref.WeakSet()
         if on_gpu:
             ask_ptxas_once()
+        self.kernels = native.kernels(self.kernels)
         model = Qwen3Moe(source.config, self.compute_dtype, kernels=self.kernels.name)
         self.decoder = choose(model, self.params, self.device, self.cache_dtype)
         self._spare: Batch | None = None
@@ -162,7 +168,7 @@ class JaxRunner:
             "device": f"{device.device_kind} ({device.platform})",
             "kernels": self.kernels.name,
             "kernels_reason": self.kernels.reason,
-            "compute_dtype": self.compute_dtype.name,
+            "compute_dtype": NATIVE_DTYPE if self.kernels.name == NATIVE else self.compute_dtype.name,
             "cache_dtype": self.cache_dtype.name,
             "implementations": {t.name: found for t, found in implementations.items() if found},
             "refused": record.refusals(),

@@ -1,7 +1,8 @@
 """Which of the jax backend's kernels a device runs: the choice behind ``--kernels`` and ``kernels=``.
 
 "hopper" are the kernels with ``wgmma`` and the tensor memory accelerator, "portable" those that run from
-Ampere on, "xla" XLA's own operations. An operation whose kernel does not take its arguments runs in XLA
+Ampere on, "xla" XLA's own operations; a CPU has "native" ones beside these. An
+operation whose kernel does not take its arguments runs in XLA
 whatever was chosen. On an H100 the decode kernel with ``wgmma`` is the faster one (31.8 against 37.2 us per
 layer for one sequence: docs/receipts/decode_portable_h100.json), so it goes first.
 """
@@ -17,7 +18,10 @@ KERNELS = ("hopper", "portable", "xla")
 """The fastest first."""
 
 AUTO = "auto"
-CHOICES = (AUTO, *KERNELS)
+NATIVE = "native"
+"""A CPU's own (``kernels_pallas.native``): whether they run is found out when a model is loaded."""
+
+CHOICES = (AUTO, *KERNELS, NATIVE)
 
 KERNEL_JAX = (0, 11)
 """The GPU kernels are written for the Mosaic GPU API of this JAX version and later."""
@@ -44,7 +48,7 @@ class Kernels(NamedTuple):
     """A choice.
 
     Attributes:
-      name: one of KERNELS.
+      name: one of KERNELS, or NATIVE.
       reason: why, in words.
     """
 

@@ -7,6 +7,7 @@ five times their arithmetic. So whoever runs products side by side keeps each on
 """
 
 import ctypes
+import math
 import os
 import sys
 from collections.abc import Callable, Generator, Iterable, Iterator
@@ -25,6 +26,61 @@ MAX_WORKERS = 4
 
 SWITCH_SECONDS = 0.0005
 """How long a thread of Python code may keep the lock from others while ``shares_the_lock`` is entered."""
+
+
+def cores() -> int:
+    """Cores that this process may keep busy: those of its affinity mask, one for each pair of hyper-threads,
+    and no more than its control group's share of processor time."""
+    allowed = _affinity()
+    whole = {_siblings(cpu) for cpu in allowed}
+    return max(1, math.ceil(min(len(whole), _cpu_quota())))
+
+
+def _affinity() -> set[int]:
+    if hasattr(os, "sched_getaffinity"):
+        return os.sched_getaffinity(0)
+    return set(range(os.cpu_count() or 1))
+
+
+def _siblings(cpu: int) -> str:
+    """The threads of this one's core as the kernel writes them, or its own number."""
+    try:
+        return Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list").read_text().strip()
+    except OSError:
+        return str(cpu)
+
+
+def _cpu_quota(root: Path = Path("/")) -> float:
+    """Cores that the control groups of this process allow (cpu.max, cpu.cfs_quota_us); or infinity."""
+    quota = math.inf
+    for folder in _cgroup_folders(root):
+        try:
+            if (folder / "cpu.max").exists():
+                most, period = (folder / "cpu.max").read_text().split()
+            else:
+                most, period = ((folder / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
+            if most.strip() not in ("max", "-1"):
+                quota = min(quota, int(most) / int(period))
+        except (OSError, ValueError):
+            continue
+    return quota
+
+
+def _cgroup_folders(root: Path) -> list[Path]:
+    """The control group of this process and those above it, of both versions; as a container sees them."""
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return []
+    found: list[Path] = []
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        mount = root / "sys/fs/cgroup" / ("cpu" if controllers else "")
+        inside = mount / path.lstrip("/")
+        found += [inside, *(parent for parent in inside.parents if parent.is_relative_to(mount)), mount]
+    return found
 
 
 class Workers:

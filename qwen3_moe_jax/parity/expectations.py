@@ -16,6 +16,7 @@ from qwen3_moe_jax.machine.threads import ALONE, Workers
 from qwen3_moe_jax.parity.noise import (
     FLOAT32,
     FLOAT32_MAX,
+    INT15,
     MAX_SIGMAS,
     ROUNDING,
     SMALLEST_NORMAL,
@@ -363,7 +364,8 @@ class Expectations:
             return spread
         dense = [dequantize(p, np.float64) for p in projections]
         near = rounded(x, self.operand)
-        for matrices in (dense, [rounded(w, self.operand) for w in dense]):
+        also = [] if self.operand == INT15 else [[rounded(w, self.operand) for w in dense]]
+        for matrices in (dense, *also):
             gate_near, up_near = (near @ w.T for w in matrices)
             spread += ((silu(gate_near) * up_near - silu(gate) * up) @ down.T) ** 2
         return spread

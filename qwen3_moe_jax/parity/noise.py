@@ -32,6 +32,11 @@ for independent, their sum for a random walk, and a weight for one number.
    or a minimum is rounded (kernels with 16-bit operands), its 32 weights share
    the error: ``u A`` and ``u B`` of each subblock, at float16's u.
 
+**int15** (a CPU's integer dots) rounds x alone: 256 columns have one scale, their largest magnitude over
+16,256, and each is off by at most half of it, evenly spread: a deviation of ``scale / sqrt(12)`` an element,
+whatever its own size. So a product has ``sqrt(sum scale^2 / 12 w^2)``, in both models; in the careful one
+the rounding of this very x counts as one deviation besides. The integers themselves are exact.
+
 Numbers below ``2^-126`` may become zero in any operand and any product, which
 adds ``2^-126 (sum |x| + sum |w| + K)``. Sums above float32's largest number are
 no error of a backend: their deviation is infinite.
@@ -55,16 +60,20 @@ MAX_SIGMAS = 8.0
 ROUNDING = {"float64": 2.0**-24, "float32": 2.0**-24, "tensorfloat32": 2.0**-12, "float16": 2.0**-12}
 ROUNDING["bfloat16"] = 2.0**-9
 ROUNDING["int8"] = 1 / 254
+ROUNDING["int15"] = 1 / 32512
 """Largest relative error of rounding to a dtype; float64 runs still read weights that are float32. In an
-int8 KV cache it is relative to the largest value of a head's vector."""
+int8 KV cache it is relative to the largest value of a head's vector, in int15 to that of 256 activations."""
 
-FLOAT32 = ROUNDING["float32"]
+FLOAT32, INT15 = ROUNDING["float32"], ROUNDING["int15"]
 FLOAT32_MAX = float(np.finfo(np.float32).max)
 SMALLEST_NORMAL = 2.0**-126
 """Processors may take float32 numbers below this for zero."""
 
 SUBBLOCK = 32
 """Weights that share a scale, at least where scales are rounded."""
+
+SCALED = 256
+"""Columns of activations that share the scale of their 15 bits."""
 
 ROWS_AT_A_TIME = 512
 
@@ -75,7 +84,20 @@ sigmas were measured in 5 million products of the embedded model in bfloat16).""
 
 def operand_rounding(operand: float) -> float:
     """Deviation of a product whose two operands are rounded to ``operand``, relative to its terms' root."""
-    return _DEPENDENT * operand * (2 / 3) ** 0.5 if operand > FLOAT32 else 0.0
+    return _DEPENDENT * operand * (2 / 3) ** 0.5 if operand not in (FLOAT32, INT15) else 0.0
+
+
+def int15_steps(x: np.ndarray) -> np.ndarray:
+    """The scale of each element of x [..., K] in int15: float64, of x's shape."""
+    columns = x.shape[-1]
+    starts = np.arange(0, columns, SCALED)
+    largest = np.maximum.reduceat(np.abs(x), starts, axis=-1)
+    return np.repeat(largest * (2 * INT15), SCALED, axis=-1)[..., :columns]
+
+
+def _int15_variance(x: np.ndarray, w: np.ndarray) -> np.ndarray:
+    """Variance [T, N] of ``x @ w.T`` from the rounding of x to int15."""
+    return (_DEPENDENT**2 / 12) * (int15_steps(x) ** 2 @ (w * w).T)
 
 
 def plain_sigma(x: np.ndarray, w: np.ndarray, operand: float) -> np.ndarray:
@@ -92,7 +114,8 @@ def plain_sigma(x: np.ndarray, w: np.ndarray, operand: float) -> np.ndarray:
     x_scale, w_scale = _scale(x), _scale(w)  # squares must stay within float32
     x2, w2 = np.square(x / x_scale, dtype=np.float32), np.square(w / w_scale, dtype=np.float32)
     root = np.sqrt((x2 @ w2.T).astype(np.float64)) * (x_scale * w_scale)
-    return (operand_rounding(operand) + FLOAT32 * x.shape[-1] ** 0.5) * root
+    sigma = (operand_rounding(operand) + FLOAT32 * x.shape[-1] ** 0.5) * root
+    return np.hypot(sigma, np.sqrt(_int15_variance(x, w))) if operand == INT15 else sigma
 
 
 def _scale(values: np.ndarray) -> float:
@@ -130,7 +153,9 @@ def _of_rows(x: np.ndarray, weight: PackedTensor, operand: float) -> np.ndarray:
         shared += above * above + below * below
     partial = between + 2 * largest
     variance = FLOAT32**2 * count * (power + partial * partial)
-    if operand > FLOAT32:
+    if operand == INT15:
+        variance += _int15_variance(x, w) + rounded_changes(x, w, operand)[0] ** 2
+    elif operand > FLOAT32:
         variance += operand_rounding(operand) ** 2 * ((x * x) @ (w * w).T) + ROUNDING["float16"] ** 2 * shared
         variance += sum(change**2 for change in rounded_changes(x, w, operand))
     flushed = SMALLEST_NORMAL * (np.abs(x).sum(axis=-1)[:, None] + np.abs(w).sum(axis=-1) + count)
@@ -148,12 +173,17 @@ def subtracted(weight: PackedTensor) -> np.ndarray:
 
 
 def rounded_changes(x: np.ndarray, w: np.ndarray, operand: float) -> tuple[np.ndarray, np.ndarray]:
-    """How ``x @ w.T`` changes when x alone, and when w alone, is rounded to ``operand``."""
+    """How ``x @ w.T`` changes when x alone, and when w alone, is rounded to ``operand`` (int15 leaves w)."""
+    if operand == INT15:
+        return (rounded(x, operand) - x) @ w.T, np.zeros((x.shape[0], w.shape[0]))
     return (rounded(x, operand) - x) @ w.T, x @ (rounded(w, operand) - w).T
 
 
 def rounded(values: np.ndarray, operand: float) -> np.ndarray:
     """Rounds float64 values to the reduced dtype whose ``ROUNDING`` this is, in any range; ties to even."""
+    if operand == INT15:
+        steps = int15_steps(values)
+        return np.rint(values / np.where(steps == 0, 1.0, steps)) * steps
     mantissa, exponent = np.frexp(values)
     steps = 0.5 / operand
     return np.ldexp(np.rint(mantissa * steps) / steps, exponent)

@@ -1,0 +1,1 @@
+"""All decoder layers as one operation."""

@@ -1,0 +1,71 @@
+"""Whether this process computes with ``kernels_pallas.native``, found out beside the load of the weights."""
+
+import os
+from concurrent.futures import Future, ThreadPoolExecutor
+
+from qwen3_moe_jax.core.errors import BackendUnavailableError
+from qwen3_moe_jax.jax_backend.device import Device
+from qwen3_moe_jax.kernels_pallas.native import library
+from qwen3_moe_jax.kernels_pallas.native.forms import VARIABLE
+from qwen3_moe_jax.machine.folders import writable_cache
+from qwen3_moe_jax.machine.kernels import AUTO, NATIVE, Kernels
+from qwen3_moe_jax.machine.threads import cores
+
+NATIVE_DTYPE = "int15"
+"""What products round activations to there: 15 bits, with a scale for each 256."""
+
+
+class Native:
+    """Loads the library in a thread of its own: where it has to be compiled, weights are read meanwhile.
+
+    Attributes:
+      is_named: whether it was asked for by name.
+    """
+
+    def __init__(self, reason: str | None, is_named: bool):
+        self.is_named, self._reason = is_named, reason
+        self._started: Future[library.Loaded | str] | None = None
+        if reason is None:
+            pool = ThreadPoolExecutor(1, thread_name_prefix="native")
+            self._started = pool.submit(self._start)
+            pool.shutdown(wait=False)
+
+    @classmethod
+    def begin(cls, device: Device, wanted: str, has_dtype: bool) -> "Native":
+        """Starts, unless the device is no CPU, or other kernels or a dtype of the operands are asked for.
+
+        Args:
+          device: of the weights.
+          wanted: of ``machine.kernels.CHOICES``.
+          has_dtype: whether a dtype of the operands was named.
+        """
+        reason = None
+        if wanted not in (AUTO, NATIVE):
+            reason = "as asked"
+        elif device.platform != "cpu":
+            reason = f"the native kernels are a CPU's, and the device is a {device.platform}"
+        elif has_dtype:
+            reason = "the native kernels round activations to 15 bits, and a dtype is asked for"
+        elif wanted == AUTO and VARIABLE not in os.environ:
+            reason = "the native kernels are not asked for"
+        return cls(reason, wanted == NATIVE)
+
+    @staticmethod
+    def _start() -> library.Loaded | str:
+        return library.start(writable_cache("native"), cores())
+
+    def kernels(self, others: Kernels) -> Kernels:
+        """What runs; waits for the library.
+
+        Args:
+          others: what runs if these kernels do not.
+
+        Raises:
+          BackendUnavailableError: they were asked for by name, and do not run.
+        """
+        found = self._reason if self._started is None else self._started.result()
+        if isinstance(found, library.Loaded):
+            return Kernels(NATIVE, f"{found.form}, {found.threads} thread{'s' * (found.threads > 1)}")
+        if self.is_named:
+            raise BackendUnavailableError(f"kernels native do not run here: {found}")
+        return Kernels("xla", str(found)) if others.name == "xla" and found != "as asked" else others

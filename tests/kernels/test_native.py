@@ -1,0 +1,206 @@
+"""The CPU's integer dots against NumPy in float64, in every form that this processor has; refusals."""
+
+import ctypes
+import os
+import platform
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from unittest import mock
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import qwen3_moe_jax.kernels_pallas as ops
+from qwen3_moe_jax.convert.ggml_types import GGMLType
+from qwen3_moe_jax.convert.layouts.lanes16 import supports, to_layout
+from qwen3_moe_jax.convert.packed import LANES16, PackedTensor
+from qwen3_moe_jax.kernels_pallas.implementations import NATIVE, recording, using
+from qwen3_moe_jax.kernels_pallas.native import compiler, forms, library
+from qwen3_moe_jax.kernels_pallas.native.operands import ARRAYS, FLOATS
+from tests import tolerances
+from tests.kernels.op_cases import dense64, heavy_tailed, moe_oracle, poison, random_weights, rng
+
+__all__ = ["rng"]
+
+TYPES = tuple(ARRAYS)
+HERE = [f for f in forms.FORMS if f.machine == platform.machine() and f.needs <= forms.features()]
+
+FOLDER = Path(tempfile.gettempdir()) / f"qwen3-moe-tests-{os.getuid()}" / "native"
+"""Compiled once for all runs of the tests on a machine."""
+
+
+def names(values: object) -> str:
+    return getattr(values, "name", str(values))
+
+
+@pytest.fixture(scope="module")
+def native() -> library.Loaded:
+    found = library.start(FOLDER, 2)
+    if isinstance(found, str):
+        pytest.skip(found)
+    return found
+
+
+def arranged(w: PackedTensor) -> PackedTensor:
+    return to_layout(w, LANES16) if supports(LANES16, w.type, w.shape) else w
+
+
+def bound(x: np.ndarray, w: np.ndarray, type: GGMLType) -> np.ndarray:
+    """Largest error [T, N]: half a step of each activation times its weight, and float32's sums."""
+    sums = tolerances.NATIVE_FLOAT32_SUMS * (np.abs(x) @ np.abs(w).T)
+    if type in FLOATS:
+        return sums
+    padded = np.pad(x, ((0, 0), (0, -x.shape[1] % 256))).reshape(len(x), -1, 256)
+    half_step = np.abs(padded).max(-1, keepdims=True) / (2 * tolerances.NATIVE_TOP)
+    half_step = np.broadcast_to(half_step, padded.shape).reshape(len(x), -1)[:, : x.shape[1]]
+    return half_step @ np.abs(w).T + sums
+
+
+@pytest.mark.parametrize("type", TYPES, ids=names)
+def test_products_are_within_half_a_step_of_each_activation(native, rng, type):
+    columns = 288 if type is GGMLType.Q8_0 else 512
+    w = random_weights(rng, type, (48, columns))
+    dense, packed = dense64(w), arranged(w)
+    x = heavy_tailed(rng, (70, columns))
+    together = np.asarray(ops.quantized_matmul(x, packed, implementation="native"))
+    # the minimum of a subblock is a number of its own, which is as large as the weights that it is taken from
+    assert (np.abs(together - x.astype(np.float64) @ dense.T) <= bound(x, dense_terms(w), type)).all()
+    for count in (1, 2, 3, 5, 8, 13):
+        alone = np.asarray(ops.quantized_matmul(x[:count], packed, implementation="native"))
+        np.testing.assert_array_equal(alone, together[:count], f"{count} rows")
+
+
+def dense_terms(w: PackedTensor) -> np.ndarray:
+    """The sizes of what weights are made of, |a| + |b| of ``a - b``."""
+    dense = np.abs(dense64(w))
+    minimum = (
+        dense64(PackedTensor({**w.arrays, "q": np.zeros_like(w.arrays["q"])}, w.type))
+        if "mins" in w.arrays
+        else 0
+    )
+    return dense + 2 * np.abs(minimum)
+
+
+@pytest.mark.parametrize("type", [GGMLType.Q4_K, GGMLType.Q6_K, GGMLType.Q8_0, GGMLType.F16], ids=names)
+def test_experts_are_grouped_and_no_other_is_read(native, rng, type):
+    shape, used = (6, 256, 512), np.array([1, 4, 5])
+    gate, up = (poison(random_weights(rng, type, shape), used) for _ in range(2))
+    down = poison(random_weights(rng, type, (6, 512, 256)), used)
+    for tokens in (1, 3, 90):
+        ids = np.stack([rng.permutation(used)[:2] for _ in range(tokens)]).astype(np.int32)
+        weights = rng.random((tokens, 2)).astype(np.float32)
+        x = rng.standard_normal((tokens, 512)).astype(np.float32)
+        out = ops.moe_mlp(x, *map(arranged, (gate, up, down)), ids, weights, implementation="native")
+        expected = moe_oracle(x, gate, up, down, ids, weights)
+        error = np.linalg.norm(out - expected) / np.linalg.norm(expected)
+        assert error < tolerances.NATIVE_MOE, (tokens, error)
+
+
+def test_more_threads_give_the_same_bits(native, rng):
+    w = arranged(random_weights(rng, GGMLType.Q4_K, (4096, 256)))
+    x = rng.standard_normal((20, 256)).astype(np.float32)
+    multiply = lambda: np.asarray(ops.quantized_matmul(x, w, implementation="native"))
+    before = multiply()
+    assert native.handle.pool_start(native.threads + 3) == native.threads + 3
+    for _ in range(20):
+        np.testing.assert_array_equal(multiply(), before)
+
+
+def test_what_is_not_finite_stays_in_its_row(native, rng):
+    w = arranged(random_weights(rng, GGMLType.Q4_K, (32, 512)))
+    x = rng.standard_normal((3, 512)).astype(np.float32)
+    x[1, 300] = np.inf
+    finite = np.isfinite(np.asarray(ops.quantized_matmul(x, w, implementation="native")))
+    assert finite.all(axis=1).tolist() == [True, False, True]
+    assert not finite[1].any()
+
+
+def test_zeros_give_zeros(native, rng):
+    w = arranged(random_weights(rng, GGMLType.Q6_K, (16, 256)))
+    assert not np.asarray(
+        ops.quantized_matmul(np.zeros((2, 256), np.float32), w, implementation="native")
+    ).any()
+
+
+def test_it_runs_where_it_is_asked_for_alone(native, rng):
+    w, x = arranged(random_weights(rng, GGMLType.Q4_K, (16, 256))), jnp.ones((1, 256))
+    with recording() as record:
+        ops.quantized_matmul(x, w)
+    assert record.of_type(GGMLType.Q4_K) == "xla"
+    with recording() as record, using(NATIVE):
+        ops.quantized_matmul(x, w)
+    assert record.of_type(GGMLType.Q4_K) == "native"
+
+
+def test_a_type_without_products_runs_in_xla_and_the_record_says_why(native, rng):
+    w = random_weights(rng, GGMLType.Q2_K, (16, 256))
+    with recording() as record, using(NATIVE):
+        ops.quantized_matmul(jnp.ones((1, 256)), w)
+    assert "native: it has no products of Q2_K" in record.refusals()[0]
+
+
+@pytest.fixture
+def nothing_loaded() -> Iterator[None]:
+    with mock.patch.object(library, "_found", None):
+        yield
+
+
+def test_an_unknown_version_of_xla_is_refused(nothing_loaded):
+    with mock.patch.object(library, "_api_version", return_value=(0, 99)):
+        assert "version 0.99" in str(library.start(FOLDER))
+
+
+def test_it_can_be_turned_off(nothing_loaded, monkeypatch):
+    monkeypatch.setenv(forms.VARIABLE, "off")
+    assert library.start(FOLDER) == f"{forms.VARIABLE} is off"
+
+
+def test_a_processor_without_a_form_is_refused():
+    little = mock.patch.object(forms, "features", return_value=frozenset({"sse2"}))
+    with little, pytest.raises(NotImplementedError, match="has none of"):
+        forms.choose_form()
+
+
+def test_no_compiler_is_a_reason_and_what_to_do(nothing_loaded, tmp_path):
+    with (
+        mock.patch.object(compiler.importlib.util, "find_spec", return_value=None),
+        mock.patch.object(compiler.shutil, "which", return_value=None),
+    ):
+        assert library.start(tmp_path) == "there is no compiler: pip install ziglang"
+
+
+def test_a_folder_that_others_may_write_to_is_closed_and_emptied(tmp_path):
+    planted = tmp_path / "native-avx2-0.so"
+    planted.write_bytes(b"somebody's")
+    tmp_path.chmod(0o777)
+    compiler._check_private(tmp_path)
+    assert (tmp_path.stat().st_mode & 0o777, planted.exists()) == (0o700, False)
+
+
+@pytest.mark.parametrize("form", HERE[1:], ids=names)
+def test_other_forms_give_the_same_products(native, rng, form):
+    """Forms that this processor would not choose, called without XLA."""
+    other = ctypes.CDLL(str(compiler.build(form, FOLDER)))
+    for type in (t for t in TYPES if t is not GGMLType.F16):
+        columns = 288 if type is GGMLType.Q8_0 else 256
+        packed = arranged(random_weights(rng, type, (32, columns)))
+        x = heavy_tailed(rng, (11, columns))
+        expected = np.asarray(ops.quantized_matmul(x, packed, implementation="native"))
+        out = np.empty((11, 32), np.float32)
+        arrays = [np.ascontiguousarray(packed.arrays[name]) for name in ARRAYS[type]]
+        pointers = (ctypes.c_void_p * len(arrays))(*(a.ctypes.data for a in arrays))
+        sizes = (
+            ctypes.c_int(int(type)),
+            ctypes.c_int(32),
+            ctypes.c_int(columns),
+            pointers,
+            ctypes.c_int(len(arrays)),
+        )
+        other.qwen3_moe_products(
+            *sizes, x.ctypes.data_as(ctypes.c_void_p), 11, out.ctypes.data_as(ctypes.c_void_p)
+        )
+        np.testing.assert_allclose(
+            out, expected, rtol=0, atol=tolerances.NATIVE_FORMS * np.abs(expected).max()
+        )
