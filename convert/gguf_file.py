@@ -38,6 +38,7 @@ class GGUFFile:
       paths: the files, one a shard.
       version: GGUF version of the first file.
       nbytes: size of all files together.
+      warnings: lines on what is wrong with a file and changes nothing.
     """
 
     def __init__(self, files: list[RegularFile], headers: list[Header]):
@@ -49,6 +50,7 @@ class GGUFFile:
             self.tensors.update(header.tensors)
         self.paths = [file.path for file in files]
         self.nbytes = sum(file.size for file in files)
+        self.warnings = tuple(dict.fromkeys(text for header in headers for text in header.warnings))
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], *, allow_missing_tail_padding: bool = False) -> "GGUFFile":
@@ -111,7 +113,13 @@ class GGUFFile:
                 f"bytes {start} to {start + len(target)} are not within {info.name}, which has {info.nbytes}"
             )
         file = self._files[info.shard]
-        file.read_into(target, info.offset + start)
+        run = info.run or max(info.nbytes, 1)
+        done = 0
+        while done < len(target):
+            matrix, within = divmod(start + done, run)
+            piece = target[done : done + run - within]
+            file.read_into(piece, info.offset + matrix * (run + info.gap) + within)
+            done += len(piece)
         file.check_unchanged()
 
     def read(self, info: TensorInfo) -> np.ndarray:

@@ -21,6 +21,7 @@ from typing import Any
 
 from qwen3_moe_jax.convert.errors import ModelFileError, quote
 from qwen3_moe_jax.convert.ggml_types import KNOWN_TYPES, SUPPORTED_TYPES, GGMLType
+from qwen3_moe_jax.convert.metadata_keys import is_read
 from qwen3_moe_jax.convert.regular_file import RegularFile
 
 MAX_ENTRIES = 65_536
@@ -70,6 +71,8 @@ class TensorInfo:
       nbytes: bytes of its data.
       offset: where the data starts in its file, in bytes.
       shard: which of ``GGUFFile.paths`` holds it.
+      run, gap: of a part of a fused tensor, bytes that lie together, and bytes of other parts before
+        the next run; ``run`` is 0 where all bytes lie together.
     """
 
     name: str
@@ -78,6 +81,8 @@ class TensorInfo:
     nbytes: int
     offset: int
     shard: int
+    run: int = 0
+    gap: int = 0
 
     @property
     def type_name(self) -> str:
@@ -114,6 +119,7 @@ class Header:
     metadata: dict[str, object]
     tensors: dict[str, TensorInfo]
     data_offset: int
+    warnings: tuple[str, ...] = ()
 
 
 def read_header(file: RegularFile, shard: int, *, allow_missing_tail_padding: bool = False) -> Header:
@@ -206,6 +212,7 @@ class _HeaderParser:
         self._shard = shard
         self._allow_missing_tail_padding = allow_missing_tail_padding
         self._memory = 0
+        self._warnings: list[str] = []
 
     def parse(self) -> Header:
         version = self._magic_and_version()
@@ -216,7 +223,7 @@ class _HeaderParser:
         raw_tensors = [self._tensor_info() for _ in range(num_tensors)]
         data_offset = _round_up(self._cursor.offset, alignment)
         tensors = self._place(raw_tensors, data_offset, alignment)
-        return Header(version, alignment, metadata, tensors, data_offset)
+        return Header(version, alignment, metadata, tensors, data_offset, tuple(self._warnings))
 
     def _fail(
         self, code: str, problem: str, *, name: str | None = None, offset: int | None = None
@@ -337,17 +344,22 @@ class _HeaderParser:
         values: list[object] = []
         while len(values) < count:
             raw = self._cursor.take_strings(count - len(values), MAX_STRING, what, "E_METADATA")
-            try:
-                texts = [one.decode() for one in raw]
-            except UnicodeDecodeError as error:
-                raise self._fail(
-                    "E_METADATA",
-                    f"{quote(key)} holds text that is not UTF-8: {error.object[:40]!r}",
-                    name=key,
-                ) from error
+            texts = self._decoded(raw, key)
             self._spend(sum(map(sys.getsizeof, texts)), key)
             values += texts
         return values
+
+    def _decoded(self, raw: list[bytes], key: str) -> list[str]:
+        """Texts in UTF-8; where nothing reads the key others too, with a warning and U+FFFD in them."""
+        try:
+            return [one.decode() for one in raw]
+        except UnicodeDecodeError as error:
+            problem = f"{quote(key)} holds text that is not UTF-8: {error.object[:40]!r}"
+            if is_read(key):
+                raise self._fail("E_METADATA", problem, name=key) from error
+            if not any(warning.startswith(quote(key)) for warning in self._warnings):
+                self._warnings.append(f"{problem}; nothing reads it")
+            return [one.decode(errors="replace") for one in raw]
 
     def _spend(self, nbytes: int, key: str) -> None:
         """Count ``nbytes`` of decoded metadata, before or right after they are allocated."""

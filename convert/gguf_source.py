@@ -12,8 +12,10 @@ import numpy as np
 
 from qwen3_moe_jax.convert.config import Qwen3MoeConfig, check_architecture
 from qwen3_moe_jax.convert.errors import ModelFileError
+from qwen3_moe_jax.convert.fused import with_parts
 from qwen3_moe_jax.convert.ggml_types import BLOCK_FORMATS
 from qwen3_moe_jax.convert.gguf_file import GGUFFile, TensorInfo
+from qwen3_moe_jax.convert.metadata_keys import check_expert_width
 from qwen3_moe_jax.convert.packed import PackedTensor
 from qwen3_moe_jax.convert.progress import ProgressCallback
 from qwen3_moe_jax.convert.regular_file import RegularFile
@@ -49,6 +51,7 @@ class GGUFSource(ModelSource):
     def _read_header(self) -> None:
         found = self._file.tensors
         self.metadata = self._file.metadata
+        self.warnings = self._file.warnings
         check_architecture(self.metadata)
         embedding = found.get("token_embd.weight")
         if embedding is None or len(embedding.shape) != 2:
@@ -60,12 +63,20 @@ class GGUFSource(ModelSource):
             tie_word_embeddings="output.weight" not in found,
             vocab_size=embedding.shape[0],
         )
+        self._check_expert_width()
         check_tensors(self._file, self.config)
         self.specs = {spec.path: spec for spec in tensor_specs(self.config)}
-        self._infos = {path: found[spec.gguf_name] for path, spec in self.specs.items()}
+        parts = with_parts(found, self.config)
+        self._infos = {path: parts[spec.gguf_name] for path, spec in self.specs.items()}
         self.types = {path: info.type for path, info in self._infos.items()}
         self.nbytes = sum(info.nbytes for info in self._infos.values())
         self.identity = _identity(self._file.paths)
+
+    def _check_expert_width(self) -> None:
+        """``down`` of the first layer shows the width of experts in its columns, whether others are fused."""
+        down = self._file.tensors.get("blk.0.ffn_down_exps.weight")
+        if down is not None and len(down.shape) == 3:
+            check_expert_width(self.metadata, self.config.moe_intermediate_size, down.shape[-1], down.name)
 
     def tensor_nbytes(self, path: str) -> int:
         return self._infos[path].nbytes

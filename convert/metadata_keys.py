@@ -15,7 +15,6 @@ Source: ``src/llama-arch.cpp`` (names) and ``src/llama-model.cpp``
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from qwen3_moe_jax.convert.errors import ModelFileError, quote
 
@@ -152,9 +151,44 @@ KEYS: tuple[Key, ...] = (
     Key(".general.name, .basename, .finetune and other descriptions", IGNORED, "shown, and name the family"),
 )
 
+_PER_LAYER = (
+    "attention.head_count",
+    "attention.head_count_kv",
+    "expert_used_count",
+    "expert_feed_forward_length",
+    "feed_forward_length",
+)
+"""Keys that may be an array with a value for each layer."""
+
 _BY_NAME = {key.name: key for key in KEYS}
 RANGES = {key.field: key for key in KEYS if key.field}
 """Keys with a range, by field of the config."""
+
+
+_READ_PREFIXES = ("tokenizer.", "split.", "general.sampling.", "general.alignment")
+
+
+def is_read(full_name: str) -> bool:
+    """Whether what a key says matters: text of any other key may be in any encoding."""
+    listed = any(key.full_name == full_name and key.rule != IGNORED for key in KEYS)
+    return listed or full_name.startswith(_READ_PREFIXES)
+
+
+def as_integer(value: object) -> object:
+    """An integer that was written as a float is that integer; anything else is itself."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def as_float(value: object) -> object:
+    """A float that was written as an integer is that float; anything else is itself."""
+    return float(value) if type(value) is int else value
+
+
+def _same(value: object, neutral: object) -> bool:
+    if type(value) is type(neutral):
+        return value == neutral
+    numbers = (int, float)
+    return type(value) in numbers and type(neutral) in numbers and value == neutral
 
 
 def as_markdown() -> str:
@@ -185,6 +219,21 @@ def check_float(key: str, value: object, above: float, most: float) -> float:
     if not above < value <= most:  # NaN is refused too
         raise hparam_error(key, f"is {value:g}; it must be finite, above {above:g}, at most {most:g}")
     return value
+
+
+def check_expert_width(metadata: Mapping[str, object], width: int, found: int, tensor: str) -> None:
+    """Where the width of experts was derived, holds it against a tensor that shows it.
+
+    Raises:
+      ModelFileError: ``E_HPARAM`` naming the key that is missing.
+    """
+    key = PREFIX + "expert_feed_forward_length"
+    if key not in metadata and width != found:
+        raise hparam_error(
+            key,
+            f"is missing from the file, and feed_forward_length / expert_used_count is {width}, not the "
+            f"{found} of {tensor}; convert the model again",
+        )
 
 
 def check_range(field: str, value: object) -> None:
@@ -218,18 +267,37 @@ class KeyReader:
         return value
 
     def integer(self, name: str) -> int:
+        """One integer, a float that is one, or where llama.cpp takes it an array of equal ones."""
         key = _BY_NAME[name]
-        return check_integer(key.full_name, self.need(name), key.low, key.high)
+        value = as_integer(self._one_for_all(name, self.need(name)))
+        return check_integer(key.full_name, value, key.low, key.high)
+
+    def _one_for_all(self, name: str, value: object) -> object:
+        """The value that an array gives every layer; anything but an array is itself.
+
+        Raises:
+          ModelFileError: ``E_HPARAM`` for an array of another length, or of values that differ.
+        """
+        if name not in _PER_LAYER or not isinstance(value, list):
+            return value
+        values: list[object] = value
+        layers = self.integer("block_count")
+        if len(values) != layers or any(v != values[0] for v in values):
+            raise hparam_error(
+                _BY_NAME[name].full_name,
+                f"is an array; it must hold {layers} equal values, one per layer",
+            )
+        return values[0]
 
     def number(self, name: str, default: float | None = None) -> float:
         value = self.need(name) if default is None else self.get(name)
         if value is None and default is not None:
             return default
-        return check_float(_BY_NAME[name].full_name, value, -math.inf, math.inf)
+        return check_float(_BY_NAME[name].full_name, as_float(value), -math.inf, math.inf)
 
     def equal(self, name: str, expected: int, what: str) -> None:
         """An optional key that may only repeat what is known."""
-        value, full_name = self.get(name), _BY_NAME[name].full_name
+        value, full_name = as_integer(self.get(name)), _BY_NAME[name].full_name
         if value is None:
             return
         if check_integer(full_name, value, -(2**63), 2**64) != expected:
@@ -254,24 +322,14 @@ class KeyReader:
     def _is_neutral(key: Key, value: object, head_dim: int, context: int) -> bool:
         if key.name == "attention.scale" and isinstance(value, float):
             return value == 0.0 or math.isclose(value, head_dim**-0.5, rel_tol=1e-6)
-        if key.name == "attention.sliding_window" and type(value) is int:
+        if key.name == "attention.sliding_window" and isinstance(value, int | float):
             return value == 0 or value >= context
-        return any(type(value) is type(one) and value == one for one in key.neutral)
+        return any(_same(value, one) for one in key.neutral)
 
     def expert_width(self) -> int:
         """Width of one expert: a scalar, or an array that gives every layer the same."""
-        key = _BY_NAME["expert_feed_forward_length"]
-        value: Any = self.get(key.name)
-        if value is None:
-            return self._derived_expert_width()
-        if isinstance(value, list):
-            layers = self.integer("block_count")
-            if len(value) != layers or any(v != value[0] for v in value):
-                raise hparam_error(
-                    key.full_name, f"is an array; it must hold {layers} equal values, one per layer"
-                )
-            value = value[0]
-        return check_integer(key.full_name, value, key.low, key.high)
+        name = "expert_feed_forward_length"
+        return self._derived_expert_width() if self.get(name) is None else self.integer(name)
 
     def _derived_expert_width(self) -> int:
         key = _BY_NAME["feed_forward_length"]
@@ -280,7 +338,8 @@ class KeyReader:
                 PREFIX + "expert_feed_forward_length", "is missing from the file; convert the model again"
             )
         used = self.integer("expert_used_count")
-        dense = check_integer(key.full_name, self.get(key.name), 1, 2**20)
+        value = as_integer(self._one_for_all(key.name, self.get(key.name)))
+        dense = check_integer(key.full_name, value, 1, 2**20)
         if dense % used:
             raise hparam_error(
                 key.full_name,

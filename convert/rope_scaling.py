@@ -18,6 +18,7 @@ import numpy as np
 from qwen3_moe_jax.convert.metadata_keys import (
     PREFIX,
     KeyReader,
+    as_integer,
     check_float,
     check_integer,
     describe,
@@ -125,7 +126,7 @@ def read_rope_scaling(read: KeyReader) -> RopeScaling | None:
     if kind == "linear" and factor == 1.0 and attention_factor in (None, 1.0):
         return None
     original_key = prefix + "original_context_length"
-    original: Any = read.get(original_key)
+    original: Any = as_integer(read.get(original_key))
     if original is None:
         original = read.need(original_key if kind == "yarn" else "context_length")
     if kind == "yarn" and attention_factor is not None and factor > 0.0:

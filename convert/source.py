@@ -40,6 +40,7 @@ class ModelSource(ABC):
       types: quantization type of each tensor, by parameter path.
       nbytes: bytes of tensor data in the source.
       identity: short text that changes when the content does; cheap to get.
+      warnings: lines on what is wrong with a file and changes nothing.
     """
 
     path: Path
@@ -49,6 +50,7 @@ class ModelSource(ABC):
     types: Mapping[str, GGMLType]
     nbytes: int
     identity: str
+    warnings: tuple[str, ...] = ()
 
     def paths(self) -> list[str]:
         """Every parameter path, in the order of the forward pass."""

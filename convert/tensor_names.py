@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from qwen3_moe_jax.convert.config import Qwen3MoeConfig
 from qwen3_moe_jax.convert.errors import ModelFileError, printable, quote
+from qwen3_moe_jax.convert.fused import with_parts
 from qwen3_moe_jax.convert.ggml_types import BLOCK_FORMATS, SUPPORTED_TYPES, GGMLType
 from qwen3_moe_jax.convert.gguf_file import GGUFFile, TensorInfo
 
@@ -19,7 +20,8 @@ MATRIX_TYPES: tuple[GGMLType, ...] = SUPPORTED_TYPES
 
 _NAMED_IN_A_MESSAGE = 4
 _UNSUPPORTED_PARTS = {
-    "attn_qkv": "fused q, k and v are not supported; convert the model with separate attn_q, attn_k, attn_v",
+    "attn_qkv": "stands beside one of attn_q, attn_k and attn_v, which it holds; convert the model again",
+    "ffn_gate_up_exps": "stands beside ffn_gate_exps or ffn_up_exps, which it holds; convert the model again",
     "bias": "Qwen3-MoE has no biases, and ignoring one would change the result",
     "scale": "separate scale tensors are not supported, and ignoring one would change the result",
     "input_scale": "separate scale tensors are not supported, and ignoring one would change the result",
@@ -150,7 +152,7 @@ def check_tensors(gguf_file: GGUFFile, config: Qwen3MoeConfig) -> None:
         ``E_QTYPE`` for one of a type that the model cannot use.
     """
     specs = {spec.gguf_name: spec for spec in tensor_specs(config)}
-    found = gguf_file.tensors
+    found = with_parts(gguf_file.tensors, config)
     _refuse_unsupported_types(found.values())
     extra = [name for name in found if name not in specs]
     for name in extra:

@@ -141,7 +141,7 @@ def load_model(
             progress=progress,
         )
     if show_banner and not args.quiet:
-        terminal.note(*banner(model))
+        terminal.note(*banner(model), *(f"warning: {text}" for text in model.source.warnings))
     return model
 
 

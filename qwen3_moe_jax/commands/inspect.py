@@ -46,6 +46,7 @@ def _print(report: dict[str, Any], tensors: bool) -> None:
     size = f"{report['nbytes'] / 1e9:.3f} GB, {len(report['tensors'])} tensors: {kinds}"
     terminal.show(report["path"], size)
     terminal.show(*(f"{key} {report[key]}" for key in ("sha256", "identity") if key in report))
+    terminal.show(*(f"warning: {text}" for text in report.get("warnings", ())))
     if fault := report.get("fault"):
         terminal.show(f"does not run here: {fault}")
     if here := report.get("here"):

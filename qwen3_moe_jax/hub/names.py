@@ -113,5 +113,8 @@ def runs(quant: str | None) -> bool:
     """Whether a file of this name has, as a rule, only types that this project runs."""
     if quant is None:
         return False
-    base = re.sub(r"_(S|M|L|XL)$", "", quant.removeprefix("UD-"))
+    whole = quant.removeprefix("UD-")
+    base = re.sub(r"_(S|M|L|XL|MOE)$", "", whole)
+    if re.fullmatch(r"IQ[123]_(XXS|XS|S|M)", whole):  # mixtures: IQ3_XS, IQ3_M and IQ2_M are no types
+        return True
     return base in GGMLType.__members__ or base == "Q8_K"  # UD-Q8_K_XL holds Q8_0 and 16-bit floats

@@ -71,6 +71,7 @@ def _of_model(source: ModelSource, estimates: bool, sha256: bool) -> dict[str, A
         "config": config,
         "rope_scaling": scaling and vars(scaling),
         **_of_tensors(tensors, source.metadata),
+        "warnings": list(source.warnings),
     }
     if sha256:
         report["sha256"] = source.sha256()

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from qwen3_moe_jax.convert.formats import FORMATS
+from qwen3_moe_jax.convert.fused import with_parts
 from qwen3_moe_jax.convert.ggml_types import BLOCK_FORMATS, GGMLType
 from qwen3_moe_jax.convert.gguf_file import GGUFFile
 from qwen3_moe_jax.convert.packed import PackedTensor
@@ -239,7 +240,7 @@ def _misread(judge: StageJudge, key: StageKey) -> Cause | None:
         return None
     spec, true = judge.source.specs[path], judge.source.types[path]
     with GGUFFile.open(judge.source.path) as file:
-        raw = file.read(file.tensors[spec.gguf_name])
+        raw = file.read(with_parts(file.tensors, judge.source.config)[spec.gguf_name])
     for other in GGMLType:
         block = BLOCK_FORMATS[other]
         if other is true or spec.shape[-1] % block.weights or block.weights == 1:

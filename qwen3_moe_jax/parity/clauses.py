@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from qwen3_moe_jax.convert.fused import with_parts
 from qwen3_moe_jax.convert.ggml_types import BLOCK_FORMATS
 from qwen3_moe_jax.convert.gguf_file import GGUFFile
 from qwen3_moe_jax.convert.unpack import dequantize
@@ -99,8 +100,9 @@ def check_file_weights(clause: Clause, oracle: Oracle) -> Finding:
         )
     different = count = 0
     with GGUFFile.open(source.path) as file:
+        infos = with_parts(file.tensors, source.config)
         for path, spec in source.specs.items():
-            info, packed = file.tensors[spec.gguf_name], source.tensor(path)
+            info, packed = infos[spec.gguf_name], source.tensor(path)
             block = BLOCK_FORMATS[info.type]
             columns = spec.shape[-1]
             flat = {k: a.reshape(-1, a.shape[-1]) for k, a in packed.arrays.items()}

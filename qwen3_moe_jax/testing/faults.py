@@ -17,6 +17,7 @@ from unittest import mock
 
 import numpy as np
 
+from qwen3_moe_jax.convert.fused import with_parts
 from qwen3_moe_jax.convert.ggml_types import BLOCK_FORMATS, GGMLType
 from qwen3_moe_jax.convert.gguf_file import GGUFFile
 from qwen3_moe_jax.convert.packed import PackedTensor
@@ -99,7 +100,7 @@ def _swap(packed: PackedTensor) -> PackedTensor:
 def _misread(source: ModelSource, path: str, as_type: GGMLType) -> PackedTensor:
     """The tensor's bytes taken for those of another type."""
     with GGUFFile.open(source.path) as file:
-        raw = file.read(file.tensors[source.specs[path].gguf_name])
+        raw = file.read(with_parts(file.tensors, source.config)[source.specs[path].gguf_name])
     return misread(raw, as_type, source.specs[path].shape)
 
 

@@ -10,7 +10,7 @@ from qwen3_moe_jax.inspection.file_report import implementation
 from qwen3_moe_jax.machine import estimate
 from qwen3_moe_jax.machine.estimate import Place
 from qwen3_moe_jax.machine.headroom import Headroom
-from qwen3_moe_jax.testing.gguf_builder import GGUFBuilder, Tensor, model_builder
+from qwen3_moe_jax.testing.gguf_builder import GGUFBuilder, Tensor, entry, model_builder, text
 
 IQ4_XS = 23
 
@@ -71,6 +71,14 @@ def test_an_unsupported_type_is_marked(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "1 Q8_1 (NOT SUPPORTED)" in out
     assert "E_QTYPE" in out
+
+
+def test_text_in_another_encoding_is_a_warning(tmp_path, capsys):
+    builder = model_builder()
+    builder.raw_metadata = [entry("general.author", 8, text(b"\xff"))]
+    (tmp_path / "odd.gguf").write_bytes(builder.build())
+    assert main(["inspect", "--no-estimates", str(tmp_path / "odd.gguf")]) == 0
+    assert "\nwarning: 'general.author' holds text that is not UTF-8" in capsys.readouterr().out
 
 
 def test_what_is_no_gguf_file_is_one_line(tmp_path, capsys):

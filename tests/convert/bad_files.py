@@ -76,6 +76,10 @@ def _one(payload_type: int, payload: bytes) -> Callable[[], bytes]:
     return _raw(entry("k", payload_type, payload))
 
 
+_READ = "tokenizer.ggml.model"
+"""A key whose text matters; where nothing reads a key, text in another encoding is a warning."""
+
+
 def _ones(dims: tuple[int, ...], type: int, **fields: object) -> Tensor:
     """A tensor whose declared dims are not those of the 32 bytes that it brings."""
     return Tensor("a", dims=dims, type=type, data=bytes(32), **fields)
@@ -200,8 +204,10 @@ OWN: dict[str, Case] = {
     "O_NAME_NOT_UTF8": Case(_tensors(Tensor(b"\xc3(")), "E_TENSOR"),
     "O_NAME_NEWLINE": Case(_tensors(Tensor("a\nE_OK: fine")), "E_TENSOR"),
     "O_KEY_NUL": Case(_raw(entry("a\0b", U8, b"\0")), "E_METADATA"),
-    "O_TEXT_NOT_UTF8": Case(_one(STRING, text(b"\xff")), "E_METADATA"),
-    "O_TEXTS_NOT_UTF8": Case(_one(ARRAY, array(STRING, 2, text("a") + text(b"\xf0\x90"))), "E_METADATA"),
+    "O_TEXT_NOT_UTF8": Case(_raw(entry(_READ, STRING, text(b"\xff"))), "E_METADATA"),
+    "O_TEXTS_NOT_UTF8": Case(
+        _raw(entry(_READ, ARRAY, array(STRING, 2, text("a") + text(b"\xf0\x90")))), "E_METADATA"
+    ),
     "O_ARRAY_BAD_TYPE": Case(_one(ARRAY, array(13, 1, bytes(8))), "E_METADATA"),
     "O_BOOLS_3": Case(_one(ARRAY, array(BOOL, 3, b"\0\1\3")), "E_METADATA"),
     "O_N_KV_MORE_THAN_FIT": Case(_header(n_kv=60_000), "E_SHORT_READ"),

@@ -26,9 +26,15 @@ INTEGER_KEYS = (
     "expert_used_count",
     "expert_feed_forward_length",
 )
+PER_LAYER_KEYS = (
+    "attention.head_count",
+    "attention.head_count_kv",
+    "expert_feed_forward_length",
+    "expert_used_count",
+)
 FLOAT_KEYS = ("attention.layer_norm_rms_epsilon", "rope.freq_base")
 
-NO_INTEGERS = (MISSING, 0, -1, 2**31, 2**64 - 1, 4.0, NAN, "4", True)
+NO_INTEGERS = (MISSING, 0, -1, 2**31, 2**64 - 1, 4.5, NAN, INF, "4", True)
 NO_FLOATS = (MISSING, 0.0, -1.0, NAN, INF, -INF, 1e30, 1, "1e-6", True, [1e-6])
 
 RELATIONS = (
@@ -48,7 +54,9 @@ RELATIONS = (
     ("attention.value_length", [8]),
     ("rope.dimension_count", 4),
     ("rope.dimension_count", -8),
-    ("rope.dimension_count", 8.0),
+    ("rope.dimension_count", 8.5),
+    ("attention.head_count", [4]),  # 2 layers
+    ("attention.head_count_kv", [2, 1]),
     ("vocab_size", 263),
     ("vocab_size", "264"),
     ("expert_feed_forward_length", []),
@@ -65,7 +73,7 @@ RELATIONS = (
     ("leading_dense_block_count", 1),
     ("expert_group_count", 8),
     ("expert_gating_func", 2),  # sigmoid
-    ("expert_gating_func", 1.0),
+    ("expert_gating_func", 1.5),
     ("expert_weights_norm", False),
     ("expert_weights_norm", 1),
     ("expert_weights_scale", 2.5),
@@ -88,7 +96,7 @@ ROPE_SCALING = (
     {"type": "linear", "factor": -2.0},
     {"type": "linear", "factor": NAN},
     {"type": "linear", "factor": INF},
-    {"type": "linear", "factor": 4},
+    {"type": "linear", "factor": [4]},
     {"type": "linear", "factor": 1e9},
     {"factor": "4"},
     {"type": "yarn", "factor": 4.0},  # no original_context_length
@@ -100,17 +108,17 @@ ROPE_SCALING = (
     YARN | {"original_context_length": 0},
     YARN | {"original_context_length": -1},
     YARN | {"original_context_length": 2**20 + 1},
-    YARN | {"original_context_length": 64.0},
+    YARN | {"original_context_length": 64.5},
     YARN | {"original_context_length": [64]},
     YARN | {"attn_factor": 0.0},
     YARN | {"attn_factor": NAN},
     YARN | {"attn_factor": -1.0},
-    YARN | {"attn_factor": 1},
+    YARN | {"attn_factor": True},
     YARN | {"attn_factor": "1"},
     YARN | {"yarn_beta_fast": 0.0},
     YARN | {"yarn_beta_fast": NAN},
     YARN | {"yarn_beta_fast": 0.5},  # below beta_slow
-    YARN | {"yarn_beta_fast": 32},
+    YARN | {"yarn_beta_fast": "32"},
     YARN | {"yarn_beta_slow": -1.0},
     YARN | {"yarn_beta_slow": INF},
     YARN | {"yarn_beta_slow": 33.0},
@@ -123,7 +131,7 @@ ROPE_SCALING = (
 
 BAD_VALUES = (
     [(key, value) for key in INTEGER_KEYS for value in NO_INTEGERS]
-    + [(key, [4, 4]) for key in INTEGER_KEYS if key != "expert_feed_forward_length"]
+    + [(key, [4, 4]) for key in INTEGER_KEYS if key not in PER_LAYER_KEYS]
     + [(key, value) for key in FLOAT_KEYS for value in NO_FLOATS]
     + list(RELATIONS)
 )
@@ -194,6 +202,25 @@ def test_values_arrive():
     assert read(model_metadata()) == TINY
 
 
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({"block_count": 2.0, "attention.key_length": 8.0, "rope.dimension_count": 8.0}, TINY),
+        ({"attention.head_count": [4, 4], "attention.head_count_kv": [2, 2.0]}, TINY),
+        ({"expert_used_count": [2, 2], "expert_feed_forward_length": 32.0}, TINY),
+        ({"expert_weights_scale": 1, "attention.scale": 0, "expert_gating_func": 1.0}, TINY),
+        ({"attention.sliding_window": 0.0}, TINY),
+        ({"rope.freq_base": 5000000}, replace(TINY, rope_theta=5e6)),
+        (
+            {"rope.scaling.factor": 4, "rope.scaling.original_context_length": 64.0},
+            replace(TINY, rope_scaling=RopeScaling("linear", 4.0, 64)),
+        ),
+    ],
+)
+def test_numbers_of_the_other_kind_and_arrays_of_equal_ones(values, expected):
+    assert read(with_values(values)) == expected
+
+
 def test_odd_head_dim_is_refused():
     with pytest.raises(ModelFileError, match="key_length is 7; rotary positions need an even number"):
         read(with_values({"attention.key_length": 7, "attention.value_length": 7}))
@@ -222,7 +249,7 @@ def test_expert_width(values: dict[str, object], width: int):
     assert read(with_values(values)).moe_intermediate_size == width
 
 
-@pytest.mark.parametrize("dense", [MISSING, 0, 127, "128", [128, 128]])
+@pytest.mark.parametrize("dense", [MISSING, 0, 127, "128", [128, 64]])
 def test_expert_width_cannot_be_derived(dense: object):
     with pytest.raises(ModelFileError, match="feed_forward_length"):
         read(with_values({"expert_feed_forward_length": MISSING, "feed_forward_length": dense}))
@@ -287,7 +314,7 @@ def test_an_older_name_of_the_factor():
     assert read(with_values({"rope.scale_linear": 1.0})) == TINY
     both = {"rope.scale_linear": 8.0, "rope.scaling.factor": 4.0}
     assert read(with_values(both)).rope_scaling == expected
-    for value in (0.0, -1.0, NAN, "4", [4.0], 4):
+    for value in (0.0, -1.0, NAN, "4", [4.0]):
         with pytest.raises(ModelFileError):
             read(with_values({"rope.scale_linear": value}))
 

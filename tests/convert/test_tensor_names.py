@@ -98,7 +98,8 @@ def test_transposed_or_of_another_rank(model: Model, path: str):
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
-        ("blk.0.attn_qkv.weight", "fused q, k and v"),
+        ("blk.0.attn_qkv.weight", "stands beside"),
+        ("blk.1.ffn_gate_up_exps.weight", "stands beside"),
         ("blk.0.attn_q.bias", "no biases"),
         ("blk.1.ffn_gate_inp.bias", "no biases"),
         ("output.bias", "no biases"),

@@ -48,6 +48,12 @@ def test_what_is_no_name_is_refused(text):
         ("x-BF16-00001-of-00002.gguf", "BF16", True),
         ("x-fp16.gguf", "F16", True),
         ("x-Q6_K_L.gguf", "Q6_K_L", True),
+        ("x-UD-IQ1_M.gguf", "UD-IQ1_M", True),
+        ("x-UD-IQ2_M.gguf", "UD-IQ2_M", True),
+        ("x-IQ3_XS.gguf", "IQ3_XS", True),
+        ("x-IQ4_XS.gguf", "IQ4_XS", True),
+        ("x-TQ1_0.gguf", "TQ1_0", True),
+        ("x-MXFP4_MOE.gguf", "MXFP4_MOE", True),
         ("model.gguf", None, False),
         ("Qwen3-30B-A3B.gguf", None, False),
     ],
@@ -57,7 +63,7 @@ def test_a_file_tells_its_quantization(path, quant, does_run):
     assert runs(quant) == does_run
 
 
-@pytest.mark.parametrize("path", ["x-NVFP4.gguf", "x-TQ1_0.gguf", "x-UD-IQ1_M.gguf"])
+@pytest.mark.parametrize("path", ["x-NVFP4.gguf", "x-Q5_3.gguf", "x-UD-IQ5_M.gguf"])
 def test_unsupported_types_are_known_by_name(path):
     assert quant_of(path)
     assert not runs(quant_of(path))
