@@ -1,6 +1,7 @@
 """``qwen3-moe inspect``: metadata, tensors and types of a model file, and what will run on them."""
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 from qwen3_moe_jax import loader
@@ -10,7 +11,12 @@ from qwen3_moe_jax.convert.progress import format_bytes
 from qwen3_moe_jax.core import terminal
 from qwen3_moe_jax.core.errors import OptionError
 from qwen3_moe_jax.core.exit_codes import ExitCode
+from qwen3_moe_jax.hub import names
+from qwen3_moe_jax.hub.header import headers_of, without_folder
+from qwen3_moe_jax.hub.listing import ask
+from qwen3_moe_jax.hub.pull import choose, is_cached
 from qwen3_moe_jax.inspection.file_report import is_supported, report_on
+from qwen3_moe_jax.machine.estimate import machine_memory
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,8 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     if args.file and args.model:
         raise OptionError("two models are given: give one")
-    path = loader.model_path(args.model or args.file)
-    report = report_on(path, estimates=not args.no_estimates, sha256=args.sha256)
+    report = _report(args.model or args.file, args)
     if args.json:
         terminal.show_json(report, indent=2)
     else:
@@ -39,6 +44,24 @@ def run(args: argparse.Namespace) -> int:
         terminal.error(f"{fault}: {report['advice']}")
         return ExitCode.FAULT
     return ExitCode.DONE
+
+
+def _report(model: str | None, args: argparse.Namespace) -> dict[str, Any]:
+    """Of a file that is here, or of one that a hub has: then its header alone is read, not the model."""
+    options = {"estimates": not args.no_estimates}
+    name = None if model is None or Path(model).exists() else names.parse(model)
+    if name is None or is_cached(name):
+        return report_on(loader.model_path(model), **options, sha256=args.sha256)
+    if args.sha256:
+        raise OptionError("--sha256 reads the whole model: `qwen3-moe pull` it first")
+    listing = ask(name)
+    variant = listing.named(name) or choose(listing, machine_memory())
+    with headers_of(listing, variant) as path:
+        report = report_on(path, **options)
+    report["path"] = f"{name}: {variant.label}, not downloaded, its header alone was read"
+    if "fault" in report:
+        report["fault"] = without_folder(report["fault"])
+    return {key: value for key, value in report.items() if key != "identity"}
 
 
 def _print(report: dict[str, Any], tensors: bool) -> None:

@@ -2,14 +2,18 @@
 
 import logging
 import shutil
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 from qwen3_moe_jax.convert.progress import format_bytes
 from qwen3_moe_jax.core import terminal
 from qwen3_moe_jax.core.errors import HubError, MemoryPlanError, OutputFileError
+from qwen3_moe_jax.hub import header
 from qwen3_moe_jax.hub import listing as listings
 from qwen3_moe_jax.hub.download import download, kept_nbytes
 from qwen3_moe_jax.hub.faults import explained
+from qwen3_moe_jax.hub.header import Seen
 from qwen3_moe_jax.hub.listing import Listing, Variant, repo_folder
 from qwen3_moe_jax.hub.names import HubName, runs
 from qwen3_moe_jax.machine.estimate import machine_memory
@@ -52,8 +56,15 @@ def pull(name: HubName, *, quiet: bool = False, refresh: bool = True) -> Path:
         if not quiet:
             terminal.note(f"{name}: taken from the cache ({error})")
         return _path(here, found)
-    variant = listing.named(name) or _kept(listing, found) or choose(listing, machine_memory())
-    return fetch(listing, name.revision, variant, quiet=quiet)
+    look = cache(lambda variant: header.look(listing, variant))
+    variant = listing.named(name) or _kept(listing, found) or choose(listing, machine_memory(), look)
+    return fetch(listing, name.revision, variant, quiet=quiet, look=look)
+
+
+def is_cached(name: HubName) -> bool:
+    """Whether the cache has what a name means."""
+    here = listings.cached(name)
+    return here is not None and _in_cache(here, name) is not None
 
 
 def _in_cache(here: Listing, name: HubName) -> Variant | None:
@@ -89,8 +100,12 @@ def fits(variant: Variant, free: Headroom) -> bool:
     return free.nbytes is None or plan_of(variant).total <= free.nbytes
 
 
-def choose(listing: Listing, free: Headroom) -> Variant:
-    """The first of ``PREFERRED`` that fits this machine's memory.
+Look = Callable[[Variant], Seen | None]
+"""Reads a variant's header, if that can be done now."""
+
+
+def choose(listing: Listing, free: Headroom, look: Look = lambda _: None) -> Variant:
+    """The first of ``PREFERRED`` that fits this machine's memory, by its size and then by its header.
 
     Raises:
       MemoryPlanError: none fits.
@@ -99,7 +114,7 @@ def choose(listing: Listing, free: Headroom) -> Variant:
     usable = _preferred(listing)
     if not usable:
         raise HubError(f"{listing.repo}: {listing.offer()}")
-    found = next((v for v in usable if fits(v, free)), None)
+    found = next((v for v in usable if fits(v, free) and _is_sound(look(v), free)), None)
     if found is None:
         least = min(usable, key=lambda v: v.nbytes)
         raise MemoryPlanError(
@@ -110,14 +125,26 @@ def choose(listing: Listing, free: Headroom) -> Variant:
     return found
 
 
-def fetch(listing: Listing, revision: str, variant: Variant, *, quiet: bool = False) -> Path:
-    """Downloads what is missing of a variant; returns its first file. Errors as ``pull``."""
+def _is_sound(seen: Seen | None, free: Headroom) -> bool:
+    """Whether a header has no fault, and its model fits; one that cannot be read passes."""
+    if seen is None or (seen.plan is None and not seen.fault):
+        return True
+    return seen.plan is not None and (free.nbytes is None or seen.plan.total <= free.nbytes)
+
+
+def fetch(
+    listing: Listing, revision: str, variant: Variant, *, quiet: bool = False, look: Look = lambda _: None
+) -> Path:
+    """Downloads what is missing of a variant; returns its first file. Errors as ``pull``.
+
+    Unless ``quiet``, what ``look`` finds in its header is said first.
+    """
     snapshot = repo_folder(listing.repo) / "snapshots" / listing.commit
     missing = [file for file in variant.files if not (snapshot / file.path).is_file()]
     if missing:
         _check_disk(listing, variant, sum(file.nbytes for file in missing))
         if not quiet:
-            terminal.note(*_announcement(listing, variant))
+            terminal.note(*_announcement(listing, variant), *_prospect(listing, variant, look(variant)))
         _download_all(listing, variant, quiet)
     with explained(listing.repo):
         ref = repo_folder(listing.repo) / "refs" / revision
@@ -128,17 +155,29 @@ def fetch(listing: Listing, revision: str, variant: Variant, *, quiet: bool = Fa
 
 
 def _announcement(listing: Listing, variant: Variant) -> list[str]:
+    """Size, licence, and room on the disk."""
     shards = f" in {len(variant.files)} files" if len(variant.files) > 1 else ""
     licence = f"licence {listing.license}" if listing.license else "no licence is named"
-    lines = [
+    return [
         f"hf:{listing.repo}:{variant.label}: {format_bytes(variant.nbytes)}{shards}, {licence}, "
         f"to {repo_folder(listing.repo)} ({format_bytes(_free_disk(listing.repo))} free)"
     ]
+
+
+def _prospect(listing: Listing, variant: Variant, seen: Seen | None) -> list[str]:
+    """Whether it is going to run here: by the header, or by name and size where that cannot be read."""
+    free = machine_memory()
+    if seen is not None and seen.fault:
+        return [f"note: it will not run here: {seen.fault}"]
+    if seen is not None and seen.plan is not None:
+        fit = "" if free.nbytes is None else "fits " if seen.plan.total <= free.nbytes else "does not fit "
+        needs = f"needs {seen.plan.total / 1e9:.1f} GB with {seen.plan.context:,} tokens of context"
+        return [f"{', '.join(seen.types)}; {needs}: {fit}{free}"]
     if not runs(variant.quant):
-        lines.append(f"note: {variant.label} is not known to run here; {listing.offer()}")
-    elif not fits(variant, free := machine_memory()):
-        lines.append(f"note: it needs about {plan_of(variant).total / 1e9:.1f} GB; {free}")
-    return lines
+        return [f"note: {variant.label} is not known to run here; {listing.offer()}"]
+    if not fits(variant, free):
+        return [f"note: it needs about {plan_of(variant).total / 1e9:.1f} GB; {free}"]
+    return []
 
 
 def _free_disk(repo: str) -> int:

@@ -38,8 +38,14 @@ class Hub:
     released: threading.Event = field(default_factory=threading.Event)
 
     def gets(self) -> list[str | None]:
-        """Range headers of the GETs of files."""
-        return [r for method, path, r in self.log if method == "GET" and "/storage/" in path]
+        """Range headers of the GETs of files; those of headers alone, which name an end, are left out."""
+        found = [r for method, path, r in self.log if method == "GET" and "/storage/" in path]
+        return [r for r in found if r is None or r.endswith("-")]
+
+    def parts(self) -> list[str]:
+        """Ranges with an end that were asked for."""
+        ranges = [r for method, path, r in self.log if method == "GET" and "/storage/" in path]
+        return [r for r in ranges if r is not None and not r.endswith("-")]
 
 
 @contextmanager
@@ -114,11 +120,13 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             data = hub.repos[f"{owner}/{repo}"][name]
             data = bytes(len(data)) if hub.damaged else data
             asked = None if hub.ignores_ranges else self.headers.get("Range")
-            start = int(asked.removeprefix("bytes=").split("-")[0]) if asked else 0
+            first, _, last = (asked or "bytes=0-").removeprefix("bytes=").partition("-")
+            start, whole = int(first), len(data)
+            data = data[: int(last) + 1] if last else data
             self.send_response(206 if asked else 200)
             self.send_header("Content-Length", str(len(data) - start))
             if asked:
-                self.send_header("Content-Range", f"bytes {start}-{len(data) - 1}/{len(data)}")
+                self.send_header("Content-Range", f"bytes {start}-{len(data) - 1}/{whole}")
             self.end_headers()
             if has_body:
                 self._body(data, start)
