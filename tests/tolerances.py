@@ -107,3 +107,7 @@ ROUTER_TIE = 3 * DECODE_LAYERS_NMSE**0.5
 # that use a uniform share of their limits is known to 0.58 / sqrt(80) = 6.5 %: two of that. And 16 of 96
 # lines are still running, which are longer than those that ended: at most half of their share, 8 %.
 BATCH_ESTIMATE = 0.21
+
+# Log-probabilities of logits near 10 in float32, read in other chunks: sums of thousands of products whose
+# order differs, a few units in the last place (1e-6 of the value) of each of a few layers.
+TOKEN_SCORES = 1e-4

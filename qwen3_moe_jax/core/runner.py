@@ -6,7 +6,7 @@ backend that runs one sequence at a time the methods that take several.
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, TypedDict, Unpack
+from typing import Any, Literal, NamedTuple, Protocol, TypedDict, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,6 +39,18 @@ class Forward:
     stages: dict[StageKey, np.ndarray] = field(default_factory=dict[StageKey, np.ndarray])
 
 
+class TokenScore(NamedTuple):
+    """Of a token that was written.
+
+    Attributes:
+      logprob: its log-probability under the model's own logits: before masks, penalties and temperature.
+      top: the likeliest tokens and their log-probabilities, best first.
+    """
+
+    logprob: float
+    top: list[tuple[int, float]]
+
+
 @dataclass(frozen=True)
 class Progress:
     """What a step did for one sequence.
@@ -47,11 +59,13 @@ class Progress:
       slot: its slot.
       tokens: the new tokens, without a stop token.
       finish_reason: why it ended, or None while it is active.
+      scores: of ``tokens``, where they were asked for.
     """
 
     slot: int
     tokens: list[int]
     finish_reason: FinishReason | None
+    scores: list[TokenScore] | None = None
 
 
 @dataclass
@@ -131,6 +145,15 @@ class Batch(Protocol):
         ...
 
     @property
+    def running(self) -> int:
+        """How many sequences have not ended."""
+        ...
+
+    def room(self, slot: int) -> int:
+        """Tokens that a sequence in this slot may have: ``capacity``, or fewer where rows differ."""
+        ...
+
+    @property
     def is_whole(self) -> bool:
         """False after a step that failed and took the state with it."""
         ...
@@ -149,9 +172,12 @@ class Batch(Protocol):
         stop_ids: Collection[int] = (),
         slot: int | None = None,
         filled: int = 0,
+        written: int = 0,
         mask: bytes | None = None,
+        top_logprobs: int | None = None,
     ) -> int:
-        """Takes a prompt into a free slot, ``filled`` of its tokens in that slot's row already."""
+        """Takes a prompt into a free slot, ``filled`` of its tokens in that slot's row already; its last
+        ``written`` ones are output. ``top_logprobs`` asks for ``Progress.scores``."""
         ...
 
     def step(self, tokens: int = 1, *, prompt_tokens: int = 2048, ahead: int = 0) -> Sequence[Progress]:

@@ -5,18 +5,17 @@ again, and frees them; which request comes first, and how long it may wait, is t
 business.
 """
 
-from collections import deque
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from qwen3_moe_jax.core.errors import BatchFullError, ContextOverflowError, ModelClosedError
-from qwen3_moe_jax.core.runner import FinishReason, Generated, IsOver, Progress
+from qwen3_moe_jax.core.runner import FinishReason, Progress, TokenScore
 from qwen3_moe_jax.core.sampling import Sampling
-from qwen3_moe_jax.jax_backend import generate, rows
+from qwen3_moe_jax.jax_backend import generate, rows, slots
 from qwen3_moe_jax.jax_backend.decode_path import Decoder
 from qwen3_moe_jax.jax_backend.generate import (
     MAX_STEPS,
@@ -29,6 +28,7 @@ from qwen3_moe_jax.jax_backend.kv_cache import KVCache
 from qwen3_moe_jax.jax_backend.params import Params
 from qwen3_moe_jax.jax_backend.settings import own_settings
 from qwen3_moe_jax.jax_backend.token_choice import SamplingArrays, is_wide
+from qwen3_moe_jax.jax_backend.token_scores import TokenScores, host_scores
 
 PREFILL_TOKENS = 2048
 """Tokens of prompts that a step reads unless asked otherwise: more rows would not use a GPU better."""
@@ -40,7 +40,7 @@ TOKENS_PER_DISPATCH = 8
 @dataclass
 class _Sequence:
     """What the host knows of a slot's sequence: tokens, at most, those in the cache, how it is sampled
-    (``token_choice.is_wide``), and how it ended."""
+    (``token_choice.is_wide``), how many rivals of each token are wanted, and how it ended."""
 
     length: int
     limit: int
@@ -48,6 +48,7 @@ class _Sequence:
     is_wide: bool
     filled: int = 0
     is_masked: bool = False
+    top: int | None = None
     is_held: bool = False
     finish_reason: FinishReason | None = None
 
@@ -119,6 +120,11 @@ class Batch:
         return self.slots - len(self._sequences)
 
     @property
+    def lowest_free(self) -> int | None:
+        """The free slot that ``admit`` would take, or None."""
+        return min(set(range(self.slots)) - self._sequences.keys(), default=None)
+
+    @property
     def waiting(self) -> int:
         """How many sequences have prompts that are not read to their end."""
         return sum(sequence.is_waiting for sequence in self._sequences.values())
@@ -138,7 +144,9 @@ class Batch:
         stop_ids: Collection[int] = (),
         slot: int | None = None,
         filled: int = 0,
+        written: int = 0,
         mask: bytes | None = None,
+        top_logprobs: int | None = None,
     ) -> int:
         """Takes a prompt into a free slot; the next steps read it and write after it.
 
@@ -150,7 +158,9 @@ class Batch:
           slot: a free one to take; None is the lowest.
           filled: so many tokens of the prompt are in that slot's row already (``row_length``, ``copy_row``,
             ``load_row``); fewer than the prompt has.
+          written: so many of the last tokens were written, in another slot: penalties count them as output.
           mask: the tokens that may come first, as for ``allow``; None allows all, always.
+          top_logprobs: ``Progress.scores`` are wanted, with so many rivals; at most ``MAX_TOP``.
 
         Returns:
           The slot, the lowest that is free, until ``free`` gives it back.
@@ -159,7 +169,7 @@ class Batch:
           BatchFullError: every slot is taken.
           ContextOverflowError: the prompt leaves no room for a token.
           ValueError: an empty prompt, max_tokens below 1, an id that is not in the vocabulary, a slot that
-            is taken, or ``filled`` out of range.
+            is taken, ``filled`` or ``written`` out of range.
         """
         self._check_open()
         tokens, is_stop = self._checked(token_ids, max_tokens, stop_ids)
@@ -171,17 +181,28 @@ class Batch:
             raise ValueError(f"slot {slot} is not free")
         if not 0 <= filled < len(token_ids):
             raise ValueError(f"filled is {filled}, and the prompt has {len(token_ids)} tokens")
+        if not 0 <= written < len(token_ids):
+            raise ValueError(f"written is {written}, and there are {len(token_ids)} tokens")
         limit = min(len(token_ids) + (max_tokens or self.capacity), self.capacity)
         numbers = (jnp.int32(n) for n in (len(token_ids), limit))
         sampling = sampling or Sampling()
         settings = SamplingArrays.of([sampling])
-        reused = (jnp.int32(filled), self._bits(mask or b""), jnp.asarray(mask is not None))
-        self._state = generate.admit(
-            self._state, jnp.int32(slot), tokens, *numbers, is_stop, settings, *reused
+        reused = (
+            jnp.int32(filled),
+            jnp.int32(written),
+            self._bits(mask or b""),
+            jnp.asarray(mask is not None),
         )
+        self._state = slots.admit(self._state, jnp.int32(slot), tokens, *numbers, is_stop, settings, *reused)
         stops, is_masked = frozenset(stop_ids), mask is not None
         self._sequences[slot] = _Sequence(
-            len(token_ids), limit, stops, bool(is_wide(sampling)), filled=filled, is_masked=is_masked
+            len(token_ids),
+            limit,
+            stops,
+            bool(is_wide(sampling)),
+            filled=filled,
+            is_masked=is_masked,
+            top=top_logprobs,
         )
         return slot
 
@@ -207,10 +228,19 @@ class Batch:
         sequence.is_held = False
 
     @property
+    def running(self) -> int:
+        """How many sequences have not ended."""
+        return sum(s.finish_reason is None for s in self._sequences.values())
+
+    @property
     def is_held(self) -> bool:
         """Whether a step would do nothing until ``allow`` is called."""
         running = [s for s in self._sequences.values() if s.finish_reason is None]
         return bool(running) and self._pending is None and all(s.is_held for s in running)
+
+    def room(self, slot: int) -> int:
+        """Tokens that a sequence in this slot may have."""
+        return self.capacity
 
     def row_length(self, slot: int) -> int:
         """Tokens of a slot's sequence that its row of the cache holds.
@@ -235,14 +265,25 @@ class Batch:
         numbers = (jnp.int32(source), jnp.int32(target))
         self._state = rows.copy(self._state, *numbers, length=rows.padded(self._state.cache, length))
 
+    @property
+    def positions(self) -> int:
+        """Positions of a row of the cache: more than ``capacity``."""
+        return self._state.cache.length
+
+    def cut_row(self, slot: int, length: int, most: int | None = None) -> KVCache:
+        """The first positions of a slot's row, on the device; not more than ``most`` of them."""
+        padded = rows.padded(self._state.cache, length)
+        return rows.cut(self._state.cache, jnp.int32(slot), length=min(padded, most or padded))
+
     def save_row(self, slot: int, length: int) -> KVCache:
         """The first positions of a slot's row, in main memory."""
-        cut = rows.cut(self._state.cache, jnp.int32(slot), length=rows.padded(self._state.cache, length))
-        return jax.device_get(cut)
+        return jax.device_get(self.cut_row(slot, length))
 
     def load_row(self, slot: int, saved: KVCache) -> None:
-        """Puts what ``save_row`` gave into a free slot's row."""
+        """Puts what ``save_row`` or ``cut_row`` gave, here or in another batch, into a free slot's row."""
         self._check_free(slot)
+        if saved.length > self.positions:
+            saved = jax.tree.map(lambda x: x[:, :, : self.positions], saved)
         self._state = rows.paste(self._state, jnp.int32(slot), saved)
 
     def _check_free(self, slot: int) -> None:
@@ -280,8 +321,8 @@ class Batch:
         self._check_open()
         sequence = self._sequences.pop(slot)
         if sequence.finish_reason == "nonfinite":
-            self._state = generate.clear(self._state, jnp.int32(slot))
-        self._state = generate.release(self._state, jnp.int32(slot))
+            self._state = slots.clear(self._state, jnp.int32(slot))
+        self._state = slots.release(self._state, jnp.int32(slot))
 
     def free_all(self) -> None:
         """Gives every slot back."""
@@ -299,7 +340,7 @@ class Batch:
         Args:
           tokens: 1 to ``generate.MAX_STEPS``.
           prompt_tokens: about how much is read in this step, which the sequences that are written
-            wait for; the shortest chunk of one prompt at least.
+            wait for; the shortest chunk of one prompt at least; 0 reads none.
           ahead: 0 to ``generate.MAX_STEPS``. If this is not 0 and a GPU's decode kernel runs, the device is
             asked for the next step, of so many tokens, before this one's results are waited for. The next
             call gives that step's results; what is admitted meanwhile comes after it.
@@ -330,7 +371,7 @@ class Batch:
     def _begin(self, tokens: int, prompt_tokens: int) -> PendingStep | None:
         waiting = [slot for slot, sequence in self._sequences.items() if sequence.is_waiting]
         ready = [slot for slot, sequence in self._sequences.items() if sequence.is_ready]
-        if waiting:
+        if waiting and prompt_tokens:
             return self._read_prompts(waiting, self.slots if ready else 0, prompt_tokens)
         return self._decode(tokens) if ready else None
 
@@ -338,7 +379,7 @@ class Batch:
         ready = [slot for slot, sequence in self._sequences.items() if sequence.is_ready]
         rows = min(1 << max(ready).bit_length(), self.slots)  # few shapes, each compiled once
         self._state, result = generate.decode(
-            self._decoder, self._params, self._state, np.int32(tokens), rows=rows
+            self._decoder, self._params, self._state, np.int32(tokens), rows=rows, scored=self._is_scored
         )
         return PendingStep(result, dict(self._sequences), tokens)
 
@@ -349,11 +390,22 @@ class Batch:
         together = min(len(waiting), max(1, most // chunk))
         slots = waiting[: 1 << (together.bit_length() - 1)]  # a power of two: few shapes again
         self._state, result = generate.prefill(
-            self._decoder, self._params, self._state, jnp.asarray(slots, jnp.int32), chunk=chunk, rows=rows
+            self._decoder,
+            self._params,
+            self._state,
+            jnp.asarray(slots, jnp.int32),
+            chunk=chunk,
+            rows=rows,
+            scored=self._is_scored,
         )
         for slot in slots:
             self._sequences[slot].filled += min(chunk, remaining[slot])
         return PendingStep(result, dict(self._sequences), 1)
+
+    @property
+    def _is_scored(self) -> bool:
+        """Whether some sequence that has not ended wants scores."""
+        return any(s.top is not None for s in self._sequences.values() if s.finish_reason is None)
 
     def _take(self, pending: PendingStep) -> list[Progress]:
         """Notes what a step has done, and says it."""
@@ -375,43 +427,14 @@ class Batch:
                 is_stopped = tokens[-1] in sequence.stop_ids
                 sequence.finish_reason = "stop" if is_stopped else "length"
                 tokens = tokens[:-1] if is_stopped else tokens
-            progress.append(Progress(slot, tokens, sequence.finish_reason))
+            scores = _scores_of(result.scores, slot, len(tokens), sequence.top)
+            progress.append(Progress(slot, tokens, sequence.finish_reason, scores))
         return progress
 
 
-@dataclass(frozen=True)
-class Request:
-    """What ``Batch.admit`` is asked for."""
-
-    token_ids: Sequence[int]
-    sampling: Sampling = field(default_factory=Sampling)
-    max_tokens: int | None = None
-    stop_ids: Collection[int] = ()
-
-
-def run_all(batch: Batch, requests: Sequence[Request], is_over: IsOver | None = None) -> list[Generated]:
-    """Runs every request, in their order as slots get free.
-
-    Raises:
-      ContextOverflowError, ValueError: a request that ``Batch.admit`` does not take.
-    """
-    waiting, running = deque(enumerate(requests)), {}
-    results = [Generated() for _ in requests]
-    tokens = 1
-    while waiting or running:
-        while waiting and batch.free_slots:
-            number, r = waiting.popleft()
-            slot = batch.admit(r.token_ids, sampling=r.sampling, max_tokens=r.max_tokens, stop_ids=r.stop_ids)
-            running[slot] = number
-        for progress in batch.step(tokens, ahead=0 if waiting else TOKENS_PER_DISPATCH):
-            number = running[progress.slot]
-            result = results[number]
-            result.tokens += progress.tokens
-            result.finish_reason = progress.finish_reason
-            if is_over is not None and is_over(number, progress.tokens):
-                result.finish_reason = "stop"
-            if result.finish_reason:
-                batch.free(progress.slot)
-                del running[progress.slot]
-        tokens = 1 if waiting else TOKENS_PER_DISPATCH
-    return results
+def _scores_of(found: TokenScores | None, slot: int, count: int, top: int | None) -> list[TokenScore] | None:
+    """The first ``count`` scores of a slot with ``top`` rivals each, for the host."""
+    if found is None or top is None:
+        return None
+    arrays = (found.own[slot, :count], found.ids[slot, :count, :top], found.values[slot, :count, :top])
+    return host_scores(*(np.asarray(x) for x in arrays))

@@ -29,6 +29,7 @@ from qwen3_moe_jax.jax_backend.token_choice import (
     choose_tokens,
     work_of,
 )
+from qwen3_moe_jax.jax_backend.token_scores import MAX_TOP, TokenScores
 
 COMPILER_OPTIONS = {"xla_cpu_prefer_vector_width": 512}
 """One instruction for sixteen rows of weights on CPUs that have it; other platforms ignore it."""
@@ -129,19 +130,23 @@ class StepResult:
       tokens: int32 [B, n], the tokens from the length before the step on.
       length: int32 [B], tokens of each sequence now.
       finished, nonfinite: bool [B].
+      scores: of ``tokens``, [R, n] of the first R slots, where they were asked for.
     """
 
     tokens: jax.Array
     length: jax.Array
     finished: jax.Array
     nonfinite: jax.Array
+    scores: TokenScores | None
 
     @classmethod
-    def of(cls, state: DecodeState, before: jax.Array, most: int) -> "StepResult":
+    def of(
+        cls, state: DecodeState, before: jax.Array, most: int, scores: TokenScores | None = None
+    ) -> "StepResult":
         """``before``: the lengths int32 [B] that ``most`` tokens may have been added to."""
         columns = jnp.minimum(before[:, None] + jnp.arange(most), state.capacity - 1)
         tokens = jnp.take_along_axis(state.tokens, columns, axis=1)
-        return cls(tokens, state.length, state.finished, state.nonfinite)
+        return cls(tokens, state.length, state.finished, state.nonfinite, scores)
 
 
 def chunk_lengths(num_tokens: int, sizes: Sequence[int] = PREFILL_CHUNKS) -> list[int]:
@@ -153,73 +158,14 @@ def chunk_lengths(num_tokens: int, sizes: Sequence[int] = PREFILL_CHUNKS) -> lis
     return lengths
 
 
-@partial(Program, donate_argnames=("state",))
-def admit(
+def append_tokens(
     state: DecodeState,
-    slot: jax.Array,
-    tokens: jax.Array,
-    length: jax.Array,
-    limit: jax.Array,
-    is_stop: jax.Array,
-    sampling: SamplingArrays,
-    filled: jax.Array,
-    allowed: jax.Array,
-    masked: jax.Array,
-) -> DecodeState:
-    """Puts a sequence into a slot.
-
-    Args:
-      slot: int32 scalar.
-      tokens: int32 [S], the prompt's ``length`` tokens and anything after them.
-      length: int32 scalar, at least 1.
-      limit: int32 scalar, above ``length`` and at most S.
-      is_stop: bool [V].
-      sampling: of one sequence, [1].
-      filled: int32 scalar below ``length``, tokens of the prompt that the row of the cache has already.
-      allowed: int32 [ceil(V / 32)]; ``masked``: bool scalar.
-    """
-    real = jnp.arange(state.capacity) < length
-    no = jnp.zeros_like(is_stop)
-    row = {
-        "tokens": tokens,
-        "length": length,
-        "filled": filled,
-        "limit": limit,
-        "finished": False,
-        "nonfinite": False,
-        "in_prompt": no.at[tokens].max(real),
-        "in_output": no,
-        "is_stop": is_stop,
-        "allowed": allowed,
-        "masked": masked,
-        "held": False,
-    }
-    changed = {name: getattr(state, name).at[slot].set(value) for name, value in row.items()}
-    settings = jax.tree.map(lambda all_, one: all_.at[slot].set(one[0]), state.sampling, sampling)
-    return replace(state, **changed, sampling=settings)
-
-
-@partial(Program, donate_argnames=("state",))
-def release(state: DecodeState, slot: jax.Array) -> DecodeState:
-    """Empties a slot, whatever its sequence was at. Its row of the cache stays, up to ``filled``."""
-    settings = jax.tree.map(lambda all_: all_.at[slot].set(0), state.sampling)  # temperature 0: greedy
-    return replace(
-        state,
-        finished=state.finished.at[slot].set(True),
-        masked=state.masked.at[slot].set(False),
-        nonfinite=state.nonfinite.at[slot].set(False),
-        sampling=replace(settings, repetition_penalty=settings.repetition_penalty.at[slot].set(1)),
-    )
-
-
-@partial(Program, donate_argnames=("state",))
-def clear(state: DecodeState, slot: jax.Array) -> DecodeState:
-    """Zeros in a slot's cache, which a sequence with NaN leaves behind."""
-    return replace(state, cache=state.cache.cleared(slot))
-
-
-def append_tokens(state: DecodeState, rows: jax.Array, logits: jax.Array, writes: jax.Array) -> DecodeState:
-    """Chooses the next token of some slots and writes it down.
+    rows: jax.Array,
+    logits: jax.Array,
+    writes: jax.Array,
+    scores: TokenScores | None = None,
+) -> tuple[DecodeState, TokenScores | None]:
+    """Chooses the next token of some slots and writes it down, and its score into ``scores`` [B, 1].
 
     Args:
       rows: int32 [W], slots; one that is named twice may write once.
@@ -230,13 +176,16 @@ def append_tokens(state: DecodeState, rows: jax.Array, logits: jax.Array, writes
     length = state.length[rows]
     masks = lambda: (state.in_prompt[rows], state.in_output[rows])
     masked = state.masked[rows]
-    logits = allow_only(logits, state.allowed[rows], masked)
-    token, finite = choose_tokens(logits, sampling, length, masks)
+    allowed = allow_only(logits, state.allowed[rows], masked)
+    token, finite = choose_tokens(allowed, sampling, length, masks)
     bad = writes & ~finite
     writes = writes & ~bad
     where = jnp.where(writes, length, state.capacity)  # an index past the end is dropped
     ends = state.is_stop[rows, token] | (length + 1 >= state.limit[rows])
-    return replace(
+    if scores is not None:
+        found = jax.tree.map(lambda x: x[:, None], TokenScores.of(logits, token))
+        scores = scores.put(jnp.where(writes, rows, len(state.length)), found)
+    state = replace(
         state,
         tokens=state.tokens.at[rows, where].set(token, mode="drop"),
         length=state.length.at[rows].add(writes),
@@ -245,6 +194,7 @@ def append_tokens(state: DecodeState, rows: jax.Array, logits: jax.Array, writes
         in_output=state.in_output.at[rows, token].max(writes),
         held=state.held.at[rows].max(writes & masked),
     )
+    return state, scores
 
 
 def last_tokens(state: DecodeState, rows: int) -> jax.Array:
@@ -266,6 +216,7 @@ class LoopState:
       count: int32 [B].
       active: bool [B], whether the next step writes a token.
       finished, nonfinite: bool [B], ended in this dispatch, and so because of its logits.
+      scores: [MAX_STEPS, B] of ``written``, where they were asked for.
     """
 
     cache: KVCache
@@ -277,6 +228,7 @@ class LoopState:
     active: jax.Array
     finished: jax.Array
     nonfinite: jax.Array
+    scores: TokenScores | None
 
 
 @partial(jax.jit, static_argnames="decoder")
@@ -315,9 +267,10 @@ def _write_tokens(
     def step(now: LoopState) -> LoopState:
         logits, cache = _decode_logits(decoder, params, now.last, start + now.count, now.active, now.cache)
         masks = lambda: (state.in_prompt[:rows], now.in_output[:rows])
+        allowed = logits
         if work in (None, WIDE):
-            logits = allow_only(logits, state.allowed[:rows], masked)
-        token, finite = choose_tokens(logits, sampling, length + now.count, masks, work)
+            allowed = allow_only(logits, state.allowed[:rows], masked)
+        token, finite = choose_tokens(allowed, sampling, length + now.count, masks, work)
         writes, bad = now.active & finite, now.active & ~finite
         stops = state.is_stop.at[slots, token].get(mode="promise_in_bounds")
         ends = stops | (length + now.count + 1 >= limit)
@@ -332,6 +285,7 @@ def _write_tokens(
             active=writes & ~ends & ~masked & (now.step + 1 < steps),
             finished=now.finished | bad | (writes & ends),
             nonfinite=now.nonfinite | bad,
+            scores=now.scores and now.scores.put(now.step, TokenScores.of(logits, token)),
         )
 
     if launches is not None:
@@ -341,18 +295,25 @@ def _write_tokens(
 
 @partial(
     Program,
-    static_argnames=("decoder", "rows"),
+    static_argnames=("decoder", "rows", "scored"),
     donate_argnames=("state",),
     compiler_options=COMPILER_OPTIONS,
 )
 def decode(
-    decoder: Decoder, params: Params, state: DecodeState, steps: jax.Array, *, rows: int
+    decoder: Decoder,
+    params: Params,
+    state: DecodeState,
+    steps: jax.Array,
+    *,
+    rows: int,
+    scored: bool = False,
 ) -> tuple[DecodeState, StepResult]:
     """Writes ``steps`` tokens, at most MAX_STEPS, for the sequences that are ready, less where they end.
 
     Args:
       steps: int32 scalar.
       rows: only the first ``rows`` slots take part; all that are ready must be among them.
+      scored: the result has ``scores``; another program, so that the others stay what they are.
     """
     before, slots = state.length, jnp.arange(rows)
     no = lambda: jnp.zeros((rows,), bool)
@@ -366,6 +327,7 @@ def decode(
         active=state.ready[:rows] & (steps > 0),
         finished=no(),
         nonfinite=no(),
+        scores=TokenScores.empty(MAX_STEPS, rows, top=_top(state)) if scored else None,
     )
     write = partial(_write_tokens, decoder, params, state, steps)
     if decoder.path(params, rows, state.cache).is_one_launch:
@@ -394,17 +356,29 @@ def decode(
         in_output=now.in_output.at[slots[:, None], now.written.T].max(real),
         held=state.held.at[:rows].max((now.count > 0) & state.masked[:rows]),
     )
-    return state, StepResult.of(state, before, MAX_STEPS)
+    return state, StepResult.of(state, before, MAX_STEPS, now.scores and now.scores.moved())
+
+
+def _top(state: DecodeState) -> int:
+    """Rivals of each token that are known."""
+    return min(MAX_TOP, state.is_stop.shape[1])
 
 
 @partial(
     Program,
-    static_argnames=("decoder", "chunk", "rows"),
+    static_argnames=("decoder", "chunk", "rows", "scored"),
     donate_argnames=("state",),
     compiler_options=COMPILER_OPTIONS,
 )
 def prefill(
-    decoder: Decoder, params: Params, state: DecodeState, slots: jax.Array, *, chunk: int, rows: int
+    decoder: Decoder,
+    params: Params,
+    state: DecodeState,
+    slots: jax.Array,
+    *,
+    chunk: int,
+    rows: int,
+    scored: bool = False,
 ) -> tuple[DecodeState, StepResult]:
     """Reads a chunk of some prompts; a prompt's last token gives its first new one.
 
@@ -414,6 +388,7 @@ def prefill(
       chunk: one of PREFILL_CHUNKS.
       rows: the first ``rows`` slots also decode in the same forward pass, those that are ready;
         0 for none.
+      scored: as for ``decode``.
     """
     before = state.length
     start, length = state.filled[slots], state.length[slots]
@@ -436,9 +411,10 @@ def prefill(
     hidden = jnp.concatenate([hidden[:rows], of_prompts[jnp.arange(len(slots)), last]])
     writes = jnp.concatenate([ready, ends_here])
 
-    def write(state: DecodeState) -> DecodeState:
+    def write(state: DecodeState, scores: TokenScores | None) -> tuple[DecodeState, TokenScores | None]:
         logits = network.logits(hidden)
-        return append_tokens(state, jnp.concatenate([jnp.arange(rows), slots]), logits, writes)
+        return append_tokens(state, jnp.concatenate([jnp.arange(rows), slots]), logits, writes, scores)
 
-    state = jax.lax.cond(jnp.any(writes), write, lambda state: state, state)
-    return state, StepResult.of(state, before, 1)
+    scores = TokenScores.empty(len(before), 1, top=_top(state)) if scored else None
+    state, scores = jax.lax.cond(jnp.any(writes), write, lambda *same: same, state, scores)
+    return state, StepResult.of(state, before, 1, scores)

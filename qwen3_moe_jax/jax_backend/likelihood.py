@@ -8,25 +8,33 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import NDArray
 
+import qwen3_moe_jax.kernels_pallas as ops
 from qwen3_moe_jax.jax_backend.generate import COMPILER_OPTIONS
 from qwen3_moe_jax.jax_backend.kv_cache import KVCache
 from qwen3_moe_jax.jax_backend.model import Qwen3Moe
 from qwen3_moe_jax.jax_backend.params import Params
 from qwen3_moe_jax.jax_backend.programs import Program
 
+Scores = tuple[jax.Array, jax.Array, jax.Array]
+"""Log-likelihoods of tokens, their rivals, and the log-likelihoods of these."""
+
+Scored = tuple[np.ndarray, np.ndarray, np.ndarray]
+"""The same on the host, of one text."""
+
 HEAD_ROWS = 128
 """Rows of logits that are on the device at once: 78 MB for Qwen3's vocabulary of 151,936."""
 
 
-def log_likelihoods(
+def token_scores(
     model: Qwen3Moe,
     params: Params,
     cache: KVCache,
     token_ids: Sequence[int] | NDArray[np.int32],
     chunks: Sequence[int],
     first: int = 1,
-) -> np.ndarray:
-    """``ln p(token_ids[i] | token_ids[:i])`` of every i from ``first`` on.
+    top: int = 0,
+) -> Scored:
+    """``ln p(token_ids[i] | token_ids[:i])`` of every i from ``first`` on, and of the likeliest tokens there.
 
     Args:
       model, params: the network.
@@ -34,9 +42,10 @@ def log_likelihoods(
       token_ids: T ids.
       chunks: lengths of the pieces that T - 1 of them run in; the last may be padded.
       first: at least 1. The vocabulary is left out for chunks that end before it.
+      top: how many rivals, of which the most likely come first.
 
     Returns:
-      float32 [T - first], from a float32 log-softmax.
+      float32 [T - first], from a float32 log-softmax; int32 [T - first, top]; float32 [T - first, top].
     """
     inputs = np.zeros((2, sum(chunks)), np.int32)
     inputs[:, : len(token_ids) - 1] = token_ids[:-1], token_ids[1:]
@@ -44,14 +53,17 @@ def log_likelihoods(
     for chunk in chunks:
         ids, targets = inputs[:, None, start : start + chunk]
         found, cache = _score_chunk(
-            model, params, cache, ids, targets, jnp.full((1,), start), start + chunk >= first
+            model, params, cache, ids, targets, jnp.full((1,), start), start + chunk >= first, top=top
         )
-        parts.append(found[0])
+        parts.append([np.asarray(x[0]) for x in found])
         start += chunk
-    return np.concatenate(parts)[first - 1 : len(token_ids) - 1]
+    own, ids, values = (np.concatenate(x)[first - 1 : len(token_ids) - 1] for x in zip(*parts, strict=True))
+    return own, ids, values
 
 
-@partial(Program, static_argnames=("model",), donate_argnames=("cache",), compiler_options=COMPILER_OPTIONS)
+@partial(
+    Program, static_argnames=("model", "top"), donate_argnames=("cache",), compiler_options=COMPILER_OPTIONS
+)
 def _score_chunk(
     model: Qwen3Moe,
     params: Params,
@@ -60,24 +72,45 @@ def _score_chunk(
     targets: jax.Array,
     start: jax.Array,
     wanted: jax.Array,
-) -> tuple[jax.Array, KVCache]:
-    """A chunk of tokens [B, T]: log-likelihoods float32 [B, T] of their targets, zeros unless wanted."""
+    *,
+    top: int,
+) -> tuple[Scores, KVCache]:
+    """A chunk of tokens [B, T]: log-likelihoods float32 [B, T] of their targets, and ``top`` rivals of each
+    [B, T, top]; zeros unless wanted."""
     network = model.bind(params)
     output = network(token_ids, cache, start)
 
-    def score_rows(rows: tuple[jax.Array, jax.Array]) -> jax.Array:
+    def score_rows(rows: tuple[jax.Array, jax.Array]) -> Scores:
         hidden, ids = rows
         logits = model.bind(params).logits(hidden)
         of_target = jnp.take_along_axis(logits, ids[..., None], axis=-1)[..., 0]
-        return of_target - jax.nn.logsumexp(logits, axis=-1)
+        total = jax.nn.logsumexp(logits, axis=-1)
+        if not top:
+            none = jnp.zeros((*ids.shape, 0))
+            return of_target - total, none.astype(jnp.int32), none
+        values, rivals = ops.top_k(logits.reshape(-1, logits.shape[-1]), top)
+        shape = (*ids.shape, top)
+        return (
+            of_target - total,
+            rivals.astype(jnp.int32).reshape(shape),
+            values.reshape(shape) - total[..., None],
+        )
 
-    def score() -> jax.Array:
+    def score() -> Scores:
         batch, length = token_ids.shape
         rows = min(HEAD_ROWS, length)
         pieces = [
             jnp.moveaxis(x.reshape(batch, -1, rows, *x.shape[2:]), 1, 0) for x in (output.hidden, targets)
         ]
-        return jnp.moveaxis(jax.lax.map(score_rows, tuple(pieces)), 0, 1).reshape(batch, length)
+        whole = lambda x: jnp.moveaxis(x, 0, 1).reshape(batch, length, *x.shape[3:])
+        own, rivals, values = jax.lax.map(score_rows, tuple(pieces))
+        return whole(own), whole(rivals), whole(values)
 
-    zeros = partial(jnp.zeros, token_ids.shape, jnp.float32)
+    def zeros() -> Scores:
+        return (
+            jnp.zeros(token_ids.shape, jnp.float32),
+            jnp.zeros((*token_ids.shape, top), jnp.int32),
+            jnp.zeros((*token_ids.shape, top), jnp.float32),
+        )
+
     return jax.lax.cond(wanted, score, zeros), output.cache

@@ -22,6 +22,7 @@ from qwen3_moe_jax.core.runner import (
     Generated,
     IsOver,
     Platform,
+    TokenScore,
 )
 from qwen3_moe_jax.core.runner_arguments import (
     ForwardRequest,
@@ -33,17 +34,19 @@ from qwen3_moe_jax.core.runner_arguments import (
 )
 from qwen3_moe_jax.core.sampling import Sampling
 from qwen3_moe_jax.jax_backend import programs
-from qwen3_moe_jax.jax_backend.batching import Batch, Request, run_all
+from qwen3_moe_jax.jax_backend.batching import Batch
 from qwen3_moe_jax.jax_backend.compile_clock import compile_clock
 from qwen3_moe_jax.jax_backend.decode_path import PATHS, choose
 from qwen3_moe_jax.jax_backend.forward import forward
 from qwen3_moe_jax.jax_backend.generate import MAX_STEPS, PREFILL_CHUNKS, chunk_lengths
 from qwen3_moe_jax.jax_backend.kv_cache import KVCache, whole_tiles
-from qwen3_moe_jax.jax_backend.likelihood import log_likelihoods
+from qwen3_moe_jax.jax_backend.likelihood import Scored, token_scores
 from qwen3_moe_jax.jax_backend.model import Qwen3Moe
 from qwen3_moe_jax.jax_backend.native import NATIVE_DTYPE, Native
 from qwen3_moe_jax.jax_backend.params import GPU_ROLES, load_params, split_path
+from qwen3_moe_jax.jax_backend.requests import Request, run_all
 from qwen3_moe_jax.jax_backend.settings import own_settings
+from qwen3_moe_jax.jax_backend.token_scores import MAX_TOP, host_scores
 from qwen3_moe_jax.kernels_pallas import Matrices
 from qwen3_moe_jax.kernels_pallas import dequantize as dequantize_on_device
 from qwen3_moe_jax.kernels_pallas.gpu.device import ask_ptxas_once
@@ -247,14 +250,20 @@ class JaxRunner:
         with recording(self._record):
             return forward(self.decoder, self.params, r, self.cache_dtype, self.device)
 
-    @own_settings()
     def log_likelihoods(self, token_ids: Sequence[int], *, first: int = 1) -> np.ndarray:
+        return self._scored(token_ids, first, 0)[0]
+
+    def token_scores(self, token_ids: Sequence[int], *, first: int = 1) -> list[TokenScore]:
+        """As ``log_likelihoods``, with the ``MAX_TOP`` likeliest tokens of each place."""
+        return host_scores(*self._scored(token_ids, first, min(MAX_TOP, self.config.vocab_size)))
+
+    @own_settings()
+    def _scored(self, token_ids: Sequence[int], first: int, top: int) -> Scored:
         tokens = checked_text(self, token_ids, first)
         chunks = chunk_lengths(len(tokens) - 1)
-        length = whole_tiles(sum(chunks))
-        cache = KVCache.create(self.config, 1, length, self.cache_dtype, self.device)
+        cache = KVCache.create(self.config, 1, whole_tiles(sum(chunks)), self.cache_dtype, self.device)
         with self._open():
-            return log_likelihoods(self.decoder.model, self.params, cache, tokens, chunks, first)
+            return token_scores(self.decoder.model, self.params, cache, tokens, chunks, first, top)
 
     def stream(
         self,

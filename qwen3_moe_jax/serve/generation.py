@@ -5,8 +5,9 @@ from collections.abc import AsyncIterator, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from qwen3_moe_jax.core.runner import TokenScore
 from qwen3_moe_jax.core.sampling import Sampling
-from qwen3_moe_jax.serve.engine.client import EngineClient, EngineError, Stream
+from qwen3_moe_jax.serve.engine.client import EngineClient, EngineError, Part, Stream
 from qwen3_moe_jax.serve.grammar import Constraint
 from qwen3_moe_jax.serve.text_model import TextModel
 from qwen3_moe_jax.serve.tools import CallArguments, CallStart, Text, ToolParser
@@ -42,6 +43,7 @@ class Wish:
       think_id: the token that may open a thought before what is constrained; None if none may.
       one_call: the answer ends after its first call.
       queue_seconds: how long it may wait for a slot.
+      top: scores of the tokens are wanted, with so many rivals each; None wants none.
     """
 
     token_ids: list[int]
@@ -59,6 +61,7 @@ class Wish:
     one_call: bool = False
     stop_ids: frozenset[int] = frozenset()
     queue_seconds: float = 300.0
+    top: int | None = None
 
 
 @dataclass
@@ -79,6 +82,7 @@ class Answer:
       finish_reason: "stop", "length" or "tool_calls"; None before the end.
       stop_string: the stop string that ended it, or None.
       token_ids: what was written.
+      scores: of these, where the engine gives them while it writes; else empty.
       usage: counts so far.
     """
 
@@ -87,6 +91,7 @@ class Answer:
     wish: Wish
     finish_reason: str | None = None
     token_ids: list[int] = field(default_factory=list)
+    scores: list[TokenScore] = field(default_factory=list)
     usage: Usage = field(default_factory=Usage)
     _stream: Stream | None = None
 
@@ -98,9 +103,14 @@ class Answer:
         self._tools = ToolParser(w.schemas) if w.schemas else None
         self._budget = w.thinking_budget
         self._has_call = False
+        self._unmatched: list[int] = []  # tokens that the grammar has not been told of
         self.usage.prompt = len(w.token_ids)
         room = self._capacity - len(w.token_ids)
         self._limit = min(w.max_tokens or room, room)
+
+    @property
+    def _is_scored(self) -> bool:
+        return self.wish.top is not None and self.engine.ready is not None and self.engine.ready.has_scores
 
     @property
     def stop_string(self) -> str | None:
@@ -134,6 +144,7 @@ class Answer:
             scope=w.scope,
             is_resumed=is_resumed,
             first_mask=mask,
+            top=w.top if self._is_scored else None,
         )
 
     async def __aiter__(self) -> AsyncIterator[Delta]:
@@ -143,10 +154,12 @@ class Answer:
                 reason = None
                 async for part in self._stream:
                     reason = part.finish_reason
-                    for delta in self._push(part.tokens, reason):
+                    for delta in self._push(part):
                         yield delta
                     if self.finish_reason:
                         return
+                    if self.wish.constraint is not None:
+                        await self._constrain(reason)
                 if not self._goes_on(reason):
                     break
                 for delta in self._resume():
@@ -171,17 +184,18 @@ class Answer:
 
     # -- tokens to deltas
 
-    def _push(self, tokens: list[int], reason: str | None) -> Iterator[Delta]:
-        for token in tokens:
+    def _push(self, part: Part) -> Iterator[Delta]:
+        for i, token in enumerate(part.tokens):
             self.token_ids.append(token)
+            if part.scores is not None:
+                self.scores.append(part.scores[i])
             self.usage.completion += 1
             did_think = self._thinks
             deltas = list(self._emit(self._stops.push(self._decoder.push(token))))
             if did_think or self._thinks:
                 self.usage.reasoning = len(self.token_ids)
             else:
-                if self.wish.constraint is not None:
-                    self.wish.constraint.take(token)
+                self._unmatched.append(token)
                 if self._splitter is None or self._splitter.has_begun:
                     self._budget = None
             yield from deltas
@@ -190,7 +204,13 @@ class Answer:
                 return
             if self.finish_reason:
                 return
-        if self.wish.constraint is not None and tokens and reason is None:
+
+    async def _constrain(self, reason: str | None) -> None:
+        """After tokens of a constrained answer: the grammar goes on, and the engine may."""
+        if self._unmatched and reason != "stop":
+            await self.wish.constraint.take(self._unmatched)
+        self._unmatched = []
+        if reason is None:
             self.engine.allow(self._stream, self._next_mask())
 
     @property
@@ -251,6 +271,8 @@ class Answer:
             forced = forced[: self._limit - len(self.token_ids) - 1]
             for token in forced:
                 self.token_ids.append(token)
+                if self._is_scored:
+                    self.scores.append(TokenScore(0.0, []))  # it was certain to come
                 self.usage.completion += 1
                 yield from self._emit(self._stops.push(self._decoder.push(token)))
         if self._splitter is None or self._splitter.has_begun:

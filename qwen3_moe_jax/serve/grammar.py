@@ -1,110 +1,162 @@
 """What an answer must match: JSON schemas and tool calls as masks over the vocabulary, by llguidance.
 
-Grammars are compiled here, in the front, within limits of size, depth and time; the engine is given bits.
+Sizes and depths are checked here, in the front; grammars are compiled and masks computed by
+``grammar_worker``, in processes that can be killed. The engine is given bits.
 """
 
 import asyncio
 import json
+import os
 import re
-import threading
+import socket
+import subprocess
+import sys
+import weakref
 from collections.abc import Mapping, Sequence
-from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import msgspec
+
+from qwen3_moe_jax.serve import grammar_worker
+from qwen3_moe_jax.serve.engine.frames import read_frame_async, with_length
 from qwen3_moe_jax.serve.settings import Settings
 from qwen3_moe_jax.serve.text_model import TextModel
 
-if TYPE_CHECKING:
-    import llguidance
-
 _PATTERN_KEYS = ("pattern",)
+
+START_SECONDS = 120.0
+"""In which the process that holds the vocabulary must have started."""
+
+WALL_SECONDS = 30.0
+"""Backstop for what is bounded by CPU time: a child that is starved for so long is given up."""
+
+_encode = msgspec.msgpack.Encoder().encode
+_decode = msgspec.msgpack.Decoder(grammar_worker.Mask).decode
 
 
 class SchemaError(ValueError):
     """The schema cannot be used; the text names the keyword."""
 
 
+class TooManyGrammarsError(RuntimeError):
+    """So many answers are constrained already that no other one can be."""
+
+
+class _Child:
+    """A process with one grammar; it ends when nobody holds this any more."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter):
+        self._reader, self._writer = reader, writer
+        self._lock = asyncio.Lock()
+        self.copies = 0
+        weakref.finalize(self, writer.close)
+
+    async def ask(self, message: msgspec.Struct, gone: str) -> grammar_worker.Mask:
+        """Sends a message and waits for the mask.
+
+        Raises:
+          SchemaError: it says what is wrong, or has been killed (``gone``).
+        """
+        async with self._lock:
+            self._writer.write(with_length(_encode(message)))
+            try:
+                async with asyncio.timeout(WALL_SECONDS):
+                    body = await read_frame_async(self._reader)
+            except TimeoutError:
+                body = None
+        if body is None:
+            raise SchemaError(gone)
+        answer = _decode(body)
+        if answer.error:
+            raise SchemaError(answer.error)
+        return answer
+
+
 class Constraint:
     """One answer's place in a grammar."""
 
-    def __init__(self, matcher: "llguidance.LLMatcher", mask_bytes: int):
-        self._matcher = matcher
-        self._mask_bytes = mask_bytes
+    def __init__(self, child: _Child, first: grammar_worker.Mask, mask_bytes: int):
+        self._child, self._now, self._mask_bytes = child, first, mask_bytes
+        self._first = first
+        self._number = child.copies
+        child.copies += 1
 
     def copy(self) -> "Constraint":
-        """The same grammar at the same place."""
-        return Constraint(self._matcher.deep_copy(), self._mask_bytes)
+        """The same grammar from its beginning."""
+        return Constraint(self._child, self._first, self._mask_bytes)
 
     @property
     def is_over(self) -> bool:
-        """Whether nothing may come."""
-        self._matcher.compute_bitmask()  # what is wrong with a grammar shows only now
-        return self._matcher.is_error() or self._matcher.is_stopped() or self._matcher.is_accepting()
+        """Whether nothing has to come."""
+        return self._now.is_over
 
-    def take(self, token: int) -> None:
-        """Goes on after a token that the mask allowed."""
-        self._matcher.consume_token(token)
-
-    def mask(self, also: int | None = None) -> bytes:
-        """Bits of the tokens that may come next; ``also`` is one more.
+    async def take(self, tokens: Sequence[int]) -> None:
+        """Goes on after tokens that the mask allowed.
 
         Raises:
           SchemaError: the grammar became too complex.
         """
-        bits = bytearray(self._matcher.compute_bitmask())
-        if self._matcher.is_error():
-            raise SchemaError("the schema is too complex for this answer")
-        bits += bytes(max(0, self._mask_bytes - len(bits)))
+        message = grammar_worker.Take(self._number, list(tokens))
+        self._now = await self._child.ask(message, "the schema is too complex for this answer")
+
+    def mask(self, also: int | None = None) -> bytes:
+        """Bits of the tokens that may come next; ``also`` is one more."""
+        bits = bytearray(self._now.bits[: self._mask_bytes])
+        bits += bytes(self._mask_bytes - len(bits))
         if also is not None:
             bits[also // 8] |= 1 << also % 8
-        return bytes(bits[: self._mask_bytes])
+        return bytes(bits)
 
     def everything(self) -> bytes:
         """Bits that allow every token."""
         return b"\xff" * self._mask_bytes
 
 
-class _Vocabulary:
-    """The tokenizer as llguidance wants it."""
-
-    def __init__(self, model: TextModel):
-        t = model.tokenizer
-        self.eos_token_id = t.eos_id if t.eos_id is not None else min(t.stop_ids)
-        self.bos_token_id = t.bos_id
-        ids = range(model.vocab_size)
-        self.tokens = [t.token_bytes(i) for i in ids]
-        special = [i for i in ids if not self.tokens[i] or i in t.stop_ids]
-        for i in special:
-            self.tokens[i] = t.token_bytes(i, show_control=True) or f"<|unused_{i}|>".encode()
-        self.special_token_ids = special
-        self._encode = t.encode
-
-    def __call__(self, text: str | bytes) -> list[int]:
-        return self._encode(text.decode(errors="replace") if isinstance(text, bytes) else text)
-
-
 class Grammars:
     """Compiles schemas and tool choices for one model."""
 
-    def __init__(self, model: TextModel, settings: Settings):
-        self._model, self._settings = model, settings
+    def __init__(self, model: TextModel, settings: Settings, path: str):
+        """``path``: of the model's file, which the process that holds the vocabulary reads again."""
+        self._model, self._settings, self._path = model, settings, path
         self._mask_bytes = -(-model.vocab_size // 32) * 4
-        self._lock = threading.Lock()
-
-    @cached_property
-    def _tokenizer(self) -> "llguidance.LLTokenizer":
-        from llguidance import LLTokenizer, TokenizerWrapper
-
-        vocabulary = _Vocabulary(self._model)
-        stops = sorted(self._model.tokenizer.stop_ids)
-        wrapper = TokenizerWrapper(vocabulary)
-        return LLTokenizer(wrapper, n_vocab=self._model.vocab_size, eos_token=stops)
+        self._starting: asyncio.Task[socket.socket] | None = None
+        self._process: subprocess.Popen | None = None
+        self._children: weakref.WeakSet[_Child] = weakref.WeakSet()
 
     @property
-    def _limits(self) -> "llguidance.LLParserLimits":
-        from llguidance import LLParserLimits
+    def active(self) -> int:
+        """Processes with a grammar now."""
+        return len(self._children)
 
-        return LLParserLimits(max_grammar_size=200_000, max_lexer_states=50_000, verbose_errors=False)
+    def launch(self) -> "asyncio.Task[socket.socket]":
+        """Starts the process that holds the vocabulary, unless it runs."""
+        is_dead = self._process is not None and self._process.poll() is not None
+        if self._starting is None or is_dead or (self._starting.done() and self._starting.exception()):
+            self._starting = asyncio.ensure_future(self._start())
+        return self._starting
+
+    async def _start(self) -> socket.socket:
+        ours, theirs = socket.socketpair()
+        with theirs:
+            root = os.path.dirname(os.path.dirname(sys.modules["qwen3_moe_jax"].__file__ or ""))
+            paths = os.pathsep.join(p for p in (root, os.environ.get("PYTHONPATH")) if p)
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", grammar_worker.__name__, str(theirs.fileno()), self._path],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                env=os.environ | {"PYTHONPATH": paths},
+            )
+        ours.setblocking(False)
+        async with asyncio.timeout(START_SECONDS):
+            if await asyncio.get_running_loop().sock_recv(ours, 1) != b"r":
+                raise RuntimeError("the process for grammars does not start")
+        return ours
+
+    def close(self) -> None:
+        """Ends the process that holds the vocabulary; the front is ending too."""
+        if self._process is not None and self._process.poll() is None:
+            self._process.kill()
+            self._process.wait()
 
     async def json_schema(self, schema: Mapping[str, Any]) -> Constraint:
         """A constraint to JSON that a schema accepts.
@@ -113,7 +165,7 @@ class Grammars:
           SchemaError: a keyword that is not supported, or a schema over its limits.
         """
         self._check(schema)
-        found = await self._compiled(lambda ll: ll.grammar_from_json_schema(json.dumps(schema)))
+        found = await self._compiled("json", json.dumps(schema))
         if found.is_over:
             raise SchemaError("it accepts nothing: a $ref that leads to itself?")
         return found
@@ -125,40 +177,37 @@ class Grammars:
     async def regex(self, pattern: str) -> Constraint:
         """A constraint to what a regular expression matches."""
         self._check_pattern(pattern)
-        return await self._compiled(lambda ll: ll.grammar_from_regex(pattern))
+        return await self._compiled("regex", pattern)
 
     async def calls(self, schemas: Mapping[str, Mapping[str, Any]], *, many: bool) -> Constraint:
         """A constraint to one call of one of these tools, or to several."""
         for schema in schemas.values():
             self._check(schema)
         rules = _CALL_RULES[self._model.call_format]
-        lark = "\n".join(rules(list(schemas.items()), many))
-        return await self._compiled(lambda ll: ll.grammar_from_lark(lark))
+        return await self._compiled("lark", "\n".join(rules(list(schemas.items()), many)))
 
-    async def _compiled(self, make: Any) -> Constraint:
-        try:
-            async with asyncio.timeout(self._settings.schema_seconds + 30 * (not self._has_tokenizer)):
-                matcher = await asyncio.to_thread(self._compile, make)
-        except TimeoutError:
-            raise SchemaError("the schema takes too long to compile") from None
-        return Constraint(matcher, self._mask_bytes)
+    async def _compiled(self, kind: str, source: str) -> Constraint:
+        """In a child of its own.
 
-    @property
-    def _has_tokenizer(self) -> bool:
-        return "_tokenizer" in self.__dict__
+        Raises:
+          SchemaError: it cannot be used.
+          TooManyGrammarsError: as many as may be are there.
+        """
+        if len(self._children) >= self._settings.max_grammars:
+            raise TooManyGrammarsError
+        child = await self._child()
+        message = grammar_worker.Compile(kind, source, self._settings.schema_seconds)
+        first = await child.ask(message, "the schema takes too long, or too much memory, to compile")
+        return Constraint(child, first, self._mask_bytes)
 
-    def _compile(self, make: Any) -> "llguidance.LLMatcher":
-        from llguidance import LLMatcher
-
-        with self._lock:
-            tokenizer = self._tokenizer
-        try:
-            matcher = LLMatcher(tokenizer, make(LLMatcher), log_level=0, limits=self._limits)
-        except (ValueError, RecursionError) as error:
-            raise SchemaError(_one_line(error)) from None
-        if matcher.is_error():
-            raise SchemaError(_one_line(matcher.get_error()))
-        return matcher
+    async def _child(self) -> _Child:
+        control = await asyncio.shield(self.launch())
+        ours, theirs = socket.socketpair()
+        with theirs:
+            socket.send_fds(control, [b"f"], [theirs.fileno()])
+        child = _Child(*await asyncio.open_connection(sock=ours, limit=1 << 20))
+        self._children.add(child)
+        return child
 
     def _check(self, schema: object) -> None:
         """Size, depth and patterns, before anything looks at the meaning."""
@@ -189,10 +238,6 @@ class Grammars:
             deepest = max(deepest, depth)
         if deepest > self._settings.max_schema_depth:
             raise SchemaError(f"pattern: groups are nested deeper than {self._settings.max_schema_depth}")
-
-
-def _one_line(error: object) -> str:
-    return " ".join(str(error).split())[:300] or "the schema is not valid"
 
 
 def _quoted(text: str) -> str:

@@ -13,6 +13,7 @@ import uvicorn
 
 from qwen3_moe_jax.core import terminal
 from qwen3_moe_jax.core.errors import OptionError
+from qwen3_moe_jax.loader import embedded_model
 from qwen3_moe_jax.serve.engine import frames
 from qwen3_moe_jax.serve.engine.client import EngineClient
 from qwen3_moe_jax.serve.grammar import Grammars
@@ -59,7 +60,8 @@ def make_service(settings: Settings, start: frames.Start) -> Service:
     model = TextModel(start.model, name=settings.name)
     if start.context is not None and start.context > model.context:
         raise OptionError(f"a context of {start.context} tokens: this model takes from 2 to {model.context}")
-    return Service(settings, EngineClient(start), model, Grammars(model, settings), Metrics())
+    path = str(start.model or embedded_model())
+    return Service(settings, EngineClient(start), model, Grammars(model, settings, path), Metrics())
 
 
 class _WithoutTracebacks(logging.Filter):
@@ -68,6 +70,8 @@ class _WithoutTracebacks(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
         if record.exc_info and not os.environ.get("QWEN3_MOE_DEBUG"):
             kind = record.exc_info[0]
+            if kind in (GeneratorExit, asyncio.CancelledError):
+                return False  # a request that was given up, by the second signal, say
             record.msg, record.args = f"a request failed: {kind.__name__ if kind else 'unknown'}", ()
             record.exc_info = record.exc_text = None
         return True
@@ -122,11 +126,18 @@ class Server:
         self.port: int = self._socket.getsockname()[1]
         _log_to_notes()
 
+    @property
+    def is_listening(self) -> bool:
+        """Whether connections are accepted."""
+        return self._uvicorn.started
+
     async def run(self) -> int:
         """Serves until ``stop``; the exit code."""
         engine = self.service.engine
         start_renderer()
         engine.launch()
+        if engine.start.warm_up:
+            self.service.grammars.launch()
         serving = asyncio.ensure_future(self._serve())
         told = asyncio.ensure_future(self._tell())
         stopping = asyncio.ensure_future(self._stop.wait())
@@ -140,6 +151,7 @@ class Server:
             self._uvicorn.should_exit = self._uvicorn.force_exit = True
             for task in (told, stopping):
                 task.cancel()
+            self.service.grammars.close()
             await engine.close()
             with contextlib.suppress(asyncio.CancelledError):
                 await serving
@@ -153,7 +165,8 @@ class Server:
         await engine.first_ready.wait()
         if engine.ready is not None:
             r = engine.ready
-            self._say(f"ready: {r.slots} slots of {r.context} tokens, {r.backend} on {r.facts.get('device')}")
+            rows = " and ".join(f"{slots} slots of {context} tokens" for slots, context in r.rows)
+            self._say(f"ready: {rows}, {r.backend} on {r.facts.get('device')}")
             await asyncio.Event().wait()
 
     def stop(self) -> None:

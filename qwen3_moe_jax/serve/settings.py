@@ -29,7 +29,8 @@ class Settings:
       max_n, max_logprobs, max_stops, max_stop_bytes: of one request.
       max_json_depth, max_int_digits: of a request's JSON.
       max_schema, max_schema_depth, max_pattern: of a JSON schema and of the patterns in it.
-      schema_seconds: in which a schema must be compiled.
+      schema_seconds: CPU time in which a schema must be compiled.
+      max_grammars: answers that are constrained at a time, those that wait included.
     """
 
     host: str = "127.0.0.1"
@@ -63,6 +64,7 @@ class Settings:
     max_schema_depth: int = 64
     max_pattern: int = 4 << 10
     schema_seconds: float = 1.0
+    max_grammars: int = 64
 
     def body_limit(self, context: int) -> int:
         """Bytes of a request's body: room for a context full of text, 64 bytes per token."""

@@ -16,6 +16,7 @@ class _Sequence:
     limit: int
     filled: int
     mask: bytes | None
+    first: int
     is_held: bool = False
     finish_reason: FinishReason | None = None
 
@@ -26,7 +27,7 @@ class _Sequence:
 
 def next_token(tokens: Sequence[int]) -> int:
     """What the fake model writes after these."""
-    return (sum(tokens[-3:]) * 31 + len(tokens)) % 997
+    return (sum(tokens[-3:]) * 31 + len(tokens)) % 241
 
 
 @dataclass
@@ -34,11 +35,17 @@ class FakeBatch:
     """As ``jax_backend.batching.Batch``; a row that claims to hold a prefix that it does not is an error.
 
     Attributes:
+      says: what every sequence writes before it stops; empty: ``next_token``, to its limit.
+      chunk: tokens of a prompt that a step reads.
+      rooms: of each slot, the tokens that it holds, where rows have several lengths.
       fails_at: numbers of steps that raise; ``breaks`` says whether they take the state with them.
     """
 
     slots: int = 4
     capacity: int = 256
+    rooms: tuple[int, ...] = ()
+    says: tuple[int, ...] = ()
+    chunk: int = CHUNK
     fails_at: frozenset[int] = frozenset()
     breaks: bool = False
     is_whole: bool = True
@@ -47,6 +54,23 @@ class FakeBatch:
     sequences: dict[int, _Sequence] = field(default_factory=dict)
     read_tokens: int = 0
 
+    def __post_init__(self):
+        self.rooms = self.rooms or (self.capacity,) * self.slots
+        self.slots, self.capacity = len(self.rooms), max(self.rooms)
+
+    @property
+    def running(self) -> int:
+        return sum(s.finish_reason is None for s in self.sequences.values())
+
+    @property
+    def is_held(self) -> bool:
+        running = [s for s in self.sequences.values() if s.finish_reason is None]
+        return bool(running) and all(s.is_held for s in running)
+
+    def room(self, slot: int) -> int:
+        """Tokens that a sequence in this slot may have."""
+        return self.rooms[slot]
+
     @property
     def free_slots(self) -> int:
         return self.slots - len(self.sequences)
@@ -54,11 +78,6 @@ class FakeBatch:
     @property
     def waiting(self) -> int:
         return sum(s.is_waiting for s in self.sequences.values())
-
-    @property
-    def is_held(self) -> bool:
-        running = [s for s in self.sequences.values() if s.finish_reason is None]
-        return bool(running) and all(s.is_held for s in running)
 
     def admit(
         self,
@@ -69,6 +88,7 @@ class FakeBatch:
         stop_ids: Collection[int] = (),
         slot: int | None = None,
         filled: int = 0,
+        written: int = 0,
         mask: bytes | None = None,
     ) -> int:
         """Takes a prompt; ``filled`` of its tokens must be in the row already."""
@@ -76,10 +96,11 @@ class FakeBatch:
             raise BatchFullError(self.slots)
         slot = min(set(range(self.slots)) - self.sequences.keys()) if slot is None else slot
         assert slot not in self.sequences
-        assert filled < len(token_ids)
+        assert filled < len(token_ids) < self.rooms[slot]
+        assert written < len(token_ids)
         assert self.rows.get(slot, [])[:filled] == list(token_ids[:filled]), "a prefix that is not there"
-        limit = min(len(token_ids) + (max_tokens or self.capacity), self.capacity)
-        self.sequences[slot] = _Sequence(list(token_ids), limit, filled, mask)
+        limit = min(len(token_ids) + (max_tokens or self.capacity), self.rooms[slot])
+        self.sequences[slot] = _Sequence(list(token_ids), limit, filled, mask, len(token_ids) - written)
         self.rows[slot] = list(token_ids[:filled])
         return slot
 
@@ -98,6 +119,7 @@ class FakeBatch:
     def copy_row(self, source: int, target: int, length: int) -> None:
         """The first positions of one row to another."""
         assert target not in self.sequences
+        assert length <= self.rooms[target]
         self.rows[target] = self.rows[source][:length]
 
     def save_row(self, slot: int, length: int) -> list[int]:
@@ -107,7 +129,7 @@ class FakeBatch:
     def load_row(self, slot: int, saved: list[int]) -> None:
         """What ``save_row`` gave, into a row."""
         assert slot not in self.sequences
-        self.rows[slot] = list(saved)
+        self.rows[slot] = list(saved)[: self.rooms[slot]]
 
     def allow(self, slot: int, mask: bytes) -> None:
         """Lets a masked sequence go on."""
@@ -129,7 +151,7 @@ class FakeBatch:
 
     def _read(self, slot: int, most: int) -> None:
         s = self.sequences[slot]
-        end = min(s.filled + min(most, CHUNK), len(s.tokens) - 1)
+        end = min(s.filled + min(most, self.chunk), len(s.tokens) - 1)
         self.read_tokens += end - s.filled
         self.rows[slot] += s.tokens[s.filled : end]
         s.filled = end
@@ -139,7 +161,11 @@ class FakeBatch:
         for _ in range(1 if s.mask is not None else count):
             self.rows[slot].append(s.tokens[s.filled])
             s.filled += 1
-            new.append(next_token(s.tokens))
+            at = len(s.tokens) - s.first
+            if self.says and at == len(self.says):
+                s.finish_reason = "stop"
+                break
+            new.append(self.says[at] if self.says else next_token(s.tokens))
             s.tokens.append(new[-1])
             if len(s.tokens) >= s.limit:
                 s.finish_reason = "length"

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from qwen3_moe_jax.serve.engine.client import EngineClient
 from qwen3_moe_jax.serve.engine.frames import Start
 from qwen3_moe_jax.serve.http.state import Service
 from qwen3_moe_jax.serve.run import Server, make_service
@@ -35,10 +36,18 @@ class Running:
 
 
 @contextlib.contextmanager
-def running(settings: Settings, start: Start, *, wait: bool = True) -> Iterator[Running]:
-    """A server until the block ends; ``wait`` for its engine to be ready."""
+def running(
+    settings: Settings, start: Start, *, wait: bool = True, engine: EngineClient | None = None
+) -> Iterator[Running]:
+    """A server until the block ends.
+
+    Args:
+      wait: for its engine to be ready.
+      engine: in place of a child process.
+    """
     loop = asyncio.new_event_loop()
     service = make_service(settings, start)
+    service.engine = engine or service.engine
     made: dict[str, Server] = {}
     has_begun = threading.Event()
 
@@ -47,6 +56,8 @@ def running(settings: Settings, start: Start, *, wait: bool = True) -> Iterator[
         task = asyncio.ensure_future(made["server"].run())
         if wait:
             await service.engine.first_ready.wait()
+        while not (made["server"].is_listening or task.done()):
+            await asyncio.sleep(0.005)
         has_begun.set()
         await task
 

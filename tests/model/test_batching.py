@@ -11,11 +11,11 @@ import pytest
 from qwen3_moe_jax.api import Model
 from qwen3_moe_jax.core.errors import BatchFullError, ContextOverflowError, MemoryPlanError
 from qwen3_moe_jax.core.sampling import Sampling
-from qwen3_moe_jax.jax_backend import generate
-from qwen3_moe_jax.jax_backend.batching import Request, run_all
+from qwen3_moe_jax.jax_backend import generate, slots
 from qwen3_moe_jax.jax_backend.decode_path import LayerByLayer, OneKernel
 from qwen3_moe_jax.jax_backend.generate import COMPILER_OPTIONS
 from qwen3_moe_jax.jax_backend.kv_cache import KVCache, Span
+from qwen3_moe_jax.jax_backend.requests import Request, run_all
 from qwen3_moe_jax.jax_backend.runner import JaxRunner
 from tests import tolerances
 
@@ -276,7 +276,7 @@ def test_nan_in_one_slot_leaves_the_bits_of_the_others(jax_runner, golden, chunk
 
 
 def test_settings_and_slots_are_no_new_programs(batch, golden):
-    programs = (generate.admit, generate.release, generate.decode, generate.prefill)
+    programs = (slots.admit, slots.release, generate.decode, generate.prefill)
 
     def serve(sampling, stop_ids, number, max_tokens):
         for _ in range(2):

@@ -8,32 +8,10 @@ import pytest
 from qwen3_moe_jax.loader import embedded_model
 from qwen3_moe_jax.serve.settings import Settings
 from qwen3_moe_jax.testing.http_server import quick_start, running
+from qwen3_moe_jax.testing.random_schemas import random_schema
 
 httpx = pytest.importorskip("httpx")
 jsonschema = pytest.importorskip("jsonschema")
-
-LEAVES = (
-    {"type": "integer", "minimum": 0, "maximum": 99},
-    {"type": "boolean"},
-    {"type": "string", "maxLength": 6},
-    {"enum": ["red", "green", 3, None]},
-    {"const": "x"},
-    {"type": "string", "pattern": "^[a-c]{2,4}$"},
-    {"type": "null"},
-)
-
-
-def schema(rng, depth=2):
-    """A random schema with short answers."""
-    if depth == 0 or rng.random() < 0.3:
-        return rng.choice(LEAVES)
-    if rng.random() < 0.3:
-        return {"type": "array", "items": schema(rng, depth - 1), "minItems": 1, "maxItems": 2}
-    if rng.random() < 0.2:
-        return {"anyOf": [schema(rng, depth - 1), schema(rng, 0)]}
-    names = rng.sample(["a", "b", "c d", "é"], rng.randint(1, 2))
-    properties = {name: schema(rng, depth - 1) for name in names}
-    return {"type": "object", "properties": properties, "required": names, "additionalProperties": False}
 
 
 @pytest.fixture(scope="module")
@@ -45,13 +23,13 @@ def noise():
 
 def ask(server, **body):
     body = {"messages": [{"role": "user", "content": "hi"}], "temperature": 1, "top_p": 1, "top_k": 0, **body}
-    return httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=120)
+    return httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=600)
 
 
 def test_what_ends_validates(noise):
     rng, stopped = random.Random(0), 0
     for number in range(12):
-        wanted = schema(rng)
+        wanted = random_schema(rng)
         form = {"type": "json_schema", "json_schema": {"name": "s", "schema": wanted}}
         reply = ask(noise, response_format=form, seed=number, max_tokens=90)
         assert reply.status_code == 200, reply.text

@@ -6,8 +6,10 @@ from collections import defaultdict
 import pytest
 
 from qwen3_moe_jax.core.sampling import Sampling
+from qwen3_moe_jax.serve.engine import scheduler as scheduler_module
+from qwen3_moe_jax.serve.engine.jobs import Began, Failed, Job, Limits, Wrote
 from qwen3_moe_jax.serve.engine.prefix import PrefixCache
-from qwen3_moe_jax.serve.engine.scheduler import Began, Failed, Job, Limits, Scheduler, Wrote, replay
+from qwen3_moe_jax.serve.engine.scheduler import Scheduler, replay
 from qwen3_moe_jax.testing.fake_batch import FakeBatch, next_token
 
 
@@ -45,15 +47,25 @@ def answer(events):
     return [t for e in events if isinstance(e, Wrote) for t in e.tokens]
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_ten_thousand_arrivals_cancels_and_failures(seed):
+ROOMS = (40, 40, 40, 64, 64, 256)
+"""Slots with rows of several lengths."""
+
+
+@pytest.fixture
+def short_headroom(monkeypatch):
+    """So that jobs of a few tokens outgrow their rows."""
+    monkeypatch.setattr(scheduler_module, "HEADROOM", 3)
+
+
+@pytest.mark.parametrize(("seed", "rooms"), [(0, ()), (1, ROOMS), (2, ROOMS)])
+def test_ten_thousand_arrivals_cancels_and_failures(seed, rooms, short_headroom):
     rng = random.Random(seed)
     jobs = [
         job(
             n,
             rng.randint(1, 80),
             key=rng.choice("abcde"),
-            new=rng.randint(1, 12),
+            new=rng.randint(1, 12) if rng.random() < 0.9 else rng.randint(20, 120),
             scope=rng.choice([None, "x", "y"]),
         )
         for n in range(3400)
@@ -68,7 +80,7 @@ def test_ten_thousand_arrivals_cancels_and_failures(seed):
 
     def open_batch():
         fails = frozenset(rng.randrange(1, 8_000) for _ in range(30))
-        batches.append(FakeBatch(slots=6, fails_at=fails, breaks=not len(batches) % 2))
+        batches.append(FakeBatch(slots=6, rooms=rooms, fails_at=fails, breaks=not len(batches) % 2))
         return batches[-1]
 
     scheduler = Scheduler(open_batch, limits=Limits(10_000, 10**9), prefixes=PrefixCache(20_000))
@@ -142,6 +154,71 @@ def test_the_log_replayed_gives_the_same_tokens():
     assert scheduler.prefixes.hits > 5
     written = replay(scheduler.log, FakeBatch(slots=3))
     assert written == {n: answer(events) for n, events in seen.items()}
+
+
+@pytest.mark.usefixtures("short_headroom")
+def test_who_outgrows_a_row_moves_and_the_log_says_it():
+    rng = random.Random(7)
+    arrivals = defaultdict(list)
+    for n in range(120):
+        length, new = rng.randint(1, 60), rng.choice([2, 30, 90])
+        arrivals[rng.randrange(300)].append(job(n, length, new=new, scope=rng.choice([None, "s"])))
+    make = lambda: FakeBatch(rooms=ROOMS)
+    scheduler = Scheduler(make, prefixes=PrefixCache(30_000), keep_log=True)
+    seen = run(scheduler, arrivals)
+    assert sum(entry[0] == "move" for entry in scheduler.log) > 30
+    for one in (j for jobs in arrivals.values() for j in jobs):
+        assert answer(seen[one.id]) == expected(one)
+    written = replay(scheduler.log, make())
+    assert written == {n: answer(events) for n, events in seen.items()}
+
+
+@pytest.mark.usefixtures("short_headroom")
+def test_a_masked_job_moves_when_its_next_mask_is_there():
+    scheduler = Scheduler(lambda: FakeBatch(rooms=(8, 64)))
+    one = job(1, 4, new=20, first_mask=b"first")
+    scheduler.submit(one)
+    got = []
+    while scheduler.has_work:
+        while scheduler.has_work and not scheduler.is_held:
+            for event in scheduler.turn():
+                got += event.tokens if isinstance(event, Wrote) else []
+        assert not scheduler.turn(), "it waits for its mask"
+        scheduler.allow(1, b"next")
+    assert got == expected(one)
+
+
+@pytest.mark.usefixtures("short_headroom")
+def test_long_rows_are_kept_for_the_first_who_needs_one():
+    scheduler = Scheduler(lambda: FakeBatch(rooms=(16, 64)))
+    for one in (
+        job(1, 40, new=9),
+        job(2, 40, key="b", new=3),
+        job(3, 40, key="c", new=3),
+        job(4, 5, key="d"),
+    ):
+        scheduler.submit(one)
+    order = []
+    while scheduler.has_work:
+        order += [e.id for e in scheduler.turn() if isinstance(e, Began)]
+    assert order[:2] == [1, 4], "a short one passes those that wait for the long row"
+    assert order[2:] == [2, 3]
+
+
+@pytest.mark.usefixtures("short_headroom")
+def test_short_ones_take_no_long_row_that_somebody_waits_for():
+    scheduler = Scheduler(lambda: FakeBatch(rooms=(12, 12, 64)))
+    for number in (1, 2):
+        scheduler.submit(job(number, 5, new=30))  # both outgrow their rows
+    scheduler.submit(job(3, 5, key="b", new=2))
+    scheduler.submit(job(4, 5, key="b", new=2))
+    rooms = {}
+    while scheduler.has_work:
+        scheduler.turn()
+        for slot, running in scheduler.running.items():
+            rooms.setdefault(running.job.id, []).append(scheduler.batch.room(slot))
+    assert max(rooms[1]) == max(rooms[2]) == 64
+    assert min(rooms[1]) == 12
 
 
 def test_a_shared_prefix_is_read_once():

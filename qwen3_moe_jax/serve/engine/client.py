@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import msgspec
 
+from qwen3_moe_jax.core.runner import TokenScore
 from qwen3_moe_jax.serve.engine import frames
 
 Health = Literal["loading", "ok", "draining", "dead"]
@@ -33,10 +34,11 @@ class EngineError(RuntimeError):
 
 @dataclass(frozen=True)
 class Part:
-    """New tokens of a sequence, and why it ended, if it did."""
+    """New tokens of a sequence, why it ended, if it did, and the tokens' scores, if they were asked for."""
 
     tokens: list[int]
     finish_reason: str | None = None
+    scores: list[TokenScore] | None = None
 
 
 @dataclass
@@ -81,6 +83,7 @@ class EngineClient:
     """One engine process at a time.
 
     Attributes:
+      start: what it is asked to load.
       ready: what the engine said when it was loaded; None before, and while another one is loading.
       counters: its latest gauges and counts.
       restarts: how often it was started again.
@@ -97,7 +100,7 @@ class EngineClient:
         self.is_draining = False
         self.last_token = time.monotonic()
         self.first_ready = asyncio.Event()
-        self._start = start
+        self.start = start
         self._ids = itertools.count(1)
         self._streams: dict[int, Stream] = {}
         self._asides: dict[int, asyncio.Future] = {}
@@ -168,7 +171,7 @@ class EngineClient:
             )
         reader, self._writer = await asyncio.open_connection(sock=ours)
         try:
-            self._send(self._start)
+            self._send(self.start)
             while (message := await frames.receive_async(reader)) is not None:
                 self._route(message)
         finally:
@@ -201,8 +204,9 @@ class EngineClient:
             if job in self._streams:
                 self._streams[job].cached = cached
                 self._streams[job].began.set()
+        scored = {job: [TokenScore(*s) for s in scores] for job, scores in message.scored}
         for job, tokens, reason in message.wrote:
-            self._give(job, Part(tokens, reason))
+            self._give(job, Part(tokens, reason, scored.get(job)))
         for job, code, text in message.failed:
             self._give(job, EngineError(code, text))
 

@@ -50,6 +50,7 @@ class Submit(msgspec.Struct, tag=True):
     scope: str | None = None
     is_resumed: bool = False
     first_mask: bytes | None = None
+    top: int | None = None
 
 
 class Cancel(msgspec.Struct, tag=True):
@@ -82,13 +83,16 @@ class Experts(msgspec.Struct, tag=True):
 
 
 class Ready(msgspec.Struct, tag=True):
-    """Engine to front, once: it can be asked. ``facts`` are for people; the rest as ``Start``."""
+    """Engine to front, once: it can be asked. ``rows``: how many there are of each length; ``facts`` are for
+    people; the rest as ``Start``."""
 
     context: int
     slots: int
+    rows: list[tuple[int, int]]
     backend: str
     has_prefixes: bool
     has_masks: bool
+    has_scores: bool
     facts: dict[str, Any]
 
 
@@ -101,12 +105,14 @@ class Broken(msgspec.Struct, tag=True):
 
 class Progress(msgspec.Struct, tag=True):
     """Engine to front, one for each turn: [id, cached] of jobs that began, [id, tokens, finish reason] of
-    those that went on, [id, code, message] of those that failed; and counters (``worker.counters``)."""
+    those that went on, [id, code, message] of those that failed; counters (``worker.counters``); and
+    [id, [log-probability, [id, log-probability] of rivals] of each token] where they were asked for."""
 
     began: list[tuple[int, int]]
     wrote: list[tuple[int, list[int], str | None]]
     failed: list[tuple[int, str, str]]
     counters: dict[str, float]
+    scored: list[tuple[int, list[tuple[float, list[tuple[int, float]]]]]] = []
 
 
 class Scored(msgspec.Struct, tag=True):
@@ -139,7 +145,11 @@ _decoders = {
 
 def pack(message: msgspec.Struct) -> bytes:
     """The frame of a message."""
-    body = _encoder.encode(message)
+    return with_length(_encoder.encode(message))
+
+
+def with_length(body: bytes) -> bytes:
+    """A body after its length."""
     return _LENGTH.pack(len(body)) + body
 
 
@@ -154,18 +164,31 @@ def receive(connection: socket.socket) -> "ToEngine | None":
     Raises:
       ValueError: what came is no frame.
     """
-    head = _read(connection, _LENGTH.size)
-    if head is None:
-        return None
-    body = _read(connection, _checked(head))
+    body = read_frame(connection)
     return None if body is None else _decoders["engine"].decode(body)
+
+
+def read_frame(connection: socket.socket) -> bytes | None:
+    """The next body; None at the end of the stream.
+
+    Raises:
+      ValueError: what came is no frame.
+    """
+    head = _read(connection, _LENGTH.size)
+    return None if head is None else _read(connection, _checked(head))
 
 
 async def receive_async(reader: asyncio.StreamReader) -> "ToFront | None":
     """The next message for the front; None at the end of the stream."""
+    body = await read_frame_async(reader)
+    return None if body is None else _decoders["front"].decode(body)
+
+
+async def read_frame_async(reader: asyncio.StreamReader) -> bytes | None:
+    """The next body; None at the end of the stream."""
     try:
         head = await reader.readexactly(_LENGTH.size)
-        return _decoders["front"].decode(await reader.readexactly(_checked(head)))
+        return await reader.readexactly(_checked(head))
     except (asyncio.IncompleteReadError, ConnectionError):
         return None
 

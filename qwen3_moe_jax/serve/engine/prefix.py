@@ -16,7 +16,8 @@ import numpy as np
 from qwen3_moe_jax.core.runner import Batch
 
 if TYPE_CHECKING:
-    from qwen3_moe_jax.serve.engine.scheduler import Job, Running
+    from qwen3_moe_jax.serve.engine.jobs import Job
+    from qwen3_moe_jax.serve.engine.scheduler import Running
 
 UNIT = 16
 """Reused lengths are multiples of this, as prompts' chunks are."""
@@ -87,11 +88,19 @@ class PrefixCache:
         self.hits = self.lookups = self.reused_tokens = self.prompt_tokens = 0
 
     def prepare(
-        self, batch: Batch, token_ids: Sequence[int], scope: str | None, busy: "dict[int, Running]"
+        self,
+        batch: Batch,
+        token_ids: Sequence[int],
+        scope: str | None,
+        busy: "dict[int, Running]",
+        free: list[int],
     ) -> Reuse:
-        """Chooses a free slot of the batch and brings what can be reused into its row."""
+        """Chooses one of the slots ``free`` and brings what can be reused into its row.
+
+        Args:
+          busy: what runs, by its slot: rows to copy from, as those of all slots that are free.
+        """
         prompt = np.asarray(token_ids, np.int64)
-        free = [s for s in range(batch.slots) if s not in busy]
         for slot in free:
             self._free.setdefault(slot, None)
         self.lookups += 1
@@ -103,6 +112,14 @@ class PrefixCache:
             self.hits += 1
             self.reused_tokens += reuse.length
         return reuse
+
+    def take(self, batch: Batch, free: list[int]) -> int:
+        """Chooses one of these slots for a row that is going to be copied there."""
+        for slot in free:
+            self._free.setdefault(slot, None)
+        slot = self._victim(batch, free)
+        self._free.pop(slot)
+        return slot
 
     def leave(
         self, batch: Batch, slot: int, job: "Job", written: Sequence[int], *, is_sound: bool = True
@@ -129,7 +146,7 @@ class PrefixCache:
     ) -> Reuse | None:
         most = len(prompt) - 1  # the last token is the first step's input
         match = lambda row: min(common_length(row.tokens, prompt), most) // UNIT * UNIT
-        rows = {s: r for s, r in self._free.items() if r is not None and r.scope == scope and s in free}
+        rows = {s: r for s, r in self._free.items() if r is not None and r.scope == scope}
         rows |= {s: r for s, r in self._running_rows(batch, busy, scope)}
         length, slot = max(((match(r), s) for s, r in rows.items()), default=(0, -1))
         stored = ((match(r), n) for n, r in self._store.items() if r.scope == scope)

@@ -4,130 +4,42 @@ The scheduler knows no clock, no socket and no device. What it is told (requests
 and what the batch answers decide everything it does, and ``log`` lists its decisions in order: ``replay``
 carries them out again on another batch and gets the same tokens. Requests of one key are served in the
 order of their arrival; keys take turns. A request that was admitted is never put back.
+
+Where rows have several lengths, a request begins in the shortest that holds its prompt and ``HEADROOM``
+tokens more, and moves to a longer one when it has outgrown that: the row is copied, nothing is read again.
+A request that waits for a long row keeps later ones from taking it.
 """
 
-from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from qwen3_moe_jax.core.runner import Batch, Progress
-from qwen3_moe_jax.core.sampling import Sampling
+from qwen3_moe_jax.serve.engine.jobs import Began, Event, Failed, FairQueue, Job, Limits, Wrote
 from qwen3_moe_jax.serve.engine.prefix import PrefixCache, Reuse
 
-
-@dataclass(frozen=True)
-class Job:
-    """One sequence to write.
-
-    Attributes:
-      id: unique while the job lives.
-      key: jobs of one key are served in order, and keys take turns.
-      token_ids: the prompt.
-      scope: only jobs of the same scope may reuse what another one's prompt left in the cache; None reuses
-        nothing and leaves nothing.
-      is_resumed: goes on with an answer that had begun, before the others of its key.
-      first_mask: bits of the tokens that may come first, int32 little-endian; None allows all.
-    """
-
-    id: int
-    key: str
-    token_ids: Sequence[int]
-    sampling: Sampling
-    max_tokens: int
-    stop_ids: frozenset[int] = frozenset()
-    scope: str | None = None
-    is_resumed: bool = False
-    first_mask: bytes | None = None
-
-
-@dataclass(frozen=True)
-class Began:
-    """A job has a slot; ``cached`` tokens of its prompt need not be read."""
-
-    id: int
-    cached: int
-
-
-@dataclass(frozen=True)
-class Wrote:
-    """New tokens of a job, and why it ended if it did."""
-
-    id: int
-    tokens: list[int]
-    finish_reason: str | None
-
-
-@dataclass(frozen=True)
-class Failed:
-    """A job has ended without an answer. ``code``: "invalid", "queue_full", "engine"."""
-
-    id: int
-    code: str
-    message: str
-
-
-Event = Began | Wrote | Failed
-
-
-@dataclass(frozen=True)
-class Limits:
-    """Bounds of the queue: jobs and prompt tokens that wait for a slot."""
-
-    jobs: int = 256
-    tokens: int = 1 << 20
+HEADROOM = 512
+"""New tokens that a request's first row has room for, if it may write so many."""
 
 
 @dataclass
 class Running:
-    """A job in a slot, with what the scheduler has seen of it."""
+    """A job in a slot, with what the scheduler has seen of it.
+
+    Attributes:
+      limit: new tokens that it may have in all.
+      mask: of a job that has outgrown its row, the tokens that may come next, once they are known.
+    """
 
     job: Job
+    limit: int
     written: list[int] = field(default_factory=list)
+    mask: bytes | None = None
 
-
-class FairQueue:
-    """Jobs that wait: first in, first out within a key, one of each key in turn."""
-
-    def __init__(self):
-        self._keys: OrderedDict[str, deque[Job]] = OrderedDict()
-        self.tokens = 0
-        self._count = 0
-
-    def __len__(self) -> int:
-        return self._count
-
-    def push(self, job: Job) -> None:
-        line = self._keys.setdefault(job.key, deque())
-        line.appendleft(job) if job.is_resumed else line.append(job)
-        if job.is_resumed:
-            self._keys.move_to_end(job.key, last=False)
-        self._count += 1
-        self.tokens += len(job.token_ids)
-
-    def pop(self) -> Job:
-        """The next job; its key goes to the end of the round."""
-        key, line = next(iter(self._keys.items()))
-        job = line.popleft()
-        self._keys.move_to_end(key) if line else self._keys.pop(key)
-        self._took(job)
-        return job
-
-    def remove(self, job_id: int) -> bool:
-        """Whether this job was waiting; it no longer is."""
-        for key, line in self._keys.items():
-            job = next((j for j in line if j.id == job_id), None)
-            if job is not None:
-                line.remove(job)
-                if not line:
-                    self._keys.pop(key)
-                self._took(job)
-                return True
-        return False
-
-    def _took(self, job: Job) -> None:
-        self._count -= 1
-        self.tokens -= len(job.token_ids)
+    @property
+    def can_move(self) -> bool:
+        """Whether all is known that a new row needs."""
+        return self.job.first_mask is None or self.mask is not None
 
 
 class Scheduler:
@@ -137,7 +49,8 @@ class Scheduler:
       queue: jobs without a slot.
       running: slot to job.
       log: decisions since the start, if it is kept: ("admit", job, slot, reuse), ("free", slot),
-        ("mask", slot, bits), ("step", tokens, prompt tokens, ahead), ("open",) for a new batch.
+        ("move", slot, slot, tokens written, mask), ("mask", slot, bits), ("step", tokens, prompt tokens,
+        ahead), ("open",) for a new batch.
     """
 
     def __init__(
@@ -167,6 +80,7 @@ class Scheduler:
         self.log: list[tuple] | None = [] if keep_log else None
         self._max_step = max_step
         self._slots: dict[int, int] = {}  # job id to slot
+        self._outgrown: list[int] = []  # slots whose jobs wait for a longer row, in order
 
     @property
     def has_work(self) -> bool:
@@ -175,8 +89,9 @@ class Scheduler:
     @property
     def is_held(self) -> bool:
         """Whether a turn would do nothing: every sequence waits for its mask."""
-        could_admit = bool(self.queue) and self.batch.free_slots > 0
-        return not could_admit and self.batch.is_held
+        if self.batch.is_held or not self.batch.running:
+            return not (self._movable() or self.queue.has(self._fits([])))
+        return False
 
     @property
     def has_waiting_prompts(self) -> bool:
@@ -186,14 +101,15 @@ class Scheduler:
     @property
     def is_decoding(self) -> bool:
         """Whether some sequence has been read to its end."""
-        return len(self.running) > self.batch.waiting
+        return len(self.running) > self.batch.waiting + len(self._outgrown)
 
     def submit(self, job: Job) -> list[Event]:
         """Queues a job; the event says why not, if it cannot be."""
         if len(job.token_ids) >= self.batch.capacity:
             message = f"the prompt has {len(job.token_ids)} tokens and the context {self.batch.capacity}"
             return [Failed(job.id, "invalid", message)]
-        is_full = len(self.queue) >= self.limits.jobs or (
+        waiting = len(self.queue) - self.batch.free_slots  # the first get a slot in the next turn
+        is_full = waiting >= self.limits.jobs or (
             bool(self.queue) and self.queue.tokens + len(job.token_ids) > self.limits.tokens
         )
         if is_full and not job.is_resumed:
@@ -212,7 +128,9 @@ class Scheduler:
     def allow(self, job_id: int, mask: bytes) -> None:
         """The tokens that a masked job may write next; until then it waits."""
         slot = self._slots.get(job_id)
-        if slot is not None:
+        if slot in self._outgrown:
+            self.running[slot].mask = mask
+        elif slot is not None:
             self.batch.allow(slot, mask)
             self._note("mask", slot, mask)
 
@@ -222,6 +140,7 @@ class Scheduler:
         Args:
           prompt_tokens: about how much of prompts the step may read.
         """
+        self._move_all()
         events = self._admit_all()
         if not self.running:
             return events
@@ -237,45 +156,92 @@ class Scheduler:
 
     def _admit_all(self) -> list[Event]:
         events: list[Event] = []
-        while self.queue and self.batch.free_slots:
-            job = self.queue.pop()
+        bounds: list[int] = []
+        fits = self._fits(bounds)
+        while self.batch.free_slots and (job := self.queue.pop(fits)) is not None:
             try:
-                events.append(self._admit(job))
+                events.append(self._admit(job, max_room=min(bounds, default=None)))
             except ValueError as error:
                 events.append(Failed(job.id, "invalid", str(error)))
         return events
 
-    def _admit(self, job: Job) -> Began:
-        options: dict[str, Any] = {
-            "sampling": job.sampling,
-            "max_tokens": min(job.max_tokens, self.batch.capacity - len(job.token_ids)),
-            "stop_ids": job.stop_ids,
-        }
-        if job.first_mask is not None:
-            options["mask"] = job.first_mask
-        reuse = None
+    def _fits(self, bounds: list[int]) -> Callable[[Job], bool]:
+        """Whether there is a row for a job. Rows longer than one of ``bounds`` are kept for jobs that came
+        earlier: for those that have outgrown a row, and for each that was asked for and did not fit."""
+        bounds += [self.batch.room(s) for s in self._outgrown]
+
+        def fits(job: Job) -> bool:
+            need = _first_need(job, self.batch.capacity)
+            if self._rows_for(need, max_room=min(bounds, default=None)):
+                return True
+            bounds.append(need - 1)
+            return False
+
+        return fits
+
+    def _rows_for(self, need: int, *, max_room: int | None = None) -> list[int]:
+        """The free slots with the shortest rows that hold so many tokens."""
+        room = self.batch.room
+        free = [s for s in range(self.batch.slots) if s not in self.running and room(s) >= need]
+        shortest = min((room(s) for s in free), default=0)
+        if max_room is not None and shortest > max_room:
+            return []
+        return [s for s in free if room(s) == shortest]
+
+    def _admit(self, job: Job, *, max_room: int | None) -> Began:
+        free = self._rows_for(_first_need(job, self.batch.capacity), max_room=max_room)
+        reuse = Reuse(free[0], 0)
         if self.prefixes is not None:
-            reuse = self.prefixes.prepare(self.batch, job.token_ids, job.scope, self._busy())
-            options |= {"slot": reuse.slot, "filled": reuse.length}
-        slot = self.batch.admit(job.token_ids, **options)
-        self.running[slot] = Running(job)
+            reuse = self.prefixes.prepare(self.batch, job.token_ids, job.scope, self.running, free)
+        slot = _put(self.batch, job, reuse)
+        self.running[slot] = Running(job, _limit(job, self.batch.capacity))
         self._slots[job.id] = slot
         self._note("admit", job, slot, reuse)
-        return Began(job.id, reuse.length if reuse else 0)
+        return Began(job.id, reuse.length)
 
-    def _busy(self) -> dict[int, Running]:
-        return self.running
+    def _move_all(self) -> None:
+        """Gives longer rows to those that have outgrown theirs, while there are some."""
+        while (found := self._movable()) is not None:
+            slot, free = found
+            self._move(slot, self.prefixes.take(self.batch, free) if self.prefixes else free[0])
+
+    def _movable(self) -> tuple[int, list[int]] | None:
+        """The first that has outgrown its row and can move, and the slots that it may move to."""
+        for slot in self._outgrown:
+            running = self.running[slot]
+            have = len(running.job.token_ids) + len(running.written)
+            left = running.limit - len(running.written)
+            free = self._rows_for(have + min(left, HEADROOM)) or self._rows_for(have + 1)
+            if free and running.can_move:
+                return slot, free
+        return None
+
+    def _move(self, source: int, target: int) -> None:
+        running = self.running.pop(source)
+        if self.prefixes is not None:
+            self.prefixes.leave(self.batch, source, running.job, running.written)
+        _carry(self.batch, running.job, running.written, source, target, running.mask)
+        self._note("move", source, target, tuple(running.written), running.mask)
+        running.mask = None
+        self.running[target] = running
+        self._slots[running.job.id] = target
+        self._outgrown.remove(source)
 
     def _take(self, progress: Progress) -> Wrote:
-        running = self.running[progress.slot]
+        running, reason = self.running[progress.slot], progress.finish_reason
         running.written += progress.tokens
-        if progress.finish_reason:
-            self._free(progress.slot, is_sound=progress.finish_reason != "nonfinite")
-        return Wrote(running.job.id, progress.tokens, progress.finish_reason)
+        if reason == "length" and len(running.written) < running.limit:
+            self._outgrown.append(progress.slot)
+            reason = None
+        if reason:
+            self._free(progress.slot, is_sound=reason != "nonfinite")
+        return Wrote(running.job.id, progress.tokens, reason, progress.scores)
 
     def _free(self, slot: int, *, is_sound: bool = True) -> None:
         running = self.running.pop(slot)
         del self._slots[running.job.id]
+        if slot in self._outgrown:
+            self._outgrown.remove(slot)
         if self.prefixes is not None:
             self.prefixes.leave(self.batch, slot, running.job, running.written, is_sound=is_sound)
         self.batch.free(slot)
@@ -293,6 +259,7 @@ class Scheduler:
         else:
             self.running.clear()
             self._slots.clear()
+            self._outgrown.clear()
             if self.prefixes is not None:
                 self.prefixes.forget_rows()
             self.batch = self._open_batch()
@@ -304,6 +271,48 @@ class Scheduler:
             self.log.append(decision)
 
 
+def _limit(job: Job, capacity: int) -> int:
+    """New tokens that a job may have in all."""
+    return min(job.max_tokens, capacity - len(job.token_ids))
+
+
+def _first_need(job: Job, capacity: int) -> int:
+    """Tokens that a job's first row must hold."""
+    return len(job.token_ids) + min(_limit(job, capacity), HEADROOM)
+
+
+def _put(batch: Batch, job: Job, reuse: Reuse) -> int:
+    """Admits a job into the slot that was prepared for it."""
+    options = job.options if job.first_mask is None else job.options | {"mask": job.first_mask}
+    return batch.admit(
+        job.token_ids,
+        max_tokens=min(job.max_tokens, batch.room(reuse.slot) - len(job.token_ids)),
+        slot=reuse.slot,
+        filled=reuse.length,
+        **options,
+    )
+
+
+def _carry(
+    batch: Batch, job: Job, written: Sequence[int], source: int, target: int, mask: bytes | None
+) -> None:
+    """Goes on with a job in another row: what was read and written is copied."""
+    tokens = [*job.token_ids, *written]
+    filled = batch.row_length(source)
+    batch.copy_row(source, target, filled)
+    batch.free(source)
+    left = _limit(job, batch.capacity) - len(written)
+    batch.admit(
+        tokens,
+        max_tokens=min(left, batch.room(target) - len(tokens)),
+        slot=target,
+        filled=filled,
+        written=len(written),
+        mask=mask,
+        **job.options,
+    )
+
+
 def replay(log: Sequence[tuple], batch: Batch) -> dict[int, list[int]]:
     """Carries the decisions of a log out on another batch: the tokens of each job id.
 
@@ -311,20 +320,18 @@ def replay(log: Sequence[tuple], batch: Batch) -> dict[int, list[int]]:
       ValueError: the batch gave a job another slot than the log says.
     """
     written: dict[int, list[int]] = {}
-    jobs: dict[int, int] = {}
+    jobs: dict[int, Job] = {}
     for name, *arguments in log:
         if name == "admit":
             job, slot, reuse = arguments
-            options: dict[str, Any] = {"sampling": job.sampling, "stop_ids": job.stop_ids}
-            options["max_tokens"] = min(job.max_tokens, batch.capacity - len(job.token_ids))
-            if job.first_mask is not None:
-                options["mask"] = job.first_mask
-            if isinstance(reuse, Reuse):
-                reuse.repeat(batch)
-                options |= {"slot": reuse.slot, "filled": reuse.length}
-            if batch.admit(job.token_ids, **options) != slot:
+            reuse.repeat(batch)
+            if _put(batch, job, reuse) != slot:
                 raise ValueError(f"job {job.id} got another slot than {slot}")
-            jobs[slot] = job.id
+            jobs[slot] = job
+        elif name == "move":
+            source, target, before, mask = arguments
+            jobs[target] = jobs.pop(source)
+            _carry(batch, jobs[target], before, source, target, mask)
         elif name == "free":
             batch.free(arguments[0])
         elif name == "mask":
@@ -332,5 +339,5 @@ def replay(log: Sequence[tuple], batch: Batch) -> dict[int, list[int]]:
         elif name == "step":
             tokens, prompt_tokens, ahead = arguments
             for progress in batch.step(tokens, prompt_tokens=prompt_tokens, ahead=ahead):
-                written.setdefault(jobs[progress.slot], []).extend(progress.tokens)
+                written.setdefault(jobs[progress.slot].id, []).extend(progress.tokens)
     return written

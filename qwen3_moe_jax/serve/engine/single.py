@@ -36,6 +36,14 @@ class SingleBatch:
     def waiting(self) -> int:
         return int(self._stream is not None and not self._has_begun)
 
+    @property
+    def running(self) -> int:
+        return int(self._stream is not None)
+
+    def room(self, slot: int) -> int:
+        """As ``Batch.room``."""
+        return self.capacity
+
     def admit(
         self,
         token_ids: Sequence[int],
@@ -45,10 +53,12 @@ class SingleBatch:
         stop_ids: Collection[int] = (),
         slot: int | None = None,
         filled: int = 0,
+        written: int = 0,
         mask: bytes | None = None,
+        top_logprobs: int | None = None,
     ) -> int:
-        """As ``Batch.admit``; raises BackendUnavailableError for ``filled`` and ``mask``."""
-        if filled or mask is not None:
+        """As ``Batch.admit``; raises BackendUnavailableError for what it does not have."""
+        if filled or written or mask is not None or top_logprobs is not None:
             self._refuse()
         if self._stream is not None:
             raise BatchFullError(1)

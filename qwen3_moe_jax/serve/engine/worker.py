@@ -18,14 +18,18 @@ import numpy as np
 
 from qwen3_moe_jax.core.errors import MemoryPlanError
 from qwen3_moe_jax.core.runner import Batch
-from qwen3_moe_jax.core.sampling import Sampling
-from qwen3_moe_jax.serve.engine import frames
+from qwen3_moe_jax.machine.row_plan import RowClass, plan_rows
+from qwen3_moe_jax.serve.engine import frames, reports
+from qwen3_moe_jax.serve.engine.jobs import Event, Limits
 from qwen3_moe_jax.serve.engine.prefix import PrefixCache
-from qwen3_moe_jax.serve.engine.scheduler import Began, Event, Failed, Job, Limits, Scheduler, Wrote
+from qwen3_moe_jax.serve.engine.scheduler import Scheduler
 
-DEFAULT_SLOTS = {"gpu": 16, "cpu": 4}
-MIN_CONTEXT = 4096
-"""Slots are given up before the context gets shorter than this."""
+DEFAULT_SLOTS = {"gpu": 32, "cpu": 4}
+"""Rows in all, where memory allows so many."""
+
+ONE_KERNEL = 16
+"""Rows of one class, where there are several and nobody asks for more slots: a GPU decodes so many in one
+kernel, in which company does not change a sequence's bits."""
 
 MAX_STEP = {"gpu": 8, "cpu": 4}
 """Tokens that a dispatch writes for each sequence while nobody waits."""
@@ -86,7 +90,8 @@ class Engine:
         )
         self._start = start
         runner = self.model.runner
-        self.slots, self.context = self._sizes(start)
+        self.rows = self._plan(start)
+        self.context = max(row.context for row in self.rows)
         if runner.capabilities.open_batch:
             # prompts are scored and drawn in caches of their own, of any length that the slots have
             runner.set_max_context(self.context)
@@ -104,50 +109,43 @@ class Engine:
     def _place(self) -> str:
         return self.model.runner.platform
 
-    def _sizes(self, start: frames.Start) -> tuple[int, int]:
-        """Slots and context: as asked for, or as memory allows, up to the file's own context."""
+    def _plan(self, start: frames.Start) -> tuple[RowClass, ...]:
+        """Rows as asked for, or as memory allows: of several lengths where not all can be the longest."""
         runner, config = self.model.runner, self.model.config
         most = config.max_position_embeddings
         context = min(start.context or most, most)
-        if not runner.capabilities.open_batch:
-            return 1, min(context, runner.max_context)
         slots = start.slots or start.most_slots or DEFAULT_SLOTS[self._place]
+        if not runner.capabilities.open_batch:
+            return (RowClass(1, min(context, runner.max_context)),)
+        from qwen3_moe_jax.jax_backend.generate import PREFILL_CHUNKS
+        from qwen3_moe_jax.kernels_pallas import CACHE_TILE
+
         free = runner.free_nbytes()
-        if free is None or (start.context and start.slots):
-            return slots, context
+        if free is None:
+            return (RowClass(slots, context),)
         share = free * (CPU_SHARE if self._place == "cpu" else 0.9)
-        one = runner.token_nbytes
-        if start.context:
-            return max(1, min(slots, int(share // (one * (context + 512))))), context
-        while slots > 1 and not start.slots and share // (one * slots) < min(most, MIN_CONTEXT) + 512:
-            slots -= 1
-        fitting = int(share // (one * slots)) - 512
-        return slots, max(64, min(context, fitting // 64 * 64))
+        positions = int(share // runner.token_nbytes)
+        spare = PREFILL_CHUNKS[-1] + CACHE_TILE
+        in_class = None if start.slots else ONE_KERNEL
+        return plan_rows(positions, context, slots, spare=spare, in_class=in_class)
 
     def _open_batch(self) -> Batch:
         runner = self.model.runner
         if runner.capabilities.open_batch:
-            return runner.open_batch(self.slots, context=self.context)
+            from qwen3_moe_jax.serve.engine.pooled import PooledBatch
+
+            batches = [runner.open_batch(row.slots, context=row.context) for row in self.rows]
+            return batches[0] if len(batches) == 1 else PooledBatch(batches)
         from qwen3_moe_jax.serve.engine.single import SingleBatch
 
         return SingleBatch(runner, self.context)
 
     def _warm_up(self) -> None:
         """Compiles what the first requests need: chunks of prompts, and a step for every number of rows."""
-        batch, room = self.scheduler.batch, self.context - 8
-        for length in (8, 100, 500):
-            if length < room and batch.free_slots:
-                slot = batch.admit([0] * length, max_tokens=4)
-                while batch.waiting:
-                    batch.step(1)
-                batch.step(1)
-                batch.free(slot)
-        slots = [batch.admit([0] * min(8, room), max_tokens=8) for _ in range(batch.free_slots)]
-        while batch.waiting:
-            batch.step(1, prompt_tokens=16)
-        for slot in reversed(slots):
-            batch.step(1)
-            batch.free(slot)
+        batch, first = self.scheduler.batch, 0
+        for row in self.rows:
+            _warm_up_rows(batch, range(first, first + row.slots), row.context - 8)
+            first += row.slots
 
     def ready(self) -> frames.Ready:
         """What the front is told."""
@@ -156,9 +154,11 @@ class Engine:
         return frames.Ready(
             context=self.scheduler.batch.capacity,
             slots=self.scheduler.batch.slots,
+            rows=[(row.slots, row.context) for row in self.rows],
             backend=str(facts["backend"]),
             has_prefixes=self.has_prefixes,
             has_masks=self.has_masks,
+            has_scores=self.model.runner.capabilities.open_batch,
             facts={k: v for k, v in facts.items() if isinstance(v, str | bool | list | dict)},
         )
 
@@ -192,6 +192,11 @@ class Engine:
         if not m.top:
             found = runner.log_likelihoods(m.token_ids, first=m.first)
             return frames.Scored(m.id, [float(x) for x in found], [[] for _ in found])
+        from qwen3_moe_jax.jax_backend.runner import JaxRunner
+
+        if isinstance(runner, JaxRunner):
+            scores = runner.token_scores(m.token_ids, first=m.first)
+            return frames.Scored(m.id, [s.logprob for s in scores], [s.top[: m.top] for s in scores])
         logits = self.model.logits(m.token_ids)[m.first - 1 : -1].astype(np.float64)
         peak = logits.max(axis=-1, keepdims=True)
         logits -= peak + np.log(np.exp(logits - peak).sum(axis=-1, keepdims=True))
@@ -211,6 +216,24 @@ class Engine:
             return frames.Counted(m.id, [], f"counting experts failed: {type(error).__name__}")
         count = self.model.config.num_experts
         return frames.Counted(m.id, [np.bincount(c.ravel(), minlength=count).tolist() for c in chosen])
+
+
+def _warm_up_rows(batch: Any, slots: range, room: int) -> None:
+    """Of rows of one length."""
+    for length in (8, 100, 500):
+        if length < room:
+            batch.admit([0] * length, max_tokens=4, slot=slots[0])
+            while batch.waiting:
+                batch.step(1, prompt_tokens=2048)
+            batch.step(1)
+            batch.free(slots[0])
+    for slot in slots:
+        batch.admit([0] * min(8, room), max_tokens=8, slot=slot)
+    while batch.waiting:
+        batch.step(1, prompt_tokens=16)
+    for slot in reversed(slots):
+        batch.step(1)
+        batch.free(slot)
 
 
 class Loop:
@@ -246,7 +269,7 @@ class Loop:
     def _command(self, m: frames.ToEngine) -> None:
         scheduler = self._engine.scheduler
         if isinstance(m, frames.Submit):
-            self._events += scheduler.submit(_job(m))
+            self._events += scheduler.submit(reports.job_of(m))
         elif isinstance(m, frames.Cancel):
             scheduler.cancel(m.id)
             self._asides = [a for a in self._asides if a.id != m.id]
@@ -273,26 +296,9 @@ class Loop:
         if not self._events and now == self._last:
             return
         self._last = now
-        began = [(e.id, e.cached) for e in self._events if isinstance(e, Began)]
-        wrote = [(e.id, e.tokens, e.finish_reason) for e in self._events if isinstance(e, Wrote)]
-        failed = [(e.id, e.code, e.message) for e in self._events if isinstance(e, Failed)]
+        report = reports.progress_of(self._events, self._engine.counters())
         self._events = []
-        frames.send(self._connection, frames.Progress(began, wrote, failed, self._engine.counters()))
-
-
-def _job(m: frames.Submit) -> Job:
-    sampling: dict[str, Any] = dict(m.sampling)
-    return Job(
-        id=m.id,
-        key=m.key,
-        token_ids=m.token_ids,
-        sampling=Sampling(**sampling),
-        max_tokens=m.max_tokens,
-        stop_ids=frozenset(m.stop_ids),
-        scope=m.scope,
-        is_resumed=m.is_resumed,
-        first_mask=m.first_mask,
-    )
+        frames.send(self._connection, report)
 
 
 def _read_forever(connection: socket.socket, inbox: "queue.SimpleQueue") -> None:

@@ -71,10 +71,10 @@ async def _root(request: Request) -> Response:
 def make_app(service: Service) -> ASGIApp:
     """The application with its guard."""
     from qwen3_moe_jax.serve.engine.client import EngineError
-    from qwen3_moe_jax.serve.grammar import SchemaError
+    from qwen3_moe_jax.serve.grammar import SchemaError, TooManyGrammarsError
 
     handlers = {HTTPException: _on_http_error}
-    kinds = (ApiError, EngineError, SchemaError, ValueError, ClientGone, Exception)
+    kinds = (ApiError, EngineError, SchemaError, TooManyGrammarsError, ValueError, ClientGone, Exception)
     handlers |= dict.fromkeys(kinds, _on_error)
     pages = PAGE_PATHS if service.settings.page else ()
     routes = _routes(POSTS, "POST") + _routes(GETS, "GET")

@@ -73,6 +73,7 @@ async def _prepare(service: Service, r: ChatRequest, key: str) -> tuple[list[Ans
         constraint=constraint,
         think_id=None if constraint is None else think_id(service, think),
         one_call=not parallel or chosen.name is not None,
+        top=(r.top_logprobs or 0) if r.logprobs else None,
     )
     return service.submit([wish], r.n or 1), skipped
 
@@ -144,16 +145,17 @@ class Reply:
             message["reasoning_content"] = message["reasoning"] = "".join(reasoning)
         if calls:
             message["tool_calls"] = calls
-        scored = await self._logprobs(answer)
+        await logprobs.complete(self._service, answer)
+        scored = self._scored(logprobs.Reported(self._service, answer))
         return {"index": index, "message": message, "logprobs": scored, "finish_reason": answer.finish_reason}
 
-    async def _logprobs(self, answer: Answer) -> dict[str, Any] | None:
-        if not self._r.logprobs:
-            return None
-        return await logprobs.of_chat(self._service, answer, self._r.top_logprobs or 0)
+    def _scored(self, reported: logprobs.Reported) -> dict[str, Any] | None:
+        """What an answer has of scores that were not sent."""
+        return {"content": reported.entries(), "refusal": None} if self._r.logprobs else None
 
     async def events(self) -> AsyncIterator[bytes]:
         """The reply as it is written; several choices take turns."""
+        reported = [logprobs.Reported(self._service, a) for a in self._answers]
         try:
             for i in range(len(self._answers)):
                 yield self._chunk(i, {"role": "assistant", "content": ""})
@@ -162,11 +164,12 @@ class Reply:
                     self._service.metrics.first_token.observe(time.perf_counter() - self._began)
                     self._began = None
                 if delta is not None:
-                    yield self._chunk(i, self._delta(delta))
+                    yield self._chunk(i, self._delta(delta), scored=self._scored(reported[i]))
                     continue
                 answer = self._answers[i]
                 self._service.finished(answer)
-                yield self._chunk(i, {"content": None}, answer.finish_reason, await self._logprobs(answer))
+                await logprobs.complete(self._service, answer)
+                yield self._chunk(i, {"content": None}, answer.finish_reason, self._scored(reported[i]))
             if self._r.stream_options and self._r.stream_options.include_usage:
                 usage = usage_of([a.usage for a in self._answers])
                 yield data({**self._head, "choices": [], "usage": usage})

@@ -68,6 +68,7 @@ async def _prepare(service: Service, r: CompletionRequest, key: str) -> "Reply":
         stop=stop,
         max_tokens=r.max_tokens or None,
         splits=False,
+        top=r.logprobs,
     )
     found = [make(p) for p in prompts]
     answers = service.submit(found, r.n or 1) if r.max_tokens != 0 else []
@@ -148,27 +149,45 @@ class Reply:
         return {"index": index, "text": text, "logprobs": scored, "finish_reason": reason}
 
     async def _logprobs(self, index: int, answer: Answer | None) -> dict[str, Any] | None:
+        """Of a whole choice."""
         if self.r.logprobs is None:
             return None
+        tokens, scores = await self._of_echo(index)
+        if answer is not None:
+            await logprobs.complete(self.service, answer)
+            tokens, scores = [*tokens, *answer.token_ids], [*scores, *answer.scores]
+        return self._offsets(index).piece(tokens, scores)
+
+    def _offsets(self, index: int) -> logprobs.Offsets:
+        return logprobs.Offsets(self.service, self.r.logprobs or 0)
+
+    async def _of_echo(self, index: int) -> tuple[list[int], list[Any]]:
+        """The prompt's tokens and their scores, where it is echoed."""
+        if not self.r.echo or self.r.logprobs is None:
+            return [], []
         prompt = self.prompts[index // self._n].token_ids
-        written = answer.token_ids if answer is not None else []
-        return await logprobs.of_completion(
-            self.service, prompt, written, self.r.logprobs, echo=bool(self.r.echo)
-        )
+        return prompt, await logprobs.of_prompt(self.service, prompt, max(self.r.logprobs, 1))
 
     async def events(self) -> AsyncIterator[bytes]:
         """The reply as it is written."""
+        count, wants = len(self.prompts) * self._n, self.r.logprobs is not None
+        offsets = [self._offsets(i) for i in range(count)]
+        reported = [logprobs.Reported(self.service, a) for a in self.answers]
+        new = lambda i: offsets[i].piece(*reported[i].new()) if wants else None
         try:
             if self.r.echo:
-                for i in range(len(self.prompts) * self._n):
-                    yield self._chunk(i, self._echo(i))
+                for i in range(count):
+                    echoed = offsets[i].piece(*await self._of_echo(i)) if wants else None
+                    reason = None if self.answers else "length"
+                    yield self._chunk(i, self._echo(i), reason, echoed)
             async for i, delta in merged(self.answers):
                 if delta is not None:
-                    yield self._chunk(i, delta.text)
+                    yield self._chunk(i, delta.text, scored=new(i))
                     continue
                 answer = self.answers[i]
                 self.service.finished(answer)
-                yield self._chunk(i, "", answer.finish_reason, await self._logprobs(i, answer))
+                await logprobs.complete(self.service, answer)
+                yield self._chunk(i, "", answer.finish_reason, new(i))
             if self.r.stream_options and self.r.stream_options.include_usage:
                 yield data({**self._head, "choices": [], "usage": self.usage})
             yield DONE

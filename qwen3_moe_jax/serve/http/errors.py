@@ -8,7 +8,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from qwen3_moe_jax.serve.engine.client import EngineError
-from qwen3_moe_jax.serve.grammar import SchemaError
+from qwen3_moe_jax.serve.grammar import SchemaError, TooManyGrammarsError
 from qwen3_moe_jax.text.chat_template import MessageError, TemplateError
 
 RETRY_SECONDS = 2
@@ -65,6 +65,8 @@ def as_api_error(error: Exception) -> ApiError | None:
         return ApiError(
             400, f"the schema cannot be used: {error}", code="invalid_schema", param="response_format"
         )
+    if isinstance(error, TooManyGrammarsError):
+        return ApiError(429, "too many answers are constrained; try again later", code="queue_full")
     if isinstance(error, MessageError | TemplateError):
         return ApiError(400, str(error), code="invalid_messages", param="messages")
     return None

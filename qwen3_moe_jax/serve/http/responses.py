@@ -10,7 +10,7 @@ from starlette.responses import JSONResponse, Response
 
 from qwen3_moe_jax.serve import messages as chats
 from qwen3_moe_jax.serve.generation import Answer, Delta, Reasoning
-from qwen3_moe_jax.serve.http import wishes
+from qwen3_moe_jax.serve.http import logprobs, wishes
 from qwen3_moe_jax.serve.http.chat import call_id, think_id
 from qwen3_moe_jax.serve.http.errors import ApiError, as_api_error
 from qwen3_moe_jax.serve.http.schemas import ResponsesRequest
@@ -67,8 +67,20 @@ async def _prepare(service: Service, r: ResponsesRequest, key: str) -> tuple[Ans
         constraint=constraint,
         think_id=None if constraint is None else think_id(service, think),
         one_call=not parallel or chosen.name is not None,
+        top=_top(r),
     )
     return service.submit([wish])[0], skipped
+
+
+LOGPROBS = "message.output_text.logprobs"
+"""What ``include`` names to get log-probabilities."""
+
+
+def _top(r: ResponsesRequest) -> int | None:
+    """Rivals of each token that are wanted; None where no scores are."""
+    if r.top_logprobs is None and LOGPROBS not in (r.include or ()):
+        return None
+    return r.top_logprobs or 0
 
 
 def from_responses(given: str | list[Any], instructions: str | None) -> list[dict[str, Any]]:
@@ -131,6 +143,7 @@ class Reply:
         self._id, self._created = f"resp_{uuid4().hex}", int(time.time())
         self._items: list[dict[str, Any]] = []
         self._number = -1
+        self._reported = logprobs.Reported(service, answer)
 
     def _response(self, status: str, error: dict[str, Any] | None = None) -> dict[str, Any]:
         r, usage = self._r, self._answer.usage
@@ -172,6 +185,7 @@ class Reply:
         try:
             async for delta in self._answer:
                 list(self._take(delta))
+            await logprobs.complete(self._service, self._answer)
             list(self._end_item())
         finally:
             self._answer.close()
@@ -186,6 +200,7 @@ class Reply:
             async for delta in self._answer:
                 for name, fields in self._take(delta):
                     yield self._event(name, fields)
+            await logprobs.complete(self._service, self._answer)
             for name, fields in self._end_item():
                 yield self._event(name, fields)
             self._service.finished(self._answer)
@@ -222,8 +237,15 @@ class Reply:
             return
         item["content"][0]["text"] += delta.text
         name = "response.reasoning_text.delta" if kind == "reasoning" else "response.output_text.delta"
-        extra = {} if kind == "reasoning" else {"logprobs": []}
+        extra = {} if kind == "reasoning" else {"logprobs": self._new_scores(item)}
         yield name, {**place, "content_index": 0, "delta": delta.text, **extra}
+
+    def _new_scores(self, item: dict[str, Any]) -> list[dict[str, Any]]:
+        """Scores that have come since the last ones, kept with the item's text."""
+        new = self._reported.entries()
+        if item["type"] == "message":
+            item["content"][0]["logprobs"] += new
+        return new
 
     @property
     def _place(self) -> dict[str, Any]:
@@ -243,13 +265,14 @@ class Reply:
             return
         item, place = self._items[-1], self._place
         item["status"] = "completed"
+        self._new_scores(item)
         if item["type"] == "function_call":
             done = {**place, "name": item["name"], "arguments": item["arguments"]}
             yield "response.function_call_arguments.done", done
         else:
             part = dict(item["content"][0])
             name = "reasoning_text" if item["type"] == "reasoning" else "output_text"
-            extra = {} if item["type"] == "reasoning" else {"logprobs": []}
+            extra = {} if item["type"] == "reasoning" else {"logprobs": part["logprobs"]}
             yield f"response.{name}.done", {**place, "content_index": 0, "text": part["text"], **extra}
             yield "response.content_part.done", {**place, "content_index": 0, "part": part}
         yield "response.output_item.done", {"output_index": place["output_index"], "item": dict(item)}

@@ -108,6 +108,7 @@ class ResponsesRequest(Common):
     previous_response_id: str | None = None
     store: bool | None = None
     background: bool | None = None
+    include: Annotated[list[str], Field(max_length=32)] | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
 
 

@@ -1,6 +1,6 @@
 // The chat. State is a list of messages; a message of the assistant keeps what it thought and called.
 
-import { rendered } from "./markdown.js";
+import { highlighted, rendered } from "./markdown.js";
 import { draw } from "./heatmap.js";
 
 const $ = (id) => document.getElementById(id);
@@ -72,11 +72,51 @@ function fill(body, message) {
     parts.push(fold);
   }
   parts.push(rendered(message.content));
-  for (const call of message.calls) {
-    parts.push(element("details", "call", element("summary", "", `Tool call: ${call.name}`), element("pre", "", call.arguments)));
-  }
+  for (const call of message.calls) parts.push(callView(message, call));
   if (message.error) parts.push(element("p", "error", message.error));
   body.replaceChildren(...parts);
+}
+
+function callView(message, call) {
+  const fold = element("details", "call", element("summary", "", `Tool call: ${call.name}`), element("pre", "", highlighted(call.arguments)));
+  fold.open = true;
+  if (call.result !== undefined) fold.append(element("pre", "result", call.result));
+  else if (!message.isRunning) {
+    const result = element("input", "result");
+    result.placeholder = "What the tool answers";
+    const form = element("form", "", result, element("button", "", "Send result"));
+    form.addEventListener("submit", (event) => { event.preventDefault(); call.result = result.value; answered(message); });
+    fold.append(form);
+  }
+  return fold;
+}
+
+function answered(message) { // when every call has its result, the model goes on
+  show();
+  if (running || message.calls.some((call) => call.result === undefined)) return;
+  answer();
+}
+
+function tools() { // functions, in whichever of the usual forms they were given
+  $("tools-note").textContent = "";
+  const text = $("tools").value.trim();
+  if (!text) return {};
+  try {
+    const given = JSON.parse(text);
+    const list = (Array.isArray(given) ? given : [given]).map((tool) => (tool.function ? tool : { type: "function", function: tool }));
+    return { tools: list };
+  } catch (error) {
+    $("tools-note").textContent = `Tools are left out: ${error.message}`;
+    return {};
+  }
+}
+
+function sentForm(message) { // a message and the results of its calls, as the API takes them
+  const { role, content, reasoning, calls = [] } = message;
+  const whole = { role, content, ...(reasoning ? { reasoning_content: reasoning } : {}) };
+  if (!calls.length) return [whole];
+  whole.tool_calls = calls.map((call) => ({ id: call.id, type: "function", function: { name: call.name, arguments: call.arguments } }));
+  return [whole, ...calls.map((call) => ({ role: "tool", tool_call_id: call.id, content: call.result ?? "" }))];
 }
 
 function scroll(always) {
@@ -116,21 +156,21 @@ function take(message, delta) {
   message.reasoning += delta.reasoning_content || "";
   message.content += delta.content || "";
   for (const call of delta.tool_calls || []) {
-    message.calls[call.index] ??= { name: call.function.name, arguments: "" };
+    message.calls[call.index] ??= { id: call.id, name: call.function.name, arguments: "" };
     message.calls[call.index].arguments += call.function.arguments || "";
   }
 }
 
 async function answer() {
-  const message = { role: "assistant", content: "", reasoning: "", calls: [], error: "" };
-  const sent = messages.map(({ role, content, reasoning }) => ({ role, content, ...(reasoning ? { reasoning_content: reasoning } : {}) }));
+  const message = { role: "assistant", content: "", reasoning: "", calls: [], error: "", isRunning: true };
+  const sent = messages.flatMap(sentForm);
   messages.push(message);
   show();
   running = new AbortController();
   toggle();
   let tokens = 0, began = 0;
   try {
-    const body = { messages: sent, stream: true, stream_options: { include_usage: true }, enable_thinking: $("thinking").checked };
+    const body = { messages: sent, stream: true, stream_options: { include_usage: true }, enable_thinking: $("thinking").checked, ...tools() };
     const response = await ask("v1/chat/completions", { method: "POST", body: JSON.stringify(body), signal: running.signal });
     for await (const event of events(response)) {
       if (event.error) throw new Error(event.error.message);
@@ -147,6 +187,7 @@ async function answer() {
     if (error.name !== "AbortError") message.error = error.message;
   } finally {
     running = null;
+    message.isRunning = false;
     toggle();
     fill(message.body, message);
     scroll(false);

@@ -1,0 +1,139 @@
+"""Rows of several lengths: one batch for each length behind the interface of one, shortest rows first.
+
+A step goes through every batch that has something to do, one after the other, so weights are read once for
+each; in return a long context is reserved for few sequences alone, and no kernel knows of it. Why rows of
+several lengths and not pages: docs/design/serve.md.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+from qwen3_moe_jax.core.errors import BatchFullError
+from qwen3_moe_jax.core.runner import Progress
+from qwen3_moe_jax.jax_backend.batching import Batch
+
+
+class PooledBatch:
+    """Slots of several lengths; a slot's number says its batch, shorter rows have lower ones.
+
+    Attributes:
+      slots: how many, in all batches.
+      capacity: tokens that a sequence in the longest row may have.
+    """
+
+    def __init__(self, batches: Sequence[Batch]):
+        """Takes batches over, which are sorted by their capacity."""
+        self._batches = tuple(sorted(batches, key=lambda b: b.capacity))
+        self._first: list[int] = []
+        self.slots = 0
+        for batch in self._batches:
+            self._first.append(self.slots)
+            self.slots += batch.slots
+        self.capacity = self._batches[-1].capacity
+        self._reader = 0
+
+    def _place(self, slot: int) -> tuple[Batch, int]:
+        """The batch of a slot and its number there."""
+        for batch, first in zip(reversed(self._batches), reversed(self._first), strict=True):
+            if slot >= first:
+                return batch, slot - first
+        raise KeyError(slot)
+
+    @property
+    def free_slots(self) -> int:
+        return sum(b.free_slots for b in self._batches)
+
+    @property
+    def waiting(self) -> int:
+        return sum(b.waiting for b in self._batches)
+
+    @property
+    def running(self) -> int:
+        return sum(b.running for b in self._batches)
+
+    @property
+    def is_whole(self) -> bool:
+        return all(b.is_whole for b in self._batches)
+
+    @property
+    def is_held(self) -> bool:
+        running = [b for b in self._batches if b.running]
+        return bool(running) and all(b.is_held for b in running)
+
+    def room(self, slot: int) -> int:
+        """Tokens that a sequence in this slot may have."""
+        return self._place(slot)[0].capacity
+
+    def admit(self, token_ids: Sequence[int], *, slot: int | None = None, **options: Any) -> int:
+        """As ``Batch.admit``; without a slot the shortest row that holds prompt and ``max_tokens``."""
+        if slot is None:
+            slot = self._fitting(len(token_ids) + (options.get("max_tokens") or 1))
+        batch, number = self._place(slot)
+        return slot - number + batch.admit(token_ids, slot=number, **options)
+
+    def _fitting(self, tokens: int) -> int:
+        able = [pair for pair in zip(self._batches, self._first, strict=True) if pair[0].free_slots]
+        if not able:
+            raise BatchFullError(self.slots)
+        batch, first = next((pair for pair in able if pair[0].capacity >= tokens), able[-1])
+        return first + (batch.lowest_free or 0)
+
+    def allow(self, slot: int, mask: bytes) -> None:
+        """As ``Batch.allow``."""
+        batch, number = self._place(slot)
+        batch.allow(number, mask)
+
+    def free(self, slot: int) -> None:
+        """As ``Batch.free``."""
+        batch, number = self._place(slot)
+        batch.free(number)
+
+    def step(self, tokens: int = 1, *, prompt_tokens: int = 0, ahead: int = 0) -> list[Progress]:
+        """As ``Batch.step`` of every batch; one of them reads prompts, they take turns."""
+        reader = self._next_reader()
+        found: list[Progress] = []
+        for number, batch in enumerate(self._batches):
+            if batch.running:
+                most = prompt_tokens if number == reader else 0
+                found += self._numbered(number, batch.step(tokens, prompt_tokens=most, ahead=ahead))
+        return found
+
+    def _next_reader(self) -> int | None:
+        order = [(self._reader + i) % len(self._batches) for i in range(len(self._batches))]
+        reader = next((n for n in order if self._batches[n].waiting), None)
+        if reader is not None:
+            self._reader = (reader + 1) % len(self._batches)
+        return reader
+
+    def _numbered(self, batch: int, progress: Sequence[Progress]) -> Iterator[Progress]:
+        return (replace(p, slot=p.slot + self._first[batch]) for p in progress)
+
+    # -- rows
+
+    def row_length(self, slot: int) -> int:
+        """As ``Batch.row_length``."""
+        batch, number = self._place(slot)
+        return batch.row_length(number)
+
+    def row_nbytes(self, length: int) -> int:
+        """As ``Batch.row_nbytes``, of the longest rows."""
+        return self._batches[-1].row_nbytes(length)
+
+    def copy_row(self, source: int, target: int, length: int) -> None:
+        """As ``Batch.copy_row``, also from one batch to another: on the device."""
+        (one, a), (other, b) = self._place(source), self._place(target)
+        if one is other:
+            one.copy_row(a, b, length)
+        else:
+            other.load_row(b, one.cut_row(a, length, other.positions))
+
+    def save_row(self, slot: int, length: int) -> Any:
+        """As ``Batch.save_row``."""
+        batch, number = self._place(slot)
+        return batch.save_row(number, length)
+
+    def load_row(self, slot: int, saved: Any) -> None:
+        """As ``Batch.load_row``; the row must hold what was saved."""
+        batch, number = self._place(slot)
+        batch.load_row(number, saved)

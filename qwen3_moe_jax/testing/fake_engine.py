@@ -1,0 +1,65 @@
+"""An engine without process, device and model: the real scheduler over a fake batch, in the front's own loop.
+
+Tests of the front need no weights, and nothing in them takes time: a turn is taken when the loop is free, or
+never while ``is_held``.
+"""
+
+import asyncio
+from typing import Any
+
+import msgspec
+
+from qwen3_moe_jax.serve.engine import frames, reports
+from qwen3_moe_jax.serve.engine.client import EngineClient
+from qwen3_moe_jax.serve.engine.jobs import Event, Limits
+from qwen3_moe_jax.serve.engine.prefix import PrefixCache
+from qwen3_moe_jax.serve.engine.scheduler import Scheduler
+from qwen3_moe_jax.testing.fake_batch import FakeBatch
+
+
+class FakeEngine(EngineClient):
+    """As ``EngineClient``.
+
+    Attributes:
+      scheduler: over a ``FakeBatch``.
+      is_held: no turns are taken; change it in the loop's thread, or before ``launch``.
+    """
+
+    def __init__(self, start: frames.Start, *, is_held: bool = False, **batch: Any):
+        """``batch``: fields of the ``FakeBatch``."""
+        super().__init__(start)
+        limits = Limits(start.max_queue, start.max_queue_tokens)
+        make = lambda: FakeBatch(**{"capacity": 1024, **batch})
+        self.scheduler = Scheduler(make, limits=limits, prefixes=PrefixCache())
+        self.is_held = is_held
+        self._events: list[Event] = []
+
+    def launch(self) -> None:
+        """Ready at once."""
+        batch = self.scheduler.batch
+        rows = [(batch.slots, batch.capacity)]
+        self.ready = frames.Ready(
+            batch.capacity, batch.slots, rows, "fake", True, True, False, {"device": "none"}
+        )
+        self.first_ready.set()
+        self._task = asyncio.create_task(self._run())
+
+    async def _run(self) -> None:
+        while True:
+            is_idle = self.is_held or not self.scheduler.has_work or self.scheduler.is_held
+            if not is_idle:
+                self._events += self.scheduler.turn(prompt_tokens=1 << 20)
+            if self._events:
+                counters = {"running": len(self.scheduler.running), "queued": len(self.scheduler.queue)}
+                self._progress(reports.progress_of(self._events, counters))
+                self._events = []
+            await asyncio.sleep(0.002 if is_idle else 0)
+
+    def _send(self, message: msgspec.Struct) -> None:
+        m: Any = message
+        if isinstance(m, frames.Submit):
+            self._events += self.scheduler.submit(reports.job_of(m))
+        elif isinstance(m, frames.Cancel):
+            self.scheduler.cancel(m.id)
+        elif isinstance(m, frames.Allow):
+            self.scheduler.allow(m.id, m.mask)
