@@ -131,7 +131,7 @@ def agents(args: argparse.Namespace) -> dict[str, Any]:
                 name_it(name)
                 found[name] = run_agent(command, variables, server.url)
                 print(f"{name}: {found[name]}", file=sys.stderr, flush=True)
-    return found
+    return {"ok": all(one["ok"] for one in found.values()), "agents": found}
 
 
 def speaking_engine(start: Any) -> FakeEngine:

@@ -151,8 +151,7 @@ class Server:
             self._uvicorn.should_exit = self._uvicorn.force_exit = True
             for task in (told, stopping):
                 task.cancel()
-            self.service.grammars.close()
-            await engine.close()
+            await self.service.close()
             with contextlib.suppress(asyncio.CancelledError):
                 await serving
         return 0

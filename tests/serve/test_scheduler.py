@@ -113,6 +113,8 @@ def test_in_order_within_a_key_and_in_turns_between_keys():
 
 def test_the_queue_is_bounded_by_count_and_by_tokens():
     scheduler = Scheduler(lambda: FakeBatch(slots=1), limits=Limits(jobs=2, tokens=30))
+    scheduler.submit(job(0, 20))
+    scheduler.turn()
     assert scheduler.submit(job(1, 20)) == []
     (full,) = scheduler.submit(job(2, 20))
     assert full.code == "queue_full"
@@ -120,6 +122,12 @@ def test_the_queue_is_bounded_by_count_and_by_tokens():
     assert scheduler.submit(job(4, 1))[0].code == "queue_full"
     assert scheduler.submit(job(5, 1, is_resumed=True)) == []
     assert scheduler.submit(job(6, 256))[0].code == "invalid"
+
+
+def test_who_gets_a_slot_at_once_does_not_count_as_waiting():
+    scheduler = Scheduler(lambda: FakeBatch(slots=3), limits=Limits(jobs=2))
+    events = [event for n in range(6) for event in scheduler.submit(job(n))]
+    assert [e.id for e in events] == [5]
 
 
 def test_a_resumed_job_is_next():

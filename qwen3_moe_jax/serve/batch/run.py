@@ -246,7 +246,7 @@ async def engine(settings: Settings, start: frames.Start) -> AsyncIterator[Servi
             raise kind(service.engine.fault)
         yield service
     finally:
-        await service.engine.close()
+        await service.close()
 
 
 def until_interrupted(work: Callable[[], Any]) -> bool:

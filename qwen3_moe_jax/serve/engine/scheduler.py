@@ -144,15 +144,21 @@ class Scheduler:
         events = self._admit_all()
         if not self.running:
             return events
-        is_held_up = bool(self.queue) or bool(self.batch.waiting)
-        tokens = 1 if is_held_up else self._max_step
-        ahead = 0 if is_held_up else self._max_step
+        tokens, ahead = self._step_size()
         try:
             progress = self.batch.step(tokens, prompt_tokens=prompt_tokens, ahead=ahead)
         except Exception as error:
             return events + self._fail_all(error)
         self._note("step", tokens, prompt_tokens, ahead)
         return events + [self._take(p) for p in progress]
+
+    def _step_size(self) -> tuple[int, int]:
+        """Tokens for each sequence of this step, and of the one after it: few while others wait for them."""
+        if self.batch.waiting:
+            return 1, 0
+        if self.queue:  # a slot that gets free in the middle of a step is taken after it
+            return max(1, self._max_step // 2), 0
+        return self._max_step, self._max_step
 
     def _admit_all(self) -> list[Event]:
         events: list[Event] = []

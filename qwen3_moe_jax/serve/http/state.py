@@ -91,6 +91,11 @@ class Service:
             raise ApiError(501, "this backend cannot constrain answers: use the jax backend")
         return [a for w in wishes for a in choices(self.engine, self.model, w, n)]
 
+    async def close(self) -> None:
+        """Ends the processes that belong to it."""
+        self.grammars.close()
+        await self.engine.close()
+
     def finished(self, answer: Answer) -> None:
         """Counts an answer that has ended."""
         self.metrics.answered(answer.usage, answer.finish_reason or "abort")
