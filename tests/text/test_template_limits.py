@@ -74,35 +74,17 @@ BOMBS = {
 }  # fmt: skip
 
 
-def cpu_seconds(pid: int) -> float:
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-
-def cpu_seconds_of_the_dead() -> float:
-    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return usage.ru_utime + usage.ru_stime
-
-
 @pytest.mark.parametrize("bomb", BOMBS)
 def test_a_bomb_ends_within_its_limits(bomb):
-    """In a child of its own, whose CPU time the kernel adds up when it is reaped."""
-    renderer = chat_template._Renderer()
-    renderer.render(request("x"))
-    before = cpu_seconds_of_the_dead() + cpu_seconds(renderer._process.pid)
+    """By the limits of CPU time, memory or output, or refused; never by the deadline, which is for hangs."""
     with pytest.raises(TemplateError) as caught:
-        renderer.render(request(BOMBS[bomb]))
-    renderer.close()
-    assert cpu_seconds_of_the_dead() - before < 0.5
+        render_chat(BOMBS[bomb], USER)
+    assert "it takes longer than" not in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
-def request(template: str) -> dict[str, object]:
-    chat = '{"messages": [{"role": "user", "content": "hi"}], "tools": null}'
-    return {"template": template, "chat": chat, "settings": {}, "masks": ["\u4dc0"], "max_output": 1 << 20}
-
-
 def test_the_kernel_ends_a_loop_that_uses_no_memory():
+    assert template_worker.CPU_SECONDS < 0.5
     with pytest.raises(TemplateError, match=r"it takes more than 0\.45 s of CPU time"):
         render_chat(BOMBS["nested_loops"], USER)
 
