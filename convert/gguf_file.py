@@ -26,6 +26,8 @@ __all__ = ["GGUFFile", "TensorInfo"]
 MAX_SHARDS = 512
 
 _SHARD_NAME = re.compile(r"(.*)-([0-9]{5})-of-([0-9]{5})\.gguf", re.DOTALL)
+_CUT_NAME = re.compile(r".*[.-](?:part|split)[.-]?(?:[0-9]+(?:[.-]?of[.-]?[0-9]+)?|[a-z]{1,2})", re.DOTALL)
+"""Names of what ``split -b`` and upload tools make of a file: ``m.gguf.part1of2``, ``m.gguf-split-a``."""
 
 
 class GGUFFile:
@@ -146,6 +148,23 @@ def _sibling_paths(file: RegularFile, header: Header) -> list[Path]:
             "E_SPLIT", f"is shard {number} of {count}; its name must end in -{number:05}-of-{count:05}.gguf"
         )
     return [file.path.with_name(f"{match[1]}-{i:05}-of-{count:05}.gguf") for i in range(1, count + 1)]
+
+
+def explain_piece(path: Path, error: ModelFileError) -> ModelFileError:
+    """The error of a file that is no model by itself; what its name says of it comes first.
+
+    A shard without ``split.*`` keys was made by another tool than llama-gguf-split, and lacks tensors.
+    """
+    shard, is_cut = _SHARD_NAME.fullmatch(path.name), _CUT_NAME.fullmatch(path.name)
+    if error.code == "E_SPLIT" or not (is_cut or (shard and int(shard[3]) > 1)):
+        return error
+    if is_cut:
+        what = "is by its name one piece of a file that was cut: join all pieces with `cat` first"
+    elif shard and error.code in ("E_ARCH", "E_HPARAM", "E_TENSOR", "E_TOKENIZER"):
+        what = f"is by its name shard {int(shard[2])} of {int(shard[3])}, and has no split keys"
+    else:
+        return error
+    return ModelFileError("E_SPLIT", f"{path}: {what} ({error})", name=error.name, offset=error.offset)
 
 
 def _split_value(file: RegularFile, header: Header, key: str) -> int:

@@ -14,7 +14,7 @@ from qwen3_moe_jax.convert.config import Qwen3MoeConfig, check_architecture
 from qwen3_moe_jax.convert.errors import ModelFileError
 from qwen3_moe_jax.convert.fused import with_parts
 from qwen3_moe_jax.convert.ggml_types import BLOCK_FORMATS
-from qwen3_moe_jax.convert.gguf_file import GGUFFile, TensorInfo
+from qwen3_moe_jax.convert.gguf_file import GGUFFile, TensorInfo, explain_piece
 from qwen3_moe_jax.convert.metadata_keys import check_expert_width
 from qwen3_moe_jax.convert.packed import PackedTensor
 from qwen3_moe_jax.convert.progress import ProgressCallback
@@ -39,14 +39,23 @@ class GGUFSource(ModelSource):
     def __init__(self, path: str | os.PathLike[str], *, check: bool = True, threads: int = READ_THREADS):
         self.path = Path(path)
         self._check = check
-        self._file = GGUFFile.open(self.path)
+        try:
+            self._file = GGUFFile.open(self.path)
+            self._read_header_of_open_file()
+        except ModelFileError as error:
+            explained = explain_piece(self.path, error)
+            if explained is error:
+                raise
+            raise explained from error
+        self._local = threading.local()
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="read")
+
+    def _read_header_of_open_file(self) -> None:
         try:
             self._read_header()
         except BaseException:
             self._file.close()
             raise
-        self._local = threading.local()
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="read")
 
     def _read_header(self) -> None:
         found = self._file.tensors

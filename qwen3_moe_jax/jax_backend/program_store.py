@@ -6,6 +6,7 @@ be closed to all others; what fails a check counts as absent. A file is::
     magic, 8 bytes | SHA-256 of the rest, 32 bytes | the program
 """
 
+import contextlib
 import hashlib
 import logging
 import os
@@ -48,13 +49,14 @@ class ProgramStore:
         """Returns the program of ``key``, or None: absent, damaged, or in a folder of somebody else's."""
         path = self._path(key)
         try:
-            if not path.exists() or not self._is_private():
+            if not os.path.lexists(path) or not self._is_private():
                 return None
-            content = path.read_bytes()
-            os.utime(path)  # used now: others go first
+            content = self._read(path)
         except OSError as error:
             self._note(f"cannot be read ({error.strerror})")
             return None
+        with contextlib.suppress(OSError):  # a place that cannot be written
+            os.utime(path)  # used now: others go first
         head = len(MAGIC) + DIGEST_BYTES
         program = content[head:]
         if content[:head] != MAGIC + hashlib.sha256(program).digest():
@@ -62,6 +64,14 @@ class ProgramStore:
             self.delete(key)
             return None
         return program
+
+    def _read(self, path: Path) -> bytes:
+        """The bytes of a file; none of a link, a pipe, a device, or what is too large to be a program."""
+        flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+        with open(path, "rb", opener=lambda name, _: os.open(name, flags)) as file:
+            status = os.fstat(file.fileno())
+            is_program = stat.S_ISREG(status.st_mode) and status.st_size <= self.max_bytes
+            return file.read() if is_program else b""
 
     def put(self, key: str, program: bytes) -> bool:
         """Writes a program under ``key``: whole, or not at all. Returns whether it is there now."""

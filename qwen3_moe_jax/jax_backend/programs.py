@@ -35,6 +35,7 @@ from qwen3_moe_jax.core.code_version import code_version
 from qwen3_moe_jax.jax_backend.program_store import ProgramStore
 from qwen3_moe_jax.kernels_pallas.implementations import Ran, recording, replay
 from qwen3_moe_jax.machine.folders import writable_cache
+from qwen3_moe_jax.machine.xla_flags import flags_file
 
 _Key = tuple[tuple[Hashable, ...], Any, tuple[Any, ...]]
 
@@ -365,6 +366,7 @@ def _fixed_environment() -> dict[str, Any]:
         "runtime": device.client.platform_version,
         "driver": _first_line("/proc/driver/nvidia/version"),
         "flags": [os.environ.get(name, "") for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "NPROC")],
+        "flags in a file": flags_file(os.environ.get("XLA_FLAGS", "")).decode(errors="replace"),
         "code": code_version(),
     }
 

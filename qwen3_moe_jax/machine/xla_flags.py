@@ -33,7 +33,7 @@ _REFUSAL = re.compile(
 def check_xla_flags() -> None:
     """Raises BackendUnavailableError for flags with which XLA would end this process."""
     flags = os.environ.get(VARIABLE, "")
-    if flags.strip() and not _has_started() and (refusal := _refusal(flags, _content(flags))):
+    if flags.strip() and not _has_started() and (refusal := _refusal(flags, flags_file(flags))):
         raise BackendUnavailableError(
             f"JAX does not start with {VARIABLE} ({refusal}): correct {VARIABLE} or unset it"
         )
@@ -45,10 +45,10 @@ def _has_started() -> bool:
     return bridge is not None and bridge.backends_are_initialized()
 
 
-def _content(flags: str) -> bytes:
-    """Of the file that the variable may name in place of flags; empty where it cannot be read."""
+def flags_file(flags: str) -> bytes:
+    """The content of a file that ``XLA_FLAGS`` may name in place of flags; empty where there is none."""
     try:
-        return b"" if flags.strip().startswith("-") else Path(flags).read_bytes()
+        return b"" if not flags or flags.strip().startswith("-") else Path(flags).read_bytes()
     except (OSError, ValueError):
         return b""
 

@@ -191,7 +191,7 @@ def test_other_programs_names_of_options_are_known():
 
 def test_version_and_module():
     done = subprocess.run(
-        [sys.executable, "-m", "qwen3_moe_jax", "--version"], capture_output=True, text=True, timeout=60
+        [sys.executable, "-m", "qwen3_moe_jax", "--version"], capture_output=True, text=True, timeout=600
     )
     assert (done.returncode, done.stdout) == (0, f"qwen3-moe {q3.__version__}\n")
 
@@ -229,7 +229,7 @@ def test_the_shell_is_told_what_may_follow(line, expected, tmp_path):
         "PYTHONPATH": ":".join(filter(None, sys.path)),
     }
     command = [sys.executable, "-m", "qwen3_moe_jax"]
-    subprocess.run(command, env=environment, check=True, capture_output=True, timeout=60)
+    subprocess.run(command, env=environment, check=True, capture_output=True, timeout=600)
     assert expected in answer.read_text().replace("\x0b", " ").split()
 
 

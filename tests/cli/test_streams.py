@@ -12,7 +12,7 @@ from qwen3_moe_jax.cli import COMMANDS, main
 from qwen3_moe_jax.core import terminal
 from qwen3_moe_jax.testing.gguf_builder import model_builder
 
-SECONDS = 120
+SECONDS = 600
 PROGRAM = [sys.executable, "-m", "qwen3_moe_jax.cli"]
 QUICK = ("--backend", "reference", "--no-gate", "-q")
 GENERATE = ("generate", "def f(x):\n", "-n", "2", *QUICK)

@@ -17,6 +17,7 @@ from qwen3_moe_jax.convert import gguf_header
 from qwen3_moe_jax.convert.errors import ModelFileError
 from qwen3_moe_jax.convert.ggml_types import BLOCK_FORMATS, KNOWN_TYPES, SUPPORTED_TYPES, GGMLType
 from qwen3_moe_jax.convert.gguf_file import GGUFFile
+from qwen3_moe_jax.convert.open_model import open_model
 from qwen3_moe_jax.convert.tokenizer_metadata import BYTE_ALPHABET
 from qwen3_moe_jax.testing.gguf_builder import (
     ARRAY,
@@ -37,6 +38,7 @@ from qwen3_moe_jax.testing.gguf_builder import (
     Typed,
     array,
     entry,
+    model_builder,
     text,
 )
 from tests.convert.work import lines_of
@@ -424,6 +426,37 @@ def test_relative_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     with GGUFFile.open(paths[0].name) as file:
         assert len(file.tensors) == 6
+
+
+def keyless_shards(folder: Path) -> list[Path]:
+    """A whole model in two files, as a tool that knows no split keys would cut it."""
+    whole = model_builder()
+    half = len(whole.tensors) // 2
+    shards = [GGUFBuilder(whole.metadata, whole.tensors[:half]), GGUFBuilder({}, whole.tensors[half:])]
+    return write_shards(folder, shards)
+
+
+@pytest.mark.parametrize("opened", [0, 1])
+def test_a_shard_without_split_keys_is_named(tmp_path: Path, opened: int):
+    path = keyless_shards(tmp_path)[opened]
+    with pytest.raises(ModelFileError, match=f"shard {opened + 1} of 2, and has no split keys") as caught:
+        open_model(path)
+    assert caught.value.code == "E_SPLIT"
+    assert caught.value.advice == "put all shards of one model into one folder"
+
+
+def test_a_whole_model_may_have_the_name_of_a_shard(tmp_path: Path):
+    path = tmp_path / "m-00001-of-00002.gguf"
+    path.write_bytes(model_builder().build())
+    open_model(path).close()
+
+
+@pytest.mark.parametrize("name", ["m.gguf.part1of2", "m.gguf-split-a", "m.gguf.part-aa", "m.gguf.part2"])
+@pytest.mark.parametrize("half", [slice(0, 900), slice(900, None)], ids=["first", "second"])
+def test_a_piece_of_a_cut_file_is_named(tmp_path: Path, name: str, half: slice):
+    (tmp_path / name).write_bytes(model_builder().build()[half])
+    with pytest.raises(ModelFileError, match="one piece of a file that was cut: join all pieces"):
+        open_model(tmp_path / name)
 
 
 @pytest.mark.parametrize("count", [0, 1])

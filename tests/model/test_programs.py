@@ -103,6 +103,18 @@ def test_a_changed_environment_compiles_again(store, made, monkeypatch, change):
     assert sources(made) == ["compiler", "compiler"]
 
 
+def test_flags_of_xla_in_a_file_are_part_of_the_key(monkeypatch, tmp_path):
+    file = tmp_path / "flags"
+    monkeypatch.setenv("XLA_FLAGS", str(file))
+    seen = []
+    for text in ("--xla_cpu_enable_fast_math=false", "--xla_cpu_enable_fast_math=true"):
+        file.write_text(text)
+        programs._fixed_environment.cache_clear()
+        seen.append(programs.environment())
+    programs._fixed_environment.cache_clear()
+    assert seen[0] != seen[1]
+
+
 def test_the_code_is_part_of_the_key():
     facts = programs.environment()
     assert len(facts["code"]) == 16
@@ -184,6 +196,61 @@ def test_a_read_only_place_says_so_once_and_compiles(tmp_path, made):
     assert sources(made) == ["compiler", "compiler"]
     assert len(store.trouble) == 1
     assert "Not a directory" in store.trouble[0]
+
+
+def test_a_place_that_cannot_be_written_is_still_read(store, monkeypatch):
+    """A cache that came with an image: the time of its last use cannot be noted."""
+
+    def refused(*_):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    store.put("a", b"program")
+    monkeypatch.setattr(program_store.os, "utime", refused)
+    assert store.get("a") == b"program"
+    assert not store.trouble
+
+
+def a_pipe(path: Path, elsewhere: Path) -> None:
+    os.mkfifo(path)
+
+
+def a_link(path: Path, elsewhere: Path) -> None:
+    path.symlink_to(elsewhere)
+
+
+def a_link_to_nothing(path: Path, elsewhere: Path) -> None:
+    path.symlink_to("/no/such")
+
+
+def a_huge_file(path: Path, elsewhere: Path) -> None:
+    with open(path, "wb") as file:
+        file.truncate(1 << 40)
+
+
+def an_empty_file(path: Path, elsewhere: Path) -> None:
+    path.write_bytes(b"")
+
+
+@pytest.mark.parametrize("plant", [a_pipe, a_link, a_link_to_nothing, a_huge_file, an_empty_file])
+def test_what_is_no_file_of_a_program_is_not_read_and_replaced(tmp_path, plant):
+    elsewhere = ProgramStore(tmp_path / "elsewhere")
+    elsewhere.put("a", b"of somebody else")
+    store = ProgramStore(tmp_path / "programs")
+    store.put("b", b"1")
+    plant(store.folder / "a.program", elsewhere.folder / "a.program")
+    assert store.get("a") is None
+    assert store.put("a", b"program")
+    assert store.get("a") == b"program"
+    assert elsewhere.get("a") == b"of somebody else"
+
+
+def test_a_folder_in_the_place_of_a_program_stops_nobody(store, made):
+    run(new_program())
+    (file,) = store.folder.glob("*.program")
+    file.unlink()
+    file.mkdir()
+    run(new_program())
+    assert sources(made) == ["compiler", "compiler"]
 
 
 def test_a_full_disk_leaves_no_half_file(store, monkeypatch):

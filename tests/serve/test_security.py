@@ -132,7 +132,7 @@ def test_origins(guarded):
 def post(server, body, path="/v1/chat/completions", **headers):
     headers = {"authorization": f"Bearer {KEY}", "content-type": "application/json", **headers}
     content = body if isinstance(body, bytes) else json.dumps(body).encode()
-    return httpx.post(f"{server.url}{path}", content=content, headers=headers, timeout=60)
+    return httpx.post(f"{server.url}{path}", content=content, headers=headers, timeout=600)
 
 
 def test_sizes(guarded):
@@ -290,7 +290,7 @@ def test_a_killed_engine_comes_back(guarded):
     engine = guarded.service.engine
     headers = {"authorization": f"Bearer {KEY}"}
     url = f"{guarded.url}/v1/chat/completions"
-    with httpx.stream("POST", url, json={**FOREVER, "stream": True}, headers=headers, timeout=60) as reply:
+    with httpx.stream("POST", url, json={**FOREVER, "stream": True}, headers=headers, timeout=600) as reply:
         lines = reply.iter_lines()
         next(lines)
         os.kill(engine.process_id, signal.SIGKILL)
