@@ -27,7 +27,7 @@ from qwen3_moe_jax.core.sampling import Sampling, random_seed, recommended_sampl
 from qwen3_moe_jax.core.stages import STAGES
 from qwen3_moe_jax.machine.kernels import AUTO
 from qwen3_moe_jax.measure.perplexity import DEFAULT_CONTEXT as DEFAULT_WINDOW
-from qwen3_moe_jax.measure.perplexity import Perplexity, measure_perplexity
+from qwen3_moe_jax.measure.perplexity import Perplexity, cut_text, measure_perplexity
 from qwen3_moe_jax.parity.gate import check_once
 from qwen3_moe_jax.text.answer import Answer
 from qwen3_moe_jax.text.chat_template import find_template, render_chat, special_tokens
@@ -39,6 +39,7 @@ from qwen3_moe_jax.text.tokenizer import StreamDecoder, Tokenizer
 if TYPE_CHECKING:
     from qwen3_moe_jax.inspection.experts import ExpertUsage
     from qwen3_moe_jax.inspection.trace import Trace
+    from qwen3_moe_jax.measure.divergence import Divergence
     from qwen3_moe_jax.parity import Report
     from qwen3_moe_jax.parity.bisect import Departure
 
@@ -310,6 +311,23 @@ class Model:
         """
         check_text("text", text)
         return measure_perplexity(self.runner, self.tokenizer, text, context=context, stride=stride)
+
+    def divergence(
+        self, base: "Model", text: str, *, context: int = DEFAULT_WINDOW, stride: int | None = None
+    ) -> "Divergence":
+        """How far this model's distributions are from those of ``base``, another file of it.
+
+        ``.kl`` is the mean KL(base || this) in nats per token, ``.top_1`` the share of tokens whose
+        likeliest token agrees; both models are held. Arguments and errors as :meth:`perplexity`.
+        """
+        from qwen3_moe_jax.measure import divergence as measure
+
+        check_text("text", text)
+        cut = cut_text(self.runner, self.tokenizer, text, context, stride)
+        measure.check_same_vocabulary(cut, self.tokenizer, base.tokenizer, text, str(base.source.path))
+        sources = (measure.runner_logits(model.runner, cut) for model in (self, base))
+        *_, last = measure.divergences(cut, *sources)
+        return last
 
     def verify(
         self,

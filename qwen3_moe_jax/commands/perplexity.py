@@ -4,7 +4,9 @@ import argparse
 import os
 import time
 
+from qwen3_moe_jax import loader
 from qwen3_moe_jax.commands import options
+from qwen3_moe_jax.commands.against import run_against
 from qwen3_moe_jax.commands.common import (
     add_model_arguments,
     add_picture,
@@ -17,6 +19,7 @@ from qwen3_moe_jax.core.errors import OptionError
 from qwen3_moe_jax.core.exit_codes import ExitCode
 from qwen3_moe_jax.core.pictures import drawn
 from qwen3_moe_jax.core.terminal import SLOW_SECONDS, explain_if_slow, input_name
+from qwen3_moe_jax.measure.divergence import Divergence
 from qwen3_moe_jax.measure.perplexity import DEFAULT_CONTEXT, Perplexity, check_windows, estimates
 from qwen3_moe_jax.measure.plots import draw_perplexity
 from qwen3_moe_jax.measure.positions import Positions
@@ -26,6 +29,7 @@ Without --stride the definition is llama-perplexity's: windows of --context toke
 which the second half is scored; the end of the text that fills no window is left out. With --stride it is
 Hugging Face's: windows begin every STRIDE tokens and each scores what no window before it has seen, so every
 token but the first counts once. Figures of one text compare only at the same definition and --context.
+--against compares the distributions of two files of one model, such as a quantized one with its original.
 """
 
 LINE_SECONDS = {True: 0.2, False: 5.0}
@@ -43,6 +47,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="TOKENS",
         help="score every token, in windows this far apart",
     )
+    parser.add_argument(
+        "--against",
+        type=options.path,
+        metavar="MODEL",
+        help="the KL divergence from another file of this model, and how often the likeliest token agrees",
+    )
     add_picture(parser, "perplexity by position in the window, and along the text")
     parser.add_argument("--json", action="store_true", help="one JSON object in place of the text")
     add_model_arguments(parser, context_help=f"tokens of a window (default: {DEFAULT_CONTEXT})")
@@ -50,6 +60,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     picture_path(args)
+    if args.against and args.picture:
+        raise OptionError("--picture shows one model: leave out --against")
     args.context = DEFAULT_CONTEXT if args.context is None else args.context
     try:
         check_windows(args.context, args.stride)
@@ -59,6 +71,9 @@ def run(args: argparse.Namespace) -> int:
     if not text:
         raise ValueError(f"{input_name(args.file)} is empty: perplexity needs a text")
     check_length(args.file, text, args.context if args.stride is None else 2)
+    if args.against:
+        args.against = loader.model_path(args.against, quiet=args.quiet)
+        return run_against(args, text, _Progress(quiet=args.quiet))
     last, interrupted = None, False
     positions = Positions.empty(args.context)
     with load_model(args) as model:
@@ -118,7 +133,7 @@ class _Progress:
         self._began = self._last = time.monotonic()
         self._shown = False
 
-    def show(self, now: Perplexity) -> None:
+    def show(self, now: Perplexity | Divergence) -> None:
         moment = time.monotonic()
         since = moment - (self._last if self._shown else self._began)
         due = LINE_SECONDS[terminal.notes_on_terminal()] if self._shown else SLOW_SECONDS
@@ -126,12 +141,16 @@ class _Progress:
             return
         self._last, self._shown = moment, True
         self._status.show(
-            f"window {now.windows} of {now.windows_in_all}: perplexity {now.perplexity:.4f} so far, "
+            f"window {now.windows} of {now.windows_in_all}: {_in_short(now)} so far, "
             f"{now.seconds_left:.0f} s left"
         )
 
     def clear(self) -> None:
         self._status.clear()
+
+
+def _in_short(now: Perplexity | Divergence) -> str:
+    return f"KL {now.kl:.6f}" if isinstance(now, Divergence) else f"perplexity {now.perplexity:.4f}"
 
 
 def _print(found: Perplexity, *, quiet: bool) -> None:

@@ -67,6 +67,44 @@ def windows(num_tokens: int, context: int, stride: int | None = None) -> list[Wi
 
 
 @dataclass(frozen=True)
+class Cut:
+    """A text as token ids, and its windows.
+
+    Attributes:
+      ids: int32 [N].
+      windows: in their order; at least one.
+      bos_id: what stands in the place of each window's first token; None for that token itself.
+    """
+
+    ids: np.ndarray
+    windows: list[Window]
+    bos_id: int | None
+
+    def seen(self, window: Window) -> np.ndarray:
+        """The ids that a model reads for a window."""
+        seen = self.ids[window.start : window.end].copy()
+        if self.bos_id is not None:
+            seen[0] = self.bos_id
+        return seen
+
+
+def cut_text(runner: Runner, tokenizer: Tokenizer, text: str, context: int, stride: int | None) -> Cut:
+    """Cuts a text into windows; arguments and ValueErrors as ``estimates``."""
+    check_windows(context, stride)
+    if context > runner.max_context:
+        raise ValueError(f"a context of {context} tokens: the model was loaded for {runner.max_context}")
+    ids = np.asarray(tokenizer.encode(text), np.int32)
+    cut = windows(len(ids), context, stride)
+    if not cut:
+        least = context if stride is None else 2
+        raise ValueError(
+            f"the text has {len(ids)} tokens and at least {least} are needed"
+            + (": take a longer text or a smaller --context" if stride is None else "")
+        )
+    return Cut(ids, cut, tokenizer.bos_id if stride is None else None)
+
+
+@dataclass(frozen=True)
 class Perplexity:
     """A perplexity, after all windows of a text or after the first of them.
 
@@ -147,22 +185,12 @@ def estimates(
       ValueError: lengths that do not fit each other or the runner, or a text without one window.
       NumericalError: a log-likelihood was not finite.
     """
-    check_windows(context, stride)
-    if context > runner.max_context:
-        raise ValueError(f"a context of {context} tokens: the model was loaded for {runner.max_context}")
-    ids = np.asarray(tokenizer.encode(text), np.int32)
-    cut = windows(len(ids), context, stride)
-    if not cut:
-        least = context if stride is None else 2
-        raise ValueError(
-            f"the text has {len(ids)} tokens and at least {least} are needed"
-            + (": take a longer text or a smaller --context" if stride is None else "")
-        )
+    cut = cut_text(runner, tokenizer, text, context, stride)
+    ids = cut.ids
     nbytes = np.asarray([len(tokenizer.token_bytes(int(i), show_control=True)) for i in ids])
-    bos_id = tokenizer.bos_id if stride is None else None
-    tally = _Tally(len(ids), len(cut), context, stride)
-    for window in cut:
-        scored = _score(runner, ids, window, bos_id)
+    tally = _Tally(len(ids), len(cut.windows), context, stride)
+    for window in cut.windows:
+        scored = _score(runner, cut, window)
         if positions is not None:
             positions.add(window.first, window.start, scored)
         yield tally.add(scored, int(nbytes[window.first : window.end].sum()), window)
@@ -174,12 +202,9 @@ def measure_perplexity(runner: Runner, tokenizer: Tokenizer, text: str, **option
     return last
 
 
-def _score(runner: Runner, ids: np.ndarray, window: Window, bos_id: int | None) -> np.ndarray:
+def _score(runner: Runner, cut: Cut, window: Window) -> np.ndarray:
     """Log-likelihoods, float64, of a window's scored tokens."""
-    seen = ids[window.start : window.end].copy()
-    if bos_id is not None:
-        seen[0] = bos_id
-    found = runner.log_likelihoods(seen, first=window.first - window.start).astype(np.float64)
+    found = runner.log_likelihoods(cut.seen(window), first=window.first - window.start).astype(np.float64)
     bad = np.flatnonzero(~np.isfinite(found))
     if bad.size:
         raise NumericalError(
