@@ -1,6 +1,7 @@
 """The one check of the arguments of a runner's methods: every backend refuses the same ones."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -109,6 +110,18 @@ def check_open(runner: Runner) -> None:
     """Raises ModelClosedError if ``runner`` is closed."""
     if runner.is_closed:
         raise ModelClosedError
+
+
+@contextmanager
+def open_throughout(runner: Runner) -> Generator[None]:
+    """Raises ModelClosedError at the start, and for what fails since another thread has closed the model."""
+    check_open(runner)
+    try:
+        yield
+    except (RuntimeError, LookupError, ValueError, TypeError) as error:
+        if runner.is_closed:
+            raise ModelClosedError from error
+        raise
 
 
 def checked_ids(token_ids: Sequence[int], vocab_size: int) -> NDArray[np.int32]:

@@ -3,8 +3,7 @@
 import sys
 import time
 import weakref
-from collections.abc import Callable, Collection, Generator, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, Unpack
 
 import jax
@@ -14,7 +13,7 @@ import numpy as np
 from qwen3_moe_jax.convert.packed import LANES
 from qwen3_moe_jax.convert.progress import ProgressCallback
 from qwen3_moe_jax.convert.source import ModelSource
-from qwen3_moe_jax.core.errors import ModelClosedError, NumericalError
+from qwen3_moe_jax.core.errors import NumericalError
 from qwen3_moe_jax.core.runner import (
     Capabilities,
     Forward,
@@ -30,6 +29,7 @@ from qwen3_moe_jax.core.runner_arguments import (
     checked_forward,
     checked_prompt,
     checked_text,
+    open_throughout,
     per_prompt,
 )
 from qwen3_moe_jax.core.sampling import Sampling
@@ -205,17 +205,6 @@ class JaxRunner:
         for array in jax.tree.leaves(params):
             array.delete()
 
-    @contextmanager
-    def _open(self) -> Generator[None]:
-        """Raises ModelClosedError at the start, and where the model is closed meanwhile."""
-        check_open(self)
-        try:
-            yield
-        except (RuntimeError, KeyError, ValueError) as error:
-            if self.is_closed:
-                raise ModelClosedError from error
-            raise
-
     @own_settings()
     def dequantized(self, path: str, tile: int, expert: int | None = None) -> np.ndarray:
         check_open(self)
@@ -242,7 +231,7 @@ class JaxRunner:
     def forward(self, token_ids: Sequence[int], **options: Unpack[ForwardOptions]) -> Forward:
         """As ``Runner.forward``; ``interventions`` change stages inside the jitted model."""
         request = checked_forward(self, token_ids, **options)
-        with self._open():
+        with open_throughout(self):
             return self._forward(request)
 
     @own_settings()
@@ -262,7 +251,7 @@ class JaxRunner:
         tokens = checked_text(self, token_ids, first)
         chunks = chunk_lengths(len(tokens) - 1)
         cache = KVCache.create(self.config, 1, whole_tiles(sum(chunks)), self.cache_dtype, self.device)
-        with self._open():
+        with open_throughout(self):
             return token_scores(self.decoder.model, self.params, cache, tokens, chunks, first, top)
 
     def stream(
@@ -278,7 +267,7 @@ class JaxRunner:
         return self._stream(Request(prompt, sampling, max_tokens, stop_ids), reuse)
 
     def _stream(self, request: Request, reuse: bool) -> Iterator[int]:
-        with self._open():
+        with open_throughout(self):
             held, self._spare_tokens = self._spare_tokens, []
             batch = self._take_spare()
             tokens = list(request.token_ids)
@@ -339,7 +328,7 @@ class JaxRunner:
             Request(prompt, its_sampling, limit, frozenset(stop_ids))
             for prompt, (limit, its_sampling) in zip(prompts, settings, strict=True)
         ]
-        with self._open():
+        with open_throughout(self):
             return run_all(batch, requests, is_over)
 
     def _nonfinite(self, position: int) -> NumericalError:

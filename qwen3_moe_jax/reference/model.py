@@ -29,10 +29,10 @@ from qwen3_moe_jax.core.runner import (
     ForwardOptions,
 )
 from qwen3_moe_jax.core.runner_arguments import (
-    check_open,
     checked_forward,
     checked_prompt,
     checked_text,
+    open_throughout,
 )
 from qwen3_moe_jax.core.sampling import Sampling
 from qwen3_moe_jax.core.stages import StageKey
@@ -227,8 +227,9 @@ class ReferenceRunner(OneAtATime):
         for start in range(0, len(r.token_ids), chunk):
             part = slice(start, start + chunk)
             forced = None if r.expert_ids is None else r.expert_ids[:, part]
-            hidden, ids, cache = self._layers(r.token_ids[part], cache, record, forced, r.layers)
-            logits.append(self._logits(hidden, record).astype(np.float32))
+            with open_throughout(self):
+                hidden, ids, cache = self._layers(r.token_ids[part], cache, record, forced, r.layers)
+                logits.append(self._logits(hidden, record).astype(np.float32))
             chosen.append(ids)
         joined = {key: np.concatenate(values) for key, values in stages.items()}
         return Forward(np.concatenate(logits), np.concatenate(chosen, axis=1), joined)
@@ -240,10 +241,11 @@ class ReferenceRunner(OneAtATime):
         for start in range(0, len(inputs), SCORED_TOKENS):
             part = slice(start, start + SCORED_TOKENS)
             every_layer = range(self.config.num_hidden_layers)
-            hidden, _, cache = self._layers(inputs[part], cache, _ignore, None, every_layer)
             skip = max(0, first - 1 - start)
-            if skip < len(hidden):
+            with open_throughout(self):
+                hidden, _, cache = self._layers(inputs[part], cache, _ignore, None, every_layer)
                 logits = self._logits(hidden[skip:], _ignore)
+            if len(logits):
                 found.append(target_log_likelihoods(logits, targets[part][skip:]))
         return np.concatenate(found)
 
@@ -265,9 +267,9 @@ class ReferenceRunner(OneAtATime):
         cache, new_ids = self._empty_cache(), token_ids
         every_layer = range(self.config.num_hidden_layers)
         for _ in range(min(max_tokens, self.max_context - len(token_ids))):
-            check_open(self)
-            hidden, _, cache = self._layers(new_ids, cache, _ignore, None, every_layer)
-            logits = self._logits(hidden[-1:], _ignore)[0]
+            with open_throughout(self):
+                hidden, _, cache = self._layers(new_ids, cache, _ignore, None, every_layer)
+                logits = self._logits(hidden[-1:], _ignore)[0]
             if not np.isfinite(logits).all():
                 raise NumericalError(
                     f"the reference backend's logits are not finite at position {cache[0][0].shape[0] - 1}: "

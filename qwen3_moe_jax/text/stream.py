@@ -76,6 +76,7 @@ class TextStream:
         self._stops = StopStrings(stop)
         self._max_tokens = max_tokens
         self._starts_in_reasoning = starts_in_reasoning
+        self._fault: Exception | None = None
         _STREAMS.add(self)
 
     @property
@@ -90,6 +91,8 @@ class TextStream:
 
     def __iter__(self) -> Iterator[str]:
         """Pieces of text, none of them empty."""
+        if self._fault is not None:
+            raise self._fault
         try:
             for token_id in self._token_ids:
                 self.tokens.append(token_id)
@@ -99,6 +102,9 @@ class TextStream:
             yield from self._emit(self._decoder.finish(), is_last=True)
             if not self.finish_reason:
                 self.finish_reason = "length" if self.new_tokens == self._max_tokens else "stop"
+        except Exception as error:
+            self._fault = error  # whoever reads on must not take it for the end
+            raise
         finally:
             self.close()
 

@@ -91,6 +91,33 @@ def test_an_open_stream_ends_with_the_model(backend):
             list(stream)
 
 
+@pytest.mark.parametrize("call", ["forward", "log_likelihoods", "stream"])
+def test_closing_while_another_thread_computes_says_so(call, monkeypatch):
+    """The other thread's close comes in the middle of a layer."""
+    runner = q3.load(backend="reference", max_context=64, gate=False).runner
+    product = runner._matmul
+
+    def closes(*arguments):
+        runner.close()
+        return product(*arguments)
+
+    monkeypatch.setattr(runner, "_matmul", closes)
+    options = {"max_tokens": 4, "sampling": GREEDY} if call == "stream" else {}
+    with pytest.raises(ModelClosedError):
+        list(getattr(runner, call)([1, 2, 3], **options))
+
+
+def test_a_stream_that_broke_off_does_not_end_well_when_it_is_read_on():
+    with q3.load(backend="reference", max_context=64, gate=False) as model:
+        stream = model.open_stream("def f", max_tokens=40, sampling=GREEDY)
+        pieces = iter(stream)
+        next(pieces)
+    for rest in (pieces, stream):
+        with pytest.raises(ModelClosedError):
+            list(rest)
+    assert stream.finish_reason is None
+
+
 def live_bytes() -> int:
     return sum(array.nbytes for array in jax.live_arrays())
 
