@@ -13,6 +13,7 @@ from qwen3_moe_jax.convert.config import Qwen3MoeConfig
 from qwen3_moe_jax.convert.open_model import open_model
 from qwen3_moe_jax.convert.progress import ProgressCallback
 from qwen3_moe_jax.convert.source import ModelSource
+from qwen3_moe_jax.core import notebook
 from qwen3_moe_jax.core.arguments import check_count, check_list, check_switch, check_text, wrong_kind
 from qwen3_moe_jax.core.errors import (
     BackendUnavailableError,
@@ -445,7 +446,7 @@ def load(
     adapter: str | None = None,
     gate: bool = True,
     strict: bool = False,
-    progress: ProgressCallback | None = None,
+    progress: ProgressCallback | bool | None = None,
 ) -> Model:
     """Loads a model.
 
@@ -465,7 +466,8 @@ def load(
         meets this file (remembered afterwards).
       strict: raise where something would fall back: a GPU that JAX cannot use,
         a quantization type without a kernel on the GPU.
-      progress: called with bytes done and bytes in all.
+      progress: called with bytes done and bytes in all; True shows a bar, False nothing; None a bar in
+        notebooks alone.
 
     Raises:
       ModelFileError: the file cannot be used.
@@ -477,15 +479,15 @@ def load(
     """
     check_switch("gate", gate)
     check_switch("strict", strict)
-    if progress is not None and not callable(progress):
-        raise wrong_kind("progress", progress, "a function")
+    if progress is not None and not isinstance(progress, bool) and not callable(progress):
+        raise wrong_kind("progress", progress, "a function, True or False")
     found = loader.model_path(path)
     chosen, reason, fallbacks = (
         loader.choose_backend(kernels) if backend == "auto" else (backend, "as asked", ())
     )
     if strict and fallbacks:
         raise BackendUnavailableError(f"strict: {fallbacks[0]}")
-    with ExitStack() as undo:
+    with notebook.progress(progress, "loading") as report, ExitStack() as undo:
         source = undo.enter_context(open_model(found))
         runner = loader.make_runner(
             source,
@@ -495,7 +497,7 @@ def load(
             kv_cache=kv_cache,
             kernels=kernels,
             adapter=adapter,
-            progress=progress,
+            progress=report,
         )
         undo.enter_context(closing(runner))
         left_out = runner.describe()["fallbacks"]

@@ -326,7 +326,7 @@ def _lines(label: str) -> Generator[ProgressCallback, None, None]:
         if seconds < due or done >= total:
             return
         due = seconds + LINE_SECONDS
-        note(f"{label}: {format_bytes(done)} of {format_bytes(total)}{_rate_text(rate, left)}")
+        note(f"{label}: {format_bytes(done)} of {format_bytes(total)}{rate_text(rate, left)}")
 
     yield report
 
@@ -357,13 +357,14 @@ def _bar(label: str) -> Generator[ProgressCallback, None, None]:
         def report(done: int, total: int) -> None:
             seconds, rate, left = estimate(done, total)
             is_visible = seconds >= QUIET_SECONDS
-            bar.update(task, completed=done, total=total, visible=is_visible, speed=_rate_text(rate, left))
+            bar.update(task, completed=done, total=total, visible=is_visible, speed=rate_text(rate, left))
             bar.refresh()
 
         yield report
 
 
-def _rate_text(rate: float | None, left: float | None) -> str:
+def rate_text(rate: float | None, left: float | None) -> str:
+    """Rate and time left, after a comma; nothing of what is not known."""
     text = "" if rate is None else f", {format_bytes(rate)}/s"
     return text if left is None else f"{text}, {left:.0f} s left"
 

@@ -1,10 +1,13 @@
 """Commands in processes of their own: with pipes, or at a pseudo-terminal that a test types at."""
 
+import fcntl
 import os
 import pty
 import re
+import struct
 import subprocess
 import sys
+import termios
 
 SECONDS = 120
 
@@ -22,16 +25,23 @@ def start(*args: str, code: str = START, **options) -> subprocess.Popen:
 
 
 class Terminal:
-    """A command at a terminal of its own, driven by keys; ``shown`` is what was not matched yet."""
+    """A command at a terminal of its own, driven by keys.
 
-    def __init__(self, *args: str, **environment: str):
+    Attributes:
+      shown: what was not matched yet.
+      all: every byte that came.
+    """
+
+    def __init__(self, *args: str, size: tuple[int, int] = (24, 80), **environment: str):
+        """``size``: lines and columns."""
         self.master, slave = pty.openpty()
+        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", *size, 0, 0))
         streams = {name: slave for name in ("stdin", "stdout", "stderr")}
         code = f"import fcntl, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); {START}"
         environment = {**os.environ, "TERM": "dumb", **environment}
         self.process = start(*args, code=code, start_new_session=True, env=environment, **streams)
         os.close(slave)
-        self.shown = ""
+        self.shown, self.all = "", b""
 
     def press(self, keys: str) -> None:
         os.write(self.master, keys.encode())
@@ -44,14 +54,16 @@ class Terminal:
         return before
 
     def _read(self) -> str:
-        text = os.read(self.master, 4096).decode(errors="replace")
+        data = os.read(self.master, 4096)
+        self.all += data
+        text = data.decode(errors="replace")
         print(text, end="")  # for a failure's report
         return text
 
     def exit_code(self) -> int:
         try:
-            while os.read(self.master, 4096):
-                pass
+            while data := os.read(self.master, 4096):
+                self.all += data
         except OSError:  # Linux: the other side is closed
             pass
         return self.process.wait(timeout=SECONDS)

@@ -1,10 +1,13 @@
 """The docs are true: tables are what the receipts say, examples and blocks of code run, the log is listed."""
 
+import os
 import re
 import runpy
 from pathlib import Path
 
+import nbformat
 import pytest
+from nbclient import NotebookClient
 
 from scripts import ROOT, make_tables
 
@@ -67,3 +70,18 @@ def test_every_test_that_the_reliability_page_names_exists():
     ):
         file = name or file
         assert f"def {test}(" in (ROOT / "tests" / file).read_text(), f"{file}::{test}"
+
+
+def test_the_notebook_runs(tmp_path: Path):
+    """Each cell, in a kernel, with the backend that compiles nothing in the place of the default."""
+    notebook = nbformat.read(DOCS / "examples" / "first_hour.ipynb", as_version=4)
+    for cell in notebook.cells:
+        cell.source = cell.source.replace("q3.load()", 'q3.load(backend="reference", gate=False)')
+    client = NotebookClient(notebook, timeout=None, resources={"metadata": {"path": str(tmp_path)}})
+    client.execute(env={**os.environ, "PYTHONPATH": str(ROOT)})
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
+    texts = [str(o.get("text", o.get("data", {}).get("text/plain", ""))) for o in outputs]
+    assert texts[0].startswith("<Model tiny-coder-Q4_K_M.gguf: 6 layers")
+    assert "closed" in texts[-1]
+    assert any("image/png" in output.get("data", {}) for output in outputs)
+    assert (tmp_path / "two-texts.svg").exists()

@@ -66,7 +66,7 @@ LOADS = [
     ({"gate": "no"}, "gate must be True or False, not 'no'"),
     ({"strict": 1}, "strict must be True or False, not 1"),
     ({"adapter": 3}, "adapter must be a text, not 3"),
-    ({"progress": 3}, "progress must be a function, not 3"),
+    ({"progress": 3}, "progress must be a function, True or False, not 3"),
 ]
 
 

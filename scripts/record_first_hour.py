@@ -1,0 +1,277 @@
+"""Goes through a newcomer's first hour on this machine and writes docs/guides/first-hour.md, with pictures.
+
+    python -m scripts.record_first_hour [--no-install] [--out docs/guides]
+
+Everything is real: a fresh environment and the wheel, a hub on this machine that speaks the real protocol (it
+serves the embedded model), an empty cache of compiled programs, a terminal for ``chat``. Each time is that of
+the whole command. The last line is JSON: seconds of each step.
+"""
+
+import argparse
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from qwen3_moe_jax.loader import embedded_model
+from qwen3_moe_jax.testing.terminal import Terminal
+from scripts import ROOT, child_environment
+from scripts._screen import svg_of
+from tests.hub.hub_server import Hub, running
+
+REPO = "Tiny/Tiny-Coder-GGUF"
+NAME = f"hf:{REPO}:Q4_K_M"
+PICTURES = "pictures"
+LINES, COLUMNS = 40, 100
+
+QUESTIONS = (
+    ("factorial", "Write a function that returns the factorial of n."),
+    ("words", "Write a function that counts the words of a text."),
+    ("empty", ""),
+)
+
+
+@dataclass
+class Recorder:
+    """Runs commands as a user would type them.
+
+    Attributes:
+      folder: where they run.
+      environment: theirs.
+      seconds: by step.
+      blocks: of the page, by step.
+    """
+
+    folder: Path
+    environment: dict[str, str]
+    seconds: dict[str, float] = field(default_factory=dict)
+    blocks: dict[str, str] = field(default_factory=dict)
+
+    def run(self, step: str, *lines: str, codes: tuple[int, ...] = (0,)) -> None:
+        """Runs lines of the shell; their output and time go into the page."""
+        shown = []
+        began = time.perf_counter()
+        for line in lines:
+            done = subprocess.run(
+                ["bash", "-c", line], cwd=self.folder, env=self.environment, capture_output=True, text=True
+            )
+            if done.returncode not in codes:
+                raise SystemExit(f"{line} ended with {done.returncode}:\n{done.stderr}")
+            shown += [f"$ {line}", *self._clean(done.stderr + done.stdout)]
+        self.add(step, time.perf_counter() - began, shown)
+
+    def add(self, step: str, seconds: float, shown: list[str]) -> None:
+        """One step of the page."""
+        self.seconds[step] = round(seconds, 1)
+        self.blocks[step] = "```console\n" + "\n".join(shown) + "\n```"
+        print(f"{step}: {seconds:.1f} s", file=sys.stderr)
+
+    def _clean(self, text: str) -> list[str]:
+        """Lines without this machine's folders; long ones end in dots."""
+        text = text.replace(str(self.folder), "~").replace(self.environment["HF_HUB_CACHE"], "~/.cache")
+        lines = [line.rstrip() for line in text.splitlines()]
+        return [
+            line if len(line) <= 150 else line[:149] + "\u2026" for line in lines if "UserWarning" not in line
+        ]
+
+
+def write_requests(path: Path) -> None:
+    """A batch of three lines, one of which asks for nothing, and one line that is no request."""
+    lines = []
+    for name, text in QUESTIONS:
+        body = {"messages": [{"role": "user", "content": text}], "max_tokens": 40, "temperature": 0}
+        body = body if text else {"max_tokens": 40}
+        request = {"custom_id": name, "method": "POST", "url": "/v1/chat/completions", "body": body}
+        lines.append(json.dumps(request))
+    path.write_text("\n".join(lines) + "\n")
+
+
+def record_chat(recorder: Recorder, out: Path) -> None:
+    """Two turns and a command at a real terminal; the screen goes into a picture."""
+    began = time.perf_counter()
+    environment = {**recorder.environment, "TERM": "xterm-256color", "COLORTERM": "truecolor"}
+    environment |= {"PROMPT_TOOLKIT_NO_CPR": "1", "PYTHONIOENCODING": "utf-8"}
+    talk = Terminal(
+        "chat",
+        "-m",
+        NAME,
+        "--temperature",
+        "0",
+        "-n",
+        "60",
+        "--no-history",
+        size=(LINES, COLUMNS),
+        **environment,
+    )
+    ready = r"\x1b\[\?2004h[^>]*>[^\n]*\x1b\[\?25h"
+    talk.until(ready)
+    for line in ("def quick_sort(values):", "and now a merge sort, please"):
+        talk.press(line + "\r")
+        talk.until(re.escape(line[-8:]))
+        talk.until(ready)
+    talk.press("/stats\r")
+    talk.until(r"context:")
+    talk.until(ready)
+    screen = talk.all
+    talk.press("\x04")
+    talk.exit_code()
+    svg = svg_of(screen, lines=LINES, columns=COLUMNS, title=f"qwen3-moe chat -m {NAME}")
+    (out / PICTURES / "chat.svg").write_text(svg)
+    recorder.add("chat", time.perf_counter() - began, [f"$ qwen3-moe chat -m {NAME} --temperature 0 -n 60"])
+
+
+def install(recorder: Recorder) -> None:
+    """The wheel into a fresh environment, whose command is then used."""
+    dist = recorder.folder / "dist"
+    subprocess.run(
+        [sys.executable, "-m", "scripts.check_wheel", "--keep", dist],
+        cwd=ROOT,
+        check=True,
+        stdout=subprocess.DEVNULL,
+    )
+    (wheel,) = dist.glob("*.whl")
+    shutil.move(wheel, recorder.folder / wheel.name)
+    recorder.run(
+        "install",
+        "python3 -m venv .venv",
+        f".venv/bin/pip install -q './{wheel.name}[serve,plot]'",
+        ".venv/bin/qwen3-moe --version",
+    )
+    recorder.environment["PATH"] = f"{recorder.folder}/.venv/bin:{recorder.environment['PATH']}"
+
+
+def clone_command(recorder: Recorder) -> None:
+    """``qwen3-moe`` of this clone, without an installation."""
+    folder = recorder.folder / "bin"
+    folder.mkdir()
+    (folder / "qwen3-moe").write_text(f'#!/bin/sh\nexec {sys.executable} -m qwen3_moe_jax.cli "$@"\n')
+    (folder / "qwen3-moe").chmod(0o755)
+    recorder.environment["PATH"] = f"{folder}:{recorder.environment['PATH']}"
+
+
+def record(recorder: Recorder, out: Path) -> None:
+    """Every step after the installation."""
+    run = recorder.run
+    run("look", f"qwen3-moe pull --list hf:{REPO}", f"qwen3-moe inspect {NAME} | head -n 9")
+    run("pull", f"qwen3-moe pull {NAME}")
+    run("models", "qwen3-moe models")
+    run("generate", f"qwen3-moe generate 'def fib(n):' -n 40 --temperature 0 -m {NAME}")
+    run("again", f"qwen3-moe generate 'def fib(n):' -n 40 --temperature 0 -m {NAME} -q")
+    record_chat(recorder, out)
+    picture = out / PICTURES / "experts.png"
+    texts = "'def area(r):\n    return 3.14 * r * r' --against 'Once upon a time there was a king.'"
+    run("experts", f"qwen3-moe experts {texts} -m {NAME} -q | tail -n 7")
+    shutil.move(recorder.folder / "experts.png", picture)
+    write_requests(recorder.folder / "requests.jsonl")
+    batch = f"qwen3-moe batch requests.jsonl -o results.jsonl -m {NAME}"
+    show = "cut -c 1-140 results.jsonl"
+    run("batch", "cut -c 1-140 requests.jsonl", batch, show, batch, codes=(0, 1))
+
+
+PAGE = """\
+# The first hour
+
+What a newcomer sees, recorded by `python -m scripts.record_first_hour` on {machine}.
+The hub is one on the same machine that speaks the real protocol and serves the embedded model (14 MB); with a
+real one only names and sizes differ. Each time is that of its whole block. Other work ran on the machine: the
+times are upper bounds.
+
+## Install: {install} s
+
+{install_block}
+
+## Look before the download: {look} s
+
+The list, then the header of one file, which is all that `inspect` reads: types, memory, what will run.
+
+{look_block}
+
+## Get it: {pull} s
+
+{pull_block}
+
+{models_block}
+
+## Write: {generate} s, and {again} s the second time
+
+The first run of a model compiles its programs; they are kept.
+
+{generate_block}
+
+{again_block}
+
+## Talk: {chat} s
+
+{chat_block}
+
+![The terminal after two turns and /stats]({pictures}/chat.svg)
+
+The second turn reads what is new alone. [All of chat](chat.md).
+
+## See: {experts} s
+
+{experts_block}
+
+![Which experts each text uses, and the difference]({pictures}/experts.png)
+
+## Many prompts: {batch} s
+
+A line that is no good request gets its reason, the others their answers; the same command again does nothing
+twice.
+
+{batch_block}
+
+## Next
+
+[Get a model](models.md), [chat](chat.md), [batch files](batch-files.md), [serve](serve.md),
+[look inside](inside.md), [verify](verify.md). From Python: the notebook `docs/examples/first_hour.ipynb`.
+"""
+
+
+def page(recorder: Recorder) -> str:
+    """The page with every block and time."""
+    blocks = {f"{step}_block": block for step, block in recorder.blocks.items()}
+    machine = f"{os.cpu_count()} cores without a GPU, Python {platform.python_version()}"
+    return PAGE.format(machine=machine, pictures=PICTURES, **blocks, **recorder.seconds)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--no-install", action="store_true", help="use this clone; the page keeps its block")
+    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "guides")
+    args = parser.parse_args()
+    data = embedded_model().read_bytes()
+    files = {
+        "README.md": b"# Tiny",
+        "Tiny-Coder-Q4_K_M.gguf": data,
+        "Tiny-Coder-NVFP4.gguf": bytes(9_000_000),
+    }
+    with tempfile.TemporaryDirectory() as name, running(Hub(repos={REPO: files})) as hub:
+        folder = Path(name) / "home"
+        folder.mkdir()
+        caches = {"HF_HUB_CACHE": f"{name}/hub", "QWEN3_MOE_CACHE": f"{name}/programs", "HOME": str(folder)}
+        settings = {
+            "HF_ENDPOINT": hub.url,
+            "HF_HUB_DISABLE_XET": "1",
+            "COLUMNS": "100",
+            "JAX_PLATFORMS": "cpu",
+        }
+        recorder = Recorder(folder, {**os.environ, **child_environment(), **caches, **settings})
+        clone_command(recorder) if args.no_install else install(recorder)
+        if args.no_install:
+            recorder.add("install", 0.0, ["$ pip install '.[serve,plot]'"])
+        record(recorder, args.out)
+    (args.out / "first-hour.md").write_text(page(recorder))
+    print(json.dumps({"seconds": recorder.seconds, "cores": os.cpu_count()}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
