@@ -29,7 +29,8 @@ class Browser:
 
     def __init__(self, width: int, profile: str):
         flags = [f"--{f}" for f in FLAGS] + [f"--user-data-dir={profile}", f"--window-size={width},800"]
-        wanted = {"alwaysMatch": {"goog:chromeOptions": {"args": flags}}}
+        options = {"goog:chromeOptions": {"args": flags}, "goog:loggingPrefs": {"browser": "ALL"}}
+        wanted = {"alwaysMatch": options}
         self._session = ""
         self._session = "/" + self.call("POST", "", {"capabilities": wanted})["sessionId"]
 
@@ -43,7 +44,7 @@ class Browser:
         """What a script in the page returns."""
         return self.call("POST", "/execute/sync", {"script": script, "args": list(arguments)})
 
-    def until(self, script: str, seconds: float = 60) -> object:
+    def until(self, script: str, seconds: float = 300) -> object:
         """Waits for a script to return something true."""
         end = time.monotonic() + seconds
         while not (found := self.run(script)):
@@ -72,6 +73,29 @@ QUIET = (
 LAST = "return [...document.querySelectorAll('.assistant > .body')].at(-1).textContent"
 
 
+WEATHER = [{"name": "get_current_weather", "parameters": {"type": "object", "properties": {}}}]
+
+
+def retry(browser: Browser) -> None:
+    """The last answer again."""
+    browser.run("[...document.querySelectorAll('.assistant')].at(-1).querySelector('button').click()")
+    browser.until(QUIET % 3)
+    assert "21" in browser.run(LAST)
+
+
+def tools(browser: Browser) -> None:
+    """A call is shown, takes a result, and the model goes on."""
+    browser.run("document.getElementById('tools').value = arguments[0]", json.dumps(WEATHER))
+    browser.run(SAY, "weather")
+    browser.until(QUIET % 4)
+    call = "[...document.querySelectorAll('details.call')].at(-1)"
+    assert "San Francisco" in browser.run(f"return {call}.textContent")
+    browser.run(f"{call}.querySelector('input').value = 'rain'; {call}.querySelector('form').requestSubmit()")
+    browser.until(QUIET % 5)
+    assert browser.run(LAST) == "The tool answered, and so do I."
+    browser.run("document.getElementById('tools').value = ''")
+
+
 def check(browser: Browser, url: str, folder: Path) -> None:
     browser.size(900, 800)
     browser.call("POST", "/url", {"url": url})
@@ -97,7 +121,11 @@ def check(browser: Browser, url: str, folder: Path) -> None:
     browser.until(QUIET % 3)
     assert "17" in browser.run("return document.querySelector('details.thinking').textContent")
     browser.until("return document.getElementById('heatmap').width === 2")
-    assert "tokens" in browser.run("return document.getElementById('figures').textContent")
+    figures = browser.run("return document.getElementById('figures').textContent")
+    assert "tokens/s" in figures, figures
+    assert "of 1024 tokens" in figures, figures
+    retry(browser)
+    tools(browser)
     browser.picture(folder / "page-wide.png")
     browser.run(SAY, "[[forever]]")
     browser.until("return !document.getElementById('stop').hidden")
@@ -105,12 +133,14 @@ def check(browser: Browser, url: str, folder: Path) -> None:
         "return [...document.querySelectorAll('.assistant > .body')].at(-1).textContent.length > 20"
     )
     browser.run("document.getElementById('stop').click()")
-    browser.until(QUIET % 4)
+    browser.until(QUIET % 6)
     browser.run("[...document.querySelectorAll('.user button')].at(-1).click()")
     assert browser.run("return document.getElementById('text').value") == "[[forever]]"
     browser.size(360, 740)
     assert browser.run("return document.documentElement.scrollWidth") <= 360
     browser.picture(folder / "page-360.png")
+    log = browser.call("POST", "/se/log", {"type": "browser"})
+    assert not [entry for entry in log if "Content Security Policy" in entry["message"]], log
 
 
 def main() -> None:

@@ -20,7 +20,8 @@ clients (the server listens on http://127.0.0.1:8080 unless told otherwise):
   Claude Code                ANTHROPIC_BASE_URL=http://127.0.0.1:8080 ANTHROPIC_AUTH_TOKEN=none claude
   Codex                      codex -c model_provider=local -c 'model_providers.local={name="local",
                              base_url="http://127.0.0.1:8080/v1",wire_api="responses"}'
-  Qwen Code                  OPENAI_BASE_URL=http://127.0.0.1:8080/v1 OPENAI_API_KEY=none qwen
+  Qwen Code                  OPENAI_BASE_URL=http://127.0.0.1:8080/v1 OPENAI_API_KEY=none \\
+                               OPENAI_MODEL=any qwen --auth-type openai
   curl                       curl http://127.0.0.1:8080/v1/chat/completions \\
                                -H 'Content-Type: application/json' \\
                                -d '{"messages": [{"role": "user", "content": "hi"}]}'

@@ -192,6 +192,7 @@ def _listen(host: str, port: int) -> socket.socket:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))
+        listener.listen(BACKLOG)  # two servers may bind one port; the second to listen is told
     except OSError as error:
         listener.close()
         raise ServeError(f"cannot listen on {host} port {port}: {error.strerror or error}") from None

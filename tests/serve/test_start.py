@@ -1,0 +1,88 @@
+"""How a server starts and why it does not: ports, limits, help, an engine that dies again and again."""
+
+import asyncio
+import contextlib
+import io
+import socket
+
+import pytest
+
+from qwen3_moe_jax import cli
+from qwen3_moe_jax.serve import run as serve_run
+from qwen3_moe_jax.serve.engine.client import MAX_RESTARTS, EngineClient
+from qwen3_moe_jax.serve.engine.frames import Start
+from qwen3_moe_jax.serve.run import ServeError
+from qwen3_moe_jax.serve.settings import Settings
+
+pytest.importorskip("uvicorn")
+
+
+def command(*arguments):
+    """Exit code and standard error of a command."""
+    errors = io.StringIO()
+    with contextlib.redirect_stderr(errors):
+        code = cli.main(list(arguments))
+    return code, errors.getvalue()
+
+
+def test_a_port_that_is_taken_is_one_line(model_files):
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        code, errors = command("serve", str(model_files["hermes"]), "--port", str(port))
+    assert code == 1
+    (line,) = errors.strip().splitlines()
+    assert f"cannot listen on 127.0.0.1 port {port}: Address already in use" in line
+
+
+def test_a_port_that_needs_rights_is_one_line(monkeypatch):
+    class Refusing(socket.socket):
+        def bind(self, address):
+            raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(serve_run.socket, "socket", Refusing)
+    with pytest.raises(ServeError, match="cannot listen on 127.0.0.1 port 80: Permission denied"):
+        serve_run._listen("127.0.0.1", 80)
+
+
+def test_an_engine_that_dies_is_started_again_three_times(monkeypatch):
+    """And not a fourth time within ten minutes; deaths that are older do not count."""
+    clock, lives = [0.0], []
+    monkeypatch.setattr("qwen3_moe_jax.serve.engine.client.time.monotonic", lambda: clock[0])
+
+    async def dies(self):
+        lives.append(clock[0])
+        clock[0] += pause
+
+    monkeypatch.setattr(EngineClient, "_live", dies)
+    pause = 1.0
+    client = EngineClient(Start(None))
+    asyncio.run(client._keep())
+    assert len(lives) == 1 + MAX_RESTARTS
+    assert client.restarts == MAX_RESTARTS
+    assert client.health == "dead"
+    assert "died 4 times in 600 s" in client.fault
+
+    pause, lives[:] = 250.0, []
+
+    async def dies_but_later_it_is_told_to_end(self):
+        await dies(self)
+        self.is_draining = len(lives) == 10
+
+    monkeypatch.setattr(EngineClient, "_live", dies_but_later_it_is_told_to_end)
+    client = EngineClient(Start(None))
+    asyncio.run(client._keep())
+    assert (len(lives), client.fault) == (10, "")
+
+
+def test_every_limit_is_said():
+    said = Settings(api_keys=("sk-secret",)).describe()
+    for name in ("max_body", "header_seconds", "max_queue", "queue_seconds", "drain_seconds", "max_grammars"):
+        assert f"{name} = " in said
+    assert "sk-secret" not in said
+
+
+def test_help_has_a_line_for_each_client(capsys):
+    assert cli.main(["serve", "--help"]) == 0
+    said = capsys.readouterr().out
+    for client in ("OpenAI's Python", "Anthropic's Python", "Claude Code", "Codex", "Qwen Code", "curl"):
+        assert client in said
