@@ -212,7 +212,9 @@ def schemathesis(args: argparse.Namespace) -> dict[str, Any]:
             command += ["--checks", "not_a_server_error", "--max-examples", "30", "--phases", "fuzzing"]
             command += ["--seed", "1", "--no-color"]
             done = subprocess.run(command, capture_output=True, text=True, timeout=1200)
-    summary = [line for line in done.stdout.splitlines() if line.strip()][-12:]
+    lines = [line for line in done.stdout.splitlines() if line.strip()]
+    print("\n".join(lines), file=sys.stderr)
+    summary = lines[-8:]
     return {"ok": done.returncode == 0, "exit": done.returncode, "summary": summary}
 
 

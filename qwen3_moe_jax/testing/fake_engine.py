@@ -63,3 +63,13 @@ class FakeEngine(EngineClient):
             self.scheduler.cancel(m.id)
         elif isinstance(m, frames.Allow):
             self.scheduler.allow(m.id, m.mask)
+        else:
+            asyncio.get_running_loop().call_soon(self._route, _aside(m))
+
+
+def _aside(m: frames.Score | frames.Experts) -> frames.ToFront:
+    """What a model that finds everything certain says."""
+    if isinstance(m, frames.Experts):
+        return frames.Counted(m.id, [[len(m.token_ids), 0]])
+    own = m.token_ids[m.first :]
+    return frames.Scored(m.id, [0.0] * len(own), [[(t, 0.0)][: m.top] for t in own])

@@ -9,7 +9,7 @@ from tests.tolerances import TOKEN_SCORES
 
 @pytest.fixture(scope="module")
 def batch(jax_runner):
-    return jax_runner.open_batch(2, context=256)
+    return jax_runner.open_batch(1, context=256)
 
 
 def written(batch, prompt, **options):

@@ -6,6 +6,7 @@ import pytest
 
 from qwen3_moe_jax.testing.scripted_model import FIM
 from qwen3_moe_jax.testing.scripts import HELLO, scripts
+from tests.tolerances import TOKEN_SCORES
 
 pytest.importorskip("openai")
 pytest.importorskip("anthropic")
@@ -330,3 +331,44 @@ def test_nonfinite_logits_hurt_their_own_request_alone(openai):
         openai.chat.completions.create(model="m", messages=user("[[hello]]")).choices[0].message.content
         == HELLO
     )
+
+
+def test_log_probabilities_come_with_the_tokens(server):
+    """In chats, completions and responses; a stream's parts are the whole's."""
+    import httpx
+
+    post = lambda path, **body: httpx.post(f"{server.url}{path}", json=body, timeout=600)
+    options = {"temperature": 0, "max_tokens": 5}
+    chat = {
+        "messages": [{"role": "user", "content": "[[hello]]"}],
+        "logprobs": True,
+        "top_logprobs": 3,
+        **options,
+    }
+    whole = post("/v1/chat/completions", **chat).json()["choices"][0]["logprobs"]["content"]
+    assert [len(t["top_logprobs"]) for t in whole] == [3] * 5
+    assert all(t["top_logprobs"][0]["logprob"] == t["logprob"] for t in whole), "greedy: the likeliest"
+    parts = []
+    for line in post("/v1/chat/completions", **chat, stream=True).text.splitlines():
+        if line.startswith("data: {"):
+            for choice in json.loads(line[6:])["choices"]:
+                parts.append((choice["logprobs"] or {"content": []})["content"])
+    assert [t for part in parts for t in part] == whole
+    assert sum(bool(part) for part in parts) > 1, "as they come"
+    completion = {"prompt": "xyabc", "logprobs": 2, **options}
+    written = post("/v1/completions", **completion).json()["choices"][0]["logprobs"]
+    echoed = post("/v1/completions", **completion, echo=True).json()["choices"][0]["logprobs"]
+    assert echoed["token_logprobs"][0] is None
+    assert echoed["tokens"][-5:] == written["tokens"]
+    assert echoed["token_logprobs"][-5:] == written["token_logprobs"]
+    again = post(
+        "/v1/completions", prompt="xyabc" + "".join(written["tokens"]), max_tokens=0, echo=True, logprobs=2
+    )
+    found = again.json()["choices"][0]["logprobs"]
+    assert found["tokens"] == echoed["tokens"]
+    assert found["token_logprobs"][1:] == pytest.approx(echoed["token_logprobs"][1:], abs=TOKEN_SCORES)
+    answer = post(
+        "/v1/responses", input="[[hello]]", top_logprobs=2, temperature=0, max_output_tokens=4
+    ).json()
+    (part,) = answer["output"][0]["content"]
+    assert [len(t["top_logprobs"]) for t in part["logprobs"]] == [2] * 4

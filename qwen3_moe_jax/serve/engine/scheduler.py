@@ -90,7 +90,7 @@ class Scheduler:
     def is_held(self) -> bool:
         """Whether a turn would do nothing: every sequence waits for its mask."""
         if self.batch.is_held or not self.batch.running:
-            return not (self._movable() or self.queue.has(self._fits([])))
+            return not (self._movable() or self.queue.has(self._fits))
         return False
 
     @property
@@ -162,28 +162,21 @@ class Scheduler:
 
     def _admit_all(self) -> list[Event]:
         events: list[Event] = []
-        bounds: list[int] = []
-        fits = self._fits(bounds)
-        while self.batch.free_slots and (job := self.queue.pop(fits)) is not None:
+        while self.batch.free_slots and (job := self.queue.pop(self._fits)) is not None:
             try:
-                events.append(self._admit(job, max_room=min(bounds, default=None)))
+                events.append(self._admit(job))
             except ValueError as error:
                 events.append(Failed(job.id, "invalid", str(error)))
         return events
 
-    def _fits(self, bounds: list[int]) -> Callable[[Job], bool]:
-        """Whether there is a row for a job. Rows longer than one of ``bounds`` are kept for jobs that came
-        earlier: for those that have outgrown a row, and for each that was asked for and did not fit."""
-        bounds += [self.batch.room(s) for s in self._outgrown]
+    @property
+    def _max_room(self) -> int | None:
+        """Rows longer than this are for those that have outgrown theirs; None: nobody has."""
+        return min((self.batch.room(s) for s in self._outgrown), default=None)
 
-        def fits(job: Job) -> bool:
-            need = _first_need(job, self.batch.capacity)
-            if self._rows_for(need, max_room=min(bounds, default=None)):
-                return True
-            bounds.append(need - 1)
-            return False
-
-        return fits
+    def _fits(self, job: Job) -> bool:
+        """Whether there is a row for a job."""
+        return bool(self._rows_for(_first_need(job, self.batch.capacity), max_room=self._max_room))
 
     def _rows_for(self, need: int, *, max_room: int | None = None) -> list[int]:
         """The free slots with the shortest rows that hold so many tokens."""
@@ -194,8 +187,8 @@ class Scheduler:
             return []
         return [s for s in free if room(s) == shortest]
 
-    def _admit(self, job: Job, *, max_room: int | None) -> Began:
-        free = self._rows_for(_first_need(job, self.batch.capacity), max_room=max_room)
+    def _admit(self, job: Job) -> Began:
+        free = self._rows_for(_first_need(job, self.batch.capacity), max_room=self._max_room)
         reuse = Reuse(free[0], 0)
         if self.prefixes is not None:
             reuse = self.prefixes.prepare(self.batch, job.token_ids, job.scope, self.running, free)

@@ -216,7 +216,7 @@ async function heat(message, isLast) {
   try {
     const found = await (await ask("experts", { method: "POST", body: JSON.stringify({ text: text.slice(-20000) }) })).json();
     draw($("heatmap"), found.counts);
-    $("heatmap-note").textContent = `${found.counts.length} layers (down) by ${found.counts[0].length} experts, ${found.tokens} tokens`;
+    $("heatmap-note").textContent = `${found.counts.length} × ${found.counts[0].length}: layers (down) by experts (across), ${found.tokens} tokens`;
   } catch (error) {
     $("heatmap-note").textContent = error.message;
   } finally {
