@@ -211,7 +211,7 @@ def schemathesis(args: argparse.Namespace) -> dict[str, Any]:
             command = [str(Path(args.python).parent / "schemathesis"), "run", f"{server.url}/openapi.json"]
             command += ["--checks", "not_a_server_error", "--max-examples", "30", "--phases", "fuzzing"]
             command += ["--seed", "1", "--no-color"]
-            done = subprocess.run(command, capture_output=True, text=True, timeout=1200)
+            done = subprocess.run(command, capture_output=True, text=True, timeout=1200, cwd=path.parent)
     lines = [line for line in done.stdout.splitlines() if line.strip()]
     print("\n".join(lines), file=sys.stderr)
     summary = lines[-8:]
