@@ -28,6 +28,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from qwen3_moe_jax.machine.kernels import AUTO, CHOICES
 from scripts import ROOT, child_environment
 
 STAGES = ("cold", "rows", "memory", "stream")
@@ -55,7 +56,7 @@ def open_runner(args: argparse.Namespace, context: int):
 
     source = open_model(args.model or embedded_model())
     context = min(context, source.config.max_position_embeddings)
-    return make_runner(source, "jax", max_context=context), source
+    return make_runner(source, "jax", max_context=context, kernels=args.kernels), source
 
 
 def cold(args: argparse.Namespace) -> None:
@@ -65,7 +66,7 @@ def cold(args: argparse.Namespace) -> None:
     from qwen3_moe_jax.core.sampling import Sampling
 
     say(at="imported")
-    with load(args.model, backend="jax", gate=args.gate) as model:
+    with load(args.model, backend="jax", kernels=args.kernels, gate=args.gate) as model:
         say(at="loaded")
         tokens = model.runner.stream([1, 2, 3], max_tokens=2, sampling=Sampling(temperature=0))
         first = next(tokens)
@@ -301,6 +302,7 @@ def parse() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("model", nargs="?", help="a .gguf file")
+    parser.add_argument("--kernels", choices=CHOICES, default=AUTO, help="forces a set of kernels")
     parser.add_argument("--stages", nargs="*", choices=STAGES, default=list(STAGES))
     parser.add_argument("--rows", nargs="*", default=["1:0", "1:4096", "8:0", "16:0"], help="BATCH:DEPTH")
     parser.add_argument("--context", type=int, default=32768, help="tokens of the KV cache of memory")

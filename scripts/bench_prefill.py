@@ -27,6 +27,7 @@ from qwen3_moe_jax.jax_backend.kv_cache import KVCache
 from qwen3_moe_jax.jax_backend.model import Qwen3Moe
 from qwen3_moe_jax.jax_backend.params import plan_layers
 from qwen3_moe_jax.kernels_pallas import LayerTable
+from qwen3_moe_jax.machine.kernels import AUTO, CHOICES, capability_of, choose_kernels
 from qwen3_moe_jax.machine.limits import prefill_operations
 from qwen3_moe_jax.measure.benchmark import random_prompts, repeated
 
@@ -138,13 +139,15 @@ def main() -> None:
     parser.add_argument("--chunk", type=int, default=2048, help="most tokens of a prompt at a time")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--tflops", type=float, default=798.0, help="what the card's matrix product reaches")
+    parser.add_argument("--kernels", choices=CHOICES, default=AUTO, help="forces a set of kernels")
     args = parser.parse_args()
     config = PRESETS[args.preset]
     types = q4_k_m_types(config)
     began = time.perf_counter()
     params = jax.block_until_ready(random_params(config, types))
     print(f"{jax.devices()[0].device_kind}: weights made in {time.perf_counter() - began:.1f} s", flush=True)
-    model = Qwen3Moe(config, jnp.bfloat16)
+    kernels = choose_kernels(args.kernels, capability_of(jax.devices()[0]), jax.__version_info__).name
+    model = Qwen3Moe(config, jnp.bfloat16, kernels=kernels)
     results = []
     counts = args.sequences * len(args.tokens) if len(args.sequences) == 1 else args.sequences
     for tokens, sequences in zip(args.tokens, counts, strict=True):
@@ -162,7 +165,7 @@ def main() -> None:
             }
         )
         print(results[-1], flush=True)
-    print(json.dumps({"device": jax.devices()[0].device_kind, "prefill": results}))
+    print(json.dumps({"device": jax.devices()[0].device_kind, "kernels": kernels, "prefill": results}))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """Compiles the Hopper kernels, or the model's step with them, for an H100 on a machine that has no GPU.
 
-Needs the packages jax-cuda13-plugin and jax-cuda13-pjrt of JAX's version, and CUDA's ptxas.
+Needs the packages jax-cuda13-plugin and jax-cuda13-pjrt of JAX's version, and CUDA's ptxas. The decode kernel
+is compiled for every target by ``scripts.compile_kernels``.
 
     python -m scripts.compile_for_hopper kernels                      # registers and spills of every size
-    python -m scripts.compile_for_hopper decode --sequences 1 8       # the same of the one-kernel decode step
     python -m scripts.compile_for_hopper step --tokens 1 --sequences 32 [--thunks]   # launches per layer
     python -m scripts.compile_for_hopper count FILE                   # launches in XLA's own dump
     python -m scripts.compile_for_hopper batch --slots 32             # scratch memory of a batch's programs
@@ -29,7 +29,6 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import topologies
 from jax.sharding import AbstractDevice, AbstractMesh, SingleDeviceSharding, use_abstract_mesh
 
 from qwen3_moe_jax.convert.ggml_types import GGMLType
@@ -40,9 +39,7 @@ from qwen3_moe_jax.jax_backend.params import GPU_ROLES
 from qwen3_moe_jax.kernels_pallas.attention import kernel_sm90 as attention
 from qwen3_moe_jax.kernels_pallas.decode_layers import api as decode_layers_api
 from qwen3_moe_jax.kernels_pallas.decode_layers import kernel_sm90 as decode_layers
-from qwen3_moe_jax.kernels_pallas.decode_step import api as decode_step_api
-from qwen3_moe_jax.kernels_pallas.expert_matmul import kernel_sm90 as expert_matmul
-from qwen3_moe_jax.kernels_pallas.gpu import device
+from qwen3_moe_jax.kernels_pallas.gpu import cards, device
 from qwen3_moe_jax.kernels_pallas.gpu.grouped_matmul_config import (
     REGISTERS,
     MatmulConfig,
@@ -56,53 +53,30 @@ from qwen3_moe_jax.kernels_pallas.gpu.grouped_matmul_sm90 import (
     grouped_matmul,
 )
 from qwen3_moe_jax.kernels_pallas.gpu.sorting import Tiles, UsedExperts
-from qwen3_moe_jax.kernels_pallas.moe_mlp import kernel_sm90 as moe_mlp
 from qwen3_moe_jax.kernels_pallas.packed.stacks import Matrices
-from qwen3_moe_jax.kernels_pallas.quantized_matmul import kernel_sm90 as quantized_matmul
 from scripts import _hopper_batch, bench_prefill
+from scripts._absent_gpu import first_card, ptxas_report, sharding_of
 from scripts._captured import captured_output
 
-H100 = """
-gpu_device_info {
-  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
-  shared_memory_per_core: 233472 threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128
-  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
-  memory_bandwidth: 3352320000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98
-  device_memory_size: 84942979072 shared_memory_per_block_optin: 232448
-  cuda_compute_capability { major: 9 feature_extension: ACCELERATED_FEATURES }
-  registers_per_core_limit: 65536 registers_per_block_limit: 65536
-}
-platform_name: "CUDA"
-dnn_version_info { major: 9 minor: 10 }
-runtime_version { major: 13 }
-device_description_str: "NVIDIA H100 80GB HBM3"
-"""
-H100_CORES = int(re.search(r"core_count: (\d+)", H100)[1])
+H100 = cards.capabilities()["9.0"]
 FILE_REGISTERS = 65536
 TYPES = (GGMLType.Q4_K, GGMLType.Q5_K, GGMLType.Q6_K, GGMLType.Q8_0)
 
 
 def h100() -> SingleDeviceSharding:
     """An H100 that is not there."""
-    jax.devices()  # makes the plugin known
-    topology = topologies.get_topology_desc(
-        platform="cuda", topology_name="h100", topology="1x1x1", target_config=H100
-    )
-    return SingleDeviceSharding(topology.devices[0])
+    return sharding_of(H100)
 
 
 @contextlib.contextmanager
 def as_on_h100() -> Iterator[None]:
-    """The ops believe in a Hopper GPU meanwhile, and Triton's kernels are made for one."""
-    named = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=H100_CORES, platform="gpu")
+    """The ops believe in a Hopper GPU meanwhile, and kernels are sized for one."""
+    named = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=first_card(H100)[1], platform="gpu")
     with contextlib.ExitStack() as patches:
         for module in (
             attention,
             decode_layers,
             decode_layers_api,
-            expert_matmul,
-            moe_mlp,
-            quantized_matmul,
             device,
         ):
             patches.enter_context(mock.patch.object(module, "require_hopper", return_value=None))
@@ -188,12 +162,6 @@ def compile_case(case: Case, sharding: SingleDeviceSharding) -> tuple[int, int]:
     return kernel.weight_slots, kernel.x_slots
 
 
-def ptxas_report(text: str) -> tuple[int, int, int]:
-    """(registers, bytes spilled: stored, loaded), the most of any kernel; 0 where nothing is said."""
-    patterns = (r"Used (\d+) registers", r"(\d+) bytes spill stores", r"(\d+) bytes spill loads")
-    return tuple(max(map(int, re.findall(pattern, text)), default=0) for pattern in patterns)
-
-
 def kernels(args: argparse.Namespace) -> int:
     """Prints ptxas' report of every case; the number of those that spill, serialize or ask for too much."""
     os.environ["MOSAIC_GPU_DUMP_PTXAS"] = "1"
@@ -209,7 +177,7 @@ def kernels(args: argparse.Namespace) -> int:
         with captured_output() as lines, as_on_h100():
             slots = compile_case(case, sharding)
         text = "\n".join(lines)
-        used, spilled, _ = ptxas_report(text)
+        used, spilled = ptxas_report(text).values()
         threads = 128 * (case.config.warpgroups + 1)
         most, least = REGISTERS[case.config.warpgroups]
         wanted = case.config.warpgroups * most + least
@@ -229,39 +197,6 @@ def kernels(args: argparse.Namespace) -> int:
         bad += bool(faults)
         print(f"{case} | {used:3} {slots[0]} {slots[1]} | {'; '.join(faults) or 'ok'}", flush=True)
     print(f"{bad} with faults")
-    return bad
-
-
-# The decode step's one kernel
-
-
-def decode(args: argparse.Namespace) -> int:
-    """Prints ptxas' report of the decode kernel; the number of batches at which it spills."""
-    from scripts import profile_decode  # sets options of XLA that the other commands do not want
-
-    os.environ["MOSAIC_GPU_DUMP_PTXAS"] = "1"
-    sharding, bad = h100(), 0
-    config = bench_prefill.PRESETS[args.preset]
-    types = profile_decode.TYPES["q4_k_m"](config)
-    there = lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding)
-    grid = decode_step_api.Device.of_cores(args.blocks or H100_CORES)
-    step = lambda w, t, p, kv: profile_decode.one_step(w, config, grid, t, p, kv)
-    for batch in args.sequences:
-        arguments = jax.eval_shape(
-            lambda batch=batch: (
-                bench_prefill.random_params(config, types, GPU_ROLES),
-                jnp.zeros(batch, jnp.int32),
-                jnp.zeros(batch, jnp.int32),
-                profile_decode.random_cache(config, batch, args.length, jnp.float16),
-            )
-        )
-        with captured_output() as lines:
-            traced = jax.jit(step, donate_argnums=(3,)).trace(*jax.tree.map(there, arguments))
-            traced.lower(lowering_platforms=("cuda",)).compile()
-        used, stores, loads = ptxas_report("\n".join(lines))
-        bad += bool(stores or not used)
-        report = f"{used} registers, bytes spilled: {stores} stored, {loads} loaded"
-        print(f"{batch:2} sequences: {report if used else 'ptxas reported nothing'}", flush=True)
     return bad
 
 
@@ -357,13 +292,6 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     table = commands.add_parser("kernels", help="ptxas' report of every kernel")
     table.add_argument("--only", default="", help="cases whose line holds this")
-    one = commands.add_parser("decode", help="ptxas' report of the one-kernel decode step")
-    one.add_argument("--preset", default="Qwen3-30B-A3B", choices=sorted(bench_prefill.PRESETS))
-    one.add_argument("--sequences", type=int, nargs="+", default=[1, 8], help="batches, 1 to 16")
-    one.add_argument(
-        "--blocks", type=int, help="blocks of the grid; an H100 SXM's multiprocessors by default"
-    )
-    one.add_argument("--length", type=int, default=1024, help="tokens that the cache holds")
     model = commands.add_parser("step", help="the model's step: memory, and launches per layer")
     model.add_argument("--preset", default="Qwen3-30B-A3B", choices=sorted(bench_prefill.PRESETS))
     model.add_argument("--tokens", type=int, default=2048, help="tokens of a chunk")
@@ -379,9 +307,7 @@ def main() -> None:
     if args.command == "count":
         count(args.file.read_text(), show=args.thunks)
         return
-    raise SystemExit(
-        bool({"kernels": kernels, "decode": decode, "step": step, "batch": batch}[args.command](args))
-    )
+    raise SystemExit(bool({"kernels": kernels, "step": step, "batch": batch}[args.command](args)))
 
 
 if __name__ == "__main__":

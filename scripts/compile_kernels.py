@@ -1,199 +1,249 @@
-"""Compiles the one-kernel decode step for every NVIDIA target, without a GPU.
+"""Compiles the GPU kernels for every NVIDIA target, without a GPU, and fails where one has grown.
 
-    python -m scripts.compile_kernels [--targets 8.9 9.0] [--sequences 1 4 8] [--json FILE]
+    python -m scripts.compile_kernels --install              # what CI runs
+    python -m scripts.compile_kernels --targets 8.9 --sequences 1 2 4 8 --preset Qwen3-235B-A22B
+    python -m scripts.compile_kernels --install --write      # new limits, after a change that is meant
 
-Needs the packages jax-cuda13-plugin and jax-cuda13-pjrt of JAX's version, and CUDA's ptxas; without them it
-says so and ends with 0. It prints registers, spilled bytes and shared memory of each target; the last line
-is JSON. It ends with an error where a kernel spills more than a few words, does not fit, or could have two
-blocks on one multiprocessor, and with ``--limits FILE`` (an earlier run's JSON) where registers or bytes
-have grown.
+``--install`` gets XLA's plugin and ptxas (270 MB, once, in the user's cache folder) with pip; without them it
+says SKIPPED and ends with 0. Each target is a process of its own, two run at a time. What was compiled is
+remembered by the kernels' sources, so that an unchanged tree takes seconds.
+
+It prints registers, spilled bytes and shared memory of each kernel, and ends with an error where a kernel
+spills more than a few words, does not fit the card, could have two blocks on one multiprocessor, or takes
+more of anything than ``docs/receipts/compiled_kernels.json`` says. The last line is JSON.
 """
 
 import argparse
-import contextlib
-import importlib.util
+import hashlib
 import json
 import os
-import re
-import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from unittest import mock
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["MOSAIC_GPU_DUMP_PTXAS"] = "1"
 
 import jax
-from jax.experimental import topologies
-from jax.sharding import SingleDeviceSharding
 
 from qwen3_moe_jax.convert.config import PRESETS
 from qwen3_moe_jax.kernels_pallas.decode_step import api
 from qwen3_moe_jax.kernels_pallas.decode_step.config import shared_memory_budget
 from qwen3_moe_jax.kernels_pallas.gpu import cards
+from qwen3_moe_jax.machine.folders import writable_cache
 from qwen3_moe_jax.testing.decode_kernel import trace_step
+from scripts import ROOT, _absent_gpu
 from scripts._captured import captured_output
 
+LIMITS = ROOT / "docs" / "receipts" / "compiled_kernels.json"
 THREADS = 256
-"""Of a block."""
+"""Of a block of the decode kernel."""
 MAX_SPILLED = 64
-"""Bytes: on Hopper 5 and 7 sequences spill 24, on Ada 4 spill 48, which is a few words per thread."""
-DESCRIPTION = """
-gpu_device_info {{
-  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
-  shared_memory_per_core: {per_core} threads_per_core_limit: 2048 core_count: {cores} fpus_per_core: 128
-  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
-  memory_bandwidth: 1000000000000 l2_cache_size: 52428800 clock_rate_ghz: 1.9
-  device_memory_size: 25769803776 shared_memory_per_block_optin: {per_block}
-  cuda_compute_capability {{ major: {major} minor: {minor} {feature} }}
-  registers_per_core_limit: {registers} registers_per_block_limit: {registers}
-}}
-platform_name: "CUDA"
-dnn_version_info {{ major: 9 minor: 10 }}
-runtime_version {{ major: 13 }}
-device_description_str: "{name}"
-"""
+"""Bytes, which is a few words per thread."""
+AT_A_TIME = 2
+SOURCES = (
+    "kernels_pallas",
+    "convert",
+    "scripts/compile_kernels.py",
+    "qwen3_moe_jax/testing/decode_kernel.py",
+)
+"""What a compiled kernel depends on."""
+KEY = ("target", "kernel", "preset", "batch")
+SIZES = ("registers", "spilled", "shared_memory")
 
 
-def missing() -> str | None:
-    """What this machine lacks to compile for a GPU, or None."""
-    if not all(map(importlib.util.find_spec, ("jax_cuda13_plugin", "jax_plugins"))):
-        return "a plugin (pip install jax-cuda13-plugin jax-cuda13-pjrt)"
-    return None if shutil.which("ptxas") else "ptxas (CUDA's assembler) on PATH"
+def wanted(target: cards.Capability, presets: list[str], batches: list[int]) -> Iterator[dict]:
+    """The rows of one target, without their figures."""
+    start = {"target": target.target, "card": _absent_gpu.first_card(target)[0]}
+    for preset in presets:
+        for kernels in ("hopper", "portable") if target.version == "9.0" else ("portable",):
+            for batch in batches:
+                yield start | {"kernel": f"decode_step {kernels}", "preset": preset, "batch": batch}
 
 
-def sharding_of(target: cards.Capability, name: str, cores: int) -> SingleDeviceSharding:
-    """One GPU that is not there."""
-    jax.devices()  # makes the plugin known
-    major, minor = target.number
-    text = DESCRIPTION.format(
-        per_core=target.shared_memory_per_core, per_block=target.shared_memory, cores=cores,
-        registers=target.registers_per_core, major=major, minor=minor, name=name,
-        feature="feature_extension: ACCELERATED_FEATURES" if target.target.endswith("a") else "",
-    )  # fmt: skip
-    topology = topologies.get_topology_desc(
-        platform="cuda", topology_name=target.target, topology="1x1x1", target_config=text
-    )
-    return SingleDeviceSharding(topology.devices[0])
-
-
-@contextlib.contextmanager
-def compiling_for(target: cards.Capability) -> Iterator[None]:
-    """Mosaic makes code for the target: without a device it would take Hopper's."""
-    with mock.patch("jax.experimental.mosaic.gpu.utils._infer_arch", return_value=target.number):
-        yield
-
-
-def ptxas_report(text: str) -> dict[str, int]:
-    """Registers of a thread and bytes spilled, the most of any kernel."""
-    patterns = {"registers": r"Used (\d+) registers", "spilled": r"(\d+) bytes spill (?:stores|loads)"}
-    return {name: max(map(int, re.findall(p, text)), default=0) for name, p in patterns.items()}
-
-
-def compile_step(target: cards.Capability, name: str, preset: str, kernels: str, batch: int) -> dict:
-    """One row of the table."""
-    cores = target.multiprocessors[name]
+def compiled(target: cards.Capability, row: dict) -> dict:
+    """The row with its figures, or with why there are none."""
+    cores = _absent_gpu.first_card(target)[1]
+    kernels = row["kernel"].split()[1]
     device = api.Device.of_cores(cores, kernels=kernels, shared_memory=target.shared_memory)
-    row = {"target": target.target, "card": name, "preset": preset, "kernels": kernels, "batch": batch}
-    config = PRESETS[preset]
+    config, batch = PRESETS[row["preset"]], row["batch"]
     largest = api.kernel_batch(config, device)
     if batch > largest:
         return row | {"skipped": f"takes kernels of {largest}"}
     shape = api.shape_config(config, batch, device)
-    row |= {"blocks": shape.blocks, "shared_memory": sum(shared_memory_budget(shape).values())}
-    sharding = sharding_of(target, name, cores)
-    with compiling_for(target), captured_output() as lines:
+    sharding = _absent_gpu.sharding_of(target)
+    with _absent_gpu.compiling_for(target), captured_output() as lines:
         traced = trace_step(config, batch=batch, device=device, sharding=sharding)
         traced.lower(lowering_platforms=("cuda",)).compile()
-    row |= ptxas_report("\n".join(lines))
+    memory = sum(shared_memory_budget(shape).values())
+    return row | {
+        "blocks": shape.blocks,
+        **_absent_gpu.ptxas_report("\n".join(lines)),
+        "shared_memory": memory,
+        "limit": target.shared_memory,
+    }
+
+
+def faults_of(row: dict) -> list[str]:
+    """What is wrong with a compiled kernel by itself."""
+    if "skipped" in row:
+        return []
+    if not row["registers"]:
+        return ["ptxas reported nothing"]
+    target = cards.capability_of(row["target"])
+    registers = THREADS * -(-row["registers"] // 8) * 8
     per_core = min(
-        target.registers_per_core // (THREADS * max(-(-row["registers"] // 8) * 8, 1)),
+        target.registers_per_core // registers,
         target.shared_memory_per_core // (row["shared_memory"] + 1024),
     )
-    faults = []
-    if not row["registers"]:
-        faults.append("ptxas reported nothing")
-    if row["spilled"] > MAX_SPILLED:
-        faults.append(f"spills {row['spilled']} bytes")
-    if row["shared_memory"] > target.shared_memory:
-        faults.append("too much shared memory")
-    if per_core != 1:
-        faults.append(f"{per_core} blocks fit a multiprocessor")
-    return row | {"faults": faults}
-
-
-def grown(rows: list[dict], limits: Path) -> list[str]:
-    """What takes more than in an earlier run."""
-    key = lambda row: tuple(row[name] for name in ("target", "preset", "kernels", "batch"))
-    before = {key(row): row for row in json.loads(limits.read_text())["kernels"]}
     found = []
-    for row in rows:
-        old = before.get(key(row), {})
-        for name in ("registers", "spilled", "shared_memory"):
-            if name in old and row.get(name, 0) > old[name]:
-                found.append(f"{row['target']} batch {row['batch']}: {name} {row[name]}, before {old[name]}")
+    if row["spilled"] > MAX_SPILLED:
+        found.append(f"spills {row['spilled']} bytes")
+    if row["shared_memory"] > row["limit"]:
+        found.append(f"takes {row['shared_memory']} of {row['limit']} bytes of shared memory")
+    if per_core > 1 and row["kernel"].startswith("decode_step"):
+        found.append(f"{per_core} blocks fit a multiprocessor")
     return found
 
 
+def grown(rows: list[dict], limits: list[dict]) -> list[str]:
+    """What takes more than the limits say, or has none."""
+    before = {key_of(row): row for row in limits}
+    found = []
+    for row in rows:
+        old = before.get(key_of(row))
+        if old is None:
+            found.append(f"{name_of(row)}: no limit (--write makes one)")
+        elif "skipped" not in row and "skipped" not in old:
+            grew = [n for n in SIZES if row[n] > old[n]]
+            found += [f"{name_of(row)}: {n} {row[n]}, before {old[n]}" for n in grew]
+        elif "skipped" in row and "skipped" not in old:
+            found.append(f"{name_of(row)}: {row['skipped']}, before it fitted")
+    return found
+
+
+def key_of(row: dict) -> tuple:
+    return tuple(row[name] for name in KEY)
+
+
+def name_of(row: dict) -> str:
+    return f"{row['target']} {row['kernel']} batch {row['batch']} of {row['preset']}"
+
+
+# What was compiled before
+
+
+def sources_hash() -> str:
+    """Changes with every source that a compiled kernel depends on, JAX and ptxas."""
+    digest = hashlib.sha256(f"{jax.__version__} {_absent_gpu.ptxas_version()}".encode())
+    for name in SOURCES:
+        path = ROOT / name
+        for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+            if file.suffix in (".py", ".toml"):
+                digest.update(file.relative_to(ROOT).as_posix().encode() + file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def remembered(target: cards.Capability, row: dict, version: str) -> dict:
+    """The compiled row: as it was found for these sources before, or compiled now."""
+    folder = writable_cache("compiled")
+    name = hashlib.sha256(repr(key_of(row)).encode()).hexdigest()[:16]
+    path = folder / f"{version}-{name}.json" if folder else None
+    if path and path.exists():
+        return json.loads(path.read_text())
+    found = compiled(target, row)
+    if path:
+        path.write_text(json.dumps(found))
+    return found
+
+
+# One target, and all
+
+
 def show(row: dict) -> None:
-    start = f"{row['target']:8} {row['card']:9} {row['kernels']:8} {row['batch']:2}"
+    start = f"{row['target']:8} {row['card']:9} {row['kernel']:36} {row['preset']:16} {row['batch']:2}"
     if "skipped" in row:
         print(f"{start}  {row['skipped']}", flush=True)
         return
-    numbers = f"{row['blocks']:4} blocks {row['registers']:4} registers {row['spilled']:5} spilled"
-    share = f"{row['shared_memory']:7} of {cards.capability_of(row['target']).shared_memory} bytes"
-    print(f"{start} {numbers} {share}  {'; '.join(row['faults']) or 'ok'}", flush=True)
+    numbers = f"{row['blocks']:4} blocks {row['registers']:4} registers {row['spilled']:4} spilled"
+    share = f"{row['shared_memory']:7} of {row['limit']} bytes"
+    print(f"{start} {numbers} {share}  {'; '.join(faults_of(row)) or 'ok'}", flush=True)
 
 
 def compile_target(args: argparse.Namespace) -> list[dict]:
-    """All kernels of one target."""
+    """All kernels of one target, in this process."""
     target = cards.capabilities()[args.targets[0]]
-    card = next(iter(target.multiprocessors))
-    rows = []
-    for kernels in ("hopper", "portable") if target.version == "9.0" else ("portable",):
-        for batch in args.sequences:
-            rows.append(compile_step(target, card, args.preset, kernels, batch))
-            show(rows[-1])
+    version, rows = sources_hash(), []
+    for row in wanted(target, args.preset, args.sequences):
+        rows.append(remembered(target, row, version))
+        show(rows[-1])
     return rows
 
 
-def compile_apart(args: argparse.Namespace) -> list[dict]:
+def compile_apart(args: argparse.Namespace, environment: dict[str, str]) -> list[dict]:
     """Each target in a process of its own: Mosaic keeps the first target that a process compiles for."""
+
+    def run(version: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "scripts.compile_kernels", "--child", "--targets", version]
+        command += ["--preset", *args.preset, "--sequences", *map(str, args.sequences)]
+        return subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
+
     rows = []
-    for version in args.targets:
-        command = [sys.executable, "-m", "scripts.compile_kernels", "--targets", version]
-        command += ["--preset", args.preset, "--sequences", *map(str, args.sequences)]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
-        *table, last = done.stdout.splitlines() or [""]
-        print("\n".join(table), flush=True)
-        if not last.startswith("{"):
-            sys.exit(f"compiling for {version} failed: {last or done.returncode}")
-        rows += json.loads(last)["kernels"]
+    with ThreadPoolExecutor(AT_A_TIME) as pool:
+        for version, done in zip(args.targets, pool.map(run, args.targets), strict=True):
+            *table, last = done.stdout.splitlines() or [""]
+            print("\n".join(table), flush=True)
+            if not last.startswith("["):
+                sys.exit(f"compiling for {version} failed: {done.stderr.strip()[-2000:] or done.returncode}")
+            rows += json.loads(last)
     return rows
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--preset", default="Qwen3-30B-A3B", choices=sorted(PRESETS))
+    parser.add_argument("--preset", nargs="+", default=["Qwen3-30B-A3B"], choices=sorted(PRESETS))
     parser.add_argument("--targets", nargs="+", default=sorted(cards.capabilities()), metavar="CAPABILITY")
-    parser.add_argument("--sequences", type=int, nargs="+", default=[1, 2, 4, 8])
-    parser.add_argument("--json", type=Path, help="also write the result here")
-    parser.add_argument("--limits", type=Path, help="an earlier result, which none may exceed")
+    parser.add_argument("--sequences", type=int, nargs="+", default=[1, 4], metavar="BATCH")
+    parser.add_argument("--install", action="store_true", help="get what is missing with pip")
+    parser.add_argument("--limits", type=Path, default=LIMITS, help="JSON that no kernel may exceed")
+    parser.add_argument("--write", action="store_true", help="make what is found the limits")
+    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if lacks := missing():
-        print(f"SKIPPED: compiling for GPUs needs {lacks}")
+    if args.child:
+        print(json.dumps(compile_target(args)))
         return
-    rows = compile_target(args) if len(args.targets) == 1 else compile_apart(args)
-    name = lambda row: f"{row['target']} {row['kernels']} batch {row['batch']}"
-    faults = [f"{name(row)}: {fault}" for row in rows for fault in row.get("faults", ())]
-    faults += grown(rows, args.limits) if args.limits else []
-    result = json.dumps({"jax": jax.__version__, "kernels": rows, "faults": faults})
-    if args.json:
-        args.json.write_text(result + "\n")
-    print(result)
+    folder = _absent_gpu.toolchain(install=args.install)
+    if folder is None:
+        print("SKIPPED: compiling for GPUs needs XLA's plugin and ptxas: use --install")
+        return
+    rows = compile_apart(args, _absent_gpu.compiling_environment(folder))
+    faults = [f"{name_of(row)}: {fault}" for row in rows for fault in faults_of(row)]
+    if args.write:
+        write(rows, args.limits)
+    else:
+        faults += grown(rows, json.loads(args.limits.read_text())["kernels"])
+    print(json.dumps({"jax": jax.__version__, "cuda": _absent_gpu.CUDA, "kernels": rows, "faults": faults}))
     sys.exit("; ".join(faults) or 0)
+
+
+def write(rows: list[dict], path: Path) -> None:
+    """Puts the rows into the file of limits; rows of other kernels stay."""
+    old = json.loads(path.read_text())["kernels"] if path.exists() else []
+    merged = {key_of(row): row for row in (*old, *rows)}
+    facts = {
+        "what": "kernels compiled by ptxas without a GPU: registers per thread, bytes spilled, bytes of "
+        "shared memory; no kernel may exceed them. batch: sequences, or rows of a tile of a grouped product",
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        "device": "no GPU",
+        "command": "python -m scripts.compile_kernels --install --write",
+        "versions": {"jax": jax.__version__, "ptxas": _absent_gpu.CUDA},
+    }
+    lines = ",\n  ".join(json.dumps(merged[key]) for key in sorted(merged))
+    head = json.dumps(facts, indent=1).removesuffix("\n}")
+    path.write_text(f'{head},\n "kernels": [\n  {lines}\n ]\n}}\n')
 
 
 if __name__ == "__main__":

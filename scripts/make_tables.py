@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable
 
 from scripts import ROOT
+from scripts._compiled_table import compiled_kernels
 from scripts._receipts import (
     RECEIPTS,
     batch_rows,
@@ -414,6 +415,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "attention": attention,
     "parity": parity,
     "start-up": start_up,
+    "compiled": compiled_kernels,
     "cpu": cpu,
     "wgpu": wgpu,
     "receipts": receipts,

@@ -18,6 +18,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -274,9 +275,32 @@ def _version(package: str) -> str:
         return ""
 
 
-def main() -> int:
-    names = [stage.name for stage in STAGES]
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def measure(stages: Sequence[Stage], model: Path | None, out: Path, seconds: float) -> int:
+    """Runs stages within a time; 0 if all are done. Makes the full-size file where one needs it."""
+    if not _device():
+        print("no NVIDIA GPU here (nvidia-smi names none): nothing to measure", file=sys.stderr)
+        return 1
+    out.mkdir(parents=True, exist_ok=True)
+    end = time.monotonic() + seconds
+    model = model or out / "full-size.gguf"
+    if any(MODEL in stage.command for stage in stages) and not model.exists():
+        make_model(model)
+    table = []
+    for stage in stages:
+        left = end - time.monotonic()
+        print(f"== {stage.name}: {stage.shows}", flush=True)
+        if left < min(stage.seconds, 30):
+            table.append((stage, "not run: no time left", 0.0))
+            continue
+        table.append((stage, *run(stage, str(model), out, min(stage.seconds, left))))
+    print(f"{'stage':<22} {'seconds':>7}  outcome")
+    for stage, outcome, took in table:
+        print(f"{stage.name:<22} {took:7.0f}  {outcome}")
+    return 0 if all(outcome == "done" for _, outcome, _ in table) else 1
+
+
+def add_arguments(parser: argparse.ArgumentParser, names: Sequence[str]) -> None:
+    """Options of :func:`measure`."""
     parser.add_argument("--out", type=Path, default=Path("gpu-results"), help="folder of logs and receipts")
     parser.add_argument(
         "--model", type=Path, help="a full-size file; made of random weights if none is given"
@@ -287,28 +311,14 @@ def main() -> int:
     parser.add_argument(
         "--budget", type=float, default=float("inf"), metavar="SECONDS", help="for all stages"
     )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add_arguments(parser, [stage.name for stage in STAGES])
     args = parser.parse_args()
-    if not _device():
-        print("no NVIDIA GPU here (nvidia-smi names none): nothing to measure", file=sys.stderr)
-        return 1
-    args.out.mkdir(parents=True, exist_ok=True)
-    end = time.monotonic() + args.budget
     chosen = [stage for stage in STAGES if stage.name in args.stages]
-    model = args.model or args.out / "full-size.gguf"
-    if any(MODEL in stage.command for stage in chosen) and not model.exists():
-        make_model(model)
-    table = []
-    for stage in chosen:
-        left = end - time.monotonic()
-        print(f"== {stage.name}: {stage.shows}", flush=True)
-        if left < min(stage.seconds, 30):
-            table.append((stage, "not run: no time left", 0.0))
-            continue
-        table.append((stage, *run(stage, str(model), args.out, min(stage.seconds, left))))
-    print(f"{'stage':<14} {'seconds':>7}  outcome")
-    for stage, outcome, seconds in table:
-        print(f"{stage.name:<14} {seconds:7.0f}  {outcome}")
-    return 0 if all(outcome == "done" for _, outcome, _ in table) else 1
+    return measure(chosen, args.model, args.out, args.budget)
 
 
 if __name__ == "__main__":

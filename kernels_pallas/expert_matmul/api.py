@@ -9,7 +9,7 @@ from jax.typing import DTypeLike
 from qwen3_moe_jax.convert.packed import PackedTensor
 from qwen3_moe_jax.kernels_pallas import implementations
 from qwen3_moe_jax.kernels_pallas.expert_matmul import xla
-from qwen3_moe_jax.kernels_pallas.gpu.device import OnHopper
+from qwen3_moe_jax.kernels_pallas.gpu.device import FromAmpereOn, OnHopper
 from qwen3_moe_jax.kernels_pallas.implementations import Implementation
 from qwen3_moe_jax.kernels_pallas.packed.stacks import Matrices, OneOf, as_matrices, switch_types
 
@@ -48,7 +48,11 @@ def expert_matmul(
     return implementations.run(
         "expert_matmul",
         implementation,
-        {"hopper": OnHopper("expert_matmul"), "xla": partial(switch_types, xla.expert_matmul)},
+        {
+            "hopper": OnHopper("expert_matmul"),
+            "portable": FromAmpereOn("expert_matmul"),
+            "xla": partial(switch_types, xla.expert_matmul),
+        },
         jnp.asarray(x),
         as_matrices(w),
         jnp.asarray(expert_ids),

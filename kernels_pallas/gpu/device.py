@@ -28,6 +28,20 @@ def require_hopper(interpret: Any = None) -> None:
         raise NotImplementedError(f"Hopper kernels need a GPU of compute capability 9.0, and this is {found}")
 
 
+def require_ampere(interpret: Any = None) -> None:
+    """Raises NotImplementedError unless JAX is 0.11 and its default device an NVIDIA GPU from Ampere on."""
+    if interpret is not None:
+        return
+    if jax.__version_info__ < (0, 11):
+        raise NotImplementedError(f"the GPU kernels need JAX 0.11, and this is {jax.__version__}")
+    device = jax.devices()[0]
+    capability = str(getattr(device, "compute_capability", ""))
+    major = capability.partition(".")[0]
+    if device.platform != "gpu" or not major.isdigit() or int(major) < 8:
+        found = f"{device.device_kind} {capability}".strip()
+        raise NotImplementedError(f"the kernels need compute capability 8.0 or later, and this is {found}")
+
+
 WITHOUT_A_GPU = 4
 """Multiprocessors that the interpreter is assumed to have."""
 
@@ -76,6 +90,25 @@ def ask_ptxas_once() -> None:
         return
     if not hasattr(ask, "cache_info"):
         bindings._get_ptxas_isa_version = functools.cache(ask)
+
+
+@dataclass(frozen=True)
+class FromAmpereOn:
+    """An op's implementation for NVIDIA GPUs from Ampere on.
+
+    Attributes:
+      op: the op's name.
+      module: of the op, holds a function of that name; ``kernel_sm90`` takes the portable product.
+    """
+
+    op: str
+    module: str = "kernel_sm90"
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        require_ampere()
+        if self.module == "kernel_sm90":
+            kwargs["product"] = import_kernels("gpu.products").PORTABLE
+        return getattr(import_kernels(f"{self.op}.{self.module}"), self.op)(*args, **kwargs)
 
 
 @dataclass(frozen=True)

@@ -202,7 +202,7 @@ class Body:
         Args:
           firsts: first rows where they have been looked up; None reads them here, which needs no registers.
         """
-        k, full = self.k, self.s["w_full"].at[slot]
+        k, full = self.k, self.full(slot)
         expert, row_block = item.expert, item.row_block
         tiles_each = k.rows // TILE_ROWS
         for i, views in enumerate(self.views):
@@ -220,10 +220,18 @@ class Body:
                     group = lax.div(first, jnp.int32(32)) + lax.div(row_block, jnp.int32(blocks_each))
                     part = lax.rem(row_block, jnp.int32(blocks_each)) * k.slabs
                     source = view.at[group, :, pl.ds(part, k.slabs), inner]
-                    plgpu.copy_gmem_to_smem(source, target.at[slot, i], full)
+                    self.copy(source, target.at[slot, i], full)
                 else:
                     group = lax.div(first, jnp.int32(_SLAB_TILES)) + row_block * k.slabs
-                    plgpu.copy_gmem_to_smem(view.at[pl.ds(group, k.slabs), :, inner], target.at[slot], full)
+                    self.copy(view.at[pl.ds(group, k.slabs), :, inner], target.at[slot], full)
+
+    def copy(self, source: Any, target: Any, full: Any) -> None:
+        """Begins to copy to shared memory; ``full`` is arrived at when it is done."""
+        plgpu.copy_gmem_to_smem(source, target, full)
+
+    def full(self, slot: Any) -> Any:
+        """The barrier at which a slot's weights arrive."""
+        return self.s["w_full"].at[slot]
 
     # The warpgroups that multiply
 

@@ -57,6 +57,7 @@ def grouped_matmul(
     out_rows: int | None = None,
     of_layer: OfLayer | None = None,
     interpret: Any = None,
+    kernel_class: type["Kernel"] | None = None,
 ) -> jax.Array:
     """Multiplies tiles of rows with their matrices.
 
@@ -75,6 +76,7 @@ def grouped_matmul(
       out_rows: rows of the result, with ``places``.
       of_layer: which layer's matrices; the weights' own ``first`` is not read then.
       interpret: parameters of Pallas' interpreter, which replaces instructions that it lacks.
+      kernel_class: the kernel; None is this module's.
 
     Returns:
       [R, N]: float32 products; or SwiGLU's results in operand order, times
@@ -85,7 +87,7 @@ def grouped_matmul(
       NotImplementedError: the kernel does not take this type, layout or shape.
     """
     check_supported(weights)
-    kernel = Kernel(weights[0], len(weights) == 2, config, splits, interpret)
+    kernel = (kernel_class or Kernel)(weights[0], len(weights) == 2, config, splits, interpret)
     kernel.shared = isinstance(work, UsedExperts) and x.shape[0] == config.tile
     kernel.scattered = places is not None
     rows = x.shape[0]
@@ -110,10 +112,14 @@ class Kernel:
       shared: all experts multiply the same rows of x.
       scattered: ``places`` says where results go.
       of_layer: places in the table of which layer's matrices.
+      copiers: warpgroups of a block that copy alone.
+      body: what a block runs.
     """
 
     shared = scattered = False
     of_layer: OfLayer | None = None
+    copiers = 1
+    body: type[Body] = Body
 
     def __init__(self, weights: Matrices, fused: bool, config: MatmulConfig, splits: int, interpret: Any):
         self.type, self.rows, self.fused, self.config = weights.stack.type, weights.rows, fused, config
@@ -200,7 +206,7 @@ class Kernel:
         """
         dtype = jnp.float16 if self.fused else jnp.float32
         blocks = self.config.blocks or multiprocessors()
-        warpgroups = self.config.warpgroups + 1
+        warpgroups = self.config.warpgroups + self.copiers
         counts = [len(work), len(rowwise), len(firsts), len(views)]
 
         def body(*operands, **scratch):
@@ -210,7 +216,7 @@ class Kernel:
             )
             refs = {"firsts": firsts, "out": operands[-1], **scratch}
             refs |= dict(zip(("x", "scale", "places"), of_rows, strict=False))
-            Body(self, type(work)(*of_work), refs, views, blocks).run()
+            self.body(self, type(work)(*of_work), refs, views, blocks).run()
 
         kernel = plgpu.kernel(
             body,

@@ -137,35 +137,61 @@ def store_scattered(target, values, places, stride: int) -> None:
 
 
 def swiglu_to_shared(buffer, values) -> None:
-    """SwiGLU of an accumulator's halves to float16 [columns, 32] in operand order."""
+    """SwiGLU of an accumulator's halves to float16 [columns, 32] in operand order, in shared memory."""
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WGMMA))
     def emit(ctx, buffer, values):
         del ctx
-        from jaxlib.mlir import ir
-        from jaxlib.mlir.dialects import arith, llvm
-
-        f16, f32 = ir.F16Type.get(), ir.F32Type.get()
-        const, warp, row, pair = _lane_values()
-        real = lambda v: arith.constant(f32, v)
-        ptx = lambda code, *a: llvm.inline_asm(f32, list(a), code, ",".join(["=f"] + ["f"] * len(a)))
-        # Row 4 w + c + 2 b of the tile is position 16 w + 8 c + 2 group + b.
-        word = arith.muli(arith.shrui(row, const(2)), const(16))
-        parity = arith.muli(arith.andi(row, const(1)), const(8))
-        upper = arith.andi(arith.shrui(row, const(1)), const(1))
-        position = arith.addi(arith.addi(word, parity), arith.addi(arith.muli(warp, const(2)), upper))
-        half_slab = SLAB_ROWS // 2
-        lane = arith.addi(position, arith.muli(pair, const(2 * half_slab)))
-        base = mgpu.utils.getelementptr(mgpu.utils.memref_ptr(buffer), [lane], f16)
-        elements = _float_pairs(values)
-        for j in range(values.shape[1] // 8):
-            for e in range(2):
-                gate, up = elements[j, 0, e], elements[j, 1, e]
-                power = ptx("ex2.approx.ftz.f32 $0, $1;", arith.mulf(gate, real(-math.log2(math.e))))
-                below = ptx("rcp.approx.ftz.f32 $0, $1;", arith.addf(power, real(1.0)))
-                value = arith.mulf(arith.mulf(arith.mulf(gate, up), below), real(SWIGLU_SCALE))
-                value = arith.maximumf(arith.minimumf(value, real(_FLOAT16_MAX)), real(-_FLOAT16_MAX))
-                at = const((8 * j + e) * half_slab)
-                llvm.store(arith.truncf(f16, value), mgpu.utils.getelementptr(base, [at], f16))
+        _emit_swiglu(buffer, values, None, SLAB_ROWS // 2)
 
     emit(buffer, values)
+
+
+def store_swiglu(target, values, held, stride: int) -> None:
+    """The same of the first ``held`` columns, to rows in global memory ``stride`` elements apart."""
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WGMMA, plgpu.Layout.WG_SPLAT(())))
+    def emit(ctx, target, values, held):
+        del ctx
+        _emit_swiglu(target, values, held, stride)
+
+    emit(target, values, held)
+
+
+def _emit_swiglu(target, values, held, stride: int) -> None:
+    """Writes a lane's results; of 8 columns none unless the first is one of ``held``."""
+    from jaxlib.mlir import ir
+    from jaxlib.mlir.dialects import arith, llvm, scf
+
+    f16, f32 = ir.F16Type.get(), ir.F32Type.get()
+    const, warp, row, pair = _lane_values()
+    real = lambda v: arith.constant(f32, v)
+    ptx = lambda code, *a: llvm.inline_asm(f32, list(a), code, ",".join(["=f"] + ["f"] * len(a)))
+    # Row 4 w + c + 2 b of the tile is position 16 w + 8 c + 2 group + b.
+    word = arith.muli(arith.shrui(row, const(2)), const(16))
+    parity = arith.muli(arith.andi(row, const(1)), const(8))
+    upper = arith.andi(arith.shrui(row, const(1)), const(1))
+    position = arith.addi(arith.addi(word, parity), arith.addi(arith.muli(warp, const(2)), upper))
+    lane = arith.addi(position, arith.muli(pair, const(2 * stride)))
+    base = mgpu.utils.getelementptr(mgpu.utils.memref_ptr(target), [lane], f16)
+    elements = _float_pairs(values)
+
+    def store_eight(j: int) -> None:
+        for e in range(2):
+            gate, up = elements[j, 0, e], elements[j, 1, e]
+            power = ptx("ex2.approx.ftz.f32 $0, $1;", arith.mulf(gate, real(-math.log2(math.e))))
+            below = ptx("rcp.approx.ftz.f32 $0, $1;", arith.addf(power, real(1.0)))
+            value = arith.mulf(arith.mulf(arith.mulf(gate, up), below), real(SWIGLU_SCALE))
+            value = arith.maximumf(arith.minimumf(value, real(_FLOAT16_MAX)), real(-_FLOAT16_MAX))
+            at = const((8 * j + e) * stride)
+            llvm.store(arith.truncf(f16, value), mgpu.utils.getelementptr(base, [at], f16))
+
+    for j in range(values.shape[1] // 8):
+        if held is None:
+            store_eight(j)
+            continue
+        inside = arith.cmpi(arith.CmpIPredicate.sgt, held.registers.item(), const(8 * j))
+        branch = scf.IfOp(inside)
+        with ir.InsertionPoint(branch.then_block):
+            store_eight(j)
+            scf.yield_([])

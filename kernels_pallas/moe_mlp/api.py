@@ -10,7 +10,7 @@ from jax.typing import DTypeLike
 from qwen3_moe_jax.convert.packed import PackedTensor
 from qwen3_moe_jax.kernels_pallas import implementations
 from qwen3_moe_jax.kernels_pallas.expert_matmul.api import expert_matmul
-from qwen3_moe_jax.kernels_pallas.gpu.device import OnHopper
+from qwen3_moe_jax.kernels_pallas.gpu.device import FromAmpereOn, OnHopper
 from qwen3_moe_jax.kernels_pallas.implementations import Implementation
 from qwen3_moe_jax.kernels_pallas.moe_mlp import native, xla
 from qwen3_moe_jax.kernels_pallas.packed.stacks import Matrices, OneOf, as_matrices, switch_types
@@ -83,6 +83,7 @@ def moe_mlp(
         {
             "native": native.moe_mlp,
             "hopper": OnHopper("moe_mlp"),
+            "portable": FromAmpereOn("moe_mlp"),
             "xla": partial(switch_types, xla.moe_mlp),
         },
         jnp.asarray(x),

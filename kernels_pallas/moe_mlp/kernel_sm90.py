@@ -1,6 +1,6 @@
-"""moe_mlp on Hopper GPUs: sort by expert, gate + up + SwiGLU, down with weighting, sum in order.
+"""moe_mlp on NVIDIA GPUs: sort by expert, gate + up + SwiGLU, down with weighting, sum in order.
 
-Two launches of the kernel in ``gpu.grouped_matmul_sm90`` and a few small steps of XLA. SwiGLU's
+Two launches of the kernel in ``gpu.products`` and a few small steps of XLA. SwiGLU's
 results stay sorted, in float16 and in the order in which the second launch reads them. Every
 token adds its experts' results in the order of ``expert_ids``.
 
@@ -18,7 +18,7 @@ import numpy as np
 
 from qwen3_moe_jax.convert.packed import PackedTensor
 from qwen3_moe_jax.kernels_pallas.gpu.activations import SWIGLU_SCALE, WEIGHT_SCALE, float16_operand
-from qwen3_moe_jax.kernels_pallas.gpu.device import require_16_bits, require_hopper
+from qwen3_moe_jax.kernels_pallas.gpu.device import require_16_bits
 from qwen3_moe_jax.kernels_pallas.gpu.grouped_matmul_config import (
     MAX_FEW_ROWS,
     MatmulConfig,
@@ -26,9 +26,7 @@ from qwen3_moe_jax.kernels_pallas.gpu.grouped_matmul_config import (
     few_config,
     pick_config,
 )
-from qwen3_moe_jax.kernels_pallas.gpu.grouped_matmul_sm90 import (
-    grouped_matmul,
-)
+from qwen3_moe_jax.kernels_pallas.gpu.products import HOPPER, Product
 from qwen3_moe_jax.kernels_pallas.gpu.sorting import sort_by_expert, used_experts
 from qwen3_moe_jax.kernels_pallas.moe_mlp.routes import expert_factors
 from qwen3_moe_jax.kernels_pallas.packed.stacks import Matrices, OneOf, as_matrices, switch_types
@@ -47,13 +45,14 @@ def moe_mlp(
     *,
     config: MatmulConfig | None = None,
     interpret: Any = None,
+    product: Product = HOPPER,
 ) -> jax.Array:
     """See ``api.moe_mlp``. Operands are float16 with powers of two as scales, not bfloat16.
 
     Raises:
-      NotImplementedError: not a Hopper GPU, ``compute_dtype`` float32, or weights that it does not take.
+      NotImplementedError: no such device, ``compute_dtype`` float32, or weights that it does not take.
     """
-    require_hopper(interpret)
+    product.require(interpret)
     require_16_bits(compute_dtype)
     weights = [as_matrices(w) for w in (gate_proj, up_proj, down_proj)]
     if config is None and x.shape[0] <= MAX_FEW_ROWS:
@@ -69,15 +68,15 @@ def moe_mlp(
             check_supported((option,))
         if is_few:
             which = down.which if isinstance(down, OneOf) else None
-            return _few(x, (gate, up, downs), which, expert_ids, expert_weights, config, interpret)
-        return _experts(x, (gate, up, down), expert_ids, expert_weights, config, interpret)
+            return _few(x, (gate, up, downs), which, expert_ids, expert_weights, config, interpret, product)
+        return _experts(x, (gate, up, down), expert_ids, expert_weights, config, interpret, product)
 
     if is_few:
         return switch_types(lambda gate, up: run(gate, up, weights[2]), *weights[:2])
     return switch_types(run, *weights)
 
 
-@partial(jax.jit, static_argnums=(5, 6))
+@partial(jax.jit, static_argnums=(5, 6, 7))
 def _few(
     x: jax.Array,
     stacks: tuple[Matrices, Matrices, tuple[Matrices, ...]],
@@ -86,6 +85,7 @@ def _few(
     expert_weights: jax.Array,
     config: MatmulConfig,
     interpret: Any,
+    product: Product,
 ) -> jax.Array:
     """All tokens with every expert in use; of several matrices for down, ``which`` is meant."""
     gate, up, downs = stacks
@@ -94,12 +94,12 @@ def _few(
     operand, scale = float16_operand(x, config.tile)
     used = used_experts(expert_ids, E)
     place, weight = expert_factors(expert_ids, expert_weights.astype(jnp.float32), E, config.tile)
-    swiglu = grouped_matmul(operand, scale, used, (gate, up), **options)
+    swiglu = product.multiply(operand, scale, used, (gate, up), **options)
     places = {"places": place.reshape(-1), "out_rows": T * X}
     parts = None
     for i, down in enumerate(downs):
         mine = used if which is None else used._replace(count=used.count * (which == i))
-        out = grouped_matmul(swiglu, weight.reshape(-1), mine, (down,), **places, **options)
+        out = product.multiply(swiglu, weight.reshape(-1), mine, (down,), **places, **options)
         parts = out if parts is None else jnp.where(which == i, out, parts)
     assert parts is not None, "down has a type"
     parts = parts.reshape(T, X, -1)
@@ -114,7 +114,7 @@ def _few(
     return total
 
 
-@partial(jax.jit, static_argnums=(4, 5))
+@partial(jax.jit, static_argnums=(4, 5, 6))
 def _experts(
     x: jax.Array,
     stacks: Stacks,
@@ -122,15 +122,16 @@ def _experts(
     expert_weights: jax.Array,
     config: MatmulConfig,
     interpret: Any,
+    product: Product,
 ) -> jax.Array:
     gate, up, down = stacks
     options = {"config": config, "interpret": interpret}
     order = sort_by_expert(expert_ids, gate.shape[0], config.tile)
     operand, scale = float16_operand(x)
     token = order.source // expert_ids.shape[1]
-    swiglu = grouped_matmul(operand[token], scale[token], order.tiles, (gate, up), **options)
+    swiglu = product.multiply(operand[token], scale[token], order.tiles, (gate, up), **options)
     weight = expert_weights.astype(jnp.float32).reshape(-1)[order.source] / (SWIGLU_SCALE * WEIGHT_SCALE)
-    parts = grouped_matmul(swiglu, weight, order.tiles, (down,), **options)
+    parts = product.multiply(swiglu, weight, order.tiles, (down,), **options)
     total = parts[order.place[:, 0]]
     for choice in range(1, expert_ids.shape[1]):
         total = total + parts[order.place[:, choice]]

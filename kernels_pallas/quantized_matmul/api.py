@@ -8,7 +8,7 @@ from jax.typing import DTypeLike
 
 from qwen3_moe_jax.convert.packed import PackedTensor
 from qwen3_moe_jax.kernels_pallas import implementations
-from qwen3_moe_jax.kernels_pallas.gpu.device import OnHopper
+from qwen3_moe_jax.kernels_pallas.gpu.device import FromAmpereOn, OnHopper
 from qwen3_moe_jax.kernels_pallas.implementations import Implementation
 from qwen3_moe_jax.kernels_pallas.packed.stacks import Matrices, OneOf, as_matrices, switch_types
 from qwen3_moe_jax.kernels_pallas.quantized_matmul import native, xla
@@ -46,6 +46,7 @@ def quantized_matmul(
         {
             "native": native.quantized_matmul,
             "hopper": OnHopper("quantized_matmul"),
+            "portable": FromAmpereOn("quantized_matmul"),
             "xla": partial(switch_types, xla.quantized_matmul),
         },
         jnp.asarray(x),

@@ -1,4 +1,4 @@
-"""quantized_matmul on Hopper GPUs: one group of the kernel in ``gpu.grouped_matmul_sm90``."""
+"""quantized_matmul on NVIDIA GPUs: one group of the kernel in ``gpu.products``."""
 
 import functools
 from functools import partial
@@ -10,16 +10,14 @@ import numpy as np
 
 from qwen3_moe_jax.convert.packed import PackedTensor
 from qwen3_moe_jax.kernels_pallas.gpu.activations import float16_operand
-from qwen3_moe_jax.kernels_pallas.gpu.device import require_16_bits, require_hopper
+from qwen3_moe_jax.kernels_pallas.gpu.device import require_16_bits
 from qwen3_moe_jax.kernels_pallas.gpu.grouped_matmul_config import (
     MAX_FEW_ROWS,
     MatmulConfig,
     check_supported,
     dense_config,
 )
-from qwen3_moe_jax.kernels_pallas.gpu.grouped_matmul_sm90 import (
-    grouped_matmul,
-)
+from qwen3_moe_jax.kernels_pallas.gpu.products import HOPPER, Product
 from qwen3_moe_jax.kernels_pallas.gpu.sorting import dense_tiles
 from qwen3_moe_jax.kernels_pallas.packed.stacks import Matrices, OneOf, as_matrices, switch_types
 
@@ -32,6 +30,7 @@ def quantized_matmul(
     config: MatmulConfig | None = None,
     splits: int = 1,
     interpret: Any = None,
+    product: Product = HOPPER,
 ) -> jax.Array:
     """See ``api.quantized_matmul``. Operands are float16 with a power of two a row, not bfloat16.
 
@@ -40,9 +39,9 @@ def quantized_matmul(
       splits: parts of K that are summed apart and then added in order.
 
     Raises:
-      NotImplementedError: not a Hopper GPU, ``compute_dtype`` float32, or weights that it does not take.
+      NotImplementedError: no such device, ``compute_dtype`` float32, or weights that it does not take.
     """
-    require_hopper(interpret)
+    product.require(interpret)
     require_16_bits(compute_dtype)
     w = as_matrices(w)
     options = w.options if isinstance(w, OneOf) else (w,)
@@ -52,11 +51,11 @@ def quantized_matmul(
         config, splits = dense_config(x.shape[0], *w.shape)
     if len(options) == 1 or x.shape[0] <= MAX_FEW_ROWS:
         which = w.which if isinstance(w, OneOf) else None
-        return _multiply(x, options, which, config, splits, interpret)
-    return switch_types(lambda w: _multiply(x, (w,), None, config, splits, interpret), w)
+        return _multiply(x, options, which, config, splits, interpret, product)
+    return switch_types(lambda w: _multiply(x, (w,), None, config, splits, interpret, product), w)
 
 
-@partial(jax.jit, static_argnums=(3, 4, 5))
+@partial(jax.jit, static_argnums=(3, 4, 5, 6))
 def _multiply(
     x: jax.Array,
     options: tuple[Matrices, ...],
@@ -64,6 +63,7 @@ def _multiply(
     config: MatmulConfig,
     splits: int,
     interpret: Any,
+    product: Product,
 ) -> jax.Array:
     """The product with option ``which``; kernels of the others find no tiles."""
     tokens = x.shape[0]
@@ -72,7 +72,7 @@ def _multiply(
     total = None
     for i, w in enumerate(options):
         mine = tiles if which is None else tiles._replace(count=tiles.count * (which == i))
-        out = grouped_matmul(operand, scale, mine, (w,), config=config, splits=splits, interpret=interpret)
+        out = product.multiply(operand, scale, mine, (w,), config=config, splits=splits, interpret=interpret)
         out = functools.reduce(jnp.add, [out[part] for part in range(splits)] if splits > 1 else [out])
         total = out if total is None else jnp.where(which == i, out, total)
     assert total is not None, "a matrix has a type"

@@ -18,6 +18,7 @@ from qwen3_moe_jax.convert.ggml_types import GGMLType
 from qwen3_moe_jax.convert.layouts.gpu_tiles import to_gpu_tiles
 from qwen3_moe_jax.convert.packed import GPU_TILES, PackedTensor
 from qwen3_moe_jax.kernels_pallas.attention import kernel_sm90 as attention_sm90
+from qwen3_moe_jax.kernels_pallas.gpu import device
 from qwen3_moe_jax.kernels_pallas.gpu.device import ask_ptxas_once
 from qwen3_moe_jax.kernels_pallas.gpu.grouped_matmul_config import (
     MAX_FEW_ROWS,
@@ -98,8 +99,7 @@ def test_grouped_matmul_lowers_for_cuda(rng, name, type, matrices):
 @pytest.mark.parametrize("tokens", [1, 9, 70])
 def test_ops_lower_for_cuda(rng, monkeypatch, tokens):
     """The ops as the model calls them, with a choice of types."""
-    for module in (moe_sm90, matmul_sm90):
-        monkeypatch.setattr(module, "require_hopper", lambda interpret: None)
+    monkeypatch.setattr(device, "require_hopper", lambda interpret: None)
     tiles = lambda type, *shape: jax.tree.map(jnp.asarray, to_gpu_tiles(random_weights(rng, type, shape)))
     types = QUANTIZED[0], QUANTIZED[2]
     stack = tiles(types[0], 4, 256, 512)

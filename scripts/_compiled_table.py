@@ -1,0 +1,30 @@
+"""The table of kernels that were compiled without a GPU, from ``docs/receipts/compiled_kernels.json``."""
+
+from scripts._receipts import receipt, table
+
+NAMES = {
+    "decode_step hopper": "decode, Hopper's",
+    "decode_step portable": "decode, portable",
+    "grouped_matmul portable Q4_K swiglu": "product, Q4_K, SwiGLU",
+    "grouped_matmul portable Q6_K": "product, Q6_K",
+}
+
+
+def compiled_kernels() -> str:
+    """Registers, spilled bytes and shared memory of each kernel and target."""
+    kernels = receipt("compiled_kernels")["kernels"]
+    return table(
+        "target | kernel | sequences, or rows of a tile | registers | bytes spilled | shared memory",
+        [_row(row) for row in sorted(kernels, key=_order)],
+    )
+
+
+def _order(row: dict) -> tuple:
+    return int(row["target"].strip("sm_a")), list(NAMES).index(row["kernel"]), row["batch"]
+
+
+def _row(row: dict) -> tuple:
+    start = (f"{row['target']} ({row['card']})", NAMES[row["kernel"]], row["batch"])
+    if "skipped" in row:
+        return (*start, row["skipped"], "", "")
+    return (*start, row["registers"], row["spilled"], f"{row['shared_memory']:,} of {row['limit']:,}")
