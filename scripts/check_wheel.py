@@ -1,22 +1,33 @@
 """Builds the source archive and the wheel, and checks what a user who installs them gets.
 
     python -m scripts.check_wheel [--keep FOLDER]
+    python -m scripts.check_wheel --clean 3.11 3.12 3.13 3.14 [--receipt FILE]
 
 Checked: the metadata (twine); the licenses; ``convert`` and ``kernels_pallas`` as folders of real files, in
 the wheel and in the archive (in the clone they are links); neither tests nor scripts; that the installed
 command and a user's script write text from another folder, beside a user's own ``convert.py``. The build
 fetches setuptools; nothing else needs a network: dependencies are those of this environment.
+
+With ``--clean`` the wheel is also installed with all that it needs into a fresh environment of each of these
+Pythons, where ``pip check`` and the same uses must pass; a Python that this machine lacks is said. The
+receipt has what was installed, the size and the time.
 """
 
 import argparse
+import json
+import os
+import platform
 import shutil
 import subprocess
 import sys
 import tarfile
 import tempfile
+import time
 import zipfile
 from collections.abc import Iterator
+from datetime import date
 from pathlib import Path
+from typing import Any
 
 from scripts import ROOT, child_environment
 
@@ -76,26 +87,81 @@ def faults_of_archive(archive: Path) -> Iterator[str]:
 
 def faults_of_installed(wheel: Path, folder: Path) -> Iterator[str]:
     """What is wrong with the installed package, used from a folder with modules of the same names."""
-    site, elsewhere = folder / "site", folder / "elsewhere"
+    site = folder / "site"
     _run(sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", site, wheel)
+    environment = child_environment(PYTHONPATH=str(site))
+    yield from faults_of_use(site / "bin" / "qwen3-moe", Path(sys.executable), folder / "user", environment)
+
+
+def faults_of_use(command: Path, python: Path, elsewhere: Path, environment: dict[str, str]) -> Iterator[str]:
+    """What is wrong with the command and a user's script, run beside modules that have our names."""
     write_user_folder(elsewhere)
-    command = [
-        str(site / "bin" / "qwen3-moe"),
-        "generate",
-        "-q",
-        "--backend",
-        "reference",
-        "-n",
-        "4",
-        "def f(",
-    ]
-    for what in (command, [sys.executable, USER_SCRIPT]):
-        environment = child_environment(PYTHONPATH=str(site))
+    generate = [str(command), "generate", "-q", "--backend", "reference", "-n", "4", "def f("]
+    for what in (generate, [str(python), USER_SCRIPT], [str(command), "--version"]):
         done = subprocess.run(
             what, cwd=elsewhere, env=environment, capture_output=True, text=True, check=False
         )
         if done.returncode or not done.stdout.strip():
             yield f"{' '.join(what)} ends with {done.returncode}: {done.stderr.strip()}"
+
+
+def python_of(version: str) -> str | None:
+    """An interpreter of this version on the path or among pyenv's; None if there is none."""
+    if found := shutil.which(f"python{version}"):
+        done = subprocess.run([found, "-c", ""], capture_output=True, check=False)
+        if not done.returncode:  # a shim may stand for a version that is not chosen
+            return found
+    root = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"))
+    places = sorted((root / "versions").glob(f"{version}.*/bin/python"))
+    return str(places[-1]) if places else None
+
+
+def clean_install(wheel: Path, version: str, folder: Path) -> dict[str, Any]:
+    """Installs into a fresh environment and uses it; what came of it, ready for JSON."""
+    python = python_of(version)
+    if python is None:
+        return {"python": version, "outcome": "not on this machine"}
+    began = time.perf_counter()
+    place = folder / f"clean-{version}"
+    _run(python, "-m", "venv", place)
+    inside = place / "bin" / "python"
+    _run(inside, "-m", "pip", "install", "-q", "--disable-pip-version-check", wheel)
+    seconds = time.perf_counter() - began
+    environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")}
+    checked = subprocess.run([inside, "-m", "pip", "check"], capture_output=True, text=True, check=False)
+    faults = [checked.stdout.strip()] if checked.returncode else []
+    faults += faults_of_use(place / "bin" / "qwen3-moe", inside, folder / f"user-{version}", environment)
+    listed = subprocess.run(
+        [inside, "-m", "pip", "list", "--format", "json"], capture_output=True, text=True, check=True
+    )
+    found = {
+        "python": _version_of(inside),
+        "outcome": "; ".join(faults) or "as it should be",
+        "is_sound": not faults,
+        "install_s": round(seconds, 1),
+        "megabytes": round(sum(p.stat().st_size for p in place.rglob("*") if p.is_file()) / 1e6),
+        "packages": {p["name"]: p["version"] for p in json.loads(listed.stdout)},
+    }
+    shutil.rmtree(place)
+    return found
+
+
+def _version_of(python: Path) -> str:
+    done = subprocess.run([python, "-V"], capture_output=True, text=True, check=True)
+    return done.stdout.split()[-1]
+
+
+def receipt_of(wheel: Path, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """What ``--clean`` found."""
+    return {
+        "what": "the wheel in clean environments",
+        "command": f"python -m scripts.check_wheel --clean {' '.join(r['python'] for r in rows)}",
+        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+        "date": date.today().isoformat(),
+        "wheel": wheel.name,
+        "megabytes": round(wheel.stat().st_size / 1e6, 1),
+        "environments": rows,
+    }
 
 
 def write_user_folder(folder: Path) -> None:
@@ -117,6 +183,10 @@ def _run(*command: object) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--keep", type=Path, help="folder for the wheel and the archive")
+    parser.add_argument(
+        "--clean", nargs="*", default=[], metavar="VERSION", help="also in fresh environments"
+    )
+    parser.add_argument("--receipt", type=Path, help="write what --clean found here")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -127,7 +197,14 @@ def main() -> int:
             *faults_of_archive(archive),
             *faults_of_installed(wheel, folder),
         ]
+        rows = [clean_install(wheel, version, folder) for version in args.clean]
+        found = receipt_of(wheel, rows)
+    faults += [f"Python {row['python']}: {row['outcome']}" for row in rows if not row.get("is_sound", True)]
     print("\n".join(faults) or f"{wheel.name} and {archive.name}: as they should be")
+    if rows:
+        if args.receipt:
+            args.receipt.write_text(json.dumps(found, indent=2) + "\n")
+        print(json.dumps(found))
     return bool(faults)
 
 

@@ -47,12 +47,19 @@ class Recorder:
       environment: theirs.
       seconds: by step.
       blocks: of the page, by step.
+      page: where it is written after each step.
     """
 
     folder: Path
     environment: dict[str, str]
     seconds: dict[str, float] = field(default_factory=dict)
     blocks: dict[str, str] = field(default_factory=dict)
+    page: Path | None = None
+
+    def save(self) -> None:
+        """Writes what is recorded so far."""
+        if self.page is not None:
+            self.page.write_text(page(self))
 
     def run(self, step: str, *lines: str, codes: tuple[int, ...] = (0,)) -> None:
         """Runs lines of the shell; their output and time go into the page."""
@@ -72,6 +79,7 @@ class Recorder:
         self.seconds[step] = round(seconds, 1)
         self.blocks[step] = "```console\n" + "\n".join(shown) + "\n```"
         print(f"{step}: {seconds:.1f} s", file=sys.stderr)
+        self.save()
 
     def _clean(self, text: str) -> list[str]:
         """Lines without this machine's folders; long ones end in dots."""
@@ -175,59 +183,45 @@ def record(recorder: Recorder, out: Path) -> None:
     run("batch", "cut -c 1-140 requests.jsonl", batch, show, batch, codes=(0, 1))
 
 
-PAGE = """\
+HEAD = """\
 # The first hour
 
 What a newcomer sees, recorded by `python -m scripts.record_first_hour` on {machine}.
 The hub is one on the same machine that speaks the real protocol and serves the embedded model (14 MB); with a
 real one only names and sizes differ. Each time is that of its whole block. Other work ran on the machine: the
 times are upper bounds.
+"""
 
-## Install: {install} s
+SECTIONS = {
+    "install": ("Install", "", ""),
+    "look": (
+        "Look before the download",
+        "What there is, then the header of one file, which is all that `inspect` reads.",
+        "",
+    ),
+    "pull": ("Get it", "", ""),
+    "models": ("What is here", "", ""),
+    "generate": ("Write", "A model's first run compiles its programs, which are kept.", ""),
+    "again": ("Write again", "", ""),
+    "chat": (
+        "Talk",
+        "Two turns and `/stats`; the second turn reads only what is new. [All of chat](chat.md).",
+        "![The terminal after two turns and /stats](pictures/chat.svg)",
+    ),
+    "experts": (
+        "See",
+        "Which experts each of two texts uses, on one scale, and the difference.",
+        "![Which experts each text uses, and the difference](pictures/experts.png)",
+    ),
+    "batch": (
+        "Many prompts",
+        "A line that is no good request gets its reason. The same command again does nothing twice.",
+        "",
+    ),
+}
+"""Step: title, what comes before its block, and after it."""
 
-{install_block}
-
-## Look before the download: {look} s
-
-The list, then the header of one file, which is all that `inspect` reads: types, memory, what will run.
-
-{look_block}
-
-## Get it: {pull} s
-
-{pull_block}
-
-{models_block}
-
-## Write: {generate} s, and {again} s the second time
-
-The first run of a model compiles its programs; they are kept.
-
-{generate_block}
-
-{again_block}
-
-## Talk: {chat} s
-
-{chat_block}
-
-![The terminal after two turns and /stats]({pictures}/chat.svg)
-
-The second turn reads what is new alone. [All of chat](chat.md).
-
-## See: {experts} s
-
-{experts_block}
-
-![Which experts each text uses, and the difference]({pictures}/experts.png)
-
-## Many prompts: {batch} s
-
-A line that is no good request gets its reason, the others their answers; the same command again does nothing
-twice.
-
-{batch_block}
-
+TAIL = """\
 ## Next
 
 [Get a model](models.md), [chat](chat.md), [batch files](batch-files.md), [serve](serve.md),
@@ -236,10 +230,15 @@ twice.
 
 
 def page(recorder: Recorder) -> str:
-    """The page with every block and time."""
-    blocks = {f"{step}_block": block for step, block in recorder.blocks.items()}
+    """The page, with the steps that were recorded."""
     machine = f"{os.cpu_count()} cores without a GPU, Python {platform.python_version()}"
-    return PAGE.format(machine=machine, pictures=PICTURES, **blocks, **recorder.seconds)
+    parts = [HEAD.format(machine=machine)]
+    for step, (title, before, after) in SECTIONS.items():
+        if step in recorder.blocks:
+            seconds = recorder.seconds[step]
+            head = f"## {title}: {seconds} s" if seconds else f"## {title}"
+            parts.append("\n\n".join(filter(None, (head, before, recorder.blocks[step], after))) + "\n")
+    return "\n".join([*parts, TAIL])
 
 
 def main() -> int:
@@ -264,11 +263,11 @@ def main() -> int:
             "JAX_PLATFORMS": "cpu",
         }
         recorder = Recorder(folder, {**os.environ, **child_environment(), **caches, **settings})
+        recorder.page = args.out / "first-hour.md"
         clone_command(recorder) if args.no_install else install(recorder)
         if args.no_install:
             recorder.add("install", 0.0, ["$ pip install '.[serve,plot]'"])
         record(recorder, args.out)
-    (args.out / "first-hour.md").write_text(page(recorder))
     print(json.dumps({"seconds": recorder.seconds, "cores": os.cpu_count()}))
     return 0
 

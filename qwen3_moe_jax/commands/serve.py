@@ -2,6 +2,7 @@
 
 import argparse
 import importlib.util
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -77,8 +78,13 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentG
     return group
 
 
+NO_WINDOWS = "serve and batch do not run on Windows itself: use Linux in it (WSL 2)"
+
+
 def check_installed() -> None:
-    """Raises RuntimeError: a package of the extra ``serve`` is missing."""
+    """Raises RuntimeError: a package of the extra ``serve`` is missing, or the system has no such engine."""
+    if sys.platform == "win32":
+        raise RuntimeError(NO_WINDOWS)
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         raise RuntimeError(f"this command needs {', '.join(missing)}: pip install 'qwen3-moe-jax[serve]'")
