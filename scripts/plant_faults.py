@@ -3,15 +3,18 @@
     python -m scripts.plant_faults --json receipt.json
 
 ``verify`` is the command itself, with every clause and its full text: what is recorded is its exit code and
-the clauses that failed. Ends with one line of JSON: faults caught and named of those planted, per backend.
+the clauses that failed. Each fault is written as soon as it was tried; ``--resume`` goes on after those of
+the same code. Ends with one line of JSON: faults caught and named of those planted, per backend.
 """
 
 import argparse
 import io
 import json
 import platform
+import subprocess
 import sys
 import time
+from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from importlib import metadata
 from pathlib import Path
@@ -28,6 +31,7 @@ from qwen3_moe_jax.parity.verify import TEXT_TOKENS
 from qwen3_moe_jax.testing.fault_list import FAULTS, Fault
 from qwen3_moe_jax.testing.faults import plant
 from qwen3_moe_jax.text.tokenizer import Tokenizer
+from scripts import ROOT
 
 BACKENDS = ("reference", "jax", "jax:bfloat16", "wgpu")
 
@@ -77,10 +81,19 @@ def forget_programs() -> None:
         sys.modules["qwen3_moe_jax.jax_backend.programs"].forget()
 
 
-def try_backend(source: ModelSource, backend: str, token_ids: list[int], text_tokens: int) -> dict:
-    """All ten faults in one backend."""
-    rows = []
+def try_backend(
+    source: ModelSource,
+    backend: str,
+    token_ids: list[int],
+    text_tokens: int,
+    rows: list[dict],
+    keep: Callable[[dict], None],
+) -> dict:
+    """All ten faults in one backend, but for those of ``rows``; ``keep`` is told the result after each."""
+    tried = {row["fault"] for row in rows}
     for fault in FAULTS.values():
+        if fault.name in tried:
+            continue
         began = time.perf_counter()
         row = try_fault(source, backend, fault, token_ids, text_tokens)
         rows.append(row)
@@ -89,6 +102,12 @@ def try_backend(source: ModelSource, backend: str, token_ids: list[int], text_to
         named = "named it" if row["bisect_named"] else "DID NOT"
         seconds = time.perf_counter() - began
         print(f"{backend:14} {fault.name:20} verify {judged}, bisect {named} ({seconds:.0f} s)", flush=True)
+        keep(counted(backend, rows, text_tokens))
+    return counted(backend, rows, text_tokens)
+
+
+def counted(backend: str, rows: list[dict], text_tokens: int) -> dict:
+    """The rows of a backend, with how many faults were caught and named."""
     return {
         "backend": backend,
         "planted": len(rows),
@@ -98,6 +117,19 @@ def try_backend(source: ModelSource, backend: str, token_ids: list[int], text_to
     }
 
 
+def commit() -> str:
+    """Of this clone; "" outside one."""
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
+
+
+def kept_before(path: str | None, facts: dict) -> dict[str, dict]:
+    """Results by backend of an unfinished run with the same code, file and text."""
+    before = json.loads(Path(path).read_text()) if path and Path(path).is_file() else {}
+    same = all(before.get(name) == facts[name] for name in ("code_version", "file", "text_tokens"))
+    return {result["backend"]: result for result in before["results"]} if same else {}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--backend", action="append", choices=BACKENDS, help="default: all but wgpu")
@@ -105,26 +137,38 @@ def main() -> int:
         "--tokens", type=int, default=TEXT_TOKENS, help="length of verify's text; 0 tries bisect alone"
     )
     parser.add_argument("--json", metavar="FILE", help="write all results here")
+    parser.add_argument("--resume", action="store_true", help="go on with that file's results of this code")
     args = parser.parse_args()
     with open_model(loader.embedded_model()) as source:
         tokenizer = Tokenizer(source.metadata, vocab_size=source.config.vocab_size)
         token_ids = tokenizer.encode(parity_text())[:LONG_TOKENS]
         backends = args.backend or BACKENDS[:3]
-        results = [try_backend(source, b, token_ids, args.tokens) for b in backends]
         facts = {
             "date": time.strftime("%Y-%m-%d", time.gmtime()),
             "command": " ".join(["python", *sys.argv]),
             "file": {"name": source.path.name, "sha256": source.sha256()},
             "code_version": code_version(),
+            "commit": commit(),
+            "text_tokens": args.tokens,
             "machine": platform.platform(),
             "versions": {
                 "python": platform.python_version(),
                 **{n: metadata.version(n) for n in VERSIONS_OF},
             },
-            "results": results,
         }
-    if args.json:
-        Path(args.json).write_text(json.dumps(facts, indent=1) + "\n")
+        found = kept_before(args.json, facts) if args.resume else {}
+
+        def keep(result: dict) -> None:
+            found[result["backend"]] = result
+            if args.json:
+                Path(args.json).write_text(
+                    json.dumps({**facts, "results": list(found.values())}, indent=1) + "\n"
+                )
+
+        for backend in backends:
+            rows = found.get(backend, {}).get("faults", [])
+            keep(try_backend(source, backend, token_ids, args.tokens, rows, keep))
+        results = list(found.values())
     counts = ("backend", "planted", "verify_failed", "bisect_named")
     print(json.dumps([{k: r[k] for k in counts} for r in results]))
     all_found = all(

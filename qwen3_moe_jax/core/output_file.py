@@ -43,6 +43,8 @@ def check_output(path: str | os.PathLike[str], suffixes: tuple[str, ...] = ()) -
 
 
 def _check_place(path: Path, suffixes: tuple[str, ...]) -> None:
+    if not path.is_absolute():
+        os.getcwd()  # a working folder that was deleted is still a folder, in which nothing can be made
     if suffixes and path.suffix.lower() not in suffixes:
         raise OutputFileError(f"{path}: the name must end with {', '.join(suffixes)}")
     if path.is_dir():

@@ -6,11 +6,14 @@ import tempfile
 from pathlib import Path
 
 MAX_REMEMBERED = 1000
+MAX_BYTES = 1 << 20
 
 
 def remembered(path: Path) -> list[str]:
     """Keys that have passed; an unreadable file has none."""
     try:
+        if not path.is_file() or path.stat().st_size > MAX_BYTES:  # a pipe would wait for ever
+            return []
         keys: object = json.loads(path.read_text())
     except (OSError, ValueError, RecursionError):
         return []

@@ -245,6 +245,17 @@ def test_a_payload_has_the_name_that_was_given(tmp_path, capsys):
         assert "l_out-0" in arrays
 
 
+def test_a_deleted_working_folder_is_refused_before_the_load(tmp_path, monkeypatch):
+    from qwen3_moe_jax.core.output_file import check_output
+
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    with pytest.raises(OSError, match="^x.npz cannot be written: No such file or directory"):
+        check_output("x.npz")
+    assert check_output(tmp_path / "x.npz")
+
+
 def test_a_full_disk_is_reported_for_each_file(capsys):
     assert main(["trace", "x = 1", "--stage", "l_out", "--payload", "/dev/full", *QUICK]) == ExitCode.OUTPUT
     expected = "qwen3-moe: /dev/full cannot be written: No space left on device\n"

@@ -277,6 +277,17 @@ def test_the_clock_of_a_load_starts_with_its_first_byte(clock, capsys):
     ]
 
 
+def test_a_short_load_says_nothing(clock, capsys):
+    with terminal.show_progress("loading") as report:
+        clock.now += 60  # JAX is imported
+        for done in range(0, 14):
+            report(done * 10**6, 14 * 10**6)
+            clock.now += 0.07
+        clock.now += 5  # a program is compiled
+        report(14 * 10**6, 14 * 10**6)
+    assert capsys.readouterr().err == ""
+
+
 def test_no_time_is_told_before_a_tenth_or_three_seconds(clock, capsys):
     with terminal.show_progress("loading") as report:
         for seconds, done in ((0, 0.0), (2, 0.2), (5, 0.4)):

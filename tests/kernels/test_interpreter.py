@@ -71,6 +71,14 @@ def test_a_kernel_asks_for_its_warpgroups(monkeypatch):
         interpreter.interpreter_option("parameters", 3)
 
 
+def test_every_kernel_asks_for_its_warpgroups():
+    """A user's own script too runs into no hang: no kernel reaches the interpreter by another way."""
+    sources = {path: path.read_text() for path in (ROOT / "kernels_pallas").rglob("*.py")}
+    kernels = {path.name: text for path, text in sources.items() if "plgpu.kernel(" in text}
+    assert len(kernels) >= 3
+    assert all("**interpreter_option(" in text for text in kernels.values())
+
+
 def test_a_system_that_shows_no_threads_is_not_refused(monkeypatch):
     monkeypatch.setattr(interpreter, "_has_started", lambda: True)
     monkeypatch.setattr(interpreter, "_POOL_THREAD", "another name")

@@ -144,7 +144,7 @@ def test_a_batch_keeps_its_protocol(kind):
 
 
 def test_a_batch_of_one_has_no_rows_and_masks(reference_runner):
-    batch = SingleBatch(reference_runner)
+    batch = SingleBatch(reference_runner, 64)
     for ask in ({"mask": b""}, {"filled": 1}):
         with pytest.raises(BackendUnavailableError, match="no rows and masks"):
             batch.admit([1, 2], **ask)
