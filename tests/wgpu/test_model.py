@@ -186,6 +186,7 @@ SMALL = replace(
 
 MODELS = {
     "all types": (SMALL, "all"),
+    "few bits": (replace(SMALL, num_hidden_layers=1), "few_bits"),
     "tied output": (replace(SMALL, tie_word_embeddings=True), "q4_k_m"),
     "narrow": (replace(SMALL, hidden_size=96, moe_intermediate_size=64), "q4_k_m"),
     "yarn": (
