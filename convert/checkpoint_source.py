@@ -91,7 +91,7 @@ class CheckpointSource(ModelSource):
 
     def __init__(self, path: str | os.PathLike[str], *, check: bool = True, threads: int = READ_THREADS):
         self.path = Path(path)
-        self._check = check
+        self.checks = check
         self._folder = _Folder(self.path)
         try:
             self._read_manifest()
@@ -129,7 +129,7 @@ class CheckpointSource(ModelSource):
 
     def _verify(self, name: str, index: int, piece: np.ndarray | memoryview) -> None:
         """Compares one piece of a file with its digest in the manifest."""
-        if self._check and piece_digest(piece) != self._files[name].sha256[index]:
+        if self.checks and piece_digest(piece) != self._files[name].sha256[index]:
             raise damaged(name, f"differs from its SHA-256 in the 16 MiB from byte {index * PIECE_BYTES}")
 
     def _check_files(self) -> None:
@@ -161,6 +161,12 @@ class CheckpointSource(ModelSource):
         return packed_nbytes(self.types[path], self.specs[path].shape)
 
     def tensor(self, path: str) -> PackedTensor:
+        packed = self.unchecked(path)
+        if self.checks:
+            self._refuse_nonfinite(path, packed)
+        return packed
+
+    def unchecked(self, path: str) -> PackedTensor:
         kind, shape = self.types[path], self.specs[path].shape
         names = array_files(path, kind, shape)
         sizes = array_nbytes(kind, shape)
@@ -176,8 +182,6 @@ class CheckpointSource(ModelSource):
                 for index, piece in enumerate(pieces(file.nbytes))
             ]
             list(self._pool.map(self._read_piece, *zip(*work, strict=True)))
-        if self._check:
-            self._refuse_nonfinite(path, packed)
         return packed
 
     def _read_piece(self, file: "_OpenFile", index: int, piece: np.ndarray) -> None:

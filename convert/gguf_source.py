@@ -22,7 +22,7 @@ from qwen3_moe_jax.convert.regular_file import RegularFile
 from qwen3_moe_jax.convert.source import (
     READ_CHUNK_BYTES,
     READ_THREADS,
-    ModelSource,
+    BlockSource,
     refuse_nonfinite,
     sha256_of_files,
 )
@@ -33,12 +33,12 @@ _SAMPLE_BYTES = 4096
 _SAMPLES = 64
 
 
-class GGUFSource(ModelSource):
+class GGUFSource(BlockSource):
     """A model in a GGUF file."""
 
     def __init__(self, path: str | os.PathLike[str], *, check: bool = True, threads: int = READ_THREADS):
         self.path = Path(path)
-        self._check = check
+        self.checks = check
         try:
             self._file = GGUFFile.open(self.path)
             self._read_header_of_open_file()
@@ -90,6 +90,9 @@ class GGUFSource(ModelSource):
     def tensor_nbytes(self, path: str) -> int:
         return self._infos[path].nbytes
 
+    def read_blocks(self, path: str, start: int, buffer: np.ndarray) -> None:
+        self._file.read_into(self._infos[path], start, buffer)
+
     def tensor(self, path: str) -> PackedTensor:
         info = self._infos[path]
         packed = empty_packed(info.type, info.shape)
@@ -114,7 +117,7 @@ class GGUFSource(ModelSource):
         raw = self._buffer((stop - start) * nbytes)
         self._file.read_into(info, start * nbytes, raw)
         unpack_blocks(raw, info.type, arrays, start)
-        if self._check:
+        if self.checks:
             refuse_nonfinite(info.name, info.type, info.shape, arrays, start, stop)
 
     def _buffer(self, nbytes: int) -> np.ndarray:

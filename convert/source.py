@@ -21,7 +21,7 @@ from qwen3_moe_jax.convert.packed import PackedTensor
 from qwen3_moe_jax.convert.progress import ProgressCallback
 from qwen3_moe_jax.convert.regular_file import RegularFile
 from qwen3_moe_jax.convert.tensor_names import TensorSpec
-from qwen3_moe_jax.convert.unpack import find_nonfinite_blocks
+from qwen3_moe_jax.convert.unpack import Nonfinite, find_nonfinite_blocks
 
 READ_CHUNK_BYTES = 4 << 20
 """Read and unpacked at a time: the bytes are still in the processor's cache when they are unpacked."""
@@ -41,7 +41,10 @@ class ModelSource(ABC):
       nbytes: bytes of tensor data in the source.
       identity: short text that changes when the content does; cheap to get.
       warnings: lines on what is wrong with a file and changes nothing.
+      checks: whether NaN and infinity are looked for.
     """
+
+    checks: bool = True
 
     path: Path
     config: Qwen3MoeConfig
@@ -65,6 +68,10 @@ class ModelSource(ABC):
           ModelFileError: the file is damaged; ``E_NONFINITE`` for a NaN or
             infinite scale or weight.
         """
+
+    def unchecked(self, path: str) -> PackedTensor:
+        """As ``tensor`` for a caller that looks for NaN and infinity itself; a source may still do so."""
+        return self.tensor(path)
 
     @abstractmethod
     def tensor_nbytes(self, path: str) -> int:
@@ -94,6 +101,28 @@ class ModelSource(ABC):
         self.close()
 
 
+class BlockSource(ModelSource):
+    """A source that can give a tensor's bytes as ggml's blocks."""
+
+    @abstractmethod
+    def read_blocks(self, path: str, start: int, buffer: np.ndarray) -> None:
+        """Fills ``buffer`` (uint8) from byte ``start`` of a tensor on; several threads may call it at once.
+
+        Raises:
+          ModelFileError: ``E_SHORT_READ`` or ``E_CHANGED``.
+        """
+
+
+def nonfinite_error(name: str, type: GGMLType, shape: tuple[int, ...], bad: Nonfinite) -> ModelFileError:
+    """``E_NONFINITE`` for a tensor, naming the expert, row and superblock."""
+    return ModelFileError(
+        "E_NONFINITE",
+        f"{quote(name)} ({type.name}): {bad.describe(type, shape)}; "
+        "the model is damaged: download or quantize it again",
+        name=name,
+    )
+
+
 def refuse_nonfinite(
     name: str,
     type: GGMLType,
@@ -109,12 +138,7 @@ def refuse_nonfinite(
     """
     bad = find_nonfinite_blocks(type, arrays, start, stop)
     if bad is not None:
-        raise ModelFileError(
-            "E_NONFINITE",
-            f"{quote(name)} ({type.name}): {bad.describe(type, shape)}; "
-            "the model is damaged: download or quantize it again",
-            name=name,
-        )
+        raise nonfinite_error(name, type, shape, bad)
 
 
 def sha256_of_files(paths: list[Path], progress: ProgressCallback | None = None) -> str:

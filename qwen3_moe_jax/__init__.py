@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     )
     from qwen3_moe_jax.core.sampling import Sampling
     from qwen3_moe_jax.inspection.interventions import ablate_expert, force_experts, steer
-    from qwen3_moe_jax.jax_backend.model import Intervention
+    from qwen3_moe_jax.jax_backend.qwen3_moe import Intervention
     from qwen3_moe_jax.measure.perplexity import Perplexity
     from qwen3_moe_jax.text.answer import Answer
 
@@ -35,7 +35,7 @@ _HOMES = {
     "BatchFullError": "qwen3_moe_jax.core.errors",
     "ContextOverflowError": "qwen3_moe_jax.core.errors",
     "HubError": "qwen3_moe_jax.core.errors",
-    "Intervention": "qwen3_moe_jax.jax_backend.model",
+    "Intervention": "qwen3_moe_jax.jax_backend.qwen3_moe",
     "MemoryPlanError": "qwen3_moe_jax.core.errors",
     "Model": "qwen3_moe_jax.api",
     "ModelClosedError": "qwen3_moe_jax.core.errors",

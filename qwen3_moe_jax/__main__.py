@@ -1,8 +1,6 @@
 """``python -m qwen3_moe_jax``: the same as ``qwen3-moe``."""
 
-import sys
-
-from qwen3_moe_jax.cli import main
+from qwen3_moe_jax.cli import program
 
 if __name__ == "__main__":
-    sys.exit(main())
+    program()

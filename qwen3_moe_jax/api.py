@@ -29,7 +29,7 @@ from qwen3_moe_jax.core.stages import STAGES
 from qwen3_moe_jax.machine.kernels import AUTO
 from qwen3_moe_jax.measure.perplexity import DEFAULT_CONTEXT as DEFAULT_WINDOW
 from qwen3_moe_jax.measure.perplexity import Perplexity, cut_text, measure_perplexity
-from qwen3_moe_jax.parity.gate import check_once
+from qwen3_moe_jax.parity.gate import check_once, first_forward
 from qwen3_moe_jax.text.answer import Answer
 from qwen3_moe_jax.text.chat_template import find_template, render_chat, special_tokens
 from qwen3_moe_jax.text.rendered_chat import RenderedChat
@@ -447,6 +447,7 @@ def load(
     gate: bool = True,
     strict: bool = False,
     progress: ProgressCallback | bool | None = None,
+    first_prompt: int | None = None,
 ) -> Model:
     """Loads a model.
 
@@ -468,6 +469,8 @@ def load(
         a quantization type without a kernel on the GPU.
       progress: called with bytes done and bytes in all; True shows a bar, False nothing; None a bar in
         notebooks alone.
+      first_prompt: about how many tokens the first prompt has (jax): programs for it that are not on disk
+        are compiled while the weights are loaded. None is not known.
 
     Raises:
       ModelFileError: the file cannot be used.
@@ -498,6 +501,8 @@ def load(
             kernels=kernels,
             adapter=adapter,
             progress=report,
+            first_prompt=first_prompt,
+            first_forward=first_forward(source) if gate else None,
         )
         undo.enter_context(closing(runner))
         left_out = runner.describe()["fallbacks"]

@@ -29,6 +29,7 @@ COMMANDS = {
     "batch": ("qwen3_moe_jax.commands.batch", "answer a file of requests in OpenAI's batch format"),
     "serve": ("qwen3_moe_jax.commands.serve", "serve the model over HTTP, with a chat page"),
     "perplexity": ("qwen3_moe_jax.commands.perplexity", "measure how well the model expects a text"),
+    "warm": ("qwen3_moe_jax.commands.warm", "compile a model's programs before its first use"),
     "bench": ("qwen3_moe_jax.commands.bench", "measure how fast the model is on this machine"),
     "convert": ("qwen3_moe_jax.commands.convert", "pack a GGUF file into a checkpoint folder"),
     "pull": ("qwen3_moe_jax.commands.pull", "download a model from Hugging Face"),
@@ -51,6 +52,18 @@ exit codes:
 QWEN3_MOE_DEBUG=1 shows the traceback of a fault.
 Completion in bash and zsh: eval "$(register-python-argcomplete {PROGRAM})"
 """
+
+
+def program() -> None:
+    """The console's entry: runs a command and ends the process, also while a program is being compiled.
+
+    A compilation in the background cannot be interrupted, and nobody waits for it any more.
+    """
+    code = main()
+    preparation = sys.modules.get("qwen3_moe_jax.jax_backend.preparation")
+    if preparation is not None and preparation.is_compiling():
+        os._exit(code)
+    sys.exit(code)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -160,4 +173,4 @@ def _explain(error: Exception) -> tuple[str | None, int]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    program()

@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from qwen3_moe_jax.convert.manifest import MANIFEST_NAME
 from qwen3_moe_jax.convert.progress import ProgressCallback
@@ -20,7 +20,7 @@ from qwen3_moe_jax.machine.kernels import AUTO, CHOICES, capability_of, is_befor
 from qwen3_moe_jax.machine.memory import MIN_CONTEXT, MemoryPlan
 from qwen3_moe_jax.machine.nvidia import nvidia_gpus
 from qwen3_moe_jax.machine.probe import cards_are_hidden_by
-from qwen3_moe_jax.wgpu_backend.adapter import list_adapters
+from qwen3_moe_jax.wgpu_backend.adapter import list_adapters, may_have_hardware
 
 BACKENDS = ("jax", "wgpu", "reference")
 DTYPES = ("float32", "bfloat16")
@@ -132,7 +132,8 @@ def choose_backend(kernels: str = AUTO) -> Choice:
         else:
             why = "JAX does not see the NVIDIA GPU"
             fallbacks = (f"{why}: run `qwen3-moe doctor`",)
-    hardware = [adapter for adapter in list_adapters() if not adapter.software]
+    adapters = list_adapters() if may_have_hardware() else []
+    hardware = [adapter for adapter in adapters if not adapter.software]
     if hardware:
         return Choice("wgpu", f"{why}; WebGPU adapter {hardware[0].summary}", fallbacks)
     if jax_sees_gpu():
@@ -158,6 +159,7 @@ def make_runner(
     kernels: str = AUTO,
     adapter: str | None = None,
     progress: ProgressCallback | None = None,
+    **first: Any,
 ) -> Runner:
     """The named backend with the model loaded.
 
@@ -171,6 +173,8 @@ def make_runner(
       kernels: of the jax backend, one of ``machine.kernels.CHOICES``.
       adapter: part of a WebGPU adapter's name.
       progress: told how far loading is.
+      first: what will be asked first, for a backend that compiles: ``first_prompt`` and ``first_forward``
+        of ``JaxRunner``.
 
     Raises:
       ValueError: an unknown backend, dtype or name of kernels.
@@ -191,6 +195,18 @@ def make_runner(
         raise ValueError(f"kernels {kernels!r} is not one of {', '.join(CHOICES)}")
     if kernels != AUTO and backend != "jax":
         raise BackendUnavailableError(f"the {backend} backend has kernels of its own: leave out kernels")
+    max_context = checked_context(source, backend, max_context, kv_cache)
+    return _MAKERS[backend](source, max_context, dtype, kv_cache, kernels, adapter, progress, first)
+
+
+def checked_context(
+    source: ModelSource, backend: str, max_context: Context = None, kv_cache: str | None = None
+) -> int:
+    """What ``Context`` means for a model on this machine.
+
+    Raises:
+      OptionError: a context that the model does not have.
+    """
     most = source.config.max_position_embeddings
     if max_context == "fit":
         max_context = fitting_context(source, backend, kv_cache)
@@ -200,7 +216,7 @@ def make_runner(
     max_context = int(max_context)
     if not 1 < max_context <= most:
         raise OptionError(f"a context of {max_context} tokens: this model takes from 2 to {most}")
-    return _MAKERS[backend](source, max_context, dtype, kv_cache, kernels, adapter, progress)
+    return max_context
 
 
 def fitting_context(source: ModelSource, backend: str, kv_cache: str | None = None) -> int:
@@ -236,7 +252,7 @@ def _place_of_cache(backend: str, kv_cache: str | None) -> tuple[Headroom | None
     return available_memory(device), ITEM_BYTES[kv_cache or default]
 
 
-def _make_jax(source, max_context, dtype, kv_cache, kernels, _adapter, progress) -> Runner:
+def _make_jax(source, max_context, dtype, kv_cache, kernels, _adapter, progress, first) -> Runner:
     from qwen3_moe_jax.jax_backend.runner import JaxRunner
 
     return JaxRunner(
@@ -246,17 +262,18 @@ def _make_jax(source, max_context, dtype, kv_cache, kernels, _adapter, progress)
         cache_dtype=kv_cache,
         kernels=kernels,
         progress=progress,
+        **first,
     )
 
 
-def _make_wgpu(source, max_context, dtype, _kv_cache, _kernels, adapter, progress) -> Runner:
+def _make_wgpu(source, max_context, dtype, _kv_cache, _kernels, adapter, progress, _first) -> Runner:
     _only_float32("wgpu", dtype)
     from qwen3_moe_jax.wgpu_backend.runner import WgpuRunner
 
     return WgpuRunner(source, max_context=max_context, adapter=adapter, progress=progress)
 
 
-def _make_reference(source, max_context, dtype, _kv_cache, _kernels, _adapter, _progress) -> Runner:
+def _make_reference(source, max_context, dtype, _kv_cache, _kernels, _adapter, _progress, _first) -> Runner:
     _only_float32("reference", dtype)
     from qwen3_moe_jax.reference import ReferenceRunner
 

@@ -17,8 +17,8 @@ from qwen3_moe_jax.jax_backend import generate
 from qwen3_moe_jax.jax_backend.decode_path import PATHS, Decoder
 from qwen3_moe_jax.jax_backend.generate import PREFILL_CHUNKS, DecodeState
 from qwen3_moe_jax.jax_backend.kv_cache import KVCache
-from qwen3_moe_jax.jax_backend.model import Qwen3Moe
 from qwen3_moe_jax.jax_backend.params import GPU_ROLES
+from qwen3_moe_jax.jax_backend.qwen3_moe import Qwen3Moe
 from qwen3_moe_jax.loader import KV_CACHES
 from scripts.bench_prefill import random_params
 

@@ -38,11 +38,12 @@ from qwen3_moe_jax.convert.tensor_names import q4_k_m_types
 from qwen3_moe_jax.core.sampling import Sampling
 from qwen3_moe_jax.jax_backend.batching import Batch
 from qwen3_moe_jax.jax_backend.decode_path import Decoder, choose
-from qwen3_moe_jax.jax_backend.generate import MAX_STEPS, PREFILL_CHUNKS
-from qwen3_moe_jax.jax_backend.kv_cache import KVCache, Span, whole_tiles
-from qwen3_moe_jax.jax_backend.model import Intervention, Qwen3Moe
+from qwen3_moe_jax.jax_backend.generate import MAX_STEPS, PREFILL_CHUNKS, empty_state
+from qwen3_moe_jax.jax_backend.kv_cache import KVCache, Span
 from qwen3_moe_jax.jax_backend.params import GPU_ROLES
+from qwen3_moe_jax.jax_backend.qwen3_moe import Intervention, Qwen3Moe
 from qwen3_moe_jax.jax_backend.runner import JaxRunner
+from qwen3_moe_jax.jax_backend.session_programs import cache_length
 from qwen3_moe_jax.loader import KV_CACHES, embedded_model
 from qwen3_moe_jax.machine.limits import prefill_operations
 from qwen3_moe_jax.machine.memory import cache_nbytes
@@ -68,9 +69,12 @@ class Subject:
         return self.decoder.model.config
 
     def batch(self, slots: int, capacity: int) -> Batch:
-        length = whole_tiles(capacity + PREFILL_CHUNKS[-1])
-        cache = KVCache.create(self.config, slots, length, self.cache_dtype, jax.devices()[0])
-        return Batch(self.decoder, self.params, cache, capacity)
+        dtype = self.cache_dtype.name
+        return Batch(
+            self.decoder,
+            self.params,
+            empty_state(self.config, slots, cache_length(capacity), capacity, dtype),
+        )
 
 
 def of_preset(name: str, cache_dtype: str | None) -> Subject:

@@ -26,10 +26,14 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from qwen3_moe_jax.machine.kernels import AUTO, CHOICES
 from scripts import ROOT, child_environment
+
+OTHER_PROMPTS = (100, 512, 2048)
+"""cold: after the first two tokens, a prompt of each other size: how long until its first token."""
 
 STAGES = ("cold", "rows", "memory", "stream")
 GRACE_SECONDS = 10
@@ -66,12 +70,20 @@ def cold(args: argparse.Namespace) -> None:
     from qwen3_moe_jax.core.sampling import Sampling
 
     say(at="imported")
-    with load(args.model, backend="jax", kernels=args.kernels, gate=args.gate) as model:
+    with load(args.model, backend="jax", kernels=args.kernels, gate=args.gate, first_prompt=3) as model:
         say(at="loaded")
         tokens = model.runner.stream([1, 2, 3], max_tokens=2, sampling=Sampling(temperature=0))
         first = next(tokens)
         say(at="first token", token=first)
         say(at="second token", token=next(tokens))
+        tokens.close()
+        for length in OTHER_PROMPTS:
+            prompt = [1 + i % 99 for i in range(length)]
+            tokens = model.runner.stream(prompt, max_tokens=2, sampling=Sampling(temperature=0))
+            began = time.perf_counter()
+            next(tokens)
+            say(at=f"first token of {length}", seconds=round(time.perf_counter() - began, 3))
+            tokens.close()
 
 
 def start_state(runner, batch: int, depth: int, steps: int):
@@ -95,7 +107,7 @@ def start_state(runner, batch: int, depth: int, steps: int):
     tokens = np.zeros((batch, length), np.int32)
     tokens[:, depth] = (17 + 1000 * np.arange(batch)) % runner.config.vocab_size
     empty = DecodeState.empty(cache, length, runner.config.vocab_size)
-    return empty.replace(tokens=jnp.asarray(tokens), limit=jnp.full((batch,), depth + 1 + steps, jnp.int32))
+    return replace(empty, tokens=jnp.asarray(tokens), limit=jnp.full((batch,), depth + 1 + steps, jnp.int32))
 
 
 def measure_row(runner, batch: int, depth: int, steps: int, repeats: int) -> dict[str, object]:
@@ -110,7 +122,7 @@ def measure_row(runner, batch: int, depth: int, steps: int, repeats: int) -> dic
     seconds, written = [], []
     for _ in range(repeats + 1):
         filled = jnp.full((batch,), depth, jnp.int32)
-        again = state.replace(length=filled + 1, filled=filled, finished=jnp.zeros((batch,), bool))
+        again = replace(state, length=filled + 1, filled=filled, finished=jnp.zeros((batch,), bool))
         again = jax.block_until_ready(jax.device_put(again, runner.device))  # as later states are
         began = time.perf_counter()
         state, _ = jax.block_until_ready(
@@ -243,7 +255,8 @@ def run_cold(args: argparse.Namespace, cache: str) -> dict[str, object]:
     for name in ("first", "warm"):
         steps = {}
         for at, result in lines_of(args, "cold", args.stage_limit, cache):
-            steps[str(result.get("at", "error"))] = at if "at" in result else result["error"]
+            took = result.get("seconds", at)  # of a later prompt by itself, else since the process began
+            steps[str(result.get("at", "error"))] = took if "at" in result else result["error"]
         out[name] = steps
     return out
 

@@ -24,8 +24,8 @@ from qwen3_moe_jax.convert.ggml_types import GGMLType
 from qwen3_moe_jax.convert.packed import GPU_TILES, PackedTensor
 from qwen3_moe_jax.convert.tensor_names import q4_k_m_types
 from qwen3_moe_jax.jax_backend.kv_cache import KVCache
-from qwen3_moe_jax.jax_backend.model import Qwen3Moe
 from qwen3_moe_jax.jax_backend.params import plan_layers
+from qwen3_moe_jax.jax_backend.qwen3_moe import Qwen3Moe
 from qwen3_moe_jax.kernels_pallas import LayerTable
 from qwen3_moe_jax.machine.kernels import AUTO, CHOICES, capability_of, choose_kernels
 from qwen3_moe_jax.machine.limits import prefill_operations

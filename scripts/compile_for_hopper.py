@@ -34,8 +34,8 @@ from jax.sharding import AbstractDevice, AbstractMesh, SingleDeviceSharding, use
 from qwen3_moe_jax.convert.ggml_types import GGMLType
 from qwen3_moe_jax.convert.tensor_names import q4_k_m_types
 from qwen3_moe_jax.jax_backend.kv_cache import KVCache
-from qwen3_moe_jax.jax_backend.model import Qwen3Moe
 from qwen3_moe_jax.jax_backend.params import GPU_ROLES
+from qwen3_moe_jax.jax_backend.qwen3_moe import Qwen3Moe
 from qwen3_moe_jax.kernels_pallas.attention import kernel_sm90 as attention
 from qwen3_moe_jax.kernels_pallas.decode_layers import api as decode_layers_api
 from qwen3_moe_jax.kernels_pallas.decode_layers import kernel_sm90 as decode_layers

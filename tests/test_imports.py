@@ -5,6 +5,9 @@ package in a clone, so the order is held here.
 """
 
 import ast
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -114,3 +117,30 @@ def test_every_room_has_a_place():
 )
 def test_a_wrong_import_is_seen(room, line):
     assert len(faults(ROOT / room, line)) == 1
+
+
+SLOW_TO_IMPORT = (
+    "flax",
+    "jax.experimental.pallas",
+    "wgpu",
+    "orbax",
+    "IPython",
+    "qwen3_moe_jax.parity.verify",
+)
+"""Each takes 0.1 to 0.6 s, and a model whose programs are on disk is loaded and runs without them."""
+
+
+def test_a_loaded_model_has_not_imported_what_it_does_not_use():
+    code = f"""
+import sys
+import qwen3_moe_jax.cli, qwen3_moe_jax.commands.generate, qwen3_moe_jax.jax_backend.runner
+from qwen3_moe_jax.jax_backend.decode_path import OneKernel
+import jax
+OneKernel().reason_on(jax.devices("cpu")[0], None, {{}})
+print(*(name for name in {SLOW_TO_IMPORT} if name in sys.modules))
+"""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == []

@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 
 HELP = "/help lists the commands, Ctrl-C stops an answer, Ctrl-D or /exit leaves"
 
+FIRST_PROMPT = 64
+"""About how many tokens a first message has, with the template's own."""
+
 NEARLY_FULL = 0.8
 """From this part of the context on, the chat says how full it is."""
 
@@ -65,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
     conversation = Conversation.load(Path(args.load)) if args.load else Conversation()
     conversation.system = args.system or conversation.system
     start_renderer()  # it is up by the time that the model is
-    with load_model(args, context="fit") as model:
+    with load_model(args, context="fit", first_prompt=FIRST_PROMPT) as model:
         model.chat_template = args.chat_template
         sampling = sampling_from(args, model, thinking=THINKING[args.thinking])
         chat = Chat(args, model, sampling, conversation)

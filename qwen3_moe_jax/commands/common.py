@@ -1,6 +1,7 @@
 """What commands share: naming a model, loading it with a banner, sampling options."""
 
 import argparse
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -111,21 +112,38 @@ def picture_path(args: argparse.Namespace) -> str | None:
     return args.picture
 
 
-SLOW_LOAD = "loading the model; the first time, a few tokens are checked against the reference too"
+def _slow_load() -> str:
+    """What a load that takes long waits for."""
+    if "qwen3_moe_jax.jax_backend.compile_clock" in sys.modules and _compiles():
+        return (
+            "loading the model: the first time, a few tokens are checked against the reference; "
+            "compiling a program for it ..."
+        )
+    return "loading the model ..."
+
+
+def _compiles() -> bool:
+    from qwen3_moe_jax.jax_backend.compile_clock import compile_clock
+
+    return compile_clock().wait() is not None
 
 
 def load_model(
-    args: argparse.Namespace, *, show_banner: bool = True, context: loader.Context = None
+    args: argparse.Namespace,
+    *,
+    show_banner: bool = True,
+    context: loader.Context = None,
+    first_prompt: int | None = None,
 ) -> "Model":
     """Loads what ``add_model_arguments`` parsed, with progress and a banner on standard error.
 
-    ``context`` is what holds without --context.
+    ``context`` is what holds without --context; ``first_prompt`` as for ``api.load``.
     """
     from qwen3_moe_jax.api import load  # --help needs none of it
 
     path = loader.model_path(args.model, quiet=args.quiet)
     with (
-        explain_if_slow(SLOW_LOAD, quiet=args.quiet),
+        explain_if_slow(_slow_load, quiet=args.quiet),
         show_progress("loading", quiet=args.quiet) as progress,
     ):
         model = load(
@@ -139,7 +157,10 @@ def load_model(
             gate=not args.no_gate,
             strict=args.strict,
             progress=progress,
+            first_prompt=first_prompt,
         )
+    if not args.quiet:
+        terminal.note(*(f"note: {line}" for line in _trouble(model.runner)))
     if show_banner and not args.quiet:
         terminal.note(*banner(model), *(f"warning: {text}" for text in model.source.warnings))
     return model
@@ -166,6 +187,15 @@ def _on_gpu(facts: Mapping[str, Any]) -> bool:
     return "kernels" in facts and "(gpu)" in facts["device"]
 
 
+def _trouble(runner: "Runner") -> list[str]:
+    """Why compiled programs are not kept, or were made again."""
+    if runner.name != "jax":
+        return []
+    from qwen3_moe_jax.jax_backend import programs
+
+    return programs.trouble()
+
+
 def compile_seconds(runner: "Runner") -> float:
     """Seconds that this process has compiled programs; 0 for a backend that compiles when it loads."""
     if runner.name != "jax":
@@ -179,11 +209,10 @@ def what_is_slow(runner: "Runner", doing: str) -> Callable[[], str]:
     """A text for ``explain_if_slow`` that says whether a program is being compiled when it is shown."""
 
     def text() -> str:
-        if runner.name == "jax":
-            from qwen3_moe_jax.jax_backend.compile_clock import compile_clock
-
-            if compile_clock().wait():
-                return f"{doing}: compiling a program for it, which is kept for the next run ..."
+        if runner.name == "jax" and _compiles():
+            ready = runner.preparation
+            known = f"{ready.made} of {len(ready.wanted)} are ready"
+            return f"{doing}: compiling a program for it, which is kept for the next run ({known}) ..."
         return f"{doing} ..."
 
     return text

@@ -72,7 +72,7 @@ def add_thinking(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     prompt, thinking = prompt_from(args), THINKING[args.thinking]
-    with load_model(args) as model:
+    with load_model(args, first_prompt=tokens_of(prompt)) as model:
         model.chat_template = args.chat_template
         sampling = sampling_from(args, model, thinking=thinking)
         clock = Clock(model.runner)
@@ -103,6 +103,16 @@ def run(args: argparse.Namespace) -> int:
         if not args.quiet:
             terminal.note(figures.in_words("Ctrl-C" if is_stopped else stream.finish_reason))
     return ExitCode.INTERRUPTED if is_stopped else ExitCode.DONE
+
+
+BYTES_PER_TOKEN, TOKENS_PER_MESSAGE = 4, 8
+
+
+def tokens_of(prompt: str | list[dict[str, str]]) -> int:
+    """About how many tokens a prompt has, before there is a tokenizer."""
+    texts = [prompt] if isinstance(prompt, str) else [message["content"] for message in prompt]
+    around = 0 if isinstance(prompt, str) else TOKENS_PER_MESSAGE * (len(texts) + 1)
+    return sum(len(text.encode()) // BYTES_PER_TOKEN + 1 for text in texts) + around
 
 
 def _all_of(*takers: Callable[[str], None]) -> Callable[[str], None]:

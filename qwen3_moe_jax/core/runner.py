@@ -110,7 +110,7 @@ class ForwardOptions(TypedDict, total=False):
       beside: other sequences that run in the same batch, which has ``token_ids`` as its
         row len(beside) // 2. They are cut or padded to T tokens and take the same
         ``expert_ids``; the result is that of ``token_ids`` alone.
-      interventions: changes of stages (``jax_backend.model.Intervention``), made inside the model.
+      interventions: changes of stages (``jax_backend.qwen3_moe.Intervention``), made inside the model.
     """
 
     capture: Collection[str]

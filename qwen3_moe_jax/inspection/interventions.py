@@ -15,7 +15,7 @@ import numpy as np
 from qwen3_moe_jax.core.arguments import check_list, check_number
 from qwen3_moe_jax.core.runner_arguments import check_stage
 from qwen3_moe_jax.jax_backend.kv_cache import KVCache
-from qwen3_moe_jax.jax_backend.model import Intervention
+from qwen3_moe_jax.jax_backend.qwen3_moe import Intervention
 from qwen3_moe_jax.jax_backend.runner import JaxRunner
 from qwen3_moe_jax.jax_backend.settings import own_settings
 

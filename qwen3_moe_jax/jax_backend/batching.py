@@ -6,10 +6,10 @@ business.
 """
 
 from collections.abc import Collection, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from qwen3_moe_jax.core.errors import BatchFullError, ContextOverflowError, ModelClosedError
@@ -20,18 +20,19 @@ from qwen3_moe_jax.jax_backend.decode_path import Decoder
 from qwen3_moe_jax.jax_backend.generate import (
     MAX_STEPS,
     PREFILL_CHUNKS,
+    PREFILL_TOKENS,
     DecodeState,
     StepResult,
     chunk_lengths,
+    prompt_counts,
+    row_counts,
 )
 from qwen3_moe_jax.jax_backend.kv_cache import KVCache
 from qwen3_moe_jax.jax_backend.params import Params
+from qwen3_moe_jax.jax_backend.preparation import Preparation
 from qwen3_moe_jax.jax_backend.settings import own_settings
 from qwen3_moe_jax.jax_backend.token_choice import SamplingArrays, is_wide
 from qwen3_moe_jax.jax_backend.token_scores import TokenScores, host_scores
-
-PREFILL_TOKENS = 2048
-"""Tokens of prompts that a step reads unless asked otherwise: more rows would not use a GPU better."""
 
 TOKENS_PER_DISPATCH = 8
 """Tokens per dispatch of ``run_all`` when nobody waits for a slot."""
@@ -83,21 +84,25 @@ class Batch:
     """
 
     @own_settings()
-    def __init__(self, decoder: Decoder, params: Params, cache: KVCache, capacity: int):
-        """Makes empty slots, one for each row of ``cache``, which this batch owns from now on.
+    def __init__(
+        self,
+        decoder: Decoder,
+        params: Params,
+        state: DecodeState,
+        preparation: Preparation | None = None,
+    ):
+        """Takes slots, which this batch owns from now on.
 
         Args:
           decoder, params: the network; ``params`` are shared, not copied.
-          cache: ``capacity`` positions and room for the longest of ``generate.PREFILL_CHUNKS``.
-          capacity: tokens that a sequence may have.
+          state: ``generate.empty_state``, whose cache has room for the longest of
+            ``generate.PREFILL_CHUNKS`` behind ``capacity`` positions.
+          preparation: makes the programs of these slots in the background.
         """
-        self.slots, self.capacity = cache.k.shape[1], capacity
-        self._decoder, self._params = decoder, params
-        # bound to its device as every later state, so that one program serves all
-        (self._device,) = cache.k.devices()
-        state = DecodeState.empty(cache, capacity, decoder.model.config.vocab_size)
-        self._state = jax.device_put(state, self._device)
-        self._runs_ahead = decoder.path(params, 1, cache).is_one_launch
+        self.slots, self.capacity = state.cache.k.shape[1], state.capacity
+        self._decoder, self._params, self._state = decoder, params, state
+        self.preparation = preparation
+        self._runs_ahead = decoder.path(params, 1, state.cache).is_one_launch
         self._sequences: dict[int, _Sequence] = {}
         self._pending: PendingStep | None = None
         self._closed = False
@@ -105,6 +110,8 @@ class Batch:
     def close(self) -> None:
         """Deletes the cache and all else on the device; later calls raise ModelClosedError."""
         self._closed = True
+        if self.preparation is not None:
+            self.preparation.close()
         self._sequences, self._pending, self._params = {}, None, {}
         for array in jax.tree.leaves(self._state):
             if not array.is_deleted():
@@ -184,16 +191,16 @@ class Batch:
         if not 0 <= written < len(token_ids):
             raise ValueError(f"written is {written}, and there are {len(token_ids)} tokens")
         limit = min(len(token_ids) + (max_tokens or self.capacity), self.capacity)
-        numbers = (jnp.int32(n) for n in (len(token_ids), limit))
+        numbers = (np.int32(n) for n in (len(token_ids), limit))
         sampling = sampling or Sampling()
         settings = SamplingArrays.of([sampling])
         reused = (
-            jnp.int32(filled),
-            jnp.int32(written),
+            np.int32(filled),
+            np.int32(written),
             self._bits(mask or b""),
-            jnp.asarray(mask is not None),
+            np.asarray(mask is not None),
         )
-        self._state = slots.admit(self._state, jnp.int32(slot), tokens, *numbers, is_stop, settings, *reused)
+        self._state = slots.admit(self._state, np.int32(slot), tokens, *numbers, is_stop, settings, *reused)
         stops, is_masked = frozenset(stop_ids), mask is not None
         self._sequences[slot] = _Sequence(
             len(token_ids),
@@ -224,7 +231,7 @@ class Batch:
           KeyError: there is no sequence in this slot.
         """
         sequence = self._sequences[slot]
-        self._state = rows.allow(self._state, jnp.int32(slot), self._bits(mask))
+        self._state = rows.allow(self._state, np.int32(slot), self._bits(mask))
         sequence.is_held = False
 
     @property
@@ -262,7 +269,7 @@ class Batch:
     def copy_row(self, source: int, target: int, length: int) -> None:
         """Copies the first positions of one slot's row, which may be running, to a free slot's."""
         self._check_free(target)
-        numbers = (jnp.int32(source), jnp.int32(target))
+        numbers = (np.int32(source), np.int32(target))
         self._state = rows.copy(self._state, *numbers, length=rows.padded(self._state.cache, length))
 
     @property
@@ -273,7 +280,7 @@ class Batch:
     def cut_row(self, slot: int, length: int, most: int | None = None) -> KVCache:
         """The first positions of a slot's row, on the device; not more than ``most`` of them."""
         padded = rows.padded(self._state.cache, length)
-        return rows.cut(self._state.cache, jnp.int32(slot), length=min(padded, most or padded))
+        return rows.cut(self._state.cache, np.int32(slot), length=min(padded, most or padded))
 
     def save_row(self, slot: int, length: int) -> KVCache:
         """The first positions of a slot's row, in main memory."""
@@ -284,7 +291,7 @@ class Batch:
         self._check_free(slot)
         if saved.length > self.positions:
             saved = jax.tree.map(lambda x: x[:, :, : self.positions], saved)
-        self._state = rows.paste(self._state, jnp.int32(slot), saved)
+        self._state = rows.paste(self._state, np.int32(slot), saved)
 
     def _check_free(self, slot: int) -> None:
         self._check_open()
@@ -321,8 +328,8 @@ class Batch:
         self._check_open()
         sequence = self._sequences.pop(slot)
         if sequence.finish_reason == "nonfinite":
-            self._state = slots.clear(self._state, jnp.int32(slot))
-        self._state = slots.release(self._state, jnp.int32(slot))
+            self._state = slots.clear(self._state, np.int32(slot))
+        self._state = slots.release(self._state, np.int32(slot))
 
     def free_all(self) -> None:
         """Gives every slot back."""
@@ -352,13 +359,17 @@ class Batch:
         for count, least in ((tokens, 1), (ahead, 0)):
             if not least <= count <= MAX_STEPS:
                 raise ValueError(f"a step writes {least} to {MAX_STEPS} tokens, not {count}")
-        pending = self._pending or self._begin(tokens, prompt_tokens)
-        self._pending = None
-        if pending is None:
-            return []
-        if ahead and self._runs_ahead and self._continues(pending):
-            self._pending = self._decode(ahead)
-        return self._take(pending)
+        with nullcontext() if self.preparation is None else self.preparation.working():
+            pending = self._pending or self._begin(tokens, prompt_tokens)
+            self._pending = None
+            if pending is None:
+                return []
+            if ahead and self._runs_ahead and self._continues(pending):
+                self._pending = self._decode(ahead)
+            progress = self._take(pending)
+        if progress and self.preparation is not None:
+            self.preparation.go_on()
+        return progress
 
     def _continues(self, pending: PendingStep) -> bool:
         """Whether no prompt is waiting, some sequence has tokens to write after this step, and asking for
@@ -377,7 +388,7 @@ class Batch:
 
     def _decode(self, tokens: int) -> PendingStep:
         ready = [slot for slot, sequence in self._sequences.items() if sequence.is_ready]
-        rows = min(1 << max(ready).bit_length(), self.slots)  # few shapes, each compiled once
+        rows = next(n for n in row_counts(self.slots) if n > max(ready))
         self._state, result = generate.decode(
             self._decoder, self._params, self._state, np.int32(tokens), rows=rows, scored=self._is_scored
         )
@@ -387,13 +398,12 @@ class Batch:
         remaining = {slot: self._sequences[slot].length - self._sequences[slot].filled for slot in waiting}
         sizes = [size for size in PREFILL_CHUNKS if size <= most] or PREFILL_CHUNKS[:1]
         chunk = chunk_lengths(remaining[waiting[0]], sizes)[0]
-        together = min(len(waiting), max(1, most // chunk))
-        slots = waiting[: 1 << (together.bit_length() - 1)]  # a power of two: few shapes again
+        slots = waiting[: prompt_counts(min(len(waiting), self.slots), chunk, most)[-1]]
         self._state, result = generate.prefill(
             self._decoder,
             self._params,
             self._state,
-            jnp.asarray(slots, jnp.int32),
+            np.asarray(slots, np.int32),
             chunk=chunk,
             rows=rows,
             scored=self._is_scored,

@@ -1,10 +1,15 @@
-"""How long this process has compiled programs, and whether it does so now, as JAX's own events tell it.
+"""How long this process has waited for programs, and which one it waits for now.
 
-A program is traced, lowered and compiled (or read from the cache on disk); JAX reports the
-beginning and the span of each step. The spans of an inner function lie within its caller's, so
-the time is that of their union.
+A program is traced, lowered and compiled, or read from disk. ``programs.Program`` tells of its own; of
+other jitted functions JAX reports the beginning and the span of each step. The spans of an inner
+function lie within its caller's, so the time is that of their union. What is made in the background
+(:func:`in_background`) nobody waits for: it does not count.
 """
 
+import threading
+import time
+from collections.abc import Generator
+from contextlib import contextmanager
 from functools import cache
 
 from jax import monitoring
@@ -13,6 +18,22 @@ from qwen3_moe_jax.core import interrupts
 
 _EVENTS = "/jax/core/compile/"
 
+_thread = threading.local()
+
+
+@contextmanager
+def in_background() -> Generator[None]:
+    """What this thread compiles meanwhile is not waited for."""
+    _thread.is_background = True
+    try:
+        yield
+    finally:
+        _thread.is_background = False
+
+
+def _is_background() -> bool:
+    return getattr(_thread, "is_background", False)
+
 
 class CompileClock:
     """The sum of the time spent on compilation; ``compile_clock`` gives the process's own."""
@@ -20,6 +41,7 @@ class CompileClock:
     def __init__(self):
         self._spans: list[tuple[float, float]] = []
         self._open = 0
+        self._names: list[str] = []
 
     def seconds(self) -> float:
         """Seconds of compilation since the clock was made."""
@@ -27,19 +49,39 @@ class CompileClock:
 
     def wait(self) -> str | None:
         """What an interrupted person waits for."""
-        return "a program is being compiled" if self._open else None
+        return "a program is being compiled" if self._open or self._names else None
+
+    def program(self) -> str | None:
+        """The name of the program that is waited for."""
+        return self._names[-1] if self._names else None
+
+    @contextmanager
+    def waiting(self, name: str) -> Generator[None]:
+        """Meanwhile this thread waits for a program, which it makes itself or another thread does."""
+        if _is_background():
+            yield
+            return
+        start = time.time()
+        self._names.append(name)
+        try:
+            yield
+        finally:
+            self._names.remove(name)
+            self._add(start, time.time())
 
     def began(self, event: str, value: float = 0.0, **_facts: object) -> None:
         """A step of a compilation has begun."""
-        if event.startswith(_EVENTS):
+        if event.startswith(_EVENTS) and not _is_background():
             self._open += 1
 
     def ended(self, event: str, start_time: float, end_time: float, **_facts: object) -> None:
         """A step has ended; an inner one is told before the one that it is part of."""
-        start, end = start_time, end_time
-        if not event.startswith(_EVENTS):
+        if not event.startswith(_EVENTS) or _is_background():
             return
         self._open = max(self._open - 1, 0)
+        self._add(start_time, end_time)
+
+    def _add(self, start: float, end: float) -> None:
         while self._spans and self._spans[-1][0] >= start:
             self._spans.pop()
         if self._spans:

@@ -8,25 +8,29 @@ cache and what is to be seen. Generation, batches, ``describe`` and scripts all 
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from types import ModuleType
-from typing import Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 
 import qwen3_moe_jax.kernels_pallas as ops
 from qwen3_moe_jax.convert.config import Qwen3MoeConfig
 from qwen3_moe_jax.jax_backend.device import Device
 from qwen3_moe_jax.jax_backend.kv_cache import KVCache, Span
-from qwen3_moe_jax.jax_backend.model import OUTSIDE_LAYERS, Network, Output, Qwen3Moe
 from qwen3_moe_jax.jax_backend.params import GPU_ROLES, Params, Types, abstract_params, tiled_params
+from qwen3_moe_jax.jax_backend.qwen3_moe import OUTSIDE_LAYERS, Output, Qwen3Moe
+from qwen3_moe_jax.jax_backend.trees import tree_dataclass
 from qwen3_moe_jax.kernels_pallas.decode_layers import api as decode_layers
 from qwen3_moe_jax.kernels_pallas.gpu import device as gpu
 from qwen3_moe_jax.kernels_pallas.implementations import ANY
 
+if TYPE_CHECKING:
+    from qwen3_moe_jax.jax_backend.model import Network
 
-@struct.dataclass
+
+@tree_dataclass
 class Step:
     """What the network says about T tokens of each sequence.
 
@@ -102,16 +106,17 @@ def read(
     start: jax.Array,
     cache: KVCache,
     expert_ids: jax.Array | None = None,
-    layers: Callable[..., Output] = Network.__call__,
+    layers: Callable[..., Output] | None = None,
 ) -> Step:
     """T tokens of each sequence [B, T] through the network, all of their logits.
 
     Args:
-      layers: what runs the layers of a bound network.
+      layers: what runs the layers of a bound network; None is the network's own loop.
     """
 
-    def run(network: Network) -> tuple[jax.Array, Output]:
-        output = layers(network, token_ids, cache, start, expert_ids)
+    def run(network: "Network") -> tuple[jax.Array, Output]:
+        layered = network if layers is None else partial(layers, network)
+        output = layered(token_ids, cache, start, expert_ids)
         return network.logits(output.hidden), output
 
     (logits, output), stages = model.bind(params).watched(run)
@@ -191,7 +196,7 @@ class FewLaunches:
         return read(model, params, token_ids, start, cache, layers=layers)
 
 
-def few_launches(network: Network, token_ids: jax.Array, cache: KVCache, span: Span) -> Output:
+def few_launches(network: "Network", token_ids: jax.Array, cache: KVCache, span: Span) -> Output:
     """All layers for one token of each sequence [B, 1]."""
     model = network.settings
     x, rope = network.embed(token_ids, [span])
@@ -220,6 +225,8 @@ class OneKernel:
     is_one_launch: ClassVar[bool] = True
 
     def reason_on(self, device: Device, model: Qwen3Moe, params: Params) -> str | None:
+        if device.platform != "gpu":  # said without the import of Mosaic GPU, which takes half a second
+            return f"it needs an NVIDIA GPU, and this is {device.platform}"
         if model.kernels == "xla":
             return "it is a GPU kernel, and xla is chosen"
         return _refusal(lambda: _decode_step().check_device(device)) or _refusal(

@@ -46,8 +46,8 @@ def forward(decoder: Decoder, params: Params, r: ForwardRequest, cache_dtype: An
         forced = None
         if expert_ids is not None:
             forced = _padded(expert_ids[:, part], 1, chunk)[:, None].repeat(len(tokens), axis=1)
-        ids, begin = _padded(tokens[:, part], 1, chunk), jnp.full((len(tokens),), start)
-        outputs = _forward_chunk(decoder, params, cache, ids, begin, forced, row)
+        ids, begin = _padded(tokens[:, part], 1, chunk), np.full((len(tokens),), start, np.int32)
+        outputs = forward_chunk(decoder, params, cache, ids, begin, forced, row)
         cache = outputs.pop("cache")
         real = min(chunk, len(token_ids) - start)
         parts.append(jax.tree.map(lambda x, n=real: np.asarray(x)[:n], outputs))
@@ -66,7 +66,7 @@ def forward(decoder: Decoder, params: Params, r: ForwardRequest, cache_dtype: An
     donate_argnames=("cache",),
     compiler_options=COMPILER_OPTIONS,
 )
-def _forward_chunk(
+def forward_chunk(
     decoder: Decoder,
     params: Params,
     cache: KVCache,

@@ -13,8 +13,8 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 
+from qwen3_moe_jax.convert.config import Qwen3MoeConfig
 from qwen3_moe_jax.core.sampling import Sampling
 from qwen3_moe_jax.jax_backend.decode_path import Decoder
 from qwen3_moe_jax.jax_backend.kv_cache import KVCache, Span
@@ -30,12 +30,16 @@ from qwen3_moe_jax.jax_backend.token_choice import (
     work_of,
 )
 from qwen3_moe_jax.jax_backend.token_scores import MAX_TOP, TokenScores
+from qwen3_moe_jax.jax_backend.trees import tree_dataclass
 
 COMPILER_OPTIONS = {"xla_cpu_prefer_vector_width": 512}
 """One instruction for sixteen rows of weights on CPUs that have it; other platforms ignore it."""
 
 PREFILL_CHUNKS = (16, 128, 512)
 """Lengths of a prefill chunk: a prompt is cut into these, so only these shapes are compiled."""
+
+PREFILL_TOKENS = 2048
+"""Tokens of prompts that a step reads unless asked otherwise: more rows would not use a GPU better."""
 
 MAX_STEPS = 32
 """Tokens of a sequence that one dispatch writes at most."""
@@ -46,7 +50,7 @@ fixed number asks nothing of the host, and a kernel that has nothing to do ends 
 be no loop to XLA, which then copies the cache."""
 
 
-@struct.dataclass
+@tree_dataclass
 class DecodeState:
     """B slots, each empty or with a sequence that is read or written.
 
@@ -122,7 +126,7 @@ class DecodeState:
         return ~self.finished & (self.filled == self.length - 1) & ~self.held
 
 
-@struct.dataclass
+@tree_dataclass
 class StepResult:
     """What the host wants to know after a step.
 
@@ -156,6 +160,27 @@ def chunk_lengths(num_tokens: int, sizes: Sequence[int] = PREFILL_CHUNKS) -> lis
         lengths.append(largest if num_tokens >= largest else min(c for c in sizes if c >= num_tokens))
         num_tokens -= lengths[-1]
     return lengths
+
+
+def row_counts(slots: int) -> list[int]:
+    """The numbers of rows that tokens are written for: few, for each is a compiled program."""
+    return [*(1 << i for i in range((slots - 1).bit_length())), slots]
+
+
+def prompt_counts(slots: int, chunk: int, most: int = PREFILL_TOKENS) -> list[int]:
+    """The numbers of prompts that one step may read a chunk of: powers of two, so that they are few."""
+    together = min(slots, max(1, most // chunk))
+    return [1 << i for i in range(together.bit_length())]
+
+
+@partial(Program, static_argnames=("config", "slots", "length", "capacity", "dtype"))
+def empty_state(config: Qwen3MoeConfig, slots: int, length: int, capacity: int, dtype: str) -> DecodeState:
+    """``slots`` empty slots with ``length`` positions of cache, for sequences of ``capacity`` tokens.
+
+    A program like the others: JAX would compile one for each of the arrays otherwise, in every process.
+    """
+    cache = KVCache.create(config, slots, length, jnp.dtype(dtype))
+    return DecodeState.empty(cache, capacity, config.vocab_size)
 
 
 def append_tokens(
@@ -202,7 +227,7 @@ def last_tokens(state: DecodeState, rows: int) -> jax.Array:
     return jnp.take_along_axis(state.tokens[:rows], state.filled[:rows, None], axis=1)
 
 
-@struct.dataclass
+@tree_dataclass
 class LoopState:
     """What changes from token to token while B sequences are written; little, for a GPU launches a kernel
     for nearly each of these.

@@ -9,10 +9,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 
 from qwen3_moe_jax.convert.config import Qwen3MoeConfig
 from qwen3_moe_jax.jax_backend.device import Device
+from qwen3_moe_jax.jax_backend.trees import static_field, tree_dataclass
 from qwen3_moe_jax.kernels_pallas import CACHE_TILE
 
 MAX_SLICES = 8
@@ -25,7 +25,7 @@ def whole_tiles(positions: int) -> int:
     return -(-positions // CACHE_TILE) * CACHE_TILE
 
 
-@struct.dataclass
+@tree_dataclass
 class KVCache:
     """Keys and values of every layer.
 
@@ -82,7 +82,7 @@ class KVCache:
         return jax.tree.map(clear, self)
 
 
-@struct.dataclass
+@tree_dataclass
 class Span:
     """Consecutive tokens of some sequences, T of each: rows of a batch, sequence after sequence.
 
@@ -93,7 +93,7 @@ class Span:
     """
 
     start: jax.Array
-    length: int = struct.field(pytree_node=False)
+    length: int = static_field()
     slots: jax.Array | None = None
 
     @property

@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 import qwen3_moe_jax.kernels_pallas as ops
 from qwen3_moe_jax.jax_backend.generate import COMPILER_OPTIONS
 from qwen3_moe_jax.jax_backend.kv_cache import KVCache
-from qwen3_moe_jax.jax_backend.model import Qwen3Moe
 from qwen3_moe_jax.jax_backend.params import Params
 from qwen3_moe_jax.jax_backend.programs import Program
+from qwen3_moe_jax.jax_backend.qwen3_moe import Qwen3Moe
 
 Scores = tuple[jax.Array, jax.Array, jax.Array]
 """Log-likelihoods of tokens, their rivals, and the log-likelihoods of these."""
@@ -53,7 +53,14 @@ def token_scores(
     for chunk in chunks:
         ids, targets = inputs[:, None, start : start + chunk]
         found, cache = _score_chunk(
-            model, params, cache, ids, targets, jnp.full((1,), start), start + chunk >= first, top=top
+            model,
+            params,
+            cache,
+            ids,
+            targets,
+            np.full((1,), start, np.int32),
+            start + chunk >= first,
+            top=top,
         )
         parts.append([np.asarray(x[0]) for x in found])
         start += chunk

@@ -13,9 +13,9 @@ operation alone is a switch.
 where an intervention changes them.
 
 The modules are of ``flax.nnx``: weights are attributes, and a module lives while a program is traced,
-made of the parameters or of one layer's view of them. ``Qwen3Moe`` is what such a program depends on
-besides. In ``flax.linen`` weights were looked up by strings, and the same program took 1.0 s to trace
-in place of 0.7 s.
+made of the parameters or of one layer's view of them. ``qwen3_moe.Qwen3Moe`` is what such a program
+depends on besides; this module and Flax are imported when a program is traced. In ``flax.linen``
+weights were looked up by strings, and the same program took 1.0 s to trace in place of 0.7 s.
 
 Equations: Qwen3 technical report (arXiv 2505.09388); Transformers'
 ``modeling_qwen3_moe.py``.
@@ -23,87 +23,24 @@ Equations: Qwen3 technical report (arXiv 2505.09388); Transformers'
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx, struct
+from flax import nnx
 
 import qwen3_moe_jax.kernels_pallas as ops
-from qwen3_moe_jax.convert.config import Qwen3MoeConfig
 from qwen3_moe_jax.convert.packed import PackedTensor
 from qwen3_moe_jax.core.stages import INSIDE_EXPERTS
 from qwen3_moe_jax.jax_backend.kv_cache import KVCache, Span, write_positions
+from qwen3_moe_jax.jax_backend.qwen3_moe import OUTSIDE_LAYERS, Output, Qwen3Moe
 from qwen3_moe_jax.kernels_pallas import implementations
 from qwen3_moe_jax.kernels_pallas.all_layers import api as all_layers
 
-OUTSIDE_LAYERS = frozenset({"inp_embd", "result_norm", "result_output"})
-"""Stages that no layer has."""
-
 Matrix = PackedTensor | ops.OneOf
 """A packed matrix, or experts: whole, or one layer's inside stacks (``LayerTable.layer``)."""
-
-
-@dataclass(frozen=True)
-class Intervention:
-    """A change of one stage's value inside the jitted model.
-
-    Attributes:
-      stage: name of the stage.
-      change: maps the stage's value to another of the same shape; axes as in
-        ``stages.STAGES`` with B before T.
-      layer: the layer, or None for every layer and for stages outside the layers.
-    """
-
-    stage: str
-    change: Callable[[jax.Array], jax.Array]
-    layer: int | None = None
-
-
-@struct.dataclass
-class Output:
-    """Result of the decoder layers.
-
-    Attributes:
-      hidden: float32 [B, T, D], after the last layer and before the final norm.
-      cache: the cache with T more positions.
-      expert_ids: int32 [L, B, T, X].
-    """
-
-    hidden: jax.Array
-    cache: KVCache
-    expert_ids: jax.Array
-
-
-@dataclass(frozen=True)
-class Qwen3Moe:
-    """The network without its weights: hashable, a static argument of jitted programs.
-
-    Attributes:
-      config: hyper-parameters.
-      compute_dtype: operands of the matrix products; accumulation is float32.
-      interventions: changes of stages, in the order in which they are applied.
-      capture: stages to show; those inside the fused operations make them unfused.
-      layers: the layers to run, or None for all.
-      kernels: "hopper", "portable", "native" or "xla", which the operations take; "any" leaves it to them.
-    """
-
-    config: Qwen3MoeConfig
-    compute_dtype: Any = jnp.float32
-    interventions: tuple[Intervention, ...] = ()
-    capture: frozenset[str] = frozenset()
-    layers: tuple[int, ...] | None = None
-    kernels: str = implementations.ANY
-
-    def bind(self, params: Mapping[str, Any]) -> "Network":
-        """The network with these weights (``params.load_params``)."""
-        return Network(params, self)
-
-    def clone(self, **settings: Any) -> "Qwen3Moe":
-        """The same with other settings."""
-        return replace(self, **settings)
 
 
 P = ParamSpec("P")

@@ -1,14 +1,15 @@
 """From a model source to the parameter tree on a device, in the layout that the device reads best.
 
-On the CPU every stack is one NumPy array that JAX uses in place. On a GPU the
-bytes go up as the file has them and are re-arranged there, tensor by tensor,
-into stacks that were allocated first; nothing is on the host or on the device
-twice.
+On the CPU every stack is one NumPy array that JAX uses in place. On a GPU the bytes go up as the file has
+them and are unpacked and re-arranged there (``device_load``), into stacks that were allocated first; nothing
+is on the host or on the device twice.
 """
 
+import math
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,12 +19,21 @@ from qwen3_moe_jax.convert.config import Qwen3MoeConfig
 from qwen3_moe_jax.convert.ggml_types import GGMLType
 from qwen3_moe_jax.convert.layouts.gpu_tiles import TILE_ROWS, TILED_TYPES, to_gpu_tiles
 from qwen3_moe_jax.convert.layouts.lanes16 import supports, to_layout
-from qwen3_moe_jax.convert.packed import LANES16, PackedTensor
+from qwen3_moe_jax.convert.packed import LANES, LANES16, PackedTensor
 from qwen3_moe_jax.convert.progress import ProgressCallback
 from qwen3_moe_jax.convert.source import ModelSource
 from qwen3_moe_jax.convert.tensor_names import tensor_specs
 from qwen3_moe_jax.convert.unpack import aligned_empty, dequantize
 from qwen3_moe_jax.jax_backend.device import Device
+from qwen3_moe_jax.jax_backend.device_load import (
+    Target,
+    allocate,
+    as_rows,
+    load_stacks,
+    wanted_programs,
+)
+from qwen3_moe_jax.jax_backend.programs import Wanted
+from qwen3_moe_jax.jax_backend.settings import own_settings
 from qwen3_moe_jax.kernels_pallas import LayerTable
 from qwen3_moe_jax.kernels_pallas.packed.stacks import Roles, abstract_packed, rows_per_unit
 
@@ -36,30 +46,13 @@ Types = Mapping[str, GGMLType]
 GPU_ROLES = {f"self_attn.{name}": "self_attn.qkv" for name in ("q_proj", "k_proj", "v_proj")}
 """The GPU's decode kernel reads queries, keys and values of a layer as one matrix."""
 
+LOAD_COMPILERS = 4
+"""Threads that make the programs of a load."""
+
 ROWS_ALWAYS = frozenset({"embed_tokens", "mlp.router"})
 """Kept in the file's order on a GPU: single rows are looked up, or the type is not quantized."""
 
 Value = PackedTensor | np.ndarray | jax.Array
-
-
-class _Placer(Protocol):
-    """How tensors get to a device."""
-
-    def whole(self, name: str, value: Value) -> Value:
-        """A tensor that stands alone, on the device."""
-        ...
-
-    def room(self, name: str, rows: int, like: Value) -> Value:
-        """An empty stack of ``rows`` rows for tensors like ``like``."""
-        ...
-
-    def put(self, name: str, stack: Value, first: int, value: Value) -> Value:
-        """The stack with a tensor's rows from row ``first`` on."""
-        ...
-
-    def finish(self, stack: Value) -> Value:
-        """The filled stack, on the device."""
-        ...
 
 
 def split_path(path: str) -> tuple[int | None, str]:
@@ -108,6 +101,32 @@ def tiled_params(params: Params) -> Params:
     return {**whole, "layers": LayerTable(stacks, table.tensors)}
 
 
+def laned_params(params: Params) -> Params:
+    """The shapes of ``abstract_params`` as a CPU holds them, sixteen rows of a matrix side by side."""
+    return jax.tree.map(_laned, params, is_leaf=lambda value: isinstance(value, PackedTensor))
+
+
+def _laned(value: Value) -> Value:
+    if not (isinstance(value, PackedTensor) and supports(LANES16, value.type, value.shape)):
+        return value
+    return PackedTensor({name: laned_shape(a) for name, a in value.arrays.items()}, value.type, LANES16)
+
+
+def laned_shape(array: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    """Of an array [..., N, C] of layout "rows", what it is in layout "lanes16"."""
+    *leading, rows, columns = array.shape
+    is_byte = array.dtype.itemsize == 1
+    shape = (*leading, rows // LANES, columns // 4 if is_byte else columns, LANES)
+    return jax.ShapeDtypeStruct(shape, np.uint32 if is_byte else array.dtype)
+
+
+def device_params(config: Qwen3MoeConfig, types: Types, device: Device) -> Params:
+    """The shapes of what ``load_params`` puts on ``device``: enough to make programs without weights."""
+    if device.platform == "cpu":
+        return laned_params(abstract_params(config, types, {}))
+    return tiled_params(abstract_params(config, types, GPU_ROLES))
+
+
 def load_params(
     source: ModelSource, roles: Roles, device: Device, progress: ProgressCallback | None = None
 ) -> Params:
@@ -115,93 +134,130 @@ def load_params(
 
     Norm weights become float32 vectors, everything else stays packed.
     """
-    placer: _Placer = _OnHost(device) if device.platform == "cpu" else _OnDevice(device)
-    plan = plan_layers(source.config, source.types, roles)
-    tensors = {tensor.name: tensor for tensor in plan.tensors}
-    stacks: dict[str, Value] = {}
-    params: Params = {}
-    for path, tensor in source.tensors(progress):
-        value = dequantize(tensor) if tensor.ndim == 1 else tensor
-        layer, name = split_path(path)
-        if layer is None:
-            params[path] = placer.whole(path, value)
-            continue
-        place, value = tensors[name], _flat(value)
-        stack = place.stacks[place.which[layer]]
-        if stack not in stacks:
-            stacks[stack] = placer.room(name, plan.stacks[stack].shape[0], value)
-        stacks[stack] = placer.put(name, stacks[stack], place.first[layer], value)
-    finished = {name: placer.finish(stack) for name, stack in stacks.items()}
-    params["layers"] = LayerTable(finished, plan.tensors)
-    return params
+    load = load_on_host if device.platform == "cpu" else load_on_device
+    return load(source, roles, device, progress)
 
 
 def _flat(value: Value) -> Value:
     """The experts' matrices as rows one after the other; a vector as one row."""
-    if not isinstance(value, PackedTensor):
-        return value[None]
-    return value if value.ndim == 2 else jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), value)
+    return as_rows(value) if isinstance(value, PackedTensor) else value[None]
+
+
+def load_on_host(
+    source: ModelSource, roles: Roles, device: Device, progress: ProgressCallback | None = None
+) -> Params:
+    """NumPy arrays that JAX's CPU backend uses without a copy, sixteen rows side by side where possible."""
+    plan = plan_layers(source.config, source.types, roles)
+    tensors = {tensor.name: tensor for tensor in plan.tensors}
+    stacks: dict[str, Value] = {}
+    params: Params = {}
+    on_device = partial(jax.device_put, device=device, may_alias=True)
+    for path, tensor in source.tensors(progress):
+        value = dequantize(tensor) if tensor.ndim == 1 else tensor
+        layer, name = split_path(path)
+        if layer is None:
+            params[path] = on_device(_side_by_side(value))
+            continue
+        place, value = tensors[name], _side_by_side(_flat(value))
+        stack = place.stacks[place.which[layer]]
+        if stack not in stacks:
+            stacks[stack] = _room(plan.stacks[stack].shape[0], value)
+        _fill(stacks[stack], place.first[layer], value)
+    params["layers"] = LayerTable({n: on_device(s) for n, s in stacks.items()}, plan.tensors)
+    return params
+
+
+def _side_by_side(value: Value) -> Value:
+    if isinstance(value, PackedTensor) and supports(LANES16, value.type, value.shape):
+        return to_layout(value, LANES16)
+    return value
 
 
 def _unit(value: Value) -> int:
     return rows_per_unit(value.layout) if isinstance(value, PackedTensor) else 1
 
 
-class _OnHost:
-    """NumPy arrays that JAX's CPU backend uses without a copy, sixteen rows side by side where possible."""
-
-    def __init__(self, device: Device):
-        self._device = device
-
-    def whole(self, name: str, value: Value) -> Value:
-        return self.finish(self._arranged(value))
-
-    def room(self, name: str, rows: int, like: Value) -> Value:
-        arranged = self._arranged(like)
-        units = rows // _unit(arranged)
-        return jax.tree.map(lambda a: aligned_empty((units, *a.shape[1:]), a.dtype), arranged)
-
-    def put(self, name: str, stack: Value, first: int, value: Value) -> Value:
-        arranged = self._arranged(value)
-        begin = first // _unit(arranged)
-
-        def fill(target: np.ndarray, new: np.ndarray) -> None:
-            target[begin : begin + len(new)] = new
-
-        jax.tree.map(fill, stack, arranged)
-        return stack
-
-    def finish(self, stack: Value) -> Value:
-        return jax.device_put(stack, self._device, may_alias=True)
-
-    def _arranged(self, value: Value) -> Value:
-        if isinstance(value, PackedTensor) and supports(LANES16, value.type, value.shape):
-            return to_layout(value, LANES16)
-        return value
+def _room(rows: int, like: Value) -> Value:
+    """An empty stack of ``rows`` rows for tensors like ``like``."""
+    units = rows // _unit(like)
+    return jax.tree.map(lambda a: aligned_empty((units, *a.shape[1:]), a.dtype), like)
 
 
-class _OnDevice:
-    """Arrays on a GPU, matrices as the tiles that its kernels read."""
+def _fill(stack: Value, first: int, value: Value) -> None:
+    begin = first // _unit(value)
 
-    def __init__(self, device: Device):
-        self._device = device
+    def fill(target: np.ndarray, new: np.ndarray) -> None:
+        target[begin : begin + len(new)] = new
 
-    def whole(self, name: str, value: Value) -> Value:
-        return _rearrange(jax.device_put(value, self._device), is_tiled(name, value))
+    jax.tree.map(fill, stack, value)
 
-    def room(self, name: str, rows: int, like: Value) -> Value:
-        arranged = jax.eval_shape(partial(_rearranged, tiled=is_tiled(name, like)), like)
-        units = rows // _unit(arranged)
-        return jax.tree.map(
-            lambda a: jnp.zeros((units, *a.shape[1:]), a.dtype, device=self._device), arranged
-        )
 
-    def put(self, name: str, stack: Value, first: int, value: Value) -> Value:
-        begin = first // _unit(stack)
-        return _put_rows(stack, jax.device_put(value, self._device), begin, is_tiled(name, value))
+def load_on_device(
+    source: ModelSource, roles: Roles, device: Device, progress: ProgressCallback | None = None
+) -> Params:
+    """Arrays as a GPU's kernels read them, matrices in tiles; see ``device_load``."""
+    shapes, targets = device_plan(source, roles)
+    table = shapes["layers"]
+    packed = _packed_of(shapes)
+    with ThreadPoolExecutor(LOAD_COMPILERS, thread_name_prefix="programs") as pool:
+        for wanted in wanted_programs(source, targets, packed):
+            pool.submit(_prepare, wanted)
+        stacks: dict[str, Any] = allocate(packed)
+        vectors, done = _vectors(source, table)
+        for nbytes in load_stacks(source, targets, stacks, device):
+            done += nbytes
+            if progress:
+                progress(done, source.nbytes)
+    found = {**stacks, **jax.device_put(vectors, device)}
+    layers = LayerTable({name: found[name] for name in table.stacks}, table.tensors)
+    return {**{name: found[name] for name in shapes if name != "layers"}, "layers": layers}
 
-    def finish(self, stack: Value) -> Value:
-        return stack
+
+def _prepare(wanted: Wanted) -> None:
+    with own_settings():
+        wanted.make()
+
+
+def device_plan(source: ModelSource, roles: Roles) -> tuple[Params, list[Target]]:
+    """The shapes of the parameters on a GPU, and where each packed tensor goes, in the source's order."""
+    shapes = tiled_params(abstract_params(source.config, source.types, roles))
+    tensors = {tensor.name: tensor for tensor in shapes["layers"].tensors}
+    targets: list[Target] = []
+    for path in source.paths():
+        shape, kind = source.specs[path].shape, source.types[path]
+        if len(shape) == 1:
+            continue
+        layer, name = split_path(path)
+        stack, first = path, 0
+        if layer is not None:
+            place = tensors[name]
+            stack, first = place.stacks[place.which[layer]], place.first[layer]
+        tiled = is_tiled(name, abstract_packed(kind, shape))
+        targets.append(Target(path, stack, first, kind, math.prod(shape[:-1]), shape[-1], tiled))
+    return shapes, targets
+
+
+def _packed_of(shapes: Params) -> dict[str, Any]:
+    """The packed stacks and tensors of all shapes, by name."""
+    everything = {**shapes["layers"].stacks, **{n: w for n, w in shapes.items() if n != "layers"}}
+    return {name: w for name, w in everything.items() if isinstance(w, PackedTensor)}
+
+
+def _vectors(source: ModelSource, table: LayerTable) -> tuple[dict[str, np.ndarray], int]:
+    """The norms, those of all layers as one array [L, n], and how many bytes of the source they are."""
+    found: dict[str, np.ndarray] = {}
+    nbytes = 0
+    for path in source.paths():
+        if len(source.specs[path].shape) > 1:
+            continue
+        value = dequantize(source.tensor(path))
+        nbytes += source.tensor_nbytes(path)
+        layer, name = split_path(path)
+        if layer is None:
+            found[name] = value
+        else:
+            found.setdefault(name, np.empty(table.stacks[name].shape, np.float32))[layer] = value
+    return found, nbytes
 
 
 def is_tiled(name: str, value: Value) -> bool:
@@ -213,12 +269,3 @@ def is_tiled(name: str, value: Value) -> bool:
 
 def _rearranged(value: Value, tiled: bool) -> Value:
     return to_gpu_tiles(value, jnp) if tiled and isinstance(value, PackedTensor) else value
-
-
-_rearrange = jax.jit(_rearranged, static_argnums=1)
-
-
-@partial(jax.jit, donate_argnums=0, static_argnums=3)
-def _put_rows(stack: Value, value: Value, begin: jax.Array, tiled: bool) -> Value:
-    value = _rearranged(value, tiled)
-    return jax.tree.map(lambda s, v: jax.lax.dynamic_update_slice_in_dim(s, v, begin, 0), stack, value)

@@ -73,6 +73,10 @@ class ProgramStore:
             is_program = stat.S_ISREG(status.st_mode) and status.st_size <= self.max_bytes
             return file.read() if is_program else b""
 
+    def has(self, key: str) -> bool:
+        """Whether ``key`` has a file; ``get`` may find that it is damaged."""
+        return self._path(key).exists()
+
     def put(self, key: str, program: bytes) -> bool:
         """Writes a program under ``key``: whole, or not at all. Returns whether it is there now."""
         content = MAGIC + hashlib.sha256(program).digest() + program

@@ -4,26 +4,20 @@ A :class:`Program` is used as the jitted function would be. The first call with 
 static arguments looks for the compiled program on disk (``jax.experimental.serialize_executable``)
 and traces nothing when it is there: a decode step that takes 11 s to trace, lower and compile
 loads in 0.04 s with the same bits. Its key has everything that could make it wrong
-(:func:`environment`), so a stale program is never found.
+(:func:`program_key.environment`), so a stale program is never found.
 """
 
 import dataclasses
-import enum
 import functools
 import hashlib
 import inspect
 import json
 import os
 import pickle
-import platform
-import sys
 import threading
 import time
 import weakref
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from concurrent.futures import Future
-from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -31,13 +25,14 @@ import numpy as np
 from jax.core import Tracer
 from jax.experimental import serialize_executable
 
-from qwen3_moe_jax.core.code_version import code_version
+from qwen3_moe_jax.jax_backend.compile_clock import compile_clock
+from qwen3_moe_jax.jax_backend.program_key import TRACE_SETTINGS, environment, fingerprint
 from qwen3_moe_jax.jax_backend.program_store import ProgramStore
 from qwen3_moe_jax.kernels_pallas.implementations import Ran, recording, replay
 from qwen3_moe_jax.machine.folders import writable_cache
-from qwen3_moe_jax.machine.xla_flags import flags_file
 
 _Key = tuple[tuple[Hashable, ...], Any, tuple[Any, ...]]
+_Arguments = tuple[dict[str, Any], dict[str, Any]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +41,24 @@ class _Compiled:
 
     run: jax.stages.Compiled
     ran: tuple[Ran, ...]
+
+
+@dataclasses.dataclass
+class _Entry:
+    """How far a program is: nothing, or found on disk, or traced, or compiled.
+
+    Attributes:
+      finding: held by the thread that looks on disk, or traces.
+      compiling: held by the thread that lowers and compiles.
+      ran: known as soon as it is found or traced.
+    """
+
+    finding: Any = dataclasses.field(default_factory=threading.RLock)
+    compiling: Any = dataclasses.field(default_factory=threading.RLock)
+    is_missing: bool = False
+    traced: jax.stages.Traced | None = None
+    ran: tuple[Ran, ...] | None = None
+    program: _Compiled | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,6 +100,16 @@ def use_default_store() -> bool:
     return _store is not None
 
 
+def keeps_on_disk() -> bool:
+    """Whether a program that is made now is there for the next process."""
+    return _store is not None
+
+
+def trouble() -> list[str]:
+    """A line for each kind of failure of the cache on disk so far."""
+    return [] if _store is None else list(_store.trouble)
+
+
 def forget() -> None:
     """Drops every program in memory, JAX's too: for code that changes while it runs, and for memory maps."""
     for program in _all:
@@ -116,7 +139,7 @@ class Program:
         donate_argnames: Sequence[str] = (),
         compiler_options: Mapping[str, Any] | None = None,
     ):
-        """Args as those of ``jax.jit``. Static arguments need a :func:`fingerprint`."""
+        """Args as those of ``jax.jit``. Static arguments need a ``fingerprint``."""
         functools.update_wrapper(self, function)
         self.function, self.name = function, function.__name__
         self._static = tuple(static_argnames)
@@ -128,7 +151,7 @@ class Program:
             donate_argnames=tuple(donate_argnames),
             compiler_options=dict(compiler_options) if compiler_options else None,
         )
-        self._programs: dict[_Key, Future[_Compiled]] = {}
+        self._programs: dict[_Key, _Entry] = {}
         self._lock = threading.Lock()
         _all.add(self)
 
@@ -138,69 +161,112 @@ class Program:
 
     def count(self) -> int:
         """Returns how many programs are in memory."""
-        return len(self._programs)
+        return sum(entry.program is not None for entry in list(self._programs.values()))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if jax.config.jax_disable_jit or _is_traced((args, kwargs)):
             return self._jitted(*args, **kwargs)
-        static, dynamic = self._split(args, kwargs)
-        program = self._get(static, dynamic)
+        arguments = self._split(args, kwargs)
+        entry = self._entry(arguments)
+        program = entry.program
+        if program is None:
+            with compile_clock().waiting(self.name):
+                program = self._made(entry, arguments)
         replay(program.ran)
-        return program.run(**dynamic)
+        return program.run(**arguments[1])
 
     def prepare(self, *args: Any, **kwargs: Any) -> None:
         """Makes the program for these arguments without running it; arrays may be ``ShapeDtypeStruct``."""
-        replay(self._get(*self._split(args, kwargs)).ran)
+        arguments = self._split(args, kwargs)
+        replay(self._made(self._entry(arguments), arguments).ran)
+
+    def load(self, *args: Any, **kwargs: Any) -> bool:
+        """As ``prepare`` where the program is on disk or in memory; else does nothing. Returns which."""
+        arguments = self._split(args, kwargs)
+        entry = self._entry(arguments)
+        with entry.finding:
+            self._look_on_disk(entry, arguments)
+            return entry.program is not None
+
+    def is_stored(self, *args: Any, **kwargs: Any) -> bool:
+        """Whether the program for these arguments is on disk."""
+        key = self._disk_key_if_any(*self._split(args, kwargs))
+        return _store is not None and key is not None and _store.has(key)
+
+    def ran(self, *args: Any, **kwargs: Any) -> tuple[Ran, ...]:
+        """What the program for these arguments runs: of the one on disk, else by tracing it.
+
+        A trace is kept: compiling it later does not trace again. Nothing is waited for that is compiled.
+        """
+        arguments = self._split(args, kwargs)
+        return self._known(self._entry(arguments), arguments)
 
     def is_ready(self, *args: Any, **kwargs: Any) -> bool:
         """Whether a call with these arguments would wait for nothing."""
-        static, dynamic = self._split(args, kwargs)
-        future = self._programs.get(_memory_key(static, dynamic))
-        return future is not None and future.done()
+        return self._entry(self._split(args, kwargs)).program is not None
 
     def clear(self) -> None:
         """Forgets every program in memory."""
         with self._lock:
             self._programs.clear()
 
-    def _split(self, args: Any, kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    def _split(self, args: Any, kwargs: Any) -> _Arguments:
         bound = self._signature.bind(*args, **kwargs)
         bound.apply_defaults()
         given = bound.arguments
         static = {name: given[name] for name in self._static}
         return static, {name: value for name, value in given.items() if name not in static}
 
-    def _get(self, static: dict[str, Any], dynamic: dict[str, Any]) -> _Compiled:
-        """The program; the first caller makes it, others wait for that one."""
-        key = _memory_key(static, dynamic)
-        with self._lock:
-            future = self._programs.get(key)
-            is_mine = future is None
-            if future is None:
-                future = self._programs[key] = Future()
-        if is_mine:
-            try:
-                future.set_result(self._make(static, dynamic))
-            except BaseException as error:
-                with self._lock:
-                    self._programs.pop(key, None)
-                future.set_exception(error)
-        return future.result()
+    def _entry(self, arguments: _Arguments) -> _Entry:
+        key = _memory_key(*arguments)
+        entry = self._programs.get(key)
+        if entry is None:
+            with self._lock:
+                entry = self._programs.setdefault(key, _Entry())
+        return entry
 
-    def _make(self, static: dict[str, Any], dynamic: dict[str, Any]) -> _Compiled:
+    def _made(self, entry: _Entry, arguments: _Arguments) -> _Compiled:
+        """The program; the first thread makes it, others wait for that one."""
+        self._known(entry, arguments)
+        with entry.compiling:
+            if entry.program is None:
+                self._compile(entry, arguments)
+            assert entry.program is not None
+            return entry.program
+
+    def _known(self, entry: _Entry, arguments: _Arguments) -> tuple[Ran, ...]:
+        with entry.finding:
+            self._look_on_disk(entry, arguments)
+            if entry.ran is None:
+                static, dynamic = arguments
+                with recording() as record:
+                    entry.traced = self._jitted.trace(**static, **dynamic)
+                entry.ran = tuple(record)
+            return entry.ran
+
+    def _look_on_disk(self, entry: _Entry, arguments: _Arguments) -> None:
+        if entry.program is not None or entry.is_missing:
+            return
+        start = time.perf_counter()
+        key = self._disk_key_if_any(*arguments)
+        program = _load(key) if key else None
+        entry.is_missing = program is None
+        if program is not None:
+            _tell(self.name, None)
+            entry.program, entry.ran = program, program.ran
+            _tell(self.name, Made(self.name, "disk", time.perf_counter() - start))
+
+    def _compile(self, entry: _Entry, arguments: _Arguments) -> None:
         _tell(self.name, None)
         start = time.perf_counter()
-        key = self._disk_key_if_any(static, dynamic)
-        program, source = (_load(key) if key else None), "disk"
-        if program is None:
-            with recording() as record:
-                lowered = self._jitted.lower(**static, **dynamic)
-            _cache_hits.count = 0
-            program, source = _Compiled(lowered.compile(), tuple(record)), "compiler"
-            if key and not _cache_hits.count:
-                _save(key, program)
-        _tell(self.name, Made(self.name, source, time.perf_counter() - start))
-        return program
+        assert entry.traced is not None
+        _cache_hits.count = 0
+        program = _Compiled(entry.traced.lower().compile(), entry.ran or ())
+        key = self._disk_key_if_any(*arguments)
+        if key and not _cache_hits.count:
+            _save(key, program)
+        entry.program, entry.traced = program, None
+        _tell(self.name, Made(self.name, "compiler", time.perf_counter() - start))
 
     def _disk_key_if_any(self, static: dict[str, Any], dynamic: dict[str, Any]) -> str | None:
         if _store is None:
@@ -222,6 +288,40 @@ class Program:
             "environment": environment(),
         }
         return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+@dataclasses.dataclass(frozen=True)
+class Wanted:
+    """A program of the list.
+
+    Attributes:
+      program, arguments: ``program.prepare(**arguments)`` makes it.
+      label: for people.
+      cost: about how long it compiles, beside the others of the list.
+    """
+
+    program: Program
+    arguments: dict[str, Any]
+    label: str
+    cost: float
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether it is in memory."""
+        return self.program.is_ready(**self.arguments)
+
+    @property
+    def is_stored(self) -> bool:
+        """Whether it is on disk."""
+        return self.program.is_stored(**self.arguments)
+
+    def load(self) -> bool:
+        """Takes it from disk if it is there; returns whether it is in memory then."""
+        return self.program.load(**self.arguments)
+
+    def make(self) -> None:
+        """Loads or compiles it."""
+        self.program.prepare(**self.arguments)
 
 
 class _CacheHits(threading.local):
@@ -248,7 +348,7 @@ def _is_traced(values: Any) -> bool:
 
 def _memory_key(static: dict[str, Any], dynamic: dict[str, Any]) -> _Key:
     leaves, tree = jax.tree.flatten(dynamic)
-    settings = tuple(getattr(jax.config, name) for name in _TRACE_SETTINGS)
+    settings = tuple(getattr(jax.config, name) for name in TRACE_SETTINGS)
     return (*static.values(), *settings), tree, tuple(_aval(leaf) for leaf in leaves)
 
 
@@ -286,121 +386,3 @@ def _save(key: str, program: _Compiled) -> None:
 def _tell(name: str, made: Made | None) -> None:
     for listener in list(_listeners):
         listener(name, made)
-
-
-def fingerprint(value: Any) -> Any:
-    """Returns ``value`` as plain lists, strings and numbers, the same in every process.
-
-    Raises:
-      TypeError: nothing says what this value is made of.
-    """
-    match value:
-        case enum.Enum():
-            return [type(value).__qualname__, value.name]
-        case None | bool() | int() | float() | str():
-            return value
-        case np.dtype() | type():
-            return str(value)
-        case Mapping():
-            return ["map", *sorted([str(k), fingerprint(v)] for k, v in value.items())]
-        case frozenset() | set():
-            return ["set", *sorted(json.dumps(fingerprint(v), default=str) for v in value)]
-        case list() | tuple():
-            return [fingerprint(v) for v in value]
-        case np.ndarray() | jax.Array():
-            array = np.asarray(value)
-            return ["array", array.shape, str(array.dtype), hashlib.sha256(array.tobytes()).hexdigest()]
-        case functools.partial():
-            return ["partial", fingerprint(value.func), fingerprint(value.args), fingerprint(value.keywords)]
-        case _:
-            return _fingerprint_of_object(value)
-
-
-def _fingerprint_of_object(value: Any) -> list[Any]:
-    if not (getattr(value, "__module__", None) or "").startswith(_OWN):
-        raise TypeError(f"{type(value).__qualname__} has no fingerprint: its programs are not kept on disk")
-    if dataclasses.is_dataclass(value):
-        fields = [f.name for f in dataclasses.fields(value) if f.compare and f.name not in ("parent", "name")]
-        return [type(value).__qualname__, *([n, fingerprint(getattr(value, n))] for n in fields)]
-    if callable(value) and "<" not in getattr(value, "__qualname__", "<"):
-        return [value.__module__, value.__qualname__]
-    raise TypeError(f"{value!r} has no fingerprint: its programs are not kept on disk")
-
-
-_OWN = __name__.partition(".")[0]
-"""The package whose code is part of every key: what a function or class of others does is not known."""
-
-_TRACE_SETTINGS = (
-    "jax_enable_x64",
-    "jax_default_matmul_precision",
-    "jax_numpy_dtype_promotion",
-    "jax_debug_nans",
-    "jax_default_prng_impl",
-    "jax_threefry_partitionable",
-)
-"""JAX's settings that change what a function is traced to, when they change between two calls."""
-
-_WITHOUT_EFFECT = ("cache", "dump", "log", "traceback", "explain", "profiler", "check_tracer_leaks")
-"""Words in the names of JAX's settings that do not change a program."""
-
-
-def environment() -> dict[str, Any]:
-    """Returns what this process and machine add to a key: versions, device, driver, settings, code."""
-    settings = {
-        name: str(value)
-        for name, value in sorted(jax.config.values.items())
-        if not any(word in name for word in _WITHOUT_EFFECT)
-    }
-    return {**_fixed_environment(), "settings": settings}
-
-
-@functools.cache
-def _fixed_environment() -> dict[str, Any]:
-    device = jax.devices()[0]
-    return {
-        "versions": {name: _version(name) for name in _PACKAGES},
-        "python": sys.version,
-        "machine": [platform.system(), platform.machine(), _processor() if device.platform == "cpu" else ""],
-        "device": [device.platform, device.device_kind, str(getattr(device, "compute_capability", ""))],
-        "cores": getattr(device, "core_count", os.cpu_count()),
-        "runtime": device.client.platform_version,
-        "driver": _first_line("/proc/driver/nvidia/version"),
-        "flags": [os.environ.get(name, "") for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "NPROC")],
-        "flags in a file": flags_file(os.environ.get("XLA_FLAGS", "")).decode(errors="replace"),
-        "code": code_version(),
-    }
-
-
-_PACKAGES = (
-    "jax",
-    "jaxlib",
-    "flax",
-    "jax-cuda12-plugin",
-    "jax-cuda12-pjrt",
-    "jax-cuda13-plugin",
-    "jax-cuda13-pjrt",
-)
-
-
-def _version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return ""
-
-
-def _first_line(path: str) -> str:
-    try:
-        return Path(path).read_text().partition("\n")[0]
-    except OSError:
-        return ""
-
-
-def _processor() -> str:
-    """The processor's model and instructions, which XLA compiles for."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    wanted = ("model name", "flags", "Features", "CPU part")
-    return "|".join(dict.fromkeys(line for line in lines if line.startswith(wanted)))

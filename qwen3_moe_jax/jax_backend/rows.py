@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from qwen3_moe_jax.jax_backend.generate import DecodeState
 from qwen3_moe_jax.jax_backend.kv_cache import KVCache
+from qwen3_moe_jax.jax_backend.programs import Program
 
 MIN_POSITIONS = 128
 """Lengths are powers of two from this on, so that few programs are compiled."""
@@ -24,7 +25,7 @@ def nbytes(cache: KVCache, length: int) -> int:
     return sum(x.nbytes for x in jax.tree.leaves(cache)) // (rows * positions) * padded(cache, length)
 
 
-@partial(jax.jit, static_argnames="length")
+@partial(Program, static_argnames=("length",))
 def cut(cache: KVCache, row: jax.Array, *, length: int) -> KVCache:
     """The first ``length`` positions of a row, int32 scalar: a cache of one row."""
 
@@ -35,7 +36,7 @@ def cut(cache: KVCache, row: jax.Array, *, length: int) -> KVCache:
     return jax.tree.map(piece, cache)
 
 
-@partial(jax.jit, donate_argnames="state")
+@partial(Program, donate_argnames=("state",))
 def paste(state: DecodeState, row: jax.Array, piece: KVCache) -> DecodeState:
     """Puts a cache of one row at the beginning of a row, int32 scalar."""
 
@@ -45,13 +46,13 @@ def paste(state: DecodeState, row: jax.Array, piece: KVCache) -> DecodeState:
     return replace(state, cache=jax.tree.map(put, state.cache, piece))
 
 
-@partial(jax.jit, static_argnames="length", donate_argnames="state")
+@partial(Program, static_argnames=("length",), donate_argnames=("state",))
 def copy(state: DecodeState, source: jax.Array, target: jax.Array, *, length: int) -> DecodeState:
     """Copies the first ``length`` positions of one row to another; both int32 scalars."""
     return paste(state, target, cut(state.cache, source, length=length))
 
 
-@partial(jax.jit, donate_argnames="state")
+@partial(Program, donate_argnames=("state",))
 def allow(state: DecodeState, slot: jax.Array, bits: jax.Array) -> DecodeState:
     """Lets a masked sequence write one token; ``bits`` int32 [ceil(V / 32)]."""
     return replace(

@@ -4,6 +4,7 @@ import sys
 import time
 import weakref
 from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, Unpack
 
 import jax
@@ -33,18 +34,20 @@ from qwen3_moe_jax.core.runner_arguments import (
     per_prompt,
 )
 from qwen3_moe_jax.core.sampling import Sampling
-from qwen3_moe_jax.jax_backend import programs
+from qwen3_moe_jax.jax_backend import generate, programs
 from qwen3_moe_jax.jax_backend.batching import Batch
 from qwen3_moe_jax.jax_backend.compile_clock import compile_clock
-from qwen3_moe_jax.jax_backend.decode_path import PATHS, choose
+from qwen3_moe_jax.jax_backend.decode_path import PATHS
 from qwen3_moe_jax.jax_backend.forward import forward
-from qwen3_moe_jax.jax_backend.generate import MAX_STEPS, PREFILL_CHUNKS, chunk_lengths
+from qwen3_moe_jax.jax_backend.generate import MAX_STEPS, chunk_lengths
 from qwen3_moe_jax.jax_backend.kv_cache import KVCache, whole_tiles
 from qwen3_moe_jax.jax_backend.likelihood import Scored, token_scores
-from qwen3_moe_jax.jax_backend.model import Qwen3Moe
 from qwen3_moe_jax.jax_backend.native import NATIVE_DTYPE, Native
 from qwen3_moe_jax.jax_backend.params import GPU_ROLES, load_params, split_path
+from qwen3_moe_jax.jax_backend.preparation import Preparation
+from qwen3_moe_jax.jax_backend.qwen3_moe import Qwen3Moe
 from qwen3_moe_jax.jax_backend.requests import Request, run_all
+from qwen3_moe_jax.jax_backend.session_programs import FirstForward, Session, cache_length, dtypes_on
 from qwen3_moe_jax.jax_backend.settings import own_settings
 from qwen3_moe_jax.jax_backend.token_scores import MAX_TOP, host_scores
 from qwen3_moe_jax.kernels_pallas import Matrices
@@ -93,6 +96,8 @@ class JaxRunner:
         cache_dtype: Any = None,
         kernels: str = AUTO,
         progress: ProgressCallback | None = None,
+        first_prompt: int | None = None,
+        first_forward: FirstForward | None = None,
     ):
         """Loads the weights.
 
@@ -106,6 +111,10 @@ class JaxRunner:
             each head's vector); None is float32 on the CPU and float16 on a GPU.
           kernels: "hopper", "portable", "native" or "xla"; "auto" takes the fastest that the device has.
           progress: told how far loading is.
+          first_prompt: about how many tokens will be read first: the programs for that are made while the
+            weights are loaded. None is not known: those on disk are loaded, and no others made.
+          first_forward: of the first ``forward``, the tokens, the stages that it captures and its layers: its
+            program is made at the same time, unless it is on disk.
 
         Raises:
           BackendUnavailableError: JAX does not start, or the device does not run these kernels.
@@ -121,23 +130,39 @@ class JaxRunner:
         self.kernels = choose_kernels(
             AUTO if kernels == NATIVE else kernels, capability_of(self.device), jax.__version_info__
         )
-        self.compute_dtype = jnp.dtype(compute_dtype or (jnp.bfloat16 if on_gpu else jnp.float32))
-        self.cache_dtype = jnp.dtype(cache_dtype or (jnp.float16 if on_gpu else jnp.float32))
+        self.compute_dtype, self.cache_dtype = dtypes_on(self.device, compute_dtype, cache_dtype)
         self._types = dict(source.types)
-        self.plan = MemoryPlan.of(source, _cache_length(self.max_context), self.cache_dtype.itemsize)
+        self.plan = MemoryPlan.of(source, cache_length(self.max_context), self.cache_dtype.itemsize)
         self.plan.check(available_memory(self.device))
         native = Native.begin(self.device, kernels, compute_dtype is not None)
-        self.params = load_params(source, GPU_ROLES if on_gpu else {}, self.device, progress)
         self.is_closed = False
         self._batches: weakref.WeakSet[Batch] = weakref.WeakSet()
         if on_gpu:
             ask_ptxas_once()
         self.kernels = native.kernels(self.kernels)
         model = Qwen3Moe(source.config, self.compute_dtype, kernels=self.kernels.name)
-        self.decoder = choose(model, self.params, self.device, self.cache_dtype)
+        self._session = Session.of(model, source.types, self.device, self.max_context, self.cache_dtype)
+        self.decoder = self._session.decoder
+        self.preparation = self._preparation_of(self._session)
+        self._begin_preparation(first_prompt, first_forward)
+        try:
+            self.params = load_params(source, GPU_ROLES if on_gpu else {}, self.device, progress)
+        except BaseException:
+            self.preparation.close()
+            raise
         self._spare: Batch | None = None
         self._spare_tokens: list[int] = []  # whose keys and values its row holds
         self._record = Record()
+
+    def _begin_preparation(self, first_prompt: int | None, first_forward: FirstForward | None) -> None:
+        if first_forward is not None and programs.keeps_on_disk():
+            check = self._session.forward(*first_forward)
+            if not check.is_stored:  # a file that was checked before is not checked again
+                self.preparation.begin([check], compiles=True)
+        self.preparation.begin(self._session.first(first_prompt or 1), compiles=first_prompt is not None)
+
+    def _preparation_of(self, session: Session) -> Preparation:
+        return Preparation(session.programs(), only_when_idle=self.device.platform == "cpu")
 
     @property
     def platform(self) -> Platform:
@@ -186,19 +211,18 @@ class JaxRunner:
 
     @own_settings()
     def _recorded(self) -> Record:
-        """What runs the ops: what has run, or where nothing has, what the tracing of one token says."""
+        """What runs the ops: what has run, or where nothing has, what the program that writes tokens says."""
         if not self._record:
-            ids = start = jax.ShapeDtypeStruct((1,), jnp.int32)
-            cache = jax.eval_shape(lambda: KVCache.create(self.config, 1, whole_tiles(1), self.cache_dtype))
-            step = lambda params, ids, *state: self.decoder.step(params, ids[:, None], *state)
-            with recording(self._record):
-                jax.eval_shape(step, self.params, ids, start, cache)
+            wanted = self._session.tokens(1)
+            for ran in wanted.program.ran(**wanted.arguments):
+                self._record.add(ran)
         return self._record
 
     def close(self) -> None:
         """Deletes the arrays of weights and of every batch, whoever else still names them."""
         self.is_closed = True
         self._spare = None
+        self.preparation.close()
         for batch in list(self._batches):
             batch.close()
         params, self.params = self.params, {}
@@ -298,7 +322,7 @@ class JaxRunner:
     def open_batch(self, slots: int, *, context: int | None = None) -> Batch:
         check_open(self)
         context = context or self.max_context
-        length, itemsize = _cache_length(context), self.cache_dtype.itemsize
+        length, itemsize = cache_length(context), self.cache_dtype.itemsize
         check_slots(self.config, slots, length, itemsize, available_memory(self.device))
         return self._new_batch(slots, context)
 
@@ -322,7 +346,7 @@ class JaxRunner:
         if slots is None:
             free = available_memory(self.device).nbytes
             most, itemsize = min(len(prompts), DEFAULT_SLOTS), self.cache_dtype.itemsize
-            slots = fitting_slots(self.config, most, _cache_length(context), itemsize, free)
+            slots = fitting_slots(self.config, most, cache_length(context), itemsize, free)
         batch = self.open_batch(slots, context=context)
         requests = [
             Request(prompt, its_sampling, limit, frozenset(stop_ids))
@@ -359,16 +383,12 @@ class JaxRunner:
 
     @own_settings()
     def _new_batch(self, slots: int, context: int) -> Batch:
-        length = _cache_length(context)
-        cache = KVCache.create(self.config, slots, length, self.cache_dtype, self.device)
-        batch = Batch(self.decoder, self.params, cache, context)
+        session = replace(self._session, params=self.params, capacity=context, slots=slots)
+        is_stream = slots == 1 and context == self.max_context
+        preparation = self.preparation if is_stream else self._preparation_of(session)
+        batch = Batch(self.decoder, self.params, generate.empty_state(**session.empty), preparation)
         self._batches.add(batch)
         return batch
-
-
-def _cache_length(context: int) -> int:
-    """Positions of a cache for ``context`` tokens and one more chunk, in whole tiles."""
-    return whole_tiles(context + PREFILL_CHUNKS[-1])
 
 
 def _shared(held: Sequence[int], tokens: Sequence[int]) -> int:

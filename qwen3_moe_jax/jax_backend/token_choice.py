@@ -10,11 +10,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 
 import qwen3_moe_jax.kernels_pallas as ops
 from qwen3_moe_jax.core.sampling import Sampling
 from qwen3_moe_jax.jax_backend.settings import RANDOM_BITS
+from qwen3_moe_jax.jax_backend.trees import tree_dataclass
 
 CANDIDATES = 64
 """A top_k up to this many is served by a partial sort of the vocabulary."""
@@ -26,7 +26,7 @@ Masks = Callable[[], tuple[jax.Array, jax.Array]]
 """Gives bool [B, V] twice: the tokens of each prompt, and those written since."""
 
 
-@struct.dataclass
+@tree_dataclass
 class SamplingArrays:
     """Sampling parameters of a batch, as arguments of a jitted program.
 

@@ -5,16 +5,16 @@ from dataclasses import replace
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 
 import qwen3_moe_jax.kernels_pallas as ops
 from qwen3_moe_jax.core.runner import TokenScore
+from qwen3_moe_jax.jax_backend.trees import tree_dataclass
 
 MAX_TOP = 20
 """Rivals of a token that are known; a request may ask for fewer."""
 
 
-@struct.dataclass
+@tree_dataclass
 class TokenScores:
     """Scores of tokens at some places [...].
 

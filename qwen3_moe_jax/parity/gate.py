@@ -61,11 +61,17 @@ def gate_layers(source: ModelSource) -> tuple[int, ...]:
     return tuple(sorted({*first.values(), source.config.num_hidden_layers - 1}))
 
 
-def layers_option(runner: Runner, source: ModelSource) -> dict[str, tuple[int, ...]]:
-    """The option of ``forward`` that runs the gate's layers alone; empty where every layer has to run."""
+def first_forward(source: ModelSource) -> tuple[int, frozenset[str], tuple[int, ...] | None]:
+    """What :func:`inspect` will ask of a runner: tokens, stages, layers (None for all)."""
     layers = gate_layers(source)
     is_part = len(layers) < source.config.num_hidden_layers
-    return {"layers": layers} if is_part else {}
+    return TOKENS, frozenset(FUSED_STAGES), layers if is_part else None
+
+
+def layers_option(runner: Runner, source: ModelSource) -> dict[str, tuple[int, ...]]:
+    """The option of ``forward`` that runs the gate's layers alone; empty where every layer has to run."""
+    layers = first_forward(source)[2]
+    return {} if layers is None else {"layers": layers}
 
 
 def inspect(runner: Runner, source: ModelSource) -> GateResult:

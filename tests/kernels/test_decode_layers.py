@@ -22,8 +22,8 @@ from qwen3_moe_jax.convert.packed import PackedTensor
 from qwen3_moe_jax.convert.tensor_names import tensor_specs
 from qwen3_moe_jax.jax_backend.decode_path import few_launches
 from qwen3_moe_jax.jax_backend.kv_cache import KVCache, Span
-from qwen3_moe_jax.jax_backend.model import Intervention, Qwen3Moe
 from qwen3_moe_jax.jax_backend.params import GPU_ROLES, is_tiled, plan_layers
+from qwen3_moe_jax.jax_backend.qwen3_moe import Intervention, Qwen3Moe
 from qwen3_moe_jax.kernels_pallas.decode_layers import api, kernel_sm90
 from qwen3_moe_jax.kernels_pallas.decode_layers import row_steps as steps
 from qwen3_moe_jax.kernels_pallas.gpu import grouped_matmul_config as matmul_config
@@ -88,7 +88,7 @@ def random_params(rng, types: dict[str, GGMLType]) -> dict:
 def random_cache(rng, sequences: int) -> KVCache:
     cache = KVCache.create(CONFIG, sequences, LENGTH, jnp.float16)
     random = lambda a: jnp.asarray(rng.normal(size=a.shape), a.dtype)
-    return cache.replace(k=random(cache.k), v=random(cache.v))
+    return replace(cache, k=random(cache.k), v=random(cache.v))
 
 
 def skew(logits: jax.Array) -> jax.Array:

@@ -260,7 +260,8 @@ def test_nan_in_one_slot_leaves_the_bits_of_the_others(jax_runner, golden, chunk
             batch.step()
         if is_poisoned:
             cache = batch._state.cache
-            batch._state = batch._state.replace(cache=cache.replace(k=cache.k.at[:, 1, 0].set(jnp.nan)))
+            spoilt = replace(cache, k=cache.k.at[:, 1, 0].set(jnp.nan))
+            batch._state = replace(batch._state, cache=spoilt)
         if chunk:
             admit(batch, golden, 0)
         progress = [p for _ in range(4) for p in batch.step()]
@@ -307,7 +308,7 @@ def fused_steps(jax_runner, monkeypatch):
             batches.append((len(token_ids), cache.k.shape[1]))
             step = LayerByLayer().step(model, params, token_ids, start, cache)
             logits = jnp.where(active.any(), step.logits, jnp.nan)  # the kernel promises nothing then
-            return step.replace(logits=logits)
+            return replace(step, logits=logits)
 
     monkeypatch.setattr(generate, "LAUNCHES", (32,))
     paths = (Kernel(), LayerByLayer())

@@ -20,8 +20,8 @@ from qwen3_moe_jax.jax_backend.decode_path import (
     plan_decoding,
 )
 from qwen3_moe_jax.jax_backend.kv_cache import KVCache
-from qwen3_moe_jax.jax_backend.model import Intervention, Qwen3Moe
 from qwen3_moe_jax.jax_backend.params import GPU_ROLES, abstract_params, tiled_params
+from qwen3_moe_jax.jax_backend.qwen3_moe import Intervention, Qwen3Moe
 from qwen3_moe_jax.kernels_pallas import CACHE_TILE
 from qwen3_moe_jax.kernels_pallas.gpu import device as gpu
 

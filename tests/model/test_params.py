@@ -11,19 +11,18 @@ from qwen3_moe_jax.kernels_pallas import dequantize as dequantize_on_device
 from tests import tolerances
 
 LAYOUTS = pytest.mark.parametrize(
-    ("placer", "roles"), [(loading._OnHost, {}), (loading._OnDevice, loading.GPU_ROLES)], ids=["cpu", "gpu"]
+    ("load", "roles"),
+    [(loading.load_on_host, {}), (loading.load_on_device, loading.GPU_ROLES)],
+    ids=["cpu", "gpu"],
 )
 
 
-def load(source, placer, roles, monkeypatch):
-    """The parameters as a device of the other kind would hold them."""
-    monkeypatch.setattr(loading, "_OnHost", placer)
-    return loading.load_params(source, roles, jax.devices("cpu")[0])
+CPU = jax.devices("cpu")[0]
 
 
 @LAYOUTS
-def test_every_tensor_is_where_its_place_says(source, placer, roles, monkeypatch):
-    params = load(source, placer, roles, monkeypatch)
+def test_every_tensor_is_where_its_place_says(source, load, roles):
+    params = load(source, roles, CPU)
     for path, tensor in source.tensors():
         expected = dequantize(tensor).reshape(-1, tensor.shape[-1])
         layer, name = loading.split_path(path)
@@ -38,9 +37,9 @@ def test_every_tensor_is_where_its_place_says(source, placer, roles, monkeypatch
 
 
 @LAYOUTS
-def test_a_layers_view_has_its_matrices(source, placer, roles, monkeypatch):
+def test_a_layers_view_has_its_matrices(source, load, roles):
     """By a number that is known on the device alone, of the type that the layer has."""
-    table = load(source, placer, roles, monkeypatch)["layers"]
+    table = load(source, roles, CPU)["layers"]
     view = jax.jit(lambda table, layer: table.layer(layer))
     wanted = {
         f"layers.{layer}.{name}" for layer in (0, 3) for name in ("self_attn.v_proj", "input_layernorm")
@@ -61,9 +60,9 @@ def test_a_layers_view_has_its_matrices(source, placer, roles, monkeypatch):
         np.testing.assert_array_equal(dequantize_on_device(option.slice(0, option.rows)), dequantize(tensor))
 
 
-def test_a_model_in_gpu_tiles_gives_the_same_logits(source, golden, jax_runner, monkeypatch):
+def test_a_model_in_gpu_tiles_gives_the_same_logits(source, golden, jax_runner):
     tiled = JaxRunner(source)
-    tiled.params = load(source, loading._OnDevice, loading.GPU_ROLES, monkeypatch)
+    tiled.params = loading.load_on_device(source, loading.GPU_ROLES, CPU)
     logits = tiled.forward(golden["ids0"]).logits
     np.testing.assert_allclose(
         logits, jax_runner.forward(golden["ids0"]).logits, atol=tolerances.CHUNKED_LOGITS

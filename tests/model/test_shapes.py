@@ -14,8 +14,8 @@ from qwen3_moe_jax.convert.tensor_names import q4_k_m_types, tensor_specs
 from qwen3_moe_jax.core.stages import LAYER_STAGES, STAGES
 from qwen3_moe_jax.jax_backend.decode_path import read
 from qwen3_moe_jax.jax_backend.kv_cache import KVCache
-from qwen3_moe_jax.jax_backend.model import Qwen3Moe
 from qwen3_moe_jax.jax_backend.params import GPU_ROLES, abstract_params, plan_layers
+from qwen3_moe_jax.jax_backend.qwen3_moe import Qwen3Moe
 from qwen3_moe_jax.kernels_pallas import LayerTable
 from qwen3_moe_jax.machine.memory import cache_nbytes
 

@@ -143,3 +143,23 @@ def test_no_adapter_is_one_readable_line(adapters):
     assert adapter.list_adapters() == []
     with pytest.raises(BackendUnavailableError, match=r"^WebGPU finds no graphics adapter: install .*$"):
         adapter.probe()
+
+
+@pytest.mark.parametrize(
+    ("system", "files", "possible"),
+    [
+        ("linux", [], False),
+        ("linux", ["dri/card0", "nvram"], False),
+        ("linux", ["dri/renderD128"], True),
+        ("linux", ["nvidia0"], True),
+        ("linux", ["dxg"], True),
+        ("darwin", [], True),
+        ("win32", [], True),
+    ],
+)
+def test_a_linux_without_a_gpus_device_file_has_no_hardware(monkeypatch, tmp_path, system, files, possible):
+    monkeypatch.setattr(adapter.sys, "platform", system)
+    for name in files:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert adapter.may_have_hardware(tmp_path) == possible

@@ -1,0 +1,134 @@
+"""``qwen3-moe warm``: every program that a session can need, compiled before the first one."""
+
+import argparse
+import os
+import time
+from collections.abc import Iterable
+
+from qwen3_moe_jax import loader
+from qwen3_moe_jax.commands import options
+from qwen3_moe_jax.commands.common import add_context, add_kernels, add_model
+from qwen3_moe_jax.convert.open_model import open_model
+from qwen3_moe_jax.convert.source import ModelSource
+from qwen3_moe_jax.core import terminal
+from qwen3_moe_jax.core.errors import BackendUnavailableError, OutputFileError
+from qwen3_moe_jax.core.exit_codes import ExitCode
+
+EPILOG = """\
+A program depends on the model's shapes and types, on the context and on this machine, not on the weights,
+which are not loaded. Without --context those of `generate` and of `chat` are made. Programs are kept in the
+user's cache folder until the model, this package, JAX or the driver change.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = EPILOG
+    add_model(parser)
+    add_context(parser, "tokens of the KV cache (default: those of generate and of chat)")
+    parser.add_argument(
+        "--slots",
+        type=options.number(1),
+        default=1,
+        metavar="N",
+        help="sequences at a time, as in serve (1)",
+    )
+    parser.add_argument("--dtype", choices=loader.DTYPES, help="as for generate")
+    parser.add_argument("--kv-cache", choices=loader.KV_CACHES, help="as for generate")
+    add_kernels(parser)
+    parser.add_argument("-q", "--quiet", action="store_true", help="no progress")
+
+
+def run(args: argparse.Namespace) -> int:
+    path = loader.model_path(args.model, quiet=args.quiet)
+    with open_model(path) as source:
+        wanted = all_of(args, source)
+    began = time.monotonic()
+    made = make(wanted, quiet=args.quiet)
+    if not made:
+        terminal.show(f"all {len(wanted)} programs are there")
+    else:
+        seconds = time.monotonic() - began
+        terminal.show(f"{made} of {len(wanted)} programs made in {seconds:.0f} s; the others were there")
+    return ExitCode.DONE
+
+
+def all_of(args: argparse.Namespace, source: ModelSource) -> list:
+    """The programs of every session that is asked for, each once (``session_programs.Wanted``).
+
+    Raises:
+      BackendUnavailableError: JAX does not start, or compiled programs are not kept on this machine.
+      OptionError: a context that the model does not have.
+    """
+    import jax
+
+    from qwen3_moe_jax.jax_backend import programs
+    from qwen3_moe_jax.jax_backend.native import Native
+    from qwen3_moe_jax.jax_backend.qwen3_moe import Qwen3Moe
+    from qwen3_moe_jax.jax_backend.session_programs import Session, dtypes_on
+    from qwen3_moe_jax.machine.jax_devices import jax_devices
+    from qwen3_moe_jax.machine.kernels import AUTO, NATIVE, capability_of, choose_kernels
+    from qwen3_moe_jax.parity.gate import first_forward
+
+    if not programs.use_default_store():
+        off = os.environ.get(programs.STORE_VARIABLE, "").lower() == "off"
+        why = f"{programs.STORE_VARIABLE} is off" if off else "the user's cache folder cannot be written"
+        raise BackendUnavailableError(f"compiled programs are not kept: {why}")
+    device = jax_devices()[0]
+    others = AUTO if args.kernels == NATIVE else args.kernels
+    kernels = Native.begin(device, args.kernels, args.dtype is not None).kernels(
+        choose_kernels(others, capability_of(device), jax.__version_info__)
+    )
+    compute_dtype, cache_dtype = dtypes_on(device, args.dtype, args.kv_cache)
+    model = Qwen3Moe(source.config, compute_dtype, kernels=kernels.name)
+    contexts = [loader.checked_context(source, "jax", c, args.kv_cache) for c in _contexts(args)]
+    found = []
+    for context in dict.fromkeys(contexts):
+        session = Session.of(model, source.types, device, context, cache_dtype, args.slots)
+        found += session.programs()
+    return [session.forward(*first_forward(source)), *found]
+
+
+def _contexts(args: argparse.Namespace) -> list[loader.Context]:
+    return [args.context] if args.context else [None, "fit"]
+
+
+def make(wanted: Iterable, *, quiet: bool) -> int:
+    """Makes those that are not on disk; returns how many.
+
+    Raises:
+      OutputFileError: one was made and could not be kept.
+    """
+    from qwen3_moe_jax.jax_backend import programs
+    from qwen3_moe_jax.jax_backend.settings import own_settings
+
+    wanted = list(wanted)
+    with own_settings():
+        missing = [w for w in wanted if not w.is_stored]
+        estimate = Estimate(sum(w.cost for w in missing))
+        for number, one in enumerate(missing, len(wanted) - len(missing) + 1):
+            if not quiet:
+                terminal.note(f"{number} of {len(wanted)}: {one.label}{estimate.in_words()}")
+            one.make()
+            if not one.is_stored:
+                why = (*programs.trouble(), "this machine's JAX cannot write it")[0]
+                raise OutputFileError(f"the program for {one.label} could not be kept: {why}")
+            estimate.done(one.cost)
+    return len(missing)
+
+
+class Estimate:
+    """Seconds left, from those of the programs that are made; none before the first long one."""
+
+    def __init__(self, total: float):
+        self._began, self._total, self._done = time.monotonic(), total, 0.0
+
+    def done(self, cost: float) -> None:
+        """A program of this cost is made."""
+        self._done += cost
+
+    def in_words(self) -> str:
+        """ "; about 20 s left", or nothing where it is not known."""
+        if self._done < 1:
+            return ""
+        seconds = (time.monotonic() - self._began) * (self._total - self._done) / self._done
+        return f"; about {max(1, round(seconds))} s left"

@@ -1,0 +1,140 @@
+"""Programs made beside the work of a session, so that nobody waits for one that could have been ready.
+
+``Preparation`` has threads of its own. What the first tokens need is looked for on disk, or compiled, while
+weights are loaded: the wait is the longer of the two, not their sum. The rest follows after the first
+token. On a GPU a compiler takes nothing that the model needs. A CPU that compiles cannot compute as fast, so
+there it is done while the model is idle. Programs that no later process will find are not made ahead.
+
+A compilation cannot be interrupted: ``close`` lets the one under way end, and begins no other.
+"""
+
+import os
+import threading
+import time
+import weakref
+from collections.abc import Generator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+
+from qwen3_moe_jax.jax_backend import programs
+from qwen3_moe_jax.jax_backend.compile_clock import in_background
+from qwen3_moe_jax.jax_backend.programs import Wanted
+from qwen3_moe_jax.jax_backend.settings import own_settings
+
+IDLE_SECONDS = 1.0
+"""A model that has written nothing for so long is idle: a command that ends, ends before."""
+
+LOOK_SECONDS = 0.5
+"""How often a thread that waits looks whether the process ends."""
+
+FIRST_THREADS = 2
+
+NICENESS = 10
+"""Of the thread that makes what nobody waits for."""
+
+_all: "weakref.WeakSet[Preparation]" = weakref.WeakSet()
+
+
+def is_compiling() -> bool:
+    """Whether some model's programs are being compiled in the background now."""
+    return any(preparation.is_compiling for preparation in _all)
+
+
+class Preparation:
+    """Makes the programs of one session in the background.
+
+    Attributes:
+      wanted: all of them.
+      is_compiling: whether one is being compiled.
+    """
+
+    def __init__(self, wanted: Sequence[Wanted], *, only_when_idle: bool):
+        """``only_when_idle``: compile nothing while the model computes, except what the first tokens need."""
+        self.wanted = list(wanted)
+        self.is_compiling = False
+        self._only_when_idle = only_when_idle
+        self._changed = threading.Condition()
+        self._busy, self._used_at, self._is_closed = 0, time.monotonic(), False
+        self._worker: threading.Thread | None = None
+        self._first = ThreadPoolExecutor(FIRST_THREADS, thread_name_prefix="programs")
+        _all.add(self)
+
+    @property
+    def made(self) -> int:
+        """How many are in memory."""
+        return sum(wanted.is_ready for wanted in self.wanted)
+
+    def begin(self, first: Sequence[Wanted], *, compiles: bool) -> None:
+        """Makes what the first tokens need, now and side by side.
+
+        Args:
+          first: what takes longest first.
+          compiles: also what is not on disk.
+        """
+        for wanted in first:
+            self._first.submit(self._make, wanted, compiles)
+
+    def go_on(self) -> None:
+        """The first token is there: the others may be made, if a later process will find them on disk."""
+        if self._worker is None and programs.keeps_on_disk():
+            self._worker = threading.Thread(target=self._make_the_rest, name="programs")
+            self._worker.start()
+
+    @contextmanager
+    def working(self) -> Generator[None]:
+        """Meanwhile the model computes."""
+        with self._changed:
+            self._busy += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._busy -= 1
+                self._used_at = time.monotonic()
+                self._changed.notify_all()
+
+    def close(self, *, wait: bool = False) -> None:
+        """Begins no other program. ``wait``: for the one that is being compiled, too."""
+        with self._changed:
+            self._is_closed = True
+            self._changed.notify_all()
+        self._first.shutdown(wait=wait, cancel_futures=True)
+        if wait and self._worker is not None:
+            self._worker.join()
+
+    def _make_the_rest(self) -> None:
+        with suppress(OSError, AttributeError):  # a system without priorities of threads
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
+        for compiles in (False, True):
+            for wanted in self.wanted:
+                if not wanted.is_ready and self._may_go_on():
+                    self._make(wanted, compiles)
+
+    def _may_go_on(self) -> bool:
+        """Waits until nothing is computed, where that matters; False when closed."""
+        with self._changed:
+            while not self._is_over() and self._only_when_idle:
+                left = self._used_at + IDLE_SECONDS - time.monotonic()
+                if not self._busy and left <= 0:
+                    break
+                self._changed.wait(LOOK_SECONDS if self._busy else min(left, LOOK_SECONDS))
+            return not self._is_over()
+
+    def _is_over(self) -> bool:
+        """Closed, or the interpreter ends, which waits for this thread."""
+        return self._is_closed or not threading.main_thread().is_alive()
+
+    def _make(self, wanted: Wanted, compiles: bool) -> None:
+        """Whatever fails here fails again where the program is called, and is said there."""
+        if self._is_over():
+            return
+        with in_background(), own_settings():
+            try:
+                if wanted.load() or not compiles:
+                    return
+                self.is_compiling = True
+                wanted.make()
+            except Exception:
+                return
+            finally:
+                self.is_compiling = False

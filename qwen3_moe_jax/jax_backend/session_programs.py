@@ -1,0 +1,193 @@
+"""The list of all programs that a session can need, with the shapes of their arguments.
+
+A session is ``slots`` sequences at a time with a context of so many tokens: one for ``generate``, ``chat``
+and ``stream``, more for ``generate_batch`` and ``serve``. Depth, number of tokens, sampling, stops and
+masks are arguments, not programs: a session of one slot needs 8.
+
+=====================  ==============================================  ==================
+program                one for each of                                 with B slots
+=====================  ==============================================  ==================
+``empty_state``                                                        1
+``admit``, ``release``                                                 2
+``clear``              after logits that are not finite                1
+``decode``             numbers of rows: 1, 2, 4, ... B                 1 + log2 B
+``prefill``            PREFILL_CHUNKS, prompts 1, 2, 4, ... together,  3 for 1 slot, up
+                       with and without tokens of the other slots      to 26 for 16
+=====================  ==============================================  ==================
+
+``rows`` (copies of a row, for serve's prefixes) are small and made as they are asked for.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qwen3_moe_jax.jax_backend import generate
+from qwen3_moe_jax.jax_backend import slots as slot_programs
+from qwen3_moe_jax.jax_backend.decode_path import Decoder, choose
+from qwen3_moe_jax.jax_backend.device import Device
+from qwen3_moe_jax.jax_backend.forward import forward_chunk
+from qwen3_moe_jax.jax_backend.generate import PREFILL_CHUNKS, prompt_counts, row_counts
+from qwen3_moe_jax.jax_backend.kv_cache import KVCache, whole_tiles
+from qwen3_moe_jax.jax_backend.params import Params, Types, device_params
+from qwen3_moe_jax.jax_backend.programs import Program, Wanted
+from qwen3_moe_jax.jax_backend.qwen3_moe import Qwen3Moe
+from qwen3_moe_jax.jax_backend.token_choice import SamplingArrays
+
+
+@dataclass(frozen=True)
+class Session:
+    """What its programs depend on.
+
+    Attributes:
+      decoder, params: the network; ``params`` may be shapes (``params.device_params``).
+      capacity: tokens that a sequence may have.
+      cache_dtype: of the KV cache, by name.
+      slots: sequences at a time.
+    """
+
+    decoder: Decoder
+    params: Params
+    capacity: int
+    cache_dtype: str
+    slots: int = 1
+
+    @classmethod
+    def of(
+        cls,
+        model: Qwen3Moe,
+        types: Types,
+        device: Device,
+        capacity: int,
+        cache_dtype: Any,
+        slots: int = 1,
+    ) -> "Session":
+        """That of a model whose weights need not be loaded."""
+        shapes = device_params(model.config, types, device)
+        decoder = choose(model, shapes, device, cache_dtype)
+        return cls(decoder, shapes, capacity, jnp.dtype(cache_dtype).name, slots)
+
+    def programs(self) -> list[Wanted]:
+        """All of them, in the order in which a session first needs them."""
+        small = 0.05
+        s32 = jax.ShapeDtypeStruct((), np.int32)
+        slot = {"state": self.state, "slot": s32}
+        return [
+            Wanted(generate.empty_state, self.empty, "empty slots", small),
+            Wanted(slot_programs.admit, self._admission(), "taking a prompt in", small),
+            self.prompt(PREFILL_CHUNKS[0]),
+            self.tokens(1),
+            Wanted(slot_programs.release, slot, "giving a slot back", small),
+            *(self.prompt(chunk) for chunk in PREFILL_CHUNKS[:0:-1]),
+            *(self.tokens(rows) for rows in row_counts(self.slots)[1:]),
+            *self._prompts_together(),
+            Wanted(slot_programs.clear, slot, "clearing a slot", small),
+        ]
+
+    @property
+    def empty(self) -> dict[str, Any]:
+        """The arguments of ``generate.empty_state``."""
+        return {
+            "config": self.decoder.model.config,
+            "slots": self.slots,
+            "length": cache_length(self.capacity),
+            "capacity": self.capacity,
+            "dtype": self.cache_dtype,
+        }
+
+    @property
+    def state(self) -> generate.DecodeState:
+        """The shapes of the slots."""
+        return jax.eval_shape(lambda: generate.empty_state.function(**self.empty))
+
+    def first(self, prompt_tokens: int) -> list[Wanted]:
+        """What the first tokens after a prompt wait for, that which compiles longest first."""
+        chunks = generate.chunk_lengths(max(prompt_tokens, 1))
+        return [self.tokens(1), *(self.prompt(chunk) for chunk in dict.fromkeys(chunks))]
+
+    def forward(self, tokens: int, capture: frozenset[str], layers: Sequence[int] | None = None) -> Wanted:
+        """A forward pass over a prompt of one chunk that shows stages (``Runner.forward``)."""
+        chosen = None if layers is None else tuple(layers)
+        decoder = self.decoder.clone(capture=capture, interventions=(), layers=chosen)
+        (chunk,) = generate.chunk_lengths(tokens)
+        config, length = self.decoder.model.config, whole_tiles(chunk)
+        arguments = {
+            "decoder": decoder,
+            "params": self.params,
+            "cache": jax.eval_shape(lambda: KVCache.create(config, 1, length, jnp.dtype(self.cache_dtype))),
+            "token_ids": jax.ShapeDtypeStruct((1, chunk), np.int32),
+            "start": jax.ShapeDtypeStruct((1,), np.int32),
+            "expert_ids": None,
+            "row": 0,
+        }
+        return Wanted(forward_chunk, arguments, "the check of a file", 1.0)
+
+    def tokens(self, rows: int) -> Wanted:
+        """Writes tokens of the first ``rows`` slots."""
+        steps = jax.ShapeDtypeStruct((), np.int32)
+        label = "tokens" if rows == 1 else f"tokens of {rows} sequences"
+        return self._wanted(generate.decode, {"steps": steps, "rows": rows}, label, 1.5)
+
+    def prompt(self, chunk: int, count: int = 1, rows: int = 0) -> Wanted:
+        """Reads ``chunk`` tokens of ``count`` prompts, and writes a token of ``rows`` slots."""
+        slots = jax.ShapeDtypeStruct((count,), np.int32)
+        many = "" if count == 1 else f"{count} x "
+        beside = f" beside {rows} sequences" if rows else ""
+        label = f"prompts of {many}{chunk} tokens{beside}"
+        return self._wanted(generate.prefill, {"slots": slots, "chunk": chunk, "rows": rows}, label, 1.0)
+
+    def _wanted(self, program: Program, more: dict[str, Any], label: str, cost: float) -> Wanted:
+        arguments = {"decoder": self.decoder, "params": self.params, "state": self.state, **more}
+        return Wanted(program, arguments, label, cost)
+
+    def _prompts_together(self) -> Iterator[Wanted]:
+        if self.slots == 1:
+            return
+        for rows in (self.slots, 0):
+            for chunk in PREFILL_CHUNKS:
+                for count in prompt_counts(self.slots, chunk):
+                    if rows or count > 1:
+                        yield self.prompt(chunk, count, rows)
+
+    def _admission(self) -> dict[str, Any]:
+        vocab_size = self.decoder.model.config.vocab_size
+        shape = jax.ShapeDtypeStruct
+        number, flag = shape((), np.int32), shape((), np.bool_)
+        column = lambda dtype: shape((1,), dtype)
+        names = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty")
+        sampling = SamplingArrays(
+            **{name: column(np.float32) for name in names}, top_k=column(np.int32), seed=column(np.uint32)
+        )
+        return {
+            "state": self.state,
+            "slot": number,
+            "tokens": shape((self.capacity,), np.int32),
+            "length": number,
+            "limit": number,
+            "is_stop": shape((vocab_size,), np.bool_),
+            "sampling": sampling,
+            "filled": number,
+            "written": number,
+            "allowed": shape((-(-vocab_size // 32),), np.int32),
+            "masked": flag,
+        }
+
+
+FirstForward = tuple[int, frozenset[str], Sequence[int] | None]
+"""Arguments of ``Session.forward``."""
+
+
+def dtypes_on(device: Device, compute_dtype: Any = None, cache_dtype: Any = None) -> tuple[Any, Any]:
+    """The dtypes of operands and of the KV cache; None is what suits the device."""
+    on_gpu = device.platform == "gpu"
+    compute = jnp.dtype(compute_dtype or (jnp.bfloat16 if on_gpu else jnp.float32))
+    return compute, jnp.dtype(cache_dtype or (jnp.float16 if on_gpu else jnp.float32))
+
+
+def cache_length(context: int) -> int:
+    """Positions of a cache for ``context`` tokens and one more chunk, in whole tiles."""
+    return whole_tiles(context + PREFILL_CHUNKS[-1])

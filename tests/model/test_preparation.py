@@ -1,0 +1,201 @@
+"""Programs made ahead: the list of a session is whole, and what is made in the background ends cleanly."""
+
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+
+from qwen3_moe_jax import cli
+from qwen3_moe_jax.commands import warm
+from qwen3_moe_jax.convert.open_model import open_model
+from qwen3_moe_jax.core.sampling import Sampling
+from qwen3_moe_jax.jax_backend import preparation as preparation_module
+from qwen3_moe_jax.jax_backend import programs
+from qwen3_moe_jax.jax_backend.params import device_params
+from qwen3_moe_jax.jax_backend.preparation import Preparation
+from qwen3_moe_jax.jax_backend.program_store import ProgramStore
+from qwen3_moe_jax.jax_backend.runner import JaxRunner
+from qwen3_moe_jax.jax_backend.session_programs import Session
+from qwen3_moe_jax.testing.random_models import SMALL, write_random_gguf
+
+ROOT = Path(__file__).parents[2]
+CONTEXT = 768
+
+
+@pytest.fixture(scope="module")
+def small_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("small") / "small.gguf"
+    write_random_gguf(path, SMALL, mix="f16")
+    return path
+
+
+@pytest.fixture
+def store(tmp_path):
+    """Programs on disk, and none out of JAX's own cache, which are not written again."""
+    enabled = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()
+    programs.forget()
+    store = ProgramStore(tmp_path / "programs")
+    programs.use_store(store)
+    yield store
+    programs.use_store(None)
+    programs.forget()
+    jax.config.update("jax_enable_compilation_cache", enabled)
+    compilation_cache.reset_cache()
+
+
+def test_warm_makes_all_that_a_session_then_asks_for(small_file, store, capsys, monkeypatch):
+    command = ["warm", "-m", str(small_file), "--context", str(CONTEXT)]
+    assert cli.main(command) == 0
+    said = capsys.readouterr()
+    assert "9 of 9 programs made" in said.out
+    assert said.err.splitlines()[2].startswith("3 of 9: ")
+    assert cli.main(command) == 0
+    assert capsys.readouterr().out == "all 9 programs are there\n"
+
+    programs.forget()
+    found: list[programs.Made] = []
+    stop = programs.listen(lambda _, what: found.append(what) if what else None)
+    try:
+        with open_model(small_file) as source:
+            runner = JaxRunner(source, max_context=CONTEXT)
+            for tokens, sampling in (
+                (5, Sampling()),
+                (100, Sampling(temperature=0)),
+                (700, Sampling(top_k=0)),
+            ):
+                prompt = np.arange(tokens) % SMALL.vocab_size
+                list(runner.stream(prompt, max_tokens=40, sampling=sampling, stop_ids={1}))
+            runner.close()
+    finally:
+        stop()
+    assert {what.source for what in found} == {"disk"}
+    assert len(found) == 7, "all but the check and the clearing of a slot"
+
+
+def test_shapes_without_weights_are_those_of_the_weights(source, jax_runner):
+    shapes = device_params(source.config, source.types, jax_runner.device)
+    kind = lambda tree: [(x.shape, x.dtype) for x in jax.tree.leaves(tree)]
+    assert kind(shapes) == kind(jax_runner.params)
+    assert jax.tree.structure(shapes) == jax.tree.structure(jax_runner.params)
+
+
+def test_a_batch_of_sixteen_needs_no_more_than_the_docs_say(source, jax_runner):
+    session = jax_runner._session
+    assert len(session.programs()) == 8
+    many = Session(session.decoder, session.params, CONTEXT, "float32", slots=16).programs()
+    assert len(many) == 35
+    assert len({w.label for w in many}) == len(many)
+
+
+class Fake:
+    """A program that takes no time; ``stored`` ones are on disk."""
+
+    def __init__(self, log, name, stored=False, held=None):
+        self.log, self.name, self.stored, self.held = log, name, stored, held
+        self.is_ready = False
+
+    def load(self):
+        self.is_ready = self.is_ready or self.stored
+        return self.is_ready
+
+    def make(self):
+        self.log.append(self.name)
+        if self.held is not None:
+            self.held.wait()
+        self.is_ready = True
+
+
+@pytest.fixture
+def kept(monkeypatch):
+    monkeypatch.setattr(programs, "keeps_on_disk", lambda: True)
+
+
+def test_what_is_on_disk_comes_before_what_is_compiled(kept):
+    log = []
+    wanted = [Fake(log, "a"), Fake(log, "b", stored=True), Fake(log, "c")]
+    preparation = Preparation(wanted, only_when_idle=False)
+    preparation.go_on()
+    preparation._worker.join()
+    assert log == ["a", "c"]
+    assert preparation.made == 3
+
+
+def test_nothing_is_compiled_ahead_that_no_later_process_finds(monkeypatch):
+    monkeypatch.setattr(programs, "keeps_on_disk", lambda: False)
+    preparation = Preparation([Fake([], "a")], only_when_idle=False)
+    preparation.go_on()
+    assert preparation._worker is None
+
+
+def test_close_lets_the_one_under_way_end_and_begins_no_other(kept):
+    log, held = [], threading.Event()
+    preparation = Preparation([Fake(log, "a", held=held), Fake(log, "b")], only_when_idle=False)
+    preparation.go_on()
+    while not log:
+        pass
+    assert preparation.is_compiling
+    assert preparation_module.is_compiling()
+    preparation.close()
+    held.set()
+    preparation._worker.join()
+    assert log == ["a"]
+    assert not preparation_module.is_compiling()
+
+
+def test_a_cpu_compiles_while_the_model_is_idle(kept, monkeypatch):
+    monkeypatch.setattr(preparation_module, "IDLE_SECONDS", 0.0)
+    log = []
+    preparation = Preparation([Fake(log, "a")], only_when_idle=True)
+    with preparation.working():
+        preparation.go_on()
+        preparation._worker.join(timeout=0.05)
+        assert log == []
+    preparation._worker.join()
+    assert log == ["a"]
+
+
+def test_a_failure_is_left_to_the_call_that_needs_the_program(kept):
+    wanted = Fake([], "a")
+    wanted.make = lambda: 1 / 0
+    preparation = Preparation([wanted], only_when_idle=False)
+    preparation.go_on()
+    preparation._worker.join()
+    assert not preparation.is_compiling
+    assert preparation.made == 0
+
+
+def test_a_process_that_ends_does_not_begin_another(tmp_path):
+    """Nobody has closed anything: the thread itself sees that the main thread is gone."""
+    code = """
+import threading
+from tests.model.test_preparation import Fake, Preparation, programs
+programs.keeps_on_disk = lambda: True
+main = threading.main_thread()
+class Last(Fake):
+    def make(self):
+        main.join()
+        print("made", self.name, flush=True)
+preparation = Preparation([Last([], "a"), Last([], "b")], only_when_idle=False)
+preparation.go_on()
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.stdout, done.stderr, done.returncode) == ("made a\n", "", 0)
+
+
+def test_an_estimate_is_given_when_it_is_known(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(warm.time, "monotonic", lambda: now[0])
+    estimate = warm.Estimate(4.0)
+    assert estimate.in_words() == ""
+    estimate.done(0.5)
+    now[0] = 10.0
+    assert estimate.in_words() == ""
+    estimate.done(0.5)
+    assert estimate.in_words() == "; about 30 s left"
