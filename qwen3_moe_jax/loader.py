@@ -120,7 +120,7 @@ def choose_backend(kernels: str = AUTO) -> Choice:
     if kernels != AUTO:
         return Choice("jax", f"kernels {kernels} are asked for")
     why, fallbacks = "no NVIDIA GPU", ()
-    if nvidia_gpus():
+    if nvidia := bool(nvidia_gpus()):
         hidden = cards_are_hidden_by()
         if hidden:
             why = f"the NVIDIA GPU is hidden by {hidden}"
@@ -132,7 +132,7 @@ def choose_backend(kernels: str = AUTO) -> Choice:
         else:
             why = "JAX does not see the NVIDIA GPU"
             fallbacks = (f"{why}: run `qwen3-moe doctor`",)
-    adapters = list_adapters() if may_have_hardware() else []
+    adapters = list_adapters() if nvidia or may_have_hardware() else []
     hardware = [adapter for adapter in adapters if not adapter.software]
     if hardware:
         return Choice("wgpu", f"{why}; WebGPU adapter {hardware[0].summary}", fallbacks)

@@ -135,8 +135,9 @@ def test_a_loaded_model_has_not_imported_what_it_does_not_use():
 import sys
 import qwen3_moe_jax.cli, qwen3_moe_jax.commands.generate, qwen3_moe_jax.jax_backend.runner
 from qwen3_moe_jax.jax_backend.decode_path import OneKernel
+from qwen3_moe_jax.jax_backend.qwen3_moe import Qwen3Moe
 import jax
-OneKernel().reason_on(jax.devices("cpu")[0], None, {{}})
+OneKernel().reason_on(jax.devices("cpu")[0], Qwen3Moe(None), {{}})
 print(*(name for name in {SLOW_TO_IMPORT} if name in sys.modules))
 """
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}

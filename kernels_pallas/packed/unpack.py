@@ -12,6 +12,7 @@ import numpy as np
 
 from qwen3_moe_jax.convert.formats import FORMATS, SCALE_NAMES
 from qwen3_moe_jax.convert.formats.base import Field, Format
+from qwen3_moe_jax.convert.formats.mxfp4 import MAX_EXPONENT
 from qwen3_moe_jax.convert.ggml_types import GGMLType
 from qwen3_moe_jax.convert.packed import PackedTensor, array_shapes
 
@@ -53,7 +54,7 @@ def first_nonfinite(packed: PackedTensor) -> jax.Array:
             per_block = form.block.weights // array.weights
             bad = _is_nonfinite(packed.arrays[name], array.dtype).reshape(-1, per_block).any(axis=1)
             found.append(jnp.where(bad.any(), jnp.argmax(bad), -1).astype(jnp.int32))
-    return jnp.stack(found)
+    return jnp.stack(found) if found else jnp.zeros((0,), jnp.int32)
 
 
 _EXPONENTS = {
@@ -65,6 +66,8 @@ _EXPONENTS = {
 
 
 def _is_nonfinite(values: jax.Array, dtype: str) -> jax.Array:
+    if dtype == "uint8":
+        return values > MAX_EXPONENT
     words, mask = _EXPONENTS[dtype]
     return jax.lax.bitcast_convert_type(values, words) & words(mask) == words(mask)
 
@@ -110,10 +113,25 @@ def _spread_iq4_xs(blocks: jax.Array, form: Format) -> _Arrays:
     return {"scales": _signed_six_bits(low, high)}
 
 
+def _spread_iq1_m(blocks: jax.Array, form: Format) -> _Arrays:
+    scales = _field(blocks, form.block.fields["scales"])
+    words = jax.lax.bitcast_convert_type(scales.reshape(-1, 4, 2), jnp.uint16)
+    fours = (words >> 12) << jnp.arange(0, 16, 4, dtype=jnp.uint16)
+    whole = fours[:, 0] | fours[:, 1] | fours[:, 2] | fours[:, 3]
+    return {"d": jax.lax.bitcast_convert_type(whole, jnp.float16)}
+
+
+def _spread_iq2_xxs(blocks: jax.Array, form: Format) -> _Arrays:
+    pairs = _field(blocks, form.block.fields["pairs"]).reshape(-1, 8, 2)
+    return {"q": jax.lax.bitcast_convert_type(pairs[:, :, 0], jnp.uint8), "signs": pairs[:, :, 1]}
+
+
 _SPREAD: dict[GGMLType, Callable[[jax.Array, Format], _Arrays]] = {
     GGMLType.Q4_K: _spread_six_bits,
     GGMLType.Q5_K: _spread_six_bits,
     GGMLType.Q3_K: _spread_q3_k,
     GGMLType.IQ4_XS: _spread_iq4_xs,
+    GGMLType.IQ1_M: _spread_iq1_m,
+    GGMLType.IQ2_XXS: _spread_iq2_xxs,
 }
 """Types whose arrays are not all fields of their blocks."""

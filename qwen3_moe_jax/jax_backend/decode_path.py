@@ -225,10 +225,10 @@ class OneKernel:
     is_one_launch: ClassVar[bool] = True
 
     def reason_on(self, device: Device, model: Qwen3Moe, params: Params) -> str | None:
-        if device.platform != "gpu":  # said without the import of Mosaic GPU, which takes half a second
-            return f"it needs an NVIDIA GPU, and this is {device.platform}"
         if model.kernels == "xla":
             return "it is a GPU kernel, and xla is chosen"
+        if device.platform != "gpu":  # said without the import of Mosaic GPU, which takes half a second
+            return f"it needs an NVIDIA GPU, and this is {device.platform}"
         return _refusal(lambda: _decode_step().check_device(device)) or _refusal(
             lambda: _decode_step().check(model.config, params, 1, device, _named(model))
         )

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import numpy as np
 
@@ -9,11 +10,12 @@ from qwen3_moe_jax.convert.config import Qwen3MoeConfig
 from qwen3_moe_jax.convert.ggml_types import GGMLType
 from qwen3_moe_jax.convert.packed import PackedTensor
 from qwen3_moe_jax.convert.progress import ProgressCallback
-from qwen3_moe_jax.convert.source import ModelSource
+from qwen3_moe_jax.convert.source import BlockSource, ModelSource
 from qwen3_moe_jax.convert.tensor_names import tensor_specs
 from qwen3_moe_jax.convert.unpack import dequantize
 from qwen3_moe_jax.core.errors import BackendUnavailableError, MemoryPlanError
 from qwen3_moe_jax.wgpu_backend.device import UPLOAD_CHUNK, Device
+from qwen3_moe_jax.wgpu_backend.feed import Rows, write_all
 from qwen3_moe_jax.wgpu_backend.kernels import DenseBuffer, ExpertBuffer, Segment
 from qwen3_moe_jax.wgpu_backend.layout import (
     WORD_FORMATS,
@@ -85,7 +87,7 @@ def weight_nbytes(config: Qwen3MoeConfig, types: Mapping[str, GGMLType]) -> int:
 
 
 def upload(device: Device, source: ModelSource, progress: ProgressCallback | None = None) -> ModelWeights:
-    """Every tensor of ``source`` on the device, read one at a time.
+    """Every tensor of ``source`` on the device, pieces of it read side by side.
 
     Raises:
       MemoryPlanError: a tensor does not fit the device.
@@ -99,6 +101,7 @@ class _Uploader:
         self._source = source
         self._progress = progress
         self._done = 0
+        self._wanted: list[Rows] = []  # what is written at the end, in one go
 
     def model(self) -> ModelWeights:
         config = self._source.config
@@ -112,6 +115,7 @@ class _Uploader:
             ]
         else:
             head = self._dense("lm_head")
+        self._write_wanted()
         self._device.flush()
         return ModelWeights(embed, layers, norm, head)
 
@@ -130,9 +134,7 @@ class _Uploader:
 
     def _tensor(self, path: str) -> PackedTensor:
         tensor = self._source.tensor(path)
-        self._done += self._source.tensor_nbytes(path)
-        if self._progress:
-            self._progress(self._done, self._source.nbytes)
+        self._tell(self._source.tensor_nbytes(path))
         return tensor
 
     def _norms(self, *paths: str) -> object:
@@ -157,10 +159,9 @@ class _Uploader:
         buffer = self._device.buffer(sum(sizes), paths[0])
         segments, at, y = [], 0, 0
         for path, size in zip(paths, sizes, strict=True):
-            tensor = self._tensor(path)
-            write_rows(self._device, buffer, tensor, at)
-            rows, columns = tensor.shape
-            segments.append(Segment(tensor.type, rows, columns, at // 16, y))
+            rows, columns = self._source.specs[path].shape
+            self._write(path, 0, rows, buffer, at)
+            segments.append(Segment(self._source.types[path], rows, columns, at // 16, y))
             at += size
             y += rows
         return DenseBuffer(buffer, tuple(segments))
@@ -191,14 +192,32 @@ class _Uploader:
         type = self._source.types[path]
         columns = self._source.specs[path].shape[-1]
         count = self._fit(path, type, items, rows * columns, max_items, step)
-        tensor = self._tensor(path)
         found = []
         for begin in range(0, items, count):
             end = min(begin + count, items)
             buffer = self._device.buffer(device_nbytes(type, (end - begin) * rows * columns), path)
-            write_rows(self._device, buffer, tensor[begin:end], 0)
+            self._write(path, begin * rows, (end - begin) * rows, buffer, 0)
             found.append(ExpertBuffer(buffer, type, begin, end, rows, columns))
         return found
+
+    def _write(self, path: str, first: int, count: int, buffer: object, offset: int) -> None:
+        self._wanted.append(Rows(path, first, count, buffer, offset))
+
+    def _write_wanted(self) -> None:
+        if isinstance(self._source, BlockSource):
+            for nbytes in write_all(self._device, self._source, self._wanted):
+                self._tell(nbytes)
+            return
+        for path, parts in groupby(self._wanted, lambda rows: rows.path):
+            tensor = _as_rows(self._tensor(path))
+            for part in parts:
+                rows = tensor[part.first : part.first + part.count]
+                write_rows(self._device, part.buffer, rows, part.offset)
+
+    def _tell(self, nbytes: int) -> None:
+        self._done += nbytes
+        if self._progress:
+            self._progress(self._done, self._source.nbytes)
 
 
 def write_rows(device: Device, buffer: object, tensor: PackedTensor, offset: int) -> None:
@@ -210,12 +229,15 @@ def write_rows(device: Device, buffer: object, tensor: PackedTensor, offset: int
         offset += len(words)
 
 
+def _as_rows(tensor: PackedTensor) -> PackedTensor:
+    """The experts' matrices as rows one after the other."""
+    arrays = {name: a.reshape(-1, a.shape[-1]) for name, a in tensor.arrays.items()}
+    return PackedTensor(arrays, tensor.type, tensor.layout)
+
+
 def _row_chunks(tensor: PackedTensor) -> Iterator[PackedTensor]:
-    *leading, columns = tensor.shape
-    rows = int(np.prod(leading))
-    flat = PackedTensor(
-        {name: a.reshape(rows, a.shape[-1]) for name, a in tensor.arrays.items()}, tensor.type, tensor.layout
-    )
+    flat = _as_rows(tensor)
+    rows, columns = flat.shape
     step = granule(tensor.type, columns)
     count = max(1, UPLOAD_CHUNK // device_nbytes(tensor.type, step * columns)) * step
     for begin in range(0, rows, count):

@@ -100,7 +100,7 @@ def test_xla_is_taken_and_told():
 def test_every_command_that_loads_a_model_takes_kernels(command, capsys):
     main([command, "--help"])
     shown = capsys.readouterr().out
-    assert ("--kernels" in shown) == ("--backend" in shown or command == "bisect")
+    assert ("--kernels" in shown) == ("--backend" in shown or command in ("bisect", "warm"))
 
 
 def test_the_choice_leaves_its_own_implementation_and_xla():
