@@ -8,7 +8,7 @@ import pytest
 from qwen3_moe_jax.core.sampling import Sampling
 from qwen3_moe_jax.jax_backend.runner import JaxRunner
 
-PROGRAMS = {"jit(_forward_chunk)", "jit(prefill_chunk)", "jit(generate)"}
+PROGRAMS = {"jit(forward_chunk)", "jit(prefill_chunk)", "jit(generate)"}
 
 
 @contextmanager
