@@ -260,7 +260,7 @@ class JaxRunner:
 
     @own_settings()
     def _forward(self, r: ForwardRequest) -> Forward:
-        with recording(self._record):
+        with recording(self._record), self.preparation.working():
             return forward(self.decoder, self.params, r, self.cache_dtype, self.device)
 
     def log_likelihoods(self, token_ids: Sequence[int], *, first: int = 1) -> np.ndarray:
