@@ -141,6 +141,13 @@ def choose_backend(kernels: str = AUTO) -> Choice:
     return Choice("jax", f"{why}, no WebGPU hardware", fallbacks)
 
 
+def native_kernels_against() -> str | None:
+    """Why the jax backend does not take a CPU's native kernels by itself, or None where it does."""
+    from qwen3_moe_jax.jax_backend.native import Native
+
+    return Native.begin(jax_devices()[0], AUTO, has_dtype=False).reason()
+
+
 def jax_sees_gpu() -> bool:
     """Whether the jax backend is going to run on a GPU; False where JAX does not start."""
     try:

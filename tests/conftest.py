@@ -27,10 +27,13 @@ from qwen3_moe_jax.kernels_pallas.gpu.interpreter import ask_for_threads
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["QWEN3_MOE_PROGRAMS"] = "off"  # tests patch code, and a program on disk has the key of the files
+os.environ["QWEN3_MOE_NATIVE"] = "off"  # float32 has tighter bounds; tests name the native kernels
 ask_for_threads()
 
 WORKER_BYTES = 5 * 2**30
 """Memory that a worker may take."""
+
+NATIVE_FOLDER = Path(tempfile.gettempdir()) / f"qwen3-moe-tests-{os.getuid()}" / "native"
 
 SKIPPED: list[str] = []
 STDERR = pytest.StashKey[int]()
@@ -97,6 +100,17 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     if SKIPPED and os.environ.get("QWEN3_MOE_NO_SKIPS") == "1" and not hasattr(session.config, "workerinput"):
         print(f"\nQWEN3_MOE_NO_SKIPS: {len(SKIPPED)} skipped tests should have run:", *SKIPPED, sep="\n  ")
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+@pytest.fixture(scope="session")
+def native():
+    """The library of the CPU's own products, loaded; compiled once for all runs of the tests on a machine."""
+    from qwen3_moe_jax.kernels_pallas.native import library
+
+    found = library.start(NATIVE_FOLDER, 2)
+    if isinstance(found, str):
+        pytest.skip(found)
+    return found
 
 
 @pytest.fixture(scope="session")

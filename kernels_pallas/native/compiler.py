@@ -59,7 +59,9 @@ def _flags(form: Form, command: list[str]) -> list[str]:
 
 
 def _key(form: Form, version: str) -> str:
-    digest = hashlib.sha256(repr((form, version, FLAGS, platform.libc_ver())).encode())
+    # without the form's set of features, whose order differs from process to process
+    facts = (form.name, form.macro, form.flags, version, FLAGS, platform.libc_ver())
+    digest = hashlib.sha256(repr(facts).encode())
     for source in sorted(SOURCES.iterdir()):
         digest.update(source.name.encode() + b"\0" + source.read_bytes() + b"\0")
     return digest.hexdigest()[:16]

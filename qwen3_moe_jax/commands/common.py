@@ -12,7 +12,7 @@ from qwen3_moe_jax.core import terminal
 from qwen3_moe_jax.core.pictures import PICTURES, check_drawing
 from qwen3_moe_jax.core.sampling import Sampling, random_seed
 from qwen3_moe_jax.core.terminal import explain_if_slow, show_progress
-from qwen3_moe_jax.machine.kernels import AUTO, CHOICES
+from qwen3_moe_jax.machine.kernels import AUTO, CHOICES, NATIVE
 
 if TYPE_CHECKING:
     from qwen3_moe_jax.api import Model
@@ -29,6 +29,17 @@ def add_model(parser: argparse._ActionsContainer) -> None:
     )
 
 
+def add_exact(parser: argparse._ActionsContainer) -> None:
+    """--exact alone."""
+    parser.add_argument(
+        "--exact",
+        action="store_const",
+        const="float32",
+        dest="dtype",
+        help="float32 products, as --dtype float32 (jax; native kernels round activations to 15 bits)",
+    )
+
+
 def add_adapter(parser: argparse._ActionsContainer) -> None:
     """--adapter alone."""
     parser.add_argument(
@@ -42,7 +53,7 @@ def add_kernels(parser: argparse._ActionsContainer) -> None:
         "--kernels",
         choices=CHOICES,
         default=AUTO,
-        help="GPU kernels (jax): for Hopper GPUs, from Ampere on, or none (default: the fastest here)",
+        help="kernels (jax): for Hopper GPUs, Ampere and later, CPUs, or none (default: the fastest here)",
     )
 
 
@@ -68,6 +79,7 @@ def add_model_arguments(
     group.add_argument(
         "--dtype", choices=loader.DTYPES, help="operands of matrix products (jax; default: by the device)"
     )
+    add_exact(group)
     group.add_argument(
         "--kv-cache",
         choices=loader.KV_CACHES,
@@ -173,7 +185,7 @@ def banner(model: "Model") -> tuple[str, str]:
     kinds = ", ".join(sorted({t.name for t in source.types.values()}))
     facts = model.runner.describe()
     implementations = ", ".join(f"{t}: {i}" for t, i in facts["implementations"].items())
-    kernels = f"{facts['kernels']} kernels ({facts['kernels_reason']}), " if _on_gpu(facts) else ""
+    kernels = f"{facts['kernels']} kernels ({facts['kernels_reason']}), " if _has_choice(facts) else ""
     device = f"{facts['backend']} on {facts['device']} ({model.backend_reason})"
     return (
         f"{name}: {c.num_hidden_layers} layers, {c.num_experts} experts ({c.num_experts_per_tok} used), "
@@ -182,9 +194,9 @@ def banner(model: "Model") -> tuple[str, str]:
     )
 
 
-def _on_gpu(facts: Mapping[str, Any]) -> bool:
+def _has_choice(facts: Mapping[str, Any]) -> bool:
     """Whether there was a choice of kernels."""
-    return "kernels" in facts and "(gpu)" in facts["device"]
+    return "kernels" in facts and ("(gpu)" in facts["device"] or facts["kernels"] == NATIVE)
 
 
 def _trouble(runner: "Runner") -> list[str]:

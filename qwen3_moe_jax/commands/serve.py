@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from qwen3_moe_jax import loader
 from qwen3_moe_jax.commands import options
-from qwen3_moe_jax.commands.common import add_adapter, add_context, add_kernels, add_model
+from qwen3_moe_jax.commands.common import add_adapter, add_context, add_exact, add_kernels, add_model
 from qwen3_moe_jax.core.errors import OptionError
 
 if TYPE_CHECKING:
@@ -50,6 +50,7 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentG
     add_model(group)
     group.add_argument("--backend", choices=("auto", *loader.BACKENDS), default="auto")
     group.add_argument("--dtype", choices=loader.DTYPES, help="operands of matrix products (jax)")
+    add_exact(group)
     group.add_argument("--kv-cache", choices=loader.KV_CACHES, help="keys and values of the context (jax)")
     add_kernels(group)
     add_adapter(group)

@@ -15,11 +15,12 @@ from qwen3_moe_jax.convert.source import ModelSource
 from qwen3_moe_jax.core import terminal
 from qwen3_moe_jax.core.exit_codes import ExitCode
 from qwen3_moe_jax.core.output_file import open_output
+from qwen3_moe_jax.machine.kernels import NATIVE
 from qwen3_moe_jax.parity.clauses import FAILED, NOT_APPLICABLE, PASSED, Finding
 from qwen3_moe_jax.parity.contract import Contract, load_contract
 from qwen3_moe_jax.parity.verify import MIN_TOKENS, TEXT_TOKENS, Report, Unloaded, verify
 
-TARGETS = ("reference", "jax", "jax:bfloat16", "wgpu")
+TARGETS = ("reference", "jax", "jax:bfloat16", "jax:native", "wgpu")
 
 MARKS = {PASSED: ("pass", "green"), FAILED: ("FAIL", "bold red"), NOT_APPLICABLE: ("n/a", "dim")}
 
@@ -66,7 +67,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--backend",
         action="append",
         choices=TARGETS,
-        help="what to verify; may be given several times (default: reference, jax and jax:bfloat16)",
+        help="what to verify; may be given several times (default: reference, jax, jax:bfloat16, and on "
+        "a CPU that has them jax:native)",
     )
     add_kernels(parser)
     add_adapter(parser)
@@ -98,7 +100,7 @@ def run(args: argparse.Namespace) -> int:
         show_finding(finding, notes=args.json)
 
     with open_model(loader.model_path(args.model)) as source, closing(waits):
-        runners = unloaded_runners(source, args.backend or TARGETS[:3], args)
+        runners = unloaded_runners(source, args.backend or default_targets(), args)
         report = verify(
             source,
             runners,
@@ -117,6 +119,11 @@ def run(args: argparse.Namespace) -> int:
     return ExitCode.DONE if report.passed else ExitCode.FAULT
 
 
+def default_targets() -> tuple[str, ...]:
+    """What is verified unless told: every way in which this machine may compute, but WebGPU."""
+    return TARGETS[:3] if loader.native_kernels_against() else TARGETS[:4]
+
+
 def unloaded_runners(source: ModelSource, targets: Sequence[str], args: argparse.Namespace) -> list[Unloaded]:
     """One backend for each of ``targets`` ("jax:bfloat16"), loaded when it is needed."""
     context = min(DEFAULT_CONTEXT, source.config.max_position_embeddings)
@@ -124,6 +131,8 @@ def unloaded_runners(source: ModelSource, targets: Sequence[str], args: argparse
     for target in dict.fromkeys(targets):
         backend, _, dtype = target.partition(":")
         options = {"max_context": context, "dtype": dtype or "float32", **runner_options(backend, args)}
+        if dtype == NATIVE:
+            options |= {"dtype": None, "kernels": NATIVE}
         on_gpu = backend == "jax" and loader.jax_sees_gpu()
         runners.append(Unloaded(partial(loader.make_runner, source, backend, **options), context, on_gpu))
     return runners

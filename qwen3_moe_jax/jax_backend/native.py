@@ -46,13 +46,21 @@ class Native:
             reason = f"the native kernels are a CPU's, and the device is a {device.platform}"
         elif has_dtype:
             reason = "the native kernels round activations to 15 bits, and a dtype is asked for"
-        elif wanted == AUTO and VARIABLE not in os.environ:
-            reason = "the native kernels are not asked for"
+        elif wanted == AUTO and os.environ.get(VARIABLE, "").lower() == "off":
+            reason = f"{VARIABLE} is off"
         return cls(reason, wanted == NATIVE)
 
     @staticmethod
     def _start() -> library.Loaded | str:
         return library.start(writable_cache("native"), cores())
+
+    def _found(self) -> library.Loaded | str:
+        return (self._reason or "") if self._started is None else self._started.result()
+
+    def reason(self) -> str | None:
+        """Why the kernels do not run, or None; waits for the library."""
+        found = self._found()
+        return found if isinstance(found, str) else None
 
     def kernels(self, others: Kernels) -> Kernels:
         """What runs; waits for the library.
@@ -63,9 +71,9 @@ class Native:
         Raises:
           BackendUnavailableError: they were asked for by name, and do not run.
         """
-        found = self._reason if self._started is None else self._started.result()
+        found = self._found()
         if isinstance(found, library.Loaded):
             return Kernels(NATIVE, f"{found.form}, {found.threads} thread{'s' * (found.threads > 1)}")
         if self.is_named:
             raise BackendUnavailableError(f"kernels native do not run here: {found}")
-        return Kernels("xla", str(found)) if others.name == "xla" and found != "as asked" else others
+        return Kernels("xla", found) if others.name == "xla" and found != "as asked" else others

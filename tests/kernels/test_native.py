@@ -3,9 +3,9 @@
 import ctypes
 import os
 import platform
-import tempfile
+import subprocess
+import sys
 from collections.abc import Iterator
-from pathlib import Path
 from unittest import mock
 
 import jax.numpy as jnp
@@ -20,6 +20,7 @@ from qwen3_moe_jax.kernels_pallas.implementations import NATIVE, recording, usin
 from qwen3_moe_jax.kernels_pallas.native import compiler, forms, library
 from qwen3_moe_jax.kernels_pallas.native.operands import ARRAYS, FLOATS
 from tests import tolerances
+from tests.conftest import NATIVE_FOLDER as FOLDER
 from tests.kernels.op_cases import dense64, heavy_tailed, moe_oracle, poison, random_weights, rng
 
 __all__ = ["rng"]
@@ -27,20 +28,9 @@ __all__ = ["rng"]
 TYPES = tuple(ARRAYS)
 HERE = [f for f in forms.FORMS if f.machine == platform.machine() and f.needs <= forms.features()]
 
-FOLDER = Path(tempfile.gettempdir()) / f"qwen3-moe-tests-{os.getuid()}" / "native"
-"""Compiled once for all runs of the tests on a machine."""
-
 
 def names(values: object) -> str:
     return getattr(values, "name", str(values))
-
-
-@pytest.fixture(scope="module")
-def native() -> library.Loaded:
-    found = library.start(FOLDER, 2)
-    if isinstance(found, str):
-        pytest.skip(found)
-    return found
 
 
 def arranged(w: PackedTensor) -> PackedTensor:
@@ -152,9 +142,21 @@ def test_an_unknown_version_of_xla_is_refused(nothing_loaded):
         assert "version 0.99" in str(library.start(FOLDER))
 
 
-def test_it_can_be_turned_off(nothing_loaded, monkeypatch):
-    monkeypatch.setenv(forms.VARIABLE, "off")
-    assert library.start(FOLDER) == f"{forms.VARIABLE} is off"
+def test_a_form_can_be_named(monkeypatch):
+    for form in HERE:
+        monkeypatch.setenv(forms.VARIABLE, form.name)
+        assert forms.choose_form() == form
+    monkeypatch.setenv(forms.VARIABLE, "mmx")
+    with pytest.raises(NotImplementedError, match="QWEN3_MOE_NATIVE=mmx: there is avx512"):
+        forms.choose_form()
+
+
+def test_another_process_finds_the_library_that_this_one_made():
+    """The key has nothing in it that differs from process to process, such as the order of a set."""
+    program = "from tests.kernels.test_native import compiler, HERE; print(compiler._key(HERE[0], 'v'))"
+    environment = os.environ | {"PYTHONHASHSEED": "7", "PYTHONPATH": os.getcwd()}
+    found = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    assert found.stdout.strip() == compiler._key(HERE[0], "v"), found.stderr
 
 
 def test_a_processor_without_a_form_is_refused():

@@ -1,0 +1,83 @@
+"""The whole model by the CPU's integer dots: recorded logits, the contract's stages, batches, refusals."""
+
+import jax
+import numpy as np
+import pytest
+
+from qwen3_moe_jax.core.errors import BackendUnavailableError
+from qwen3_moe_jax.core.sampling import Sampling
+from qwen3_moe_jax.jax_backend.native import NATIVE_DTYPE, Native
+from qwen3_moe_jax.jax_backend.runner import JaxRunner
+from qwen3_moe_jax.machine.kernels import AUTO, NATIVE
+from qwen3_moe_jax.parity import gate
+from tests import tolerances
+from tests.model.test_golden import PROMPTS, cosine
+
+
+@pytest.fixture(scope="module")
+def runner(source, native) -> JaxRunner:
+    return JaxRunner(source, max_context=1024, kernels=NATIVE)
+
+
+def test_it_says_what_it_computes_with(runner, native):
+    facts = runner.describe()
+    assert (facts["kernels"], facts["compute_dtype"]) == (NATIVE, NATIVE_DTYPE)
+    assert str(facts["kernels_reason"]).startswith(native.form)
+    assert set(facts["implementations"].values()) == {NATIVE}
+    assert facts["refused"] == []
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_recorded_logits_and_greedy_tokens(runner, golden, prompt):
+    logits = runner.forward(golden[f"ids{prompt}"]).logits
+    assert cosine(logits, golden[f"float32_logits{prompt}"]).min() >= tolerances.NATIVE_COSINE
+    tokens = list(runner.stream(golden[f"ids{prompt}"], max_tokens=32, sampling=Sampling()))
+    assert tokens == golden[f"float32_greedy{prompt}"].tolist()
+
+
+def test_every_stage_is_within_the_rounding_of_15_bits(runner, source):
+    assert gate.inspect(runner, source).departures == ()
+
+
+def test_one_call_for_all_layers_is_what_its_operations_are(runner, golden):
+    """Captured stages run one operation after the other, attention and router in XLA."""
+    ids = golden["ids0"]
+    in_one = runner.forward(ids)
+    apart = runner.forward(ids, capture=frozenset({"l_out"}), expert_ids=in_one.expert_ids)
+    assert cosine(in_one.logits, apart.logits).min() >= tolerances.NATIVE_COSINE
+
+
+def test_a_forced_choice_of_experts_is_kept(runner, golden):
+    ids = golden["ids0"][:20]
+    free = runner.forward(ids)
+    other = np.roll(free.expert_ids, 1, axis=1)
+    forced = runner.forward(ids, expert_ids=other)
+    np.testing.assert_array_equal(forced.expert_ids, other)
+    assert not np.array_equal(forced.logits, free.logits)
+
+
+def test_sequences_in_a_batch_write_what_each_writes_alone(runner, golden):
+    prompts = [golden[f"ids{n}"][: 9 + 20 * n].tolist() for n in PROMPTS]
+    together = runner.generate_batch(prompts, max_tokens=12, sampling=Sampling(), slots=3)
+    for prompt, found in zip(prompts, together, strict=True):
+        assert found.tokens == list(runner.stream(prompt, max_tokens=12, sampling=Sampling()))
+
+
+def test_another_cache_leaves_the_products_native(source, native, golden):
+    runner = JaxRunner(source, max_context=256, cache_dtype="int8", kernels=NATIVE)
+    logits = runner.forward(golden["ids1"]).logits
+    assert cosine(logits, golden["float32_logits1"]).min() >= tolerances.GOLDEN_BFLOAT16_COSINE
+    assert runner.describe()["implementations"]["Q4_K"] == NATIVE
+
+
+def test_a_named_dtype_means_xla(source, monkeypatch):
+    monkeypatch.delenv("QWEN3_MOE_NATIVE")
+    device = jax.devices()[0]
+    assert "a dtype is asked for" in str(Native.begin(device, AUTO, has_dtype=True).reason())
+    with pytest.raises(BackendUnavailableError, match="a dtype is asked for"):
+        JaxRunner(source, max_context=64, compute_dtype="float32", kernels=NATIVE)
+
+
+def test_it_can_be_turned_off():
+    assert Native.begin(jax.devices()[0], AUTO, has_dtype=False).reason() == "QWEN3_MOE_NATIVE is off"
