@@ -140,7 +140,8 @@ def server(args: argparse.Namespace, *, context: int, fake: bool = False, **opti
     else:
         command += ["qwen3_moe_jax.cli", "serve", "--port", str(port), "--backend", "jax", "--no-gate"]
         command += [args.model] if args.model else []
-        command += ["--slots", str(args.clients), "--context", str(context), "--no-page"]
+        options = {"slots": args.clients, "context": context, **options}
+        command += ["--no-page"]
         command += [
             word for key, value in options.items() for word in (f"--{key.replace('_', '-')}", str(value))
         ]
@@ -222,54 +223,46 @@ def wave(port: int, work: list[list[int]], tokens: int, *, cache: bool = False) 
     }
 
 
-# -- parts
+# -- parts: those of one server, in an order in which none spoils the next
 
 
-def ratio(args: argparse.Namespace) -> dict[str, Any]:
-    engine = in_child("alone", args)
-    with server(args, context=args.prompt + args.tokens + 16) as port:
-        wave(port, prompts(args, 0), args.tokens)
-        waves = [wave(port, prompts(args, n + 1), args.tokens) for n in range(args.rounds)]
-        best = max(waves, key=lambda w: w["tokens_per_second"])
-        one = [wave(port, prompts(args, 50 + n, count=1), 2)["first_p50"] for n in range(20)]
-    return {
-        "alone": engine,
-        "served": best,
-        "ratio": best["tokens_per_second"] / engine["tokens_per_second"],
-        "first_token_of_one": {"p50": quantile(one, 0.5), "p95": quantile(one, 0.95)},
-    }
-
-
-def cold(args: argparse.Namespace) -> dict[str, Any]:
+def cold(args: argparse.Namespace, port: int) -> dict[str, Any]:
     """Nothing has been asked before but what the server itself warmed up."""
-    with server(args, context=args.prompt + args.tokens + 16) as port:
-        return wave(port, prompts(args, 7), args.tokens)
+    return wave(port, prompts(args, 7), args.tokens)
 
 
-def overload(args: argparse.Namespace) -> dict[str, Any]:
-    with server(args, context=args.prompt + args.tokens + 16, max_queue=args.clients) as port:
-        wave(port, prompts(args, 0), args.tokens)
-        plain = wave(port, prompts(args, 1), args.tokens)
-        found = wave(port, prompts(args, 2, count=10 * args.clients), args.tokens)
+def ratio(args: argparse.Namespace, port: int) -> dict[str, Any]:
+    """The best wave, and single requests of two tokens."""
+    wave(port, prompts(args, 0), args.tokens)
+    waves = [wave(port, prompts(args, n + 1), args.tokens) for n in range(args.rounds)]
+    best = max(waves, key=lambda w: w["tokens_per_second"])
+    one = [wave(port, prompts(args, 50 + n, count=1), 2)["first_p50"] for n in range(20)]
+    return {"served": best, "first_token_of_one": {"p50": quantile(one, 0.5), "p95": quantile(one, 0.95)}}
+
+
+def overload(args: argparse.Namespace, port: int) -> dict[str, Any]:
+    """Ten times what slots and queue hold."""
+    plain = wave(port, prompts(args, 1), args.tokens)
+    found = wave(port, prompts(args, 2, count=10 * args.clients), args.tokens)
     return {**found, "share_of_plain": found["tokens_per_second"] / plain["tokens_per_second"]}
 
 
-def mixed(args: argparse.Namespace) -> dict[str, Any]:
+def mixed(args: argparse.Namespace, port: int) -> dict[str, Any]:
     """Half of the clients write when a long prompt comes."""
-    with server(args, context=args.long + 256) as port:
-        work = prompts(args, 3, count=max(1, args.clients // 2))
+    work = prompts(args, 3, count=max(1, args.clients // 2))
+    long = prompts(args, 4, count=2, tokens=args.long)
 
-        async def main() -> tuple[list[dict[str, Any]], float, float]:
-            running = [asyncio.ensure_future(ask(port, ids, 200)) for ids in work]
-            await asyncio.sleep(0.1)
-            while not await has_begun(port, len(work)):
-                await asyncio.sleep(0.05)
-            began = time.perf_counter()
-            await ask(port, prompts(args, 4, count=1, tokens=args.long)[0], 1)
-            return [await task for task in running], began, time.perf_counter()
+    async def main(prompt: list[int]) -> tuple[list[dict[str, Any]], float, float]:
+        running = [asyncio.ensure_future(ask(port, ids, args.long // 2)) for ids in work]
+        while not await decodes(port):
+            await asyncio.sleep(0.05)
+        began = time.perf_counter()
+        await ask(port, prompt, 1)
+        ended = time.perf_counter()
+        return [await task for task in running], began, ended
 
-        asyncio.run(main())  # what it compiles
-        found, began, ended = asyncio.run(main())
+    asyncio.run(main(long[0]))  # what it compiles
+    found, began, ended = asyncio.run(main(long[1]))
     gaps = [(b, b - a) for f in found for a, b in zip(f["times"], f["times"][1:], strict=False)]
     during = [gap for at, gap in gaps if began <= at <= ended]
     return {
@@ -281,8 +274,8 @@ def mixed(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-async def has_begun(port: int, count: int) -> bool:
-    """Whether so many sequences are being written."""
+async def decodes(port: int) -> bool:
+    """Whether something is being written."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     writer.write(b"GET /health/decode HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
     text = await reader.read()
@@ -290,35 +283,51 @@ async def has_begun(port: int, count: int) -> bool:
     return b"decoding" in text
 
 
-def shared(args: argparse.Namespace) -> dict[str, Any]:
-    """Each has a prefix of his own; then all have one."""
+def shared(args: argparse.Namespace, port: int) -> dict[str, Any]:
+    """Each has a prefix of its own; then all have one."""
     tails = prompts(args, 11, tokens=32)
     own = [a + b for a, b in zip(prompts(args, 12, tokens=args.long), tails, strict=True)]
     prefix = prompts(args, 13, count=1, tokens=args.long)[0]
-    same = [prefix + tail for tail in tails]
-    with server(args, context=args.long + 32 + args.tokens + 16) as port:
-        apart = wave(port, own, args.tokens, cache=True)
-        wave(port, [prefix + [300]], 1, cache=True)
-        together = wave(port, same, args.tokens, cache=True)
-    return {
-        "prefix": args.long,
-        "apart": apart,
-        "together": together,
-        "times": together["tokens_per_second"] / apart["tokens_per_second"],
-    }
+    apart = wave(port, own, args.tokens, cache=True)
+    wave(port, [prefix + [300]], 1, cache=True)
+    together = wave(port, [prefix + tail for tail in tails], args.tokens, cache=True)
+    times = together["tokens_per_second"] / apart["tokens_per_second"]
+    return {"prefix": args.long, "apart": apart, "together": together, "times": times}
+
+
+SHARING = {f.__name__: f for f in (cold, ratio, mixed, shared, overload)}
+"""Parts that one server can take one after the other."""
+
+
+def with_one_server(args: argparse.Namespace) -> dict[str, Any]:
+    """The figures of all parts that share a server, and of the batch alone."""
+    parts = [name for name in SHARING if name in args.parts]
+    if not parts:
+        return {}
+    figures: dict[str, Any] = {"alone": in_child("alone", args)} if "ratio" in parts else {}
+    needs_long = {"mixed", "shared"} & set(parts)
+    room = max(args.prompt, 1.5 * args.long if needs_long else 0)
+    with server(args, context=int(room) + args.tokens + 64, max_queue=args.clients) as port:
+        for name in parts:
+            figures[name] = SHARING[name](args, port)
+            print(f"{name}: {json.dumps(figures[name])}", file=sys.stderr, flush=True)
+    if "ratio" in parts:
+        served, alone_rate = figures["ratio"]["served"], figures["alone"]["tokens_per_second"]
+        figures["ratio"]["ratio"] = served["tokens_per_second"] / alone_rate
+    return figures
+
+
+# -- parts with a server of their own
 
 
 def turn(args: argparse.Namespace) -> dict[str, Any]:
     """A chat of ``2 * long`` tokens, its answer, and a second turn."""
-    long = 2 * args.long
-    with server(args, context=long + 256) as port:
-        chat = prompts(args, 21, count=3, tokens=long)
-        first, second = [], []
-        for talk in chat:
+    long, first, second = 2 * args.long, [], []
+    with server(args, context=long + 256, slots=2) as port:
+        for talk in prompts(args, 21, count=3, tokens=long):
+            more = prompts(args, 22, count=1, tokens=24)[0]
             first.append(wave(port, [talk], 8, cache=True)["first_p50"])
-            second.append(
-                wave(port, [talk + prompts(args, 22, count=1, tokens=24)[0]], 8, cache=True)["first_p50"]
-            )
+            second.append(wave(port, [talk + more], 8, cache=True)["first_p50"])
     return {
         "tokens": long,
         "first_turn": first[-1],
@@ -381,11 +390,11 @@ def main() -> None:
         return
     args = parse()
     args.vocabulary = vocabulary(args.model)
-    functions = {f.__name__: f for f in (ratio, front, mixed, overload, cold, shared, turn)}
-    figures: dict[str, Any] = {}
-    for name in args.parts:
-        figures[name] = functions[name](args)
-        print(f"{name}: {json.dumps(figures[name])}", file=sys.stderr, flush=True)
+    figures = with_one_server(args)
+    for name, part in (("turn", turn), ("front", front)):
+        if name in args.parts:
+            figures[name] = part(args)
+            print(f"{name}: {json.dumps(figures[name])}", file=sys.stderr, flush=True)
     command = f"python -m scripts.bench_serve {' '.join(sys.argv[1:])}"
     shape = {"clients": args.clients, "prompt": args.prompt, "tokens": args.tokens}
     found = {"what": command, **machine(), "model": args.model or "embedded", **shape, "figures": figures}

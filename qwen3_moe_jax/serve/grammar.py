@@ -174,11 +174,6 @@ class Grammars:
         """A constraint to any JSON object."""
         return await self.json_schema({"type": "object"})
 
-    async def regex(self, pattern: str) -> Constraint:
-        """A constraint to what a regular expression matches."""
-        self._check_pattern(pattern)
-        return await self._compiled("regex", pattern)
-
     async def calls(self, schemas: Mapping[str, Mapping[str, Any]], *, many: bool) -> Constraint:
         """A constraint to one call of one of these tools, or to several."""
         for schema in schemas.values():
@@ -196,7 +191,8 @@ class Grammars:
         if len(self._children) >= self._settings.max_grammars:
             raise TooManyGrammarsError
         child = await self._child()
-        message = grammar_worker.Compile(kind, source, self._settings.schema_seconds)
+        s = self._settings
+        message = grammar_worker.Compile(kind, source, s.schema_seconds, s.canonical_tokens)
         first = await child.ask(message, "the schema takes too long, or too much memory, to compile")
         return Constraint(child, first, self._mask_bytes)
 

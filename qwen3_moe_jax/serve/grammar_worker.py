@@ -27,16 +27,23 @@ if TYPE_CHECKING:
 MEMORY_BYTES = 512 << 20
 """A child may take so much beside what it was born with."""
 
+ANY_TOKENS = '%llguidance {"no_forcing": true}'
+"""Head of a grammar in which any tokens may spell what must come."""
+
 MASK_SECONDS = 0.5
 """CPU time of one mask."""
 
 
 class Compile(msgspec.Struct, tag=True):
-    """Front to child, first: a source, its kind ("json", "regex" or "lark"), the CPU time that it has."""
+    """Front to child, first: a source, its kind ("json" or "lark"), the CPU time that it has.
+
+    ``canonical``: where only one text may come, only the tokens that the tokenizer would take for it may.
+    """
 
     kind: str
     source: str
     seconds: float
+    canonical: bool = True
 
 
 class Take(msgspec.Struct, tag=True):
@@ -90,19 +97,20 @@ def one_line(error: object) -> str:
     return " ".join(str(error).split())[:300] or "the schema is not valid"
 
 
-def compile_grammar(tokenizer: "llguidance.LLTokenizer", kind: str, source: str) -> "llguidance.LLMatcher":
-    """A matcher at its beginning.
+def compile_grammar(
+    tokenizer: "llguidance.LLTokenizer", kind: str, source: str, *, canonical: bool = True
+) -> "llguidance.LLMatcher":
+    """A matcher at its beginning; ``kind``, ``source`` and ``canonical`` as ``Compile``.
 
     Raises:
       ValueError: the source cannot be used; the text says why.
     """
     from llguidance import LLMatcher, LLParserLimits
 
-    make: Any = {
-        "json": LLMatcher.grammar_from_json_schema,
-        "regex": LLMatcher.grammar_from_regex,
-        "lark": LLMatcher.grammar_from_lark,
-    }[kind]
+    if not canonical:
+        rules = f"start: %json {source}" if kind == "json" else source
+        kind, source = "lark", f"{ANY_TOKENS}\n{rules}"
+    make: Any = {"json": LLMatcher.grammar_from_json_schema, "lark": LLMatcher.grammar_from_lark}[kind]
     limits = LLParserLimits(max_grammar_size=200_000, max_lexer_states=50_000, verbose_errors=False)
     try:
         matcher = LLMatcher(tokenizer, make(source), log_level=0, limits=limits)
@@ -146,7 +154,7 @@ def serve_one(connection: socket.socket, tokenizer: "llguidance.LLTokenizer") ->
         return
     try:
         with _cpu_seconds(first.seconds):
-            pristine = compile_grammar(tokenizer, first.kind, first.source)
+            pristine = compile_grammar(tokenizer, first.kind, first.source, canonical=first.canonical)
             answer = mask_of(pristine)
     except (ValueError, MemoryError) as error:
         connection.sendall(with_length(_encode(Mask(error=one_line(error)))))

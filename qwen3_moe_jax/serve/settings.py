@@ -30,6 +30,7 @@ class Settings:
       max_json_depth, max_int_digits: of a request's JSON.
       max_schema, max_schema_depth, max_pattern: of a JSON schema and of the patterns in it.
       schema_seconds: CPU time in which a schema must be compiled.
+      canonical_tokens: where a grammar leaves one text, only its own tokens may come; else any that spell it.
       max_grammars: answers that are constrained at a time, those that wait included.
     """
 
@@ -65,6 +66,7 @@ class Settings:
     max_pattern: int = 4 << 10
     schema_seconds: float = 1.0
     max_grammars: int = 64
+    canonical_tokens: bool = True
 
     def body_limit(self, context: int) -> int:
         """Bytes of a request's body: room for a context full of text, 64 bytes per token."""

@@ -21,7 +21,8 @@ def model_files(tmp_path_factory):
 def server(model_files):
     """A server of the scripted model that writes calls as JSON."""
     with running(
-        Settings(port=0, name="scripted", metrics=True), quick_start(model_files["hermes"])
+        Settings(port=0, name="scripted", metrics=True, canonical_tokens=False),
+        quick_start(model_files["hermes"]),
     ) as found:
         yield found
 
