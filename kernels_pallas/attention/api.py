@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from qwen3_moe_jax.kernels_pallas import implementations
 from qwen3_moe_jax.kernels_pallas.attention import xla
-from qwen3_moe_jax.kernels_pallas.gpu.device import OnHopper
+from qwen3_moe_jax.kernels_pallas.gpu.device import FromAmpereOn, OnHopper
 from qwen3_moe_jax.kernels_pallas.implementations import Implementation
 
 CACHE_TILE = 64
@@ -50,7 +50,8 @@ def attention(
         scales = scales and (scales[0][None], scales[1][None])
     _check_shapes(q, k_cache, v_cache, positions, slots, scales)
     arrays = (jnp.asarray(a) for a in (q, k_cache, v_cache, positions))
-    candidates = {"hopper": OnHopper("attention"), "xla": xla.attention}
+    portable = FromAmpereOn("attention", "kernel_sm80")
+    candidates = {"hopper": OnHopper("attention"), "portable": portable, "xla": xla.attention}
     layer = jnp.asarray(0 if layer is None else layer, jnp.int32)
     return implementations.run("attention", implementation, candidates, *arrays, layer, slots, scales)
 

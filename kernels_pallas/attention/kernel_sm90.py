@@ -12,6 +12,7 @@ own ``pallas.ops.gpu.attention_mgpu``.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -72,18 +73,43 @@ def attention(
       NotImplementedError: not a Hopper GPU, or arrays that the kernel does not take.
     """
     require_hopper(interpret)
+    return attention_with(
+        _kernel, config or AttentionConfig(), q, k_cache, v_cache, positions, layer, slots, scales, interpret
+    )
+
+
+def attention_with(
+    make: Callable[..., Any],
+    config: AttentionConfig,
+    q: jax.Array,
+    k_cache: jax.Array,
+    v_cache: jax.Array,
+    positions: jax.Array,
+    layer: jax.Array,
+    slots: jax.Array | None,
+    scales: Any,
+    interpret: Any,
+) -> jax.Array:
+    """As :func:`attention`, by a kernel that ``make`` makes (as :func:`_kernel`)."""
     if scales is not None or k_cache.dtype not in _DTYPES or v_cache.dtype != k_cache.dtype:
         raise NotImplementedError(f"the Hopper kernel reads 16-bit caches, not {k_cache.dtype}")
     if q.shape[-1] % 64:
         raise NotImplementedError(f"the Hopper kernel needs a head_dim in 64s, not {q.shape[-1]}")
     slots = jnp.arange(len(q), dtype=jnp.int32) if slots is None else slots.astype(jnp.int32)
-    config = config or AttentionConfig()
-    return _attention(q, k_cache, v_cache, positions, layer.reshape(1), slots, config, interpret)
+    return _attention(q, k_cache, v_cache, positions, layer.reshape(1), slots, config, interpret, make)
 
 
-@partial(jax.jit, static_argnums=(6, 7))
+@partial(jax.jit, static_argnums=(6, 7, 8))
 def _attention(
-    q, k_cache, v_cache, positions, layer, slots, config: AttentionConfig, interpret: Any
+    q,
+    k_cache,
+    v_cache,
+    positions,
+    layer,
+    slots,
+    config: AttentionConfig,
+    interpret: Any,
+    make: Callable[..., Any],
 ) -> jax.Array:
     B, T, N, H = q.shape
     S, K = k_cache.shape[2:4]
@@ -95,7 +121,7 @@ def _attention(
     row_positions = jnp.pad(jnp.repeat(positions, group, axis=1), ((0, 0), (0, padding)), constant_values=-1)
     by_tile = row_positions.reshape(B, -1, tile)
     bounds = _bounds(by_tile.min(axis=2), by_tile.max(axis=2), S, config)
-    out = attend_rows(q, k_cache, v_cache, row_positions, bounds, layer, slots, config, interpret)
+    out = attend_rows(q, k_cache, v_cache, row_positions, bounds, layer, slots, config, interpret, make)
     out = out[:, :rows].reshape(B, K, T, group, H).transpose(0, 2, 1, 3, 4)
     return out.reshape(B, T, N, H).astype(jnp.float32)
 
@@ -130,6 +156,7 @@ def attend_rows(
     slots: jax.Array,
     config: AttentionConfig,
     interpret: Any = None,
+    make: Callable[..., Any] | None = None,
 ) -> jax.Array:
     """The kernel alone.
 
@@ -141,6 +168,7 @@ def attend_rows(
       bounds: int32 [B, tiles, 2], blocks of keys to read, and how many of them need no mask.
       layer: int32 [1].
       slots: int32 [B].
+      make: makes the kernel; None makes this module's.
 
     Returns:
       As q.
@@ -148,7 +176,9 @@ def attend_rows(
     L, C, S, K, H = k_cache.shape
     shape = {"batch": len(slots), "kv_heads": K, "rows": q.shape[1], "head_dim": H, "capacity": C}
     caches = (c.reshape(L * C, S, K * H) for c in (k_cache, v_cache))
-    return _kernel(config, interpret, dtype=q.dtype, **shape)(layer, slots, bounds, positions, q, *caches)
+    return (make or _kernel)(config, interpret, dtype=q.dtype, **shape)(
+        layer, slots, bounds, positions, q, *caches
+    )
 
 
 def _kernel(config: AttentionConfig, interpret: Any, *, batch, kv_heads, rows, head_dim, capacity, dtype):

@@ -35,8 +35,8 @@ SHARED_BYTES = 99 * 1024
 _RESERVED_BYTES = 2048
 _PADDING = 8
 """Elements after a row of x in shared memory: the rows of an operand then lie in different banks."""
-_PART = 32
-"""Rows of x of one operand, at most: more would need more registers than there are."""
+_PART = 16
+"""Rows of x of one operand: with 32, tiles of 128 rows and Q6_K weights spilled 136 bytes."""
 _WEIGHT_SLOTS = 2
 _MAX_X_SLOTS = 4
 """Weights are asked for four pieces ahead: with more slots of x they would not be waited for."""
@@ -192,7 +192,7 @@ class PortableBody(Body):
 
 
 def _part(width: int) -> int:
-    return _PART if width % _PART == 0 else width
+    return _PART if width % _PART == 0 else ROW_ALIGN
 
 
 class PortableKernel(grouped_matmul_sm90.Kernel):

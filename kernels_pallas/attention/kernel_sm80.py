@@ -1,0 +1,221 @@
+"""attention from Ampere on, for many queries: flash attention by ``mma`` and ``cp.async``.
+
+Rows, tiles and bounds are those of ``kernel_sm90``. Both warpgroups of a block copy and multiply, each 64
+rows of the tile; while a block of keys and values is multiplied the next one is on its way. A block of keys
+is read only after a barrier at which all threads have their copies of it and are done with the one before,
+in whose place the next one goes.
+"""
+
+import math
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from qwen3_moe_jax.kernels_pallas.attention.kernel_sm90 import ROWS, AttentionConfig, attention_with
+from qwen3_moe_jax.kernels_pallas.gpu import mma
+from qwen3_moe_jax.kernels_pallas.gpu.device import require_ampere
+from qwen3_moe_jax.kernels_pallas.gpu.interpreter import interpreter_option
+
+SIZES = AttentionConfig(keys=64, slots=2, warpgroups=2)
+"""Keys and values of 128 dimensions take 70 KB of shared memory, of the 99 KB that every card gives."""
+MAX_HEAD_DIM = 128
+_PADDING = 8
+"""Elements after a row in shared memory: the rows of an operand then lie in different banks."""
+_KEYS, _COLUMNS = 16, 32
+"""Keys, and columns of values, of one operand: more would need more registers than there are."""
+_MASKED = -1e30
+_RESULT = plgpu.Layout.WGMMA
+_PER_ROW = _RESULT.reduce(1)
+
+
+def attention(
+    q: jax.Array,
+    k_cache: jax.Array,
+    v_cache: jax.Array,
+    positions: jax.Array,
+    layer: jax.Array,
+    slots: jax.Array | None = None,
+    scales: Any = None,
+    *,
+    interpret: Any = None,
+) -> jax.Array:
+    """See ``kernel_sm90.attention``.
+
+    Raises:
+      NotImplementedError: no NVIDIA GPU from Ampere on, or arrays that the kernel does not take.
+    """
+    require_ampere(interpret)
+    if q.shape[-1] > MAX_HEAD_DIM:
+        raise NotImplementedError(f"the portable kernel takes a head_dim of up to 128, not {q.shape[-1]}")
+    return attention_with(_kernel, SIZES, q, k_cache, v_cache, positions, layer, slots, scales, interpret)
+
+
+def _kernel(config: AttentionConfig, interpret: Any, *, batch, kv_heads, rows, head_dim, capacity, dtype):
+    """As ``kernel_sm90._kernel``."""
+    tiles = rows // config.tile
+    cached = plgpu.SMEM((config.slots, config.keys, head_dim + _PADDING), dtype)
+
+    def body(layer, slots, bounds, positions, q, k, v, out, **scratch):
+        item = lax.axis_index("item")
+        # The last tiles see the most keys: they go first, so that none is left alone at the end.
+        at = tiles - 1 - lax.div(item, jnp.int32(batch * kv_heads))
+        head = lax.rem(item, jnp.int32(batch * kv_heads))
+        sequence = lax.div(head, jnp.int32(kv_heads))
+        refs = {"bounds": bounds, "positions": positions, "q": q, "k": k, "v": v, "out": out, **scratch}
+        block = _Block(config, refs, interpret is not None, tile=at, head=head, sequence=sequence)
+        block.cache = layer[0] * capacity + slots[sequence]
+        block.column = lax.rem(head, jnp.int32(kv_heads)) * head_dim
+        block.run()
+
+    return plgpu.kernel(
+        body,
+        out_type=jax.ShapeDtypeStruct((batch * kv_heads, rows, head_dim), dtype),
+        scratch_types={
+            "k_tile": cached,
+            "v_tile": cached,
+            "barrier": plgpu.Barrier(num_arrivals=config.warpgroups),
+        },
+        grid=(tiles * batch * kv_heads,),
+        grid_names=("item",),
+        num_threads=config.warpgroups,
+        thread_name="wg",
+        kernel_name="prefill_attention_portable",
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True,
+            unsafe_no_auto_barriers=interpret is None,
+            lowering_semantics=plgpu.LoweringSemantics.Lane,
+        ),
+        **interpreter_option(interpret, config.warpgroups),
+    )
+
+
+class _Block:
+    """One tile of rows of one KV head.
+
+    Attributes:
+      cache: the sequence's row of the cache.
+      column: the first column of the KV head.
+    """
+
+    cache: Any
+    column: Any
+
+    def __init__(self, config: AttentionConfig, refs: dict, emulate: bool, *, tile, head, sequence):
+        self.c, self.r, self.emulate = config, refs, emulate
+        self.head, self.sequence = head, sequence
+        self.wg = lax.axis_index("wg")
+        self.first = tile * config.tile + self.wg * ROWS
+        self.head_dim, self.dtype = refs["q"].shape[-1], refs["q"].dtype
+        self.steps, self.unmasked = (refs["bounds"][sequence, tile, i] for i in range(2))
+
+    def run(self) -> None:
+        rows = (self.head, pl.ds(self.first, ROWS))
+        self.begin(jnp.int32(0))
+        at = self.r["positions"].at[self.sequence, pl.ds(self.first, ROWS)]
+        position = plgpu.load(at, layout=_PER_ROW, optimized=False)
+        step = partial(self.step, self.queries(self.r["q"].at[rows]), position)
+        columns = min(_COLUMNS, self.head_dim)
+        out = tuple(_fill((ROWS, columns), 0, _RESULT) for _ in range(self.head_dim // columns))
+        state = (out, _fill((ROWS,), -jnp.inf, _PER_ROW), _fill((ROWS,), 0, _PER_ROW))
+        state = lax.fori_loop(0, self.unmasked, partial(step, False), state)
+        out, _, total = lax.fori_loop(self.unmasked, self.steps, partial(step, True), state)
+        # A row that sees nothing (padding) has a sum of masked weights, or none: its result is zero.
+        share = jnp.where(position >= 0, 1 / jnp.maximum(total, 1e-30), 0.0)
+        for i, part in enumerate(out):
+            value = (part * lax.broadcast_in_dim(share, part.shape, [0])).astype(self.dtype)
+            self.r["out"][(*rows, pl.ds(i * columns, columns))] = value
+
+    def queries(self, ref: Any) -> Any:
+        if self.emulate:
+            return ref[...]
+        return plgpu.load(ref, layout=plgpu.Layout.MMA_LHS(self.dtype), optimized=False)
+
+    # Keys and values
+
+    def begin(self, step: Any) -> None:
+        """Begins to copy a block of keys and values, if there is one."""
+
+        @pl.when(step < self.steps)
+        def _():
+            keys = pl.ds(step * self.c.keys, self.c.keys)
+            for name in ("k", "v"):
+                source = self.r[name].at[self.cache, keys, pl.ds(self.column, self.head_dim)]
+                self.copy(self.tile_of(name, step, 0, self.c.keys, 0, self.head_dim), source)
+
+        if not self.emulate:
+            mma.commit_copies()
+
+    def copy(self, target: Any, source: Any) -> None:
+        if self.emulate:
+            pl.when(self.wg == 0)(lambda: target.__setitem__(..., source[...]))
+        else:
+            mma.copy(target, source, 128 * self.c.warpgroups)
+
+    def tile_of(self, name: str, step: Any, key: int, keys: int, column: int, columns: int) -> Any:
+        """A part of a block of keys or values in shared memory."""
+        slot = lax.rem(step, jnp.int32(self.c.slots))
+        return self.r[f"{name}_tile"].at[slot, pl.ds(key, keys), pl.ds(column, columns)]
+
+    def arrived(self) -> None:
+        """Waits for this step's block, and for everybody to be done with the one before."""
+        if self.emulate:
+            plgpu.barrier_arrive(self.r["barrier"])
+            plgpu.barrier_wait(self.r["barrier"])
+        else:
+            mma.wait_for_copies(0)
+            mma.block_barrier(self.c.warpgroups)
+
+    # Products
+
+    def step(self, q: Any, position: Any, masked: bool, number: Any, state: tuple) -> tuple:
+        out, peak, total = state
+        self.arrived()
+        self.begin(number + 1)
+        score = self.scores(q, number) * (math.log2(math.e) * self.head_dim**-0.5)
+        if masked:
+            key = plgpu.broadcasted_iota(jnp.int32, score.shape, 1, layout=_RESULT) + number * self.c.keys
+            visible = key <= lax.broadcast_in_dim(position, score.shape, [0])
+            score = jnp.where(visible, score, _MASKED)
+        new_peak = jnp.maximum(peak, score.max(axis=1))
+        weights = jnp.exp2(score - lax.broadcast_in_dim(new_peak, score.shape, [0]))
+        shrink = jnp.exp2(peak - new_peak)
+        total = total * shrink + weights.sum(axis=1)
+        weights = weights.astype(self.dtype)
+        out = tuple(part * lax.broadcast_in_dim(shrink, part.shape, [0]) for part in out)
+        return self.add_values(out, weights, number), new_peak, total
+
+    def scores(self, q: Any, number: Any) -> Any:
+        """float32 [64, keys]: queries times the block's keys."""
+        if self.emulate:
+            keys = self.tile_of("k", number, 0, self.c.keys, 0, self.head_dim)[...]
+            return jnp.dot(q.astype(jnp.float32), keys.astype(jnp.float32).T, precision="highest")
+        parts = []
+        for first in range(0, self.c.keys, _KEYS):
+            keys = self.tile_of("k", number, first, _KEYS, 0, self.head_dim)
+            product = plgpu.mma(mma.zeros(_KEYS, self.dtype), q, mma.right_operand(keys.T))
+            parts.append(mma.product_rows(product, self.dtype))
+        return mma.join_columns(parts)
+
+    def add_values(self, out: tuple, weights: Any, number: Any) -> tuple:
+        """The results with the block's values, times their weights."""
+        columns, found = out[0].shape[1], []
+        left = weights if self.emulate else mma.left_operand(weights)
+        for i, part in enumerate(out):
+            values = self.tile_of("v", number, 0, self.c.keys, i * columns, columns)
+            if self.emulate:
+                values = values[...].astype(jnp.float32)
+                found.append(part + jnp.dot(left.astype(jnp.float32), values, precision="highest"))
+            else:
+                start = mma.recast(part, _RESULT, plgpu.Layout.MMA_ACC(self.dtype), part.shape)
+                product = plgpu.mma(start, left, mma.right_operand(values))
+                found.append(mma.product_rows(product, self.dtype))
+        return tuple(found)
+
+
+def _fill(shape: tuple[int, ...], value: float, layout: Any) -> Any:
+    return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
