@@ -1,6 +1,7 @@
 """A picture of a terminal: the bytes that a program wrote become the screen that a person saw, as SVG."""
 
 import io
+import itertools
 import re
 
 import pyte
@@ -35,10 +36,10 @@ def _plain(output: bytes) -> bytes:
 
 
 def _line(screen: pyte.Screen, y: int, columns: int) -> Text:
+    """A line in runs of one style."""
     text = Text()
-    for x in range(columns):
-        cell = screen.buffer[y][x]
-        text.append(cell.data, _style(cell))
+    for style, cells in itertools.groupby((screen.buffer[y][x] for x in range(columns)), _style):
+        text.append("".join(cell.data for cell in cells), style)
     text.rstrip()
     return text
 

@@ -1,6 +1,6 @@
 """Goes through a newcomer's first hour on this machine and writes docs/guides/first-hour.md, with pictures.
 
-    python -m scripts.record_first_hour [--no-install] [--out docs/guides]
+    python -m scripts.record_first_hour [--no-install] [--backend NAME] [--out docs/guides]
 
 Everything is real: a fresh environment and the wheel, a hub on this machine that speaks the real protocol (it
 serves the embedded model), an empty cache of compiled programs, a terminal for ``chat``. Each time is that of
@@ -12,6 +12,7 @@ import json
 import os
 import platform
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -48,6 +49,8 @@ class Recorder:
       seconds: by step.
       blocks: of the page, by step.
       page: where it is written after each step.
+      worked: seconds of processors, by step.
+      options: of each command that runs the model.
     """
 
     folder: Path
@@ -55,6 +58,11 @@ class Recorder:
     seconds: dict[str, float] = field(default_factory=dict)
     blocks: dict[str, str] = field(default_factory=dict)
     page: Path | None = None
+    options: str = ""
+    worked: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self):
+        self._used = _used()
 
     def save(self) -> None:
         """Writes what is recorded so far."""
@@ -75,8 +83,10 @@ class Recorder:
         self.add(step, time.perf_counter() - began, shown)
 
     def add(self, step: str, seconds: float, shown: list[str]) -> None:
-        """One step of the page."""
+        """One step of the page; its processor time is what children have used since the last one."""
         self.seconds[step] = round(seconds, 1)
+        before, self._used = self._used, _used()
+        self.worked[step] = round(self._used - before, 1)
         self.blocks[step] = "```console\n" + "\n".join(shown) + "\n```"
         print(f"{step}: {seconds:.1f} s", file=sys.stderr)
         self.save()
@@ -88,6 +98,12 @@ class Recorder:
         return [
             line if len(line) <= 150 else line[:149] + "\u2026" for line in lines if "UserWarning" not in line
         ]
+
+
+def _used() -> float:
+    """Seconds of processors that ended children have used."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def write_requests(path: Path) -> None:
@@ -115,6 +131,7 @@ def record_chat(recorder: Recorder, out: Path) -> None:
         "-n",
         "60",
         "--no-history",
+        *recorder.options.split(),
         size=(LINES, COLUMNS),
         **environment,
     )
@@ -132,7 +149,11 @@ def record_chat(recorder: Recorder, out: Path) -> None:
     talk.exit_code()
     svg = svg_of(screen, lines=LINES, columns=COLUMNS, title=f"qwen3-moe chat -m {NAME}")
     (out / PICTURES / "chat.svg").write_text(svg)
-    recorder.add("chat", time.perf_counter() - began, [f"$ qwen3-moe chat -m {NAME} --temperature 0 -n 60"])
+    recorder.add(
+        "chat",
+        time.perf_counter() - began,
+        [f"$ qwen3-moe chat -m {NAME} --temperature 0 -n 60{recorder.options}"],
+    )
 
 
 def install(recorder: Recorder) -> None:
@@ -166,19 +187,19 @@ def clone_command(recorder: Recorder) -> None:
 
 def record(recorder: Recorder, out: Path) -> None:
     """Every step after the installation."""
-    run = recorder.run
+    run, b = recorder.run, recorder.options
     run("look", f"qwen3-moe pull --list hf:{REPO}", f"qwen3-moe inspect {NAME} | head -n 9")
     run("pull", f"qwen3-moe pull {NAME}")
     run("models", "qwen3-moe models")
-    run("generate", f"qwen3-moe generate 'def fib(n):' -n 40 --temperature 0 -m {NAME}")
-    run("again", f"qwen3-moe generate 'def fib(n):' -n 40 --temperature 0 -m {NAME} -q")
+    run("generate", f"qwen3-moe generate 'def fib(n):' -n 40 --temperature 0 -m {NAME}{b}")
+    run("again", f"qwen3-moe generate 'def fib(n):' -n 40 --temperature 0 -m {NAME} -q{b}")
     record_chat(recorder, out)
     picture = out / PICTURES / "experts.png"
     texts = "'def area(r):\n    return 3.14 * r * r' --against 'Once upon a time there was a king.'"
-    run("experts", f"qwen3-moe experts {texts} -m {NAME} -q | tail -n 7")
+    run("experts", f"qwen3-moe experts {texts} -m {NAME} -q{b} | tail -n 7")
     shutil.move(recorder.folder / "experts.png", picture)
     write_requests(recorder.folder / "requests.jsonl")
-    batch = f"qwen3-moe batch requests.jsonl -o results.jsonl -m {NAME}"
+    batch = f"qwen3-moe batch requests.jsonl -o results.jsonl -m {NAME}{b}"
     show = "cut -c 1-140 results.jsonl"
     run("batch", "cut -c 1-140 requests.jsonl", batch, show, batch, codes=(0, 1))
 
@@ -188,8 +209,8 @@ HEAD = """\
 
 What a newcomer sees, recorded by `python -m scripts.record_first_hour` on {machine}.
 The hub is one on the same machine that speaks the real protocol and serves the embedded model (14 MB); with a
-real one only names and sizes differ. Each time is that of its whole block. Other work ran on the machine: the
-times are upper bounds.
+real one only names and sizes differ. Each time is that of its whole block. In brackets is what the processors
+worked for it, which depends less on what else the machine did: {load}
 """
 
 SECTIONS = {
@@ -232,11 +253,12 @@ TAIL = """\
 def page(recorder: Recorder) -> str:
     """The page, with the steps that were recorded."""
     machine = f"{os.cpu_count()} cores without a GPU, Python {platform.python_version()}"
-    parts = [HEAD.format(machine=machine)]
+    load = f"its load was {os.getloadavg()[1]:.0f} at the end."
+    parts = [HEAD.format(machine=machine, load=load)]
     for step, (title, before, after) in SECTIONS.items():
         if step in recorder.blocks:
-            seconds = recorder.seconds[step]
-            head = f"## {title}: {seconds} s" if seconds else f"## {title}"
+            seconds, worked = recorder.seconds[step], recorder.worked[step]
+            head = f"## {title}: {seconds} s ({worked} s)" if seconds else f"## {title}"
             parts.append("\n\n".join(filter(None, (head, before, recorder.blocks[step], after))) + "\n")
     return "\n".join([*parts, TAIL])
 
@@ -245,6 +267,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--no-install", action="store_true", help="use this clone; the page keeps its block")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "guides")
+    parser.add_argument("--backend", help="of each command that runs the model (default: the machine's)")
     args = parser.parse_args()
     data = embedded_model().read_bytes()
     files = {
@@ -263,12 +286,13 @@ def main() -> int:
             "JAX_PLATFORMS": "cpu",
         }
         recorder = Recorder(folder, {**os.environ, **child_environment(), **caches, **settings})
+        recorder.options = f" --backend {args.backend}" if args.backend else ""
         recorder.page = args.out / "first-hour.md"
         clone_command(recorder) if args.no_install else install(recorder)
         if args.no_install:
             recorder.add("install", 0.0, ["$ pip install '.[serve,plot]'"])
         record(recorder, args.out)
-    print(json.dumps({"seconds": recorder.seconds, "cores": os.cpu_count()}))
+    print(json.dumps({"seconds": recorder.seconds, "worked": recorder.worked, "cores": os.cpu_count()}))
     return 0
 
 
