@@ -76,3 +76,10 @@ def finding(name: str, clause: str, subject: str) -> dict:
     """One finding of ``verify``."""
     found = receipt(name)["findings"]
     return next(f for f in found if (f["clause"], f["subject"]) == (clause, subject))
+
+
+def gate() -> str:
+    """Random files by what is odd about their weights: how far float32 is from float64."""
+    styles = receipt("gate_random_files")["styles"]
+    rows = [(n, s["compared"], f"{s['distance']:.1e}", f"{s['rounded_once']:.1e}") for n, s in styles.items()]
+    return table("weights | files | float32 | exact sums, rounded once", rows)

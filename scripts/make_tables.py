@@ -23,6 +23,7 @@ from scripts._receipts import (
     cold_start,
     decode_rows,
     finding,
+    gate,
     percent,
     prefill_rows,
     receipt,
@@ -418,6 +419,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "compiled": compiled_kernels,
     "cpu": cpu,
     "wgpu": wgpu,
+    "gate": gate,
     "receipts": receipts,
 }
 
@@ -429,9 +431,7 @@ def filled(text: str) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--check", action="store_true", help="write nothing; exit code 1 where a page differs"
-    )
+    parser.add_argument("--check", action="store_true", help="write nothing; 1 where a page differs")
     args = parser.parse_args(argv)
     stale = 0
     for path in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]:
