@@ -20,8 +20,14 @@ from qwen3_moe_jax.machine.estimate import machine_memory
 from qwen3_moe_jax.machine.headroom import Headroom
 from qwen3_moe_jax.machine.memory import MemoryPlan
 
-PREFERRED = ("Q4_K_M", "UD-Q4_K_XL", "Q4_K_S", "Q5_K_M", "Q5_K_S", "Q6_K", "Q8_0")
-"""Tried in this order when no quantization is asked for: Q4_K_M is the usual balance of size and loss."""
+PREFERRED = (
+    *("Q4_K_M", "UD-Q4_K_XL", "Q4_K_S", "Q5_K_M", "Q5_K_S", "Q6_K", "Q8_0"),
+    *("IQ4_NL", "IQ4_XS", "Q3_K_L", "UD-Q3_K_XL", "Q3_K_XL", "Q3_K_M", "IQ3_M", "Q3_K_S", "IQ3_S", "IQ3_XS"),
+    *("UD-IQ3_XXS", "IQ3_XXS", "UD-Q2_K_XL", "Q2_K_L", "Q2_K", "UD-IQ2_M", "IQ2_M", "Q2_K_S", "IQ2_S"),
+    *("IQ2_XS", "UD-IQ2_XXS", "IQ2_XXS", "UD-IQ1_M", "IQ1_M", "UD-IQ1_S", "IQ1_S"),
+)
+"""Tried in this order when no quantization is asked for: Q4_K_M is the usual balance of size and loss. Where
+not even Q4_K_S fits, the largest of the smaller ones that fits."""
 
 CACHE_SHARE = 0.05
 """The KV cache of 4,096 tokens as a share of the weights, before a file's header says more (30B: 4.3 %)."""

@@ -20,7 +20,7 @@ from qwen3_moe_jax.core.errors import HubError, MemoryPlanError, OptionError, Ou
 from qwen3_moe_jax.core.exit_codes import ExitCode
 from qwen3_moe_jax.hub import pull as pulling
 from qwen3_moe_jax.hub.faults import fault
-from qwen3_moe_jax.hub.listing import ask, files_in
+from qwen3_moe_jax.hub.listing import Listing, RemoteFile, Variant, ask, files_in
 from qwen3_moe_jax.hub.names import parse
 from qwen3_moe_jax.hub.pull import choose, pull
 from qwen3_moe_jax.machine.headroom import Headroom
@@ -75,6 +75,17 @@ def test_the_choice_follows_the_memory(hub):
         MemoryPlanError, match=r"does not fit main memory, 0.00 GB free: .*downloads it all the same"
     ):
         choose(listing, Headroom(1000))
+
+
+def test_the_largest_that_fits_little_memory_is_chosen():
+    """The sizes are those of a 30B model, in GB."""
+    sizes = {"IQ1_S": 6.4, "IQ2_M": 10.2, "Q2_K": 11.3, "Q3_K_M": 14.7, "IQ4_XS": 16.4, "Q4_K_M": 18.6}
+    variants = [
+        Variant(quant, (RemoteFile(f"x-{quant}.gguf", int(gb * 1e9)),)) for quant, gb in sizes.items()
+    ]
+    listing = Listing("a/b", "c", tuple(variants))
+    for free, expected in ((24, "Q4_K_M"), (18, "IQ4_XS"), (16, "Q3_K_M"), (13, "Q2_K"), (8, "IQ1_S")):
+        assert choose(listing, Headroom(int(free * 1e9))).quant == expected
 
 
 def test_near_names_are_offered(hub):
