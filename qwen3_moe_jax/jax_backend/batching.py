@@ -6,7 +6,6 @@ business.
 """
 
 from collections.abc import Collection, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 import jax
@@ -101,7 +100,7 @@ class Batch:
         """
         self.slots, self.capacity = state.cache.k.shape[1], state.capacity
         self._decoder, self._params, self._state = decoder, params, state
-        self.preparation = preparation
+        self.preparation = preparation or Preparation([], only_when_idle=False)
         self._runs_ahead = decoder.path(params, 1, state.cache).is_one_launch
         self._sequences: dict[int, _Sequence] = {}
         self._pending: PendingStep | None = None
@@ -110,8 +109,7 @@ class Batch:
     def close(self) -> None:
         """Deletes the cache and all else on the device; later calls raise ModelClosedError."""
         self._closed = True
-        if self.preparation is not None:
-            self.preparation.close()
+        self.preparation.close()
         self._sequences, self._pending, self._params = {}, None, {}
         for array in jax.tree.leaves(self._state):
             if not array.is_deleted():
@@ -359,7 +357,7 @@ class Batch:
         for count, least in ((tokens, 1), (ahead, 0)):
             if not least <= count <= MAX_STEPS:
                 raise ValueError(f"a step writes {least} to {MAX_STEPS} tokens, not {count}")
-        with nullcontext() if self.preparation is None else self.preparation.working():
+        with self.preparation.working():
             pending = self._pending or self._begin(tokens, prompt_tokens)
             self._pending = None
             if pending is None:
@@ -367,7 +365,7 @@ class Batch:
             if ahead and self._runs_ahead and self._continues(pending):
                 self._pending = self._decode(ahead)
             progress = self._take(pending)
-        if progress and self.preparation is not None:
+        if progress:
             self.preparation.go_on()
         return progress
 

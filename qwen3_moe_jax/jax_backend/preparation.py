@@ -76,7 +76,7 @@ class Preparation:
 
     def go_on(self) -> None:
         """The first token is there: the others may be made, if a later process will find them on disk."""
-        if self._worker is None and programs.keeps_on_disk():
+        if self.wanted and self._worker is None and programs.keeps_on_disk():
             self._worker = threading.Thread(target=self._make_the_rest, name="programs")
             self._worker.start()
 

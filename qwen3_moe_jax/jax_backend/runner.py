@@ -352,8 +352,11 @@ class JaxRunner:
             Request(prompt, its_sampling, limit, frozenset(stop_ids))
             for prompt, (limit, its_sampling) in zip(prompts, settings, strict=True)
         ]
-        with open_throughout(self):
-            return run_all(batch, requests, is_over)
+        try:
+            with open_throughout(self):
+                return run_all(batch, requests, is_over)
+        finally:
+            batch.preparation.close()  # nobody asks this batch for more
 
     def _nonfinite(self, position: int) -> NumericalError:
         return NumericalError(
@@ -364,7 +367,7 @@ class JaxRunner:
     def _take_spare(self) -> Batch:
         """A batch with one slot: the last request's buffers, unless another one has them."""
         batch, self._spare = self._spare, None
-        return batch or self._new_batch(1, self.max_context)
+        return batch or self._new_batch(1, self.max_context, self.preparation)
 
     def _keep_spare(
         self, batch: Batch, tokens: Sequence[int] = (), is_exit: Callable[[], bool] = sys.is_finalizing
@@ -382,11 +385,10 @@ class JaxRunner:
             self._spare = batch
 
     @own_settings()
-    def _new_batch(self, slots: int, context: int) -> Batch:
-        session = replace(self._session, params=self.params, capacity=context, slots=slots)
-        is_stream = slots == 1 and context == self.max_context
-        preparation = self.preparation if is_stream else self._preparation_of(session)
-        batch = Batch(self.decoder, self.params, generate.empty_state(**session.empty), preparation)
+    def _new_batch(self, slots: int, context: int, preparation: Preparation | None = None) -> Batch:
+        session = replace(self._session, capacity=context, slots=slots)
+        state = generate.empty_state(**session.empty)
+        batch = Batch(self.decoder, self.params, state, preparation or self._preparation_of(session))
         self._batches.add(batch)
         return batch
 

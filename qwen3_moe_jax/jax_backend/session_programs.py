@@ -20,12 +20,14 @@ program                one for each of                                 with B sl
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from qwen3_moe_jax.core.sampling import Sampling
 from qwen3_moe_jax.jax_backend import generate
 from qwen3_moe_jax.jax_backend import slots as slot_programs
 from qwen3_moe_jax.jax_backend.decode_path import Decoder, choose
@@ -99,7 +101,7 @@ class Session:
             "dtype": self.cache_dtype,
         }
 
-    @property
+    @cached_property
     def state(self) -> generate.DecodeState:
         """The shapes of the slots."""
         return jax.eval_shape(lambda: generate.empty_state.function(**self.empty))
@@ -157,11 +159,7 @@ class Session:
         vocab_size = self.decoder.model.config.vocab_size
         shape = jax.ShapeDtypeStruct
         number, flag = shape((), np.int32), shape((), np.bool_)
-        column = lambda dtype: shape((1,), dtype)
-        names = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty")
-        sampling = SamplingArrays(
-            **{name: column(np.float32) for name in names}, top_k=column(np.int32), seed=column(np.uint32)
-        )
+        sampling = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, SamplingArrays.of([Sampling()])))
         return {
             "state": self.state,
             "slot": number,
