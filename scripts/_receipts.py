@@ -83,3 +83,18 @@ def gate() -> str:
     styles = receipt("gate_random_files")["styles"]
     rows = [(n, s["compared"], f"{s['distance']:.1e}", f"{s['rounded_once']:.1e}") for n, s in styles.items()]
     return table("weights | files | float32 | exact sums, rounded once", rows)
+
+
+def quantization_loss() -> str:
+    """What each type loses on the embedded model."""
+    data, rows = receipt("quantization_loss"), []
+    for row in data["rows"]:
+        if reason := row.get("left_out"):
+            rows.append((row["type"], "", reason, "", "", ""))
+            continue
+        bits, near_all = f"{row['bits_per_weight']:.2f}", f"{row['kl_99']:.4f}"
+        kl = f"{row['kl']:.4f} +- {row['kl_error']:.4f}"
+        same, perplexity = f"{100 * row['top_1']:.1f} %", f"{row['perplexity']:.2f}"
+        rows.append((row["type"], bits, kl, near_all, same, perplexity))
+    kl = f"KL of {data['tokens_scored']} tokens, nats"
+    return table(f"type | bits per weight | {kl} | 99 % below | likeliest agrees | perplexity", rows)

@@ -26,6 +26,7 @@ from scripts._receipts import (
     gate,
     percent,
     prefill_rows,
+    quantization_loss,
     receipt,
     table,
     whole,
@@ -420,6 +421,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "cpu": cpu,
     "wgpu": wgpu,
     "gate": gate,
+    "quantization-loss": quantization_loss,
     "receipts": receipts,
 }
 
