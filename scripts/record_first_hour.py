@@ -211,7 +211,7 @@ What a newcomer sees, recorded by `python -m scripts.record_first_hour` on {mach
 The hub is one on the same machine that speaks the real protocol and serves the embedded model (14 MB); with a
 real one only names and sizes differ. Each time is that of its whole block. In brackets is what the processors
 worked for it, which depends less on what else the machine did: {load}
-"""
+{backend}"""
 
 SECTIONS = {
     "install": ("Install", "", ""),
@@ -222,11 +222,15 @@ SECTIONS = {
     ),
     "pull": ("Get it", "", ""),
     "models": ("What is here", "", ""),
-    "generate": ("Write", "A model's first run compiles its programs, which are kept.", ""),
+    "generate": (
+        "Write",
+        "On the jax backend a model's first run compiles its programs, which are kept.",
+        "",
+    ),
     "again": ("Write again", "", ""),
     "chat": (
         "Talk",
-        "Two turns and `/stats`; the second turn reads only what is new. [All of chat](chat.md).",
+        "Two turns and `/stats`. On the jax backend a turn reads only what is new. [All of chat](chat.md).",
         "![The terminal after two turns and /stats](pictures/chat.svg)",
     ),
     "experts": (
@@ -254,7 +258,8 @@ def page(recorder: Recorder) -> str:
     """The page, with the steps that were recorded."""
     machine = f"{os.cpu_count()} cores without a GPU, Python {platform.python_version()}"
     load = f"its load was {os.getloadavg()[1]:.0f} at the end."
-    parts = [HEAD.format(machine=machine, load=load)]
+    backend = f"\nThe model ran with `{recorder.options.strip()}`.\n" if recorder.options else ""
+    parts = [HEAD.format(machine=machine, load=load, backend=backend)]
     for step, (title, before, after) in SECTIONS.items():
         if step in recorder.blocks:
             seconds, worked = recorder.seconds[step], recorder.worked[step]

@@ -126,7 +126,7 @@ def _end(found: "Results", estimate: "Estimate", args: argparse.Namespace, *, is
         kinds = found.statuses - Counter({"200": found.statuses["200"]})
         errors = ", ".join(f"{count:,} x {kind}" for kind, count in sorted(kinds.items()))
         terminal.note(
-            f"{args.output}: {found.statuses['200']:,} answers, {found.errors:,} errors"
+            f"{args.output}: {_counted(found.statuses['200'], 'answer')}, {_counted(found.errors, 'error')}"
             + (f" ({errors})" if errors else "")
             + estimate.figures()
         )
@@ -135,6 +135,10 @@ def _end(found: "Results", estimate: "Estimate", args: argparse.Namespace, *, is
     if is_stopped:
         return ExitCode.INTERRUPTED
     return ExitCode.FAULT if found.errors else ExitCode.DONE
+
+
+def _counted(count: int, word: str) -> str:
+    return f"{count:,} {word}" + ("" if count == 1 else "s")
 
 
 class Progress:
@@ -148,8 +152,8 @@ class Progress:
         """What runs."""
         if not self._quiet:
             terminal.note(
-                f"{os.path.basename(start.model or '')}: {ready.slots} requests at a time, each of at most "
-                f"{ready.context:,} tokens; {ready.backend} on {ready.facts.get('device')}"
+                f"{os.path.basename(start.model or '')}: {_counted(ready.slots, 'request')} at a time, "
+                f"each of at most {ready.context:,} tokens; {ready.backend} on {ready.facts.get('device')}"
             )
 
     def show(self, estimate: "Estimate", results: "Results") -> None:
