@@ -35,7 +35,7 @@ from qwen3_moe_jax.kernels_pallas.decode_step.config import shared_memory_budget
 from qwen3_moe_jax.kernels_pallas.gpu import cards
 from qwen3_moe_jax.machine.folders import writable_cache
 from qwen3_moe_jax.testing.decode_kernel import trace_step
-from scripts import ROOT, _absent_gpu
+from scripts import ROOT, _absent_gpu, _matmul_cases
 from scripts._captured import captured_output
 
 LIMITS = ROOT / "docs" / "receipts" / "compiled_kernels.json"
@@ -55,17 +55,24 @@ KEY = ("target", "kernel", "preset", "batch")
 SIZES = ("registers", "spilled", "shared_memory")
 
 
-def wanted(target: cards.Capability, presets: list[str], batches: list[int]) -> Iterator[dict]:
-    """The rows of one target, without their figures."""
+def wanted(
+    target: cards.Capability, presets: list[str], batches: list[int], *, products: bool = False
+) -> Iterator[dict]:
+    """The rows of one target, without their figures; with ``products`` those of the grouped product too."""
     start = {"target": target.target, "card": _absent_gpu.first_card(target)[0]}
     for preset in presets:
         for kernels in ("hopper", "portable") if target.version == "9.0" else ("portable",):
             for batch in batches:
                 yield start | {"kernel": f"decode_step {kernels}", "preset": preset, "batch": batch}
+        for kernel in _matmul_cases.CASES if products else ():
+            for config in _matmul_cases.TILES.values():
+                yield start | {"kernel": kernel, "preset": preset, "batch": config.tile}
 
 
 def compiled(target: cards.Capability, row: dict) -> dict:
     """The row with its figures, or with why there are none."""
+    if row["kernel"] in _matmul_cases.CASES:
+        return _matmul_cases.compiled(target, row)
     cores = _absent_gpu.first_card(target)[1]
     kernels = row["kernel"].split()[1]
     device = api.Device.of_cores(cores, kernels=kernels, shared_memory=target.shared_memory)
@@ -177,7 +184,7 @@ def compile_target(args: argparse.Namespace) -> list[dict]:
     """All kernels of one target, in this process."""
     target = cards.capabilities()[args.targets[0]]
     version, rows = sources_hash(), []
-    for row in wanted(target, args.preset, args.sequences):
+    for row in wanted(target, args.preset, args.sequences, products=args.products):
         rows.append(remembered(target, row, version))
         show(rows[-1])
     return rows
@@ -189,6 +196,7 @@ def compile_apart(args: argparse.Namespace, environment: dict[str, str]) -> list
     def run(version: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "scripts.compile_kernels", "--child", "--targets", version]
         command += ["--preset", *args.preset, "--sequences", *map(str, args.sequences)]
+        command += ["--products"] if args.products else []
         return subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
 
     rows = []
@@ -207,6 +215,7 @@ def main() -> None:
     parser.add_argument("--preset", nargs="+", default=["Qwen3-30B-A3B"], choices=sorted(PRESETS))
     parser.add_argument("--targets", nargs="+", default=sorted(cards.capabilities()), metavar="CAPABILITY")
     parser.add_argument("--sequences", type=int, nargs="+", default=[1, 4], metavar="BATCH")
+    parser.add_argument("--products", action="store_true", help="also the portable grouped product")
     parser.add_argument("--install", action="store_true", help="get what is missing with pip")
     parser.add_argument("--limits", type=Path, default=LIMITS, help="JSON that no kernel may exceed")
     parser.add_argument("--write", action="store_true", help="make what is found the limits")
