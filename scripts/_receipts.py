@@ -98,3 +98,27 @@ def quantization_loss() -> str:
         rows.append((row["type"], bits, kl, near_all, same, perplexity))
     kl = f"KL of {data['tokens_scored']} tokens, nats"
     return table(f"type | bits per weight | {kl} | 99 % below | likeliest agrees | perplexity", rows)
+
+
+def receipts() -> str:
+    """All receipts: what each holds, where and when it was measured."""
+    rows = []
+    for path in sorted(RECEIPTS.glob("*.json")):
+        data = json.loads(path.read_text())
+        first = data.get("direct", data)
+        what = first.get("what") or first.get("command") or first.get("file", "")
+        what = f"`verify` of {what['name']}" if isinstance(what, dict) else str(what)
+        machine = first.get("device") or first.get("machine") or first.get("h100", {}).get("device", "")
+        machine = machine.get("system", "") if isinstance(machine, dict) else machine
+        if "backends" in first:
+            machine = first["backends"][0]["device"]
+        date = str(first.get("date") or first.get("created", ""))[:10]
+        rows.append(
+            (
+                f"[{path.stem}]({path.name})",
+                what.replace("python scripts/", "").replace(" --json /tmp/pf_all.json", ""),
+                machine,
+                date,
+            )
+        )
+    return table("receipt | what | machine | date", rows)

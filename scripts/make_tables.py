@@ -8,7 +8,6 @@ between them is replaced. So no measured number is typed twice. A test runs the 
 """
 
 import argparse
-import json
 import re
 import sys
 from collections.abc import Callable
@@ -16,7 +15,6 @@ from collections.abc import Callable
 from scripts import ROOT
 from scripts._compiled_table import compiled_kernels
 from scripts._receipts import (
-    RECEIPTS,
     batch_rows,
     below_one,
     cache_memory,
@@ -28,6 +26,7 @@ from scripts._receipts import (
     prefill_rows,
     quantization_loss,
     receipt,
+    receipts,
     table,
     whole,
 )
@@ -380,30 +379,6 @@ def wgpu() -> str:
         ("minimum cosine to the float32 reference", below_one(min(r["parity_cosine"]))),
     ]
     return table("what | measured", rows)
-
-
-def receipts() -> str:
-    """All receipts: what each holds, where and when it was measured."""
-    rows = []
-    for path in sorted(RECEIPTS.glob("*.json")):
-        data = json.loads(path.read_text())
-        first = data.get("direct", data)
-        what = first.get("what") or first.get("command") or first.get("file", "")
-        what = f"`verify` of {what['name']}" if isinstance(what, dict) else str(what)
-        machine = first.get("device") or first.get("machine") or first.get("h100", {}).get("device", "")
-        machine = machine.get("system", "") if isinstance(machine, dict) else machine
-        if "backends" in first:
-            machine = first["backends"][0]["device"]
-        date = str(first.get("date") or first.get("created", ""))[:10]
-        rows.append(
-            (
-                f"[{path.stem}]({path.name})",
-                what.replace("python scripts/", "").replace(" --json /tmp/pf_all.json", ""),
-                machine,
-                date,
-            )
-        )
-    return table("receipt | what | machine | date", rows)
 
 
 TABLES: dict[str, Callable[[], str]] = {
