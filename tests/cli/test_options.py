@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import qwen3_moe_jax as q3
-from qwen3_moe_jax import api, cli
+from qwen3_moe_jax import api, cli, loader
 from qwen3_moe_jax.cli import COMMANDS, main
 from qwen3_moe_jax.commands import common, generate
 from qwen3_moe_jax.core.errors import OutputFileError
@@ -243,6 +243,20 @@ def test_a_payload_has_the_name_that_was_given(tmp_path, capsys):
     assert [p.name for p in tmp_path.iterdir()] == ["foo"]
     with np.load(path) as arrays:
         assert "l_out-0" in arrays
+
+
+@pytest.mark.parametrize("content", ["file in it", "a file"])
+def test_convert_to_what_is_there_has_its_own_exit_code(tmp_path, capsys, content):
+    """And not the code that means memory elsewhere; what is there stays."""
+    target = tmp_path / "out"
+    kept = target / "kept" if content == "file in it" else target
+    kept.parent.mkdir(exist_ok=True)
+    kept.write_bytes(b"mine")
+    assert main(["convert", str(loader.embedded_model()), str(target), "-q"]) == ExitCode.NOT_EMPTY == 5
+    line = capsys.readouterr().err
+    assert line.startswith("qwen3-moe: convert: E_EXISTS: ")
+    assert line.count("\n") == 1
+    assert kept.read_bytes() == b"mine"
 
 
 def test_a_deleted_working_folder_is_refused_before_the_load(tmp_path, monkeypatch):
