@@ -143,14 +143,11 @@ class StepConfig:
 
     @property
     def down_parts(self) -> int:
-        """Into how many parts of its experts a token's down projection is split, to use all blocks.
-
-        The portable kernel has two even where blocks then take several turns: half of the activations are in
-        shared memory at a time, so that four sequences fit a GeForce card.
-        """
-        parts, most = 1, self.blocks // (self.hidden_size // 32)
-        most = max(most, 2) if self.kernels == "portable" else most
-        while parts * 2 <= most and self.num_experts_per_tok % (4 * parts) == 0:
+        """Into how many parts of its experts a token's down projection is split, to use all blocks."""
+        parts = 1
+        while (
+            self.hidden_size // 32 * parts * 2 <= self.blocks and self.num_experts_per_tok % (4 * parts) == 0
+        ):
             parts *= 2
         return parts
 

@@ -38,13 +38,11 @@ def test_the_budget_is_what_pallas_allocates(batch):
     [
         (SMALL, "9.0", "hopper", 8),
         (SMALL, "9.0", "portable", 8),
-        (SMALL, "8.0", "portable", 8),
-        (SMALL, "8.6", "portable", 4),
+        (SMALL, "8.0", "portable", 6),
+        (SMALL, "8.6", "portable", 2),
         (SMALL, "8.9", "portable", 4),
         (SMALL, "12.0", "portable", 4),
         (MIDDLE, "9.0", "hopper", 3),
-        (MIDDLE, "8.9", "portable", 2),
-        (LARGE, "8.9", "portable", 1),
         (LARGE, "9.0", "hopper", 2),
     ],
 )
