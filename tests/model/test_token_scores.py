@@ -17,7 +17,7 @@ def written(batch, prompt, **options):
     slot = batch.admit(prompt, max_tokens=6, **options)
     tokens, scores = [], []
     while batch.waiting or batch.running:
-        for p in batch.step(4, prompt_tokens=16):
+        for p in batch.step(4, prompt_tokens=2048):
             tokens += p.tokens
             scores += p.scores or []
     batch.free(slot)
@@ -35,7 +35,7 @@ def log_softmax(logits):
 
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=1.5, seed=3, presence_penalty=2.0)])
 def test_scores_are_those_of_the_models_own_logits(jax_runner, batch, sampling):
-    prompt = [(11 * i) % 300 for i in range(12)]
+    prompt = [(11 * i) % 300 for i in range(24)]
     plain, none = written(batch, prompt, sampling=sampling)
     tokens, scores = written(batch, prompt, sampling=sampling, top_logprobs=5)
     assert (tokens, none, len(scores)) == (plain, [], 6)
