@@ -5,7 +5,6 @@
 
 from dataclasses import dataclass
 from functools import cached_property
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import jax
@@ -15,6 +14,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from qwen3_moe_jax.convert.ggml_types import SUPERBLOCK, GGMLType
 from qwen3_moe_jax.kernels_pallas.decode_step import primitives
+from qwen3_moe_jax.kernels_pallas.decode_step.primitives.names import Primitives
 from qwen3_moe_jax.kernels_pallas.decode_step.weights import column_names
 
 WARPGROUPS = 2
@@ -95,7 +95,7 @@ class StepConfig:
     trace_folder: str | None = None
 
     @cached_property
-    def prim(self) -> ModuleType:
+    def prim(self) -> Primitives:
         """The primitives."""
         return primitives.choose(self.kernels, emulate=self.emulate)
 

@@ -7,7 +7,6 @@ integers by tensor cores; each is scaled once in float32.
 """
 
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any
 
 import jax.numpy as jnp
@@ -22,6 +21,7 @@ from qwen3_moe_jax.kernels_pallas.decode_step.primitives.layouts import (
     full,
     load,
 )
+from qwen3_moe_jax.kernels_pallas.decode_step.primitives.names import Primitives
 
 Array = Any
 SHAPE = (4, 8, 4)
@@ -53,7 +53,7 @@ class LaneActivations:
     scale: list
     sums: list
     dimensions: tuple[int, ...]
-    prim: ModuleType
+    prim: Primitives
 
     def spread(self, value: Array) -> Array:
         """Repeats a per-subblock value for all rows."""

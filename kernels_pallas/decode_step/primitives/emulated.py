@@ -170,29 +170,3 @@ def store_lanes(refs: list, subblock, warp: int, parts: list, scale, q, layout) 
 
 def store_zeros(ref) -> None:
     ref[...] = jnp.zeros(ref.shape, ref.dtype)
-
-
-__all__ = [
-    "View",
-    "as_new",
-    "block_barrier",
-    "copy_to_shared",
-    "dot_tiles",
-    "grid_signal",
-    "grid_wait",
-    "load_fragments",
-    "load_queries",
-    "matmul",
-    "publish_tiles",
-    "sort_pairs",
-    "store_first_rows",
-    "store_lanes",
-    "store_subblocks",
-    "store_zeros",
-    "tile_memory",
-    "top_experts",
-    "wait_for_copies",
-    "warp_largest",
-    "warpgroup_barrier",
-    "warpgroup_reduce",
-]

@@ -1,5 +1,7 @@
 """The decode kernel's primitives on Hopper: attention multiplies with ``wgmma``, on swizzled tiles."""
 
+# ruff: noqa: F401 - what is imported are names of the protocol ``names.Primitives`` too
+
 from functools import partial
 from typing import Any
 
@@ -60,29 +62,3 @@ def matmul(a: Any, ref: Any, columns: int, *, transposed: bool) -> Any:
         return acc[...]
 
     return pl.run_scoped(multiply, plgpu.ACC((64, columns)))
-
-
-__all__ = [
-    "View",
-    "as_new",
-    "block_barrier",
-    "copy_to_shared",
-    "dot_tiles",
-    "grid_signal",
-    "grid_wait",
-    "load_fragments",
-    "load_queries",
-    "matmul",
-    "publish_tiles",
-    "sort_pairs",
-    "store_first_rows",
-    "store_lanes",
-    "store_subblocks",
-    "store_zeros",
-    "tile_memory",
-    "top_experts",
-    "wait_for_copies",
-    "warp_largest",
-    "warpgroup_barrier",
-    "warpgroup_reduce",
-]
