@@ -31,7 +31,7 @@ MakeRunner = Callable[[ModelSource], Runner]
 DROPPED_CHUNK = 16
 
 
-def plant(fault: Fault, source: ModelSource, make_runner: MakeRunner, *, shaders: bool = False) -> Runner:
+def plant(fault: Fault, source: ModelSource, make_runner: MakeRunner, *, shaders: bool = False) -> Any:
     """A backend with the fault in it.
 
     Args:
@@ -191,7 +191,7 @@ def _without_last_chunk(length: int) -> int:
     return length if length <= DROPPED_CHUNK else (length - 1) // DROPPED_CHUNK * DROPPED_CHUNK
 
 
-def _patch_reference(fault: Fault, runner: Runner) -> Runner:
+def _patch_reference(fault: Fault, runner: Runner) -> Any:
     from qwen3_moe_jax.reference import model
 
     heads = runner.config.num_attention_heads
@@ -236,13 +236,12 @@ def _modulo_order(heads: int, kv_heads: int) -> np.ndarray:
     return np.array(sorted(range(heads), key=lambda n: (n % kv_heads, n)))
 
 
-def _patch_jax(fault: Fault, runner: Runner) -> Runner:
+def _patch_jax(fault: Fault, runner: Any) -> Any:
     import jax
     import jax.numpy as jnp
 
     import qwen3_moe_jax.kernels_pallas as ops
-    from qwen3_moe_jax.jax_backend import generate, model
-    from qwen3_moe_jax.jax_backend import runner as jax_runner
+    from qwen3_moe_jax.jax_backend import forward, generate, model
 
     heads = runner.config.num_attention_heads
 
@@ -272,7 +271,7 @@ def _patch_jax(fault: Fault, runner: Runner) -> Runner:
         return chunks[:-1] if len(chunks) > 1 else chunks
 
     if fault.name == "last-chunk":
-        return PatchedRunner(runner, [(jax_runner, "chunk_lengths", chunk_lengths)])
+        return PatchedRunner(runner, [(forward, "chunk_lengths", chunk_lengths)])
     wrong = {
         "q-norm": {"rms_norm": rms_norm},
         "late-softmax": {"choose_experts": late_softmax},
