@@ -74,7 +74,7 @@ def main(argv: list[str] | None = None) -> int:
         with interrupts.handled():
             return _run(argv)
     except SystemExit as end:  # argparse: --help, or a wrong command line
-        return end.code or ExitCode.DONE
+        return end.code if isinstance(end.code, int) else ExitCode.DONE
     except KeyboardInterrupt:
         terminal.error("interrupted")
         return ExitCode.INTERRUPTED

@@ -26,6 +26,7 @@ ORDER = (
     ("loader",),
     ("measure", "inspection"),
     ("parity",),
+    ("research",),
     ("api",),
     ("serve",),
     ("commands",),

@@ -27,7 +27,8 @@ def top_k(x: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
     if rows < MIN_ROWS or x.dtype != jnp.float32 or k * BLOCK > columns:
         return lax.top_k(x, k)
     whole = lambda x: tuple(lax.top_k(x, k))
-    return lax.platform_dependent(x, cpu=whole, default=partial(by_blocks, k=k))
+    values, ids = lax.platform_dependent(x, cpu=whole, default=partial(by_blocks, k=k))
+    return values, ids
 
 
 def by_blocks(x: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:

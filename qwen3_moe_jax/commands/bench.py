@@ -218,7 +218,7 @@ def _table_head(workloads: list[Workload]) -> tuple[str, str]:
 
 def _table_line(row: Row, workloads: list[Workload]) -> str:
     name = row.workload.name.ljust(_width(workloads))
-    if row.outcome != MEASURED:
+    if row.outcome != MEASURED or row.timing is None:
         return f"| {name} | {row.outcome}: {row.reason} |"
     limit = f"{row.limit:10,.0f}" if row.limit else f"{'-':>10}"
     share = f"{row.share:5.1%}" if row.share else f"{'-':>5}"

@@ -184,7 +184,9 @@ def banner(model: "Model") -> tuple[str, str]:
     name = source.metadata.get("general.name", source.path.name)
     kinds = ", ".join(sorted({t.name for t in source.types.values()}))
     facts = model.runner.describe()
-    implementations = ", ".join(f"{t}: {i}" for t, i in facts["implementations"].items())
+    found = facts["implementations"]
+    assert isinstance(found, Mapping), "describe() gives one name for each type"
+    implementations = ", ".join(f"{t}: {i}" for t, i in found.items())
     kernels = f"{facts['kernels']} kernels ({facts['kernels_reason']}), " if _has_choice(facts) else ""
     device = f"{facts['backend']} on {facts['device']} ({model.backend_reason})"
     return (

@@ -90,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
         show = pieces.append if args.json else _all_of(pieces.append, terminal.show_text)
         is_stopped = written(stream, stream, clock, show, quiet=args.quiet)
         ids = model.prompt(prompt, special=args.special, **asked)[0] if args.json else []
-        facts = {"prompt_token_ids": ids, "token_ids": stream.tokens}
+        facts: dict[str, object] = {"prompt_token_ids": ids, "token_ids": stream.tokens}
         if args.logprobs:
             facts["logprobs"] = _logprobs(model, ids, stream.tokens)
     figures = clock.figures(stream)
@@ -101,7 +101,7 @@ def run(args: argparse.Namespace) -> int:
     else:
         terminal.show_text("\n")
         if not args.quiet:
-            terminal.note(figures.in_words("Ctrl-C" if is_stopped else stream.finish_reason))
+            terminal.note(figures.in_words("Ctrl-C" if is_stopped else str(stream.finish_reason)))
     return ExitCode.INTERRUPTED if is_stopped else ExitCode.DONE
 
 
@@ -150,10 +150,10 @@ def prompt_from(args: argparse.Namespace) -> str | list[dict[str, str]]:
         )
     if args.logprobs and not args.json:
         raise OptionError("--logprobs are part of --json: add it")
-    source = args.file or ("-" if given == ["-"] else None)
+    source: str | None = args.file or ("-" if given == ["-"] else None)
     prompt = given[0] if source is None else terminal.read_text(source)
     if not prompt:
-        where = f"{terminal.input_name(source)} is empty: "
+        where = "" if source is None else f"{terminal.input_name(source)} is empty: "
         raise OptionError(f"{where}the prompt is empty: give at least one character")
     if not args.chat:
         return prompt

@@ -53,7 +53,7 @@ def seconds(text: str) -> float:
 
 def sampling_value(name: str) -> Callable[[str], float | int]:
     """Values of a field of ``Sampling``, in its own range."""
-    kind = next(field.type for field in fields(Sampling) if field.name == name)
+    kind: Any = next(field.type for field in fields(Sampling) if field.name == name)
 
     def parse(text: str) -> float | int:
         value = _parsed(kind, text, "a whole number" if kind is int else "a number")
@@ -91,7 +91,7 @@ def _from_bytes(value: str) -> str:
     """A text in UTF-8 that a shell gave to a program in an ASCII locale."""
     try:
         return os.fsencode(value).decode("utf-8")
-    except UnicodeError as error:
+    except (UnicodeEncodeError, UnicodeDecodeError) as error:
         raise argparse.ArgumentTypeError(f"is not UTF-8 (byte {error.start})") from error
 
 
@@ -141,7 +141,7 @@ def template(value: str) -> str:
         found = Path(file).read_text("utf-8")
     except OSError as error:
         raise argparse.ArgumentTypeError(f"{file} cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
+    except (UnicodeEncodeError, UnicodeDecodeError) as error:
         raise argparse.ArgumentTypeError(f"{file} is not UTF-8 (byte {error.start})") from error
     if not found.strip():
         raise argparse.ArgumentTypeError(f"{file} is empty: it needs a chat template")

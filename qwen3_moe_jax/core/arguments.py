@@ -52,9 +52,10 @@ def check_list(name: str, value: Any) -> tuple[Any, ...]:
     Raises:
       KindError: naming ``name`` and the value.
     """
+    items: Any = value
     if isinstance(value, str | bytes | Mapping) or not isinstance(value, Iterable):
-        raise wrong_kind(name, value, "a list")
-    return tuple(value)
+        raise wrong_kind(name, items, "a list")
+    return tuple(items)
 
 
 def check_known(given: Iterable[str], known: Collection[str], others: Iterable[str] = ()) -> None:

@@ -18,6 +18,8 @@ from qwen3_moe_jax.core.stages import StageKey
 FinishReason = Literal["stop", "length", "nonfinite"]
 """A stop token (or what the caller took for one); max_tokens or the context; logits that are not finite."""
 
+TokenIds = Sequence[int] | NDArray[np.integer]
+
 Platform = Literal["cpu", "gpu"]
 
 IsOver = Callable[[int, list[int]], bool]
@@ -117,7 +119,7 @@ class ForwardOptions(TypedDict, total=False):
     expert_ids: NDArray[np.integer] | None
     layers: Sequence[int] | None
     chunk_sizes: Sequence[int]
-    beside: Sequence[Sequence[int]]
+    beside: Sequence[TokenIds]
     interventions: Sequence[object]
 
 
@@ -291,7 +293,7 @@ class Runner(Protocol):
         """Gives back the memory of weights and cache; a second call does nothing."""
         ...
 
-    def forward(self, token_ids: Sequence[int], **options: Unpack[ForwardOptions]) -> Forward:
+    def forward(self, token_ids: TokenIds, **options: Unpack[ForwardOptions]) -> Forward:
         """Runs the prompt of T token ids from an empty cache.
 
         Raises:
@@ -300,7 +302,7 @@ class Runner(Protocol):
         """
         ...
 
-    def log_likelihoods(self, token_ids: Sequence[int], *, first: int = 1) -> NDArray[np.float64]:
+    def log_likelihoods(self, token_ids: TokenIds, *, first: int = 1) -> NDArray[np.float64]:
         """``ln p(token_ids[i] | token_ids[:i])`` of every i from ``first`` (at least 1) on: [T - first].
 
         Logits are never there for all positions at once. Values are not finite where

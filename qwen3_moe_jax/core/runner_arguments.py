@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from qwen3_moe_jax.convert.config import Qwen3MoeConfig
 from qwen3_moe_jax.core.arguments import check_count, check_list, check_number, wrong_kind
 from qwen3_moe_jax.core.errors import ContextOverflowError, ModelClosedError
-from qwen3_moe_jax.core.runner import Runner
+from qwen3_moe_jax.core.runner import Runner, TokenIds
 from qwen3_moe_jax.core.sampling import Sampling
 from qwen3_moe_jax.core.stages import STAGES
 
@@ -32,19 +32,19 @@ class ForwardRequest:
     layers: tuple[int, ...]
     is_whole: bool
     chunk_sizes: tuple[int, ...]
-    beside: tuple[Sequence[int], ...]
+    beside: tuple[TokenIds, ...]
     interventions: tuple[object, ...]
 
 
 def checked_forward(
     runner: Runner,
-    token_ids: Sequence[int],
+    token_ids: TokenIds,
     *,
     capture: Collection[str] = (),
     expert_ids: NDArray[np.integer] | None = None,
     layers: Sequence[int] | None = None,
     chunk_sizes: Sequence[int] = (),
-    beside: Sequence[Sequence[int]] = (),
+    beside: Sequence[TokenIds] = (),
     interventions: Sequence[object] = (),
 ) -> ForwardRequest:
     """The arguments of ``runner.forward``, checked: every backend refuses the same ones.
@@ -124,7 +124,7 @@ def open_throughout(runner: Runner) -> Generator[None]:
         raise
 
 
-def checked_ids(token_ids: Sequence[int], vocab_size: int) -> NDArray[np.int32]:
+def checked_ids(token_ids: TokenIds, vocab_size: int) -> NDArray[np.int32]:
     """Token ids as int32 [T].
 
     Raises:
@@ -139,7 +139,7 @@ def checked_ids(token_ids: Sequence[int], vocab_size: int) -> NDArray[np.int32]:
     return ids.astype(np.int32)
 
 
-def checked_text(runner: Runner, token_ids: Sequence[int], first: int) -> NDArray[np.int32]:
+def checked_text(runner: Runner, token_ids: TokenIds, first: int) -> NDArray[np.int32]:
     """The arguments of ``runner.log_likelihoods``, checked; int32 [T].
 
     Raises:

@@ -105,7 +105,7 @@ def logit_gradient(
     def logit(delta: jax.Array, params) -> jax.Array:
         model = runner.model.clone(interventions=(Intervention(stage, lambda x: x + delta, layer),))
         network = model.bind(params)
-        output = network(ids[None], cache, jnp.zeros(1, jnp.int32))
+        output = network(jnp.asarray(ids[None]), cache, jnp.zeros(1, jnp.int32))
         return network.logits(output.hidden)[0, position, token]
 
     value, gradient = logit(zero, runner.params)

@@ -7,7 +7,7 @@ trace that another machine recorded.
 """
 
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from qwen3_moe_jax.core.output_file import save_arrays
-from qwen3_moe_jax.core.runner import Forward, Runner
+from qwen3_moe_jax.core.runner import Forward, Runner, TokenIds
 from qwen3_moe_jax.core.stages import INPUT_STAGES, LAYER_STAGES, OUTPUT_STAGES, STAGES, StageKey
 
 
@@ -74,7 +74,7 @@ class Trace:
     def experts(self) -> list[dict[str, Any]]:
         """Expert ids and weights of every layer and token, where they were captured."""
         rows = []
-        for layer in sorted(n for name, n in self.forward.stages if name == "ffn_moe_topk"):
+        for layer in sorted(n for name, n in self.forward.stages if name == "ffn_moe_topk" and n is not None):
             ids = self.forward.stages["ffn_moe_topk", layer]
             weights = self.forward.stages.get(("ffn_moe_weights_norm", layer))
             for token in range(len(ids)):
@@ -120,7 +120,7 @@ class Trace:
 
 
 def trace(
-    runner: Runner, token_ids: Sequence[int], stages: Collection[str] = tuple(STAGES), **options: Any
+    runner: Runner, token_ids: TokenIds, stages: Collection[str] = tuple(STAGES), **options: Any
 ) -> Trace:
     """Runs a prompt and keeps its stages.
 

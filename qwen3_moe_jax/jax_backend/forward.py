@@ -7,9 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from numpy.typing import NDArray
 
-from qwen3_moe_jax.core.runner import Forward
+from qwen3_moe_jax.core.runner import Forward, TokenIds
 from qwen3_moe_jax.core.runner_arguments import ForwardRequest
 from qwen3_moe_jax.core.stages import LAYER_STAGES, StageKey
 from qwen3_moe_jax.jax_backend.decode_path import Decoder
@@ -95,7 +94,7 @@ def _sown(stages: Mapping[str, jax.Array], row: int) -> Iterator[tuple[StageKey,
             yield (name, None), value[row]
 
 
-def _rows(sequences: Sequence[Sequence[int] | NDArray[np.int32]], length: int) -> np.ndarray:
+def _rows(sequences: Sequence[TokenIds], length: int) -> np.ndarray:
     """Token ids int32 [B, length]: longer sequences are cut, zeros follow shorter ones."""
     rows = np.zeros((len(sequences), length), np.int32)
     for row, sequence in zip(rows, sequences, strict=True):

@@ -22,6 +22,7 @@ from qwen3_moe_jax.core.runner import (
     Generated,
     IsOver,
     Platform,
+    TokenIds,
     TokenScore,
 )
 from qwen3_moe_jax.core.runner_arguments import (
@@ -252,7 +253,7 @@ class JaxRunner:
             return None
         return {"peak": stats["peak_bytes_in_use"], "planned": self.plan.total, "cache": self.plan.cache}
 
-    def forward(self, token_ids: Sequence[int], **options: Unpack[ForwardOptions]) -> Forward:
+    def forward(self, token_ids: TokenIds, **options: Unpack[ForwardOptions]) -> Forward:
         """As ``Runner.forward``; ``interventions`` change stages inside the jitted model."""
         request = checked_forward(self, token_ids, **options)
         with open_throughout(self):
@@ -263,15 +264,15 @@ class JaxRunner:
         with recording(self._record), self.preparation.working():
             return forward(self.decoder, self.params, r, self.cache_dtype, self.device)
 
-    def log_likelihoods(self, token_ids: Sequence[int], *, first: int = 1) -> np.ndarray:
+    def log_likelihoods(self, token_ids: TokenIds, *, first: int = 1) -> np.ndarray:
         return self._scored(token_ids, first, 0)[0]
 
-    def token_scores(self, token_ids: Sequence[int], *, first: int = 1) -> list[TokenScore]:
+    def token_scores(self, token_ids: TokenIds, *, first: int = 1) -> list[TokenScore]:
         """As ``log_likelihoods``, with the ``MAX_TOP`` likeliest tokens of each place."""
         return host_scores(*self._scored(token_ids, first, min(MAX_TOP, self.config.vocab_size)))
 
     @own_settings()
-    def _scored(self, token_ids: Sequence[int], first: int, top: int) -> Scored:
+    def _scored(self, token_ids: TokenIds, first: int, top: int) -> Scored:
         tokens = checked_text(self, token_ids, first)
         chunks = chunk_lengths(len(tokens) - 1)
         cache = KVCache.create(self.config, 1, whole_tiles(sum(chunks)), self.cache_dtype, self.device)

@@ -4,6 +4,7 @@ import json
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
 MAX_REMEMBERED = 1000
 MAX_BYTES = 1 << 20
@@ -14,10 +15,11 @@ def remembered(path: Path) -> list[str]:
     try:
         if not path.is_file() or path.stat().st_size > MAX_BYTES:  # a pipe would wait for ever
             return []
-        keys: object = json.loads(path.read_text())
+        keys: Any = json.loads(path.read_text())
     except (OSError, ValueError, RecursionError):
         return []
-    return [key for key in keys if isinstance(key, str)] if isinstance(keys, list) else []
+    items: Any = keys if isinstance(keys, list) else []
+    return [key for key in items if isinstance(key, str)]
 
 
 def remember(path: Path, key: str) -> None:

@@ -210,19 +210,19 @@ class Benchmark:
       repeats: counted runs of each row.
       most_seconds: no further run begins after this long in a row, and a row that
         the earlier ones predict to take longer than this is left out.
-      limits: what the device allows.
+      given_limits: what the device allows, if known better than ``limits``, which the machine's facts give.
     """
 
     source: ModelSource
     runner: Runner
     repeats: int = 3
     most_seconds: float = float("inf")
-    limits: Limits | None = None
+    given_limits: Limits | None = None
     _rates: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._facts = self.runner.describe()
-        self.limits = self.limits or Limits.of(self._facts)
+        self.limits = self.given_limits or Limits.of(self._facts)
 
     def rows(self, workloads: Sequence[Workload]) -> Iterator[list[Row]]:
         """Rows as they are measured; the two of a batch, which share their runs, together."""
@@ -246,7 +246,8 @@ class Benchmark:
             return [Row(w, outcome, _one_line(error)) for w in together]
         rows = [Row(w, timing=t, **self._limit(w)) for w, t in zip(together, timings, strict=True)]
         for row in rows:
-            self._rates.setdefault(row.workload.kind, row.best / row.workload.count)
+            if row.best is not None:
+                self._rates.setdefault(row.workload.kind, row.best / row.workload.count)
         return rows
 
     def _why_not_offered(self, workload: Workload) -> str:
@@ -270,7 +271,8 @@ class Benchmark:
             from qwen3_moe_jax.measure.benchmark_batch import BatchRun
 
             new_tokens = workload.tokens if workload.kind == "tg" else 0
-            return BatchRun(self.runner, prompts, new_tokens, BATCH_SAMPLING)
+            runner: Any = self.runner  # of jax: the others offer no batches
+            return BatchRun(runner, prompts, new_tokens, BATCH_SAMPLING)
         prompt = prompts[0].tolist()
         if workload.kind == "pp":
             return lambda: time_stream(self.runner, prompt, 0)[:1]

@@ -112,7 +112,7 @@ def _norm_mistakes(judge: StageJudge, key: StageKey) -> Suspicions:
         x = judge.value("l_out", judge.layers[-1])
     else:
         x = judge.value(before[name], layer)
-    weight = dequantize(judge.weight(judge.tensor_path(key))).astype(np.float64)
+    weight = dequantize(judge.weight(judge.parameter(key))).astype(np.float64)
     eps = judge.config.rms_norm_eps
     yield "the norm is missing: the output is the input", _loose(x)
     yield "the norm's weight is not applied", _loose(rms_norm(x, np.ones_like(weight), eps))
@@ -296,7 +296,7 @@ def _whose(judge: StageJudge, key: StageKey, expert: int) -> int | None:
     inside = judge.value("ffn_moe_swiglu", layer) if name == "ffn_moe_down" else judge.experts_input(layer)
     x = inside[token, choice][None]
     actual = judge.value(name, layer)[token, choice]
-    weight = judge.weight(judge.tensor_path(key))
+    weight = judge.weight(judge.parameter(key))
     for other in range(min(weight.shape[0], MAX_CANDIDATE_EXPERTS)):
         suspicion = judge.matmul(x, weight[other])
         channels = slice(None) if suspicion.channels is None else suspicion.channels
@@ -338,7 +338,7 @@ def _guilty_subblock(
     A changed scale moves a row's result by a multiple of the subblock's own
     part in it, and a changed min by a multiple of the sum of its inputs.
     """
-    path = judge.tensor_path(key)
+    path = judge.parameter(key)
     size = SUBBLOCK_SIZES.get(judge.source.types[path])
     if size is None:
         return None

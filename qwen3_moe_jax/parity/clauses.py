@@ -386,8 +386,9 @@ def check_speed(clause: Clause, evidence: Evidence) -> Finding:
     if needed <= MIN_SPEED_BYTES:
         reason = f"{needed / 1e6:.0f} MB per token: launches are the limit, not bandwidth ({note})"
         return not_applicable(clause, evidence.label, reason, **figures)
-    if kind == NVIDIA and evidence.facts["fallbacks"]:
-        return not_applicable(clause, evidence.label, f"{evidence.facts['fallbacks'][0]} ({note})", **figures)
+    fallbacks = evidence.facts["fallbacks"]
+    if kind == NVIDIA and isinstance(fallbacks, list) and fallbacks:
+        return not_applicable(clause, evidence.label, f"{fallbacks[0]} ({note})", **figures)
     return conclude(clause, evidence.label, share, note, kind, **figures)
 
 

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 CONTRACT_PATH = Path(__file__).with_name("contract.toml")
 
@@ -88,7 +89,7 @@ def load_contract() -> Contract:
     return Contract(data["version"], clauses)
 
 
-def _clause(row: Mapping[str, object]) -> Clause:
+def _clause(row: Mapping[str, Any]) -> Clause:
     kinds = [kind for kind in ("at_least", "at_most") if kind in row]
     needed = {"id", "statement", "measure", "backends", "test"}
     if len(kinds) != 1 or needed - row.keys():

@@ -164,7 +164,7 @@ class Oracle:
 
 def stacked(forward: Forward, stage: str) -> np.ndarray:
     """One stage of every layer: [L, T, ...]."""
-    layers = sorted(layer for name, layer in forward.stages if name == stage)
+    layers = sorted(layer for name, layer in forward.stages if name == stage and layer is not None)
     return np.stack([forward.stages[stage, layer] for layer in layers])
 
 
@@ -210,7 +210,7 @@ class Evidence:
         return runs
 
     @property
-    def chunks(self) -> dict[str, tuple[int, ...]]:
+    def chunks(self) -> dict[str, Any]:
         """Option of ``forward`` that cuts a short prompt in several chunks, where the backend can."""
         return {"chunk_sizes": (STAGE_CHUNK,)}
 
@@ -276,7 +276,7 @@ class Evidence:
         """A few tokens one by one, in the middle of a batch of ``size`` pieces of the text."""
         ids = self.oracle.text_ids
         others = [ids[3 * n : 3 * n + BATCH_TOKENS] for n in range(1, size)]
-        options = {"beside": others} if others else {}
+        options: dict[str, Any] = {"beside": others} if others else {}
         return self.runner.forward(ids[:BATCH_TOKENS], chunk_sizes=(1,), **options)
 
     @once
@@ -295,7 +295,7 @@ class Evidence:
         return self.oracle.text_ids[:STAGE_TOKENS]
 
     @property
-    def few(self) -> dict[str, tuple[int, ...]]:
+    def few(self) -> dict[str, Any]:
         """Option of ``forward`` for the layers that the gate looks at, where the backend can."""
         return layers_option(self.runner, self.source)
 

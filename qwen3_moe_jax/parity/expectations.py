@@ -15,7 +15,6 @@ from qwen3_moe_jax.core.stages import STAGES, StageKey
 from qwen3_moe_jax.machine.threads import ALONE, Workers
 from qwen3_moe_jax.parity.noise import (
     FLOAT32,
-    FLOAT32_MAX,
     INT15,
     MAX_SIGMAS,
     ROUNDING,
@@ -23,6 +22,8 @@ from qwen3_moe_jax.parity.noise import (
     careful_sigma,
     plain_sigma,
     rounded,
+    swiglu_sigma,
+    within_float32,
 )
 from qwen3_moe_jax.reference.model import (
     ROWS_AT_A_TIME,
@@ -34,9 +35,6 @@ from qwen3_moe_jax.reference.model import (
 
 MAX_SILU_SLOPE = 1.1
 """The derivative of silu is at most 1.0999."""
-
-FLUSHED_SIGMOID = float(np.exp(-80.0))
-"""A sigmoid below this may be zero: float32's exponential ends at e^-87."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +68,7 @@ class Expectations:
       facts: the runner's ``describe()``; ``compute_dtype`` sets what rounding is allowed.
       token_ids: the prompt.
       forward: the pass, with captured stages.
-      layers: the layers that were run, in order.
+      layers: the layers that were run, in order; none given are all.
       most_rows: rows of each matrix to judge; None judges all.
       most_tokens: positions of the prompt to judge; None judges all.
       workers: share the work on a matrix.
@@ -81,7 +79,7 @@ class Expectations:
     facts: Mapping[str, object]
     token_ids: np.ndarray
     forward: Forward
-    layers: Sequence[int] | None = None
+    layers: Sequence[int] = ()
     most_rows: int | None = None
     most_tokens: int | None = None
     workers: Workers = ALONE
@@ -93,7 +91,7 @@ class Expectations:
         self.token_ids = np.asarray(self.token_ids)
         picked = sample(len(self.token_ids), self.most_tokens)
         self.tokens = np.arange(len(self.token_ids)) if picked is None else picked
-        self.layers = tuple(range(self.config.num_hidden_layers) if self.layers is None else self.layers)
+        self.layers = tuple(self.layers or range(self.config.num_hidden_layers))
         self.operand = ROUNDING[str(self.facts["compute_dtype"])]
         self.cache_rounding = ROUNDING[str(self.facts.get("cache_dtype", "float32"))]
 
@@ -105,6 +103,12 @@ class Expectations:
             return relative and f"layers.{layer}.{relative}"
         return "embed_tokens" if relative == "lm_head" and self.config.tie_word_embeddings else relative
 
+    def parameter(self, key: StageKey) -> str:
+        """Path of the parameter of a stage that reads one."""
+        path = self.tensor_path(key)
+        assert path is not None, f"{key[0]} reads no parameter"
+        return path
+
     def expectation(self, key: StageKey) -> Expectation:
         """What the stage should be, given the captured stages before it."""
         name, layer = key
@@ -114,13 +118,13 @@ class Expectations:
         """A captured stage in float64, at the judged positions."""
         return self.forward.stages[name, layer][self.tokens].astype(np.float64)
 
-    def chosen(self, layer: int) -> np.ndarray:
+    def chosen(self, layer: int | None) -> np.ndarray:
         """The experts that the runner chose, at the judged positions."""
         return self.forward.stages["ffn_moe_topk", layer][self.tokens]
 
-    def layer_input(self, layer: int) -> np.ndarray:
+    def layer_input(self, layer: int | None) -> np.ndarray:
         """What goes into a layer: the output of the layer before it, or the embedding."""
-        before = self.layers.index(layer) - 1
+        before = next(i for i, number in enumerate(self.layers) if number == layer) - 1
         return self.value("inp_embd", None) if before < 0 else self.value("l_out", self.layers[before])
 
     def weight(self, path: str) -> PackedTensor:
@@ -139,7 +143,7 @@ class Expectations:
         scale = 1 / np.sqrt(power / x.shape[-1] + self.config.rms_norm_eps)
         flushed = SMALLEST_NORMAL * (1 + np.abs(weight) * scale + np.abs(x) * scale)
         sigma = FLOAT32 * (4 + x.shape[-1] ** 0.5 / 2) * np.abs(value) + flushed
-        return Expectation(value, _within_float32(sigma, power))
+        return Expectation(value, within_float32(sigma, power))
 
     def matmul(self, x: np.ndarray, weight: PackedTensor, operand: float | None = None) -> Expectation:
         """x [T, K] times the transpose of weight [N, K]."""
@@ -153,7 +157,7 @@ class Expectations:
         values, sigmas = zip(*self.workers.map(part, range(0, rows.shape[0], step)), strict=True)
         return Expectation(np.concatenate(values, -1), np.concatenate(sigmas, -1), channels)
 
-    def expert_matmul(self, x: np.ndarray, path: str, layer: int) -> Expectation:
+    def expert_matmul(self, x: np.ndarray, path: str, layer: int | None) -> Expectation:
         """x [T, X, K] times the matrices of the experts that the runner chose."""
         ids, weight = self.chosen(layer), self.weight(path)
         channels = sample(weight.shape[1], self.most_rows)
@@ -168,7 +172,7 @@ class Expectations:
     def rope(
         self,
         name: str,
-        layer: int,
+        layer: int | None,
         positions: np.ndarray | None = None,
         *,
         config: Qwen3MoeConfig | None = None,
@@ -198,7 +202,7 @@ class Expectations:
 
     def attention(
         self,
-        layer: int,
+        layer: int | None,
         kv_head: Callable[[int], int] | None = None,
         shift: int = 0,
         scale: float | None = None,
@@ -215,15 +219,15 @@ class Expectations:
         k, v = (self.forward.stages[name, layer].astype(np.float64) for name in ("Kcur_rope", "Vcur"))
         groups, size = q.shape[1] // k.shape[1], q.shape[-1]
         kv_head = kv_head or (lambda head: head // groups)
-        scale = size**-0.5 if scale is None else scale
+        factor = size**-0.5 if scale is None else scale
         future = np.arange(len(k))[None, :] > self.tokens[:, None] + shift
         value, sigma = np.empty_like(q), np.empty_like(q)
         for head in range(q.shape[1]):
             keys, values = k[:, kv_head(head)], v[:, kv_head(head)]
-            scores = np.where(future, -np.inf, q[:, head] @ keys.T * scale)
+            scores = np.where(future, -np.inf, q[:, head] @ keys.T * factor)
             probs = softmax(scores)
             value[:, head] = probs @ values
-            root = np.where(future, 0, np.sqrt((q[:, head] ** 2) @ (self._cached_size(keys) ** 2).T) * scale)
+            root = np.where(future, 0, np.sqrt((q[:, head] ** 2) @ (self._cached_size(keys) ** 2).T) * factor)
             largest = np.abs(np.where(future, 0, scores)).max(axis=-1)
             error = self.cache_rounding * size**0.5 * root.max(axis=-1) + FLOAT32 * (
                 largest + 4 + len(k) ** 0.5
@@ -231,7 +235,7 @@ class Expectations:
             # Scores whose error is not small may give any other key the weight.
             likely = np.minimum(probs * np.exp(np.minimum(2 * MAX_SIGMAS * error, 700.0))[:, None], 1.0)
             spread = (error + self.cache_rounding)[:, None] * (likely @ self._cached_size(values))
-            sigma[:, head] = _within_float32(spread, root.max(axis=-1, keepdims=True) * size / scale)
+            sigma[:, head] = within_float32(spread, root.max(axis=-1, keepdims=True) * size / factor)
         return Expectation(value, sigma)
 
     def _cached_size(self, vectors: np.ndarray) -> np.ndarray:
@@ -244,16 +248,16 @@ class Expectations:
     def sum(self, a: np.ndarray, b: np.ndarray) -> Expectation:
         """A residual connection."""
         size = np.abs(a) + np.abs(b)
-        return Expectation(a + b, _within_float32(FLOAT32 * size, size))
+        return Expectation(a + b, within_float32(FLOAT32 * size, size))
 
-    def probs(self, layer: int) -> Expectation:
+    def probs(self, layer: int | None) -> Expectation:
         """Softmax over all experts."""
         logits = self.value("ffn_moe_logits", layer)
         value = softmax(logits)
         depth = logits.max(axis=-1, keepdims=True) - logits
         return Expectation(value, FLOAT32 * (4 + logits.shape[-1] ** 0.5 + depth) * value)
 
-    def choice(self, layer: int) -> Expectation:
+    def choice(self, layer: int | None) -> Expectation:
         """The most probable experts (for show: validity is judged by ``_valid_choice``)."""
         probs = self.value("ffn_moe_probs", layer)
         ids = np.argsort(-probs, axis=-1, kind="stable")[:, : self.config.num_experts_per_tok]
@@ -272,24 +276,24 @@ class Expectations:
         least = others.max(axis=-1, keepdims=True) * ties - SMALLEST_NORMAL
         return in_range & distinct[:, None] & (chosen >= least)
 
-    def expert_weights(self, layer: int) -> Expectation:
+    def expert_weights(self, layer: int | None) -> Expectation:
         """The chosen probabilities, renormalized."""
         ids = self.chosen(layer)
         chosen = np.take_along_axis(self.value("ffn_moe_probs", layer), ids, axis=-1)
         value = chosen / np.maximum(chosen.sum(-1, keepdims=True), MIN_WEIGHT_SUM)
         return Expectation(value, 4 * FLOAT32 * value)
 
-    def swiglu(self, layer: int) -> Expectation:
+    def swiglu(self, layer: int | None) -> Expectation:
         gate, up = self.value("ffn_moe_gate", layer), self.value("ffn_moe_up", layer)
         value = silu(gate) * up
-        return Expectation(value, _swiglu_sigma(gate, up))
+        return Expectation(value, swiglu_sigma(gate, up))
 
-    def experts_input(self, layer: int) -> np.ndarray:
+    def experts_input(self, layer: int | None) -> np.ndarray:
         """ffn_norm, once for each chosen expert: [T, X, D]."""
         ids = self.chosen(layer)
         return np.repeat(self.value("ffn_norm", layer)[:, None, :], ids.shape[1], axis=1)
 
-    def moe_out(self, layer: int) -> Expectation:
+    def moe_out(self, layer: int | None) -> Expectation:
         """The experts' weighted sum: of the captured ``ffn_moe_down``, or of all that a fused op did."""
         weights = self.value("ffn_moe_weights_norm", layer)
         if ("ffn_moe_down", layer) not in self.forward.stages:
@@ -297,9 +301,9 @@ class Expectations:
         down = self.value("ffn_moe_down", layer)
         value = np.einsum("txd,tx->td", down, weights)
         spread = np.einsum("txd,tx->td", np.abs(down), np.abs(weights))
-        return Expectation(value, _within_float32(FLOAT32 * weights.shape[1] ** 0.5 * spread, spread))
+        return Expectation(value, within_float32(FLOAT32 * weights.shape[1] ** 0.5 * spread, spread))
 
-    def _fused_moe_out(self, layer: int, weights: np.ndarray) -> Expectation:
+    def _fused_moe_out(self, layer: int | None, weights: np.ndarray) -> Expectation:
         """The whole expert layer from ``ffn_norm``; roundings inside it add up as variances."""
         prefix = f"layers.{layer}.mlp.experts."
         gate_proj, up_proj, down_proj = (
@@ -336,7 +340,7 @@ class Expectations:
         up, up_sigma = self._dense(x, up_proj)
         act = silu(gate) * up
         slope = MAX_SILU_SLOPE * np.abs(up)
-        variance = (slope * gate_sigma) ** 2 + (silu(gate) * up_sigma) ** 2 + _swiglu_sigma(gate, up) ** 2
+        variance = (slope * gate_sigma) ** 2 + (silu(gate) * up_sigma) ** 2 + swiglu_sigma(gate, up) ** 2
         down, own = self._dense(act, down_proj)
         dense = dequantize(down_proj).astype(np.float64)
         spread = variance @ (dense * dense).T
@@ -384,38 +388,26 @@ class Expectations:
         return Expectation(value, FLOAT32 * np.abs(value))
 
 
-def _swiglu_sigma(gate: np.ndarray, up: np.ndarray) -> np.ndarray:
-    """Deviation of ``silu(gate) * up`` in float32."""
-    size = np.abs(gate * up)
-    sigma = FLOAT32 * (4 + np.abs(gate)) * np.abs(silu(gate) * up) + FLUSHED_SIGMOID * size
-    return _within_float32(sigma, size)
-
-
-def _within_float32(sigma: np.ndarray, size: np.ndarray) -> np.ndarray:
-    """Sigma, infinite where a number of this size on the way has no place in float32."""
-    return np.where(size > FLOAT32_MAX, np.inf, sigma)
-
-
 def _matrix(stage: str, name: str) -> Callable[[Expectations, int | None], Expectation]:
     """Expectation of a product of the captured ``stage`` with the matrix of the stage ``name``."""
 
     def expect(judge: Expectations, layer: int | None) -> Expectation:
         x = judge.value(stage, layer)
         operand = FLOAT32 if name == "ffn_moe_logits" else None  # the router computes in float32
-        weight = judge.weight(judge.tensor_path((name, layer)))
+        weight = judge.weight(judge.parameter((name, layer)))
         return judge.matmul(x.reshape(len(x), -1), weight, operand)
 
     return expect
 
 
 def _norm(stage: str, name: str) -> Callable[[Expectations, int | None], Expectation]:
-    return lambda judge, layer: judge.norm(judge.value(stage, layer), judge.tensor_path((name, layer)))
+    return lambda judge, layer: judge.norm(judge.value(stage, layer), judge.parameter((name, layer)))
 
 
 def _experts(name: str) -> Callable[[Expectations, int | None], Expectation]:
     return lambda judge, layer: judge.expert_matmul(
         judge.value("ffn_moe_swiglu", layer) if name == "ffn_moe_down" else judge.experts_input(layer),
-        judge.tensor_path((name, layer)),
+        judge.parameter((name, layer)),
         layer,
     )
 
@@ -423,7 +415,7 @@ def _experts(name: str) -> Callable[[Expectations, int | None], Expectation]:
 _EXPECTATIONS: dict[str, Callable[[Expectations, int | None], Expectation]] = {
     "inp_embd": lambda judge, _: judge.embedding(),
     "attn_norm": lambda judge, layer: judge.norm(
-        judge.layer_input(layer), judge.tensor_path(("attn_norm", layer))
+        judge.layer_input(layer), judge.parameter(("attn_norm", layer))
     ),
     "Qcur": _matrix("attn_norm", "Qcur"),
     "Kcur": _matrix("attn_norm", "Kcur"),

@@ -11,6 +11,7 @@ import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -68,7 +69,7 @@ def first_forward(source: ModelSource) -> tuple[int, frozenset[str], tuple[int, 
     return TOKENS, frozenset(FUSED_STAGES), layers if is_part else None
 
 
-def layers_option(runner: Runner, source: ModelSource) -> dict[str, tuple[int, ...]]:
+def layers_option(runner: Runner, source: ModelSource) -> dict[str, Any]:
     """The option of ``forward`` that runs the gate's layers alone; empty where every layer has to run."""
     layers = first_forward(source)[2]
     return {} if layers is None else {"layers": layers}
@@ -78,7 +79,7 @@ def inspect(runner: Runner, source: ModelSource) -> GateResult:
     """Runs the check, whatever is remembered."""
     began = time.perf_counter()
     options = layers_option(runner, source)
-    layers = options.get("layers", tuple(range(source.config.num_hidden_layers)))
+    layers = tuple(options.get("layers") or range(source.config.num_hidden_layers))
     vocab = source.config.vocab_size
     token_ids = np.arange(1, TOKENS + 1) * vocab // (2 * TOKENS)
     forward = runner.forward(token_ids, capture=FUSED_STAGES, **options)

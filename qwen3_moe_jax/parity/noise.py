@@ -53,6 +53,10 @@ import numpy as np
 from qwen3_moe_jax.convert.formats import FORMATS
 from qwen3_moe_jax.convert.packed import PackedTensor
 from qwen3_moe_jax.convert.unpack import dequantize
+from qwen3_moe_jax.reference.model import silu
+
+FLUSHED_SIGMOID = float(np.exp(-80.0))
+"""A sigmoid below this may be zero: float32's exponential ends at e^-87."""
 
 MAX_SIGMAS = 8.0
 """Among 10^9 normal deviates the largest is expected at 6."""
@@ -187,3 +191,15 @@ def rounded(values: np.ndarray, operand: float) -> np.ndarray:
     mantissa, exponent = np.frexp(values)
     steps = 0.5 / operand
     return np.ldexp(np.rint(mantissa * steps) / steps, exponent)
+
+
+def swiglu_sigma(gate: np.ndarray, up: np.ndarray) -> np.ndarray:
+    """Deviation of ``silu(gate) * up`` in float32."""
+    size = np.abs(gate * up)
+    sigma = FLOAT32 * (4 + np.abs(gate)) * np.abs(silu(gate) * up) + FLUSHED_SIGMOID * size
+    return within_float32(sigma, size)
+
+
+def within_float32(sigma: np.ndarray, size: np.ndarray) -> np.ndarray:
+    """Sigma, infinite where a number of this size on the way has no place in float32."""
+    return np.where(size > FLOAT32_MAX, np.inf, sigma)

@@ -96,7 +96,7 @@ def _q3_k(blocks: np.ndarray) -> np.ndarray:
     return _half(blocks, 108) * scale * (low.astype(np.float32) + 4 * third.astype(np.float32) - 4)
 
 
-_CURVE = np.float32([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113])
+_CURVE = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.float32)
 
 
 def _iq4_xs(blocks: np.ndarray) -> np.ndarray:
@@ -137,7 +137,7 @@ def _q5_1(blocks: np.ndarray) -> np.ndarray:
 
 
 def _mxfp4(blocks: np.ndarray) -> np.ndarray:
-    values = np.float32([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12])
+    values = np.array([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], np.float32)
     return values[_legacy_quants(blocks, 1)] * np.ldexp(np.float32(1), blocks[:, :1].astype(np.int32) - 128)
 
 
@@ -211,7 +211,7 @@ def _iq1_m(blocks: np.ndarray) -> np.ndarray:
     scale = 1 + 2 * _bits(blocks, 48, _I // 64 * 16 + _I % 64 // 16 * 3, 3).astype(np.float32)
     delta = 0.125 - 0.25 * _bits(blocks, 32, _I // 8 * 4 + 3, 1).astype(np.float32)
     fours = [_bits(blocks, 48, np.array([16 * i + 12]), 4) << 4 * i for i in range(4)]
-    d = sum(fours).astype(np.uint16).view(np.float16).astype(np.float32)
+    d = np.bitwise_or.reduce(fours).astype(np.uint16).view(np.float16).astype(np.float32)
     return d * scale * (_point("IQ1", index) + delta)
 
 

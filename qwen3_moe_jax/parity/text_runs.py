@@ -56,11 +56,13 @@ class LogitDistance:
     @classmethod
     def joined(cls, parts: Sequence["LogitDistance"]) -> "LogitDistance":
         """The distance over a text from those over its windows."""
-        arrays = [
-            np.concatenate([getattr(part, name) for part in parts])
-            for name in ("cosine", "nmse", "kl", "agrees")
-        ]
-        return cls(*arrays, float(np.max([part.largest for part in parts])))
+        return cls(
+            np.concatenate([part.cosine for part in parts]),
+            np.concatenate([part.nmse for part in parts]),
+            np.concatenate([part.kl for part in parts]),
+            np.concatenate([part.agrees for part in parts]),
+            float(np.max([part.largest for part in parts])),
+        )
 
     @property
     def top1(self) -> float:

@@ -27,6 +27,7 @@ from qwen3_moe_jax.core.rope import rope_tables
 from qwen3_moe_jax.core.runner import (
     Forward,
     ForwardOptions,
+    TokenIds,
 )
 from qwen3_moe_jax.core.runner_arguments import (
     checked_forward,
@@ -214,7 +215,7 @@ class ReferenceRunner(OneAtATime):
         self.is_closed = True
         self.weights, self._rope = {}, None
 
-    def forward(self, token_ids: Sequence[int], **options: Unpack[ForwardOptions]) -> Forward:
+    def forward(self, token_ids: TokenIds, **options: Unpack[ForwardOptions]) -> Forward:
         r = checked_forward(self, token_ids, **options)
         stages: dict[StageKey, list[np.ndarray]] = {}
 
@@ -234,7 +235,7 @@ class ReferenceRunner(OneAtATime):
         joined = {key: np.concatenate(values) for key, values in stages.items()}
         return Forward(np.concatenate(logits), np.concatenate(chosen, axis=1), joined)
 
-    def log_likelihoods(self, token_ids: Sequence[int], *, first: int = 1) -> np.ndarray:
+    def log_likelihoods(self, token_ids: TokenIds, *, first: int = 1) -> np.ndarray:
         tokens = checked_text(self, token_ids, first)
         inputs, targets = tokens[:-1], tokens[1:]
         cache, found = self._empty_cache(), []
@@ -259,7 +260,7 @@ class ReferenceRunner(OneAtATime):
         reuse: bool = False,
     ) -> Iterator[int]:
         tokens = checked_prompt(self, token_ids)
-        return self._stream(tokens, max_tokens, Sampler(sampling, tokens), stop_ids)
+        return self._stream(tokens, max_tokens, Sampler(sampling, tokens.tolist()), stop_ids)
 
     def _stream(
         self, token_ids: np.ndarray, max_tokens: int, sampler: Sampler, stop_ids: Collection[int]

@@ -163,7 +163,7 @@ def array(element: int, count: int, payload: bytes = b"") -> bytes:
 
 def model_metadata(config: Qwen3MoeConfig = TINY) -> dict[str, object]:
     """Metadata of a model, hyper-parameters alone."""
-    values = {
+    values: dict[str, object] = {
         "block_count": config.num_hidden_layers,
         "context_length": config.max_position_embeddings,
         "embedding_length": config.hidden_size,
@@ -178,7 +178,7 @@ def model_metadata(config: Qwen3MoeConfig = TINY) -> dict[str, object]:
         "expert_feed_forward_length": config.moe_intermediate_size,
     }
     values |= _rope_scaling_metadata(config.rope_scaling)
-    return {"general.architecture": "qwen3moe"} | {f"qwen3moe.{k}": v for k, v in values.items()}
+    return {"general.architecture": "qwen3moe", **{f"qwen3moe.{k}": v for k, v in values.items()}}
 
 
 def _rope_scaling_metadata(scaling: RopeScaling | None) -> dict[str, object]:

@@ -262,15 +262,17 @@ class Ops:
         cache = (2 if f16 else 4) * kv_heads * capacity * head_dim
         keys, values = (self.device.buffer(cache, n) for n in ("keys", "values"))
         table, norm = self._in(np.concatenate(rope, axis=1)), self._in(norms)
-        out, chunk = [], chunk or tokens
-        for start in range(0, tokens, chunk):
-            part = qkv[start : start + chunk]
+        out, step = [], chunk or tokens
+        for start in range(0, tokens, step):
+            part = qkv[start : start + step]
             count = len(part)
             spans = -(-(start + count) // span)
             roped = self._out(count * (heads + kv_heads) * head_dim)
             output = self._out(count * heads * head_dim)
             parts = self._out(count * spans * heads * (head_dim + 4))
-            shape = dict(heads=heads, kv_heads=kv_heads, head_dim=head_dim, capacity=capacity, f16=f16)
+            shape: dict[str, Any] = dict(
+                heads=heads, kv_heads=kv_heads, head_dim=head_dim, capacity=capacity, f16=f16
+            )
             sites = [
                 kernels.rope_site(
                     self.device,

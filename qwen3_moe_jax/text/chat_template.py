@@ -34,6 +34,7 @@ from collections.abc import Collection, Mapping, Sequence
 from functools import cache
 from itertools import islice
 from pathlib import Path
+from typing import IO, Any
 
 from qwen3_moe_jax.text.rendered_chat import RenderedChat
 from qwen3_moe_jax.text.template_worker import CPU_SECONDS
@@ -89,7 +90,7 @@ def find_template(metadata: Mapping[str, object]) -> str:
 
 def special_tokens(metadata: Mapping[str, object]) -> dict[str, str]:
     """``bos_token``, ``eos_token`` and ``pad_token``, as templates may name them."""
-    tokens = metadata.get("tokenizer.ggml.tokens", [])
+    tokens: Any = metadata.get("tokenizer.ggml.tokens", [])
     keys = {"bos_token": "bos", "eos_token": "eos", "pad_token": "padding"}
     ids = {name: metadata.get(f"tokenizer.ggml.{key}_token_id") for name, key in keys.items()}
     return {name: tokens[i] for name, i in ids.items() if isinstance(i, int) and 0 <= i < len(tokens)}
@@ -282,11 +283,11 @@ def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
 
 
-def _check_tool(tool: object, place: str) -> dict[str, object]:
+def _check_tool(tool: Any, place: str) -> dict[str, object]:
     function = tool.get("function", tool) if isinstance(tool, Mapping) else None
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
         raise MessageError(f"{place} needs a function with a name")
-    return dict(tool)
+    return {str(key): value for key, value in tool.items()}
 
 
 def _to_json(value: object) -> str:
@@ -311,7 +312,7 @@ class _Renderer:
 
     def __init__(self):
         self._lock = threading.Lock()
-        self._process: subprocess.Popen | None = None
+        self._process: _Worker | None = None
         atexit.register(self.close)
 
     def start(self) -> None:
@@ -351,7 +352,7 @@ class _Renderer:
             self._discard()
         return answer
 
-    def _ensure_running(self) -> subprocess.Popen:
+    def _ensure_running(self) -> "_Worker":
         if self._process is not None and self._process.poll() is not None:
             self._discard()
         if self._process is None:
@@ -365,9 +366,9 @@ class _Renderer:
             return None
         process.kill()
         status = process.wait()
-        process.stdout.close()
+        process.answers.close()
         with contextlib.suppress(BrokenPipeError):  # a request that it did not live to read
-            process.stdin.close()
+            process.requests.close()
         return status
 
 
@@ -381,16 +382,31 @@ def _renderer() -> _Renderer:
     return _renderer_of(os.getpid())
 
 
-def _start_worker() -> subprocess.Popen:
+class _Worker(subprocess.Popen[bytes]):
+    """The child, whose two pipes are there."""
+
+    @property
+    def requests(self) -> IO[bytes]:
+        assert self.stdin is not None
+        return self.stdin
+
+    @property
+    def answers(self) -> IO[bytes]:
+        assert self.stdout is not None
+        return self.stdout
+
+
+def _start_worker() -> _Worker:
     """Starts the child with nothing but the standard library and Jinja, and next to no environment."""
     specs = [importlib.util.find_spec(name) for name in ("jinja2", "markupsafe")]
-    if None in specs:
+    origins = [spec.origin for spec in specs if spec is not None and spec.origin is not None]
+    if len(origins) < len(specs):
         raise TemplateError("rendering needs the jinja2 package: pip install jinja2")
-    folders = sorted({str(Path(spec.origin).parent.parent) for spec in specs})
+    folders = sorted({str(Path(origin).parent.parent) for origin in origins})
     worker = Path(__file__).with_name("template_worker.py")
     kept = ("TZ", "SYSTEMROOT", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH")
     try:
-        return subprocess.Popen(
+        return _Worker(
             [sys.executable or "python3", "-I", "-S", str(worker), *folders],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -402,22 +418,22 @@ def _start_worker() -> subprocess.Popen:
         raise TemplateError(f"the process that renders it cannot start: {error}") from error
 
 
-def _exchange_frames(process: subprocess.Popen, content: bytes) -> bytes | None:
+def _exchange_frames(process: _Worker, content: bytes) -> bytes | None:
     """Sends a request and returns the answer, or None when the child died of it."""
     try:
-        process.stdin.write(len(content).to_bytes(4, "big") + content)
-        process.stdin.flush()
+        process.requests.write(len(content).to_bytes(4, "big") + content)
+        process.requests.flush()
     except BrokenPipeError:
         return None
-    header = process.stdout.read(4)
+    header = process.answers.read(4)
     size = int.from_bytes(header, "big")
     if len(header) < 4 or size > MAX_ANSWER_BYTES:
         return None
-    frame = process.stdout.read(size)
+    frame = process.answers.read(size)
     return frame if len(frame) == size else None
 
 
-def _cause_of_death(status: int) -> str:
+def _cause_of_death(status: int | None) -> str:
     if status == -getattr(signal, "SIGPROF", 0):
         return f"it takes more than {CPU_SECONDS} s of CPU time"
     if status == -getattr(signal, "SIGKILL", 0):

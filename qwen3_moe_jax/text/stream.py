@@ -239,6 +239,7 @@ class ReasoningSplitter:
         end = self._held.find(END_THINK)
         if end < 0:
             tail = re.search(r"\n*\Z", self._held[: len(self._held) - _overlap(self._held, END_THINK)])
+            assert tail is not None, "the pattern matches the empty end too"
             self._take(pieces, "reasoning", tail.start())
             return
         rest = self._held[end + len(END_THINK) :]

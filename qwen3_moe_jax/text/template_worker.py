@@ -39,7 +39,7 @@ def make_environment():
     class Generation(jinja2.ext.Extension):
         """``{% generation %}`` marks what a model wrote, for training; here its body is plain output."""
 
-        tags = frozenset({"generation"})
+        tags = {"generation"}  # noqa: RUF012
 
         def parse(self, parser):
             line = next(parser.stream).lineno

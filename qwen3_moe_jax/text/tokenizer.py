@@ -22,7 +22,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from enum import IntEnum
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qwen3_moe_jax.convert.errors import ModelFileError
 from qwen3_moe_jax.convert.tokenizer_metadata import BYTE_ALPHABET, check_tokenizer
@@ -89,18 +89,19 @@ class Tokenizer:
           ModelFileError: E_TOKENIZER, the metadata does not describe a usable tokenizer.
         """
         check_tokenizer(metadata, vocab_size)
-        self._tokens: list[str] = metadata["tokenizer.ggml.tokens"]
-        self._types: list[int] = metadata["tokenizer.ggml.token_type"]
-        self._merges: list[str] = metadata["tokenizer.ggml.merges"]
+        values: Mapping[str, Any] = metadata
+        self._tokens: list[str] = values["tokenizer.ggml.tokens"]
+        self._types: list[int] = values["tokenizer.ggml.token_type"]
+        self._merges: list[str] = values["tokenizer.ggml.merges"]
         self._vocab_size = max(vocab_size or 0, len(self._tokens))
         added = (TokenType.CONTROL, TokenType.USER_DEFINED)
         self._added = {t: i for i, t in enumerate(self._tokens) if self._types[i] in added}
-        self.eos_id: int | None = metadata.get("tokenizer.ggml.eos_token_id")
-        wants_bos = metadata.get("tokenizer.ggml.add_bos_token", False)
-        self.bos_id: int | None = metadata.get("tokenizer.ggml.bos_token_id") if wants_bos else None
-        self.stop_ids = self._find_stop_ids(metadata)
+        self.eos_id: int | None = values.get("tokenizer.ggml.eos_token_id")
+        wants_bos = values.get("tokenizer.ggml.add_bos_token", False)
+        self.bos_id: int | None = values.get("tokenizer.ggml.bos_token_id") if wants_bos else None
+        self.stop_ids = self._find_stop_ids(values)
 
-    def _find_stop_ids(self, metadata: Mapping[str, object]) -> frozenset[int]:
+    def _find_stop_ids(self, metadata: Mapping[str, Any]) -> frozenset[int]:
         keys = [f"tokenizer.ggml.{kind}_token_id" for kind in ("eos", "eot", "eom")]
         declared = {metadata[key] for key in keys if key in metadata}
         for key in keys:
@@ -177,7 +178,7 @@ class Tokenizer:
 
         # Normal tokens alone: no list of merges can spell its way to a control id.
         vocab = {t: i for i, t in enumerate(self._tokens) if self._types[i] == TokenType.NORMAL}
-        merges = [tuple(merge.split(" ", 1)) for merge in self._merges]
+        merges = [(left, right) for left, _, right in (merge.partition(" ") for merge in self._merges)]
         try:
             tokenizer = Tokenizer(models.BPE(vocab, merges))
         except Exception as error:  # the library raises bare Exception

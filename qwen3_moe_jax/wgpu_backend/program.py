@@ -148,7 +148,9 @@ class Program:
         b, width = self._buffers, self._config.hidden_size
         for window in weights.embed_tokens:
             yield kernels.embed_site(self._device, window, b["tokens"], b["x"])
-        norms = [(weights.layers[i].input_layernorm, ("attn_norm", i)) for i in layers]
+        norms: list[tuple[Any, StageKey]] = [
+            (weights.layers[i].input_layernorm, ("attn_norm", i)) for i in layers
+        ]
         norms.append((weights.norm, ("result_norm", None)))
         norm, key = norms[0]
         taps = (Tap(("inp_embd", None), b["x"], (width,)), Tap(key, b["h"], (width,)))

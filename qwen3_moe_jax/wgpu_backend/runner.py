@@ -19,6 +19,7 @@ from qwen3_moe_jax.core.runner import (
     Forward,
     ForwardOptions,
     Platform,
+    TokenIds,
 )
 from qwen3_moe_jax.core.runner_arguments import (
     check_open,
@@ -176,7 +177,7 @@ class WgpuRunner(OneAtATime):
             "memory": str(self.plan),
         }
 
-    def forward(self, token_ids: Sequence[int], **options: Unpack[ForwardOptions]) -> Forward:
+    def forward(self, token_ids: TokenIds, **options: Unpack[ForwardOptions]) -> Forward:
         """As ``Runner.forward``."""
         r = checked_forward(self, token_ids, **options)
         tokens = r.token_ids.astype(np.uint32)
@@ -195,7 +196,7 @@ class WgpuRunner(OneAtATime):
         stages = {key: np.concatenate([p.stages[key] for p in parts]) for key in parts[0].stages}
         return Forward(logits, np.concatenate([p.expert_ids for p in parts], axis=1), stages)
 
-    def log_likelihoods(self, token_ids: Sequence[int], *, first: int = 1) -> np.ndarray:
+    def log_likelihoods(self, token_ids: TokenIds, *, first: int = 1) -> np.ndarray:
         tokens = checked_text(self, token_ids, first).astype(np.uint32)
         count = len(tokens) - 1
         with self._lock:

@@ -163,7 +163,7 @@ class FakeRunner:
 
 
 def measure(source, runner, workloads, **options) -> dict[str, Row]:
-    groups = Benchmark(source, runner, limits=KNOWN, **options).rows(workloads)
+    groups = Benchmark(source, runner, given_limits=KNOWN, **options).rows(workloads)
     return {row.workload.name: row for group in groups for row in group}
 
 

@@ -12,21 +12,32 @@ class Metrics:
     """The server's metrics, in a registry of their own."""
 
     def __init__(self):
-        self.registry = CollectorRegistry()
-        r = {"registry": self.registry}
-        self.requests = Counter("qwen3_moe_requests", "Requests by path and status", ["path", "status"], **r)
-        self.tokens = Counter(
-            "qwen3_moe_tokens", "Tokens: prompt, cached, completion, reasoning", ["kind"], **r
+        self.registry = kept = CollectorRegistry()
+        self.requests = Counter(
+            "qwen3_moe_requests", "Requests by path and status", ["path", "status"], registry=kept
         )
-        self.answers = Counter("qwen3_moe_answers", "Answers by the reason of their end", ["reason"], **r)
+        self.tokens = Counter(
+            "qwen3_moe_tokens",
+            "Tokens: prompt, cached, completion, reasoning",
+            ["kind"],
+            registry=kept,
+        )
+        self.answers = Counter(
+            "qwen3_moe_answers", "Answers by the reason of their end", ["reason"], registry=kept
+        )
         self.first_token = Histogram(
-            "qwen3_moe_first_token_seconds", "From the request to the first token", buckets=_BUCKETS, **r
+            "qwen3_moe_first_token_seconds",
+            "From the request to the first token",
+            buckets=_BUCKETS,
+            registry=kept,
         )
         self.unknown_fields = Counter(
-            "qwen3_moe_unknown_fields", "Fields of requests that are not known", **r
+            "qwen3_moe_unknown_fields", "Fields of requests that are not known", registry=kept
         )
-        self.engine = Gauge("qwen3_moe_engine", "What the engine says of itself", ["name"], **r)
-        self.restarts = Gauge("qwen3_moe_engine_restarts", "How often the engine was started again", **r)
+        self.engine = Gauge("qwen3_moe_engine", "What the engine says of itself", ["name"], registry=kept)
+        self.restarts = Gauge(
+            "qwen3_moe_engine_restarts", "How often the engine was started again", registry=kept
+        )
 
     def answered(self, usage: Usage, reason: str) -> None:
         """Counts an answer."""
