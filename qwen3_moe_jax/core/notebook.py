@@ -1,6 +1,7 @@
 """Progress in notebooks: one bar that is written over in its cell, and taken away at the end."""
 
 import html
+import importlib
 import sys
 import time
 from collections.abc import Generator
@@ -38,8 +39,7 @@ def progress(shown: "ProgressCallback | bool | None", label: str) -> Any:
 @contextmanager
 def show_progress(label: str) -> Generator[ProgressCallback, None, None]:
     """A bar in the cell's output, once the job takes longer than a second."""
-    from IPython.display import display
-
+    display: Any = importlib.import_module("IPython.display").display
     estimate, due = terminal.Estimate(), terminal.QUIET_SECONDS
     handle: Any = None
     began = time.monotonic()

@@ -5,6 +5,7 @@ formats each character is drawn with a font of this machine that has it, and one
 as its number.
 """
 
+import importlib
 import importlib.util
 import io
 import warnings
@@ -85,6 +86,11 @@ def drawn(path: str | Path, draw: Callable[[], "Figure"]) -> None:
     save_seekable(path, lambda file: _save(file, kind, draw))
 
 
+def _matplotlib(module: str) -> Any:
+    """A module of matplotlib, whose own types are only partly known."""
+    return importlib.import_module(module)
+
+
 def png_of(draw: Callable[[], "Figure"]) -> bytes:
     """A picture as PNG in memory, for notebooks."""
     file = io.BytesIO()
@@ -93,12 +99,11 @@ def png_of(draw: Callable[[], "Figure"]) -> bytes:
 
 
 def _save(file: IO[bytes], kind: str, draw: Callable[[], "Figure"]) -> None:
-    import matplotlib as mpl
-
+    mpl = _matplotlib("matplotlib")
     dates = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}
     with mpl.rc_context(_STYLE), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from font")  # SVG: the viewer's fonts have it
-        figure = draw()
+        figure: Any = draw()
         figure.savefig(file, format=kind, dpi=DPI, facecolor="white", metadata=dates.get(kind))
 
 
@@ -116,7 +121,7 @@ def words(text: str, most: int, kind: str = "png") -> tuple[str, list[str]]:
 def _needed(line: str) -> list[tuple[str, frozenset[int]]]:
     """Fonts of this machine for the characters that matplotlib's own font lacks."""
     missing = {ord(c) for c in line} - _own()
-    found = []
+    found: list[tuple[str, frozenset[int]]] = []
     for name, has in _others() if missing else ():
         if missing & has:
             found.append((name, has))
@@ -130,18 +135,14 @@ def _has_any(character: str) -> bool:
 
 @cache
 def _own() -> frozenset[int]:
-    from matplotlib import font_manager
-
-    return _characters(font_manager.findfont("DejaVu Sans"))
+    return _characters(_matplotlib("matplotlib.font_manager").findfont("DejaVu Sans"))
 
 
 @cache
 def _others() -> tuple[tuple[str, frozenset[int]], ...]:
     """Every upright font of the machine and its characters, those with most of them first."""
-    from matplotlib import font_manager
-
-    entries: dict[str, Any] = {}
-    for entry in font_manager.fontManager.ttflist:
+    entries: dict[str, str] = {}
+    for entry in _matplotlib("matplotlib.font_manager").fontManager.ttflist:
         is_upright = entry.style == "normal" and str(entry.weight) in ("400", "normal", "regular", "book")
         if is_upright and not entry.name.startswith(NO_TEXT_FONTS):
             entries.setdefault(entry.name, entry.fname)
@@ -150,9 +151,7 @@ def _others() -> tuple[tuple[str, frozenset[int]], ...]:
 
 
 def _characters(path: str) -> frozenset[int]:
-    from matplotlib import ft2font
-
     try:
-        return frozenset(ft2font.FT2Font(path).get_charmap())
+        return frozenset(_matplotlib("matplotlib.ft2font").FT2Font(path).get_charmap())
     except (OSError, RuntimeError):  # no font that this library reads
         return frozenset()
