@@ -141,7 +141,7 @@ class StepResult:
     length: jax.Array
     finished: jax.Array
     nonfinite: jax.Array
-    scores: TokenScores | None
+    scores: TokenScores | None = None
 
     @classmethod
     def of(
@@ -253,7 +253,7 @@ class LoopState:
     active: jax.Array
     finished: jax.Array
     nonfinite: jax.Array
-    scores: TokenScores | None
+    scores: TokenScores | None = None
 
 
 @partial(jax.jit, static_argnames="decoder")
