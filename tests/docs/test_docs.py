@@ -55,6 +55,17 @@ def test_the_readme_is_short():
     assert len((ROOT / "README.md").read_text().splitlines()) <= 120
 
 
+def test_the_readmes_tree_names_every_room():
+    """Every folder of the package, and no folder that is not there."""
+    blocks = (ROOT / "README.md").read_text().split("```")
+    tree = next(block for block in blocks if block.startswith("\nconvert/"))
+    named = set(re.findall(r"(\w+)/(?= )", tree)) - {"decode_step"}
+    package = ROOT / "qwen3_moe_jax"
+    rooms = {p.name for p in package.iterdir() if p.is_dir() and not p.name.startswith(("_", "."))}
+    assert not rooms - named, "in the package and not in the README"
+    assert not [name for name in named if not ((ROOT / name).is_dir() or (package / name).is_dir())]
+
+
 def test_links_of_texts_outside_the_site_lead_somewhere():
     """Links of the site's own pages are checked when it is built."""
     for path in ROOT.glob("*.md"):
