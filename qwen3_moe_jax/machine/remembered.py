@@ -4,7 +4,7 @@ import json
 import os
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 MAX_REMEMBERED = 1000
 MAX_BYTES = 1 << 20
@@ -18,7 +18,7 @@ def remembered(path: Path) -> list[str]:
         keys: Any = json.loads(path.read_text())
     except (OSError, ValueError, RecursionError):
         return []
-    items: Any = keys if isinstance(keys, list) else []
+    items = cast("list[Any]", keys) if isinstance(keys, list) else []
     return [key for key in items if isinstance(key, str)]
 
 
