@@ -73,6 +73,14 @@ def recorded(batch: int) -> list[tuple[str, str]]:
     return found
 
 
+def test_each_row_of_the_docstring_waits_for_the_row_before_it():
+    """One counter orders all phases: the first of a layer waits for the last of the layer before it."""
+    *rows, norm, logits = table()
+    names = [name for name, _, _ in rows]
+    assert [waited for _, waited, _ in rows] == [names[-1], *names[:-1]]
+    assert [norm[1], logits[1]] == [names[-1], "norm"]
+
+
 @pytest.mark.parametrize("batch", [1, 3])
 def test_phases_wait_and_signal_in_the_order_of_the_docstring(batch):
     expected = []
