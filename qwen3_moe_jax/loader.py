@@ -136,8 +136,6 @@ def choose_backend(kernels: str = AUTO) -> Choice:
     hardware = [adapter for adapter in adapters if not adapter.software]
     if hardware:
         return Choice("wgpu", f"{why}; WebGPU adapter {hardware[0].summary}", fallbacks)
-    if jax_sees_gpu():
-        return Choice("jax", f"{why}, and no WebGPU hardware", fallbacks)
     return Choice("jax", f"{why}, no WebGPU hardware", fallbacks)
 
 

@@ -2,7 +2,6 @@
 
 import argparse
 import os
-import sys
 import time
 from collections import Counter
 from typing import TYPE_CHECKING
@@ -91,7 +90,7 @@ def _answer(args: argparse.Namespace, found: "Results") -> int:
     from qwen3_moe_jax.serve.batch.estimate import Estimate
 
     if args.requests == "-":
-        requests, estimate = source.StreamSource(sys.stdin.buffer), Estimate()
+        requests, estimate = source.StreamSource(terminal.bytes_of_input()), Estimate()
     else:
         with lines.open_requests(args.requests) as file:
             estimate = Estimate(line for line in lines.read(file) if line.name not in found.names)

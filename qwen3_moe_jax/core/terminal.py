@@ -395,7 +395,7 @@ def read_line() -> str | None:
     """
     if sys.stdin is None or sys.stdin.closed:
         return None
-    data = _bytes_of_input().readline()
+    data = bytes_of_input().readline()
     line = _decoded(data, "standard input") if isinstance(data, bytes) else data
     return line.rstrip("\r\n") if line else None
 
@@ -428,14 +428,15 @@ def input_name(path: str) -> str:
     return "standard input" if path == "-" else path
 
 
-def _bytes_of_input() -> Any:
+def bytes_of_input() -> Any:
+    """Standard input as a stream of bytes."""
     return getattr(sys.stdin, "buffer", sys.stdin)
 
 
 def _read_input() -> bytes:
     if sys.stdin is None or sys.stdin.closed:
         return b""
-    data = _bytes_of_input().read()
+    data = bytes_of_input().read()
     return data if isinstance(data, bytes) else data.encode("utf-8", "surrogateescape")
 
 

@@ -192,8 +192,8 @@ def test_bench_draws_what_was_measured(tmp_path, monkeypatch, capsys):
     assert "writing, one sequence" in svg.read_text()
 
 
-def test_a_picture_that_cannot_be_written_is_refused_first(capsys):
-    assert main(["bench", "-o", "/nonexistent/x.png"]) == ExitCode.USAGE
-    assert "no folder /nonexistent" in capsys.readouterr().err
+def test_a_picture_that_cannot_be_written_is_refused_first(tmp_path, capsys):
+    assert main(["bench", "-o", f"{tmp_path}/missing/x.png"]) == ExitCode.USAGE
+    assert f"no folder {tmp_path}/missing" in capsys.readouterr().err
     with pytest.raises(OutputFileError, match="must end with"):
         usage().save_picture("x.bmp")

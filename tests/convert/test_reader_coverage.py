@@ -18,7 +18,10 @@ pytest.importorskip("coverage")
 
 ROOT = Path(__file__).resolve().parents[2]
 READER = "*/convert/gguf_file.py,*/convert/gguf_header.py,*/convert/regular_file.py"
-TESTS = [f"tests/convert/{name}.py" for name in ("test_gguf_file", "test_gguf_bad_files", "test_truncation")]
+TESTS = [
+    f"tests/convert/{name}.py"
+    for name in ("test_gguf_file", "test_gguf_bad_files", "test_truncation", "test_regular_file")
+]
 # Timings and memory mean nothing under a tracer; the children are not measured.
 LEFT_OUT = "not 2M and not real_size and not under_optimization and not test_truncated_while_loading"
 

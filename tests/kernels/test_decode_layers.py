@@ -131,9 +131,8 @@ def compare(
     ids = actual.expert_ids
     recorder = model.clone(capture=frozenset({"ffn_moe_logits"}))
     with jax.default_matmul_precision("highest"):
-        network = recorder.bind(params)
-        expected = network(tokens, cache, [span], ids)
-    logits = np.asarray(network.shown()["ffn_moe_logits"])
+        expected, shown = recorder.bind(params).watched(lambda n: n(tokens, cache, [span], ids))
+    logits = np.asarray(shown["ffn_moe_logits"])
     best = -np.sort(-logits, axis=-1)[..., : ids.shape[-1]]
     behind = best - np.take_along_axis(logits, np.asarray(ids), axis=-1)
     assert np.abs(behind).max() <= tolerances.ROUTER_TIE * logits.std()

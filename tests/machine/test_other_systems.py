@@ -61,6 +61,7 @@ def test_what_windows_lacks_is_one_line(command, monkeypatch, tmp_path, capsys):
 def test_a_mac_takes_its_gpu_through_webgpu(monkeypatch):
     metal = SimpleNamespace(software=False, summary="Apple M3 Max (Metal)")
     monkeypatch.setattr(loader, "nvidia_gpus", lambda: ())
+    monkeypatch.setattr(loader, "may_have_hardware", lambda: True)
     monkeypatch.setattr(loader, "list_adapters", lambda: [metal])
     choice = loader.choose_backend()
     assert (choice.backend, choice.fallbacks) == ("wgpu", ())

@@ -18,6 +18,7 @@ CALLS: dict[str, Callable[[q3.Model], object]] = {
     "answer": lambda m: m.answer("x"),
     "bisect": lambda m: m.bisect("x"),
     "default_sampling": lambda m: m.default_sampling(),
+    "divergence": lambda m: m.divergence(m, "x " * 2000),
     "experts": lambda m: m.experts("x"),
     "forward": lambda m: m.forward([1]),
     "generate": lambda m: m.generate("x"),

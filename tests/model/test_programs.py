@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from qwen3_moe_jax.jax_backend import program_store, programs
+from qwen3_moe_jax.jax_backend import program_key, program_store, programs
 from qwen3_moe_jax.jax_backend.program_store import ProgramStore
 
 ROOT = Path(__file__).parents[2]
@@ -109,9 +109,9 @@ def test_flags_of_xla_in_a_file_are_part_of_the_key(monkeypatch, tmp_path):
     seen = []
     for text in ("--xla_cpu_enable_fast_math=false", "--xla_cpu_enable_fast_math=true"):
         file.write_text(text)
-        programs._fixed_environment.cache_clear()
+        program_key._fixed_environment.cache_clear()
         seen.append(programs.environment())
-    programs._fixed_environment.cache_clear()
+    program_key._fixed_environment.cache_clear()
     assert seen[0] != seen[1]
 
 
