@@ -14,15 +14,14 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from qwen3_moe_jax.core.errors import NumericalError
 from qwen3_moe_jax.core.runner import Runner
-from qwen3_moe_jax.measure.perplexity import Cut, Window
+from qwen3_moe_jax.measure.perplexity import Cut, OverWindows, Window
 from qwen3_moe_jax.text.tokenizer import Tokenizer
 
 ROWS_AT_A_TIME = 32
@@ -92,7 +91,7 @@ class StoredLogits:
 
 
 @dataclass(frozen=True)
-class Divergence:
+class Divergence(OverWindows):
     """Of a model from a base, after all windows of a text or after the first of them.
 
     Attributes:
@@ -118,21 +117,6 @@ class Divergence:
     windows: int
     windows_in_all: int
     seconds: float
-
-    @property
-    def is_complete(self) -> bool:
-        """Whether every window is in it."""
-        return self.windows == self.windows_in_all
-
-    @property
-    def seconds_left(self) -> float:
-        """An estimate, from the mean time of a window so far."""
-        return (self.windows_in_all - self.windows) * self.seconds / self.windows
-
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON, which has no infinity: that is None."""
-        fields = {k: None if v == math.inf else v for k, v in asdict(self).items()}
-        return {**fields, "complete": self.is_complete}
 
 
 def divergences(cut: Cut, model: LogitsOf, base: LogitsOf) -> Iterator[Divergence]:

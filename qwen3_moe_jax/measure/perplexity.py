@@ -23,7 +23,7 @@ log-likelihoods, which takes tokens for independent.
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -104,8 +104,36 @@ def cut_text(runner: Runner, tokenizer: Tokenizer, text: str, context: int, stri
     return Cut(ids, cut, tokenizer.bos_id if stride is None else None)
 
 
+class OverWindows:
+    """Figures of a text after some of its windows: fields of a dataclass without others inside.
+
+    Attributes:
+      windows, windows_in_all: done, and in all.
+      seconds: since the first window began.
+    """
+
+    windows: int
+    windows_in_all: int
+    seconds: float
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every window is in it."""
+        return self.windows == self.windows_in_all
+
+    @property
+    def seconds_left(self) -> float:
+        """An estimate, from the mean time of a window so far."""
+        return (self.windows_in_all - self.windows) * self.seconds / self.windows
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON, which has no infinity: that is None."""
+        fields = {k: None if v == math.inf else v for k, v in vars(self).items()}
+        return {**fields, "complete": self.is_complete}
+
+
 @dataclass(frozen=True)
-class Perplexity:
+class Perplexity(OverWindows):
     """A perplexity, after all windows of a text or after the first of them.
 
     Attributes:
@@ -133,21 +161,6 @@ class Perplexity:
     stride: int | None
     seconds: float
     tokens_per_s: float
-
-    @property
-    def is_complete(self) -> bool:
-        """Whether every window is in it."""
-        return self.windows == self.windows_in_all
-
-    @property
-    def seconds_left(self) -> float:
-        """An estimate, from the mean time of a window so far."""
-        return (self.windows_in_all - self.windows) * self.seconds / self.windows
-
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON, which has no infinity: that is None."""
-        fields = {k: None if v == math.inf else v for k, v in asdict(self).items()}
-        return {**fields, "complete": self.is_complete}
 
 
 def check_windows(context: int, stride: int | None) -> None:

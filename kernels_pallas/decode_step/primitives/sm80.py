@@ -6,7 +6,6 @@ from functools import partial
 from typing import Any
 
 import jax.numpy as jnp
-from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from qwen3_moe_jax.kernels_pallas.decode_step.primitives.choice import sort_pairs, top_experts
@@ -32,6 +31,7 @@ from qwen3_moe_jax.kernels_pallas.decode_step.primitives.warps import (
     warp_largest,
     warpgroup_reduce,
 )
+from qwen3_moe_jax.kernels_pallas.gpu.mma import recast as _recast
 
 grid_wait = partial(_grid_wait, fence="fence.acq_rel.gpu;")
 
@@ -56,20 +56,6 @@ def load_queries(ref: Any) -> Any:
     assert rows == 16, "a KV head has at most 16 query heads"
     queries = plgpu.load(ref, layout=layout, optimized=False)
     return _recast(queries, layout, plgpu.Layout.WGMMA, (64, columns))
-
-
-def _recast(x: Any, source: Any, target: Any, shape: tuple[int, int]) -> Any:
-    """The same registers as an array of another layout, whose lanes hold the same elements."""
-    out = plgpu.ShapeDtypeStruct(shape, x.dtype, layout=target)
-
-    @plgpu.inline_mgpu(arg_types=(source,), return_type=out)
-    def rename(ctx, x):
-        del ctx
-        layout = target.to_mgpu()
-        registers = x.registers.reshape(layout.registers_shape(shape))
-        return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
-
-    return rename(x)
 
 
 def matmul(a: Any, ref: Any, columns: int, *, transposed: bool) -> Any:
