@@ -12,8 +12,6 @@ from tests.kernels.op_cases import rng
 
 __all__ = ["rng"]
 
-needs_gpu = pytest.mark.skipif(jax.devices()[0].platform != "gpu", reason="needs a GPU")
-
 
 def rows(rng, columns: int) -> dict[str, np.ndarray]:
     one_block = rng.normal(size=columns)
@@ -38,7 +36,8 @@ def test_equals_laxs(rng, columns, k):
     np.testing.assert_array_equal(ids, expected[1])
 
 
-@needs_gpu
+@pytest.mark.gpu
+@pytest.mark.skipif(jax.devices()[0].platform != "gpu", reason="needs a GPU")
 @pytest.mark.parametrize("count", [1, 9])
 def test_equals_laxs_on_a_gpu(rng, count):
     x = jnp.asarray(np.stack(list(rows(rng, 151936).values()) * count), jnp.float32)

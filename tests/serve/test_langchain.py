@@ -63,6 +63,8 @@ class Suite(ChatModelIntegrationTests):
 
 
 class TestChatCompletions(Suite):
+    test_anthropic_inputs = None  # tool calls in Anthropic's form
+
     @property
     def chat_model_class(self):
         return ChatOpenAI
@@ -80,6 +82,8 @@ class TestResponses(TestChatCompletions):
 
 
 class TestMessages(Suite):
+    test_json_mode = None  # the protocol has none
+
     @property
     def chat_model_class(self):
         return ChatAnthropic
@@ -89,5 +93,5 @@ class TestMessages(Suite):
         return {"base_url": self.url, "api_key": "none", "model": "scripted", "max_retries": 0}
 
     @property
-    def supports_json_mode(self):
-        return False
+    def supports_anthropic_inputs(self):
+        return True

@@ -5,12 +5,14 @@ import json
 import random
 import socket
 import sys
+import threading
 import time
 
 import pytest
 
 httpx = pytest.importorskip("httpx")
 
+from qwen3_moe_jax.serve.http import completions, streams  # noqa: E402
 from qwen3_moe_jax.serve.settings import Settings  # noqa: E402
 from qwen3_moe_jax.testing.fake_engine import FakeEngine  # noqa: E402
 from qwen3_moe_jax.testing.http_server import quick_start, running  # noqa: E402
@@ -107,6 +109,30 @@ def test_a_full_queue_is_found_before_a_prompt_is_read(serve, monkeypatch):
     monkeypatch.setattr(server.service.model, "raw", lambda text: read.append(text) or raw(text))
     assert ask(server, prompt="not read").status_code == 429
     assert "not read" not in read
+    for connection in held:
+        connection.close()
+    until(lambda: is_idle(server))
+
+
+def test_a_request_that_is_queued_already_takes_no_second_place(serve, monkeypatch):
+    queued, may_go_on = [], threading.Event()
+
+    async def held_after(receive, work):
+        answer = await streams.until_gone(receive, work)
+        queued.append(answer)
+        while not may_go_on.is_set():
+            await asyncio.sleep(0.001)
+        return answer
+
+    monkeypatch.setattr(completions, "until_gone", held_after)
+    server = serve(is_held=True)
+    held = []
+    for i in range(SLOTS + QUEUE):
+        held.append(open_stream(server))
+        until(lambda i=i: len(queued) > i)
+    assert server.service.engine.active == SLOTS + QUEUE
+    may_go_on.set()
+    assert ask(server).status_code == 429
     for connection in held:
         connection.close()
     until(lambda: is_idle(server))

@@ -15,7 +15,7 @@ from qwen3_moe_jax.serve.http import logprobs, wishes
 from qwen3_moe_jax.serve.http.errors import ApiError, as_api_error
 from qwen3_moe_jax.serve.http.merge import merged
 from qwen3_moe_jax.serve.http.schemas import ChatRequest
-from qwen3_moe_jax.serve.http.state import Service, in_thread
+from qwen3_moe_jax.serve.http.state import Place, Service, in_thread
 from qwen3_moe_jax.serve.http.streams import DONE, EventStream, data, until_gone
 from qwen3_moe_jax.serve.tools import CallArguments, CallStart, Text, tool_schemas
 
@@ -25,8 +25,8 @@ async def chat_completions(request: Request) -> Response:
     service: Service = request.app.state.service
     r = service.parse(request, ChatRequest)
     n = r.n or 1
-    with service.place(n):
-        answers, skipped = await until_gone(request.receive, _prepare(service, r, request.state.key))
+    with service.place(n) as place:
+        answers, skipped = await until_gone(request.receive, _prepare(service, place, r, request.state.key))
     headers = {"x-skipped-tools": ",".join(skipped)[:200].replace("\n", " ")} if skipped else {}
     reply = Reply(service, r, answers)
     if r.stream:
@@ -44,7 +44,9 @@ def _refuse(r: ChatRequest) -> None:
         raise ApiError(400, "top_logprobs needs logprobs", param="top_logprobs")
 
 
-async def _prepare(service: Service, r: ChatRequest, key: str) -> tuple[list[Answer], list[str]]:
+async def _prepare(
+    service: Service, place: Place, r: ChatRequest, key: str
+) -> tuple[list[Answer], list[str]]:
     _refuse(r)
     tools, skipped = messages.function_tools(r.tools)
     names = [t["function"]["name"] for t in tools]
@@ -75,7 +77,7 @@ async def _prepare(service: Service, r: ChatRequest, key: str) -> tuple[list[Ans
         one_call=not parallel or chosen.name is not None,
         top=(r.top_logprobs or 0) if r.logprobs else None,
     )
-    return service.submit([wish], r.n or 1), skipped
+    return place.submit([wish], r.n or 1), skipped
 
 
 def think_id(service: Service, think: wishes.Thinking) -> int | None:

@@ -15,7 +15,7 @@ from qwen3_moe_jax.serve.http import logprobs, wishes
 from qwen3_moe_jax.serve.http.errors import ApiError, as_api_error
 from qwen3_moe_jax.serve.http.merge import merged
 from qwen3_moe_jax.serve.http.schemas import CompletionRequest, InfillRequest
-from qwen3_moe_jax.serve.http.state import Service, in_thread
+from qwen3_moe_jax.serve.http.state import Place, Service, in_thread
 from qwen3_moe_jax.serve.http.streams import DONE, EventStream, data, until_gone
 from qwen3_moe_jax.serve.text_model import Prompt
 
@@ -29,8 +29,8 @@ async def completions(request: Request) -> Response:
     r = service.parse(request, CompletionRequest)
     _refuse(r)
     count = (r.n or 1) * _count(r.prompt)
-    with service.place(count if r.max_tokens != 0 else 0):
-        reply = await until_gone(request.receive, _prepare(service, r, request.state.key))
+    with service.place(count if r.max_tokens != 0 else 0) as place:
+        reply = await until_gone(request.receive, _prepare(service, place, r, request.state.key))
     if r.stream:
         return EventStream(reply.events(), service.settings)
     return JSONResponse(await until_gone(request.receive, reply.whole()))
@@ -52,7 +52,7 @@ def _count(prompt: Any) -> int:
     return len(prompt) if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int) else 1
 
 
-async def _prepare(service: Service, r: CompletionRequest, key: str) -> "Reply":
+async def _prepare(service: Service, place: Place, r: CompletionRequest, key: str) -> "Reply":
     given = r.prompt if _count(r.prompt) > 1 or (r.prompt and isinstance(r.prompt[0], list)) else [r.prompt]
     if isinstance(r.prompt, list) and r.prompt and isinstance(r.prompt[0], str):
         given = r.prompt
@@ -71,7 +71,7 @@ async def _prepare(service: Service, r: CompletionRequest, key: str) -> "Reply":
         top=r.logprobs,
     )
     found = [make(p) for p in prompts]
-    answers = service.submit(found, r.n or 1) if r.max_tokens != 0 else []
+    answers = place.submit(found, r.n or 1) if r.max_tokens != 0 else []
     return Reply(service, r, prompts, answers)
 
 
@@ -209,14 +209,14 @@ async def infill(request: Request) -> Response:
     service: Service = request.app.state.service
     r = service.parse(request, InfillRequest)
     wishes.refuse_what_is_missing(r)
-    with service.place():
-        answer = await until_gone(request.receive, _prepare_infill(service, r, request.state.key))
+    with service.place() as place:
+        answer = await until_gone(request.receive, _prepare_infill(service, place, r, request.state.key))
     if r.stream:
         return EventStream(_infill_events(service, answer), service.settings)
     return JSONResponse(await until_gone(request.receive, _infill_whole(service, answer)))
 
 
-async def _prepare_infill(service: Service, r: InfillRequest, key: str) -> Answer:
+async def _prepare_infill(service: Service, place: Place, r: InfillRequest, key: str) -> Answer:
     try:
         fill = service.model.fill_in_middle
         prompt = await in_thread(fill, r.input_prefix + r.prompt, r.input_suffix)
@@ -234,7 +234,7 @@ async def _prepare_infill(service: Service, r: InfillRequest, key: str) -> Answe
         max_tokens=limit,
         splits=False,
     )
-    return service.submit([wish])[0]
+    return place.submit([wish])[0]
 
 
 def _infill_end(answer: Answer) -> dict[str, Any]:

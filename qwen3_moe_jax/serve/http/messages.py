@@ -14,7 +14,7 @@ from qwen3_moe_jax.serve.http import wishes
 from qwen3_moe_jax.serve.http.chat import think_id
 from qwen3_moe_jax.serve.http.errors import ApiError, as_api_error
 from qwen3_moe_jax.serve.http.schemas import CountTokensRequest, MessagesRequest
-from qwen3_moe_jax.serve.http.state import Service, in_thread
+from qwen3_moe_jax.serve.http.state import Place, Service, in_thread
 from qwen3_moe_jax.serve.http.streams import EventStream, event, until_gone
 from qwen3_moe_jax.serve.tools import CallStart, Text, tool_schemas
 from qwen3_moe_jax.text.chat_template import MessageError
@@ -24,8 +24,8 @@ async def messages(request: Request) -> Response:
     """Anthropic's chat."""
     service: Service = request.app.state.service
     r = service.parse(request, MessagesRequest)
-    with service.place():
-        answer, skipped = await until_gone(request.receive, _prepare(service, r, request.state.key))
+    with service.place() as place:
+        answer, skipped = await until_gone(request.receive, _prepare(service, place, r, request.state.key))
     headers = {"request-id": request.state.request_id}
     headers |= {"x-skipped-tools": ",".join(skipped)[:200].replace("\n", " ")} if skipped else {}
     reply = Reply(service, answer)
@@ -44,7 +44,7 @@ async def count_tokens(request: Request) -> Response:
     return JSONResponse({"input_tokens": len(prompt.token_ids)})
 
 
-async def _prepare(service: Service, r: MessagesRequest, key: str) -> tuple[Answer, list[str]]:
+async def _prepare(service: Service, place: Place, r: MessagesRequest, key: str) -> tuple[Answer, list[str]]:
     wishes.refuse_what_is_missing(r)
     tools, skipped = chats.function_tools(r.tools)
     names = [t["function"]["name"] for t in tools]
@@ -75,7 +75,7 @@ async def _prepare(service: Service, r: MessagesRequest, key: str) -> tuple[Answ
         think_id=None if constraint is None else think_id(service, think),
         one_call=not parallel or chosen.name is not None,
     )
-    return service.submit([wish])[0], skipped
+    return place.submit([wish])[0], skipped
 
 
 def _thinking(given: Mapping[str, Any] | None, effort: object = None) -> wishes.Thinking:

@@ -14,7 +14,7 @@ from qwen3_moe_jax.serve.http import logprobs, wishes
 from qwen3_moe_jax.serve.http.chat import call_id, think_id
 from qwen3_moe_jax.serve.http.errors import ApiError, as_api_error
 from qwen3_moe_jax.serve.http.schemas import ResponsesRequest
-from qwen3_moe_jax.serve.http.state import Service, in_thread
+from qwen3_moe_jax.serve.http.state import Place, Service, in_thread
 from qwen3_moe_jax.serve.http.streams import EventStream, event, until_gone
 from qwen3_moe_jax.serve.tools import CallStart, Text, tool_schemas
 from qwen3_moe_jax.text.chat_template import MessageError
@@ -24,8 +24,8 @@ async def responses(request: Request) -> Response:
     """OpenAI's responses."""
     service: Service = request.app.state.service
     r = service.parse(request, ResponsesRequest)
-    with service.place():
-        answer, skipped = await until_gone(request.receive, _prepare(service, r, request.state.key))
+    with service.place() as place:
+        answer, skipped = await until_gone(request.receive, _prepare(service, place, r, request.state.key))
     headers = {"x-skipped-tools": ",".join(skipped)[:200].replace("\n", " ")} if skipped else {}
     reply = Reply(service, r, answer)
     if r.stream:
@@ -33,7 +33,7 @@ async def responses(request: Request) -> Response:
     return JSONResponse(await until_gone(request.receive, reply.whole()), headers=headers)
 
 
-async def _prepare(service: Service, r: ResponsesRequest, key: str) -> tuple[Answer, list[str]]:
+async def _prepare(service: Service, place: Place, r: ResponsesRequest, key: str) -> tuple[Answer, list[str]]:
     wishes.refuse_what_is_missing(r)
     if r.previous_response_id is not None:
         raise ApiError(
@@ -69,7 +69,7 @@ async def _prepare(service: Service, r: ResponsesRequest, key: str) -> tuple[Ans
         one_call=not parallel or chosen.name is not None,
         top=_top(r),
     )
-    return service.submit([wish])[0], skipped
+    return place.submit([wish])[0], skipped
 
 
 LOGPROBS = "message.output_text.logprobs"

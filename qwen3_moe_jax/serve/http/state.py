@@ -26,7 +26,7 @@ class Service:
     """The loaded model as endpoints see it.
 
     Attributes:
-      preparing: requests that are being tokenised: they have a place in the queue already.
+      preparing: sequences that are being tokenised: they have a place in the queue already.
     """
 
     settings: Settings
@@ -61,7 +61,7 @@ class Service:
         return body
 
     @contextlib.contextmanager
-    def place(self, count: int = 1) -> Iterator[None]:
+    def place(self, count: int = 1) -> Iterator["Place"]:
         """Room in the queue for ``count`` sequences while a request is prepared: checked before any work.
 
         Raises:
@@ -72,24 +72,11 @@ class Service:
         room = self.engine.ready.slots + self.settings.max_queue
         if self.engine.active + self.preparing + count > room:
             raise full()
-        self.preparing += count
+        place = Place(self, count)
         try:
-            yield
+            yield place
         finally:
-            self.preparing -= count
-
-    def submit(self, wishes: Sequence[Wish], n: int = 1) -> list[Answer]:
-        """Answers to these, ``n`` of each, all in the queue.
-
-        Raises:
-          ApiError: 429, more prompt tokens wait than may.
-        """
-        tokens = sum(len(w.token_ids) for w in wishes) * n
-        if self.engine.waiting and self.engine.active_tokens + tokens > self.settings.max_queue_tokens:
-            raise full()
-        if any(w.constraint is not None for w in wishes) and not self.engine.ready.has_masks:
-            raise ApiError(501, "this backend cannot constrain answers: use the jax backend")
-        return [a for w in wishes for a in choices(self.engine, self.model, w, n)]
+            place.give_back()
 
     async def close(self) -> None:
         """Ends the processes that belong to it."""
@@ -99,6 +86,34 @@ class Service:
     def finished(self, answer: Answer) -> None:
         """Counts an answer that has ended."""
         self.metrics.answered(answer.usage, answer.finish_reason or "abort")
+
+
+class Place:
+    """Room that a request has in the queue, until its sequences are in the engine's own count."""
+
+    def __init__(self, service: Service, count: int):
+        self._service, self._count = service, count
+        service.preparing += count
+
+    def submit(self, wishes: Sequence[Wish], n: int = 1) -> list[Answer]:
+        """Answers to these, ``n`` of each, all in the queue.
+
+        Raises:
+          ApiError: 429, more prompt tokens wait than may; 501, the backend has no masks.
+        """
+        service, engine = self._service, self._service.engine
+        tokens = engine.active_tokens + sum(len(w.token_ids) for w in wishes) * n
+        if engine.waiting and tokens > service.settings.max_queue_tokens:
+            raise full()
+        if any(w.constraint is not None for w in wishes) and not engine.ready.has_masks:
+            raise ApiError(501, "this backend cannot constrain answers: use the jax backend")
+        self.give_back()  # now: other requests are looked at before this one's handler goes on
+        return [a for w in wishes for a in choices(engine, service.model, w, n)]
+
+    def give_back(self) -> None:
+        """Ends it; again is no fault."""
+        self._service.preparing -= self._count
+        self._count = 0
 
 
 async def in_thread(work: Any, *arguments: Any, **options: Any) -> Any:
