@@ -21,6 +21,9 @@ from qwen3_moe_jax.kernels_pallas.native.forms import Form
 
 SOURCES = Path(__file__).with_name("csrc")
 MAX_SECONDS = 300.0
+MIN_FREE_BYTES = 64 << 20
+"""What the compiler keeps beside its work, of zig's parts of the system's library, is less."""
+
 FLAGS = ("-std=gnu11", "-O3", "-fPIC", "-shared", "-ffp-contract=on", "-fno-math-errno", "-pthread")
 """A product and a sum of one expression may become one instruction; nothing is reordered."""
 
@@ -30,7 +33,7 @@ def build(form: Form, folder: Path) -> Path:
 
     Raises:
       NotImplementedError: there is no compiler, or it fails; says why.
-      OSError: the folder cannot be used.
+      OSError: it is not there, and the folder cannot be written, has no room, or is not to be trusted.
     """
     command, version = _compiler()
     key = _key(form, version)
@@ -38,6 +41,8 @@ def build(form: Form, folder: Path) -> Path:
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     _check_private(folder)
     if not path.exists():
+        if shutil.disk_usage(folder).free < MIN_FREE_BYTES:
+            raise OSError(f"{folder} has no room")
         _compile([*command, *_flags(form, command)], path)
     return path
 
@@ -69,8 +74,8 @@ def _key(form: Form, version: str) -> str:
 
 def _check_private(folder: Path) -> None:
     status = os.lstat(folder)
-    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid():
-        raise NotImplementedError(f"{folder} is not a folder of this user: no code is taken from it")
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid not in (0, os.geteuid()):
+        raise PermissionError(f"{folder} is not a folder of this user: no code is taken from it")
     if status.st_mode & 0o022:
         for path in folder.glob("native-*.so"):
             path.unlink(missing_ok=True)  # written before may be anybody's

@@ -2,6 +2,7 @@
 
 import ctypes
 import re
+import shutil
 import tempfile
 import threading
 from dataclasses import dataclass, field
@@ -10,7 +11,7 @@ from pathlib import Path
 import jax
 
 from qwen3_moe_jax.kernels_pallas.native.compiler import build
-from qwen3_moe_jax.kernels_pallas.native.forms import choose_form
+from qwen3_moe_jax.kernels_pallas.native.forms import Form, choose_form
 
 HANDLERS = ("qwen3_moe_matmul", "qwen3_moe_experts", "qwen3_moe_layers")
 
@@ -69,11 +70,8 @@ def require() -> Loaded:
 
 def _load(folder: Path | None, threads: int) -> Loaded:
     form, version = choose_form(), _api_version()
-    if folder is None:
-        with tempfile.TemporaryDirectory(prefix="qwen3-moe-native-") as scratch:
-            library = ctypes.CDLL(str(build(form, Path(scratch))))
-    else:
-        library = ctypes.CDLL(str(build(form, folder)))
+    with tempfile.TemporaryDirectory(prefix="qwen3-moe-native-") as scratch:
+        library = _open(form, folder, Path(scratch))
     if not library.qwen3_moe_set_version(*version):
         major, minor = version
         raise NotImplementedError(f"XLA's foreign functions have version {major}.{minor}, which is not known")
@@ -81,6 +79,18 @@ def _load(folder: Path | None, threads: int) -> Loaded:
     for name in HANDLERS:
         jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(library, name)), platform="cpu")
     return Loaded(form.name, count, library)
+
+
+def _open(form: Form, folder: Path | None, scratch: Path) -> ctypes.CDLL:
+    """The library of ``folder``, or one for this process alone: a folder may be read-only, full or noexec."""
+    try:
+        path = build(form, folder or scratch)
+    except OSError:
+        path = build(form, scratch)
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError:
+        return ctypes.CDLL(str(shutil.copy(path, scratch / "again.so")))
 
 
 def _api_version() -> tuple[int, int]:

@@ -4,6 +4,7 @@ import argparse
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from qwen3_moe_jax import loader
@@ -124,14 +125,16 @@ def picture_path(args: argparse.Namespace) -> str | None:
     return args.picture
 
 
-def _slow_load() -> str:
+def _slow_load(*, has_gate: bool) -> str:
     """What a load that takes long waits for."""
-    if "qwen3_moe_jax.jax_backend.compile_clock" in sys.modules and _compiles():
-        return (
-            "loading the model: the first time, a few tokens are checked against the reference; "
-            "compiling a program for it ..."
-        )
-    return "loading the model ..."
+    if "qwen3_moe_jax.jax_backend.compile_clock" not in sys.modules or not _compiles():
+        return "loading the model ..."
+    if not has_gate:
+        return "loading the model: compiling a program for it ..."
+    return (
+        "loading the model: the first time, a few tokens are checked against the reference; "
+        "compiling a program for it ..."
+    )
 
 
 def _compiles() -> bool:
@@ -155,7 +158,7 @@ def load_model(
 
     path = loader.model_path(args.model, quiet=args.quiet)
     with (
-        explain_if_slow(_slow_load, quiet=args.quiet),
+        explain_if_slow(partial(_slow_load, has_gate=not args.no_gate), quiet=args.quiet),
         show_progress("loading", quiet=args.quiet) as progress,
     ):
         model = load(

@@ -20,6 +20,8 @@ which are not loaded. Without --context those of `generate` and of `chat` are ma
 user's cache folder until the model, this package, JAX or the driver change.
 """
 
+CANNOT_WRITE = "compiled programs are not kept: the user's cache folder cannot be written"
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EPILOG
@@ -71,8 +73,8 @@ def all_of(args: argparse.Namespace, source: ModelSource) -> list:
 
     if not programs.use_default_store():
         off = os.environ.get(programs.STORE_VARIABLE, "").lower() == "off"
-        why = f"{programs.STORE_VARIABLE} is off" if off else "the user's cache folder cannot be written"
-        raise BackendUnavailableError(f"compiled programs are not kept: {why}")
+        off_line = f"compiled programs are not kept: {programs.STORE_VARIABLE} is off"
+        raise BackendUnavailableError(off_line if off else CANNOT_WRITE)
     device = jax_devices()[0]
     others = AUTO if args.kernels == NATIVE else args.kernels
     kernels = Native.begin(device, args.kernels, args.dtype is not None).kernels(
@@ -96,6 +98,7 @@ def make(wanted: Iterable, *, quiet: bool) -> int:
     """Makes those that are not on disk; returns how many.
 
     Raises:
+      BackendUnavailableError: some are missing, and the cache can only be read.
       OutputFileError: one was made and could not be kept.
     """
     from qwen3_moe_jax.jax_backend import programs
@@ -104,6 +107,8 @@ def make(wanted: Iterable, *, quiet: bool) -> int:
     wanted = list(wanted)
     with own_settings():
         missing = [w for w in wanted if not w.is_stored]
+        if missing and not programs.keeps_on_disk():
+            raise BackendUnavailableError(CANNOT_WRITE)
         estimate = Estimate(sum(w.cost for w in missing))
         for number, one in enumerate(missing, len(wanted) - len(missing) + 1):
             if not quiet:

@@ -7,7 +7,7 @@ from qwen3_moe_jax.core.errors import BackendUnavailableError
 from qwen3_moe_jax.jax_backend.device import Device
 from qwen3_moe_jax.kernels_pallas.native import library
 from qwen3_moe_jax.kernels_pallas.native.forms import VARIABLE
-from qwen3_moe_jax.machine.folders import writable_cache
+from qwen3_moe_jax.machine.folders import readable_cache
 from qwen3_moe_jax.machine.kernels import AUTO, NATIVE, Kernels
 from qwen3_moe_jax.machine.threads import cores
 
@@ -52,7 +52,7 @@ class Native:
 
     @staticmethod
     def _start() -> library.Loaded | str:
-        return library.start(writable_cache("native"), cores())
+        return library.start(readable_cache("native"), cores())
 
     def _found(self) -> library.Loaded | str:
         return (self._reason or "") if self._started is None else self._started.result()

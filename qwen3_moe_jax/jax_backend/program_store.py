@@ -1,7 +1,7 @@
 """Compiled programs on disk: one file per program, whole or absent, in a folder of the user's own.
 
-A file holds machine code that this process will run, so the folder must belong to the user and
-be closed to all others; what fails a check counts as absent. A file is::
+A file holds machine code that this process will run, so the folder must belong to the user, or to
+root, and no other may write to it; what fails a check counts as absent. A file is::
 
     magic, 8 bytes | SHA-256 of the rest, 32 bytes | the program
 """
@@ -38,11 +38,13 @@ class ProgramStore:
     Attributes:
       folder: made on the first ``put``, with mode 0700.
       max_bytes: of all files together.
+      is_read_only: programs are read and none is written.
       trouble: one line for each kind of failure so far, for the user to read once.
     """
 
     folder: Path
     max_bytes: int = MAX_BYTES
+    is_read_only: bool = False
     trouble: list[str] = field(default_factory=list)
 
     def get(self, key: str) -> bytes | None:
@@ -60,7 +62,7 @@ class ProgramStore:
         head = len(MAGIC) + DIGEST_BYTES
         program = content[head:]
         if content[:head] != MAGIC + hashlib.sha256(program).digest():
-            self._note("had a damaged file, which was deleted")
+            self._note("had a damaged file, which is made again")
             self.delete(key)
             return None
         return program
@@ -80,7 +82,7 @@ class ProgramStore:
     def put(self, key: str, program: bytes) -> bool:
         """Writes a program under ``key``: whole, or not at all. Returns whether it is there now."""
         content = MAGIC + hashlib.sha256(program).digest() + program
-        if len(content) > self.max_bytes:
+        if self.is_read_only or len(content) > self.max_bytes:
             return False
         try:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -102,6 +104,8 @@ class ProgramStore:
 
     def delete(self, key: str) -> None:
         """Removes the program of ``key``, if it is there and can be removed."""
+        if self.is_read_only:
+            return
         try:
             self._path(key).unlink(missing_ok=True)
         except OSError as error:
@@ -117,11 +121,11 @@ class ProgramStore:
     def _is_private(self) -> bool:
         """Whether the folder is one that nobody else could have written to."""
         status = os.lstat(self.folder)
-        is_own = stat.S_ISDIR(status.st_mode) and (os.name == "nt" or status.st_uid == os.geteuid())
+        is_own = stat.S_ISDIR(status.st_mode) and (os.name == "nt" or status.st_uid in (0, os.geteuid()))
         if not is_own:
             self._note("is not a folder of this user: it is not used")
             return False
-        if os.name != "nt" and status.st_mode & 0o077:
+        if os.name != "nt" and status.st_mode & 0o022:
             os.chmod(self.folder, 0o700)  # files written before may be anybody's
             for path, _, _ in self._files():
                 path.unlink(missing_ok=True)

@@ -29,7 +29,7 @@ from qwen3_moe_jax.jax_backend.compile_clock import compile_clock
 from qwen3_moe_jax.jax_backend.program_key import TRACE_SETTINGS, environment, fingerprint
 from qwen3_moe_jax.jax_backend.program_store import ProgramStore
 from qwen3_moe_jax.kernels_pallas.implementations import Ran, recording, replay
-from qwen3_moe_jax.machine.folders import writable_cache
+from qwen3_moe_jax.machine.folders import readable_cache, writable_cache
 
 _Key = tuple[tuple[Hashable, ...], Any, tuple[Any, ...]]
 _Arguments = tuple[dict[str, Any], dict[str, Any]]
@@ -92,17 +92,18 @@ def use_default_store() -> bool:
     """Keeps programs in the user's cache folder unless :func:`use_store` has said where.
 
     Returns:
-      Whether they are kept on disk: JAX's own cache is of no use then.
+      Whether there is such a place: JAX's own cache is of no use then.
     """
     if not _is_chosen:
-        folder = None if os.environ.get(STORE_VARIABLE, "").lower() == "off" else writable_cache()
-        use_store(ProgramStore(folder / "programs") if folder is not None else None)
+        folder = None if os.environ.get(STORE_VARIABLE, "").lower() == "off" else readable_cache()
+        is_read_only = folder is not None and writable_cache() is None
+        use_store(None if folder is None else ProgramStore(folder / "programs", is_read_only=is_read_only))
     return _store is not None
 
 
 def keeps_on_disk() -> bool:
     """Whether a program that is made now is there for the next process."""
-    return _store is not None
+    return _store is not None and not _store.is_read_only
 
 
 def trouble() -> list[str]:

@@ -1,8 +1,8 @@
 """Where this project keeps files of its own: compiled programs, passed checks, downloads, a history.
 
 They are comforts: a machine without a home, with a folder that cannot be written or a disk that is
-full, runs without them, and says so in one line. ``QWEN3_MOE_CACHE`` names another cache folder;
-``QWEN3_MOE_CACHE=off`` keeps nothing.
+full, runs without them, and says so in one line; what is there already is read all the same.
+``QWEN3_MOE_CACHE`` names another cache folder; ``QWEN3_MOE_CACHE=off`` keeps nothing.
 """
 
 import logging
@@ -65,7 +65,23 @@ def writable_cache(name: str = "") -> Path | None:
         _try_to_write(found)
         return found
     except OSError as error:
-        return _without_cache(f"{folder}: {error.strerror or error}")
+        reason = error.strerror or error
+        return _read_alone(folder, reason) if _has_content(folder) else _without_cache(f"{folder}: {reason}")
+
+
+def readable_cache(name: str = "") -> Path | None:
+    """As :func:`writable_cache`; where the folder cannot be written, the one that is there to be read."""
+    if writable := writable_cache(name):
+        return writable
+    folder = cache_folder()
+    return folder / name if folder is not None and _has_content(folder / name) else None
+
+
+def _has_content(folder: Path) -> bool:
+    try:
+        return next(folder.iterdir(), None) is not None
+    except OSError:
+        return False
 
 
 def check_writable(folder: str) -> None:
@@ -76,8 +92,9 @@ def check_writable(folder: str) -> None:
         Path(folder).mkdir(parents=True, exist_ok=True)
         _try_to_write(Path(folder))
     except OSError as error:
+        can = "can only be read" if _has_content(Path(folder)) else "cannot be used"
         reason = error.strerror or error
-        _say_once(folder, f"the cache folder {folder} cannot be used ({reason}): programs are compiled again")
+        _say_once(folder, f"the cache folder {folder} {can} ({reason}): other programs are compiled")
 
 
 def _try_to_write(folder: Path) -> None:
@@ -87,6 +104,14 @@ def _try_to_write(folder: Path) -> None:
     with tempfile.TemporaryFile(dir=folder) as file:
         file.write(bytes(1 << 16))
         file.flush()
+
+
+def _read_alone(folder: Path, reason: object) -> None:
+    _say_once(
+        "cache",
+        f"the cache {folder} can only be read ({reason}): what it lacks is compiled and checked each time; "
+        f"{CACHE_VARIABLE} names another folder",
+    )
 
 
 def _without_cache(reason: str) -> None:

@@ -7,7 +7,7 @@ import warnings
 from typing import Any
 
 from qwen3_moe_jax.core.errors import BackendUnavailableError
-from qwen3_moe_jax.machine.folders import check_writable, writable_cache
+from qwen3_moe_jax.machine.folders import check_writable, readable_cache
 from qwen3_moe_jax.machine.xla_flags import check_xla_flags
 
 PLATFORMS_VARIABLE = "JAX_PLATFORMS"
@@ -80,7 +80,7 @@ def enable_compilation_cache() -> None:
     chosen = config.jax_compilation_cache_dir
     if chosen is not None:
         check_writable(chosen)
-    elif config.jax_enable_compilation_cache and (folder := writable_cache("xla")):
+    elif config.jax_enable_compilation_cache and (folder := readable_cache("xla")):
         config.update("jax_compilation_cache_dir", str(folder))
         config.update("jax_persistent_cache_min_compile_time_secs", MIN_COMPILE_SECONDS)
     # what fails later (a disk that fills up) costs time alone: JAX would say so for each program

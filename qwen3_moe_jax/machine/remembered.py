@@ -28,7 +28,11 @@ def remember(path: Path, key: str) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-            file.write(json.dumps(keys))
-        os.replace(file.name, path)
+            try:
+                file.write(json.dumps(keys))
+                file.flush()
+                os.replace(file.name, path)
+            except OSError:
+                os.unlink(file.name)
     except OSError:
         return

@@ -14,7 +14,7 @@ from functools import cache
 from pathlib import Path
 
 from qwen3_moe_jax.core.errors import BackendUnavailableError
-from qwen3_moe_jax.machine.folders import writable_cache
+from qwen3_moe_jax.machine.folders import readable_cache
 from qwen3_moe_jax.machine.remembered import remember, remembered
 
 VARIABLE = "XLA_FLAGS"
@@ -58,7 +58,7 @@ def _refusal(flags: str, content: bytes) -> str:
     """What XLA says of flags that it does not take; "" for others."""
     facts = [flags.encode("utf-8", "surrogateescape"), content, _version().encode()]
     key = hashlib.sha256(b"\0".join(facts)).hexdigest()
-    folder = writable_cache()
+    folder = readable_cache()
     path = folder and folder / CACHE_NAME
     if path and key in remembered(path):
         return ""

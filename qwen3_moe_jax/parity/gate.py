@@ -19,7 +19,7 @@ from qwen3_moe_jax.convert.source import ModelSource
 from qwen3_moe_jax.core.code_version import code_version
 from qwen3_moe_jax.core.errors import ParityError
 from qwen3_moe_jax.core.runner import Runner
-from qwen3_moe_jax.machine.folders import writable_cache
+from qwen3_moe_jax.machine.folders import readable_cache
 from qwen3_moe_jax.machine.remembered import remember, remembered
 from qwen3_moe_jax.parity.judge import FUSED_STAGES, Judgement, StageJudge
 
@@ -108,7 +108,7 @@ def check_once(runner: Runner, source: ModelSource, cache_dir: Path | None = Non
     Raises:
       ParityError: a stage departs; nothing is remembered.
     """
-    folder = cache_dir or writable_cache()
+    folder = cache_dir or readable_cache()
     path = folder and folder / CACHE_NAME
     key = gate_key(runner, source)
     if path and key in remembered(path):

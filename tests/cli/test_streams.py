@@ -4,11 +4,14 @@ import io
 import os
 import subprocess
 import sys
+from argparse import ArgumentParser
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from qwen3_moe_jax.cli import COMMANDS, main
+from qwen3_moe_jax.commands import common
 from qwen3_moe_jax.core import terminal
 from qwen3_moe_jax.testing.gguf_builder import model_builder
 
@@ -286,6 +289,26 @@ def test_a_short_load_says_nothing(clock, capsys):
         clock.now += 5  # a program is compiled
         report(14 * 10**6, 14 * 10**6)
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("gate", [[], ["--no-gate"]], ids=str)
+def test_a_slow_load_speaks_of_the_check_where_there_is_one(gate, monkeypatch):
+    from qwen3_moe_jax.jax_backend.compile_clock import compile_clock
+
+    said = []
+
+    @contextmanager
+    def at_once(text, **_):
+        with compile_clock().waiting("forward"):
+            said.append(text())
+        yield
+
+    monkeypatch.setattr(common, "explain_if_slow", at_once)
+    parser = ArgumentParser()
+    common.add_model_arguments(parser)
+    common.load_model(parser.parse_args(["-q", "--backend", "reference", *gate])).close()
+    assert ["compiling a program" in line for line in said] == [True]
+    assert ["checked" in line for line in said] == [not gate]
 
 
 def test_no_time_is_told_before_a_tenth_or_three_seconds(clock, capsys):

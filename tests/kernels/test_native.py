@@ -1,11 +1,14 @@
 """The CPU's integer dots against NumPy in float64, in every form that this processor has; refusals."""
 
 import ctypes
+import errno
 import os
 import platform
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import jax.numpy as jnp
@@ -171,6 +174,40 @@ def test_no_compiler_is_a_reason_and_what_to_do(nothing_loaded, tmp_path):
         mock.patch.object(compiler.shutil, "which", return_value=None),
     ):
         assert library.start(tmp_path) == "there is no compiler: pip install ziglang"
+
+
+@pytest.mark.parametrize("kind", ["there", "read-only", "full", "of somebody else", "noexec"])
+def test_a_folder_that_cannot_be_used_does_not_cost_the_kernels(monkeypatch, tmp_path, kind):
+    """What is there is loaded; else a library is made for this process alone."""
+    folder, scratch, made = tmp_path / "native", tmp_path / "scratch", []
+    scratch.mkdir()
+    if kind in ("there", "noexec"):
+        monkeypatch.setattr(compiler, "_compile", lambda _, path: path.write_bytes(b"code"))
+        compiler.build(HERE[0], folder)
+    monkeypatch.setattr(compiler, "_compile", lambda _, path: made.append(path.parent))
+
+    def opened(name: str) -> str:
+        if kind == "noexec" and Path(name).parent == folder:
+            raise OSError(f"{name}: failed to map segment from shared object")
+        return name
+
+    def refused(path: Path, **_) -> None:
+        if path == folder:
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(library.ctypes, "CDLL", opened)
+    if kind == "read-only":
+        monkeypatch.setattr(Path, "mkdir", refused)
+    if kind == "full":
+        full = lambda path: SimpleNamespace(free=1000 if path == folder else 1 << 40)
+        monkeypatch.setattr(compiler.shutil, "disk_usage", full)
+    if kind == "of somebody else":
+        folder.symlink_to(scratch)
+    name = library._open(HERE[0], folder, scratch)
+    is_found = kind in ("there", "noexec")
+    assert made == ([] if is_found else [scratch])
+    assert Path(name).parent == (folder if kind == "there" else scratch)
+    assert kind != "noexec" or Path(name).read_bytes() == b"code"
 
 
 def test_a_folder_that_others_may_write_to_is_closed_and_emptied(tmp_path):

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from qwen3_moe_jax.machine import folders
+from qwen3_moe_jax.machine.remembered import remember, remembered
 
 
 @pytest.fixture(autouse=True)
@@ -71,6 +72,31 @@ def test_a_folder_that_cannot_be_used_is_one_line(monkeypatch, caplog, tmp_path,
 
 def _refuse(*args, **kwargs):
     raise PermissionError(13, "Permission denied")
+
+
+@pytest.mark.parametrize("kind", ["read-only", "full"])
+def test_what_is_there_is_read_though_nothing_can_be_written(monkeypatch, caplog, tmp_path, kind):
+    (tmp_path / "xla").mkdir()
+    (tmp_path / "xla/program").write_text("")
+    monkeypatch.setenv(folders.CACHE_VARIABLE, str(tmp_path))
+    if kind == "read-only":
+        monkeypatch.setattr(folders.tempfile, "TemporaryFile", _refuse)
+    if kind == "full":
+        usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+        monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
+    assert folders.writable_cache("xla") is None
+    assert folders.readable_cache("xla") == tmp_path / "xla"
+    assert folders.readable_cache("empty") is None
+    (record,) = caplog.records
+    assert "can only be read (" in record.getMessage()
+
+
+def test_a_list_that_a_full_disk_cut_leaves_no_file(monkeypatch, tmp_path):
+    remember(tmp_path / "gates.json", "first")
+    monkeypatch.setattr(os, "replace", _refuse)
+    remember(tmp_path / "gates.json", "second")
+    assert [path.name for path in tmp_path.iterdir()] == ["gates.json"]
+    assert remembered(tmp_path / "gates.json") == ["first"]
 
 
 STRANGER = """

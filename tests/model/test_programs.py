@@ -17,6 +17,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from qwen3_moe_jax.jax_backend import program_key, program_store, programs
 from qwen3_moe_jax.jax_backend.program_store import ProgramStore
+from qwen3_moe_jax.machine import folders
 
 ROOT = Path(__file__).parents[2]
 
@@ -171,7 +172,9 @@ def test_a_folder_that_others_could_write_to_is_closed_and_emptied(store, made):
 
 def test_a_folder_of_somebody_else_is_not_used(store, made, monkeypatch):
     run(new_program())
-    monkeypatch.setattr(program_store.os, "geteuid", lambda: os.getuid() + 1)
+    own = os.stat(store.folder)
+    facts = [*own[:4], os.getuid() + 1, *own[5:]]  # st_uid
+    monkeypatch.setattr(program_store.os, "lstat", lambda _: os.stat_result(facts))
     run(new_program())
     assert sources(made) == ["compiler", "compiler"]
     assert "not a folder of this user" in store.trouble[0]
@@ -208,6 +211,36 @@ def test_a_place_that_cannot_be_written_is_still_read(store, monkeypatch):
     monkeypatch.setattr(program_store.os, "utime", refused)
     assert store.get("a") == b"program"
     assert not store.trouble
+    image = ProgramStore(store.folder, is_read_only=True)
+    store.folder.chmod(0o755)  # of root, as an image has it
+    monkeypatch.setattr(program_store.os, "geteuid", lambda: os.getuid() + 1000 * (os.getuid() == 0))
+    assert image.get("a") == b"program"
+    assert not image.put("b", b"program")
+    image.delete("a")
+    assert image.has("a")
+    assert not image.trouble
+
+
+def test_programs_of_a_cache_that_can_only_be_read_are_used(tmp_path, made, monkeypatch, caplog):
+    def as_another_process() -> None:
+        monkeypatch.setattr(programs, "_is_chosen", False)
+        assert programs.use_default_store()
+        run(new_program())
+
+    def refused(**_):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setenv(programs.STORE_VARIABLE, "on")
+    monkeypatch.setenv(folders.CACHE_VARIABLE, str(tmp_path))
+    monkeypatch.setattr(folders, "_said", set())
+    monkeypatch.setattr(programs, "_store", None)
+    as_another_process()
+    assert programs.keeps_on_disk()
+    monkeypatch.setattr(folders.tempfile, "TemporaryFile", refused)
+    as_another_process()
+    assert sources(made) == ["compiler", "disk"]
+    assert not programs.keeps_on_disk()
+    assert [r.getMessage()[:10] for r in caplog.records] == ["the cache "]
 
 
 def a_pipe(path: Path, elsewhere: Path) -> None:
