@@ -1,11 +1,13 @@
 """top_k: what a GPU runs equals ``jax.lax.top_k``, places and all."""
 
 import re
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import lax
 
 from qwen3_moe_jax.kernels_pallas.top_k import api, xla
 from tests.kernels.op_cases import rng
@@ -45,6 +47,24 @@ def test_equals_laxs_on_a_gpu(rng, count):
     expected = jax.lax.top_k(x, 64)
     np.testing.assert_array_equal(values, expected[0])
     np.testing.assert_array_equal(ids, expected[1])
+
+
+def test_on_a_cpu_no_row_is_sorted_whole(rng):
+    """Even where the largest value alone has a use of its own, as in a softmax; and nothing differs."""
+
+    def shifted(top_k, x):
+        values, ids = top_k(x, 64)
+        return values - values[:, :1], ids
+
+    x = jnp.asarray(np.stack(list(rows(rng, 4096).values())), jnp.float32)
+    for few in (x[:1], x, jnp.tile(x, (3, 1))):
+        ours, laxs = (
+            jax.jit(partial(shifted, top_k)).lower(few).compile() for top_k in (api.top_k, lax.top_k)
+        )
+        assert " sort(" in laxs.as_text()  # else XLA has become wiser, and nothing is needed here
+        assert " sort(" not in ours.as_text()
+        for found, expected in zip(ours(few), laxs(few), strict=True):
+            np.testing.assert_array_equal(found, expected)
 
 
 def test_what_it_does_not_take_is_sorted(rng):
