@@ -55,6 +55,7 @@ from qwen3_moe_jax.convert.manifest import (
 )
 from qwen3_moe_jax.convert.packed import PackedTensor, array_nbytes, array_shapes, packed_nbytes
 from qwen3_moe_jax.convert.progress import ProgressCallback
+from qwen3_moe_jax.convert.regular_file import Descriptor
 from qwen3_moe_jax.convert.source import READ_CHUNK_BYTES, READ_THREADS, ModelSource, refuse_nonfinite
 from qwen3_moe_jax.convert.tensor_names import TensorSpec, tensor_specs
 from qwen3_moe_jax.convert.unpack import block_arrays, empty_packed
@@ -286,14 +287,14 @@ class _Folder:
                 name=str(path),
             )
         try:
-            self._descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            self._descriptor = Descriptor(os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
         except OSError as error:
             raise ModelFileError(
                 "E_OPEN", f"{printable(str(path), 300)}: cannot be opened: {error.strerror}", name=str(path)
             ) from error
 
     def close(self) -> None:
-        os.close(self._descriptor)
+        self._descriptor.close()
 
     def open(self, name: str, stack: ExitStack) -> _OpenFile:
         """Opens a regular file for as long as ``stack`` lives.
@@ -302,7 +303,7 @@ class _Folder:
           ModelFileError: ``E_CHECKPOINT`` if it is missing, a link or no regular file.
         """
         *folders, last = name.split("/")
-        descriptor = self._descriptor
+        descriptor = self._descriptor.number
         try:
             for part in folders:
                 descriptor = _open_part(part, os.O_DIRECTORY, descriptor, stack)

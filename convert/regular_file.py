@@ -28,6 +28,25 @@ def _open_flags() -> int:
     return flags
 
 
+class Descriptor:
+    """The number of an open file, closed once by however many threads: the number may be another file's next.
+
+    Attributes:
+      number: -1 once it is closed.
+    """
+
+    def __init__(self, number: int):
+        self.number = number
+        self._closing = threading.Lock()
+
+    def close(self) -> None:
+        """A second call does nothing."""
+        with self._closing:
+            number, self.number = self.number, -1
+        if number >= 0:
+            os.close(number)
+
+
 class RegularFile:
     """An open regular file with the size and the time stamp that it had when opened.
 
@@ -37,15 +56,14 @@ class RegularFile:
 
     def __init__(self, path: str | os.PathLike[str]):
         self.path = Path(path)
-        self._fd = -1
         self._position = threading.Lock()
         try:
-            self._fd = os.open(self.path, _open_flags())
+            self._descriptor = Descriptor(os.open(self.path, _open_flags()))
         except OSError as error:
             raise self.error("E_OPEN", f"cannot be opened: {error.strerror}") from error
         except ValueError as error:  # a NUL byte in the path
             raise self.error("E_OPEN", f"cannot be opened: {error}") from error
-        found = os.fstat(self._fd)
+        found = os.fstat(self._descriptor.number)
         if not stat.S_ISREG(found.st_mode):
             self.close()
             kind = "a folder" if stat.S_ISDIR(found.st_mode) else "not a regular file"
@@ -54,9 +72,8 @@ class RegularFile:
         self._modified_ns = found.st_mtime_ns
 
     def close(self) -> None:
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        """Closes the file; a second call does nothing."""
+        self._descriptor.close()
 
     def error(
         self, code: str, problem: str, *, name: str | None = None, offset: int | None = None
@@ -90,10 +107,10 @@ class RegularFile:
         """Bytes that one call of the system reads; 0 at the end of the file."""
         preadv = getattr(os, "preadv", None)
         if preadv is not None:
-            return preadv(self._fd, [buffer], offset)
+            return preadv(self._descriptor.number, [buffer], offset)
         with self._position:
-            os.lseek(self._fd, offset, os.SEEK_SET)
-            found = os.read(self._fd, len(buffer))
+            os.lseek(self._descriptor.number, offset, os.SEEK_SET)
+            found = os.read(self._descriptor.number, len(buffer))
         buffer[: len(found)] = found
         return len(found)
 
@@ -105,6 +122,9 @@ class RegularFile:
 
     def check_unchanged(self) -> None:
         """Raise ``ModelFileError`` ``E_CHANGED`` if size or time stamp differ from when it was opened."""
-        now = os.fstat(self._fd)
+        try:
+            now = os.fstat(self._descriptor.number)
+        except OSError as error:  # closed meanwhile
+            raise self.error("E_OPEN", f"cannot be read: {error.strerror}") from error
         if (now.st_size, now.st_mtime_ns) != (self.size, self._modified_ns):
             raise self.error("E_CHANGED", "was changed while it was being read; load it again")

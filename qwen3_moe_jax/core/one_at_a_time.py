@@ -32,6 +32,7 @@ class OneAtATime:
 
     def set_max_context(self: Runner, tokens: int) -> None:
         """Raises BackendUnavailableError; see ``Runner.set_max_context``."""
+        check_open(self)
         raise BackendUnavailableError(f"the {self.name} backend makes its cache when it loads a model")
 
     def open_batch(self: Runner, slots: int, *, context: int | None = None) -> Batch:

@@ -2,8 +2,9 @@
 
 Everything is validated by wgpu when it is made or encoded. What it would only
 find at ``queue.submit`` ends the process, so it cannot be expressed here:
-buffers are never destroyed by hand (dropping the reference frees them), command
-buffers are made and submitted in one place, and a closed device refuses work.
+buffers are destroyed by ``close`` alone, command buffers are made and submitted
+in one place, and a closed device refuses work. Who shares a device between
+threads keeps ``close`` from other calls, as ``WgpuRunner`` does with a lock.
 """
 
 import re
@@ -146,6 +147,7 @@ class Device:
         self._kernels.clear()
         for buffer in list(self._buffers):
             buffer.destroy()
+        self._device = self._grid_table = None  # what wgpu has destroyed, it gives back with the device
 
     def _check_open(self) -> None:
         if not self._open:
@@ -284,10 +286,13 @@ class Device:
 
     def readback(self, source: Any, nbytes: int) -> "Readback":
         """A small buffer that later submits copy ``source`` to."""
+        self._check_open()
         import wgpu
 
         usage = wgpu.BufferUsage.MAP_READ | wgpu.BufferUsage.COPY_DST
-        return Readback(source, self._device.create_buffer(size=nbytes, usage=usage, label="readback"))
+        made = self._device.create_buffer(size=nbytes, usage=usage, label="readback")
+        self._buffers.add(made)
+        return Readback(source, made)
 
 
 class Readback:

@@ -1,6 +1,8 @@
 """The wgpu backend behind the ``Runner`` protocol."""
 
+import gc
 import threading
+import weakref
 from collections import deque
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -89,6 +91,10 @@ class WgpuRunner(OneAtATime):
           BackendUnavailableError: no adapter, or one that lacks something.
           MemoryPlanError: the model does not fit its memory.
         """
+        self.is_closed = False
+        self._lock = threading.Lock()
+        self._request = 0
+        self._streams: weakref.WeakSet[_Batches] = weakref.WeakSet()
         self.config = source.config
         self.max_context = source.config.max_position_embeddings if max_context is None else max_context
         check_shapes(self.config, source.types)
@@ -99,17 +105,22 @@ class WgpuRunner(OneAtATime):
             {t.name for path, t in source.types.items() if "norm" not in path.split(".")[-1]}
         )
         self._f16 = f16_cache
+        try:
+            self._load(source, progress)
+        except BaseException:
+            self.close()
+            raise
+
+    def _load(self, source: ModelSource, progress: ProgressCallback | None) -> None:
+        device = self._device
         workspace = plan_workspace(
-            self.config, self._device.tuning, self.max_context, self._device.most_bytes, f16_cache=f16_cache
+            self.config, device.tuning, self.max_context, device.most_bytes, f16_cache=self._f16
         )
         self.plan = plan_memory(self.config, source.types, workspace)
-        check_memory(self.plan, self._device.report)
-        self._weights = upload(self._device, source, progress)
-        self._buffers = Buffers(self._device, self.config, workspace, self.max_context)
-        self._choice = self._device.buffer(32, "sampling", uniform=True)
-        self.is_closed = False
-        self._lock = threading.Lock()
-        self._request = 0
+        check_memory(self.plan, device.report)
+        self._weights = upload(device, source, progress)
+        self._buffers = Buffers(device, self.config, workspace, self.max_context)
+        self._choice = device.buffer(32, "sampling", uniform=True)
         self._build()
 
     def _build(self) -> None:
@@ -151,8 +162,12 @@ class WgpuRunner(OneAtATime):
                 self._device.close()
             for name in ("_weights", "_buffers", "_prefill", "_decode", "_sample", "_choice"):
                 self.__dict__.pop(name, None)
+            for batches in list(self._streams):
+                batches.drop()
+        gc.collect()  # wgpu's devices and queues name each other
 
     def __enter__(self) -> "WgpuRunner":
+        check_open(self)
         return self
 
     def __exit__(self, *exc_info: object) -> None:
@@ -234,6 +249,7 @@ class WgpuRunner(OneAtATime):
         with self._lock:
             request = self._begin()
             batches = _Batches(self, len(tokens), most, sampling)
+            self._streams.add(batches)
             self._start(tokens, sampling)
             batches.submit(1, self._prompt_launches(tokens, sampling))
         emitted = 0
@@ -364,6 +380,10 @@ class _Batches:
         self._left = most
         self._size = 1
         self._waiting: deque[tuple[Readback, int]] = deque()
+
+    def drop(self) -> None:
+        """Forgets what is in flight: its buffers are gone."""
+        self._waiting.clear()
 
     def submit(self, count: int, launches: list[Launch]) -> None:
         """Queues launches that choose ``count`` tokens."""

@@ -135,6 +135,17 @@ def test_checkpoint_of_a_checkpoint_is_the_same(small_checkpoint, tmp_path):
             assert again.types == source.types
 
 
+def test_closing_twice_closes_no_file_of_another(small_checkpoint):
+    source = open_model(small_checkpoint)
+    source.close()
+    other = os.open(os.devnull, os.O_RDONLY)  # takes the number
+    try:
+        source.close()
+        os.fstat(other)
+    finally:
+        os.close(other)
+
+
 def test_identity_and_sha256(small_checkpoint, copy, tmp_path, small_config):
     with open_model(small_checkpoint) as first, open_model(copy) as second:
         assert first.identity == second.identity

@@ -8,7 +8,7 @@ import pytest
 from qwen3_moe_jax.convert import regular_file
 from qwen3_moe_jax.convert.errors import ModelFileError
 from qwen3_moe_jax.convert.open_model import open_model
-from qwen3_moe_jax.convert.regular_file import RegularFile
+from qwen3_moe_jax.convert.regular_file import Descriptor, RegularFile
 
 DATA = bytes(range(256)) * 40
 UNIX_ONLY = ("preadv", "O_CLOEXEC", "O_NONBLOCK", "O_NOCTTY")
@@ -35,6 +35,27 @@ def file(tmp_path, system):
 def test_any_part_in_any_order(file):
     for start, count in [(5000, 300), (0, 1), (len(DATA) - 7, 7), (26, 100), (9, 0)]:
         assert file.read(count, start) == DATA[start : start + count]
+
+
+def test_two_threads_that_close_at_once_close_one_file(monkeypatch):
+    """The second comes while the system closes; the number may be another file's by then."""
+    descriptor, closed = Descriptor(12345), []
+
+    def close(number: int) -> None:
+        closed.append(number)
+        if len(closed) < 5:
+            descriptor.close()
+
+    monkeypatch.setattr(os, "close", close)
+    descriptor.close()
+    assert closed == [12345]
+
+
+def test_a_closed_file_is_an_error_that_names_it(file):
+    file.close()
+    for read in (lambda: file.read(1, 0), file.check_unchanged):
+        with pytest.raises(ModelFileError, match="E_OPEN.*data: cannot be read"):
+            read()
 
 
 def test_reads_from_many_threads_do_not_mix(file):

@@ -3,13 +3,16 @@
 import gc
 import os
 import sys
-from collections.abc import Collection, Sequence
+import threading
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
+import pytest
 
 from qwen3_moe_jax.convert.open_model import open_model
 from qwen3_moe_jax.convert.packed import PackedTensor
@@ -193,8 +196,13 @@ class Spoilt:
 
 def raised(action: str, *args: Any) -> tuple[str, str]:
     """Type and message of the error that ``action`` ends with."""
+    return raised_by(lambda: globals()[f"_{action}"](*args))
+
+
+def raised_by(call: Callable[[], object]) -> tuple[str, str]:
+    """Type and message of the error that ``call`` ends with."""
     try:
-        globals()[f"_{action}"](*args)
+        call()
     except Exception as error:
         return type(error).__name__, str(error)
     return "nothing", ""
@@ -254,6 +262,71 @@ def _closed(call: str) -> None:
         list(loaded.stream([1], max_tokens=1, sampling=Sampling()))
     else:
         list(waiting)
+
+
+def _device_counts() -> tuple[int, int, int]:
+    """Devices, buffers and their bytes that wgpu itself counts in this process."""
+    import wgpu
+
+    found = wgpu.diagnostics.get_dict()["object_counts"]
+    return found["Device"]["count"], found["Buffer"]["count"], found["Buffer"].get("resource_mem", 0)
+
+
+def closing_counts() -> list[tuple[int, int, int]]:
+    """What wgpu counts before a load, then with the model, closed, after a load that failed, with a second one.
+
+    A stream, an exception of it and the closed runner are held throughout.
+    """
+    gc.collect()
+    found, held = [_device_counts()], []
+    with pytest.raises(ZeroDivisionError) as caught, _load() as loaded:
+        stream = loaded.stream([1, 2, 3], max_tokens=40, sampling=Sampling())
+        next(stream)
+        found.append(_device_counts())
+        _ = 1 / 0
+    found.append(_device_counts())
+    with mock.patch.object(WgpuRunner, "_build", side_effect=ZeroDivisionError):
+        with pytest.raises(ZeroDivisionError) as failed:
+            _load()
+    found.append(_device_counts())
+    held = [caught, failed, stream, loaded]
+    with _load() as second:
+        assert list(second.stream([1, 2, 3], max_tokens=4, sampling=Sampling()))
+        found.append(_device_counts())
+    return [*found, _device_counts()] if held else []
+
+
+def closed_calls() -> dict[str, tuple[str, str]]:
+    """What each method of a runner says that a thread has closed in the middle of a stream; closed twice."""
+    loaded, begun = _load(), []
+    run = loaded._device.run
+
+    def closing_run(*args: Any) -> None:
+        if not begun:
+            begun.append(threading.Thread(target=loaded.close))
+            begun[0].start()
+        run(*args)
+
+    loaded._device.run = closing_run
+    broken = loaded.stream([1, 2, 3], max_tokens=60, sampling=Sampling())
+    in_the_middle = raised_by(lambda: list(broken))
+    begun[0].join()
+    loaded.close()
+    assert loaded.describe()["backend"] == "wgpu"
+    assert loaded.cache_nbytes > 0
+    calls = {
+        "forward": lambda: loaded.forward([1]),
+        "log_likelihoods": lambda: loaded.log_likelihoods([1, 2]),
+        "stream": lambda: loaded.stream([1], max_tokens=1, sampling=Sampling()),
+        "generate_batch": lambda: loaded.generate_batch([[1]], max_tokens=1, sampling=Sampling()),
+        "open_batch": lambda: loaded.open_batch(1),
+        "dequantized": lambda: loaded.dequantized("lm_head", 0),
+        "set_max_context": lambda: loaded.set_max_context(32),
+        "retune": lambda: loaded.retune(TUNINGS["CPU"], subgroups=False),
+        "__enter__": loaded.__enter__,
+        "device": lambda: loaded._device.readback(None, 16),
+    }
+    return {"stream in the middle": in_the_middle} | {n: raised_by(call) for n, call in calls.items()}
 
 
 def _overtaken() -> None:

@@ -44,6 +44,22 @@ def test_errors(gpu, action, args, error, words):
     assert "\n" not in message
 
 
+def test_closing_gives_every_buffer_back(gpu):
+    """Counted by wgpu; the devices too, since it holds destroyed memory as long as its device."""
+    before, loaded, closed, failed, second, after = gpu(gpu_work.closing_counts)
+    assert loaded[0] == second[0] == before[0] + 1
+    assert loaded[2] - before[2] > 10_000_000
+    assert second[1:] == loaded[1:]
+    assert closed == failed == after == before
+
+
+def test_every_call_of_a_closed_model_says_so(gpu):
+    """Submitting to a device that another thread has closed would end the process."""
+    found = gpu(gpu_work.closed_calls)
+    assert found.pop("device") == ("RuntimeError", "this wgpu device is closed: open the model again")
+    assert set(found.values()) == {("ModelClosedError", "the model is closed: load it again")}, found
+
+
 def test_streams_that_nobody_reads_to_the_end(gpu):
     """Batches in flight are dropped with their stream; the next request is right."""
     model = str(gpu_work.EMBEDDED)
