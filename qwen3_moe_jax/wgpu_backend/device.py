@@ -129,7 +129,7 @@ class Device:
         limits = _device_limits(self.report)
         features = [f for f in ("subgroup",) if f in gpu_adapter.features]
         try:
-            self._device = gpu_adapter.request_device_sync(
+            self._device: Any = gpu_adapter.request_device_sync(
                 label="qwen3-moe", required_features=features, required_limits=limits
             )
         except RuntimeError as error:
