@@ -29,18 +29,17 @@ with open_model(sys.argv[1]) as source:
 """
 
 SETTINGS = {
-    "x64": {"JAX_ENABLE_X64": "1"},
-    "other random bits": {"JAX_DEFAULT_PRNG_IMPL": "rbg", "JAX_THREEFRY_PARTITIONABLE": "0"},
-    "strict": {"JAX_NUMPY_DTYPE_PROMOTION": "strict", "JAX_NUMPY_RANK_PROMOTION": "raise"},
-    "all": {
+    "wide, strict, other random bits": {
         "JAX_ENABLE_X64": "1",
         "JAX_DEFAULT_PRNG_IMPL": "unsafe_rbg",
         "JAX_NUMPY_DTYPE_PROMOTION": "strict",
+        "JAX_NUMPY_RANK_PROMOTION": "raise",
         "JAX_DEFAULT_MATMUL_PRECISION": "bfloat16",
     },
-    "debugging": {"JAX_DEBUG_NANS": "1"},
+    "debugging": {"JAX_DEBUG_NANS": "1", "JAX_DEFAULT_PRNG_IMPL": "rbg", "JAX_THREEFRY_PARTITIONABLE": "0"},
     "four devices": {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"},
 }
+"""Several at once, for each process compiles everything; ``.ci/run`` runs the smoke set under them too."""
 
 
 @pytest.fixture(scope="module")
