@@ -59,13 +59,12 @@ def _compiler() -> tuple[list[str], str]:
 
 def _flags(form: Form, command: list[str]) -> list[str]:
     is_zig = command[-2:] == ["ziglang", "cc"]
-    march = [flag.replace("x86-64-", "x86_64_") if is_zig else flag for flag in form.flags]
-    return [*FLAGS, *march, f"-D{form.macro}"]
+    return [*FLAGS, *(form.zig_flags if is_zig else form.flags), f"-D{form.macro}"]
 
 
 def _key(form: Form, version: str) -> str:
     # without the form's set of features, whose order differs from process to process
-    facts = (form.name, form.macro, form.flags, version, FLAGS, platform.libc_ver())
+    facts = (form.name, form.macro, form.flags, form.zig_flags, version, FLAGS, platform.libc_ver())
     digest = hashlib.sha256(repr(facts).encode())
     for source in sorted(SOURCES.iterdir()):
         digest.update(source.name.encode() + b"\0" + source.read_bytes() + b"\0")

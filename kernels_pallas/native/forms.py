@@ -19,7 +19,8 @@ class Form:
       machine: of ``platform.machine()``.
       needs: what the kernel's list of the processor's features has to name.
       macro: what the C code is compiled with.
-      flags: what the compiler may use; "-" in a processor's name is "_" for zig.
+      flags: what gcc and clang may use.
+      zig_flags: the same for zig, which has names of its own for processors.
     """
 
     name: str
@@ -27,16 +28,38 @@ class Form:
     needs: frozenset[str]
     macro: str
     flags: tuple[str, ...]
+    zig_flags: tuple[str, ...]
 
 
 _AVX2 = frozenset({"avx2", "fma", "f16c", "bmi2"})
 _AVX512 = _AVX2 | {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512cd", "avx512_vnni"}
 
 FORMS = (
-    Form("avx512", "x86_64", _AVX512, "FORM_AVX512", ("-march=x86-64-v4", "-mavx512vnni")),
-    Form("avxvnni", "x86_64", _AVX2 | {"avx_vnni"}, "FORM_AVXVNNI", ("-march=x86-64-v3", "-mavxvnni")),
-    Form("avx2", "x86_64", _AVX2, "FORM_AVX2", ("-march=x86-64-v3",)),
-    Form("neon", "aarch64", frozenset({"asimd", "asimddp"}), "FORM_NEON", ("-march=armv8.2-a+dotprod+fp16",)),
+    Form(
+        "avx512",
+        "x86_64",
+        _AVX512,
+        "FORM_AVX512",
+        ("-march=x86-64-v4", "-mavx512vnni"),
+        ("-march=x86_64_v4", "-mavx512vnni"),
+    ),
+    Form(
+        "avxvnni",
+        "x86_64",
+        _AVX2 | {"avx_vnni"},
+        "FORM_AVXVNNI",
+        ("-march=x86-64-v3", "-mavxvnni"),
+        ("-march=x86_64_v3", "-mavxvnni"),
+    ),
+    Form("avx2", "x86_64", _AVX2, "FORM_AVX2", ("-march=x86-64-v3",), ("-march=x86_64_v3",)),
+    Form(
+        "neon",
+        "aarch64",
+        frozenset({"asimd", "asimddp"}),
+        "FORM_NEON",
+        ("-march=armv8.2-a+dotprod",),
+        ("-mcpu=generic+v8_2a+dotprod",),
+    ),
 )
 
 

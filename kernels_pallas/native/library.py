@@ -5,10 +5,12 @@ import re
 import shutil
 import tempfile
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import jax
+import numpy as np
 
 from qwen3_moe_jax.kernels_pallas.native.compiler import build
 from qwen3_moe_jax.kernels_pallas.native.forms import Form, choose_form
@@ -66,6 +68,15 @@ def require() -> Loaded:
     if isinstance(found, str):
         raise NotImplementedError(found)
     return found
+
+
+def reader() -> Callable[[np.ndarray], int] | None:
+    """A function that sums uint64 words with all threads, modulo 2 ** 64; None where no library is loaded."""
+    if not isinstance(_found, Loaded):
+        return None
+    read = _found.handle.qwen3_moe_read
+    read.argtypes, read.restype = (ctypes.c_void_p, ctypes.c_size_t), ctypes.c_uint64
+    return lambda words: int(read(words.ctypes.data, words.size))
 
 
 def _load(folder: Path | None, threads: int) -> Loaded:

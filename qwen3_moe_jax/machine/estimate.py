@@ -15,7 +15,7 @@ from qwen3_moe_jax.convert.source import ModelSource
 from qwen3_moe_jax.machine.datasheets import peak_bandwidth
 from qwen3_moe_jax.machine.headroom import Headroom, main_memory
 from qwen3_moe_jax.machine.kernels import AUTO, choose_kernels, installed_jax
-from qwen3_moe_jax.machine.limits import copy_bandwidth, step_nbytes
+from qwen3_moe_jax.machine.limits import read_bandwidth, step_nbytes
 from qwen3_moe_jax.machine.nvidia import NvidiaGpu, nvidia_gpus
 from qwen3_moe_jax.machine.probe import cards_are_hidden_by
 
@@ -88,7 +88,7 @@ def place_of(backend: str) -> Place:
     if card is not None:
         return place_on(card)
     if backend == "jax":
-        return Place(backend, main_memory(), _measured(), "a copy in main memory, measured now", 4)
+        return Place(backend, main_memory(), _measured(), "a read of main memory, measured now", 4)
     return Place(backend, main_memory(), None, "not known", 2 if backend == "wgpu" else 4)
 
 
@@ -101,4 +101,4 @@ def place_on(card: NvidiaGpu) -> Place:
 
 @functools.cache
 def _measured() -> float:
-    return copy_bandwidth()
+    return read_bandwidth()

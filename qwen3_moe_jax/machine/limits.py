@@ -6,8 +6,8 @@ operations of its matrix products and of causal attention. On an NVIDIA GPU both
 sheet's; on a CPU they are measured here, with NumPy, and said to be.
 """
 
-import os
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -18,9 +18,13 @@ from qwen3_moe_jax.convert.config import Qwen3MoeConfig
 from qwen3_moe_jax.convert.ggml_types import BLOCK_FORMATS
 from qwen3_moe_jax.convert.source import ModelSource
 from qwen3_moe_jax.machine.datasheets import data_sheet, peak_bandwidth
+from qwen3_moe_jax.machine.kernels import NATIVE
 from qwen3_moe_jax.machine.memory import cache_nbytes
+from qwen3_moe_jax.machine.threads import cores
 
-COPY_NBYTES = 256 << 20
+Words = NDArray[np.uint64]
+
+READ_NBYTES = 512 << 20
 PRODUCT_SIZE = 1536
 REPEATS = 5
 
@@ -45,7 +49,11 @@ class Limits:
         """The limits of the device that a runner's ``describe`` names; measures those of a CPU."""
         device = str(facts["device"])
         if is_cpu(facts):
-            memory = Limit(copy_bandwidth(), "a copy in main memory, read and write, measured with NumPy")
+            kernels = str(facts.get("kernels", "xla"))
+            way = "its own kernels" if kernels == NATIVE else "NumPy"
+            memory = Limit(
+                read_bandwidth(kernels), f"a read of main memory by {cores()} cores, measured with {way}"
+            )
             return cls(memory, Limit(product_rate(), "a float32 matrix product, measured with NumPy"))
         return cls(
             _memory_of(device), _arithmetic_of(device, str(facts["backend"]), str(facts["compute_dtype"]))
@@ -72,22 +80,41 @@ def _arithmetic_of(device: str, backend: str, dtype: str) -> Limit:
     return Limit(sheet.flops, f"{device}'s tensor cores, dense 16-bit, data sheet")
 
 
-def copy_bandwidth() -> float:
-    """Bytes/s, read and written, of a copy in main memory by every core; the best of a few."""
-    threads = os.cpu_count() or 1
-    words = COPY_NBYTES // 8 // threads
-    pairs = [(np.ones(words), np.zeros(words)) for _ in range(threads)]
-    best = float("inf")
+def read_bandwidth(kernels: str = "xla") -> float:
+    """Bytes/s of a read of main memory by every core that this process may use; the best of a few.
+
+    Args:
+      kernels: "native" reads with the vectors and threads of the CPU's own products, where they are loaded;
+        else NumPy reads.
+    """
+    threads = cores()
+    parts = [np.ones(READ_NBYTES // 8 // threads, np.uint64) for _ in range(threads)]
+    read = _native_read() if kernels == NATIVE else None
     with ThreadPoolExecutor(threads) as pool:
-        for _ in range(REPEATS):
-            began = time.perf_counter()
-            list(pool.map(_copy, pairs))
-            best = min(best, time.perf_counter() - began)
-    return 2 * words * 8 * threads / best
+        seconds = [_seconds(parts, read, pool) for _ in range(REPEATS)]
+    return sum(part.nbytes for part in parts) / min(seconds)
 
 
-def _copy(pair: tuple[NDArray[np.float64], NDArray[np.float64]]) -> None:
-    pair[1][:] = pair[0]
+def _seconds(parts: list[Words], read: Callable[[Words], int] | None, pool: ThreadPoolExecutor) -> float:
+    """Of one read of all parts: in turn by ``read``, which has threads, or each by a thread of the pool."""
+    began = time.perf_counter()
+    sums = [read(part) for part in parts] if read else list(pool.map(_largest, parts))
+    seconds = time.perf_counter() - began
+    if sums != [len(part) if read else 1 for part in parts]:
+        raise RuntimeError(f"what was read is not what was written: {sums}")
+    return seconds
+
+
+def _largest(part: Words) -> int:
+    """NumPy's fastest look at every byte."""
+    return int(part.view(np.uint8).max())
+
+
+def _native_read() -> Callable[[Words], int] | None:
+    """The sum of some words by the threads of the CPU's own products; None where these are not loaded."""
+    from qwen3_moe_jax.kernels_pallas.native import library  # imports JAX, as whoever has them has
+
+    return library.reader()
 
 
 def product_rate() -> float:

@@ -13,7 +13,7 @@ from qwen3_moe_jax.convert.gguf_file import GGUFFile
 from qwen3_moe_jax.convert.unpack import dequantize
 from qwen3_moe_jax.core.sampling import Sampling
 from qwen3_moe_jax.machine.datasheets import peak_bandwidth
-from qwen3_moe_jax.machine.limits import bytes_per_token, copy_bandwidth, is_cpu
+from qwen3_moe_jax.machine.limits import bytes_per_token, is_cpu, read_bandwidth
 from qwen3_moe_jax.parity import metrics
 from qwen3_moe_jax.parity.contract import CPU, NVIDIA, Clause
 from qwen3_moe_jax.parity.evidence import BATCH_TOKENS, BATCHES, STAGE_CHUNK, STAGE_TOKENS, Evidence, Oracle
@@ -375,7 +375,9 @@ def check_speed(clause: Clause, evidence: Evidence) -> Finding:
             clause, evidence.label, f"nothing is promised of the {evidence.runner.name} backend"
         )
     kind = CPU if is_cpu(evidence.facts) else NVIDIA
-    peak = copy_bandwidth() if kind == CPU else peak_bandwidth(device)
+    peak = (
+        read_bandwidth(str(evidence.facts.get("kernels", "xla"))) if kind == CPU else peak_bandwidth(device)
+    )
     if peak is None:
         return not_applicable(clause, evidence.label, f"no bandwidth figure is known for {device}")
     needed = bytes_per_token(evidence.source)

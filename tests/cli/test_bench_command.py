@@ -15,7 +15,7 @@ SMALL = ("-p", "8", "-n", "2", "-d", "0", "4", "-b", "2")
 @pytest.fixture(autouse=True)
 def quick_limits(monkeypatch):
     """Measuring the machine is not what is tested here."""
-    monkeypatch.setattr(limits, "COPY_NBYTES", 8 << 20)
+    monkeypatch.setattr(limits, "READ_NBYTES", 8 << 20)
     monkeypatch.setattr(limits, "PRODUCT_SIZE", 256)
 
 

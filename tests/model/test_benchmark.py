@@ -128,7 +128,7 @@ def test_limits_of_known_and_unknown_devices(device, backend, dtype, memory, ari
 
 
 def test_limits_of_a_processor_are_measured_and_said_to_be(monkeypatch):
-    monkeypatch.setattr(limits, "COPY_NBYTES", 8 << 20)
+    monkeypatch.setattr(limits, "READ_NBYTES", 8 << 20)
     monkeypatch.setattr(limits, "PRODUCT_SIZE", 256)
     for facts in (
         {"device": "cpu (cpu)", "backend": "jax", "compute_dtype": "float32"},

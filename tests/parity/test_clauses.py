@@ -251,7 +251,7 @@ def test_speed_001_has_a_bound_for_each_class_of_devices(
 ):
     monkeypatch.setattr(clauses, "bytes_per_token", lambda source: 1.92e9)
     monkeypatch.setattr(clauses, "_decode_rate", lambda evidence, tokens: rate)
-    monkeypatch.setattr(clauses, "copy_bandwidth", lambda: 2e10)
+    monkeypatch.setattr(clauses, "read_bandwidth", lambda kernels: 2e10)
     clause = load_contract().clauses["SPEED-001"]
     found = BACKEND_CHECKS["SPEED-001"](clause, Evidence(oracle, on_gpu(reference, device=device)))
     assert (found.verdict, found.bound) == (verdict, 0.12 if "cpu" in device else 0.30)

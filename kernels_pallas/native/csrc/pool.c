@@ -1,17 +1,20 @@
 /* One counter deals out the pieces. A thread without work spins for some microseconds, for the next call comes
-   soon while a token is written, and then sleeps (futex). A thread that the system has put aside while it
+   soon while a token is written, and then sleeps (a futex; elsewhere than on Linux a condition). A thread that the system has put aside while it
    holds no piece is not waited for, so other programs on the machine cost their share and no more. */
 #define _GNU_SOURCE
 #include "pool.h"
 
-#include <linux/futex.h>
 #include <pthread.h>
+#include <sched.h>
 #include <signal.h>
 #include <stdatomic.h>
-#include <stdint.h>
 #include <stddef.h>
-#include <sys/syscall.h>
+#include <stdint.h>
 #include <unistd.h>
+#ifdef __linux__
+#include <linux/futex.h>
+#include <sys/syscall.h>
+#endif
 
 #define MAX_PIECES ((1 << 20) - 4096) /* more could be asked for by threads that come too late */
 #define SPINS 20000                  /* about 50 us */
@@ -35,6 +38,24 @@ static inline void pause_briefly(void) {
   __asm__ volatile("yield");
 #endif
 }
+
+#ifdef __linux__
+static void sleep_since(uint32_t seen) { syscall(SYS_futex, &calls, FUTEX_WAIT_PRIVATE, seen, NULL, NULL, 0); }
+static void wake_all(void) { syscall(SYS_futex, &calls, FUTEX_WAKE_PRIVATE, workers, NULL, NULL, 0); }
+#else
+static pthread_mutex_t bed = PTHREAD_MUTEX_INITIALIZER;
+static pthread_cond_t alarm_clock = PTHREAD_COND_INITIALIZER;
+static void sleep_since(uint32_t seen) {
+  pthread_mutex_lock(&bed);
+  while (atomic_load(&calls) == seen) pthread_cond_wait(&alarm_clock, &bed);
+  pthread_mutex_unlock(&bed);
+}
+static void wake_all(void) {
+  pthread_mutex_lock(&bed);
+  pthread_cond_broadcast(&alarm_clock);
+  pthread_mutex_unlock(&bed);
+}
+#endif
 
 /* Works until no piece is left. */
 static void work(void) {
@@ -66,7 +87,7 @@ static void *worker(void *unused) {
     }
     uint32_t seen = atomic_load(&calls);
     atomic_fetch_add(&sleepers, 1);
-    if (!has_work()) syscall(SYS_futex, &calls, FUTEX_WAIT_PRIVATE, seen, NULL, NULL, 0);
+    if (!has_work()) sleep_since(seen);
     atomic_fetch_sub(&sleepers, 1);
   }
   return NULL;
@@ -103,7 +124,7 @@ void pool_run(piece_function function, void *context, int pieces) {
   number = (number + 1) & 0xffffff;
   atomic_store_explicit(&ticket, number << 40 | (uint64_t)pieces << 20, memory_order_release);
   atomic_fetch_add(&calls, 1);
-  if (atomic_load(&sleepers)) syscall(SYS_futex, &calls, FUTEX_WAKE_PRIVATE, workers, NULL, NULL, 0);
+  if (atomic_load(&sleepers)) wake_all();
   work();
   int spins = 0;
   while (atomic_load_explicit(&finished, memory_order_acquire) < pieces) {

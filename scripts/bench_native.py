@@ -1,0 +1,238 @@
+"""The CPU's own kernels beside llama.cpp: the same file, threads and machine, one after the other.
+
+    python -m scripts.bench_native [--model NAME=FILE ...] [--peer PYTHON] [--rounds 3] [--save]
+
+Without --model the embedded model is measured; ``NAME=random:6`` writes a file of Qwen3-Coder-30B-A3B's
+width with so many layers and random weights, and deletes it afterwards. PYTHON is one that imports
+``cyllama``, whose wheels bring llama.cpp; without --peer nothing is compared. In each round both load the
+file in a new process, read prompts of 64 and of 512 tokens, and write after an empty cache and after 512
+tokens. A ratio is that of the best rounds, for a round beside other work says nothing. The last line is one
+JSON object, which --save also writes as the receipt ``native_cpu``.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from qwen3_moe_jax.loader import model_path
+from qwen3_moe_jax.machine.threads import cores
+from scripts import ROOT, child_environment
+
+RECEIPT = ROOT / "docs" / "receipts" / "native_cpu.json"
+
+PROMPTS, DEPTHS, NEW_TOKENS = (64, 512), (0, 512), 64
+
+HERE = """
+import json, resource, sys, time
+from qwen3_moe_jax.api import load
+from qwen3_moe_jax.measure.benchmark import Benchmark, plan
+
+path, threads, prompts, depths, new_tokens = sys.argv[1], *map(json.loads, sys.argv[2:])
+began = time.perf_counter()
+with load(path, backend="jax", max_context=max(*prompts, *depths) + new_tokens + 2, gate=False) as model:
+    found = {"load_s": time.perf_counter() - began}
+    benchmark = Benchmark(model.source, model.runner, repeats=3, most_seconds=60)
+    rows = [row for some in benchmark.rows(plan(prompts, new_tokens, depths, [], 0)) for row in some]
+    found |= {row.workload.name: row.best for row in rows}
+    found["shares"] = {row.workload.name: row.share for row in rows if row.limited_by == "memory"}
+    found["read_bytes_per_s"] = benchmark.limits.memory.rate
+    facts = model.runner.describe()
+    found["kernels"] = f"{facts['kernels']}: {facts['kernels_reason']}"
+found["peak_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+print(json.dumps(found))
+"""
+
+PEER = """
+import json, random, resource, sys, time
+from cyllama.llama import llama_cpp as llama
+
+path, threads, prompts, depths, new_tokens = sys.argv[1], *map(json.loads, sys.argv[2:])
+llama.disable_logging()
+llama.ggml_backend_load_all()
+params = llama.LlamaModelParams()
+params.n_gpu_layers = 0
+began = time.perf_counter()
+model = llama.LlamaModel(path, params)
+found = {"load_s": time.perf_counter() - began}
+found["version"] = f"ggml {llama.ggml_version()} {llama.ggml_commit()}"
+params = llama.LlamaContextParams()
+params.n_ctx, params.n_batch, params.n_ubatch = max(*prompts, *depths) + new_tokens + 2, 512, 512
+params.n_threads = params.n_threads_batch = threads
+params.flash_attn_type = 1
+context = llama.LlamaContext(model, params)
+batch = llama.LlamaBatch(n_tokens=512, embd=0, n_seq_max=1)
+draw, place = random.Random(7), 0
+
+
+def feed(count):
+    global place
+    for first in range(0, count, 512):
+        batch.reset()
+        now = min(512, count - first)
+        for i in range(now):
+            batch.add(draw.randrange(3, 4000), place + i, [0], i == now - 1)
+        place += now
+        context.decode(batch)
+    context.synchronize()
+
+
+def prompt(count):
+    global place
+    place = 0
+    context.kv_cache_clear()
+    began = time.perf_counter()
+    feed(count)
+    return time.perf_counter() - began
+
+
+def write(depth):
+    prompt(max(depth, 1))
+    began = time.perf_counter()
+    for _ in range(new_tokens):
+        feed(1)
+    return time.perf_counter() - began
+
+
+for name, tokens, run, argument in (
+    *((f"pp{n}", n, prompt, n) for n in prompts),
+    *((f"tg{new_tokens}" + (f" @ d{n}" if n else ""), new_tokens, write, n) for n in depths),
+):
+    run(argument)
+    began, seconds = time.perf_counter(), []
+    while not seconds or (len(seconds) < 3 and time.perf_counter() - began < 60):
+        seconds.append(run(argument))
+    found[name] = tokens / min(seconds)
+found["peak_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+print(json.dumps(found))
+"""
+"""Needs no module of this project: it runs in the peer's Python."""
+
+
+def measure(python: str, program: str, path: str, threads: int) -> dict[str, Any]:
+    """Runs one of the programs in a new process.
+
+    Raises:
+      RuntimeError: it fails; with the end of what it wrote.
+    """
+    numbers = [json.dumps(value) for value in (threads, PROMPTS, DEPTHS, NEW_TOKENS)]
+    command = [python, "-c", program, path, *numbers]
+    environment = child_environment(JAX_PLATFORMS="cpu")
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{python} failed: {done.stderr[-1000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def shown_rate(path: str) -> float:
+    """Tokens/s that ``qwen3-moe generate`` shows for a text as long as the rows that write."""
+    options = ["--model", path, "--backend", "jax", "--temperature", "0", "-n", str(NEW_TOKENS), "--json"]
+    command = [sys.executable, "-m", "qwen3_moe_jax.cli", "generate", "def", *options]
+    done = subprocess.run(
+        command, env=child_environment(JAX_PLATFORMS="cpu"), capture_output=True, text=True, check=True
+    )
+    return json.loads(done.stdout)["tokens_per_s"]
+
+
+def rows() -> list[str]:
+    """Names of the rows that both measure."""
+    written = [f"tg{NEW_TOKENS}" + (f" @ d{depth}" if depth else "") for depth in DEPTHS]
+    return [*(f"pp{count}" for count in PROMPTS), *written]
+
+
+def best(rounds: Sequence[dict[str, Any]], row: str) -> float:
+    """The highest rate of a row."""
+    return max(found[row] for found in rounds)
+
+
+def compared(path: str, peer: str | None, rounds: int, say: Callable[[str], None] = print) -> dict[str, Any]:
+    """One file's figures: every round of both, and ratios of the best ones."""
+    here: list[dict[str, Any]] = []
+    there: list[dict[str, Any]] = []
+    for number in range(rounds):
+        loads = [round(os.getloadavg()[0], 2)]
+        here.append(measure(sys.executable, HERE, path, cores()))
+        if peer:
+            there.append(measure(peer, PEER, path, cores()))
+        for found in (here[-1], *there[-1:]):
+            found["load_average"] = loads[0]
+        line = [
+            f"{row} {here[-1][row]:,.1f}" + (f" : {there[-1][row]:,.1f}" if peer else "") for row in rows()
+        ]
+        say(f"  round {number + 1}, load {loads[0]}: " + "; ".join(line))
+    result: dict[str, Any] = {"bytes": os.path.getsize(path), "here": here, "llama_cpp": there}
+    result["generate_tokens_per_s"] = max(shown_rate(path) for _ in range(rounds))
+    result["best"] = {row: best(here, row) for row in rows()}
+    if there:
+        result["ratios"] = {row: best(here, row) / best(there, row) for row in rows()}
+        result["load_ratio"] = min(x["load_s"] for x in here) / min(x["load_s"] for x in there)
+    return result
+
+
+@contextmanager
+def model_file(what: str) -> Iterator[str]:
+    """The path of a model: of a file, of the embedded one (""), or of one that is made for now."""
+    if not what.startswith("random:"):
+        yield str(model_path(what or None))
+        return
+    with tempfile.TemporaryDirectory(prefix="qwen3-moe-random-") as folder:
+        path = str(Path(folder) / "random.gguf")
+        options = ["--layers", what.removeprefix("random:"), "--vocab-size", "4096"]
+        command = [sys.executable, "-m", "scripts.make_random_gguf", path, *options]
+        subprocess.run(command, env=child_environment(), check=True, stdout=subprocess.DEVNULL)
+        yield path
+
+
+def commit() -> str:
+    """The version of the code, or "" outside a clone."""
+    command = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
+    return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+
+
+def processor() -> str:
+    """The processor's name and the cores that are used."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else 'a processor'}, {cores()} cores"
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--model", action="append", metavar="NAME=FILE", help="may be given several times")
+    parser.add_argument("--peer", metavar="PYTHON", help="one that imports cyllama")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--save", action="store_true", help=f"write {RECEIPT.relative_to(ROOT)}")
+    args = parser.parse_args(argv)
+    result: dict[str, Any] = {
+        "what": "the CPU's own kernels beside llama.cpp, tokens/s; here : llama.cpp in each round",
+        "date": str(date.today()),
+        "command": "python -m scripts.bench_native",
+        "code": commit(),
+        "machine": processor(),
+        "models": {},
+    }
+    for given in args.model or ["embedded="]:
+        name, _, what = given.partition("=")
+        began = time.perf_counter()
+        with model_file(what) as path:
+            print(f"{name}: {os.path.getsize(path) / 1e9:.2f} GB", flush=True)
+            found = compared(path, args.peer, args.rounds, lambda line: print(line, flush=True))
+        found["took_s"] = round(time.perf_counter() - began)
+        result["models"][name] = found
+        for row, ratio in found.get("ratios", {}).items():
+            print(f"  {row}: {ratio:.2f} of llama.cpp")
+    if args.save:
+        RECEIPT.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
