@@ -27,7 +27,9 @@ from qwen3_moe_jax.kernels_pallas.gpu.interpreter import ask_for_threads
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["QWEN3_MOE_PROGRAMS"] = "off"  # tests patch code, and a program on disk has the key of the files
-os.environ["QWEN3_MOE_NATIVE"] = "off"  # float32 has tighter bounds; tests name the native kernels
+os.environ.pop(
+    "QWEN3_MOE_NATIVE", None
+)  # as a user has it, and compiled in a few seconds
 ask_for_threads()
 
 WORKER_BYTES = 5 * 2**30
@@ -133,10 +135,18 @@ def reference_runner(source):
 
 @pytest.fixture(scope="session")
 def jax_runner(source):
-    """The embedded model in JAX, float32."""
+    """The embedded model in JAX as a user has it: on a CPU, by its own kernels."""
     from qwen3_moe_jax.jax_backend.runner import JaxRunner
 
     return JaxRunner(source)
+
+
+@pytest.fixture(scope="session")
+def exact_runner(source):
+    """The embedded model in JAX by XLA's float32 products, for bounds that 15-bit activations cannot keep."""
+    from qwen3_moe_jax.jax_backend.runner import JaxRunner
+
+    return JaxRunner(source, compute_dtype="float32")
 
 
 @pytest.fixture(scope="session")

@@ -26,17 +26,11 @@ def test_a_number_that_no_receipt_has_is_seen():
         make_tables.filled("<!-- table: unknown -->\n<!-- end of table -->\n")
 
 
-def as_a_user_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A CPU's own kernels, which the suite leaves out elsewhere; their programs compile in a few seconds."""
-    monkeypatch.delenv("QWEN3_MOE_NATIVE", raising=False)
-
-
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_example_runs(
     path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ):
     monkeypatch.chdir(tmp_path)
-    as_a_user_has_it(monkeypatch)
     runpy.run_path(str(path))
     assert capsys.readouterr().out.strip()
 
@@ -46,7 +40,6 @@ def test_blocks_of_code_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     blocks = re.findall(r"```python\n(.*?)```", (DOCS / "guides" / "inside.md").read_text(), re.DOTALL)
     assert len(blocks) >= 6
     monkeypatch.chdir(tmp_path)
-    as_a_user_has_it(monkeypatch)
     namespace: dict = {}
     for number, block in enumerate(blocks):
         exec(compile(block, f"inside.md, block {number}", "exec"), namespace)

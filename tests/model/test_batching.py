@@ -229,7 +229,7 @@ def spans_forward(runner, token_ids, cache, spans):
 @pytest.mark.parametrize("dtype", ["float32", "int8"])
 def test_logits_of_mixed_spans_are_those_of_each_sequence_alone(source, golden, dtype):
     """A chunk of two prompts and one token of two other sequences, in rows of the cache out of order."""
-    runner = JaxRunner(source, max_context=64, cache_dtype=dtype)
+    runner = JaxRunner(source, max_context=64, cache_dtype=dtype, compute_dtype="float32")
     prompts = [golden["ids0"][:20], golden["ids1"][:20], golden["ids2"][:20], golden["ids0"][5:25]]
     cache = KVCache.create(runner.config, 5, 64, runner.cache_dtype)
     places = jnp.asarray([3, 0, 4, 1], jnp.int32)

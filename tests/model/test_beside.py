@@ -23,9 +23,9 @@ def others(golden):
 
 
 @pytest.mark.parametrize("chunk_sizes", [(16, 128), (1,)], ids=["prefill", "decode"])
-def test_the_row_of_the_prompt_is_returned(jax_runner, prompt, others, chunk_sizes):
-    alone = jax_runner.forward(prompt, capture=["l_out", "result_norm"], chunk_sizes=chunk_sizes)
-    among = jax_runner.forward(
+def test_the_row_of_the_prompt_is_returned(exact_runner, prompt, others, chunk_sizes):
+    alone = exact_runner.forward(prompt, capture=["l_out", "result_norm"], chunk_sizes=chunk_sizes)
+    among = exact_runner.forward(
         prompt, beside=others, capture=["l_out", "result_norm"], chunk_sizes=chunk_sizes
     )
     np.testing.assert_allclose(among.logits, alone.logits, atol=tolerances.CHUNKED_LOGITS, rtol=0)

@@ -28,10 +28,10 @@ def test_chunks_cover_the_prompt_with_few_shapes(num_tokens):
     assert sum(lengths[:-1]) < num_tokens
 
 
-def test_chunked_prefill_gives_the_logits_of_one_piece(jax_runner, golden):
+def test_chunked_prefill_gives_the_logits_of_one_piece(exact_runner, golden):
     ids = np.concatenate([golden[f"ids{i}"] for i in range(3)])
-    in_one = jax_runner.forward(ids).logits  # 107 tokens: one chunk of 128
-    in_many = jax_runner.forward(ids, chunk_sizes=(16,)).logits
+    in_one = exact_runner.forward(ids).logits  # 107 tokens: one chunk of 128
+    in_many = exact_runner.forward(ids, chunk_sizes=(16,)).logits
     np.testing.assert_allclose(in_many, in_one, atol=tolerances.CHUNKED_LOGITS, rtol=0)
 
 

@@ -19,7 +19,7 @@ def cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return (a * b).sum(-1) / np.linalg.norm(a, axis=-1) / np.linalg.norm(b, axis=-1)
 
 
-@pytest.fixture(params=["reference_runner", "jax_runner"])
+@pytest.fixture(params=["reference_runner", "exact_runner"])
 def runner(request):
     return request.getfixturevalue(request.param)
 

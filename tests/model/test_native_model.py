@@ -71,13 +71,13 @@ def test_another_cache_leaves_the_products_native(source, native, golden):
     assert runner.describe()["implementations"]["Q4_K"] == NATIVE
 
 
-def test_a_named_dtype_means_xla(source, monkeypatch):
-    monkeypatch.delenv("QWEN3_MOE_NATIVE")
+def test_a_named_dtype_means_xla(source):
     device = jax.devices()[0]
     assert "a dtype is asked for" in str(Native.begin(device, AUTO, has_dtype=True).reason())
     with pytest.raises(BackendUnavailableError, match="a dtype is asked for"):
         JaxRunner(source, max_context=64, compute_dtype="float32", kernels=NATIVE)
 
 
-def test_it_can_be_turned_off():
+def test_it_can_be_turned_off(monkeypatch):
+    monkeypatch.setenv("QWEN3_MOE_NATIVE", "off")
     assert Native.begin(jax.devices()[0], AUTO, has_dtype=False).reason() == "QWEN3_MOE_NATIVE is off"

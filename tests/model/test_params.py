@@ -60,10 +60,10 @@ def test_a_layers_view_has_its_matrices(source, load, roles):
         np.testing.assert_array_equal(dequantize_on_device(option.slice(0, option.rows)), dequantize(tensor))
 
 
-def test_a_model_in_gpu_tiles_gives_the_same_logits(source, golden, jax_runner):
-    tiled = JaxRunner(source)
+def test_a_model_in_gpu_tiles_gives_the_same_logits(source, golden, exact_runner):
+    tiled = JaxRunner(source, compute_dtype="float32")
     tiled.params = loading.load_on_device(source, loading.GPU_ROLES, CPU)
     logits = tiled.forward(golden["ids0"]).logits
     np.testing.assert_allclose(
-        logits, jax_runner.forward(golden["ids0"]).logits, atol=tolerances.CHUNKED_LOGITS
+        logits, exact_runner.forward(golden["ids0"]).logits, atol=tolerances.CHUNKED_LOGITS
     )

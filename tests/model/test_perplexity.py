@@ -195,7 +195,7 @@ def test_the_reference_scores_what_its_logits_say(reference_runner, tokenizer, t
         np.testing.assert_allclose(found, truth, atol=SCORED_LOG_LIKELIHOOD)
 
 
-def test_jax_float32_gives_the_reference_perplexity_of_10000_tokens(source, jax_runner, text, recorded):
+def test_jax_gives_the_reference_perplexity_of_10000_tokens(source, jax_runner, text, recorded):
     model = Model(source, jax_runner)
     context = int(recorded["context"])
     found = model.perplexity(text, context=context, stride=context)
@@ -204,18 +204,18 @@ def test_jax_float32_gives_the_reference_perplexity_of_10000_tokens(source, jax_
     assert found.perplexity == pytest.approx(truth, rel=PERPLEXITY_PROMISE)
 
 
-def test_jax_float32_gives_every_log_likelihood_of_a_window(jax_runner, tokenizer, text, recorded):
+def test_jax_float32_gives_every_log_likelihood_of_a_window(exact_runner, tokenizer, text, recorded):
     context = int(recorded["context"])
     ids = tokenizer.encode(text)[:context]
     for first in (1, 257, 400):
-        found = jax_runner.log_likelihoods(ids, first=first)
+        found = exact_runner.log_likelihoods(ids, first=first)
         truth = recorded["log_likelihoods"][first - 1 : context - 1]
         np.testing.assert_allclose(found, truth, atol=SCORED_LOG_LIKELIHOOD)
 
 
-def test_jax_scores_across_pieces_what_the_reference_does(jax_runner, reference_runner, tokenizer, text):
+def test_jax_scores_across_pieces_what_the_reference_does(exact_runner, reference_runner, tokenizer, text):
     ids = tokenizer.encode(text)[:660]
-    found = jax_runner.log_likelihoods(ids, first=600)
+    found = exact_runner.log_likelihoods(ids, first=600)
     truth = reference_runner.log_likelihoods(ids, first=600)
     assert found.shape == truth.shape == (60,)
     np.testing.assert_allclose(found, truth, atol=SCORED_LOG_LIKELIHOOD)

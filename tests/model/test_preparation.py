@@ -51,7 +51,6 @@ def store(tmp_path):
 
 
 def test_warm_makes_all_that_a_session_then_asks_for(small_file, store, capsys, monkeypatch):
-    monkeypatch.delenv("QWEN3_MOE_NATIVE")  # a CPU's own kernels: their programs compile in a few seconds
     command = ["warm", "-m", str(small_file), "--context", str(CONTEXT)]
     assert cli.main(command) == 0
     said = capsys.readouterr()

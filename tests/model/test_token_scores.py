@@ -8,8 +8,8 @@ from tests.tolerances import TOKEN_SCORES
 
 
 @pytest.fixture(scope="module")
-def batch(jax_runner):
-    return jax_runner.open_batch(1, context=256)
+def batch(exact_runner):
+    return exact_runner.open_batch(1, context=256)
 
 
 def written(batch, prompt, **options):
@@ -33,13 +33,13 @@ def log_softmax(logits):
     )
 
 
-def test_scores_are_those_of_the_models_own_logits(jax_runner, batch):
+def test_scores_are_those_of_the_models_own_logits(exact_runner, batch):
     sampling = Sampling(temperature=1.5, seed=3, presence_penalty=2.0)
     prompt = [(11 * i) % 300 for i in range(24)]
     plain, none = written(batch, prompt, sampling=sampling)
     tokens, scores = written(batch, prompt, sampling=sampling, top_logprobs=5)
     assert (tokens, none, len(scores)) == (plain, [], 6)
-    wanted = log_softmax(jax_runner.forward([*prompt, *tokens]).logits[len(prompt) - 1 : -1])
+    wanted = log_softmax(exact_runner.forward([*prompt, *tokens]).logits[len(prompt) - 1 : -1])
     own = wanted[np.arange(6), tokens]
     np.testing.assert_allclose([s.logprob for s in scores], own, atol=TOKEN_SCORES)
     best = np.sort(wanted)[:, :-6:-1]
