@@ -27,9 +27,7 @@ from qwen3_moe_jax.kernels_pallas.gpu.interpreter import ask_for_threads
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["QWEN3_MOE_PROGRAMS"] = "off"  # tests patch code, and a program on disk has the key of the files
-os.environ.pop(
-    "QWEN3_MOE_NATIVE", None
-)  # as a user has it, and compiled in a few seconds
+os.environ.pop("QWEN3_MOE_NATIVE", None)  # as a user has it, and compiled in a few seconds
 ask_for_threads()
 
 WORKER_BYTES = 5 * 2**30
