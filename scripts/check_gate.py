@@ -7,8 +7,9 @@ means of up to 10 standard deviations, constant blocks, random bytes with finite
 scales, norms of 1e-30 and 1e30, weights that are denormal. Logits of every
 backend are compared with a float64 reference's where float32 has place for them. What no float32
 computation can do better stands beside that: the same in float64, with every matrix product summed
-exactly and rounded to float32 once. Distances are 1 - cosine, of the worst of eight positions. The last
-line is JSON: files, loads, false alarms, and the largest distances.
+exactly and rounded to float32 once; and what the gate's model of rounding makes of each file: float64 with
+every product off by one deviation, which no distance may exceed. Distances are 1 - cosine, of the worst of
+eight positions. The last line is JSON: files, loads, false alarms, and the largest distances.
 """
 
 import argparse
@@ -29,11 +30,12 @@ import numpy as np
 from qwen3_moe_jax import loader
 from qwen3_moe_jax.convert.ggml_types import SUPPORTED_TYPES
 from qwen3_moe_jax.convert.open_model import open_model
+from qwen3_moe_jax.convert.packed import PackedTensor
 from qwen3_moe_jax.convert.source import ModelSource
 from qwen3_moe_jax.core.code_version import code_version
 from qwen3_moe_jax.parity import gate
 from qwen3_moe_jax.parity.metrics import cosine
-from qwen3_moe_jax.parity.noise import FLOAT32_MAX
+from qwen3_moe_jax.parity.noise import FLOAT32_MAX, ROUNDING, careful_sigma
 from qwen3_moe_jax.reference import ReferenceRunner, model
 from qwen3_moe_jax.testing.random_models import (
     SMALL,
@@ -63,6 +65,9 @@ STYLES: dict[str, Style] = {
     "bytes, norms 1e3": Style(raw_blocks, norm_scale=1e3),
     "constant, norms 0.01": Style(constant_blocks, norm_scale=0.01),
 }
+COSINE_STEPS = 16 * float(np.finfo(np.float64).eps)
+"""1 - cosine of equal logits is a few of float64's steps."""
+
 MIXES = ("q4_k_m", "all", "few_bits", *(f"only_{t.name.lower()}" for t in SUPPORTED_TYPES))
 SIZES = (
     {},
@@ -107,6 +112,8 @@ def check(case: Case, backend: str, folder: Path, dtype: str | None = None) -> d
             logits = runner.forward(ids).logits
             exact = ReferenceRunner(source, dtype=np.float64).forward(ids, capture=("Qcur", "l_out"))
             rounded = rounded_once(source, ids, exact.expert_ids)
+            operand = ROUNDING[str(runner.describe()["compute_dtype"])]
+            noisy = with_noise(source, ids, exact.expert_ids, operand)
         runner.close()
     largest = max(float(np.abs(stage).max()) for stage in exact.stages.values())
     has_place = np.isfinite(logits).all() and largest**2 * source.config.hidden_size < FLOAT32_MAX
@@ -116,6 +123,7 @@ def check(case: Case, backend: str, folder: Path, dtype: str | None = None) -> d
         "departures": [f"{d.where} ({d.type}): {d.sigmas:.1f} sigmas" for d in departures],
         "distance": distance(logits),
         "rounded_once": distance(rounded),
+        "one_sigma": distance(noisy),
     }
 
 
@@ -125,8 +133,39 @@ def rounded_once(source: ModelSource, ids: np.ndarray, expert_ids: np.ndarray) -
     def once(product: Callable[..., np.ndarray]) -> Callable[..., np.ndarray]:
         return lambda *arguments: product(*arguments).astype(np.float32).astype(np.float64)
 
-    products = {name: once(getattr(model, name)) for name in ("matmul", "expert_matmul")}
-    with mock.patch.multiple(model, **products):
+    return _with_products(source, ids, expert_ids, once(model.matmul), once(model.expert_matmul))
+
+
+def with_noise(source: ModelSource, ids: np.ndarray, expert_ids: np.ndarray, operand: float) -> np.ndarray:
+    """Logits of the float64 reference, every product off by a normal deviate of the careful model.
+
+    Args:
+      source, ids, expert_ids: as of ``ReferenceRunner.forward``.
+      operand: relative precision to which the backend rounds operands (``noise.ROUNDING``).
+    """
+    rng, exact, exact_experts = np.random.default_rng(len(ids)), model.matmul, model.expert_matmul
+
+    def noise(x: np.ndarray, weight: PackedTensor) -> np.ndarray:
+        return rng.standard_normal((len(x), weight.shape[0])) * careful_sigma(x, weight, operand)
+
+    def of_experts(x: np.ndarray, weight: PackedTensor, chosen: np.ndarray, *rest: Any) -> np.ndarray:
+        out = exact_experts(x, weight, chosen, *rest)
+        for expert in np.unique(chosen):
+            out[chosen == expert] += noise(x[chosen == expert], weight[expert])
+        return out
+
+    noisy = lambda x, weight, *rest: exact(x, weight, *rest) + noise(x, weight)
+    return _with_products(source, ids, expert_ids, noisy, of_experts)
+
+
+def _with_products(
+    source: ModelSource,
+    ids: np.ndarray,
+    expert_ids: np.ndarray,
+    matmul: Callable[..., np.ndarray],
+    expert_matmul: Callable[..., np.ndarray],
+) -> np.ndarray:
+    with mock.patch.multiple(model, matmul=matmul, expert_matmul=expert_matmul):
         return ReferenceRunner(source, dtype=np.float64).forward(ids, expert_ids=expert_ids).logits
 
 
@@ -140,8 +179,14 @@ def by_style(rows: list[dict[str, Any]]) -> dict[str, dict[str, object]]:
                 "compared": len(compared),
                 "distance": max(r["distance"] for r in compared),
                 "rounded_once": max(r["rounded_once"] for r in compared),
+                "one_sigma": max(r["one_sigma"] for r in compared),
             }
     return found
+
+
+def is_far(row: dict[str, Any]) -> bool:
+    """Whether a file's logits are further from float64's than one deviation of every product makes them."""
+    return row["distance"] is not None and row["distance"] > row["one_sigma"] + COSINE_STEPS
 
 
 def main() -> int:
@@ -162,7 +207,8 @@ def main() -> int:
                 rows.append(found)
                 words = "; ".join(found["departures"]) or "passes"
                 name = f"{case.number:3} {case.style:20} {case.mix:7} {backend:9}"
-                print(name, found["distance"], found["rounded_once"], words, flush=True)
+                figures = (found["distance"], found["rounded_once"], found["one_sigma"])
+                print(name, *figures, words, "TOO FAR" * is_far(found), flush=True)
             (Path(folder) / f"{case.number}.gguf").unlink()
             if "qwen3_moe_jax.jax_backend.programs" in sys.modules and case.number % 8 == 7:
                 sys.modules["qwen3_moe_jax.jax_backend.programs"].forget()
@@ -176,15 +222,17 @@ def main() -> int:
         "machine": platform.platform(),
         "files": args.files if args.only is None else 1,
         "loaded_on": args.backends,
+        "dtype": args.dtype,
         "loads": len(rows),
         "false_alarms": alarms,
+        "further_than_one_sigma": sum(map(is_far, rows)),
         "styles": by_style(rows),
         "seconds": round(time.perf_counter() - began, 1),
     }
     if args.json:
         Path(args.json).write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result))
-    return 1 if alarms else 0
+    return 1 if alarms or result["further_than_one_sigma"] else 0
 
 
 if __name__ == "__main__":

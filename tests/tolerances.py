@@ -11,6 +11,10 @@ GOLDEN_LLAMACPP_DIFFERENCE = 1e-5
 # Chunks change the shapes of products and so the order of their sums: logits near 10 keep about 5 digits.
 CHUNKED_LOGITS = 1e-4
 
+# 1 - cosine of a small model's float32 logits to float64's, where its weights do not strain arithmetic: a
+# product of K = 256 terms is off by at most about sqrt(K) * 2^-24, whose square over 2 is 4.5e-13.
+LOGITS_OF_FLOAT32 = 1e-12
+
 # --- perplexity -----------------------------------------------------------------------------------
 # What the project promises of a backend's perplexity against the float32 reference's, relative.
 PERPLEXITY_PROMISE = 1e-3

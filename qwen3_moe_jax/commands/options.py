@@ -1,6 +1,7 @@
 """Types of option values: each refuses what cannot be when the command line is read, before any load."""
 
 import argparse
+import contextlib
 import json
 import os
 import re
@@ -168,7 +169,7 @@ def output(*suffixes: str) -> Callable[[str], str]:
 
 
 def _parsed(kind: Callable[[str], Any], text: str, wanted: str) -> Any:
-    try:
-        return kind(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}") from None
+    if text.isascii() and "_" not in text:  # Python's own numbers: 1_0 is ten
+        with contextlib.suppress(ValueError):
+            return kind(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")

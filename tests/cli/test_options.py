@@ -46,6 +46,8 @@ BAD = [
     ("generate", "x", "--seed", "4294967296"),
     ("generate", "x", "--stop", ""),
     ("generate", "x", "-n", "0"),
+    ("generate", "x", "-n", "1_0"),
+    ("generate", "x", "-n", "１"),
     ("generate", "x", "-n", "-1"),
     ("generate", "x", "-c", "1"),
     ("generate", "x", "-m", ""),

@@ -17,7 +17,8 @@ from qwen3_moe_jax.testing.random_models import (
     shifted,
     write_random_gguf,
 )
-from scripts.check_gate import STYLES, cases
+from scripts.check_gate import STYLES, Case, cases, check, is_far
+from tests import tolerances
 
 STRAINED = [
     ("constant", "q4_k"),
@@ -51,6 +52,23 @@ def test_jax_passes(opened):
     from qwen3_moe_jax.jax_backend.runner import JaxRunner
 
     assert not inspect(JaxRunner(opened, max_context=64), opened).departures
+
+
+@pytest.mark.parametrize(
+    ("style", "mix", "bound"),
+    [
+        ("mean 10", "all", tolerances.LOGITS_OF_FLOAT32),
+        ("ordinary", "q4_k_m", tolerances.LOGITS_OF_FLOAT32),
+        ("constant", "only_q4_k", np.inf),
+        ("bytes", "only_q4_k", np.inf),
+    ],
+)
+def test_logits_are_as_near_as_the_roundings_of_their_products_allow(tmp_path, style, mix, bound):
+    """Constant blocks and random bytes make roundings grow: the bound is then the file's own."""
+    found = check(Case(4, style, mix, {}), "reference", tmp_path)
+    assert not found["departures"]
+    assert not is_far(found)
+    assert found["distance"] < bound
 
 
 @pytest.mark.parametrize("opened", STRAINED, indirect=True, ids=str)
@@ -109,7 +127,7 @@ def test_careful_sigma_holds_packed_products_and_sees_coarse_ones(blocks, kind):
     sigma = noise.careful_sigma(x, weight, noise.FLOAT32)
     assert (np.abs(_float32_product(x32, weight) - exact) <= noise.MAX_SIGMAS * sigma).all()
     coarse = noise.rounded(x, bfloat16) @ noise.rounded(w, bfloat16).T
-    assert (np.abs(coarse - exact) > noise.MAX_SIGMAS * sigma).any() or blocks is not random_blocks
+    assert np.mean(np.abs(coarse - exact) > noise.MAX_SIGMAS * sigma) > 0.5
     allowed = noise.careful_sigma(x, weight, bfloat16)
     assert (np.abs(coarse - exact) <= noise.MAX_SIGMAS * allowed).all()
 
