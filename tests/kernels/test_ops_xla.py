@@ -9,7 +9,7 @@ import qwen3_moe_jax.kernels_pallas as ops
 from qwen3_moe_jax.convert.ggml_types import GGMLType
 from qwen3_moe_jax.convert.layouts import lanes16 as layouts
 from qwen3_moe_jax.convert.packed import LANES16, ROWS
-from tests.kernels.op_cases import DTYPES, QUANTIZED, OpCases, random_weights, rng, uniform
+from tests.kernels.op_cases import QUANTIZED, OpCases, random_weights, rng, uniform
 
 __all__ = ["rng"]
 
@@ -20,7 +20,6 @@ class TestXlaRows(OpCases):
 
 class TestXlaLanes(OpCases):
     implementation, layout = "xla", LANES16
-    shape_dtypes = DTYPES  # the layout that a CPU uses
 
 
 def test_none_chooses_what_runs_here(rng):
