@@ -2,7 +2,7 @@
 
 import argparse
 import copy
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import ExitStack, closing
 from typing import TYPE_CHECKING, Any
 
@@ -45,7 +45,7 @@ def run_against(args: argparse.Namespace, text: str, status: Any) -> int:
     return ExitCode.DONE if last.is_complete else ExitCode.INTERRUPTED
 
 
-def _estimates(args: argparse.Namespace, text: str, facts: dict[str, Any]) -> Iterator[Divergence]:
+def _estimates(args: argparse.Namespace, text: str, facts: dict[str, Any]) -> Generator[Divergence]:
     """The base is loaded first; if the model does not fit beside it, its logits are stored and it goes."""
     base_args = copy.copy(args)
     base_args.model = args.against

@@ -15,7 +15,7 @@ from qwen3_moe_jax.core.exit_codes import ExitCode
 if TYPE_CHECKING:
     from qwen3_moe_jax.serve.batch.estimate import Estimate
     from qwen3_moe_jax.serve.batch.results import Results
-    from qwen3_moe_jax.serve.engine.frames import Start
+    from qwen3_moe_jax.serve.engine.frames import Ready, Start
 
 SLOTS = 16
 """Requests at a time, as memory allows."""
@@ -108,7 +108,7 @@ def _answer(args: argparse.Namespace, found: "Results") -> int:
         with terminal.explain_if_slow("loading the model ...", quiet=args.quiet) as has_begun:
             async with run.engine(run.batch_settings(args.name), start) as service:
                 has_begun()
-                progress.banner(service.engine.ready, start)
+                progress.banner(service.engine.loaded(), start)
                 estimate.start()
                 await run.Work(service, found, estimate, say=progress.show).run(requests)
 
@@ -147,7 +147,7 @@ class Progress:
         self._quiet, self._status = quiet, terminal.Status()
         self._due = time.monotonic() + LINE_SECONDS
 
-    def banner(self, ready: object, start: "Start") -> None:
+    def banner(self, ready: "Ready", start: "Start") -> None:
         """What runs."""
         if not self._quiet:
             terminal.note(

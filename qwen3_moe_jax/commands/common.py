@@ -127,7 +127,8 @@ def picture_path(args: argparse.Namespace) -> str | None:
 
 def _slow_load(*, has_gate: bool) -> str:
     """What a load that takes long waits for."""
-    if "qwen3_moe_jax.jax_backend.compile_clock" not in sys.modules or not _compiles():
+    clock = sys.modules.get("qwen3_moe_jax.jax_backend.compile_clock")
+    if clock is None or clock.compile_clock().wait() is None:
         return "loading the model ..."
     if not has_gate:
         return "loading the model: compiling a program for it ..."
@@ -135,12 +136,6 @@ def _slow_load(*, has_gate: bool) -> str:
         "loading the model: the first time, a few tokens are checked against the reference; "
         "compiling a program for it ..."
     )
-
-
-def _compiles() -> bool:
-    from qwen3_moe_jax.jax_backend.compile_clock import compile_clock
-
-    return compile_clock().wait() is not None
 
 
 def load_model(
@@ -175,7 +170,8 @@ def load_model(
             first_prompt=first_prompt,
         )
     if not args.quiet:
-        terminal.note(*(f"note: {line}" for line in _trouble(model.runner)))
+        compiled = model.runner.compilation()
+        terminal.note(*(f"note: {line}" for line in (compiled.trouble if compiled else ())))
     if show_banner and not args.quiet:
         terminal.note(*banner(model), *(f"warning: {text}" for text in model.source.warnings))
     return model
@@ -204,31 +200,19 @@ def _has_choice(facts: Mapping[str, Any]) -> bool:
     return "kernels" in facts and ("(gpu)" in facts["device"] or facts["kernels"] == NATIVE)
 
 
-def _trouble(runner: "Runner") -> list[str]:
-    """Why compiled programs are not kept, or were made again."""
-    if runner.name != "jax":
-        return []
-    from qwen3_moe_jax.jax_backend import programs
-
-    return programs.trouble()
-
-
 def compile_seconds(runner: "Runner") -> float:
     """Seconds that this process has compiled programs; 0 for a backend that compiles when it loads."""
-    if runner.name != "jax":
-        return 0.0
-    from qwen3_moe_jax.jax_backend.compile_clock import compile_clock
-
-    return compile_clock().seconds()
+    compiled = runner.compilation()
+    return compiled.seconds if compiled else 0.0
 
 
 def what_is_slow(runner: "Runner", doing: str) -> Callable[[], str]:
     """A text for ``explain_if_slow`` that says whether a program is being compiled when it is shown."""
 
     def text() -> str:
-        if runner.name == "jax" and _compiles():
-            ready = runner.preparation
-            known = f"{ready.made} of {len(ready.wanted)} are ready"
+        compiled = runner.compilation()
+        if compiled is not None and compiled.is_waiting:
+            known = f"{compiled.ready} of {compiled.wanted} are ready"
             return f"{doing}: compiling a program for it, which is kept for the next run ({known}) ..."
         return f"{doing} ..."
 

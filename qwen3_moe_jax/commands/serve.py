@@ -4,7 +4,7 @@ import argparse
 import importlib.util
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qwen3_moe_jax import loader
 from qwen3_moe_jax.commands import options
@@ -91,7 +91,7 @@ def check_installed() -> None:
         raise RuntimeError(f"this command needs {', '.join(missing)}: pip install 'qwen3-moe-jax[serve]'")
 
 
-def start_from(args: argparse.Namespace, **fields: object) -> "Start":
+def start_from(args: argparse.Namespace, **fields: Any) -> "Start":
     """What the engine is to load; ``fields`` as ``frames.Start``, beside ``add_engine_arguments``."""
     from qwen3_moe_jax.serve.engine.frames import Start
 

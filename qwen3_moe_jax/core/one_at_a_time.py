@@ -5,12 +5,21 @@ from collections.abc import Collection, Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from qwen3_moe_jax.core.batch import RowBatch, TokenScore
 from qwen3_moe_jax.core.errors import (
     BackendUnavailableError,
     NumericalError,
 )
-from qwen3_moe_jax.core.runner import Batch, Capabilities, Generated, IsOver, Platform, Runner
-from qwen3_moe_jax.core.runner_arguments import check_open, per_prompt
+from qwen3_moe_jax.core.runner import (
+    Capabilities,
+    Compilation,
+    Generated,
+    IsOver,
+    Platform,
+    Runner,
+    TokenIds,
+)
+from qwen3_moe_jax.core.runner_arguments import check_open, checked_text, per_prompt
 from qwen3_moe_jax.core.sampling import Sampling
 
 
@@ -35,7 +44,7 @@ class OneAtATime:
         check_open(self)
         raise BackendUnavailableError(f"the {self.name} backend makes its cache when it loads a model")
 
-    def open_batch(self: Runner, slots: int, *, context: int | None = None) -> Batch:
+    def open_batch(self: Runner, slots: int, *, context: int | None = None) -> RowBatch:
         """Raises BackendUnavailableError; see ``Runner.open_batch``."""
         check_open(self)
         raise BackendUnavailableError(
@@ -46,6 +55,22 @@ class OneAtATime:
         """Raises BackendUnavailableError; see ``Runner.dequantized``."""
         check_open(self)
         raise BackendUnavailableError(f"the {self.name} backend does not show its unpacked weights")
+
+    def compilation(self) -> Compilation | None:
+        """None: programs were compiled when the model was loaded; see ``Runner.compilation``."""
+        return None
+
+    def token_scores(self: Runner, token_ids: TokenIds, *, top: int, first: int = 1) -> list[TokenScore]:
+        """From the logits of all positions; see ``Runner.token_scores``."""
+        tokens = checked_text(self, token_ids, first)
+        logits = self.forward(tokens).logits[first - 1 : -1].astype(np.float64)
+        peak = logits.max(axis=-1, keepdims=True)
+        logits -= peak + np.log(np.exp(logits - peak).sum(axis=-1, keepdims=True))
+        own = logits[np.arange(len(logits)), tokens[first:]]
+        ids = (-logits).argsort(axis=-1, kind="stable")[:, :top]
+        values = np.take_along_axis(logits, ids, axis=-1)
+        rivals = [list(zip(*row, strict=True)) for row in zip(ids.tolist(), values.tolist(), strict=True)]
+        return [TokenScore(*score) for score in zip(own.tolist(), rivals, strict=True)]
 
     def memory(self) -> dict[str, int] | None:
         """None: nobody tells; see ``Runner.memory``."""

@@ -4,19 +4,17 @@
 backend that runs one sequence at a time the methods that take several.
 """
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, Protocol, TypedDict, Unpack
+from typing import Literal, Protocol, TypedDict, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
 
 from qwen3_moe_jax.convert.config import Qwen3MoeConfig
+from qwen3_moe_jax.core.batch import FinishReason, RowBatch, TokenScore
 from qwen3_moe_jax.core.sampling import Sampling
 from qwen3_moe_jax.core.stages import StageKey
-
-FinishReason = Literal["stop", "length", "nonfinite"]
-"""A stop token (or what the caller took for one); max_tokens or the context; logits that are not finite."""
 
 TokenIds = Sequence[int] | NDArray[np.integer]
 
@@ -39,35 +37,6 @@ class Forward:
     logits: np.ndarray
     expert_ids: np.ndarray
     stages: dict[StageKey, np.ndarray] = field(default_factory=dict[StageKey, np.ndarray])
-
-
-class TokenScore(NamedTuple):
-    """Of a token that was written.
-
-    Attributes:
-      logprob: its log-probability under the model's own logits: before masks, penalties and temperature.
-      top: the likeliest tokens and their log-probabilities, best first.
-    """
-
-    logprob: float
-    top: list[tuple[int, float]]
-
-
-@dataclass(frozen=True)
-class Progress:
-    """What a step did for one sequence.
-
-    Attributes:
-      slot: its slot.
-      tokens: the new tokens, without a stop token.
-      finish_reason: why it ended, or None while it is active.
-      scores: of ``tokens``, where they were asked for.
-    """
-
-    slot: int
-    tokens: list[int]
-    finish_reason: FinishReason | None
-    scores: list[TokenScore] | None = None
 
 
 @dataclass
@@ -98,6 +67,24 @@ class Capabilities:
     concurrent: bool = False
 
 
+@dataclass(frozen=True)
+class Compilation:
+    """Of the programs that a backend compiles while it runs.
+
+    Attributes:
+      seconds: how long this process has waited for programs.
+      is_waiting: whether it waits for one now.
+      ready, wanted: programs that are in memory, and all that the model is known to need.
+      trouble: why programs are not kept, or were made again: one line for each reason.
+    """
+
+    seconds: float
+    is_waiting: bool
+    ready: int
+    wanted: int
+    trouble: tuple[str, ...]
+
+
 class ForwardOptions(TypedDict, total=False):
     """The optional arguments of ``Runner.forward``.
 
@@ -123,103 +110,11 @@ class ForwardOptions(TypedDict, total=False):
     interventions: Sequence[object]
 
 
-class Batch(Protocol):
-    """Slots for sequences that share every forward pass (``jax_backend.batching.Batch``)."""
-
-    @property
-    def slots(self) -> int:
-        """How many sequences it holds."""
-        ...
-
-    @property
-    def capacity(self) -> int:
-        """Tokens that a sequence may have, prompt and output."""
-        ...
-
-    @property
-    def free_slots(self) -> int:
-        """How many sequences could be admitted now."""
-        ...
-
-    @property
-    def waiting(self) -> int:
-        """How many sequences have prompts that are not read to their end."""
-        ...
-
-    @property
-    def running(self) -> int:
-        """How many sequences have not ended."""
-        ...
-
-    def room(self, slot: int) -> int:
-        """Tokens that a sequence in this slot may have: ``capacity``, or fewer where rows differ."""
-        ...
-
-    @property
-    def is_whole(self) -> bool:
-        """False after a step that failed and took the state with it."""
-        ...
-
-    @property
-    def is_held(self) -> bool:
-        """Whether a step would do nothing until ``allow`` is called."""
-        ...
-
-    def admit(
-        self,
-        token_ids: Sequence[int],
-        *,
-        sampling: Sampling | None = None,
-        max_tokens: int | None = None,
-        stop_ids: Collection[int] = (),
-        slot: int | None = None,
-        filled: int = 0,
-        written: int = 0,
-        mask: bytes | None = None,
-        top_logprobs: int | None = None,
-    ) -> int:
-        """Takes a prompt into a free slot, ``filled`` of its tokens in that slot's row already; its last
-        ``written`` ones are output. ``top_logprobs`` asks for ``Progress.scores``."""
-        ...
-
-    def step(self, tokens: int = 1, *, prompt_tokens: int = 2048, ahead: int = 0) -> Sequence[Progress]:
-        """Continues every sequence that has not ended."""
-        ...
-
-    def free(self, slot: int) -> None:
-        """Gives a slot back, at any time."""
-        ...
-
-    def allow(self, slot: int, mask: bytes) -> None:
-        """Lets a sequence that was admitted with a mask write its next token, one of the mask's."""
-        ...
-
-    def row_length(self, slot: int) -> int:
-        """Tokens of a slot's sequence that its row of the cache holds."""
-        ...
-
-    def row_nbytes(self, length: int) -> int:
-        """Bytes that ``save_row`` takes for so many positions."""
-        ...
-
-    def copy_row(self, source: int, target: int, length: int) -> None:
-        """Copies the first positions of one slot's row to a free slot's."""
-        ...
-
-    def save_row(self, slot: int, length: int) -> Any:
-        """The first positions of a slot's row, in main memory."""
-        ...
-
-    def load_row(self, slot: int, saved: Any) -> None:
-        """Puts what ``save_row`` gave into a free slot's row."""
-        ...
-
-
 class Runner(Protocol):
     """A backend that holds one loaded model.
 
-    After ``close`` every method but ``describe`` and ``close`` raises ModelClosedError, and so does a
-    stream that is open.
+    After ``close`` every method but ``describe``, ``compilation`` and ``close`` raises ModelClosedError, and
+    so does a stream that is open.
     """
 
     @property
@@ -289,6 +184,10 @@ class Runner(Protocol):
         """
         ...
 
+    def compilation(self) -> Compilation | None:
+        """Of programs that are compiled as they are needed; None if loading compiled them all."""
+        ...
+
     def close(self) -> None:
         """Gives back the memory of weights and cache; a second call does nothing."""
         ...
@@ -313,6 +212,14 @@ class Runner(Protocol):
         """
         ...
 
+    def token_scores(self, token_ids: TokenIds, *, top: int, first: int = 1) -> list[TokenScore]:
+        """As ``log_likelihoods``, with the ``top`` likeliest tokens of each position (at most 20).
+
+        Raises:
+          ContextOverflowError: T is more than max_context.
+        """
+        ...
+
     def stream(
         self,
         token_ids: Sequence[int],
@@ -321,7 +228,7 @@ class Runner(Protocol):
         sampling: Sampling,
         stop_ids: Collection[int] = (),
         reuse: bool = False,
-    ) -> Iterator[int]:
+    ) -> Generator[int]:
         """Yields new token ids as they come; ends after max_tokens, or before one of stop_ids.
 
         Args:
@@ -338,7 +245,7 @@ class Runner(Protocol):
         """
         ...
 
-    def open_batch(self, slots: int, *, context: int | None = None) -> Batch:
+    def open_batch(self, slots: int, *, context: int | None = None) -> RowBatch:
         """Slots for sequences that run together, with a KV cache of their own.
 
         Args:

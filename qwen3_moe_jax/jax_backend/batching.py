@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import jax
 import numpy as np
 
+from qwen3_moe_jax.core.batch import FinishReason, Progress, TokenScore
 from qwen3_moe_jax.core.errors import BatchFullError, ContextOverflowError, ModelClosedError
-from qwen3_moe_jax.core.runner import FinishReason, Progress, TokenScore
 from qwen3_moe_jax.core.sampling import Sampling
 from qwen3_moe_jax.jax_backend import generate, rows, slots
 from qwen3_moe_jax.jax_backend.decode_path import Decoder

@@ -3,7 +3,7 @@
 import sys
 import time
 import weakref
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Sequence
 from dataclasses import replace
 from typing import Any, Unpack
 
@@ -14,16 +14,17 @@ import numpy as np
 from qwen3_moe_jax.convert.packed import LANES
 from qwen3_moe_jax.convert.progress import ProgressCallback
 from qwen3_moe_jax.convert.source import ModelSource
+from qwen3_moe_jax.core.batch import TokenScore
 from qwen3_moe_jax.core.errors import NumericalError
 from qwen3_moe_jax.core.runner import (
     Capabilities,
+    Compilation,
     Forward,
     ForwardOptions,
     Generated,
     IsOver,
     Platform,
     TokenIds,
-    TokenScore,
 )
 from qwen3_moe_jax.core.runner_arguments import (
     ForwardRequest,
@@ -219,6 +220,16 @@ class JaxRunner:
                 self._record.add(ran)
         return self._record
 
+    def compilation(self) -> Compilation | None:
+        clock, preparation = compile_clock(), self.preparation
+        return Compilation(
+            seconds=clock.seconds(),
+            is_waiting=clock.wait() is not None,
+            ready=preparation.made,
+            wanted=len(preparation.wanted),
+            trouble=tuple(programs.trouble()),
+        )
+
     def close(self) -> None:
         """Deletes the arrays of weights and of every batch, whoever else still names them."""
         self.is_closed = True
@@ -267,9 +278,10 @@ class JaxRunner:
     def log_likelihoods(self, token_ids: TokenIds, *, first: int = 1) -> np.ndarray:
         return self._scored(token_ids, first, 0)[0]
 
-    def token_scores(self, token_ids: TokenIds, *, first: int = 1) -> list[TokenScore]:
-        """As ``log_likelihoods``, with the ``MAX_TOP`` likeliest tokens of each place."""
-        return host_scores(*self._scored(token_ids, first, min(MAX_TOP, self.config.vocab_size)))
+    def token_scores(self, token_ids: TokenIds, *, top: int, first: int = 1) -> list[TokenScore]:
+        # One program whatever ``top`` is: the device finds MAX_TOP of them.
+        scores = host_scores(*self._scored(token_ids, first, min(MAX_TOP, self.config.vocab_size)))
+        return [score._replace(top=score.top[:top]) for score in scores]
 
     @own_settings()
     def _scored(self, token_ids: TokenIds, first: int, top: int) -> Scored:
@@ -287,11 +299,11 @@ class JaxRunner:
         sampling: Sampling,
         stop_ids: Collection[int] = (),
         reuse: bool = False,
-    ) -> Iterator[int]:
+    ) -> Generator[int]:
         prompt = checked_prompt(self, token_ids).tolist()
         return self._stream(Request(prompt, sampling, max_tokens, stop_ids), reuse)
 
-    def _stream(self, request: Request, reuse: bool) -> Iterator[int]:
+    def _stream(self, request: Request, reuse: bool) -> Generator[int]:
         with open_throughout(self):
             held, self._spare_tokens = self._spare_tokens, []
             batch = self._take_spare()

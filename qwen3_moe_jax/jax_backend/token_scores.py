@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import qwen3_moe_jax.kernels_pallas as ops
-from qwen3_moe_jax.core.runner import TokenScore
+from qwen3_moe_jax.core.batch import TokenScore
 from qwen3_moe_jax.jax_backend.trees import tree_dataclass
 
 MAX_TOP = 20

@@ -9,7 +9,7 @@ Face Transformers' ``modeling_qwen3_moe.py`` and in llama.cpp at commit
 0c1e57098, ``src/models/qwen3moe.cpp``; stage names are the latter's.
 """
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
 from typing import Unpack
 
 import numpy as np
@@ -258,13 +258,13 @@ class ReferenceRunner(OneAtATime):
         sampling: Sampling,
         stop_ids: Collection[int] = (),
         reuse: bool = False,
-    ) -> Iterator[int]:
+    ) -> Generator[int]:
         tokens = checked_prompt(self, token_ids)
         return self._stream(tokens, max_tokens, Sampler(sampling, tokens.tolist()), stop_ids)
 
     def _stream(
         self, token_ids: np.ndarray, max_tokens: int, sampler: Sampler, stop_ids: Collection[int]
-    ) -> Iterator[int]:
+    ) -> Generator[int]:
         cache, new_ids = self._empty_cache(), token_ids
         every_layer = range(self.config.num_hidden_layers)
         for _ in range(min(max_tokens, self.max_context - len(token_ids))):

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from qwen3_moe_jax.serve.json_scan import SPACE, ValueScan
+from qwen3_moe_jax.serve.json_scan import ValueScan, after_space
 
 OPEN, CLOSE, FUNCTION = "<tool_call>", "</tool_call>", "<function="
 PARAMETER, END_PARAMETER, END_FUNCTION = "<parameter=", "</parameter>", "</function>"
@@ -88,9 +88,9 @@ class HermesCall:
 
     def _step(self, text: str, out: list[Delta]) -> None:
         if self._scan is not None:
-            self._value(text, out)
+            self._value(self._scan, text, out)
             return
-        self._at = SPACE.match(text, self._at).end()
+        self._at = after_space(text, self._at)
         if self._at < len(text):
             self._at = self._structure(text, self._at, out)
 
@@ -117,18 +117,18 @@ class HermesCall:
             return at + 1
         raise NotACall
 
-    def _value(self, text: str, out: list[Delta]) -> None:
-        end, is_over = self._scan.feed(text, self._at)
+    def _value(self, scan: ValueScan, text: str, out: list[Delta]) -> None:
+        end, is_over = scan.feed(text, self._at)
         piece, self._at = text[self._at : end], end
         is_arguments = self._state == "value" and self._key in ARGUMENTS
-        if is_arguments and self.has_begun and self._scan.kind in ("object", "array"):
+        if is_arguments and self.has_begun and scan.kind in ("object", "array"):
             out.append(CallArguments(self._index, piece))
             self._has_arguments = True
         else:
             self._part.append(piece)
         if is_over:
-            kind, self._scan = self._scan.kind, None
-            self._ended(kind, out)
+            self._scan = None
+            self._ended(scan.kind, out)
 
     def _ended(self, kind: str, out: list[Delta]) -> None:
         value = "".join(self._part)

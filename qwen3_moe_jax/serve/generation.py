@@ -1,11 +1,11 @@
 """One answer: tokens from the engine become reasoning, text and tool calls, whatever protocol asks."""
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from qwen3_moe_jax.core.runner import TokenScore
+from qwen3_moe_jax.core.batch import TokenScore
 from qwen3_moe_jax.core.sampling import Sampling
 from qwen3_moe_jax.serve.engine.client import EngineClient, EngineError, Part, Stream
 from qwen3_moe_jax.serve.grammar import Constraint
@@ -26,6 +26,11 @@ class Reasoning:
 
 
 Delta = Reasoning | Text | CallStart | CallArguments
+
+
+def text_of(delta: Delta) -> str:
+    """The text of a delta; a call's start has none."""
+    return "" if isinstance(delta, CallStart) else delta.text
 
 
 @dataclass(frozen=True)
@@ -133,12 +138,11 @@ class Answer:
         w, limit = self.wish, self._limit - len(self.token_ids)
         if self._budget is not None:
             limit = min(limit, max(1, self._budget - len(self.token_ids)))
-        sampling = {k: v for k, v in vars(w.sampling).items()}
-        mask = self._next_mask() if w.constraint else None
+        mask = self._next_mask(w.constraint) if w.constraint else None
         return self.engine.submit(
             prompt,
             key=w.key,
-            sampling=sampling,
+            sampling=w.sampling,
             max_tokens=limit,
             stop_ids=sorted(w.stop_ids),
             scope=w.scope,
@@ -152,14 +156,14 @@ class Answer:
             await self._began()
             while True:
                 reason = None
-                async for part in self._stream:
+                async for part in self._submitted:
                     reason = part.finish_reason
                     for delta in self._push(part):
                         yield delta
                     if self.finish_reason:
                         return
                     if self.wish.constraint is not None:
-                        await self._constrain(reason)
+                        await self._constrain(self.wish.constraint, reason)
                 if not self._goes_on(reason):
                     break
                 for delta in self._resume():
@@ -169,6 +173,12 @@ class Answer:
         finally:
             self.close()
 
+    @property
+    def _submitted(self) -> Stream:
+        if self._stream is None:
+            raise RuntimeError("an answer is submitted before it is read")
+        return self._stream
+
     def close(self) -> None:
         """Gives the engine's slot back; an answer that has ended has none."""
         if self._stream is not None:
@@ -177,10 +187,10 @@ class Answer:
     async def _began(self) -> None:
         try:
             async with asyncio.timeout(self.wish.queue_seconds):
-                await self._stream.began.wait()
+                await self._submitted.began.wait()
         except TimeoutError:
             raise EngineError("unavailable", "no slot got free in time; try again later") from None
-        self.usage.cached = self._stream.cached or 0
+        self.usage.cached = self._submitted.cached or 0
 
     # -- tokens to deltas
 
@@ -205,21 +215,20 @@ class Answer:
             if self.finish_reason:
                 return
 
-    async def _constrain(self, reason: str | None) -> None:
+    async def _constrain(self, constraint: Constraint, reason: str | None) -> None:
         """After tokens of a constrained answer: the grammar goes on, and the engine may."""
         if self._unmatched and reason != "stop":
-            await self.wish.constraint.take(self._unmatched)
+            await constraint.take(self._unmatched)
         self._unmatched = []
         if reason is None:
-            self.engine.allow(self._stream, self._next_mask())
+            self.engine.allow(self._submitted, self._next_mask(constraint))
 
     @property
     def _thinks(self) -> bool:
         return self._splitter is not None and self._splitter.is_reasoning
 
-    def _next_mask(self) -> bytes:
+    def _next_mask(self, constraint: Constraint) -> bytes:
         """Tokens that may come next: thinking is free, and may be opened where the wish allows it."""
-        constraint = self.wish.constraint
         if self._thinks:
             return constraint.everything()
         may_open = self._splitter is not None and not self._splitter.has_begun and not self.token_ids
@@ -247,7 +256,7 @@ class Answer:
         else:
             yield from self._checked(self._tools.push(text))
 
-    def _checked(self, deltas: list[Delta]) -> Iterator[Delta]:
+    def _checked(self, deltas: Sequence[Delta]) -> Iterator[Delta]:
         """With ``one_call``, nothing after the first call."""
         for delta in deltas:
             if self.finish_reason:

@@ -5,18 +5,29 @@ import re
 _IN_STRING = re.compile(r'[^"\\]*')
 _OUTSIDE = re.compile(r'[^"{}\[\]]*')
 _SCALAR = re.compile(r"[^,}\]\s]*")
-SPACE = re.compile(r"\s*")
+_SPACE = re.compile(r"\s*")
+
+
+def _end_of(run: re.Pattern[str], text: str, at: int) -> int:
+    """Where a run of characters that begins at ``at`` ends; it may be empty."""
+    found = run.match(text, at)
+    return at if found is None else found.end()
+
+
+def after_space(text: str, at: int) -> int:
+    """The first place from ``at`` on that is no white space."""
+    return _end_of(_SPACE, text, at)
 
 
 class ValueScan:
     """Finds the end of one JSON value that is fed in pieces.
 
     Attributes:
-      kind: "object", "array", "string" or "scalar", once its first character has come.
+      kind: "object", "array", "string" or "scalar"; empty before its first character has come.
     """
 
     def __init__(self):
-        self.kind: str | None = None
+        self.kind = ""
         self._depth = 0
         self._in_string = False
         self._is_escaped = False
@@ -29,10 +40,10 @@ class ValueScan:
         """
         if start >= len(text):
             return start, False
-        if self.kind is None:
+        if not self.kind:
             self.kind = {"{": "object", "[": "array", '"': "string"}.get(text[start], "scalar")
         if self.kind == "scalar":
-            end = _SCALAR.match(text, start).end()
+            end = _end_of(_SCALAR, text, start)
             return end, end < len(text)
         return self._feed_nested(text, start)
 
@@ -42,7 +53,7 @@ class ValueScan:
                 self._is_escaped = False
                 at += 1
                 continue
-            at = (_IN_STRING if self._in_string else _OUTSIDE).match(text, at).end()
+            at = _end_of(_IN_STRING if self._in_string else _OUTSIDE, text, at)
             if at == len(text):
                 break
             at += 1

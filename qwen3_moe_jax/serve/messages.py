@@ -35,12 +35,12 @@ def text_of(content: object, place: str) -> str:
 def _part_text(part: object, place: str) -> str:
     if isinstance(part, str):
         return part
-    kind = part.get("type") if isinstance(part, Mapping) else None
-    if kind == "refusal" and isinstance(part.get("refusal"), str):
-        return part["refusal"]
-    if kind not in TEXT_PARTS or not isinstance(part.get("text"), str):
+    fields: Mapping[str, Any] = part if isinstance(part, Mapping) else {}
+    kind = fields.get("type")
+    text = fields.get("refusal" if kind == "refusal" else "text")
+    if kind not in (*TEXT_PARTS, "refusal") or not isinstance(text, str):
         raise MessageError(f"{place}: the model reads text only, not {str(kind)[:40]!r}")
-    return part["text"]
+    return text
 
 
 def from_chat(messages: Sequence[Any]) -> list[dict[str, Any]]:
@@ -54,10 +54,16 @@ def from_chat(messages: Sequence[Any]) -> list[dict[str, Any]]:
     return with_one_system([_chat_message(m, f"messages[{i}]") for i, m in enumerate(messages)])
 
 
+def role_of(message: Mapping[str, Any], others: Mapping[str, str]) -> object:
+    """A message's role, a name of ``others`` as what it stands for; it may be anything that JSON has."""
+    role = message.get("role")
+    return others.get(role, role) if isinstance(role, str) else role
+
+
 def _chat_message(message: object, place: str) -> dict[str, Any]:
     if not isinstance(message, Mapping):
         raise MessageError(f"{place} must be an object with role and content")
-    role = {"function": "tool", "developer": "system"}.get(message.get("role"), message.get("role"))
+    role = role_of(message, {"function": "tool", "developer": "system"})
     if role not in ("system", "user", "assistant", "tool"):
         raise MessageError(f"{place}.role must be one of system, developer, user, assistant, tool")
     if role != "assistant" and message.get("content") is None:

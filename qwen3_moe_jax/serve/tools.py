@@ -146,15 +146,16 @@ class ToolParser:
     _out_of_raw = 0
 
     def _in_call(self, is_last: bool) -> None:
-        held = self._held
+        held, call = self._held, self._call
+        assert call is not None  # ``_start_call`` sets both
         try:
-            deltas, rest, is_over = self._call.feed(held)
+            deltas, rest, is_over = call.feed(held)
         except NotACall:
             self._give_up()
             return
         self._out += deltas
         self._held = rest
-        if not self._call.has_begun:
+        if not call.has_begun:
             self._keep_raw(held[: len(held) - len(rest)])
         if is_over:
             self._call, self._raw, self._state = None, [], self._after_call

@@ -3,8 +3,8 @@
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
+from qwen3_moe_jax.core.batch import FinishReason, Progress
 from qwen3_moe_jax.core.errors import BatchFullError
-from qwen3_moe_jax.core.runner import FinishReason, Progress
 from qwen3_moe_jax.core.sampling import Sampling
 
 CHUNK = 16
@@ -90,6 +90,7 @@ class FakeBatch:
         filled: int = 0,
         written: int = 0,
         mask: bytes | None = None,
+        top_logprobs: int | None = None,
     ) -> int:
         """Takes a prompt; ``filled`` of its tokens must be in the row already."""
         if not self.free_slots:

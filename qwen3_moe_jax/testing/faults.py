@@ -7,7 +7,7 @@ code by replacing functions of the backend's module while it runs.
 
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import fields, replace
 from threading import RLock
@@ -165,7 +165,7 @@ class PatchedRunner:
         with self._patched():
             return self._runner.forward(token_ids, **options)
 
-    def stream(self, token_ids: Sequence[int], **options: Any) -> Iterator[int]:
+    def stream(self, token_ids: Sequence[int], **options: Any) -> Generator[int]:
         with self._patched():
             tokens = list(self._runner.stream(token_ids, **options))
         yield from tokens
@@ -183,7 +183,7 @@ class DroppingRunner(PatchedRunner):
             options["expert_ids"] = options["expert_ids"][:, :seen]
         return super().forward(token_ids[:seen], **options)
 
-    def stream(self, token_ids: Sequence[int], **options: Any) -> Iterator[int]:
+    def stream(self, token_ids: Sequence[int], **options: Any) -> Generator[int]:
         return super().stream(token_ids[: _without_last_chunk(len(token_ids))], **options)
 
 

@@ -8,7 +8,7 @@ import atexit
 import contextlib
 import re
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -73,6 +73,8 @@ class TextStream:
         self.tokens: list[int] = []
         self._decoder = StreamDecoder(tokenizer)
         self._token_ids = iter(token_ids)
+        # Bound now: while the interpreter ends, this module's names are gone before its generators are.
+        self._end = self._token_ids.close if isinstance(self._token_ids, Generator) else None
         self._stops = StopStrings(stop)
         self._max_tokens = max_tokens
         self._starts_in_reasoning = starts_in_reasoning
@@ -126,9 +128,8 @@ class TextStream:
 
     def close(self) -> None:
         """Ends the generation, so that the runner gets back what it lent; again is no harm."""
-        close = getattr(self._token_ids, "close", None)
-        if close is not None:
-            close()
+        if self._end is not None:
+            self._end()
 
 
 _STREAMS: weakref.WeakSet[TextStream] = weakref.WeakSet()

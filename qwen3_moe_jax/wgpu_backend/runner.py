@@ -4,7 +4,7 @@ import gc
 import threading
 import weakref
 from collections import deque
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Generator, Sequence
 from dataclasses import dataclass
 from typing import Unpack
 
@@ -235,7 +235,7 @@ class WgpuRunner(OneAtATime):
         sampling: Sampling,
         stop_ids: Collection[int] = (),
         reuse: bool = False,
-    ) -> Iterator[int]:
+    ) -> Generator[int]:
         """As ``Runner.stream``. A newer request on this runner ends this one with a RuntimeError."""
         tokens = checked_prompt(self, token_ids).astype(np.uint32)
         most = min(max_tokens, self.max_context - len(tokens))
@@ -243,7 +243,7 @@ class WgpuRunner(OneAtATime):
 
     def _tokens(
         self, tokens: np.ndarray, most: int, sampling: Sampling, stop_ids: frozenset[int]
-    ) -> Iterator[int]:
+    ) -> Generator[int]:
         if most <= 0:
             return
         with self._lock:

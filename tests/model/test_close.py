@@ -45,6 +45,7 @@ RUNNER_CALLS: dict[str, Callable] = {
     "log_likelihoods": lambda r: r.log_likelihoods([1, 2]),
     "open_batch": lambda r: r.open_batch(1),
     "stream": lambda r: r.stream([1], max_tokens=1, sampling=GREEDY),
+    "token_scores": lambda r: r.token_scores([1, 2], top=1),
 }
 
 

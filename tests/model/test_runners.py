@@ -6,6 +6,7 @@ from typing import get_type_hints
 import numpy as np
 import pytest
 
+from qwen3_moe_jax.core import batch
 from qwen3_moe_jax.core.errors import BackendUnavailableError, ContextOverflowError
 from qwen3_moe_jax.core.one_at_a_time import (
     OneAtATime,
@@ -24,6 +25,7 @@ from qwen3_moe_jax.jax_backend.runner import JaxRunner
 from qwen3_moe_jax.reference import ReferenceRunner
 from qwen3_moe_jax.serve.engine.single import SingleBatch
 from qwen3_moe_jax.wgpu_backend.runner import WgpuRunner
+from tests.tolerances import TOKEN_SCORES
 
 BACKENDS = (JaxRunner, WgpuRunner, ReferenceRunner)
 MEMBERS = {name: value for name, value in vars(Runner).items() if not name.startswith("_")}
@@ -133,22 +135,41 @@ def test_several_prompts_are_answered_alike(jax_runner, reference_runner):
         reference_runner.generate_batch(prompts, max_tokens=[3], sampling=sampling)
 
 
-@pytest.mark.parametrize("kind", [Batch, SingleBatch])
-def test_a_batch_keeps_its_protocol(kind):
-    from qwen3_moe_jax.core.runner import Batch as Protocol
+def test_scores_of_tokens_and_their_rivals(reference_runner, exact_runner):
+    ids = [5, 9, 70, 11]
+    of_all, of_jax = (r.token_scores(ids, top=3, first=2) for r in (reference_runner, exact_runner))
+    assert [s.logprob for s in of_all] == pytest.approx(reference_runner.log_likelihoods(ids, first=2))
+    for ours, theirs in zip(of_all, of_jax, strict=True):
+        assert ours.logprob == pytest.approx(theirs.logprob, abs=TOKEN_SCORES)
+        assert [token for token, _ in ours.top] == [token for token, _ in theirs.top]
+        assert len(ours.top) == 3
 
-    for name, value in vars(Protocol).items():
+
+def test_a_backend_tells_of_programs_if_it_compiles_while_it_runs(reference_runner, jax_runner):
+    assert reference_runner.compilation() is None
+    told = jax_runner.compilation()
+    assert 0 <= told.ready <= told.wanted
+    assert not told.is_waiting
+
+
+@pytest.mark.parametrize(
+    ("kind", "protocol"), [(Batch, batch.Batch), (Batch, batch.RowBatch), (SingleBatch, batch.Batch)]
+)
+def test_a_batch_keeps_its_protocol(kind, protocol):
+    for name, value in vars(protocol).items():
+        if isinstance(value, property) and name not in {"slots", "capacity"}:  # these are set by __init__
+            assert hasattr(kind, name), name
         if inspect.isfunction(value) and not name.startswith("_"):
             ours, wanted = parameters(getattr(kind, name)), parameters(value)
             assert ours[: len(wanted)] == wanted, name
 
 
 def test_a_batch_of_one_has_no_rows_and_masks(reference_runner):
-    batch = SingleBatch(reference_runner, 64)
+    one = SingleBatch(reference_runner, 64)
     for ask in ({"mask": b""}, {"filled": 1}):
         with pytest.raises(BackendUnavailableError, match="no rows and masks"):
-            batch.admit([1, 2], **ask)
+            one.admit([1, 2], **ask)
     with pytest.raises(BackendUnavailableError, match="no rows and masks"):
-        batch.copy_row(0, 0, 1)
+        one.copy_row(0, 0, 1)
     with pytest.raises(BackendUnavailableError, match="when it loads"):
         reference_runner.set_max_context(4)

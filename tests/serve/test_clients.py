@@ -316,7 +316,7 @@ def test_tokens_there_and_back(server):
 def test_experts_are_counted(server):
     import httpx
 
-    found = httpx.post(f"{server.url}/experts", json={"text": "abcd"}).json()
+    found = httpx.post(f"{server.url}/experts", json={"text": "abcd"}, timeout=None).json()
     assert found["tokens"] == 4
     assert [sum(layer) for layer in found["counts"]] == [4]
 

@@ -1,6 +1,7 @@
 """Stop strings, reasoning and counts, whatever the borders of tokens."""
 
 import random
+from collections.abc import Generator
 
 import pytest
 
@@ -95,18 +96,18 @@ def test_reasoning_comes_as_soon_as_it_can():
     assert splitter.push("\nd") == [Piece("content", "d")]
 
 
-class Tokens:
+class Tokens(Generator):
     """A runner's generator that knows whether it was closed."""
 
     def __init__(self, ids):
         self.ids = iter(ids)
         self.closed = False
 
-    def __iter__(self):
-        return self
-
-    def __next__(self):
+    def send(self, value):
         return next(self.ids)
+
+    def throw(self, *error):
+        raise NotImplementedError
 
     def close(self):
         self.closed = True

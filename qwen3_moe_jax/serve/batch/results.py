@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, Protocol
 
 from filelock import FileLock, Timeout
 
@@ -49,6 +49,16 @@ def _name(value: Any) -> str | int:
     return found
 
 
+class ResultsFile(Protocol):
+    """What results need of a file: its lines, and writes that are whole."""
+
+    def __iter__(self) -> Iterator[bytes]: ...
+    def write(self, data: bytes, /) -> int: ...
+    def seek(self, offset: int, /) -> int: ...
+    def truncate(self, size: int, /) -> int: ...
+    def fileno(self) -> int: ...
+
+
 class Results:
     """The open file.
 
@@ -58,7 +68,7 @@ class Results:
       statuses: how many lines there are of each kind.
     """
 
-    def __init__(self, path: Path, file: IO[bytes], *, is_regular: bool):
+    def __init__(self, path: Path, file: ResultsFile, *, is_regular: bool):
         self.path, self._file, self._is_regular = path, file, is_regular
         self.names: set[str | int] = set()
         self.statuses: Counter[str] = Counter()
@@ -149,7 +159,7 @@ def open_results(path: str | os.PathLike[str]) -> Iterator[Results]:
 
 
 @contextmanager
-def _opened(path: Path, mode: str) -> Iterator[IO[bytes]]:
+def _opened(path: Path, mode: str) -> Iterator[ResultsFile]:
     try:
         file = path.open(mode, buffering=0)
     except OSError as error:

@@ -138,7 +138,7 @@ class Work:
         self._service, self._results, self._estimate = service, results, estimate
         self._app = make_app(service)
         self._say = say
-        self._at_once = service.engine.ready.slots + ahead
+        self._at_once = service.engine.loaded().slots + ahead
         self._ready: asyncio.Queue[Result | None] = asyncio.Queue()
 
     async def run(self, source: Source) -> None:

@@ -11,11 +11,12 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
 
-from qwen3_moe_jax.core.runner import TokenScore
+from qwen3_moe_jax.core.batch import TokenScore
 from qwen3_moe_jax.serve.engine import frames
 
 Health = Literal["loading", "ok", "draining", "dead"]
@@ -161,7 +162,7 @@ class EngineClient:
         ours, theirs = socket.socketpair()
         with theirs:
             command = [sys.executable, "-m", "qwen3_moe_jax.serve.engine.worker", str(theirs.fileno())]
-            root = os.path.dirname(os.path.dirname(sys.modules["qwen3_moe_jax"].__file__))
+            root = str(Path(__file__).parents[3])
             paths = os.pathsep.join(p for p in (root, os.environ.get("PYTHONPATH")) if p)
             self._process = subprocess.Popen(
                 command,
@@ -234,6 +235,16 @@ class EngineClient:
         """Raises EngineError unless the engine takes requests."""
         if self.health != "ok":
             raise EngineError("unavailable", f"the model is {self.health}; try again later")
+
+    def loaded(self) -> frames.Ready:
+        """What the engine said when it was loaded.
+
+        Raises:
+          EngineError: none is loaded now.
+        """
+        if self.ready is None:
+            raise EngineError("unavailable", f"the model is {self.health}; try again later")
+        return self.ready
 
     def submit(self, token_ids: list[int], **fields: Any) -> Stream:
         """Asks for a sequence; fields as ``frames.Submit``.

@@ -10,6 +10,8 @@ from typing import Any
 
 import msgspec
 
+from qwen3_moe_jax.core.sampling import Sampling
+
 MAX_FRAME = 256 << 20
 """Bytes of a frame: far above the largest prompt; a longer one is a fault of the other side."""
 
@@ -44,7 +46,7 @@ class Submit(msgspec.Struct, tag=True):
     id: int
     key: str
     token_ids: list[int]
-    sampling: dict[str, float | int]
+    sampling: Sampling
     max_tokens: int
     stop_ids: list[int]
     scope: str | None = None

@@ -3,9 +3,8 @@
 from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from qwen3_moe_jax.core.runner import TokenScore
+from qwen3_moe_jax.core.batch import TokenScore
 from qwen3_moe_jax.core.sampling import Sampling
 
 
@@ -34,12 +33,6 @@ class Job:
     is_resumed: bool = False
     first_mask: bytes | None = None
     top: int | None = None
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """Arguments of ``admit`` that stay the same in every row."""
-        found: dict[str, Any] = {"sampling": self.sampling, "stop_ids": self.stop_ids}
-        return found if self.top is None else found | {"top_logprobs": self.top}
 
 
 @dataclass(frozen=True)

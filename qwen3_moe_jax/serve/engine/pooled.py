@@ -9,9 +9,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
+from qwen3_moe_jax.core.batch import Progress, RowBatch
 from qwen3_moe_jax.core.errors import BatchFullError
-from qwen3_moe_jax.core.runner import Progress
-from qwen3_moe_jax.jax_backend.batching import Batch
 
 
 class PooledBatch:
@@ -22,7 +21,7 @@ class PooledBatch:
       capacity: tokens that a sequence in the longest row may have.
     """
 
-    def __init__(self, batches: Sequence[Batch]):
+    def __init__(self, batches: Sequence[RowBatch]):
         """Takes batches over, which are sorted by their capacity."""
         self._batches = tuple(sorted(batches, key=lambda b: b.capacity))
         self._first: list[int] = []
@@ -33,7 +32,7 @@ class PooledBatch:
         self.capacity = self._batches[-1].capacity
         self._reader = 0
 
-    def _place(self, slot: int) -> tuple[Batch, int]:
+    def _place(self, slot: int) -> tuple[RowBatch, int]:
         """The batch of a slot and its number there."""
         for batch, first in zip(reversed(self._batches), reversed(self._first), strict=True):
             if slot >= first:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from qwen3_moe_jax.core.runner import Batch
+from qwen3_moe_jax.core.batch import Batch
 
 if TYPE_CHECKING:
     from qwen3_moe_jax.serve.engine.jobs import Job

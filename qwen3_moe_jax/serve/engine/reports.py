@@ -1,21 +1,18 @@
 """Between frames and the scheduler: requests as jobs, events as reports."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
-from qwen3_moe_jax.core.sampling import Sampling
 from qwen3_moe_jax.serve.engine import frames
 from qwen3_moe_jax.serve.engine.jobs import Began, Event, Failed, Job, Wrote
 
 
 def job_of(m: frames.Submit) -> Job:
     """The job that a front asks for."""
-    sampling: Mapping[str, Any] = m.sampling
     return Job(
         id=m.id,
         key=m.key,
         token_ids=m.token_ids,
-        sampling=Sampling(**sampling),
+        sampling=m.sampling,
         max_tokens=m.max_tokens,
         stop_ids=frozenset(m.stop_ids),
         scope=m.scope,

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from qwen3_moe_jax.core.runner import Batch, Progress
+from qwen3_moe_jax.core.batch import Batch, Progress
 from qwen3_moe_jax.serve.engine.jobs import Began, Event, Failed, FairQueue, Job, Limits, Wrote
 from qwen3_moe_jax.serve.engine.prefix import PrefixCache, Reuse
 
@@ -282,13 +282,15 @@ def _first_need(job: Job, capacity: int) -> int:
 
 def _put(batch: Batch, job: Job, reuse: Reuse) -> int:
     """Admits a job into the slot that was prepared for it."""
-    options = job.options if job.first_mask is None else job.options | {"mask": job.first_mask}
     return batch.admit(
         job.token_ids,
         max_tokens=min(job.max_tokens, batch.room(reuse.slot) - len(job.token_ids)),
         slot=reuse.slot,
         filled=reuse.length,
-        **options,
+        mask=job.first_mask,
+        sampling=job.sampling,
+        stop_ids=job.stop_ids,
+        top_logprobs=job.top,
     )
 
 
@@ -308,7 +310,9 @@ def _carry(
         filled=filled,
         written=len(written),
         mask=mask,
-        **job.options,
+        sampling=job.sampling,
+        stop_ids=job.stop_ids,
+        top_logprobs=job.top,
     )
 
 

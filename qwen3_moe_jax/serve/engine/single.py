@@ -1,20 +1,21 @@
 """One sequence at a time as a batch of one slot: for backends that have no batches (wgpu, reference)."""
 
-from collections.abc import Collection, Generator, Iterator, Sequence
+from collections.abc import Collection, Generator, Sequence
 from typing import Any, NoReturn
 
+from qwen3_moe_jax.core.batch import Progress
 from qwen3_moe_jax.core.errors import (
     BackendUnavailableError,
     BatchFullError,
     ContextOverflowError,
     NumericalError,
 )
-from qwen3_moe_jax.core.runner import Progress, Runner
+from qwen3_moe_jax.core.runner import Runner
 from qwen3_moe_jax.core.sampling import Sampling
 
 
 class SingleBatch:
-    """``Runner.stream`` as a ``core.runner.Batch`` of one slot, without rows and masks."""
+    """``Runner.stream`` as a ``core.batch.Batch`` of one slot, without rows and masks."""
 
     slots = 1
     is_whole = True
@@ -24,7 +25,7 @@ class SingleBatch:
         """``context``: tokens that a sequence may have; the runner's own, if that is less."""
         self.capacity = min(context, runner.max_context)
         self._runner = runner
-        self._stream: Iterator[int] | None = None
+        self._stream: Generator[int] | None = None
         self._left = 0
         self._has_begun = False
 
@@ -75,7 +76,7 @@ class SingleBatch:
     def free(self, slot: int) -> None:
         """As ``Batch.free``."""
         stream, self._stream = self._stream, None
-        if isinstance(stream, Generator):
+        if stream is not None:
             stream.close()
 
     def step(self, tokens: int = 1, *, prompt_tokens: int = 2048, ahead: int = 0) -> list[Progress]:

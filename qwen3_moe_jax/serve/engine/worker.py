@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
+from qwen3_moe_jax.core.batch import Batch
 from qwen3_moe_jax.core.errors import MemoryPlanError
-from qwen3_moe_jax.core.runner import Batch
 from qwen3_moe_jax.machine.row_plan import RowClass, plan_rows
 from qwen3_moe_jax.serve.engine import frames, reports
 from qwen3_moe_jax.serve.engine.jobs import Event, Limits
@@ -192,21 +192,8 @@ class Engine:
         if not m.top:
             found = runner.log_likelihoods(m.token_ids, first=m.first)
             return frames.Scored(m.id, [float(x) for x in found], [[] for _ in found])
-        from qwen3_moe_jax.jax_backend.runner import JaxRunner
-
-        if isinstance(runner, JaxRunner):
-            scores = runner.token_scores(m.token_ids, first=m.first)
-            return frames.Scored(m.id, [s.logprob for s in scores], [s.top[: m.top] for s in scores])
-        logits = self.model.logits(m.token_ids)[m.first - 1 : -1].astype(np.float64)
-        peak = logits.max(axis=-1, keepdims=True)
-        logits -= peak + np.log(np.exp(logits - peak).sum(axis=-1, keepdims=True))
-        own = logits[np.arange(len(logits)), m.token_ids[m.first :]]
-        ids = np.argsort(-logits, axis=-1, kind="stable")[:, : m.top]
-        values = np.take_along_axis(logits, ids, axis=-1)
-        top = [
-            [(int(i), float(x)) for i, x in zip(*row, strict=True)] for row in zip(ids, values, strict=True)
-        ]
-        return frames.Scored(m.id, [float(x) for x in own], top)
+        scores = runner.token_scores(m.token_ids, first=m.first, top=m.top)
+        return frames.Scored(m.id, [s.logprob for s in scores], [s.top for s in scores])
 
     def experts(self, m: frames.Experts) -> frames.Counted:
         """Tokens that chose each expert of each layer."""

@@ -1,13 +1,14 @@
 """The routes, and the ASGI application."""
 
 from collections.abc import Awaitable, Callable
+from typing import Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, ExceptionHandler
 
 from qwen3_moe_jax.serve.http import chat, completions, errors, openapi, utilities
 from qwen3_moe_jax.serve.http import messages as anthropic
@@ -57,7 +58,8 @@ async def _on_error(request: Request, error: Exception) -> Response:
     return errors.respond(request, error)
 
 
-async def _on_http_error(request: Request, error: HTTPException) -> Response:
+async def _on_http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
     words = {404: "there is no such path", 405: "this path has no such method"}
     return errors.respond(request, ApiError(error.status_code, words.get(error.status_code, "refused")))
 
@@ -73,7 +75,7 @@ def make_app(service: Service) -> ASGIApp:
     from qwen3_moe_jax.serve.engine.client import EngineError
     from qwen3_moe_jax.serve.grammar import SchemaError, TooManyGrammarsError
 
-    handlers = {HTTPException: _on_http_error}
+    handlers: dict[Any, ExceptionHandler] = {HTTPException: _on_http_error}
     kinds = (ApiError, EngineError, SchemaError, TooManyGrammarsError, ValueError, ClientGone, Exception)
     handlers |= dict.fromkeys(kinds, _on_error)
     pages = PAGE_PATHS if service.settings.page else ()

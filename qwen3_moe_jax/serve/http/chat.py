@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 from uuid import uuid4
 
@@ -155,7 +155,7 @@ class Reply:
         """What an answer has of scores that were not sent."""
         return {"content": reported.entries(), "refusal": None} if self._r.logprobs else None
 
-    async def events(self) -> AsyncIterator[bytes]:
+    async def events(self) -> AsyncGenerator[bytes]:
         """The reply as it is written; several choices take turns."""
         reported = [logprobs.Reported(self._service, a) for a in self._answers]
         try:

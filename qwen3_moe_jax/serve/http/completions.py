@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from typing import Any
 from uuid import uuid4
@@ -10,7 +10,7 @@ from uuid import uuid4
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from qwen3_moe_jax.serve.generation import Answer, Usage
+from qwen3_moe_jax.serve.generation import Answer, Usage, text_of
 from qwen3_moe_jax.serve.http import logprobs, wishes
 from qwen3_moe_jax.serve.http.errors import ApiError, as_api_error
 from qwen3_moe_jax.serve.http.merge import merged
@@ -142,7 +142,7 @@ class Reply:
     async def _choice(self, index: int, answer: Answer | None) -> dict[str, Any]:
         text, reason = self._echo(index), "length"
         if answer is not None:
-            text += "".join([delta.text async for delta in answer])
+            text += "".join([text_of(delta) async for delta in answer])
             reason = answer.finish_reason
             self.service.finished(answer)
         scored = await self._logprobs(index, answer)
@@ -168,7 +168,7 @@ class Reply:
         prompt = self.prompts[index // self._n].token_ids
         return prompt, await logprobs.of_prompt(self.service, prompt, max(self.r.logprobs, 1))
 
-    async def events(self) -> AsyncIterator[bytes]:
+    async def events(self) -> AsyncGenerator[bytes]:
         """The reply as it is written."""
         count, wants = len(self.prompts) * self._n, self.r.logprobs is not None
         offsets = [self._offsets(i) for i in range(count)]
@@ -182,7 +182,7 @@ class Reply:
                     yield self._chunk(i, self._echo(i), reason, echoed)
             async for i, delta in merged(self.answers):
                 if delta is not None:
-                    yield self._chunk(i, delta.text, scored=new(i))
+                    yield self._chunk(i, text_of(delta), scored=new(i))
                     continue
                 answer = self.answers[i]
                 self.service.finished(answer)
@@ -246,17 +246,17 @@ def _infill_end(answer: Answer) -> dict[str, Any]:
 
 async def _infill_whole(service: Service, answer: Answer) -> dict[str, Any]:
     try:
-        text = "".join([delta.text async for delta in answer])
+        text = "".join([text_of(delta) async for delta in answer])
     finally:
         answer.close()
     service.finished(answer)
     return {"content": text, "model": service.name, **_infill_end(answer)}
 
 
-async def _infill_events(service: Service, answer: Answer) -> AsyncIterator[bytes]:
+async def _infill_events(service: Service, answer: Answer) -> AsyncGenerator[bytes]:
     try:
         async for delta in answer:
-            yield data({"content": delta.text, "stop": False})
+            yield data({"content": text_of(delta), "stop": False})
         service.finished(answer)
         yield data({"content": "", "model": service.name, **_infill_end(answer)})
     except Exception as error:

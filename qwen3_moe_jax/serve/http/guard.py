@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from urllib.parse import urlsplit
 
 from starlette.requests import Request
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from qwen3_moe_jax.serve.http import errors
 from qwen3_moe_jax.serve.http.errors import ApiError
@@ -78,7 +78,7 @@ class Guard:
     def _finishing(self, scope: Scope, send: Send, request_id: str, origin: str | None) -> Send:
         """Adds the headers of every response."""
 
-        async def finish(message: Mapping) -> None:
+        async def finish(message: Message) -> None:
             if message["type"] == "http.response.start":
                 self._seen(scope["path"], message["status"])
                 extra = [(b"x-request-id", request_id.encode()), (b"x-content-type-options", b"nosniff")]

@@ -7,7 +7,7 @@ stream has them all in its last chunk.
 from collections.abc import Sequence
 from typing import Any
 
-from qwen3_moe_jax.core.runner import TokenScore
+from qwen3_moe_jax.core.batch import TokenScore
 from qwen3_moe_jax.serve.generation import Answer
 from qwen3_moe_jax.serve.http.state import Service
 

@@ -1,7 +1,7 @@
 """POST /v1/messages and /v1/messages/count_tokens: Anthropic's protocol."""
 
 import json
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from typing import Any
 from uuid import uuid4
 
@@ -9,7 +9,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from qwen3_moe_jax.serve import messages as chats
-from qwen3_moe_jax.serve.generation import Answer, Delta, Reasoning, Usage
+from qwen3_moe_jax.serve.generation import Answer, Delta, Reasoning, Usage, text_of
 from qwen3_moe_jax.serve.http import wishes
 from qwen3_moe_jax.serve.http.chat import think_id
 from qwen3_moe_jax.serve.http.errors import ApiError, as_api_error
@@ -192,7 +192,9 @@ class Reply:
         }
 
     def _end(self) -> dict[str, Any]:
-        reason = _REASONS[self._answer.finish_reason]
+        reason = self._answer.finish_reason
+        assert reason is not None  # the answer was read to its end
+        reason = _REASONS[reason]
         if self._answer.stop_string is not None:
             reason = "stop_sequence"
         return {"stop_reason": reason, "stop_sequence": self._answer.stop_string}
@@ -205,7 +207,7 @@ class Reply:
                 kind = _block_kind(delta)
                 if not blocks or isinstance(delta, CallStart) or blocks[-1]["type"] != kind:
                     blocks.append(_block(delta))
-                blocks[-1][_FIELD[kind]] += _text(delta)
+                blocks[-1][_FIELD[kind]] += text_of(delta)
         finally:
             self._answer.close()
         self._service.finished(self._answer)
@@ -214,7 +216,7 @@ class Reply:
                 block["input"] = _object(block["input"])
         return self._message(blocks)
 
-    async def events(self, request_id: str) -> AsyncIterator[bytes]:
+    async def events(self, request_id: str) -> AsyncGenerator[bytes]:
         """The reply as it is written."""
         try:
             yield event("message_start", {"type": "message_start", "message": self._message([])})
@@ -247,8 +249,8 @@ class Reply:
             block = _block(delta) | ({"input": {}} if kind == "tool_use" else {})
             start = {"type": "content_block_start", "index": self._index, "content_block": block}
             found.append(event("content_block_start", start))
-        if _text(delta):
-            piece = {"type": _DELTA[kind], _DELTA_FIELD[kind]: _text(delta)}
+        if text_of(delta):
+            piece = {"type": _DELTA[kind], _DELTA_FIELD[kind]: text_of(delta)}
             body = {"type": "content_block_delta", "index": self._index, "delta": piece}
             found.append(event("content_block_delta", body))
         return found
@@ -261,10 +263,6 @@ _DELTA_FIELD = {"text": "text", "thinking": "thinking", "tool_use": "partial_jso
 
 def _block_kind(delta: Delta) -> str:
     return "text" if isinstance(delta, Text) else "thinking" if isinstance(delta, Reasoning) else "tool_use"
-
-
-def _text(delta: Delta) -> str:
-    return "" if isinstance(delta, CallStart) else delta.text
 
 
 def _block(delta: Delta) -> dict[str, Any]:

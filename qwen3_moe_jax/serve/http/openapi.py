@@ -3,7 +3,7 @@
 from functools import cache
 from typing import Any
 
-from pydantic.json_schema import models_json_schema
+from pydantic.json_schema import JsonSchemaMode, models_json_schema
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
@@ -42,7 +42,8 @@ _ERRORS = {
 @cache
 def document() -> dict[str, Any]:
     """The description of the API (OpenAPI 3.1)."""
-    kinds = [(kind, "validation") for kind in BODIES.values()]
+    bodies = BODIES.values()
+    kinds: list[tuple[type[schemas.Body], JsonSchemaMode]] = [(kind, "validation") for kind in bodies]
     references, definitions = models_json_schema(kinds, ref_template="#/components/schemas/{model}")
     errors = {code: {"description": text} for code, text in _ERRORS.items()}
     answers = {"200": {"description": "the answer"}, **errors}

@@ -1,7 +1,7 @@
 """POST /v1/responses: OpenAI's newer protocol, stateless: nothing is kept between requests."""
 
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from typing import Any
 from uuid import uuid4
 
@@ -116,7 +116,7 @@ def _of_item(item: Mapping[str, Any], place: str) -> list[dict[str, Any]]:
         return [{"role": "tool", "content": content, "tool_call_id": str(item.get("call_id"))}]
     if kind != "message":
         return []  # calls of tools that are no functions, and their results
-    role = {"developer": "system"}.get(item.get("role"), item.get("role"))
+    role = chats.role_of(item, {"developer": "system"})
     if role not in ("system", "user"):
         raise MessageError(f"{place}.role must be one of system, developer, user, assistant")
     return [{"role": role, "content": chats.text_of(item.get("content"), f"{place}.content")}]
@@ -192,7 +192,7 @@ class Reply:
         self._service.finished(self._answer)
         return self._response("completed")
 
-    async def events(self) -> AsyncIterator[bytes]:
+    async def events(self) -> AsyncGenerator[bytes]:
         """The reply as it is written."""
         try:
             for name in ("response.created", "response.in_progress"):

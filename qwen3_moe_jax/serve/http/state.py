@@ -69,7 +69,7 @@ class Service:
           EngineError: the engine takes nothing now.
         """
         self.engine.check()
-        room = self.engine.ready.slots + self.settings.max_queue
+        room = self.engine.loaded().slots + self.settings.max_queue
         if self.engine.active + self.preparing + count > room:
             raise full()
         place = Place(self, count)
@@ -100,12 +100,13 @@ class Place:
 
         Raises:
           ApiError: 429, more prompt tokens wait than may; 501, the backend has no masks.
+          EngineError: the engine takes nothing now.
         """
         service, engine = self._service, self._service.engine
         tokens = engine.active_tokens + sum(len(w.token_ids) for w in wishes) * n
         if engine.waiting and tokens > service.settings.max_queue_tokens:
             raise full()
-        if any(w.constraint is not None for w in wishes) and not engine.ready.has_masks:
+        if any(w.constraint is not None for w in wishes) and not engine.loaded().has_masks:
             raise ApiError(501, "this backend cannot constrain answers: use the jax backend")
         self.give_back()  # now: other requests are looked at before this one's handler goes on
         return [a for w in wishes for a in choices(engine, service.model, w, n)]

@@ -2,7 +2,7 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncGenerator, Coroutine
 from typing import Any, TypeVar
 
 import msgspec
@@ -68,7 +68,7 @@ class EventStream(Response):
     """
 
     def __init__(
-        self, events: AsyncIterator[bytes], settings: Settings, headers: dict[str, str] | None = None
+        self, events: AsyncGenerator[bytes], settings: Settings, headers: dict[str, str] | None = None
     ):
         super().__init__(None, 200, {"cache-control": "no-store", **(headers or {})}, "text/event-stream")
         self.raw_headers = [h for h in self.raw_headers if h[0] != b"content-length"]

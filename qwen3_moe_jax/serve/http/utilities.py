@@ -1,6 +1,7 @@
 """Models, tokens, health, metrics, templates: what clients ask beside answers."""
 
 import time
+from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
@@ -75,7 +76,9 @@ async def tokenize(request: Request) -> Response:
         special = r.parse_special is not False
         ids = await in_thread(service.model.tokenizer.encode, text, parse_special=special)
     pieces = [service.model.token_text(i) for i in ids] if r.with_pieces or r.return_token_strs else None
-    tokens = [{"id": i, "piece": p} for i, p in zip(ids, pieces, strict=True)] if r.with_pieces else ids
+    tokens: list[Any] = ids
+    if pieces is not None and r.with_pieces:
+        tokens = [{"id": i, "piece": p} for i, p in zip(ids, pieces, strict=True)]
     return JSONResponse(
         {"tokens": tokens, "count": len(ids), "max_model_len": service.context, "token_strs": pieces}
     )
