@@ -21,6 +21,7 @@ from typing import Any
 
 from qwen3_moe_jax.convert.errors import ModelFileError, quote
 from qwen3_moe_jax.convert.ggml_types import KNOWN_TYPES, SUPPORTED_TYPES, GGMLType
+from qwen3_moe_jax.convert.gguf_cursor import Cursor
 from qwen3_moe_jax.convert.metadata_keys import is_read
 from qwen3_moe_jax.convert.regular_file import RegularFile
 
@@ -38,7 +39,6 @@ DEFAULT_ALIGNMENT = 32
 
 _MIN_ENTRY = 8 + 1 + 4 + 1  # key length, key, type, value
 _MIN_TENSOR_INFO = 8 + 1 + 4 + 8 + 4 + 8  # name length, name, n_dims, one dim, type, offset
-_WINDOW = 128 * 1024
 _NUMBERS_AT_ONCE = 8192
 
 _BOOL, _STRING, _ARRAY = 7, 8, 9
@@ -57,7 +57,6 @@ _NUMBERS: dict[int, tuple[str, int]] = {
     12: ("d", 32),
 }
 _UINT32 = 4
-_U64 = struct.Struct("<Q")
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,79 +135,10 @@ def read_header(file: RegularFile, shard: int, *, allow_missing_tail_padding: bo
     return _HeaderParser(file, shard, allow_missing_tail_padding).parse()
 
 
-class _Cursor:
-    """Reads forward through a file; every read is checked against what is left of it."""
-
-    def __init__(self, file: RegularFile):
-        self.file = file
-        self._start = 0  # file offset of the window
-        self._window = b""
-        self._at = 0  # position in the window
-
-    @property
-    def offset(self) -> int:
-        return self._start + self._at
-
-    @property
-    def remaining(self) -> int:
-        return self.file.size - self.offset
-
-    def require(self, count: int, what: str) -> None:
-        """Raise ``E_SHORT_READ`` unless ``count`` more bytes are in the file."""
-        if count > self.remaining:
-            raise self.file.error(
-                "E_SHORT_READ",
-                f"{what} needs {count} bytes and {self.remaining} of the file's {self.file.size} are left; "
-                "the file is cut short or damaged",
-                offset=self.offset,
-            )
-
-    def _fill(self, count: int) -> None:
-        """Have ``count`` bytes (that :meth:`require` has granted) at ``_at``."""
-        if count <= len(self._window) - self._at:
-            return
-        start = self.offset
-        self._window = b""  # never two at once
-        self._window = self.file.read(min(max(count, _WINDOW), self.file.size - start), start)
-        self._start, self._at = start, 0
-
-    def take(self, count: int, what: str) -> bytes:
-        self.require(count, what)
-        self._fill(count)
-        self._at += count
-        return self._window[self._at - count : self._at]
-
-    def number(self, code: str, what: str) -> Any:
-        layout = struct.Struct("<" + code)
-        return layout.unpack(self.take(layout.size, what))[0]
-
-    def take_strings(self, count: int, limit: int, what: str, code: str) -> list[bytes]:
-        """Up to ``count`` length-prefixed strings, as many as lie in the window, at least one."""
-        self.require(8, what)
-        self._fill(8)
-        (length,) = _U64.unpack_from(self._window, self._at)
-        if length > limit:
-            raise self.file.error(
-                code, f"{what} has {length} bytes; at most {limit} are allowed", offset=self.offset
-            )
-        self.require(8 + length, what)
-        self._fill(8 + length)
-        window, at, end = self._window, self._at, len(self._window)
-        strings: list[bytes] = []
-        while len(strings) < count and at + 8 <= end:
-            (length,) = _U64.unpack_from(window, at)
-            if length > limit or at + 8 + length > end:
-                break
-            strings.append(window[at + 8 : at + 8 + length])
-            at += 8 + length
-        self._at = at
-        return strings
-
-
 class _HeaderParser:
     def __init__(self, file: RegularFile, shard: int, allow_missing_tail_padding: bool):
         self._file = file
-        self._cursor = _Cursor(file)
+        self._cursor = Cursor(file)
         self._shard = shard
         self._allow_missing_tail_padding = allow_missing_tail_padding
         self._memory = 0

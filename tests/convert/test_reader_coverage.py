@@ -3,7 +3,7 @@
 By hand, with the lines that are missing:
 
     python -m coverage run --branch --include='convert/gguf_*.py,convert/regular_file.py' -m pytest -q \\
-        tests/convert/test_gguf_file.py tests/convert/test_gguf_bad_files.py tests/convert/test_truncation.py
+        tests/convert/test_gguf_*.py tests/convert/test_truncation.py
     python -m coverage report -m --fail-under=98
 """
 
@@ -17,10 +17,17 @@ import pytest
 pytest.importorskip("coverage")
 
 ROOT = Path(__file__).resolve().parents[2]
-READER = "*/convert/gguf_file.py,*/convert/gguf_header.py,*/convert/regular_file.py"
+READER = "*/convert/gguf_file.py,*/convert/gguf_header.py,*/convert/gguf_cursor.py,*/convert/regular_file.py"
 TESTS = [
     f"tests/convert/{name}.py"
-    for name in ("test_gguf_file", "test_gguf_bad_files", "test_truncation", "test_regular_file")
+    for name in (
+        "test_gguf_file",
+        "test_gguf_limits",
+        "test_gguf_shards",
+        "test_gguf_bad_files",
+        "test_truncation",
+        "test_regular_file",
+    )
 ]
 # Timings and memory mean nothing under a tracer; the children are not measured.
 LEFT_OUT = "not 2M and not real_size and not under_optimization and not test_truncated_while_loading"

@@ -13,7 +13,8 @@ pytest.importorskip("jax._src.pallas.mosaic_gpu.interpret.params")
 from qwen3_moe_jax.kernels_pallas.attention import kernel_sm80, kernel_sm90, xla
 from qwen3_moe_jax.kernels_pallas.gpu.interpreter import interpreter
 from tests import tolerances
-from tests.kernels.op_cases import check, rng
+from tests.kernels.op_inputs import rng
+from tests.kernels.op_oracles import check
 
 __all__ = ["rng"]
 

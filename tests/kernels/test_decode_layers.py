@@ -33,7 +33,8 @@ from qwen3_moe_jax.kernels_pallas.gpu.interpreter import interpreter
 from qwen3_moe_jax.kernels_pallas.packed.stacks import LayerTable
 from qwen3_moe_jax.kernels_pallas.router.xla import choose_experts
 from tests import tolerances
-from tests.kernels.op_cases import check, needs_hopper_gpu, random_weights, rng
+from tests.kernels.op_inputs import needs_hopper_gpu, random_weights, rng
+from tests.kernels.op_oracles import check
 
 __all__ = ["rng"]
 

@@ -11,7 +11,7 @@ from qwen3_moe_jax.convert.ggml_types import GGMLType
 from qwen3_moe_jax.kernels_pallas import implementations, quantized_matmul
 from qwen3_moe_jax.kernels_pallas.gpu import device
 from qwen3_moe_jax.kernels_pallas.implementations import Ran, Record, recording, run
-from tests.kernels.op_cases import random_weights, rng
+from tests.kernels.op_inputs import random_weights, rng
 
 __all__ = ["rng"]
 

@@ -22,16 +22,8 @@ from qwen3_moe_jax.kernels_pallas.moe_mlp import kernel_sm90 as moe
 from qwen3_moe_jax.kernels_pallas.packed.stacks import Matrices
 from qwen3_moe_jax.kernels_pallas.quantized_matmul import kernel_sm90 as matmul
 from tests import tolerances
-from tests.kernels.op_cases import (
-    QUANTIZED,
-    check,
-    dense64,
-    heavy_tailed,
-    moe_oracle,
-    poison,
-    random_weights,
-    rng,
-)
+from tests.kernels.op_inputs import QUANTIZED, dense64, heavy_tailed, poison, random_weights, rng
+from tests.kernels.op_oracles import check, moe_oracle
 
 __all__ = ["rng"]
 

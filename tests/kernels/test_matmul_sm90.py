@@ -28,17 +28,8 @@ from qwen3_moe_jax.kernels_pallas.moe_mlp import kernel_sm90 as moe_sm90
 from qwen3_moe_jax.kernels_pallas.packed.stacks import Matrices, OneOf
 from qwen3_moe_jax.kernels_pallas.quantized_matmul import kernel_sm90 as matmul_sm90
 from tests import tolerances
-from tests.kernels.op_cases import (
-    QUANTIZED,
-    check,
-    dense64,
-    expert_oracle,
-    heavy_tailed,
-    poison,
-    random_weights,
-    rng,
-    silu64,
-)
+from tests.kernels.op_inputs import QUANTIZED, dense64, heavy_tailed, poison, random_weights, rng
+from tests.kernels.op_oracles import check, expert_oracle, silu64
 
 __all__ = ["rng"]
 

@@ -24,7 +24,8 @@ from qwen3_moe_jax.kernels_pallas.native import compiler, forms, library
 from qwen3_moe_jax.kernels_pallas.native.operands import ARRAYS, FLOATS
 from tests import tolerances
 from tests.conftest import NATIVE_FOLDER as FOLDER
-from tests.kernels.op_cases import dense64, heavy_tailed, moe_oracle, poison, random_weights, rng
+from tests.kernels.op_inputs import dense64, heavy_tailed, poison, random_weights, rng
+from tests.kernels.op_oracles import moe_oracle
 
 __all__ = ["rng"]
 

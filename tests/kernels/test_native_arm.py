@@ -18,7 +18,7 @@ from qwen3_moe_jax.kernels_pallas.native.operands import ARRAYS
 from qwen3_moe_jax.machine.kernels import NATIVE
 from tests import tolerances
 from tests.kernels import emulated
-from tests.kernels.op_cases import heavy_tailed, random_weights, rng
+from tests.kernels.op_inputs import heavy_tailed, random_weights, rng
 from tests.kernels.test_native import arranged, names
 
 __all__ = ["rng"]

@@ -6,9 +6,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from qwen3_moe_jax.kernels_pallas.expert_matmul.routing import ROW_TILE
 from qwen3_moe_jax.reference import model
-from tests.kernels import op_cases
-from tests.kernels.op_cases import EXPERT_SHAPES, QUANTIZED, OpCases, rng
+from tests.kernels.op_cases import OpCases
+from tests.kernels.op_inputs import EXPERT_SHAPES, QUANTIZED, rng, routing_patterns, seed_of
+from tests.kernels.op_oracles import CANARY, check_canaries
 
 __all__ = ["rng"]
 
@@ -71,24 +73,24 @@ def test_there_are_87_expert_cases_of_every_quantized_type():
 
 
 def test_every_routing_pattern_is_there():
-    patterns = op_cases.routing_patterns(np.random.default_rng(0))
+    patterns = routing_patterns(np.random.default_rng(0))
     assert {"uniform", "one expert takes all", "tile edges"} <= patterns.keys()
-    tile = op_cases.ROW_TILE
+    tile = ROW_TILE
     assert np.bincount(patterns["tile edges"][1]).tolist() == [1, tile - 1, tile, tile + 1]
     assert parameters(OpCases.test_expert_matmul_routing, "type") == list(QUANTIZED)
 
 
 def test_a_write_beside_the_output_is_seen():
-    buffer = np.full((20, 3), op_cases.CANARY)
+    buffer = np.full((20, 3), CANARY)
     buffer[8:12] = 1
-    assert (op_cases.check_canaries(buffer) == 1).all()
+    assert (check_canaries(buffer) == 1).all()
     for row in (7, 12):
         wrong = buffer.copy()
         wrong[row, 2] = 1
         with pytest.raises(AssertionError, match="beside the output"):
-            op_cases.check_canaries(wrong)
+            check_canaries(wrong)
 
 
 def test_seeds_are_fixed(rng, request):
-    again = np.random.default_rng(op_cases.seed_of(request.node.name))
+    again = np.random.default_rng(seed_of(request.node.name))
     assert rng.integers(1 << 30) == again.integers(1 << 30)

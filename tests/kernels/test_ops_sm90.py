@@ -34,22 +34,18 @@ from qwen3_moe_jax.kernels_pallas.moe_mlp import kernel_sm90 as moe_sm90
 from qwen3_moe_jax.kernels_pallas.packed.stacks import Matrices
 from qwen3_moe_jax.kernels_pallas.quantized_matmul import kernel_sm90 as matmul_sm90
 from tests import tolerances
-from tests.kernels.op_cases import (
+from tests.kernels.op_cases import OpCases
+from tests.kernels.op_inputs import (
     QUANTIZED,
-    OpCases,
-    attention_oracle,
-    check,
     dense64,
-    expert_oracle,
     heavy_tailed,
-    moe_oracle,
     needs_hopper_gpu,
     poison,
     random_weights,
     rng,
-    silu64,
     uniform,
 )
+from tests.kernels.op_oracles import attention_oracle, check, expert_oracle, moe_oracle, silu64
 
 __all__ = ["rng"]
 

@@ -9,7 +9,8 @@ import qwen3_moe_jax.kernels_pallas as ops
 from qwen3_moe_jax.convert.ggml_types import GGMLType
 from qwen3_moe_jax.convert.layouts import lanes16 as layouts
 from qwen3_moe_jax.convert.packed import LANES16, ROWS
-from tests.kernels.op_cases import QUANTIZED, OpCases, random_weights, rng, uniform
+from tests.kernels.op_cases import OpCases
+from tests.kernels.op_inputs import QUANTIZED, random_weights, rng, uniform
 
 __all__ = ["rng"]
 

@@ -10,7 +10,7 @@ import pytest
 from jax import lax
 
 from qwen3_moe_jax.kernels_pallas.top_k import api, xla
-from tests.kernels.op_cases import rng
+from tests.kernels.op_inputs import rng
 
 __all__ = ["rng"]
 

@@ -11,7 +11,8 @@ from qwen3_moe_jax.convert.layouts import lanes16 as layouts
 from qwen3_moe_jax.convert.packed import LANES16, PackedTensor
 from qwen3_moe_jax.convert.unpack import dequantize, pack
 from tests import tolerances
-from tests.kernels.op_cases import check, dense64, moe_oracle, random_weights, rng, uniform
+from tests.kernels.op_inputs import dense64, random_weights, rng, uniform
+from tests.kernels.op_oracles import check, moe_oracle
 
 __all__ = ["rng"]
 

@@ -4,7 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.kernels.op_cases import OpCases, rng
+from tests.kernels.op_cases import OpCases
+from tests.kernels.op_inputs import rng
 from tests.wgpu import gpu_work
 
 __all__ = ["rng"]
