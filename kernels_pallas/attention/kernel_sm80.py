@@ -6,7 +6,6 @@ is read only after a barrier at which all threads have their copies of it and ar
 in whose place the next one goes.
 """
 
-import math
 from functools import partial
 from typing import Any
 
@@ -16,10 +15,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from qwen3_moe_jax.kernels_pallas.attention.block import PER_ROW, RESULT, fill, launch, share_of, weights_of
 from qwen3_moe_jax.kernels_pallas.attention.kernel_sm90 import ROWS, AttentionConfig, attention_with
 from qwen3_moe_jax.kernels_pallas.gpu import mma
 from qwen3_moe_jax.kernels_pallas.gpu.device import require_ampere
-from qwen3_moe_jax.kernels_pallas.gpu.interpreter import interpreter_option
 
 SIZES = AttentionConfig(keys=64, slots=2, warpgroups=2)
 """Keys and values of 128 dimensions take 70 KB of shared memory, of the 99 KB that every card gives."""
@@ -28,9 +27,6 @@ _PADDING = 8
 """Elements after a row in shared memory: the rows of an operand then lie in different banks."""
 _KEYS, _COLUMNS = 16, 32
 """Keys, and columns of values, of one operand: more would need more registers than there are."""
-_MASKED = -1e30
-_RESULT = plgpu.Layout.WGMMA
-_PER_ROW = _RESULT.reduce(1)
 
 
 def attention(
@@ -55,42 +51,22 @@ def attention(
     return attention_with(_kernel, SIZES, q, k_cache, v_cache, positions, layer, slots, scales, interpret)
 
 
-def _kernel(config: AttentionConfig, interpret: Any, *, batch, kv_heads, rows, head_dim, capacity, dtype):
+def _kernel(config: AttentionConfig, interpret: Any, **shape: Any) -> Any:
     """As ``kernel_sm90._kernel``."""
-    tiles = rows // config.tile
-    cached = plgpu.SMEM((config.slots, config.keys, head_dim + _PADDING), dtype)
-
-    def body(layer, slots, bounds, positions, q, k, v, out, **scratch):
-        item = lax.axis_index("item")
-        # The last tiles see the most keys: they go first, so that none is left alone at the end.
-        at = tiles - 1 - lax.div(item, jnp.int32(batch * kv_heads))
-        head = lax.rem(item, jnp.int32(batch * kv_heads))
-        sequence = lax.div(head, jnp.int32(kv_heads))
-        refs = {"bounds": bounds, "positions": positions, "q": q, "k": k, "v": v, "out": out, **scratch}
-        block = _Block(config, refs, interpret is not None, tile=at, head=head, sequence=sequence)
-        block.cache = layer[0] * capacity + slots[sequence]
-        block.column = lax.rem(head, jnp.int32(kv_heads)) * head_dim
-        block.run()
-
-    return plgpu.kernel(
-        body,
-        out_type=jax.ShapeDtypeStruct((batch * kv_heads, rows, head_dim), dtype),
-        scratch_types={
-            "k_tile": cached,
-            "v_tile": cached,
-            "barrier": plgpu.Barrier(num_arrivals=config.warpgroups),
-        },
-        grid=(tiles * batch * kv_heads,),
-        grid_names=("item",),
-        num_threads=config.warpgroups,
-        thread_name="wg",
-        kernel_name="prefill_attention_portable",
-        compiler_params=plgpu.CompilerParams(
-            approx_math=True,
-            unsafe_no_auto_barriers=interpret is None,
-            lowering_semantics=plgpu.LoweringSemantics.Lane,
-        ),
-        **interpreter_option(interpret, config.warpgroups),
+    cached = plgpu.SMEM((config.slots, config.keys, shape["head_dim"] + _PADDING), shape["dtype"])
+    scratch = {
+        "k_tile": cached,
+        "v_tile": cached,
+        "barrier": plgpu.Barrier(num_arrivals=config.warpgroups),
+    }
+    return launch(
+        _Block,
+        config,
+        interpret,
+        scratch=scratch,
+        warpgroups=config.warpgroups,
+        name="prefill_attention_portable",
+        **shape,
     )
 
 
@@ -117,15 +93,14 @@ class _Block:
         rows = (self.head, pl.ds(self.first, ROWS))
         self.begin(jnp.int32(0))
         at = self.r["positions"].at[self.sequence, pl.ds(self.first, ROWS)]
-        position = plgpu.load(at, layout=_PER_ROW, optimized=False)
+        position = plgpu.load(at, layout=PER_ROW, optimized=False)
         step = partial(self.step, self.queries(self.r["q"].at[rows]), position)
         columns = min(_COLUMNS, self.head_dim)
-        out = tuple(_fill((ROWS, columns), 0, _RESULT) for _ in range(self.head_dim // columns))
-        state = (out, _fill((ROWS,), -jnp.inf, _PER_ROW), _fill((ROWS,), 0, _PER_ROW))
+        out = tuple(fill((ROWS, columns), 0, RESULT) for _ in range(self.head_dim // columns))
+        state = (out, fill((ROWS,), -jnp.inf, PER_ROW), fill((ROWS,), 0, PER_ROW))
         state = lax.fori_loop(0, self.unmasked, partial(step, False), state)
         out, _, total = lax.fori_loop(self.unmasked, self.steps, partial(step, True), state)
-        # A row that sees nothing (padding) has a sum of masked weights, or none: its result is zero.
-        share = jnp.where(position >= 0, 1 / jnp.maximum(total, 1e-30), 0.0)
+        share = share_of(position, total)
         for i, part in enumerate(out):
             value = (part * lax.broadcast_in_dim(share, part.shape, [0])).astype(self.dtype)
             self.r["out"][(*rows, pl.ds(i * columns, columns))] = value
@@ -176,15 +151,9 @@ class _Block:
         out, peak, total = state
         self.arrived()
         self.begin(number + 1)
-        score = self.scores(q, number) * (math.log2(math.e) * self.head_dim**-0.5)
-        if masked:
-            key = plgpu.broadcasted_iota(jnp.int32, score.shape, 1, layout=_RESULT) + number * self.c.keys
-            visible = key <= lax.broadcast_in_dim(position, score.shape, [0])
-            score = jnp.where(visible, score, _MASKED)
-        new_peak = jnp.maximum(peak, score.max(axis=1))
-        weights = jnp.exp2(score - lax.broadcast_in_dim(new_peak, score.shape, [0]))
-        shrink = jnp.exp2(peak - new_peak)
-        total = total * shrink + weights.sum(axis=1)
+        weights, shrink, new_peak, total = weights_of(
+            self.scores(q, number), position, number, self.head_dim, peak, total, masked=masked
+        )
         weights = weights.astype(self.dtype)
         out = tuple(part * lax.broadcast_in_dim(shrink, part.shape, [0]) for part in out)
         return self.add_values(out, weights, number), new_peak, total
@@ -211,11 +180,7 @@ class _Block:
                 values = values[...].astype(jnp.float32)
                 found.append(part + jnp.dot(left.astype(jnp.float32), values, precision="highest"))
             else:
-                start = mma.recast(part, _RESULT, plgpu.Layout.MMA_ACC(self.dtype), part.shape)
+                start = mma.recast(part, RESULT, plgpu.Layout.MMA_ACC(self.dtype), part.shape)
                 product = plgpu.mma(start, left, mma.right_operand(values))
                 found.append(mma.product_rows(product, self.dtype))
         return tuple(found)
-
-
-def _fill(shape: tuple[int, ...], value: float, layout: Any) -> Any:
-    return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)

@@ -6,12 +6,10 @@ Two warpgroups multiply, a third brings keys and values through the tensor memor
 while one warpgroup computes its softmax the other one has the tensor cores. Blocks of keys
 that every row sees need no mask, blocks that none sees are not read.
 
-The recurrence is that of Milakov and Gimelshein 2018 (https://arxiv.org/abs/1805.02867), the
-division of labour that of FlashAttention-3 (https://arxiv.org/abs/2407.08608) and of JAX's
-own ``pallas.ops.gpu.attention_mgpu``.
+The recurrence is in ``block``; the division of labour is that of FlashAttention-3
+(https://arxiv.org/abs/2407.08608) and of JAX's own ``pallas.ops.gpu.attention_mgpu``.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -23,16 +21,13 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from qwen3_moe_jax.kernels_pallas.attention.block import PER_ROW, RESULT, fill, launch, share_of, weights_of
 from qwen3_moe_jax.kernels_pallas.gpu.device import require_hopper
-from qwen3_moe_jax.kernels_pallas.gpu.interpreter import interpreter_option
 
 ROWS = 64
 """Rows of one warpgroup's operand."""
-_MASKED = -1e30
 _DTYPES = (jnp.bfloat16, jnp.float16)
 _SWIZZLED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
-_RESULT = plgpu.Layout.WGMMA
-_PER_ROW = _RESULT.reduce(1)
 
 
 @dataclass(frozen=True)
@@ -181,51 +176,30 @@ def attend_rows(
     )
 
 
-def _kernel(config: AttentionConfig, interpret: Any, *, batch, kv_heads, rows, head_dim, capacity, dtype):
-    """The compiled kernel's wrapper: (layer, slots, bounds, positions, q, k, v) -> [B * K, rows, H]."""
-    tile = config.tile
-    tiles = rows // tile
-    one = lambda *shape: plgpu.SMEM(shape, dtype, transforms=_SWIZZLED)
+def _kernel(config: AttentionConfig, interpret: Any, **shape: Any) -> Any:
+    """See ``block.launch``; ``shape`` is of the arrays."""
+    head_dim = shape["head_dim"]
+    one = lambda *axes: plgpu.SMEM(axes, shape["dtype"], transforms=_SWIZZLED)
     used = plgpu.Barrier(num_barriers=config.slots, num_arrivals=config.warpgroups)
     full = plgpu.Barrier(num_barriers=config.slots)
-    warpgroups = config.warpgroups + 1
-
-    def body(layer, slots, bounds, positions, q, k, v, out, **scratch):
-        item = lax.axis_index("item")
-        # The last tiles see the most keys: they go first, so that none is left alone at the end.
-        at = tiles - 1 - lax.div(item, jnp.int32(batch * kv_heads))
-        head = lax.rem(item, jnp.int32(batch * kv_heads))
-        sequence = lax.div(head, jnp.int32(kv_heads))
-        refs = {"bounds": bounds, "positions": positions, "q": q, "k": k, "v": v, "out": out, **scratch}
-        block = _Block(config, refs, interpret is not None, tile=at, head=head, sequence=sequence)
-        block.cache = layer[0] * capacity + slots[sequence]
-        block.column = lax.rem(head, jnp.int32(kv_heads)) * head_dim
-        block.run()
-
-    return plgpu.kernel(
-        body,
-        out_type=jax.ShapeDtypeStruct((batch * kv_heads, rows, head_dim), dtype),
-        scratch_types={
-            "q_tile": one(config.warpgroups, ROWS, head_dim),
-            "k_tile": one(config.slots, config.keys, head_dim),
-            "v_tile": one(config.slots, config.keys, head_dim),
-            "q_full": plgpu.Barrier(num_barriers=config.warpgroups),
-            "k_full": full,
-            "v_full": full,
-            "k_used": used,
-            "v_used": used,
-        },
-        grid=(tiles * batch * kv_heads,),
-        grid_names=("item",),
-        num_threads=warpgroups,
-        thread_name="wg",
-        kernel_name="prefill_attention",
-        compiler_params=plgpu.CompilerParams(
-            approx_math=True,
-            unsafe_no_auto_barriers=interpret is None,
-            lowering_semantics=plgpu.LoweringSemantics.Lane,
-        ),
-        **interpreter_option(interpret, warpgroups),
+    scratch = {
+        "q_tile": one(config.warpgroups, ROWS, head_dim),
+        "k_tile": one(config.slots, config.keys, head_dim),
+        "v_tile": one(config.slots, config.keys, head_dim),
+        "q_full": plgpu.Barrier(num_barriers=config.warpgroups),
+        "k_full": full,
+        "v_full": full,
+        "k_used": used,
+        "v_used": used,
+    }
+    return launch(
+        _Block,
+        config,
+        interpret,
+        scratch=scratch,
+        warpgroups=config.warpgroups + 1,
+        name="prefill_attention",
+        **shape,
     )
 
 
@@ -302,20 +276,17 @@ class _Block:
         q_tile = self.r["q_tile"].at[self.wg]
         plgpu.copy_gmem_to_smem(self.r["q"].at[rows], q_tile, self.r["q_full"].at[self.wg])
         at = self.r["positions"].at[self.sequence, pl.ds(first, ROWS)]
-        position = plgpu.load(at, layout=_PER_ROW, optimized=False)
-        fill = lambda shape, value, layout: plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
+        position = plgpu.load(at, layout=PER_ROW, optimized=False)
         state = (
-            fill((ROWS, self.head_dim), 0, _RESULT),
-            fill((ROWS,), -jnp.inf, _PER_ROW),
-            fill((ROWS,), 0, _PER_ROW),
+            fill((ROWS, self.head_dim), 0, RESULT),
+            fill((ROWS,), -jnp.inf, PER_ROW),
+            fill((ROWS,), 0, PER_ROW),
         )
         plgpu.barrier_wait(self.r["q_full"].at[self.wg])
         step = partial(self.step, q_tile, position)
         state = lax.fori_loop(0, self.unmasked, partial(step, False), state)
         out, _, total = lax.fori_loop(self.unmasked, self.steps, partial(step, True), state)
-        # A row that sees nothing (padding) has a sum of masked weights, or none: its result is zero.
-        share = jnp.where(position >= 0, 1 / jnp.maximum(total, 1e-30), 0.0)
-        out = out * lax.broadcast_in_dim(share, out.shape, [0])
+        out = out * lax.broadcast_in_dim(share_of(position, total), out.shape, [0])
         q_tile[...] = out.astype(self.r["q"].dtype)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(q_tile, self.r["out"].at[rows])
@@ -333,15 +304,9 @@ class _Block:
 
         score = pl.run_scoped(scores, plgpu.ACC((ROWS, keys), jnp.float32))
         plgpu.barrier_arrive(self.r["k_used"].at[slot])
-        score = score * (math.log2(math.e) * self.head_dim**-0.5)
-        if masked:
-            key = plgpu.broadcasted_iota(jnp.int32, (ROWS, keys), 1, layout=_RESULT) + number * keys
-            visible = key <= lax.broadcast_in_dim(position, (ROWS, keys), [0])
-            score = jnp.where(visible, score, _MASKED)
-        new_peak = jnp.maximum(peak, score.max(axis=1))
-        weights = jnp.exp2(score - lax.broadcast_in_dim(new_peak, score.shape, [0]))
-        shrink = jnp.exp2(peak - new_peak)
-        total = total * shrink + weights.sum(axis=1)
+        weights, shrink, new_peak, total = weights_of(
+            score, position, number, self.head_dim, peak, total, masked=masked
+        )
         out = out * lax.broadcast_in_dim(shrink, out.shape, [0])
         weights = weights.astype(dtype)
         plgpu.barrier_wait(self.r["v_full"].at[slot])
