@@ -3,8 +3,6 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
-
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 _RESET_PEAK = "5"
 
@@ -31,11 +29,6 @@ class ResidentPeak:
     def growth(self) -> int:
         """Bytes that the process held more at its peak than at the start."""
         return max(0, _status("VmHWM") - self.before)
-
-
-def resident_bytes() -> int:
-    """Bytes of main memory that this process holds now."""
-    return psutil.Process().memory_info().rss
 
 
 def _status(field: str) -> int:

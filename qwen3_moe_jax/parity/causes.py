@@ -214,10 +214,6 @@ def _moe_out_mistakes(judge: StageJudge, key: StageKey) -> Suspicions:
         yield "experts are not weighted", _loose(judge.value("ffn_moe_down", layer).sum(axis=1))
 
 
-def _topk_mistakes(judge: StageJudge, key: StageKey) -> Suspicions:
-    yield "the chosen experts are not the most probable ones", None
-
-
 _MISTAKES: dict[str, Callable[[StageJudge, StageKey], Suspicions]] = {
     **dict.fromkeys(("attn_norm", "Qcur_normed", "Kcur_normed", "ffn_norm", "result_norm"), _norm_mistakes),
     **dict.fromkeys(("Qcur_rope", "Kcur_rope"), _rope_mistakes),

@@ -12,7 +12,6 @@ from qwen3_moe_jax.serve.text_model import without_billing_header
 from qwen3_moe_jax.text.chat_template import MessageError
 
 TEXT_PARTS = ("text", "input_text", "output_text", "summary_text", "reasoning_text")
-SYSTEM_ROLES = ("system", "developer")
 LATE_SYSTEM = "[system message] "
 """Before a system message that comes after others: templates allow one, at the beginning."""
 

@@ -4,6 +4,12 @@ from dataclasses import dataclass, fields
 
 MIB = 1 << 20
 
+MAX_N = 16
+"""Answers to one request."""
+
+MAX_LOGPROBS = 20
+"""Rivals of a token whose log-probabilities a request may ask for (``Runner.token_scores``)."""
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -26,7 +32,7 @@ class Settings:
       queue_seconds: a request waits so long for a slot.
       max_queue, max_queue_tokens: requests and prompt tokens that wait for a slot.
       drain_seconds: after SIGTERM running answers have so long to end.
-      max_n, max_logprobs, max_stops, max_stop_bytes: of one request.
+      max_stops, max_stop_bytes: of one request.
       max_json_depth, max_int_digits: of a request's JSON.
       max_schema, max_schema_depth, max_pattern: of a JSON schema and of the patterns in it.
       schema_seconds: CPU time in which a schema must be compiled.
@@ -55,8 +61,6 @@ class Settings:
     max_queue: int = 256
     max_queue_tokens: int = MIB
     drain_seconds: float = 30.0
-    max_n: int = 16
-    max_logprobs: int = 20
     max_stops: int = 16
     max_stop_bytes: int = 256
     max_json_depth: int = 64

@@ -1,8 +1,10 @@
 """What requests may hold. Fields that are not named here are ignored and counted (``--strict-fields``)."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
+
+from qwen3_moe_jax.serve.settings import MAX_LOGPROBS, MAX_N
 
 Int = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 Count = Annotated[int, Field(ge=1, lt=2**31)]
@@ -53,11 +55,11 @@ class ChatRequest(Common):
     messages: list[dict[str, Any]]
     max_tokens: Count | None = None
     max_completion_tokens: Count | None = None
-    n: Annotated[int, Field(ge=1, le=16)] | None = 1
+    n: Annotated[int, Field(ge=1, le=MAX_N)] | None = 1
     stop: str | list[str] | None = None
     stream_options: StreamOptions | None = None
     logprobs: bool | None = False
-    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     tools: Annotated[list[dict[str, Any]], Field(max_length=1024)] | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
@@ -75,11 +77,11 @@ class CompletionRequest(Common):
     prompt: str | list[str] | TokenIds | list[TokenIds] = "<|endoftext|>"
     suffix: str | None = None
     max_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = 16
-    n: Annotated[int, Field(ge=1, le=16)] | None = 1
-    best_of: Annotated[int, Field(ge=1, le=16)] | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_N)] | None = 1
+    best_of: Annotated[int, Field(ge=1, le=MAX_N)] | None = None
     stop: str | list[str] | None = None
     stream_options: StreamOptions | None = None
-    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     echo: bool | None = False
 
 
@@ -109,7 +111,7 @@ class ResponsesRequest(Common):
     store: bool | None = None
     background: bool | None = None
     include: Annotated[list[str], Field(max_length=32)] | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
 
 
 class CountTokensRequest(Body):
@@ -172,6 +174,3 @@ class ExpertsRequest(Body):
     """POST /experts: a text whose experts are counted."""
 
     text: Annotated[str, Field(min_length=1, max_length=65536)]
-
-
-ToolChoice = Literal["auto", "none", "required"]
