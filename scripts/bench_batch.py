@@ -299,7 +299,7 @@ def main() -> None:
     parser.add_argument("-m", "--model", help='a file in place of random weights, or "embedded"')
     parser.add_argument("--sequences", type=int, nargs="+", default=[32, 64])
     parser.add_argument("--prompt", type=int, default=512, help="tokens per prompt")
-    parser.add_argument("--steps", type=int, default=16, help=f"tokens a dispatch, at most {MAX_STEPS}")
+    parser.add_argument("--steps", type=int, default=16, help=f"tokens per dispatch, at most {MAX_STEPS}")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--kv-cache", choices=KV_CACHES, help="default: float16 (a file: by the device)")
     parser.add_argument("--work", nargs="+", choices=WORK, default=WORK)

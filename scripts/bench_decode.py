@@ -185,7 +185,7 @@ def memory(args: argparse.Namespace) -> None:
         new_tokens=count,
         cache_bytes=cache,
         peak_bytes=peak,
-        most_bytes=int(most),
+        max_bytes=int(most),
         planned_bytes=runner.plan.total,
         within=None if peak is None else peak <= most,
     )
@@ -320,7 +320,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rows", nargs="*", default=["1:0", "1:4096", "8:0", "16:0"], help="BATCH:DEPTH")
     parser.add_argument("--context", type=int, default=32768, help="tokens of the KV cache of memory")
     parser.add_argument("--prompt", type=int, default=512, help="tokens of the longer prompt of stream")
-    parser.add_argument("--steps", type=int, default=32, help="tokens a dispatch; streams have 32 at most")
+    parser.add_argument("--steps", type=int, default=32, help="tokens per dispatch; streams have 32 at most")
     parser.add_argument("--repeats", type=int, default=4)
     parser.add_argument("--gate", action="store_true", help="cold: with the check of a file's first load")
     parser.add_argument("--stage-limit", type=float, default=150, help="seconds")

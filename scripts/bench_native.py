@@ -40,7 +40,7 @@ path, threads, prompts, depths, new_tokens = sys.argv[1], *map(json.loads, sys.a
 began = time.perf_counter()
 with load(path, backend="jax", max_context=max(*prompts, *depths) + new_tokens + 2, gate=False) as model:
     found = {"load_s": time.perf_counter() - began}
-    benchmark = Benchmark(model.source, model.runner, repeats=3, most_seconds=60)
+    benchmark = Benchmark(model.source, model.runner, repeats=3, max_seconds=60)
     rows = [row for some in benchmark.rows(plan(prompts, new_tokens, depths, [], 0)) for row in some]
     found |= {row.workload.name: row.best for row in rows}
     found["shares"] = {row.workload.name: row.share for row in rows if row.limited_by == "memory"}

@@ -375,7 +375,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--trace", nargs="*", default=[], help="batch:depth")
     parser.add_argument("--trace-folder", default="decode-trace")
     parser.add_argument("--without", choices=WITHOUT, help="leave a part out, and give the experts")
-    parser.add_argument("--steps", type=int, default=64, help="tokens a dispatch of speed")
+    parser.add_argument("--steps", type=int, default=64, help="tokens per dispatch of speed")
     parser.add_argument("--limit", type=float, default=120, help="seconds of one case")
     parser.add_argument("--tiny", action="store_true", help="smallest shapes in the interpreter")
     return parser.parse_args()

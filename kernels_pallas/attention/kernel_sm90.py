@@ -32,7 +32,7 @@ _SWIZZLED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
 
 @dataclass(frozen=True)
 class AttentionConfig:
-    """Sizes: keys a step, slots of keys and values in shared memory, warpgroups that multiply."""
+    """Sizes: keys per step, slots of keys and values in shared memory, warpgroups that multiply."""
 
     keys: int = 128
     slots: int = 2
@@ -45,7 +45,7 @@ class AttentionConfig:
 
 
 ONE_QUERY = AttentionConfig(slots=3, warpgroups=1)
-"""For one position a sequence, whose heads are a few rows of one operand."""
+"""For one position per sequence, whose heads are a few rows of one operand."""
 
 
 def attention(

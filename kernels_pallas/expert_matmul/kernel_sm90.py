@@ -29,7 +29,7 @@ def expert_matmul(
     interpret: Any = None,
     product: Product = HOPPER,
 ) -> jax.Array:
-    """See ``api.expert_matmul``. Operands are float16 with a power of two a row, not bfloat16.
+    """See ``api.expert_matmul``. Operands are float16 with a power of two per row, not bfloat16.
 
     Raises:
       NotImplementedError: no such device, ``compute_dtype`` float32, or weights that it does not take.

@@ -68,7 +68,7 @@ def over_rows(
       compute_dtype: of the dequantized matrices.
 
     Returns:
-      float32 arrays [R, ...], one a result of ``f``.
+      float32 arrays [R, ...], one per result of ``f``.
     """
     form = for_each_row if ids.shape[0] <= MAX_UNSORTED_ROWS else for_each_expert
     return form(stacks, ids, rows, f, compute_dtype)
@@ -93,7 +93,7 @@ def for_each_row(
     f: TileFunction,
     compute_dtype: np.dtype,
 ) -> list[jax.Array]:
-    """One step a row: reads the packed matrices of that row's expert. Arguments as :func:`over_rows`."""
+    """One step per row: reads the packed matrices of that row's expert. Arguments as :func:`over_rows`."""
     count = ids.shape[0]
 
     def matrices(e: jax.Array) -> list[DenseMatrix]:

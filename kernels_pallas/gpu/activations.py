@@ -7,7 +7,7 @@ the four lanes of a row, so the columns of a superblock are contracted in this o
 c, b < 2. A sum does not depend on its order, so only the activations are rearranged.
 
 float16 keeps 11 bits where bfloat16 keeps 8, at the same speed. Its range is made up for by a
-power of two a row, which is exact.
+power of two per row, which is exact.
 """
 
 import jax

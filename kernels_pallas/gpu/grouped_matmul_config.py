@@ -14,7 +14,7 @@ from qwen3_moe_jax.kernels_pallas.packed.stacks import Matrices
 REGISTERS = {2: (240, 24), 4: (112, 32)}
 """Registers of a thread that multiplies and of one that copies, by warpgroups that multiply.
 
-Warpgroups exchange what the launch gave the block, 168 a thread of three warpgroups or 96 of
+Warpgroups exchange what the launch gave the block, 168 per thread of three warpgroups or 96 of
 five: a sum above that would wait for ever. Only with ``MatmulConfig.exchange``.
 """
 MAX_FEW_ROWS = 64
@@ -34,7 +34,7 @@ class MatmulConfig:
         more warpgroups hide its latencies.
       in_flight: wgmma groups that may be running while the next operand is unpacked, 0 or 1.
       weight_slots: superblocks of weights in shared memory, at most; two at least.
-      most_x_slots: pieces of x in shared memory, at most.
+      max_x_slots: pieces of x in shared memory, at most.
       blocks: persistent blocks; None is one for each multiprocessor.
       exchange: warpgroups that multiply take registers from the one that copies. Not needed where the
         registers of the launch do, and then there is one thing less to wait for.
@@ -46,7 +46,7 @@ class MatmulConfig:
     warpgroups: int = 2
     in_flight: int = 1
     weight_slots: int = 2
-    most_x_slots: int = 8
+    max_x_slots: int = 8
     blocks: int | None = None
     exchange: bool = True
 

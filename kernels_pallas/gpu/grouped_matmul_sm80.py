@@ -208,7 +208,7 @@ class PortableKernel(grouped_matmul_sm90.Kernel):
         tile_bytes = sum(np.dtype(a.dtype).itemsize * a.parts * a.inner for a in self.arrays.values())
         weights = c.warpgroups * SLAB_ROWS // 8 * tile_bytes * _WEIGHT_SLOTS
         piece = c.tile * (CHUNK + _PADDING) * 2
-        slots = min(c.most_x_slots, _MAX_X_SLOTS, (SHARED_BYTES - _RESERVED_BYTES - weights) // piece)
+        slots = min(c.max_x_slots, _MAX_X_SLOTS, (SHARED_BYTES - _RESERVED_BYTES - weights) // piece)
         if slots < 2:
             raise NotImplementedError(f"no shared memory for {c} and {self.type.name} weights")
         return _WEIGHT_SLOTS, slots

@@ -144,7 +144,7 @@ class Kernel:
         weights, piece = self.slabs * _SLAB_TILES * tile_bytes, c.tile * CHUNK * 2
         room = SHARED_BYTES - _RESERVED_BYTES - 2 * math.prod(self._swiglu_shape())
         weight_slots = max(2, min(c.weight_slots, (room - CHUNKS * piece) // weights))
-        slots = min(c.most_x_slots, (room - weight_slots * weights) // piece)
+        slots = min(c.max_x_slots, (room - weight_slots * weights) // piece)
         if slots < 2:
             raise NotImplementedError(f"no shared memory for {self.config} and {self.type.name} weights")
         return weight_slots, slots

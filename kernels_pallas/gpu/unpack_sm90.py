@@ -22,7 +22,7 @@ from qwen3_moe_jax.convert.ggml_types import GGMLType
 from qwen3_moe_jax.kernels_pallas.gpu.activations import WEIGHT_SCALE
 
 SLAB_ROWS = 64
-"""Rows of one wgmma operand: eight tiles, two a warp."""
+"""Rows of one wgmma operand: eight tiles, two per warp."""
 CHUNK = 64
 """Columns of one operand: a quarter of a superblock, four wgmma steps."""
 CHUNKS = 4

@@ -32,7 +32,7 @@ def quantized_matmul(
     interpret: Any = None,
     product: Product = HOPPER,
 ) -> jax.Array:
-    """See ``api.quantized_matmul``. Operands are float16 with a power of two a row, not bfloat16.
+    """See ``api.quantized_matmul``. Operands are float16 with a power of two per row, not bfloat16.
 
     Args:
       config: sizes, or None to choose them and ``splits``.

@@ -94,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
     with load_model(args, show_banner=False) as model:
         with explain_if_slow("measuring what the machine allows ...", quiet=args.quiet):
             benchmark = Benchmark(
-                model.source, model.runner, repeats=args.repeats, most_seconds=args.max_seconds
+                model.source, model.runner, repeats=args.repeats, max_seconds=args.max_seconds
             )
         facts = machine_facts(model.runner.describe())
         if not args.json:

@@ -119,4 +119,4 @@ def _show(found: dict[str, Departure | None], parting: list[dict[str, object]] |
         )
         for row in parting:
             nmse = "not finite" if row["nmse"] is None else f"{row['nmse']:.1e}"
-            terminal.show(f"  {row['name']:<24} NMSE {nmse:<10} least cosine {row['cosine']:.9f}")
+            terminal.show(f"  {row['name']:<24} NMSE {nmse:<10} minimum cosine {row['cosine']:.9f}")

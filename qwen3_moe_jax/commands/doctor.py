@@ -11,7 +11,7 @@ from qwen3_moe_jax.convert.source import ModelSource
 from qwen3_moe_jax.core import terminal
 from qwen3_moe_jax.core.exit_codes import ExitCode
 from qwen3_moe_jax.machine import probe as machine
-from qwen3_moe_jax.machine.estimate import MOST_TOKENS, SHARES, Place, place_on
+from qwen3_moe_jax.machine.estimate import MAX_TOKENS, SHARES, Place, place_on
 from qwen3_moe_jax.machine.jax_devices import jax_devices
 from qwen3_moe_jax.machine.kernels import AUTO, capability_of, choose_kernels, installed_jax
 from qwen3_moe_jax.machine.memory import MemoryPlan
@@ -94,5 +94,5 @@ def _expected(source: ModelSource, place: Place) -> Diagnosis:
         return Diagnosis("note", "speed", f"{name}: no estimate ({why})", "run `qwen3-moe bench`")
     how = f"{SHARES[place.way]:.2f} of {place.bandwidth / 1e12:.2f} TB/s"
     text = f"{name}, {place.kernels} kernels: about {rate:,.0f} tokens/s, an estimate: {how}"
-    limit = ", and at most what launches allow" if rate >= MOST_TOKENS else ""
+    limit = ", and at most what launches allow" if rate >= MAX_TOKENS else ""
     return Diagnosis("ok", "speed", f"{text}, the share that an H100 reached{limit}; `bench` measures it")

@@ -1,6 +1,6 @@
 """Sampling on the device: the meaning of ``Sampling`` (``reference/sampling.py``) in JAX, for a batch.
 
-Every setting is an array, one entry a sequence, so other settings are no other program; what no
+Every setting is an array, one entry per sequence, so other settings are no other program; what no
 sequence asks for is skipped while it runs. A sequence's token depends on its own row alone.
 """
 

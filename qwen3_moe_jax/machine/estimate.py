@@ -5,7 +5,7 @@ measured: on an H100 652 tokens/s of 1.92 GB are 0.37 of its data sheet's 3.35 T
 0.06), on a CPU with 4 cores 5.2 tokens/s are 0.30 of a copy's speed. The portable kernel takes 37.2 us per
 layer where Hopper's takes 31.8 (docs/receipts/decode_portable_h100.json): 0.32. On a card that was not
 measured this is a guess; waits are a smaller part of the time where memory is slower. Small models are
-bound by launches instead: nothing is expected to be faster than ``MOST_TOKENS`` a second.
+bound by launches instead: nothing is expected to be faster than ``MAX_TOKENS`` a second.
 """
 
 import functools
@@ -22,7 +22,7 @@ from qwen3_moe_jax.machine.probe import cards_are_hidden_by
 SHARES = {"jax hopper": 0.37, "jax portable": 0.32, "wgpu": 0.06, "jax cpu": 0.30}
 """Of the memory's speed, by :attr:`Place.way`; XLA's operations on a GPU have no receipt."""
 
-MOST_TOKENS = 1000.0
+MAX_TOKENS = 1000.0
 """Tokens/s of one sequence that launches and the host allow on any machine."""
 
 
@@ -63,7 +63,7 @@ class Place:
         share = SHARES.get(self.way)
         if self.bandwidth is None or share is None:
             return None
-        return min(MOST_TOKENS, share * self.bandwidth / step_nbytes(source, self.itemsize, 1, depth))
+        return min(MAX_TOKENS, share * self.bandwidth / step_nbytes(source, self.itemsize, 1, depth))
 
 
 def _free_card() -> NvidiaGpu | None:

@@ -173,12 +173,12 @@ Run = Callable[[], Sequence[float]]
 """One run; seconds of each thing that it times."""
 
 
-def repeated(run: Run, repeats: int, most_seconds: float = float("inf")) -> list[Timing]:
-    """Runs once uncounted, then ``repeats`` times, or until ``most_seconds`` are over (but once at least)."""
+def repeated(run: Run, repeats: int, max_seconds: float = float("inf")) -> list[Timing]:
+    """Runs once uncounted, then ``repeats`` times, or until ``max_seconds`` are over (but once at least)."""
     began = time.perf_counter()
     first = run()
     runs = [run()]
-    while len(runs) < repeats and time.perf_counter() - began < most_seconds:
+    while len(runs) < repeats and time.perf_counter() - began < max_seconds:
         runs.append(run())
     return [Timing(f, tuple(r)) for f, r in zip(first, zip(*runs, strict=True), strict=True)]
 
@@ -208,7 +208,7 @@ class Benchmark:
       source: the open model.
       runner: the backend.
       repeats: counted runs of each row.
-      most_seconds: no further run begins after this long in a row, and a row that
+      max_seconds: no further run begins after this long in a row, and a row that
         the earlier ones predict to take longer than this is left out.
       given_limits: what the device allows, if known better than ``limits``, which the machine's facts give.
     """
@@ -216,7 +216,7 @@ class Benchmark:
     source: ModelSource
     runner: Runner
     repeats: int = 3
-    most_seconds: float = float("inf")
+    max_seconds: float = float("inf")
     given_limits: Limits | None = None
     _rates: dict[str, float] = field(default_factory=dict)
 
@@ -234,11 +234,11 @@ class Benchmark:
         if reason:
             return [Row(w, NOT_OFFERED, reason) for w in together]
         seconds = self._expected_seconds(together[-1])
-        if seconds > self.most_seconds:
-            reason = f"about {seconds:.0f} s; --max-seconds {self.most_seconds:.0f}"
+        if seconds > self.max_seconds:
+            reason = f"about {seconds:.0f} s; --max-seconds {self.max_seconds:.0f}"
             return [Row(w, TOO_SLOW, reason) for w in together]
         try:
-            timings = repeated(self._run_of(together), self.repeats, self.most_seconds)
+            timings = repeated(self._run_of(together), self.repeats, self.max_seconds)
         except (MemoryError, MemoryPlanError) as error:
             return [Row(w, NO_MEMORY, _one_line(error)) for w in together]
         except (RuntimeError, ValueError, ArithmeticError, NotImplementedError) as error:

@@ -112,7 +112,7 @@ def bisect(source: ModelSource, runner: Runner, token_ids: Sequence[int]) -> Dep
     for run, prompt, capture, extra in runs:
         recorded = trace(runner, prompt, capture, **extra)
         most = LONG_JUDGED_TOKENS if len(prompt) > len(short) else None
-        found = bisect_trace(source, recorded, run=run, most_tokens=most)
+        found = bisect_trace(source, recorded, run=run, max_tokens=most)
         if found:
             return found
     return None
@@ -129,7 +129,7 @@ def _long_capture(source: ModelSource, tokens: int) -> tuple[str, ...]:
 
 
 def bisect_trace(
-    source: ModelSource, recorded: Trace, *, run: str = "a recorded trace", most_tokens: int | None = None
+    source: ModelSource, recorded: Trace, *, run: str = "a recorded trace", max_tokens: int | None = None
 ) -> Departure | None:
     """The first stage of a recorded trace that departs, or None.
 
@@ -137,9 +137,9 @@ def bisect_trace(
       source: the true weights.
       recorded: stages that any machine recorded of this model.
       run: how to call it in the result.
-      most_tokens: positions to judge; None is all.
+      max_tokens: positions to judge; None is all.
     """
-    judge = StageJudge(source, recorded.facts, recorded.token_ids, recorded.forward, most_tokens=most_tokens)
+    judge = StageJudge(source, recorded.facts, recorded.token_ids, recorded.forward, max_tokens=max_tokens)
     first = judge.first_departure()
     if first is None:
         return None

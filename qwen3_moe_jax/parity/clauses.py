@@ -190,7 +190,7 @@ def check_logits(clause: Clause, evidence: Evidence) -> Finding:
     decides = [replayed] if decoded is None else [replayed, decoded]
     figure = metrics.WORST_COSINE if missing else min(float(d.cosine.min()) for d in decides)
     note = (
-        f"{len(replayed.cosine)} positions; least cosine {_nines(replayed.cosine.min())} replayed, "
+        f"{len(replayed.cosine)} positions; minimum cosine {_nines(replayed.cosine.min())} replayed, "
         f"{_nines(free.cosine.min())} free-running"
     )
     if decoded is not None:

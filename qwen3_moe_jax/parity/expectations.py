@@ -69,8 +69,8 @@ class Expectations:
       token_ids: the prompt.
       forward: the pass, with captured stages.
       layers: the layers that were run, in order; none given are all.
-      most_rows: rows of each matrix to judge; None judges all.
-      most_tokens: positions of the prompt to judge; None judges all.
+      max_rows: rows of each matrix to judge; None judges all.
+      max_tokens: positions of the prompt to judge; None judges all.
       workers: share the work on a matrix.
       careful: allow what ``noise.careful_sigma`` does, which takes longer.
     """
@@ -80,8 +80,8 @@ class Expectations:
     token_ids: np.ndarray
     forward: Forward
     layers: Sequence[int] = ()
-    most_rows: int | None = None
-    most_tokens: int | None = None
+    max_rows: int | None = None
+    max_tokens: int | None = None
     workers: Workers = ALONE
     careful: bool = False
     _tensors: dict[str, PackedTensor] = field(default_factory=dict, repr=False)
@@ -89,7 +89,7 @@ class Expectations:
     def __post_init__(self) -> None:
         self.config = self.source.config
         self.token_ids = np.asarray(self.token_ids)
-        picked = sample(len(self.token_ids), self.most_tokens)
+        picked = sample(len(self.token_ids), self.max_tokens)
         self.tokens = np.arange(len(self.token_ids)) if picked is None else picked
         self.layers = tuple(self.layers or range(self.config.num_hidden_layers))
         self.operand = ROUNDING[str(self.facts["compute_dtype"])]
@@ -147,7 +147,7 @@ class Expectations:
 
     def matmul(self, x: np.ndarray, weight: PackedTensor, operand: float | None = None) -> Expectation:
         """x [T, K] times the transpose of weight [N, K]."""
-        channels = sample(weight.shape[0], self.most_rows)
+        channels = sample(weight.shape[0], self.max_rows)
         rows = weight if channels is None else weight[channels]
         step = ROWS_AT_A_TIME // self.workers.count
 
@@ -160,7 +160,7 @@ class Expectations:
     def expert_matmul(self, x: np.ndarray, path: str, layer: int | None) -> Expectation:
         """x [T, X, K] times the matrices of the experts that the runner chose."""
         ids, weight = self.chosen(layer), self.weight(path)
-        channels = sample(weight.shape[1], self.most_rows)
+        channels = sample(weight.shape[1], self.max_rows)
         count = weight.shape[1] if channels is None else len(channels)
         value, sigma = np.empty((*ids.shape, count)), np.empty((*ids.shape, count))
         for expert in np.unique(ids):
@@ -310,7 +310,7 @@ class Expectations:
             self.weight(prefix + name) for name in ("gate_proj", "up_proj", "down_proj")
         )
         ids, x = self.chosen(layer), self.value("ffn_norm", layer)
-        channels = sample(down_proj.shape[1], self.most_rows)
+        channels = sample(down_proj.shape[1], self.max_rows)
         count = down_proj.shape[1] if channels is None else len(channels)
         value, variance = np.zeros((len(x), count)), np.zeros((len(x), count))
 

@@ -89,8 +89,8 @@ def inspect(runner: Runner, source: ModelSource) -> GateResult:
         token_ids,
         forward,
         layers=layers,
-        most_rows=JUDGED_ROWS,
-        most_tokens=JUDGED_TOKENS,
+        max_rows=JUDGED_ROWS,
+        max_tokens=JUDGED_TOKENS,
     )
     judgements = list(judge.judgements())
     departures = tuple(j for j in judgements if j.departs)

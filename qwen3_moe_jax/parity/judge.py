@@ -106,7 +106,7 @@ class StageJudge(Expectations):
 
     def _with_care(self, whole: bool) -> "StageJudge":
         """The same judge with ``careful``; ``whole`` looks at every row and position."""
-        fewer = {"most_rows": None, "most_tokens": None} if whole else {}
+        fewer = {"max_rows": None, "max_tokens": None} if whole else {}
         judge = replace(self, careful=True, **fewer)
         judge.operand, judge.cache_rounding = self.operand, self.cache_rounding
         return judge

@@ -114,7 +114,7 @@ class Ops:
         tile, shape = self._tile(decode), self._shape(experts, chosen)
         routing = {
             "ids": self._in(expert_ids, np.uint32),
-            "tiles": self._out(4 * (1 + kernels.most_tiles(expert_ids.size, experts, tile))),
+            "tiles": self._out(4 * (1 + kernels.max_tiles(expert_ids.size, experts, tile))),
             "order": self._out(expert_ids.size),
         }
         inputs = self._in(x)
@@ -147,7 +147,7 @@ class Ops:
         experts, rows, columns = weight.shape
         step = max(granule(w.type, rows * columns) for w in all_weights)
         count = min(
-            items_per_window(w.type, experts, rows * columns, self.device.most_bytes, experts, step)
+            items_per_window(w.type, experts, rows * columns, self.device.max_bytes, experts, step)
             for w in all_weights
         )
         return [
@@ -217,7 +217,7 @@ class Ops:
         """Dequantized rows of a table [V, D]."""
         rows, columns = table.shape
         x = self._out(len(token_ids) * columns)
-        count = items_per_window(table.type, rows, columns, self.device.most_bytes, rows)
+        count = items_per_window(table.type, rows, columns, self.device.max_bytes, rows)
         ids = self._in(token_ids, np.uint32)
         sites = [
             kernels.embed_site(

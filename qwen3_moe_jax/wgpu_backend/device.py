@@ -102,7 +102,7 @@ class Device:
       report: what the adapter is.
       tuning: settings for its kind.
       subgroups: lanes may exchange values directly: every subgroup has 32 of them.
-      most_bytes: the largest buffer that one binding can show.
+      max_bytes: the largest buffer that one binding can show.
     """
 
     def __init__(
@@ -111,14 +111,14 @@ class Device:
         *,
         tuning: Tuning | None = None,
         subgroups: bool | None = None,
-        most_bytes: int | None = None,
+        max_bytes: int | None = None,
     ):
         """Opens an adapter.
 
         Args:
           adapter: part of the wanted adapter's summary.
           tuning, subgroups: in place of what suits the adapter.
-          most_bytes: largest binding, in place of the adapter's limit.
+          max_bytes: largest binding, in place of the adapter's limit.
 
         Raises:
           BackendUnavailableError: no such adapter, or it lacks what every kernel needs.
@@ -135,7 +135,7 @@ class Device:
         except RuntimeError as error:
             raise BackendUnavailableError(f"{self.report.summary} gives no device: {error}") from error
         largest = min(limits["max-storage-buffer-binding-size"], limits["max-buffer-size"])
-        self.most_bytes = min(most_bytes or largest, largest) & ~255
+        self.max_bytes = min(max_bytes or largest, largest) & ~255
         self._kernels: dict[tuple, Kernel] = {}
         self._buffers: weakref.WeakSet[Any] = weakref.WeakSet()
         self._grid_table: Any = None

@@ -100,12 +100,12 @@ class Shape:
             "tokens": tokens,
             "token tiles": -(-tokens // self.tile),
             "pairs": pairs,
-            "pair tiles": most_tiles(pairs, self.experts, self.tile),
+            "pair tiles": max_tiles(pairs, self.experts, self.tile),
             "head tiles": -(-head_rows // self.tile),
         }[follows]
 
 
-def most_tiles(pairs: int, experts: int, tile: int) -> int:
+def max_tiles(pairs: int, experts: int, tile: int) -> int:
     """Upper bound on the tiles that group.wgsl makes."""
     return pairs // tile + min(pairs, experts)
 

@@ -13,7 +13,7 @@ from qwen3_moe_jax.machine.headroom import Headroom, main_memory
 from qwen3_moe_jax.machine.memory import MemoryPlan
 from qwen3_moe_jax.machine.nvidia import nvidia_gpus
 from qwen3_moe_jax.wgpu_backend.adapter import AdapterReport, Tuning
-from qwen3_moe_jax.wgpu_backend.kernels import most_tiles
+from qwen3_moe_jax.wgpu_backend.kernels import max_tiles
 from qwen3_moe_jax.wgpu_backend.weights import weight_nbytes
 
 MEMORY_VARIABLE = "QWEN3_MOE_WGPU_MEMORY"
@@ -46,7 +46,7 @@ class Workspace:
 
 
 def plan_workspace(
-    config: Qwen3MoeConfig, tuning: Tuning, max_context: int, most_bytes: int, *, f16_cache: bool
+    config: Qwen3MoeConfig, tuning: Tuning, max_context: int, max_bytes: int, *, f16_cache: bool
 ) -> Workspace:
     """Chooses the chunk so that every buffer fits one binding.
 
@@ -57,12 +57,12 @@ def plan_workspace(
     while True:
         workspace = _sizes(config, tuning, max_context, chunk, f16_cache=f16_cache)
         worst = max(workspace.nbytes, key=workspace.nbytes.__getitem__)
-        if workspace.nbytes[worst] <= most_bytes:
+        if workspace.nbytes[worst] <= max_bytes:
             return workspace
         if chunk <= tuning.prefill_tokens:
             raise MemoryPlanError(
                 f"a context of {max_context} tokens needs {workspace.nbytes[worst] / 2**20:.1f} MiB for "
-                f"{worst}, and the adapter binds at most {most_bytes / 2**20:.1f} MiB: "
+                f"{worst}, and the adapter binds at most {max_bytes / 2**20:.1f} MiB: "
                 "lower max_context"
             )
         chunk //= 2
@@ -96,7 +96,7 @@ def _sizes(
         "expert_weights": 4 * pairs,
         "act": 3 * 4 * pairs * c.moe_intermediate_size,
         "down": 4 * pairs * c.hidden_size,
-        "tiles": 16 * (1 + most_tiles(pairs, c.num_experts, tuning.prefill_tokens)),
+        "tiles": 16 * (1 + max_tiles(pairs, c.num_experts, tuning.prefill_tokens)),
         "order": 4 * pairs,
         "tokens": 4 * chunk,
         "logits": 4 * logit_rows * c.vocab_size,

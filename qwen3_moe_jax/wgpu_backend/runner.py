@@ -114,7 +114,7 @@ class WgpuRunner(OneAtATime):
     def _load(self, source: ModelSource, progress: ProgressCallback | None) -> None:
         device = self._device
         workspace = plan_workspace(
-            self.config, device.tuning, self.max_context, device.most_bytes, f16_cache=self._f16
+            self.config, device.tuning, self.max_context, device.max_bytes, f16_cache=self._f16
         )
         self.plan = plan_memory(self.config, source.types, workspace)
         check_memory(self.plan, device.report)

@@ -144,7 +144,7 @@ class _Uploader:
         """Matrices side by side: in one buffer if that fits, else each in its own windows."""
         specs, types = self._source.specs, self._source.types
         sizes = [device_nbytes(types[p], int(np.prod(specs[p].shape))) for p in paths]
-        if sum(sizes) <= self._device.most_bytes and sum(specs[p].shape[0] for p in paths) <= MAX_ROWS:
+        if sum(sizes) <= self._device.max_bytes and sum(specs[p].shape[0] for p in paths) <= MAX_ROWS:
             return [self._side_by_side(paths, sizes)]
         buffers, y = [], 0
         for path in paths:
@@ -181,7 +181,7 @@ class _Uploader:
 
     def _fit(self, path: str, type: GGMLType, items: int, weights: int, max_items: int, step: int) -> int:
         try:
-            return items_per_window(type, items, weights, self._device.most_bytes, max_items, step)
+            return items_per_window(type, items, weights, self._device.max_bytes, max_items, step)
         except ValueError as error:
             raise MemoryPlanError(f"{path} does not fit {self._device.report.name}: {error}") from error
 

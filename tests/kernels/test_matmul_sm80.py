@@ -27,7 +27,7 @@ from tests.kernels.op_oracles import check, moe_oracle
 
 __all__ = ["rng"]
 
-SMALL = MatmulConfig(tile=16, widths=(8, 16), blocks=2, most_x_slots=3)
+SMALL = MatmulConfig(tile=16, widths=(8, 16), blocks=2, max_x_slots=3)
 BFLOAT16 = np.dtype(jnp.bfloat16)
 
 

@@ -34,7 +34,7 @@ from tests.kernels.op_oracles import check, expert_oracle, silu64
 __all__ = ["rng"]
 
 pytestmark = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the kernels need JAX 0.11")
-SMALL = MatmulConfig(tile=16, widths=(8, 16), blocks=2, most_x_slots=4)
+SMALL = MatmulConfig(tile=16, widths=(8, 16), blocks=2, max_x_slots=4)
 BFLOAT16 = np.dtype(jnp.bfloat16)
 BOUND = tolerances.MATMUL_FLOAT16_NMSE
 

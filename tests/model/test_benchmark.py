@@ -62,7 +62,7 @@ def test_the_first_run_is_not_counted_and_time_ends_the_others():
     assert first == Timing(9.0, (2.0, 1.0, 3.0))
     assert second == Timing(90.0, (20.0, 10.0, 30.0))
     calls = []
-    (timing,) = repeated(lambda: (calls.append(1) or 1.0,), 5, most_seconds=0.0)
+    (timing,) = repeated(lambda: (calls.append(1) or 1.0,), 5, max_seconds=0.0)
     assert timing.runs == (1.0,)
     assert len(calls) == 2
 
@@ -204,7 +204,7 @@ def test_a_row_that_would_take_too_long_is_left_out_and_says_so(source, monkeypa
     monkeypatch.setattr(
         benchmark.time, "perf_counter", lambda: float(next(clock))
     )  # each look takes a second
-    rows = measure(source, FakeRunner(), plan([4], 8, [0, 1000], [], 4), most_seconds=100.0)
+    rows = measure(source, FakeRunner(), plan([4], 8, [0, 1000], [], 4), max_seconds=100.0)
     assert rows["pp4"].outcome == rows["tg8"].outcome == MEASURED
     assert rows["tg8 @ d1000"].outcome == TOO_SLOW
     assert "--max-seconds 100" in rows["tg8 @ d1000"].reason

@@ -87,7 +87,7 @@ def test_judging_a_sample_of_rows_and_tokens_agrees(source, text_ids, makers):
     recorded = trace(makers["reference"](source), text_ids[:24])
     for rows, tokens in ((None, None), (16, None), (None, 5), (16, 5)):
         judge = StageJudge(
-            source, recorded.facts, recorded.token_ids, recorded.forward, most_rows=rows, most_tokens=tokens
+            source, recorded.facts, recorded.token_ids, recorded.forward, max_rows=rows, max_tokens=tokens
         )
         judged = list(judge.judgements())
         assert (

@@ -38,7 +38,7 @@ DEVICES: dict[str, dict[str, Any]] = {
     # The same with values exchanged inside a subgroup; llvmpipe's have 8 lanes.
     "subgroups": {"tuning": replace(_HARDWARE, lanes=8), "subgroups": True},
     # A binding limit so small that every large tensor is cut into windows.
-    "small bindings": {"most_bytes": 300 << 10},
+    "small bindings": {"max_bytes": 300 << 10},
 }
 
 

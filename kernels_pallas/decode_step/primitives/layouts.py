@@ -21,7 +21,7 @@ TILE_ROWS = TILE_WORDS.reduce((2, 3))
 SUBBLOCKS = _TILED(
     plgpu.Tiling(((32, 1, 4, 4), (8, 1, 4, 4))), warp_dims=(-8,), lane_dims=(-4, -2), vector_dim=-1
 )
-"""float32 [32 subblocks, 2 halves, 4 words, 4 bytes]: 1,024 activations, 8 a lane."""
+"""float32 [32 subblocks, 2 halves, 4 words, 4 bytes]: 1,024 activations, 8 per lane."""
 OUTPUT_ROWS = _TILED(plgpu.Tiling(((16, 8, 1), (4, 8, 1))), (-6,), (-3, -2), -1).reduce(2)
 """float32 [16 tiles, 8 rows]: one result a lane."""
 HEAD_HALVES = _TILED(plgpu.Tiling(((8, 64), (2, 4))), warp_dims=(-4,), lane_dims=(-3, -2), vector_dim=-1)
@@ -38,7 +38,7 @@ LOG2E = 1.4426950408889634
 
 
 def lanes(n: int):
-    """The layout of a vector of ``n`` values, one a lane and ``n / 128`` registers."""
+    """The layout of a vector of ``n`` values, one per lane and ``n / 128`` registers."""
     return plgpu.Layout.WG_STRIDED((n,), 1)
 
 

@@ -19,7 +19,7 @@ from qwen3_moe_jax.kernels_pallas.decode_step.primitives.layouts import TILE_LAN
 def load_fragments(words, zeros, *, shared: bool) -> list:
     """A lane's activations as the second operand of integer tensor-core products.
 
-    The operand has 32 rows (the columns of weights that four lanes hold, 8 a lane) and 8
+    The operand has 32 rows (the columns of weights that four lanes hold, 8 per lane) and 8
     columns. Column 2 * group + part belongs to one column group of the tile and one int8 part,
     and is zero in all rows but that group's own: so the product's element (row, 2 * group + part)
     is that group's dot product alone, and lies in the lane that holds this row and group. Three
@@ -74,7 +74,7 @@ def dot_tiles(tiles: list, fragments: list, *, signed: bool) -> list:
 
     Args:
       tiles: for each tile, int32 words [4, 8, 4, 4] of the pieces of 16 weights to be summed,
-        four bytes a word, unsigned unless ``signed``.
+        four bytes per word, unsigned unless ``signed``.
       fragments: for each piece, the activations (:func:`load_fragments`).
 
     Returns:

@@ -13,7 +13,7 @@ typedef struct {
   const int32_t *ids;             /* [tokens, choices] */
   const float *weights;
   int tokens, choices, experts;
-  Activations x, hidden; /* one row a token; one a (token, choice) */
+  Activations x, hidden; /* one row per token; one per (token, choice) */
   float *swiglu, *parts_out, *out;
   int adds; /* to `out` */
   int *order;

@@ -10,7 +10,7 @@ from qwen3_moe_jax.core.output_file import open_output
 
 Message = dict[str, str]
 
-LEAST_ROOM = 8
+MIN_ROOM = 8
 """The context is full when a prompt leaves less than this part of it (1/8) for the answer."""
 
 
@@ -87,7 +87,7 @@ class Conversation:
     @staticmethod
     def is_full(tokens: int, context: int, max_tokens: int | None) -> bool:
         """Whether a prompt of so many tokens leaves too little room for an answer."""
-        room = max(1, context // LEAST_ROOM)
+        room = max(1, context // MIN_ROOM)
         return tokens + min(room, max_tokens or room) > context
 
     def save(self, path: Path, settings: dict[str, Any]) -> None:

@@ -20,7 +20,7 @@ _LENGTH = struct.Struct("<I")
 
 class Start(msgspec.Struct, tag=True):
     """Front to engine, first: what to load. Fields as ``loader.load`` and the serve command; without
-    ``slots``, ``most_slots`` or fewer are opened, as memory allows."""
+    ``slots``, ``max_slots`` or fewer are opened, as memory allows."""
 
     model: str | None
     backend: str = "auto"
@@ -31,7 +31,7 @@ class Start(msgspec.Struct, tag=True):
     gate: bool = True
     context: int | None = None
     slots: int | None = None
-    most_slots: int | None = None
+    max_slots: int | None = None
     max_queue: int = 256
     max_queue_tokens: int = 1 << 20
     prefix_bytes: int = 0

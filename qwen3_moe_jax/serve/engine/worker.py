@@ -114,7 +114,7 @@ class Engine:
         runner, config = self.model.runner, self.model.config
         most = config.max_position_embeddings
         context = min(start.context or most, most)
-        slots = start.slots or start.most_slots or DEFAULT_SLOTS[self._place]
+        slots = start.slots or start.max_slots or DEFAULT_SLOTS[self._place]
         if not runner.capabilities.open_batch:
             return (RowClass(1, min(context, runner.max_context)),)
         from qwen3_moe_jax.jax_backend.generate import PREFILL_CHUNKS
