@@ -26,7 +26,8 @@ class Scripted:
 
     def __init__(self, *answers: str, context: int = 1000):
         self.answers, self.asked = list(answers), []
-        self.runner = argparse.Namespace(name="script", max_context=context, reused_tokens=0)
+        facts = {"name": "script", "max_context": context, "reused_tokens": 0, "compilation": lambda: None}
+        self.runner = argparse.Namespace(**facts)
         self.config = argparse.Namespace(max_position_embeddings=4096)
 
     def prompt(self, messages, **_):
