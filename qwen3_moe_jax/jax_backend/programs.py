@@ -367,7 +367,10 @@ def _load(key: str) -> _Compiled | None:
         return None
     try:
         serialized, ran = pickle.loads(program)
-        return _Compiled(serialize_executable.deserialize_and_load(*serialized), ran)
+        # only programs of the default device are kept, and JAX would take all that there are
+        devices = jax.devices()[:1]
+        run = serialize_executable.deserialize_and_load(*serialized, execution_devices=devices)
+        return _Compiled(run, ran)
     except Exception as error:  # whatever a foreign or stale file does: it is compiled anew
         _store.trouble.append(f"a compiled program could not be loaded and is made again: {error}")
         _store.delete(key)

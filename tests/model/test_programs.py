@@ -339,6 +339,19 @@ print(found[0].source)
     assert start().communicate()[0].strip() == "disk"
 
 
+def test_a_program_on_disk_runs_where_there_are_two_devices(tmp_path):
+    code = """
+import sys, jax
+from tests.model import test_programs as t
+jax.config.update("jax_num_cpu_devices", 2)
+t.programs.use_store(t.ProgramStore(t.Path(sys.argv[1])))
+t.programs.listen(lambda _, what: what and print(what.source))
+t.run(t.new_program()), t.run(t.new_program())
+"""
+    command = [sys.executable, "-c", code, str(tmp_path / "programs")]
+    assert subprocess.check_output(command, cwd=ROOT, text=True).split() == ["compiler", "disk"]
+
+
 @dataclasses.dataclass(frozen=True)
 class Settings:
     names: frozenset[str]
