@@ -6,6 +6,7 @@ import threading
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from qwen3_moe_jax.convert.fused import with_parts
 from qwen3_moe_jax.convert.ggml_types import BLOCK_FORMATS
 from qwen3_moe_jax.convert.gguf_file import GGUFFile, TensorInfo, explain_piece
 from qwen3_moe_jax.convert.metadata_keys import check_expert_width
-from qwen3_moe_jax.convert.packed import PackedTensor
+from qwen3_moe_jax.convert.packed import Box, PackedTensor
 from qwen3_moe_jax.convert.progress import ProgressCallback
 from qwen3_moe_jax.convert.regular_file import RegularFile
 from qwen3_moe_jax.convert.source import (
@@ -96,29 +97,54 @@ class GGUFSource(BlockSource):
     def tensor(self, path: str) -> PackedTensor:
         info = self._infos[path]
         packed = empty_packed(info.type, info.shape)
-        arrays = block_arrays(packed)
-        block = BLOCK_FORMATS[info.type]
-        blocks = info.nbytes // block.nbytes
-        step = max(1, READ_CHUNK_BYTES // block.nbytes)
-
-        def fill(start: int) -> None:
-            self._fill(info, arrays, start, min(start + step, blocks))
-
-        starts = range(0, blocks, step)
-        if len(starts) == 1:
-            fill(0)
-        else:
-            list(self._pool.map(fill, starts))
+        blocks = info.nbytes // BLOCK_FORMATS[info.type].nbytes
+        self._fill_all(info, packed, [(0, 0, blocks)])
         return packed
 
-    def _fill(self, info: TensorInfo, arrays: Mapping[str, np.ndarray], start: int, stop: int) -> None:
-        """Reads the blocks ``[start, stop)`` of a tensor, unpacks and checks them."""
-        nbytes = BLOCK_FORMATS[info.type].nbytes
-        raw = self._buffer((stop - start) * nbytes)
+    def part(self, path: str, box: Box) -> PackedTensor:
+        """As ``ModelSource.part``; reads the rows of the box alone, each with all of its columns."""
+        info = self._infos[path]
+        *leading, _ = box
+        if not leading:
+            return self.tensor(path).part(box)
+        shape = (*(stop - start for start, stop in leading), info.shape[-1])
+        packed = empty_packed(info.type, shape)
+        in_row = info.shape[-1] // BLOCK_FORMATS[info.type].weights
+        (first, last), count = leading[-1], shape[-2]
+        matrices = range(*leading[0]) if len(leading) == 2 else range(1)
+        runs = [
+            (i * count * in_row, (m * info.shape[-2] + first) * in_row, (m * info.shape[-2] + last) * in_row)
+            for i, m in enumerate(matrices)
+        ]
+        self._fill_all(info, packed, runs)
+        whole = tuple((0, size) for size in shape[:-1])
+        return packed.part((*whole, box[-1]))
+
+    def _fill_all(self, info: TensorInfo, packed: PackedTensor, runs: list[tuple[int, int, int]]) -> None:
+        """Reads runs of blocks side by side: (where they go, the first in the file, the one after it)."""
+        arrays = block_arrays(packed)
+        step = max(1, READ_CHUNK_BYTES // BLOCK_FORMATS[info.type].nbytes)
+        pieces = [
+            (target + start - first, start, min(start + step, stop))
+            for target, first, stop in runs
+            for start in range(first, stop, step)
+        ]
+        if len(pieces) == 1:
+            self._fill(info, arrays, *pieces[0])
+        else:
+            list(self._pool.map(partial(self._fill, info, arrays), *zip(*pieces, strict=True)))
+
+    def _fill(
+        self, info: TensorInfo, arrays: Mapping[str, np.ndarray], target: int, start: int, stop: int
+    ) -> None:
+        """Reads the blocks ``[start, stop)`` of a tensor to ``target`` on, unpacks and checks them."""
+        nbytes, count = BLOCK_FORMATS[info.type].nbytes, stop - start
+        raw = self._buffer(count * nbytes)
         self._file.read_into(info, start * nbytes, raw)
-        unpack_blocks(raw, info.type, arrays, start)
+        unpack_blocks(raw, info.type, arrays, target)
         if self.checks:
-            refuse_nonfinite(info.name, info.type, info.shape, arrays, start, stop)
+            end = target + count
+            refuse_nonfinite(info.name, info.type, info.shape, arrays, target, end, start - target)
 
     def _buffer(self, nbytes: int) -> np.ndarray:
         """Memory that this thread reads into, kept from chunk to chunk."""

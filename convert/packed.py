@@ -103,6 +103,10 @@ def packed_nbytes(type: GGMLType, shape: tuple[int, ...]) -> int:
     return sum(array_nbytes(type, shape).values())
 
 
+Box = tuple[tuple[int, int], ...]
+"""Part of a tensor: of each axis the first index and the one after the last."""
+
+
 @dataclass(frozen=True, eq=False)
 class PackedTensor:
     """Weights in their quantized form.
@@ -148,6 +152,22 @@ class PackedTensor:
     def __getitem__(self, index: Any) -> "PackedTensor":
         """Index leading axes (never K): ``w[expert]``, ``w[:, 3:7]``."""
         return PackedTensor({k: a[index] for k, a in self.arrays.items()}, self.type, self.layout)
+
+    def part(self, box: "Box") -> "PackedTensor":
+        """The weights inside ``box``, of every axis; of columns whole blocks. Layout "rows" alone.
+
+        Raises:
+          ValueError: the columns cut a block, or the layout is another one.
+        """
+        *leading, (start, stop) = box
+        weights = max(array.weights for array in ARRAY_FORMATS[self.type].values())
+        if self.layout != ROWS or start % weights or stop % weights:
+            raise ValueError(f"{self!r} has no part {box}: its blocks of {weights} weights are not cut")
+        index = tuple(slice(*span) for span in leading)
+        formats = ARRAY_FORMATS[self.type]
+        columns = {name: slice(start // f.weights, stop // f.weights) for name, f in formats.items()}
+        arrays = {name: a[(*index, columns[name])] for name, a in self.arrays.items()}
+        return PackedTensor(arrays, self.type)
 
     def __repr__(self) -> str:
         return f"PackedTensor({self.type.name}, shape={self.shape}, layout={self.layout!r})"

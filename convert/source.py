@@ -10,6 +10,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, closing
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ import numpy as np
 from qwen3_moe_jax.convert.config import Qwen3MoeConfig
 from qwen3_moe_jax.convert.errors import ModelFileError, quote
 from qwen3_moe_jax.convert.ggml_types import GGMLType
-from qwen3_moe_jax.convert.packed import PackedTensor
+from qwen3_moe_jax.convert.packed import Box, PackedTensor
 from qwen3_moe_jax.convert.progress import ProgressCallback
 from qwen3_moe_jax.convert.regular_file import RegularFile
 from qwen3_moe_jax.convert.tensor_names import TensorSpec
@@ -72,6 +73,14 @@ class ModelSource(ABC):
     def unchecked(self, path: str) -> PackedTensor:
         """As ``tensor`` for a caller that looks for NaN and infinity itself; a source may still do so."""
         return self.tensor(path)
+
+    def part(self, path: str, box: Box) -> PackedTensor:
+        """As ``tensor``, of what lies inside ``box``.
+
+        Raises:
+          ValueError: the columns cut a block.
+        """
+        return self.tensor(path).part(box)
 
     @abstractmethod
     def tensor_nbytes(self, path: str) -> int:
@@ -130,15 +139,19 @@ def refuse_nonfinite(
     arrays: Mapping[str, np.ndarray],
     start: int,
     stop: int,
+    offset: int = 0,
 ) -> None:
-    """Refuses a NaN or infinite scale or weight in the blocks ``[start, stop)`` of a tensor.
+    """Refuses a NaN or infinite scale or weight in the blocks ``[start, stop)`` of a tensor's arrays.
+
+    Args:
+      offset: blocks of the tensor before the arrays' first.
 
     Raises:
       ModelFileError: ``E_NONFINITE``, naming the tensor, expert, row and superblock.
     """
     bad = find_nonfinite_blocks(type, arrays, start, stop)
     if bad is not None:
-        raise nonfinite_error(name, type, shape, bad)
+        raise nonfinite_error(name, type, shape, replace(bad, block=bad.block + offset))
 
 
 def sha256_of_files(paths: list[Path], progress: ProgressCallback | None = None) -> str:

@@ -295,6 +295,7 @@ def load(
     kv_cache: str | None = None,
     kernels: str = AUTO,
     adapter: str | None = None,
+    mesh: str | None = None,
     gate: bool = True,
     strict: bool = False,
     progress: ProgressCallback | bool | None = None,
@@ -314,6 +315,8 @@ def load(
         GPU, float32 on the CPU. int8 takes about a quarter of float32's memory.
       kernels: "hopper", "portable" or "xla" (jax); "auto" is the fastest that the device has.
       adapter: part of a WebGPU adapter's name (wgpu).
+      mesh: how to split the model over devices (jax): "tp=2,ep=1", or "auto" for as many as it can use;
+        None is one device. ``ep`` splits the experts by expert, ``tp`` each expert's width.
       gate: check a few tokens against the reference when this backend first
         meets this file (remembered afterwards).
       strict: raise where something would fall back: a GPU that JAX cannot use,
@@ -337,7 +340,7 @@ def load(
         raise wrong_kind("progress", progress, "a function, True or False")
     found = loader.model_path(path)
     chosen, reason, fallbacks = (
-        loader.choose_backend(kernels) if backend == "auto" else (backend, "as asked", ())
+        loader.choose_backend(kernels, mesh) if backend == "auto" else (backend, "as asked", ())
     )
     if strict and fallbacks:
         raise BackendUnavailableError(f"strict: {fallbacks[0]}")
@@ -351,6 +354,7 @@ def load(
             kv_cache=kv_cache,
             kernels=kernels,
             adapter=adapter,
+            mesh=mesh,
             progress=report,
             first_prompt=first_prompt,
             first_forward=first_forward(source) if gate else None,

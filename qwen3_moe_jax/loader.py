@@ -15,7 +15,7 @@ from qwen3_moe_jax.core.runner import Runner
 from qwen3_moe_jax.hub import names
 from qwen3_moe_jax.hub.listing import files_in
 from qwen3_moe_jax.machine.headroom import MAIN_MEMORY, Headroom, available_memory, main_memory
-from qwen3_moe_jax.machine.jax_devices import jax_devices
+from qwen3_moe_jax.machine.jax_devices import jax_devices, simulate_devices
 from qwen3_moe_jax.machine.kernels import AUTO, CHOICES, capability_of, is_before_ampere
 from qwen3_moe_jax.machine.memory import MIN_CONTEXT, MemoryPlan
 from qwen3_moe_jax.machine.nvidia import nvidia_gpus
@@ -25,6 +25,9 @@ from qwen3_moe_jax.wgpu_backend.adapter import list_adapters, may_have_hardware
 BACKENDS = ("jax", "wgpu", "reference")
 DTYPES = ("float32", "bfloat16")
 KV_CACHES = ("float32", "float16", "bfloat16", "int8")
+
+AUTO_MESH = "auto"
+"""As many devices as the model can be split over."""
 
 FLOAT32_BYTES = 4
 
@@ -109,14 +112,17 @@ class Choice(NamedTuple):
     fallbacks: tuple[str, ...] = ()
 
 
-def choose_backend(kernels: str = AUTO) -> Choice:
+def choose_backend(kernels: str = AUTO, mesh: str | None = None) -> Choice:
     """An NVIDIA GPU through JAX; else a hardware WebGPU adapter; else JAX on the CPU.
 
     A GPU before Ampere has no kernels: a hardware WebGPU adapter is faster than XLA's operations.
 
     Args:
       kernels: one of ``machine.kernels.CHOICES``; a named one is JAX's.
+      mesh: as for ``make_runner``; a named one is JAX's.
     """
+    if mesh is not None:
+        return Choice("jax", f"a mesh is asked for: {mesh}")
     if kernels != AUTO:
         return Choice("jax", f"kernels {kernels} are asked for")
     why, fallbacks = "no NVIDIA GPU", ()
@@ -163,6 +169,7 @@ def make_runner(
     kv_cache: str | None = None,
     kernels: str = AUTO,
     adapter: str | None = None,
+    mesh: str | None = None,
     progress: ProgressCallback | None = None,
     **first: Any,
 ) -> Runner:
@@ -177,13 +184,14 @@ def make_runner(
       kv_cache: dtype of the KV cache on jax, one of KV_CACHES, or None for what suits the device.
       kernels: of the jax backend, one of ``machine.kernels.CHOICES``.
       adapter: part of a WebGPU adapter's name.
+      mesh: how jax splits the model over devices, such as "tp=2,ep=1", or "auto"; None is one device.
       progress: told how far loading is.
       first: what will be asked first, for a backend that compiles: ``first_prompt`` and ``first_forward``
         of ``JaxRunner``.
 
     Raises:
       ValueError: an unknown backend, dtype or name of kernels.
-      OptionError: a context that the model does not have.
+      OptionError: a context that the model does not have, or a mesh that it cannot be split over.
       BackendUnavailableError: the backend cannot run here.
     """
     if backend not in BACKENDS:
@@ -200,12 +208,37 @@ def make_runner(
         raise ValueError(f"kernels {kernels!r} is not one of {', '.join(CHOICES)}")
     if kernels != AUTO and backend != "jax":
         raise BackendUnavailableError(f"the {backend} backend has kernels of its own: leave out kernels")
-    max_context = checked_context(source, backend, max_context, kv_cache)
+    if mesh is not None:
+        check_mesh(mesh, backend)
+        first = {**first, "mesh": mesh}
+    max_context = checked_context(source, backend, max_context, kv_cache, mesh)
     return _MAKERS[backend](source, max_context, dtype, kv_cache, kernels, adapter, progress, first)
 
 
+def check_mesh(mesh: str, backend: str) -> None:
+    """Raises for a text that names no mesh, and a backend that has none.
+
+    Makes JAX's CPU look like as many devices as are named, if it has not started.
+
+    Raises:
+      KindError, ValueError: no text, or one that is no mesh.
+      BackendUnavailableError: the backend runs on one device.
+    """
+    check_text("mesh", mesh)
+    if backend != "jax":
+        raise BackendUnavailableError(f"the {backend} backend runs on one device: leave out mesh")
+    from qwen3_moe_jax.jax_backend.sharding import MeshShape
+
+    if mesh != AUTO_MESH:
+        simulate_devices(MeshShape.parse(mesh).size)
+
+
 def checked_context(
-    source: ModelSource, backend: str, max_context: Context = None, kv_cache: str | None = None
+    source: ModelSource,
+    backend: str,
+    max_context: Context = None,
+    kv_cache: str | None = None,
+    mesh: str | None = None,
 ) -> int:
     """What ``Context`` means for a model on this machine.
 
@@ -214,7 +247,7 @@ def checked_context(
     """
     most = source.config.max_position_embeddings
     if max_context == "fit":
-        max_context = fitting_context(source, backend, kv_cache)
+        max_context = fitting_context(source, backend, kv_cache, mesh)
     if max_context is not None:
         check_number("max_context", max_context)
     max_context = min(DEFAULT_CONTEXT, most) if max_context is None else max_context
@@ -224,7 +257,9 @@ def checked_context(
     return max_context
 
 
-def fitting_context(source: ModelSource, backend: str, kv_cache: str | None = None) -> int:
+def fitting_context(
+    source: ModelSource, backend: str, kv_cache: str | None = None, mesh: str | None = None
+) -> int:
     """The context that the file and the memory of this machine allow.
 
     All of the model's own where its cache takes at most a share of what the weights leave; else the
@@ -236,7 +271,7 @@ def fitting_context(source: ModelSource, backend: str, kv_cache: str | None = No
     free, itemsize = _place_of_cache(backend, kv_cache)
     if free is None or free.nbytes is None:
         return least
-    plan = MemoryPlan.of(source, most, itemsize)
+    plan = _plan(source, most, itemsize, mesh)
     left = free.nbytes - plan.weights - plan.working
     fits = lambda share: int(left * share) * most // plan.cache - SLACK_TOKENS
     found = fits(SHARE_OF_MAIN if free.where == MAIN_MEMORY else SHARE_OF_CARD)
@@ -244,6 +279,16 @@ def fitting_context(source: ModelSource, backend: str, kv_cache: str | None = No
         return most
     found = found if found >= least else min(fits(1.0), least)
     return 1 << (found.bit_length() - 1) if found >= MIN_CONTEXT else least
+
+
+def _plan(source: ModelSource, length: int, itemsize: int, mesh: str | None) -> MemoryPlan:
+    """What one device holds of a model."""
+    if mesh is None:
+        return MemoryPlan.of(source, length, itemsize)
+    from qwen3_moe_jax.jax_backend.placement import Placement
+    from qwen3_moe_jax.jax_backend.sharding import named_mesh
+
+    return Placement.of(source, named_mesh(mesh), jax_devices()).planned(source, length, itemsize)
 
 
 def _place_of_cache(backend: str, kv_cache: str | None) -> tuple[Headroom | None, int]:
@@ -259,7 +304,10 @@ def _place_of_cache(backend: str, kv_cache: str | None) -> tuple[Headroom | None
 
 def _make_jax(source, max_context, dtype, kv_cache, kernels, _adapter, progress, first) -> Runner:
     from qwen3_moe_jax.jax_backend.runner import JaxRunner
+    from qwen3_moe_jax.jax_backend.sharding import named_mesh
 
+    if "mesh" in first:
+        first = {**first, "mesh": named_mesh(first["mesh"])}
     return JaxRunner(
         source,
         max_context=max_context,

@@ -15,6 +15,12 @@ CHUNKED_LOGITS = 1e-4
 # product of K = 256 terms is off by at most about sqrt(K) * 2^-24, whose square over 2 is 4.5e-13.
 LOGITS_OF_FLOAT32 = 1e-12
 
+# --- a model that is split over devices -----------------------------------------------------------
+# The same float32 products, their sums in another order: as chunks, a few units in the fifth digit of logits.
+MESH_LOGITS = 1e-5
+# Sums of K products in another order through two layers: as ops against float64, with room for the second.
+MESH_STAGE_NMSE = 1e-9
+
 # --- perplexity -----------------------------------------------------------------------------------
 # What the project promises of a backend's perplexity against the float32 reference's, relative.
 PERPLEXITY_PROMISE = 1e-3

@@ -30,7 +30,8 @@ def top_k(x: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
     """See ``api.top_k``."""
     rows, columns = x.shape
     whole = lambda x: tuple(lax.top_k(x, k))
-    kept = lambda x: tuple(lax.optimization_barrier(lax.top_k(x, k)))
+    # a barrier each: XLA fails on one that takes both where a program of several devices is partitioned
+    kept = lambda x: tuple(map(lax.optimization_barrier, lax.top_k(x, k)))
     by_rows = rows < MIN_ROWS or x.dtype != jnp.float32 or k * BLOCK > columns
     values, ids = lax.platform_dependent(x, cpu=kept, default=whole if by_rows else partial(by_blocks, k=k))
     return values, ids

@@ -118,7 +118,7 @@ def run(args: argparse.Namespace) -> int:
     return ExitCode.FAULT if any(row.outcome == FAILED for row in rows) else ExitCode.DONE
 
 
-def _draw(args: argparse.Namespace, lines: tuple[str, str], facts: dict[str, Any], rows: list[Row]) -> None:
+def _draw(args: argparse.Namespace, lines: tuple[str, ...], facts: dict[str, Any], rows: list[Row]) -> None:
     if not any(row.outcome == MEASURED for row in rows):
         terminal.note("no row was measured: no picture")
         return

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from qwen3_moe_jax import loader
 from qwen3_moe_jax.commands import options
-from qwen3_moe_jax.commands.common import add_adapter, add_kernels, add_model, runner_options
+from qwen3_moe_jax.commands.common import add_adapter, add_kernels, add_mesh, add_model, runner_options
 from qwen3_moe_jax.convert.open_model import open_model
 from qwen3_moe_jax.convert.source import ModelSource
 from qwen3_moe_jax.core import terminal
@@ -41,6 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "-p", "--prompt", type=options.text, help="the text to run (default: the text that verify uses)"
     )
     add_kernels(parser)
+    add_mesh(parser)
     add_adapter(parser)
     parser.add_argument("--json", action="store_true", help="one JSON object")
 

@@ -58,9 +58,20 @@ def add_kernels(parser: argparse._ActionsContainer) -> None:
     )
 
 
+def add_mesh(parser: argparse._ActionsContainer) -> None:
+    """--mesh alone."""
+    parser.add_argument(
+        "--mesh",
+        type=options.mesh,
+        metavar="tp=N,ep=N",
+        help="split the model over N x N devices (jax): experts by expert (ep), their width (tp); or auto",
+    )
+
+
 def runner_options(backend: str, args: argparse.Namespace) -> dict[str, Any]:
-    """What ``add_kernels`` and ``add_adapter`` parsed, as far as a backend takes it."""
-    return {"adapter": args.adapter} | ({"kernels": args.kernels} if backend == "jax" else {})
+    """What ``add_kernels``, ``add_mesh`` and ``add_adapter`` parsed, as far as a backend takes it."""
+    of_jax = {"kernels": args.kernels, "mesh": args.mesh}
+    return {"adapter": args.adapter} | (of_jax if backend == "jax" else {})
 
 
 def add_context(parser: argparse._ActionsContainer, help: str, default: int | None = None) -> None:
@@ -89,6 +100,7 @@ def add_model_arguments(
     add_kernels(group)
     add_context(group, context_help)
     add_adapter(group)
+    add_mesh(group)
     group.add_argument("--no-gate", action="store_true", help="skip the check at a file's first load")
     group.add_argument(
         "--strict", action="store_true", help="end with an error where something would fall back"
@@ -164,6 +176,7 @@ def load_model(
             kv_cache=args.kv_cache,
             kernels=args.kernels,
             adapter=args.adapter,
+            mesh=args.mesh,
             gate=not args.no_gate,
             strict=args.strict,
             progress=progress,
@@ -177,8 +190,8 @@ def load_model(
     return model
 
 
-def banner(model: "Model") -> tuple[str, str]:
-    """Two lines: what the model is, and what it runs on."""
+def banner(model: "Model") -> tuple[str, ...]:
+    """Two lines: what the model is, and what it runs on; a third on the mesh that it is split over."""
     c, source = model.config, model.source
     name = source.metadata.get("general.name", source.path.name)
     kinds = ", ".join(sorted({t.name for t in source.types.values()}))
@@ -187,17 +200,20 @@ def banner(model: "Model") -> tuple[str, str]:
     assert isinstance(found, Mapping), "describe() gives one name for each type"
     implementations = ", ".join(f"{t}: {i}" for t, i in found.items())
     kernels = f"{facts['kernels']} kernels ({facts['kernels_reason']}), " if _has_choice(facts) else ""
+    mesh = (f"mesh {facts['mesh']}",) if "mesh" in facts else ()
     device = f"{facts['backend']} on {facts['device']} ({model.backend_reason})"
     return (
         f"{name}: {c.num_hidden_layers} layers, {c.num_experts} experts ({c.num_experts_per_tok} used), "
         f"{kinds}, {source.nbytes / 1e9:.3g} GB",
         f"{device}, {kernels}{facts['compute_dtype']}, context {model.runner.max_context}, {implementations}",
+        *mesh,
     )
 
 
 def _has_choice(facts: Mapping[str, Any]) -> bool:
     """Whether there was a choice of kernels."""
-    return "kernels" in facts and ("(gpu)" in facts["device"] or facts["kernels"] == NATIVE)
+    is_choice = "(gpu)" in facts.get("device", "") or facts.get("kernels") == NATIVE or "mesh" in facts
+    return "kernels" in facts and is_choice
 
 
 def compile_seconds(runner: "Runner") -> float:
@@ -213,7 +229,8 @@ def what_is_slow(runner: "Runner", doing: str) -> Callable[[], str]:
         compiled = runner.compilation()
         if compiled is not None and compiled.is_waiting:
             known = f"{compiled.ready} of {compiled.wanted} are ready"
-            return f"{doing}: compiling a program for it, which is kept for the next run ({known}) ..."
+            kept = ", which is kept for the next run" if compiled.are_kept else ""
+            return f"{doing}: compiling a program for it{kept} ({known}) ..."
         return f"{doing} ..."
 
     return text

@@ -4,11 +4,12 @@ import argparse
 import dataclasses
 
 from qwen3_moe_jax import loader
-from qwen3_moe_jax.commands.common import add_context, add_model
+from qwen3_moe_jax.commands.common import add_context, add_mesh, add_model
 from qwen3_moe_jax.convert.errors import ModelFileError
 from qwen3_moe_jax.convert.open_model import open_model
 from qwen3_moe_jax.convert.source import ModelSource
 from qwen3_moe_jax.core import terminal
+from qwen3_moe_jax.core.errors import MemoryPlanError, OptionError
 from qwen3_moe_jax.core.exit_codes import ExitCode
 from qwen3_moe_jax.machine import probe as machine
 from qwen3_moe_jax.machine.estimate import MAX_TOKENS, SHARES, Place, place_on
@@ -24,16 +25,20 @@ MARKS = {"ok": "ok     ", "note": "note   ", "problem": "PROBLEM"}
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     add_context(parser, "tokens to plan memory for", loader.DEFAULT_CONTEXT)
+    add_mesh(parser)
     parser.add_argument("--json", action="store_true", help="print the findings as JSON")
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.mesh is not None:
+        loader.check_mesh(args.mesh, "jax")
     facts = machine.detect(list_adapters())
     findings = machine.diagnose(facts)
     findings += judge_model(args.model, args.context, facts)
+    findings += judge_mesh(args.model, args.context, args.mesh)
     findings += judge_decoding(args.model)
     findings += expect_speed(args.model, facts)
-    choice = loader.choose_backend()
+    choice = loader.choose_backend(mesh=args.mesh)
     findings.append(Diagnosis("ok", "backend", f"auto is {choice.backend}: {choice.reason}"))
     if args.json:
         terminal.show_json([dataclasses.asdict(f) for f in findings], indent=2)
@@ -56,6 +61,26 @@ def judge_model(path, context: int, facts: Machine) -> list[Diagnosis]:
             return [Diagnosis("ok", "model", what), machine.judge_memory(facts, plan)]
     except ModelFileError as error:
         return [Diagnosis("problem", "model", f"{path}: {error}", error.advice)]
+
+
+def judge_mesh(path: str | None, context: int, mesh: str | None) -> list[Diagnosis]:
+    """Whether the model can be split so, bytes per device and collectives per step; reads no weights."""
+    if mesh is None:
+        return []
+    from qwen3_moe_jax.jax_backend.placement import Placement
+    from qwen3_moe_jax.jax_backend.sharding import named_mesh
+
+    try:
+        with open_model(loader.model_path(path)) as source:
+            place = Placement.of(source, named_mesh(mesh), jax_devices())
+            length = min(context, source.config.max_position_embeddings)
+            what = place.describe(source) or "one device: nothing is split"
+            place.plan(source, length, itemsize=2 if place.is_gpu else 4)
+            return [Diagnosis("ok", "mesh", what)]
+    except ModelFileError:
+        return []  # ``judge_model`` has told it
+    except (OptionError, MemoryPlanError) as error:
+        return [Diagnosis("problem", "mesh", str(error))]
 
 
 def judge_decoding(path: str | None) -> list[Diagnosis]:

@@ -173,3 +173,15 @@ def _parsed(kind: Callable[[str], Any], text: str, wanted: str) -> Any:
         with contextlib.suppress(ValueError):
             return kind(text)
     raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
+
+
+def mesh(value: str) -> str:
+    """How a model is split over devices: ``tp=2,ep=1``, or ``auto``."""
+    parts = value.split(",")
+    names = [part.partition("=")[0] for part in parts]
+    is_shape = all(re.fullmatch(r"(tp|ep)=[1-9]\d{0,3}", part) for part in parts) and len({*names}) == len(
+        names
+    )
+    if value != "auto" and not is_shape:
+        raise argparse.ArgumentTypeError(f"{value}: it must be such as tp=2,ep=1, or auto")
+    return value

@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 from qwen3_moe_jax import loader
 from qwen3_moe_jax.commands import options
-from qwen3_moe_jax.commands.common import add_adapter, add_context, add_exact, add_kernels, add_model
+from qwen3_moe_jax.commands.common import (
+    add_adapter,
+    add_context,
+    add_exact,
+    add_kernels,
+    add_mesh,
+    add_model,
+)
 from qwen3_moe_jax.core.errors import OptionError
 
 if TYPE_CHECKING:
@@ -53,6 +60,7 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentG
     add_exact(group)
     group.add_argument("--kv-cache", choices=loader.KV_CACHES, help="keys and values of the context (jax)")
     add_kernels(group)
+    add_mesh(group)
     add_adapter(group)
     group.add_argument("--no-gate", action="store_true", help="skip the check at a file's first load")
     group.add_argument(
@@ -102,6 +110,7 @@ def start_from(args: argparse.Namespace, **fields: Any) -> "Start":
         kv_cache=args.kv_cache,
         kernels=args.kernels,
         adapter=args.adapter,
+        mesh=args.mesh,
         gate=not args.no_gate,
         context=args.context,
         slots=args.slots,

@@ -9,7 +9,7 @@ from functools import partial
 
 from qwen3_moe_jax import loader
 from qwen3_moe_jax.commands import options
-from qwen3_moe_jax.commands.common import add_adapter, add_kernels, add_model, runner_options
+from qwen3_moe_jax.commands.common import add_adapter, add_kernels, add_mesh, add_model, runner_options
 from qwen3_moe_jax.convert.open_model import open_model
 from qwen3_moe_jax.convert.source import ModelSource
 from qwen3_moe_jax.core import terminal
@@ -71,6 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "a CPU that has them jax:native)",
     )
     add_kernels(parser)
+    add_mesh(parser)
     add_adapter(parser)
     parser.add_argument(
         "--tokens",
@@ -93,6 +94,8 @@ def run(args: argparse.Namespace) -> int:
     if args.contract:
         show_contract(load_contract(), as_json=args.json)
         return ExitCode.DONE
+    if args.mesh is not None:
+        loader.check_mesh(args.mesh, "jax")
     waits = Waits()
 
     def found(finding: Finding) -> None:
@@ -100,7 +103,8 @@ def run(args: argparse.Namespace) -> int:
         show_finding(finding, notes=args.json)
 
     with open_model(loader.model_path(args.model)) as source, closing(waits):
-        runners = unloaded_runners(source, args.backend or default_targets(), args)
+        targets = args.backend or default_targets(is_split=args.mesh is not None)
+        runners = unloaded_runners(source, targets, args)
         report = verify(
             source,
             runners,
@@ -119,9 +123,13 @@ def run(args: argparse.Namespace) -> int:
     return ExitCode.DONE if report.passed else ExitCode.FAULT
 
 
-def default_targets() -> tuple[str, ...]:
-    """What is verified unless told: every way in which this machine may compute, but WebGPU."""
-    return TARGETS[:3] if loader.native_kernels_against() else TARGETS[:4]
+def default_targets(is_split: bool = False) -> tuple[str, ...]:
+    """What is verified unless told: every way in which this machine may compute, but WebGPU.
+
+    Args:
+      is_split: over a mesh, where the native kernels do not run.
+    """
+    return TARGETS[:3] if is_split or loader.native_kernels_against() else TARGETS[:4]
 
 
 def unloaded_runners(source: ModelSource, targets: Sequence[str], args: argparse.Namespace) -> list[Unloaded]:

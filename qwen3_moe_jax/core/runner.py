@@ -76,6 +76,7 @@ class Compilation:
       is_waiting: whether it waits for one now.
       ready, wanted: programs that are in memory, and all that the model is known to need.
       trouble: why programs are not kept, or were made again: one line for each reason.
+      are_kept: whether the next process finds them.
     """
 
     seconds: float
@@ -83,6 +84,7 @@ class Compilation:
     ready: int
     wanted: int
     trouble: tuple[str, ...]
+    are_kept: bool = True
 
 
 class ForwardOptions(TypedDict, total=False):

@@ -21,6 +21,7 @@ from qwen3_moe_jax.jax_backend.device import Device
 from qwen3_moe_jax.jax_backend.kv_cache import KVCache, Span
 from qwen3_moe_jax.jax_backend.params import GPU_ROLES, Params, Types, abstract_params, tiled_params
 from qwen3_moe_jax.jax_backend.qwen3_moe import OUTSIDE_LAYERS, Output, Qwen3Moe
+from qwen3_moe_jax.jax_backend.sharding import Shards
 from qwen3_moe_jax.jax_backend.trees import tree_dataclass
 from qwen3_moe_jax.kernels_pallas.decode_layers import api as decode_layers
 from qwen3_moe_jax.kernels_pallas.gpu import device as gpu
@@ -28,6 +29,7 @@ from qwen3_moe_jax.kernels_pallas.implementations import ANY
 
 if TYPE_CHECKING:
     from qwen3_moe_jax.jax_backend.model import Network
+    from qwen3_moe_jax.jax_backend.sharded_network import ShardedNetwork
 
 
 @tree_dataclass
@@ -114,7 +116,7 @@ def read(
       layers: what runs the layers of a bound network; None is the network's own loop.
     """
 
-    def run(network: "Network") -> tuple[jax.Array, Output]:
+    def run(network: "Network | ShardedNetwork") -> tuple[jax.Array, Output]:
         layered = network if layers is None else partial(layers, network)
         output = layered(token_ids, cache, start, expert_ids)
         return network.logits(output.hidden), output
@@ -165,6 +167,8 @@ class FewLaunches:
     is_one_launch: ClassVar[bool] = False
 
     def reason_on(self, device: Device, model: Qwen3Moe, params: Params) -> str | None:
+        if model.shards is not None:
+            return model.shards.reason_against_one_launch
         if model.kernels not in ("hopper", ANY):
             return f"it is made of the Hopper kernels, and {model.kernels} is chosen"
         return _refusal(gpu.require_hopper)
@@ -225,6 +229,8 @@ class OneKernel:
     is_one_launch: ClassVar[bool] = True
 
     def reason_on(self, device: Device, model: Qwen3Moe, params: Params) -> str | None:
+        if model.shards is not None:
+            return model.shards.reason_against_one_launch
         if model.kernels == "xla":
             return "it is a GPU kernel, and xla is chosen"
         if device.platform != "gpu":  # said without the import of Mosaic GPU, which takes half a second
@@ -338,6 +344,11 @@ class Decoder:
         if token_ids.shape[1] > 1:
             return read(self.model, params, token_ids, start, cache, expert_ids)
         return self.step(params, token_ids, start, cache, expert_ids)
+
+    @property
+    def shards(self) -> Shards | None:
+        """The devices that the network is split over, or None."""
+        return self.model.shards
 
     @property
     def is_batch_invariant(self) -> bool:

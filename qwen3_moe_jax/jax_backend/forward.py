@@ -1,6 +1,6 @@
 """A forward pass over whole prompts in chunks: logits, experts and stages of one row of the batch."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -12,7 +12,6 @@ from qwen3_moe_jax.core.runner import Forward, TokenIds
 from qwen3_moe_jax.core.runner_arguments import ForwardRequest
 from qwen3_moe_jax.core.stages import LAYER_STAGES, StageKey
 from qwen3_moe_jax.jax_backend.decode_path import Decoder
-from qwen3_moe_jax.jax_backend.device import Device
 from qwen3_moe_jax.jax_backend.generate import COMPILER_OPTIONS, PREFILL_CHUNKS, chunk_lengths
 from qwen3_moe_jax.jax_backend.kv_cache import KVCache, whole_tiles
 from qwen3_moe_jax.jax_backend.params import Params
@@ -21,14 +20,15 @@ from qwen3_moe_jax.jax_backend.programs import Program
 LAYER_STAGE_NAMES = frozenset(stage.name for stage in LAYER_STAGES)
 
 
-def forward(decoder: Decoder, params: Params, r: ForwardRequest, cache_dtype: Any, device: Device) -> Forward:
+def forward(
+    decoder: Decoder, params: Params, r: ForwardRequest, new_cache: Callable[[int, int], KVCache]
+) -> Forward:
     """Runs a prompt from an empty cache, in a batch with ``r.beside``; ``Runner.forward`` explains ``r``.
 
     Args:
       decoder, params: the network.
       r: what is asked for, checked.
-      cache_dtype: of the cache, which is made here and given up.
-      device: where it is made.
+      new_cache: makes an empty cache of so many rows and positions, which is given up.
     """
     token_ids, chosen, expert_ids = r.token_ids, r.layers, r.expert_ids
     row = len(r.beside) // 2
@@ -38,7 +38,7 @@ def forward(decoder: Decoder, params: Params, r: ForwardRequest, cache_dtype: An
     )
     chunks = chunk_lengths(len(token_ids), r.chunk_sizes or PREFILL_CHUNKS)
     length = whole_tiles(sum(chunks))  # prompts of nearby lengths share a program
-    cache = KVCache.create(decoder.model.config, len(tokens), length, cache_dtype, device)
+    cache = new_cache(len(tokens), length)
     parts, start = [], 0
     for chunk in chunks:
         part = slice(start, start + chunk)

@@ -20,6 +20,7 @@ from qwen3_moe_jax.jax_backend.decode_path import Decoder
 from qwen3_moe_jax.jax_backend.kv_cache import KVCache, Span
 from qwen3_moe_jax.jax_backend.params import Params
 from qwen3_moe_jax.jax_backend.programs import Program
+from qwen3_moe_jax.jax_backend.sharding import Shards
 from qwen3_moe_jax.jax_backend.token_choice import (
     GREEDY,
     NARROW,
@@ -173,13 +174,16 @@ def prompt_counts(slots: int, chunk: int, most: int = PREFILL_TOKENS) -> list[in
     return [1 << i for i in range(together.bit_length())]
 
 
-@partial(Program, static_argnames=("config", "slots", "length", "capacity", "dtype"))
-def empty_state(config: Qwen3MoeConfig, slots: int, length: int, capacity: int, dtype: str) -> DecodeState:
+@partial(Program, static_argnames=("config", "slots", "length", "capacity", "dtype", "shards"))
+def empty_state(
+    config: Qwen3MoeConfig, slots: int, length: int, capacity: int, dtype: str, shards: Shards | None = None
+) -> DecodeState:
     """``slots`` empty slots with ``length`` positions of cache, for sequences of ``capacity`` tokens.
 
     A program like the others: JAX would compile one for each of the arrays otherwise, in every process.
     """
-    cache = KVCache.create(config, slots, length, jnp.dtype(dtype))
+    heads = shards.cache_heads if shards else None
+    cache = KVCache.create(config, slots, length, jnp.dtype(dtype), heads=heads)
     return DecodeState.empty(cache, capacity, config.vocab_size)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Sharding
 
 from qwen3_moe_jax.convert.config import Qwen3MoeConfig
 from qwen3_moe_jax.jax_backend.device import Device
@@ -47,15 +48,17 @@ class KVCache:
         batch: int,
         length: int,
         dtype: Any = jnp.float32,
-        device: Device | None = None,
+        device: Device | Sharding | None = None,
+        heads: int | None = None,
     ) -> "KVCache":
         """An empty cache of ``length`` positions for ``batch`` sequences.
 
-        With the weights' ``device`` it is bound to that device as every later cache is, so that the first
-        chunk of a prompt shares a compiled program with the others.
+        With the weights' ``device`` it is bound to that place as every later cache is, so that the first
+        chunk of a prompt shares a compiled program with the others. ``heads``: of all devices together; None
+        is the model's.
         """
         c = config
-        shape = (c.num_hidden_layers, batch, length, c.num_key_value_heads, c.head_dim)
+        shape = (c.num_hidden_layers, batch, length, heads or c.num_key_value_heads, c.head_dim)
         values = [jnp.zeros(shape, dtype, device=device) for _ in "kv"]
         if dtype != jnp.int8:
             return cls(*values)

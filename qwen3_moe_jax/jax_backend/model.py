@@ -36,6 +36,7 @@ from qwen3_moe_jax.convert.packed import PackedTensor
 from qwen3_moe_jax.core.stages import INSIDE_EXPERTS
 from qwen3_moe_jax.jax_backend.kv_cache import KVCache, Span, write_positions
 from qwen3_moe_jax.jax_backend.qwen3_moe import OUTSIDE_LAYERS, Output, Qwen3Moe
+from qwen3_moe_jax.jax_backend.sharding import BOTH, EP
 from qwen3_moe_jax.kernels_pallas import implementations
 from qwen3_moe_jax.kernels_pallas.all_layers import api as all_layers
 
@@ -100,6 +101,10 @@ class _Part(nnx.Module):
         """RMS norm of the last axis."""
         return ops.rms_norm(x, w, self.settings.config.rms_norm_eps)
 
+    def summed(self, x: jax.Array, axes: str | tuple[str, ...] = BOTH) -> jax.Array:
+        """The sum of all devices' parts; x itself on one device."""
+        return x if self.settings.shards is None else jax.lax.psum(x, axes)
+
 
 class Attention(_Part):
     """Grouped-query attention with normed queries and keys, over the KV cache."""
@@ -138,7 +143,8 @@ class Attention(_Part):
             for span, part in zip(spans, _parts(q, spans), strict=True)
         ]
         out = self.stage("kqv_out", _joined(parts, x.shape[:2]), layer)
-        return self.stage("attn_out", self.matmul(out.reshape(*x.shape[:2], -1), self.o_proj), layer), cache
+        out = self.summed(self.matmul(out.reshape(*x.shape[:2], -1), self.o_proj))
+        return self.stage("attn_out", out, layer), cache
 
 
 class Experts(_Part):
@@ -153,23 +159,57 @@ class Experts(_Part):
     ) -> jax.Array:
         """x [B, T, D], expert_ids and weights [B, T, X]: the experts' weighted sum [B, T, D]."""
         ids = expert_ids.reshape(-1, expert_ids.shape[-1])
+        if self.settings.shards is not None:
+            return self._sum_of_devices(x, ids, weights.reshape(ids.shape), layer)
 
         def stage(name: str, value: jax.Array) -> jax.Array:
             rows = value.reshape(*x.shape[:2], *value.shape[1:])
             return self.stage(name, rows, layer).reshape(value.shape)
 
+        flat = x.reshape(-1, x.shape[-1])
+        return self._weighted_sum(flat, ids, weights.reshape(ids.shape), stage).reshape(x.shape)
+
+    def _weighted_sum(
+        self,
+        x: jax.Array,
+        ids: jax.Array,
+        weights: jax.Array,
+        stage: Callable[[str, jax.Array], jax.Array],
+    ) -> jax.Array:
+        """Of x [T, D] and experts and weights [T, X], with what is seen of the values inside."""
         seen = self.settings.capture | {i.stage for i in self.settings.interventions}
-        out = ops.moe_mlp(
-            x.reshape(-1, x.shape[-1]),
+        return ops.moe_mlp(
+            x,
             self.gate_proj,
             self.up_proj,
             self.down_proj,
             ids,
-            weights.reshape(ids.shape),
+            weights,
             compute_dtype=self.settings.compute_dtype,
             on_stage=stage if seen & INSIDE_EXPERTS else None,
         )
-        return out.reshape(x.shape)
+
+    def _sum_of_devices(
+        self, x: jax.Array, ids: jax.Array, weights: jax.Array, layer: jax.Array
+    ) -> jax.Array:
+        """As a call, of ids and weights [B * T, X], with this device's experts or its part of each.
+
+        Experts of other devices get weight 0 here, and in place of their matrices those of one that is
+        read anyway.
+        """
+        experts = self.gate_proj.shape[0]
+        local = ids - jax.lax.axis_index(EP) * experts
+        is_here = (local >= 0) & (local < experts)
+        any_here = jnp.max(jnp.where(is_here, local, 0))
+
+        def stage(name: str, value: jax.Array) -> jax.Array:
+            rows = jnp.where(is_here[..., None], value, 0).reshape(*x.shape[:2], *value.shape[1:])
+            self.stage(name, self.summed(rows, BOTH if name == "ffn_moe_down" else EP), layer)
+            return value
+
+        own_ids, own_weights = jnp.where(is_here, local, any_here), jnp.where(is_here, weights, 0)
+        out = self._weighted_sum(x.reshape(-1, x.shape[-1]), own_ids, own_weights, stage)
+        return self.summed(out).reshape(x.shape)
 
 
 class SparseMoeBlock(_Part):
@@ -326,7 +366,10 @@ class Network(_Part):
         """Logits float32 [B, T, V] of hidden [B, T, D]."""
         h = self.stage("result_norm", self.rms_norm(hidden, self.norm))
         head = self.embed_tokens if self.settings.config.tie_word_embeddings else self.lm_head
-        return self.stage("result_output", self.matmul(h, head))
+        logits = self.matmul(h, head)
+        if logits.shape[-1] < self.settings.config.vocab_size:  # a device's part of the vocabulary
+            logits = jax.lax.all_gather(logits, BOTH, axis=logits.ndim - 1, tiled=True)
+        return self.stage("result_output", logits)
 
 
 def _parts(rows: jax.Array, spans: Sequence[Span]) -> list[jax.Array]:

@@ -31,19 +31,22 @@ class Native:
             pool.shutdown(wait=False)
 
     @classmethod
-    def begin(cls, device: Device, wanted: str, has_dtype: bool) -> "Native":
+    def begin(cls, device: Device, wanted: str, has_dtype: bool, *, is_split: bool = False) -> "Native":
         """Starts, unless the device is no CPU, or other kernels or a dtype of the operands are asked for.
 
         Args:
           device: of the weights.
           wanted: of ``machine.kernels.CHOICES``.
           has_dtype: whether a dtype of the operands was named.
+          is_split: whether the model is split over several devices.
         """
         reason = None
         if wanted not in (AUTO, NATIVE):
             reason = "as asked"
         elif device.platform != "cpu":
             reason = f"the native kernels are a CPU's, and the device is a {device.platform}"
+        elif is_split:
+            reason = "the native kernels run on one device, and the model is split over several"
         elif has_dtype:
             reason = "the native kernels round activations to 15 bits, and a dtype is asked for"
         elif wanted == AUTO and os.environ.get(VARIABLE, "").lower() == "off":

@@ -6,7 +6,7 @@ is on the host or on the device twice.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
@@ -22,7 +22,7 @@ from qwen3_moe_jax.convert.layouts.lanes16 import supports, to_layout
 from qwen3_moe_jax.convert.packed import LANES, LANES16, PackedTensor
 from qwen3_moe_jax.convert.progress import ProgressCallback
 from qwen3_moe_jax.convert.source import ModelSource
-from qwen3_moe_jax.convert.tensor_names import tensor_specs
+from qwen3_moe_jax.convert.tensor_names import TensorSpec, tensor_specs
 from qwen3_moe_jax.convert.unpack import aligned_empty, dequantize
 from qwen3_moe_jax.jax_backend.device import Device
 from qwen3_moe_jax.jax_backend.device_load import (
@@ -63,28 +63,41 @@ def split_path(path: str) -> tuple[int | None, str]:
     return int(layer), name
 
 
-def plan_layers(config: Qwen3MoeConfig, types: Types, roles: Roles) -> LayerTable:
+ShapeOf = Callable[[TensorSpec], tuple[int, ...]]
+"""A tensor's shape on one device."""
+
+
+def whole_shape(spec: TensorSpec) -> tuple[int, ...]:
+    """The shape on a device that has all of a model."""
+    return spec.shape
+
+
+def plan_layers(
+    config: Qwen3MoeConfig, types: Types, roles: Roles, shape_of: ShapeOf = whole_shape
+) -> LayerTable:
     """Where every tensor of the layers will lie; the stacks are shapes in layout "rows"."""
     shapes: dict[str, tuple[int, ...]] = {}
     of_layers: list[dict[str, GGMLType]] = [{} for _ in range(config.num_hidden_layers)]
     for spec in tensor_specs(config):
         layer, name = split_path(spec.path)
         if layer is not None:
-            shapes[name] = spec.shape
+            shapes[name] = shape_of(spec)
             of_layers[layer][name] = types[spec.path]
     return LayerTable.plan(shapes, of_layers, roles)
 
 
-def abstract_params(config: Qwen3MoeConfig, types: Types, roles: Roles) -> Params:
+def abstract_params(
+    config: Qwen3MoeConfig, types: Types, roles: Roles, shape_of: ShapeOf = whole_shape
+) -> Params:
     """The shapes of all parameters in layout "rows": vectors float32, everything else packed."""
-    params: Params = {"layers": plan_layers(config, types, roles)}
+    params: Params = {"layers": plan_layers(config, types, roles, shape_of)}
     for spec in tensor_specs(config):
         if split_path(spec.path)[0] is None:
             is_vector = len(spec.shape) == 1
             params[spec.path] = (
-                jax.ShapeDtypeStruct(spec.shape, jnp.float32)
+                jax.ShapeDtypeStruct(shape_of(spec), jnp.float32)
                 if is_vector
-                else abstract_packed(types[spec.path], spec.shape)
+                else abstract_packed(types[spec.path], shape_of(spec))
             )
     return params
 
@@ -120,11 +133,13 @@ def laned_shape(array: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, np.uint32 if is_byte else array.dtype)
 
 
-def device_params(config: Qwen3MoeConfig, types: Types, device: Device) -> Params:
+def device_params(
+    config: Qwen3MoeConfig, types: Types, device: Device, shape_of: ShapeOf = whole_shape
+) -> Params:
     """The shapes of what ``load_params`` puts on ``device``: enough to make programs without weights."""
     if device.platform == "cpu":
-        return laned_params(abstract_params(config, types, {}))
-    return tiled_params(abstract_params(config, types, GPU_ROLES))
+        return laned_params(abstract_params(config, types, {}, shape_of))
+    return tiled_params(abstract_params(config, types, GPU_ROLES, shape_of))
 
 
 def load_params(
@@ -138,7 +153,7 @@ def load_params(
     return load(source, roles, device, progress)
 
 
-def _flat(value: Value) -> Value:
+def flat(value: Value) -> Value:
     """The experts' matrices as rows one after the other; a vector as one row."""
     return as_rows(value) if isinstance(value, PackedTensor) else value[None]
 
@@ -156,18 +171,19 @@ def load_on_host(
         value = dequantize(tensor) if tensor.ndim == 1 else tensor
         layer, name = split_path(path)
         if layer is None:
-            params[path] = on_device(_side_by_side(value))
+            params[path] = on_device(side_by_side(value))
             continue
-        place, value = tensors[name], _side_by_side(_flat(value))
+        place, value = tensors[name], side_by_side(flat(value))
         stack = place.stacks[place.which[layer]]
         if stack not in stacks:
-            stacks[stack] = _room(plan.stacks[stack].shape[0], value)
-        _fill(stacks[stack], place.first[layer], value)
+            stacks[stack] = room(plan.stacks[stack].shape[0], value)
+        fill(stacks[stack], place.first[layer], value)
     params["layers"] = LayerTable({n: on_device(s) for n, s in stacks.items()}, plan.tensors)
     return params
 
 
-def _side_by_side(value: Value) -> Value:
+def side_by_side(value: Value) -> Value:
+    """A matrix with sixteen rows side by side where that is possible."""
     if isinstance(value, PackedTensor) and supports(LANES16, value.type, value.shape):
         return to_layout(value, LANES16)
     return value
@@ -177,19 +193,20 @@ def _unit(value: Value) -> int:
     return rows_per_unit(value.layout) if isinstance(value, PackedTensor) else 1
 
 
-def _room(rows: int, like: Value) -> Value:
+def room(rows: int, like: Value) -> Value:
     """An empty stack of ``rows`` rows for tensors like ``like``."""
     units = rows // _unit(like)
     return jax.tree.map(lambda a: aligned_empty((units, *a.shape[1:]), a.dtype), like)
 
 
-def _fill(stack: Value, first: int, value: Value) -> None:
+def fill(stack: Value, first: int, value: Value) -> None:
+    """Writes a tensor's rows into a stack of the host from row ``first`` on."""
     begin = first // _unit(value)
 
-    def fill(target: np.ndarray, new: np.ndarray) -> None:
+    def put(target: np.ndarray, new: np.ndarray) -> None:
         target[begin : begin + len(new)] = new
 
-    jax.tree.map(fill, stack, value)
+    jax.tree.map(put, stack, value)
 
 
 def load_on_device(

@@ -46,13 +46,20 @@ class Preparation:
     Attributes:
       wanted: all of them.
       is_compiling: whether one is being compiled.
+      are_kept: whether they are kept for later processes.
     """
 
-    def __init__(self, wanted: Sequence[Wanted], *, only_when_idle: bool):
-        """``only_when_idle``: compile nothing while the model computes, except what the first tokens need."""
+    def __init__(self, wanted: Sequence[Wanted], *, only_when_idle: bool, are_kept: bool = True):
+        """Takes the list of programs.
+
+        Args:
+          wanted: all of them.
+          only_when_idle: compile nothing while the model computes, except what the first tokens need.
+          are_kept: whether programs are kept for later processes as others are; those of a mesh are not.
+        """
         self.wanted = list(wanted)
         self.is_compiling = False
-        self._only_when_idle = only_when_idle
+        self._only_when_idle, self.are_kept = only_when_idle, are_kept
         self._changed = threading.Condition()
         self._busy, self._used_at, self._is_closed = 0, time.monotonic(), False
         self._worker: threading.Thread | None = None
@@ -76,7 +83,7 @@ class Preparation:
 
     def go_on(self) -> None:
         """The first token is there: the others may be made, if a later process will find them on disk."""
-        if self.wanted and self._worker is None and programs.keeps_on_disk():
+        if self.wanted and self._worker is None and self.are_kept and programs.keeps_on_disk():
             self._worker = threading.Thread(target=self._make_the_rest, name="programs")
             self._worker.start()
 

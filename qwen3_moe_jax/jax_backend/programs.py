@@ -5,6 +5,8 @@ static arguments looks for the compiled program on disk (``jax.experimental.seri
 and traces nothing when it is there: a decode step that takes 11 s to trace, lower and compile
 loads in 0.04 s with the same bits. Its key has everything that could make it wrong
 (:func:`program_key.environment`), so a stale program is never found.
+
+Programs of a mesh of devices are compiled in every process: they are not kept here.
 """
 
 import dataclasses
@@ -24,10 +26,12 @@ import jax
 import numpy as np
 from jax.core import Tracer
 from jax.experimental import serialize_executable
+from jax.sharding import Mesh, NamedSharding
 
 from qwen3_moe_jax.jax_backend.compile_clock import compile_clock
 from qwen3_moe_jax.jax_backend.program_key import TRACE_SETTINGS, environment, fingerprint
 from qwen3_moe_jax.jax_backend.program_store import ProgramStore
+from qwen3_moe_jax.jax_backend.sharding import Shards, placed_on
 from qwen3_moe_jax.kernels_pallas.implementations import Ran, recording, replay
 from qwen3_moe_jax.machine.folders import readable_cache, writable_cache
 
@@ -146,12 +150,13 @@ class Program:
         self._static = tuple(static_argnames)
         self._signature = inspect.signature(function)
         self._settings = {"donate": sorted(donate_argnames), "options": dict(compiler_options or {})}
-        self._jitted = jax.jit(
-            function,
+        self._jit = functools.partial(
+            jax.jit,
             static_argnames=self._static,
             donate_argnames=tuple(donate_argnames),
             compiler_options=dict(compiler_options) if compiler_options else None,
         )
+        self._jitted = self._jit(function)
         self._programs: dict[_Key, _Entry] = {}
         self._lock = threading.Lock()
         _all.add(self)
@@ -241,9 +246,21 @@ class Program:
             if entry.ran is None:
                 static, dynamic = arguments
                 with recording() as record:
-                    entry.traced = self._jitted.trace(**static, **dynamic)
+                    entry.traced = self._traced(static, dynamic)
                 entry.ran = tuple(record)
             return entry.ran
+
+    def _traced(self, static: dict[str, Any], dynamic: dict[str, Any]) -> jax.stages.Traced:
+        """The function's trace; where its arguments lie on a mesh, with results that lie there as they do.
+
+        A state's next step is a call of the same program: it has to find the state as the last one did.
+        """
+        traced = self._jitted.trace(**static, **dynamic)
+        mesh = mesh_of(static, dynamic)
+        if mesh is None:
+            return traced
+        places = placed_on(mesh, traced.out_info)  # JAX keeps the trace: nothing is traced twice
+        return self._jit(self.function, out_shardings=places).trace(**static, **dynamic)
 
     def _look_on_disk(self, entry: _Entry, arguments: _Arguments) -> None:
         if entry.program is not None or entry.is_missing:
@@ -270,7 +287,7 @@ class Program:
         _tell(self.name, Made(self.name, "compiler", time.perf_counter() - start))
 
     def _disk_key_if_any(self, static: dict[str, Any], dynamic: dict[str, Any]) -> str | None:
-        if _store is None:
+        if _store is None or mesh_of(static, dynamic):
             return None
         try:
             return self.disk_key(static, dynamic)
@@ -350,7 +367,23 @@ def _is_traced(values: Any) -> bool:
 def _memory_key(static: dict[str, Any], dynamic: dict[str, Any]) -> _Key:
     leaves, tree = jax.tree.flatten(dynamic)
     settings = tuple(getattr(jax.config, name) for name in TRACE_SETTINGS)
-    return (*static.values(), *settings), tree, tuple(_aval(leaf) for leaf in leaves)
+    return (*static.values(), *settings), tree, tuple((*_aval(leaf), _place(leaf)) for leaf in leaves)
+
+
+def mesh_of(static: Mapping[str, Any], dynamic: Mapping[str, Any]) -> Mesh | None:
+    """The mesh that a program's arguments name, or lie on; None on one device."""
+    for value in static.values():
+        shards = value if isinstance(value, Shards) else getattr(value, "shards", None)
+        if isinstance(shards, Shards):
+            return shards.mesh
+    places = map(_place, jax.tree.leaves(dynamic))
+    return next((place.mesh for place in places if place and isinstance(place.mesh, Mesh)), None)
+
+
+def _place(leaf: Any) -> NamedSharding | None:
+    """Where an argument lies, if that is on several devices."""
+    place = getattr(leaf, "sharding", None)
+    return place if isinstance(place, NamedSharding) and place.mesh.size > 1 else None
 
 
 def _aval(leaf: Any) -> tuple[tuple[int, ...], str, bool]:

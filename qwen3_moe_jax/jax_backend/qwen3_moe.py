@@ -9,11 +9,13 @@ import jax.numpy as jnp
 
 from qwen3_moe_jax.convert.config import Qwen3MoeConfig
 from qwen3_moe_jax.jax_backend.kv_cache import KVCache
+from qwen3_moe_jax.jax_backend.sharding import Shards
 from qwen3_moe_jax.jax_backend.trees import tree_dataclass
 from qwen3_moe_jax.kernels_pallas import implementations
 
 if TYPE_CHECKING:
     from qwen3_moe_jax.jax_backend.model import Network
+    from qwen3_moe_jax.jax_backend.sharded_network import ShardedNetwork
 
 OUTSIDE_LAYERS = frozenset({"inp_embd", "result_norm", "result_output"})
 """Stages that no layer has."""
@@ -61,6 +63,7 @@ class Qwen3Moe:
       capture: stages to show; those inside the fused operations make them unfused.
       layers: the layers to run, or None for all.
       kernels: "hopper", "portable", "native" or "xla", which the operations take; "any" leaves it to them.
+      shards: the devices that it is split over, or None.
     """
 
     config: Qwen3MoeConfig
@@ -69,9 +72,14 @@ class Qwen3Moe:
     capture: frozenset[str] = frozenset()
     layers: tuple[int, ...] | None = None
     kernels: str = implementations.ANY
+    shards: Shards | None = None
 
-    def bind(self, params: Mapping[str, Any]) -> "Network":
-        """The network with these weights (``params.load_params``)."""
+    def bind(self, params: Mapping[str, Any]) -> "Network | ShardedNetwork":
+        """The network with these weights (``params.load_params``, ``sharded_params.load_sharded``)."""
+        if self.shards is not None:
+            from qwen3_moe_jax.jax_backend.sharded_network import ShardedNetwork
+
+            return ShardedNetwork(self, self.shards, params)
         from qwen3_moe_jax.jax_backend.model import Network  # Flax: where programs are traced alone
 
         return Network(params, self)

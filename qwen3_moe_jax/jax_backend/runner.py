@@ -5,7 +5,7 @@ import time
 import weakref
 from collections.abc import Callable, Collection, Generator, Sequence
 from dataclasses import replace
-from typing import Any, Unpack
+from typing import Any, Literal, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -45,12 +45,15 @@ from qwen3_moe_jax.jax_backend.generate import MAX_STEPS, chunk_lengths
 from qwen3_moe_jax.jax_backend.kv_cache import KVCache, whole_tiles
 from qwen3_moe_jax.jax_backend.likelihood import Scored, token_scores
 from qwen3_moe_jax.jax_backend.native import NATIVE_DTYPE, Native
-from qwen3_moe_jax.jax_backend.params import GPU_ROLES, load_params, split_path
+from qwen3_moe_jax.jax_backend.params import split_path
+from qwen3_moe_jax.jax_backend.placement import Placement
 from qwen3_moe_jax.jax_backend.preparation import Preparation
 from qwen3_moe_jax.jax_backend.qwen3_moe import Qwen3Moe
 from qwen3_moe_jax.jax_backend.requests import Request, run_all
 from qwen3_moe_jax.jax_backend.session_programs import FirstForward, Session, cache_length, dtypes_on
 from qwen3_moe_jax.jax_backend.settings import own_settings
+from qwen3_moe_jax.jax_backend.sharded_params import dequantized_tile
+from qwen3_moe_jax.jax_backend.sharding import MeshShape
 from qwen3_moe_jax.jax_backend.token_scores import MAX_TOP, host_scores
 from qwen3_moe_jax.kernels_pallas import Matrices
 from qwen3_moe_jax.kernels_pallas import dequantize as dequantize_on_device
@@ -58,8 +61,8 @@ from qwen3_moe_jax.kernels_pallas.gpu.device import ask_ptxas_once
 from qwen3_moe_jax.kernels_pallas.implementations import NATIVE, Record, recording
 from qwen3_moe_jax.machine.headroom import available_memory
 from qwen3_moe_jax.machine.jax_devices import enable_compilation_cache, jax_devices
-from qwen3_moe_jax.machine.kernels import AUTO, capability_of, choose_kernels
-from qwen3_moe_jax.machine.memory import MemoryPlan, cache_nbytes, check_slots, fitting_slots
+from qwen3_moe_jax.machine.kernels import AUTO
+from qwen3_moe_jax.machine.memory import cache_nbytes, check_slots, fitting_slots
 
 SECONDS_PER_DISPATCH = 0.06
 """Streaming asks the device for as many tokens at once as take about this long."""
@@ -75,6 +78,7 @@ class JaxRunner:
     """The model on JAX's default device; see ``runner.Runner`` for the protocol.
 
     Attributes:
+      placement: where the model lies.
       decoder: the Flax module and the ways in which it writes a token.
       params: the parameters, packed.
       reused_tokens: tokens of the last stream's prompt that were in the cache already.
@@ -97,6 +101,7 @@ class JaxRunner:
         compute_dtype: Any = None,
         cache_dtype: Any = None,
         kernels: str = AUTO,
+        mesh: MeshShape | Literal["auto"] | None = None,
         progress: ProgressCallback | None = None,
         first_prompt: int | None = None,
         first_forward: FirstForward | None = None,
@@ -112,6 +117,7 @@ class JaxRunner:
           cache_dtype: of the KV cache: float32, float16, bfloat16 or int8 (with a float32 scale for
             each head's vector); None is float32 on the CPU and float16 on a GPU.
           kernels: "hopper", "portable", "native" or "xla"; "auto" takes the fastest that the device has.
+          mesh: how the model is split over several devices; "auto" uses as many as it can, None one.
           progress: told how far loading is.
           first_prompt: about how many tokens will be read first: the programs for that are made while the
             weights are loaded. None is not known: those on disk are loaded, and no others made.
@@ -121,34 +127,35 @@ class JaxRunner:
         Raises:
           BackendUnavailableError: JAX does not start, or the device does not run these kernels.
           MemoryPlanError: weights and cache do not fit the device.
+          OptionError: the model cannot be split so, or the devices are too few.
         """
         if not programs.use_default_store():
             enable_compilation_cache()
         compile_clock()
         self.config = source.config
         self.max_context = source.config.max_position_embeddings if max_context is None else max_context
-        self.device = jax_devices()[0]
-        on_gpu = self.device.platform == "gpu"
-        self.kernels = choose_kernels(
-            AUTO if kernels == NATIVE else kernels, capability_of(self.device), jax.__version_info__
-        )
+        self.placement = place = Placement.of(source, mesh, jax_devices())
+        self.device = place.device
+        self.kernels = place.kernels(kernels)
         self.compute_dtype, self.cache_dtype = dtypes_on(self.device, compute_dtype, cache_dtype)
         self._types = dict(source.types)
-        self.plan = MemoryPlan.of(source, cache_length(self.max_context), self.cache_dtype.itemsize)
-        self.plan.check(available_memory(self.device))
-        native = Native.begin(self.device, kernels, compute_dtype is not None)
+        self._mesh = place.describe(source)
+        self.plan = place.plan(source, cache_length(self.max_context), self.cache_dtype.itemsize)
+        native = Native.begin(
+            self.device, kernels, compute_dtype is not None, is_split=place.shards is not None
+        )
         self.is_closed = False
         self._batches: weakref.WeakSet[Batch] = weakref.WeakSet()
-        if on_gpu:
+        if place.is_gpu:
             ask_ptxas_once()
         self.kernels = native.kernels(self.kernels)
-        model = Qwen3Moe(source.config, self.compute_dtype, kernels=self.kernels.name)
+        model = Qwen3Moe(source.config, self.compute_dtype, kernels=self.kernels.name, shards=place.shards)
         self._session = Session.of(model, source.types, self.device, self.max_context, self.cache_dtype)
         self.decoder = self._session.decoder
         self.preparation = self._preparation_of(self._session)
         self._begin_preparation(first_prompt, first_forward)
         try:
-            self.params = load_params(source, GPU_ROLES if on_gpu else {}, self.device, progress)
+            self.params = place.load(source, progress)
         except BaseException:
             self.preparation.close()
             raise
@@ -164,7 +171,11 @@ class JaxRunner:
         self.preparation.begin(self._session.first(first_prompt or 1), compiles=first_prompt is not None)
 
     def _preparation_of(self, session: Session) -> Preparation:
-        return Preparation(session.programs(), only_when_idle=self.device.platform == "cpu")
+        return Preparation(
+            session.programs(),
+            only_when_idle=self.device.platform == "cpu",
+            are_kept=self.placement.shards is None,
+        )
 
     @property
     def platform(self) -> Platform:
@@ -200,6 +211,7 @@ class JaxRunner:
             "kernels_reason": self.kernels.reason,
             "compute_dtype": NATIVE_DTYPE if self.kernels.name == NATIVE else self.compute_dtype.name,
             "cache_dtype": self.cache_dtype.name,
+            **({"mesh": self._mesh} if self._mesh else {}),
             "implementations": {t.name: found for t, found in implementations.items() if found},
             "refused": record.refusals(),
             "decode": self.decoder.describe(),
@@ -228,6 +240,7 @@ class JaxRunner:
             ready=preparation.made,
             wanted=len(preparation.wanted),
             trouble=tuple(programs.trouble()),
+            are_kept=preparation.are_kept,
         )
 
     def close(self) -> None:
@@ -244,6 +257,9 @@ class JaxRunner:
     @own_settings()
     def dequantized(self, path: str, tile: int, expert: int | None = None) -> np.ndarray:
         check_open(self)
+        if self.placement.shards is not None:
+            where = path, tile, expert
+            return dequantized_tile(self.params, self.placement.shards, *where, _dequantize_rows)
         layer, name = split_path(path)
         if layer is None:
             value, first, rows = self.params[path], 0, self.params[path].shape[0]
@@ -273,7 +289,7 @@ class JaxRunner:
     @own_settings()
     def _forward(self, r: ForwardRequest) -> Forward:
         with recording(self._record), self.preparation.working():
-            return forward(self.decoder, self.params, r, self.cache_dtype, self.device)
+            return forward(self.decoder, self.params, r, self._new_cache)
 
     def log_likelihoods(self, token_ids: TokenIds, *, first: int = 1) -> np.ndarray:
         return self._scored(token_ids, first, 0)[0]
@@ -287,7 +303,7 @@ class JaxRunner:
     def _scored(self, token_ids: TokenIds, first: int, top: int) -> Scored:
         tokens = checked_text(self, token_ids, first)
         chunks = chunk_lengths(len(tokens) - 1)
-        cache = KVCache.create(self.config, 1, whole_tiles(sum(chunks)), self.cache_dtype, self.device)
+        cache = self._new_cache(1, whole_tiles(sum(chunks)))
         with open_throughout(self):
             return token_scores(self.decoder.model, self.params, cache, tokens, chunks, first, top)
 
@@ -396,6 +412,9 @@ class JaxRunner:
             self._spare_tokens = list(tokens[: batch.sound_length(0)])
             batch.free_all()
             self._spare = batch
+
+    def _new_cache(self, rows: int, length: int) -> KVCache:
+        return self.placement.empty_cache(self.config, rows, length, self.cache_dtype)
 
     @own_settings()
     def _new_batch(self, slots: int, context: int, preparation: Preparation | None = None) -> Batch:

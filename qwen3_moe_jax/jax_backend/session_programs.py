@@ -21,7 +21,7 @@ program                one for each of                                 with B sl
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +38,10 @@ from qwen3_moe_jax.jax_backend.kv_cache import KVCache, whole_tiles
 from qwen3_moe_jax.jax_backend.params import Params, Types, device_params
 from qwen3_moe_jax.jax_backend.programs import Program, Wanted
 from qwen3_moe_jax.jax_backend.qwen3_moe import Qwen3Moe
+from qwen3_moe_jax.jax_backend.sharded_params import sharded_shapes
 from qwen3_moe_jax.jax_backend.token_choice import SamplingArrays
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,7 @@ class Session:
         slots: int = 1,
     ) -> "Session":
         """That of a model whose weights need not be loaded."""
-        shapes = device_params(model.config, types, device)
+        shapes = _params_of(model, types, device)
         decoder = choose(model, shapes, device, cache_dtype)
         return cls(decoder, shapes, capacity, jnp.dtype(cache_dtype).name, slots)
 
@@ -99,12 +102,24 @@ class Session:
             "length": cache_length(self.capacity),
             "capacity": self.capacity,
             "dtype": self.cache_dtype,
+            "shards": self.decoder.shards,
         }
 
     @cached_property
     def state(self) -> generate.DecodeState:
         """The shapes of the slots."""
-        return jax.eval_shape(lambda: generate.empty_state.function(**self.empty))
+        return self._placed(jax.eval_shape(lambda: generate.empty_state.function(**self.empty)))
+
+    def _placed(self, shapes: T) -> T:
+        """Shapes of a state or a cache with their places on a mesh."""
+        shards = self.decoder.shards
+        return shapes if shards is None else shards.placed(shapes)
+
+    def cache(self, length: int) -> KVCache:
+        """The shapes of a cache of one row."""
+        config, dtype, shards = self.decoder.model.config, jnp.dtype(self.cache_dtype), self.decoder.shards
+        heads = shards.cache_heads if shards else None
+        return self._placed(jax.eval_shape(lambda: KVCache.create(config, 1, length, dtype, heads=heads)))
 
     def first(self, prompt_tokens: int) -> list[Wanted]:
         """What the first tokens after a prompt wait for, that which compiles longest first."""
@@ -116,11 +131,10 @@ class Session:
         chosen = None if layers is None else tuple(layers)
         decoder = self.decoder.clone(capture=capture, interventions=(), layers=chosen)
         (chunk,) = generate.chunk_lengths(tokens)
-        config, length = self.decoder.model.config, whole_tiles(chunk)
         arguments = {
             "decoder": decoder,
             "params": self.params,
-            "cache": jax.eval_shape(lambda: KVCache.create(config, 1, length, jnp.dtype(self.cache_dtype))),
+            "cache": self.cache(whole_tiles(chunk)),
             "token_ids": jax.ShapeDtypeStruct((1, chunk), np.int32),
             "start": jax.ShapeDtypeStruct((1,), np.int32),
             "expert_ids": None,
@@ -173,6 +187,13 @@ class Session:
             "allowed": shape((-(-vocab_size // 32),), np.int32),
             "masked": flag,
         }
+
+
+def _params_of(model: Qwen3Moe, types: Types, device: Device) -> Params:
+    """The shapes of a model's parameters on a device, or on the devices of a mesh."""
+    if model.shards is None:
+        return device_params(model.config, types, device)
+    return sharded_shapes(model.shards, types, device)
 
 
 FirstForward = tuple[int, frozenset[str], Sequence[int] | None]

@@ -27,6 +27,19 @@ def set_memory_policy() -> None:
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 
+def simulate_devices(count: int) -> None:
+    """Makes JAX's CPU look like at least ``count`` devices; of no effect on a GPU, or when JAX has started.
+
+    They share its cores and its memory, so they show what a mesh computes and not how fast.
+    """
+    config = _jax().config
+    try:
+        if count > int(config.jax_num_cpu_devices):
+            config.update("jax_num_cpu_devices", count)
+    except RuntimeError:  # JAX has started: whoever needs more devices says how many there are
+        return
+
+
 def jax_devices() -> list[Any]:
     """JAX's devices (``jax.Device``), its default one first.
 

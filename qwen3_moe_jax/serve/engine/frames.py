@@ -28,6 +28,7 @@ class Start(msgspec.Struct, tag=True):
     kv_cache: str | None = None
     kernels: str = "auto"
     adapter: str | None = None
+    mesh: str | None = None
     gate: bool = True
     context: int | None = None
     slots: int | None = None

@@ -86,6 +86,7 @@ class Engine:
             kv_cache=start.kv_cache,
             kernels=start.kernels,
             adapter=start.adapter,
+            mesh=start.mesh,
             gate=start.gate,
         )
         self._start = start

@@ -1,0 +1,110 @@
+"""Where a model lies: on one device, or split over several."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import jax
+
+from qwen3_moe_jax.convert.config import Qwen3MoeConfig
+from qwen3_moe_jax.convert.progress import ProgressCallback
+from qwen3_moe_jax.convert.source import ModelSource
+from qwen3_moe_jax.jax_backend.device import Device
+from qwen3_moe_jax.jax_backend.kv_cache import KVCache
+from qwen3_moe_jax.jax_backend.params import GPU_ROLES, Params, load_params
+from qwen3_moe_jax.jax_backend.sharded_params import device_nbytes, load_sharded
+from qwen3_moe_jax.jax_backend.sharding import MeshShape, Shards
+from qwen3_moe_jax.machine.headroom import available_memory
+from qwen3_moe_jax.machine.kernels import AUTO, NATIVE, Kernels, capability_of, choose_kernels
+from qwen3_moe_jax.machine.memory import MemoryPlan
+
+ADVICE = "split the model over more devices"
+
+
+@dataclass(frozen=True)
+class Placement:
+    """One device, or the devices of a mesh.
+
+    Attributes:
+      device: the only one, or one of them: they are alike.
+      shards: how the model is split; None on one device.
+    """
+
+    device: Any
+    shards: Shards | None = None
+
+    @classmethod
+    def of(
+        cls, source: ModelSource, mesh: MeshShape | Literal["auto"] | None, devices: Sequence[Device]
+    ) -> "Placement":
+        """On the first devices of these, as many as the mesh has.
+
+        Raises:
+          OptionError: the model cannot be split so, or the devices are too few.
+        """
+        if mesh is None:
+            return cls(devices[0])
+        config, types = source.config, source.types
+        shape = MeshShape.fitting(config, types, len(devices)) if mesh == "auto" else mesh
+        shape.check(config, types)
+        return cls(devices[0], Shards.of(shape, config, devices) if shape.size > 1 else None)
+
+    @property
+    def is_gpu(self) -> bool:
+        return self.device.platform == "gpu"
+
+    def plan(self, source: ModelSource, length: int, itemsize: int) -> MemoryPlan:
+        """What one device is going to hold; all of them together on a CPU, whose devices share main memory.
+
+        Args:
+          length: positions of the cache, of ``itemsize`` bytes a value.
+
+        Raises:
+          MemoryPlanError: it does not fit.
+        """
+        plan, advice = self.planned(source, length, itemsize), ADVICE
+        if self.shards is None:
+            plan.check(available_memory(self.device))
+            return plan
+        for device in self.shards.own_devices if self.is_gpu else [self.device]:
+            plan.check(available_memory(device), advice=advice)
+        return plan
+
+    def planned(self, source: ModelSource, length: int, itemsize: int) -> MemoryPlan:
+        """As ``plan``, whether it fits or not."""
+        plan, shards = MemoryPlan.of(source, length, itemsize), self.shards
+        if shards is None:
+            return plan
+        parts = 1 if self.is_gpu else shards.shape.size
+        weights, cache = device_nbytes(shards, source.types), shards.cache_nbytes(length, itemsize)
+        return replace(plan, weights=weights * parts, cache=cache * parts)
+
+    def describe(self, source: ModelSource) -> str | None:
+        """For people: the mesh, and what each device has; None on one device."""
+        if self.shards is None:
+            return None
+        nbytes = device_nbytes(self.shards, source.types)
+        return f"{self.shards.describe()}, {nbytes / 1e9:.3g} GB of weights per device"
+
+    def load(self, source: ModelSource, progress: ProgressCallback | None) -> Params:
+        """The parameters, on every device what it has of them."""
+        if self.shards is None:
+            return load_params(source, GPU_ROLES if self.is_gpu else {}, self.device, progress)
+        return load_sharded(source, self.shards, self.device, progress)
+
+    def kernels(self, wanted: str) -> Kernels:
+        """Those that are asked for, or the fastest; XLA's on the GPUs of a mesh, where no others were tried.
+
+        Raises:
+          BackendUnavailableError: the device does not run what is asked for.
+        """
+        if self.shards is not None and self.is_gpu and wanted in (AUTO, NATIVE):
+            return Kernels("xla", "the kernels of a GPU have not been tried on a mesh")
+        capability = capability_of(self.device)
+        return choose_kernels(AUTO if wanted == NATIVE else wanted, capability, jax.__version_info__)
+
+    def empty_cache(self, config: Qwen3MoeConfig, rows: int, length: int, dtype: Any) -> KVCache:
+        """A cache where the weights are."""
+        if self.shards is None:
+            return KVCache.create(config, rows, length, dtype, self.device)
+        return KVCache.create(config, rows, length, dtype, self.shards.of_cache, self.shards.cache_heads)

@@ -1,0 +1,108 @@
+"""The network over the devices of a mesh: the calls of ``Network``, its results but for the order of sums.
+
+Each device runs the network on its part of the weights inside ``jax.shard_map``; the sums of all parts are
+taken where ``model`` says ``summed``. What comes out is whole and the same on every device.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, TypeVar
+
+import jax
+from jax.sharding import PartitionSpec as P
+
+from qwen3_moe_jax.core.errors import OptionError
+from qwen3_moe_jax.core.stages import LAYER_STAGES, OUTPUT_STAGES
+from qwen3_moe_jax.jax_backend.kv_cache import KVCache, Span
+from qwen3_moe_jax.jax_backend.model import Network
+from qwen3_moe_jax.jax_backend.qwen3_moe import Output, Qwen3Moe
+from qwen3_moe_jax.jax_backend.sharding import CACHE_SPEC, STAGE_AXES, Shards
+
+R = TypeVar("R")
+
+_IN_LAYERS = frozenset(stage.name for stage in LAYER_STAGES)
+_OF_HEAD = frozenset(stage.name for stage in OUTPUT_STAGES)
+
+
+class ShardedNetwork:
+    """As ``Network``, of weights that are split over the devices of a mesh."""
+
+    def __init__(self, model: Qwen3Moe, shards: Shards, params: Mapping[str, Any]):
+        """Takes the parameters of all devices (``sharded_params.load_sharded``).
+
+        Raises:
+          OptionError: an intervention changes a stage of which each device has a part.
+        """
+        split = {i.stage for i in model.interventions} & {*STAGE_AXES, "ffn_moe_down"}
+        if split:
+            raise OptionError(
+                f"{', '.join(sorted(split))}: each device of a mesh has a part: change it without mesh"
+            )
+        self.settings, self._shards, self._params = model, shards, params
+        self._shown: dict[str, jax.Array] = {}
+
+    def __call__(
+        self,
+        token_ids: jax.Array,
+        cache: KVCache,
+        places: jax.Array | Sequence[Span],
+        expert_ids: jax.Array | None = None,
+    ) -> Output:
+        """As ``Network``; the cache is split by head."""
+        specs: Any = jax.tree.map(lambda _: P(), Output(token_ids, cache, token_ids))
+        specs = replace(specs, cache=jax.tree.map(lambda _: CACHE_SPEC, cache))
+
+        def run(network: Network, *args: Any) -> Output:
+            return network(*args)
+
+        args = ((token_ids, P()), (cache, CACHE_SPEC), (places, P()), (expert_ids, P()))
+        return self._run(run, args, specs, self.settings.capture - _OF_HEAD)
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """As ``Network.logits``."""
+
+        def run(network: Network, hidden: jax.Array) -> jax.Array:
+            return network.logits(hidden)
+
+        return self._run(run, ((hidden, P()),), P(), self.settings.capture & _OF_HEAD)
+
+    def watched(self, run: Callable[..., R], *args: Any) -> tuple[R, dict[str, jax.Array]]:
+        """As ``Network.watched``: whole stages."""
+        self._shown = {}
+        return run(self, *args), self._shown
+
+    def _run(
+        self,
+        f: Callable[..., Any],
+        args: Sequence[tuple[Any, Any]],
+        specs: Any,
+        stages: frozenset[str],
+    ) -> Any:
+        """``f`` of each device's network and its parts of the arguments, which come with their specs.
+
+        Args:
+          stages: those that it shows.
+        """
+
+        def on_device(params: Any, *args: Any) -> Any:
+            return Network(params, self.settings).watched(f, *args)
+
+        shards, params = self._shards, self._params
+        shown_specs = {name: shards.stage_spec(name, name in _IN_LAYERS) for name in stages}
+        run = jax.shard_map(
+            on_device,
+            mesh=shards.mesh,
+            in_specs=(shards.param_specs(params), *(spec for _, spec in args)),
+            out_specs=(specs, shown_specs),
+            check_vma=False,  # loops and custom derivatives in the ops have no rule for it
+        )
+        result, shown = run(params, *(value for value, _ in args))
+        self._shown |= {name: self._once(name, value) for name, value in shown.items()}
+        return result
+
+    def _once(self, name: str, value: jax.Array) -> jax.Array:
+        """A stage with each KV head once, where several devices have the same one."""
+        if STAGE_AXES.get(name, (0, ""))[1] != "kv_heads":
+            return value
+        heads = self.settings.config.num_key_value_heads
+        return value[..., :: self._shards.cache_heads // heads, :]
