@@ -349,7 +349,9 @@ t.programs.listen(lambda _, what: what and print(what.source))
 t.run(t.new_program()), t.run(t.new_program())
 """
     command = [sys.executable, "-c", code, str(tmp_path / "programs")]
-    assert subprocess.check_output(command, cwd=ROOT, text=True).split() == ["compiler", "disk"]
+    environment = {**os.environ, "JAX_ENABLE_COMPILATION_CACHE": "false"}
+    output = subprocess.check_output(command, cwd=ROOT, env=environment, text=True)
+    assert output.split() == ["compiler", "disk"]
 
 
 @dataclasses.dataclass(frozen=True)
