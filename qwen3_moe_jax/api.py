@@ -340,7 +340,7 @@ def load(
         raise wrong_kind("progress", progress, "a function, True or False")
     found = loader.model_path(path)
     chosen, reason, fallbacks = (
-        loader.choose_backend(kernels, mesh) if backend == "auto" else (backend, "as asked", ())
+        loader.choose_backend(kernels, mesh, adapter) if backend == "auto" else (backend, "as asked", ())
     )
     if strict and fallbacks:
         raise BackendUnavailableError(f"strict: {fallbacks[0]}")

@@ -112,7 +112,7 @@ class Choice(NamedTuple):
     fallbacks: tuple[str, ...] = ()
 
 
-def choose_backend(kernels: str = AUTO, mesh: str | None = None) -> Choice:
+def choose_backend(kernels: str = AUTO, mesh: str | None = None, adapter: str | None = None) -> Choice:
     """An NVIDIA GPU through JAX; else a hardware WebGPU adapter; else JAX on the CPU.
 
     A GPU before Ampere has no kernels: a hardware WebGPU adapter is faster than XLA's operations.
@@ -120,11 +120,14 @@ def choose_backend(kernels: str = AUTO, mesh: str | None = None) -> Choice:
     Args:
       kernels: one of ``machine.kernels.CHOICES``; a named one is JAX's.
       mesh: as for ``make_runner``; a named one is JAX's.
+      adapter: as for ``make_runner``; a named one is wgpu's.
     """
     if mesh is not None:
         return Choice("jax", f"a mesh is asked for: {mesh}")
     if kernels != AUTO:
         return Choice("jax", f"kernels {kernels} are asked for")
+    if adapter is not None:
+        return Choice("wgpu", f"a WebGPU adapter is asked for: {adapter}")
     why, fallbacks = "no NVIDIA GPU", ()
     if nvidia := bool(nvidia_gpus()):
         hidden = cards_are_hidden_by()
@@ -202,6 +205,8 @@ def make_runner(
         raise ValueError(f"kv_cache {kv_cache!r} is not one of {', '.join(KV_CACHES)}")
     if adapter is not None:
         check_text("adapter", adapter)
+        if backend != "wgpu":
+            raise BackendUnavailableError(f"the {backend} backend takes no WebGPU adapter: leave out adapter")
     if kv_cache is not None and backend != "jax":
         raise BackendUnavailableError(f"the {backend} backend chooses its KV cache: leave out kv_cache")
     if kernels not in CHOICES:

@@ -70,8 +70,8 @@ def add_mesh(parser: argparse._ActionsContainer) -> None:
 
 def runner_options(backend: str, args: argparse.Namespace) -> dict[str, Any]:
     """What ``add_kernels``, ``add_mesh`` and ``add_adapter`` parsed, as far as a backend takes it."""
-    of_jax = {"kernels": args.kernels, "mesh": args.mesh}
-    return {"adapter": args.adapter} | (of_jax if backend == "jax" else {})
+    of = {"jax": {"kernels": args.kernels, "mesh": args.mesh}, "wgpu": {"adapter": args.adapter}}
+    return of.get(backend, {})
 
 
 def add_context(parser: argparse._ActionsContainer, help: str, default: int | None = None) -> None:

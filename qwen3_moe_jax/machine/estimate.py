@@ -5,7 +5,7 @@ measured: on an H100 652 tokens/s of 1.92 GB are 0.37 of its data sheet's 3.35 T
 0.06), on a CPU with 4 cores 5.2 tokens/s are 0.30 of a copy's speed. The portable kernel takes 37.2 us per
 layer where Hopper's takes 31.8 (docs/receipts/decode_portable_h100.json): 0.32. On a card that was not
 measured this is a guess; waits are a smaller part of the time where memory is slower. Small models are
-bound by launches instead: nothing is expected to be faster than ``MAX_TOKENS`` a second.
+bound by launches instead: nothing is expected to be faster than ``MAX_TOKENS`` per second.
 """
 
 import functools

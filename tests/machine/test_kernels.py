@@ -159,3 +159,10 @@ def test_the_doctor_expects_a_speed_and_says_that_it_is_an_estimate(name):
     assert text in found.text
     assert "an estimate" in found.text or "no estimate" in found.text
     assert doctor.expect_speed(None, Machine((3, 12))) == []
+
+
+def test_an_adapter_is_wgpus(source):
+    assert loader.choose_backend(adapter="T4") == ("wgpu", "a WebGPU adapter is asked for: T4", ())
+    for backend in ("reference", "jax"):
+        with pytest.raises(BackendUnavailableError, match=f"the {backend} backend .* leave out adapter"):
+            loader.make_runner(source, backend, adapter="T4")
