@@ -1,5 +1,6 @@
 """Which file, which backend, how much memory: from a path to a runner. ``api.load`` makes a model of it."""
 
+import math
 import os
 from collections.abc import Callable
 from importlib.resources import files
@@ -11,6 +12,7 @@ from qwen3_moe_jax.convert.progress import ProgressCallback
 from qwen3_moe_jax.convert.source import ModelSource
 from qwen3_moe_jax.core.arguments import check_number, check_text, wrong_kind
 from qwen3_moe_jax.core.errors import BackendUnavailableError, OptionError
+from qwen3_moe_jax.core.mesh import AUTO_MESH, mesh_sizes
 from qwen3_moe_jax.core.runner import Runner
 from qwen3_moe_jax.hub import names
 from qwen3_moe_jax.hub.listing import files_in
@@ -25,9 +27,6 @@ from qwen3_moe_jax.wgpu_backend.adapter import list_adapters, may_have_hardware
 BACKENDS = ("jax", "wgpu", "reference")
 DTYPES = ("float32", "bfloat16")
 KV_CACHES = ("float32", "float16", "bfloat16", "int8")
-
-AUTO_MESH = "auto"
-"""As many devices as the model can be split over."""
 
 FLOAT32_BYTES = 4
 
@@ -232,10 +231,8 @@ def check_mesh(mesh: str, backend: str) -> None:
     check_text("mesh", mesh)
     if backend != "jax":
         raise BackendUnavailableError(f"the {backend} backend runs on one device: leave out mesh")
-    from qwen3_moe_jax.jax_backend.sharding import MeshShape
-
     if mesh != AUTO_MESH:
-        simulate_devices(MeshShape.parse(mesh).size)
+        simulate_devices(math.prod(mesh_sizes(mesh).values()))
 
 
 def checked_context(

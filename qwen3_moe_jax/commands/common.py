@@ -64,7 +64,7 @@ def add_mesh(parser: argparse._ActionsContainer) -> None:
         "--mesh",
         type=options.mesh,
         metavar="tp=N,ep=N",
-        help="split the model over N x N devices (jax): experts by expert (ep), their width (tp); or auto",
+        help="split the model over tp x ep devices (jax): experts by expert (ep), their width (tp); or auto",
     )
 
 

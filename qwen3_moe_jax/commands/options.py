@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen3_moe_jax.core.errors import OutputFileError
+from qwen3_moe_jax.core.mesh import AUTO_MESH, mesh_sizes
 from qwen3_moe_jax.core.output_file import check_output
 from qwen3_moe_jax.core.sampling import SEEDS, Sampling, random_seed
 
@@ -177,11 +178,9 @@ def _parsed(kind: Callable[[str], Any], text: str, wanted: str) -> Any:
 
 def mesh(value: str) -> str:
     """How a model is split over devices: ``tp=2,ep=1``, or ``auto``."""
-    parts = value.split(",")
-    names = [part.partition("=")[0] for part in parts]
-    is_shape = all(re.fullmatch(r"(tp|ep)=[1-9]\d{0,3}", part) for part in parts) and len({*names}) == len(
-        names
-    )
-    if value != "auto" and not is_shape:
-        raise argparse.ArgumentTypeError(f"{value}: it must be such as tp=2,ep=1, or auto")
+    try:
+        if value != AUTO_MESH:
+            mesh_sizes(value)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{value}: it must be such as tp=2,ep=1, or auto") from None
     return value

@@ -99,8 +99,10 @@ def use_default_store() -> bool:
       Whether there is such a place: JAX's own cache is of no use then.
     """
     if not _is_chosen:
-        folder = None if os.environ.get(STORE_VARIABLE, "").lower() == "off" else readable_cache()
-        is_read_only = folder is not None and writable_cache() is None
+        is_off = os.environ.get(STORE_VARIABLE, "").lower() == "off"
+        writable = None if is_off else writable_cache()
+        folder = None if is_off else writable or readable_cache()
+        is_read_only = writable is None
         use_store(None if folder is None else ProgramStore(folder / "programs", is_read_only=is_read_only))
     return _store is not None
 

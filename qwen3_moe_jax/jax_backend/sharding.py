@@ -2,7 +2,7 @@
 
 A mesh has two axes. ``ep`` splits the experts by expert, ``tp`` splits each expert's own width.
 Attention heads, the KV cache and the head's vocabulary are split over both. Everything else is
-whole on every device. ``AXES`` is the table; nothing else says what is cut.
+whole on every device. ``LOGICAL_AXES`` and ``MESH_AXES`` are the table; nothing else says what is cut.
 
 Every device holds packed stacks and one ``LayerTable`` of its own part, which is the same for all
 of them, so that the network runs inside ``jax.shard_map`` as it does on one device: it adds up the
@@ -13,7 +13,6 @@ Source of the scheme: Megatron-LM (arXiv 1909.08053) for columns and rows, GShar
 (arXiv 2006.16668) for experts.
 """
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -28,6 +27,7 @@ from qwen3_moe_jax.convert.ggml_types import BLOCK_FORMATS, GGMLType
 from qwen3_moe_jax.convert.packed import LANES, Box
 from qwen3_moe_jax.convert.tensor_names import TensorSpec, tensor_specs
 from qwen3_moe_jax.core.errors import OptionError
+from qwen3_moe_jax.core.mesh import AUTO_MESH, mesh_sizes
 from qwen3_moe_jax.jax_backend.device import Device
 from qwen3_moe_jax.jax_backend.kv_cache import KVCache
 from qwen3_moe_jax.machine.memory import cache_nbytes
@@ -91,11 +91,7 @@ class MeshShape:
         Raises:
           ValueError: the text is something else.
         """
-        parts = text.split(",")
-        pairs = dict(part.split("=") for part in parts if re.fullmatch(r"(ep|tp)=[1-9]\d{0,3}", part))
-        if len(pairs) != len(parts):
-            raise ValueError(f"mesh {text!r} is not such as tp=2,ep=1")
-        return cls(**{name: int(number) for name, number in pairs.items()})
+        return cls(**mesh_sizes(text))
 
     @classmethod
     def fitting(cls, config: Qwen3MoeConfig, types: Mapping[str, GGMLType], devices: int) -> "MeshShape":
@@ -156,7 +152,7 @@ class MeshShape:
 
 def named_mesh(text: str) -> MeshShape | Literal["auto"]:
     """What ``--mesh`` says: "auto", or as ``MeshShape.parse``."""
-    return "auto" if text == "auto" else MeshShape.parse(text)
+    return "auto" if text == AUTO_MESH else MeshShape.parse(text)
 
 
 def _split_tensors(
