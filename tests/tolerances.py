@@ -69,6 +69,11 @@ NATIVE_MOE = 3e-4
 # The embedded model: 6 layers of 7 products with a relative error of 5.3e-5 each, which add up as a walk to
 # sqrt(42) * 5.3e-5 = 3.4e-4, and 1 - cosine is half of its square: 6e-8. Float32's own is 1e-7.
 NATIVE_COSINE = 0.999999
+# Attention in float32, relative to the largest value. A score is a sum of 128 products of numbers of up to
+# 8 and 4, over sqrt(128): its lanes pass a dozen roundings of sums of some 5, 5e-6 at most; a weight is off
+# by that much, and by 2 units of exp. The weighted sum adds a rounding per key of a section, as a walk:
+# sqrt(1024) * 2^-25 = 1e-6.
+NATIVE_ATTENTION = 1e-5
 # Two forms compute the same whole numbers; their float32 operations differ where one fuses more.
 NATIVE_FORMS = 4 * 2.0**-24
 

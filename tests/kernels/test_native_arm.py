@@ -5,6 +5,7 @@ compiles for ARM and has ARM's dot products, and warn that it was not run.
 """
 
 import warnings
+from dataclasses import replace
 
 import jax.numpy as jnp
 import numpy as np
@@ -83,3 +84,25 @@ def test_the_whole_model_on_arm(source, native, program, golden):
     expected = golden["float32_logits0"][: len(ids)].astype(np.float64)
     norms = np.linalg.norm(found[0], axis=-1) * np.linalg.norm(expected, axis=-1)
     assert ((found[0] * expected).sum(-1) / norms).min() >= tolerances.NATIVE_COSINE
+
+
+def test_sections_of_a_long_context_on_arm(source, native, program, golden):
+    """One row behind 1,200 keys whose sections are dealt out, and rows that take them one after the other."""
+    if not runs_here():
+        return
+    network = JaxRunner(source, max_context=64, kernels=NATIVE)
+    bound = network.decoder.model.bind(network.params)
+    draw = np.random.default_rng(5)
+    empty = KVCache.create(source.config, 1, 1280)
+    k, v = (jnp.asarray(draw.standard_normal(x.shape, np.float32)) for x in (empty.k, empty.v))
+
+    def logits(count: int) -> np.ndarray:
+        rows, span = jnp.asarray([golden["ids0"][:count]]), Span(jnp.full(1, 1200), count)
+        return np.asarray(bound.logits(bound(rows, replace(empty, k=k, v=v), [span]).hidden)[0])
+
+    expected = logits(3).astype(np.float64)
+    with emulated.emulated_calls(threads=3):
+        found, alone = logits(3), logits(1)
+    np.testing.assert_array_equal(alone[0], found[0])
+    norms = np.linalg.norm(found, axis=-1) * np.linalg.norm(expected, axis=-1)
+    assert ((found * expected).sum(-1) / norms).min() >= tolerances.NATIVE_COSINE

@@ -48,6 +48,14 @@ def test_one_call_for_all_layers_is_what_its_operations_are(runner, golden):
     assert cosine(in_one.logits, apart.logits).min() >= tolerances.NATIVE_COSINE
 
 
+def test_long_contexts_are_attended_to_in_sections(source, native, golden):
+    """Over 1,024 keys: sections of one row by several threads, or one after the other beside other rows."""
+    ids = np.resize(np.concatenate([golden[f"ids{n}"] for n in PROMPTS]), 1030)
+    runner = JaxRunner(source, max_context=1664, kernels=NATIVE)
+    in_rows = runner.forward(ids, chunk_sizes=(512, 1))  # its last 6 tokens are rows of their own
+    np.testing.assert_array_equal(in_rows.logits, runner.forward(ids).logits)
+
+
 def test_a_forced_choice_of_experts_is_kept(runner, golden):
     ids = golden["ids0"][:20]
     free = runner.forward(ids)

@@ -104,6 +104,15 @@ void qwen3_moe_products(int type, int rows, int columns, const void *const *arra
   if (arena.base) matmul(&arena, x, tokens, &m, out);
 }
 
+/* Attention without XLA, for the same tests; sizes: rows, heads, kv heads, head, length. */
+void qwen3_moe_attention(const int *sizes, const float *q, const float *k, const float *v, const int32_t *slot,
+                         const int32_t *position, float *out) {
+  Attention a = {.q = q, .k = k, .v = v, .slot = slot, .position = position, .rows = sizes[0], .heads = sizes[1],
+                 .kv_heads = sizes[2], .head = sizes[3], .length = sizes[4], .out = out};
+  Arena arena = arena_of(room_for_sections(a.rows, a.heads, a.head, a.length) + sizeof(int) * (size_t)(a.rows + 1));
+  if (arena.base) attend(&arena, a, take(&arena, sizeof(int) * (size_t)(a.rows + 1)));
+}
+
 /* The sum of words of memory, read by all threads: for the speed of a read. */
 typedef struct {
   const uint64_t *words;

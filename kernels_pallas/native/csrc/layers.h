@@ -127,9 +127,10 @@ static void attention_part(Arena arena, Layer *l) {
   write_cache(l);
   int *first = take(&arena, sizeof(int) * (size_t)(rows + 1));
   int64_t of_layer = (int64_t)n->slots * n->length * n->kv_heads * n->head * l->layer;
-  Attention a = {l->q, n->k_cache + of_layer, n->v_cache + of_layer, n->slot, n->position, rows, n->heads,
-                 n->kv_heads, n->head, n->length, l->attended, first};
-  pool_run(attention_piece, &a, find_runs(n->slot, n->position, rows, first) * n->kv_heads);
+  attend(&arena, (Attention){.q = l->q, .k = n->k_cache + of_layer, .v = n->v_cache + of_layer, .slot = n->slot,
+                             .position = n->position, .rows = rows, .heads = n->heads, .kv_heads = n->kv_heads,
+                             .head = n->head, .length = n->length, .out = l->attended},
+         first);
   Activations out = {l->attended, NULL, n->heads * n->head};
   if (!is_float(l->matrix[O].type)) out = quantized(&arena, l->attended, rows, n->heads * n->head);
   multiply((Products){.matrix = {&l->matrix[O]}, .out = {n->x}, .count = 1, .adds = 1, .x = out, .rows = rows});
@@ -150,7 +151,8 @@ static size_t room_for_layers(const Network *n) {
   size_t rows = (size_t)n->rows, heads = (size_t)(n->heads * 2 + n->kv_heads * 2) * (size_t)n->head;
   return rows * sizeof(float) * (heads + (size_t)n->experts + (size_t)n->choices) + sizeof(int) * (rows + 1) +
          room_for_activations(n->rows, n->width) + room_for_activations(n->rows, n->heads * n->head) +
-         room_for_experts(n->rows, n->choices, n->experts, n->inner, n->width) + 16384;
+         room_for_experts(n->rows, n->choices, n->experts, n->inner, n->width) +
+         room_for_sections(n->rows, n->heads, n->head, n->length) + 16384;
 }
 
 /* `stacks` and `table` (layers x MATRICES of stack and first row) say where the matrices lie. */
