@@ -57,7 +57,8 @@ def all_layers(
       layers: the weights.
       k_cache, v_cache: float32 [L, C, S, K, H].
       slots: int32 [R], the row of the cache of each token's sequence.
-      positions: int32 [R], in [0, S); what is after them in the cache is not read.
+      positions: int32 [R], in [0, S); what is after them in the cache is not read. A negative one is that
+        of padding: nothing is computed for it or written; its hidden row and its experts are 0.
       rope: cos and sin, float32 [R, H / 2] each.
       num_experts_per_tok: X.
       eps: of the norms.

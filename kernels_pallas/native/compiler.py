@@ -27,6 +27,10 @@ MIN_FREE_BYTES = 64 << 20
 FLAGS = ("-std=gnu11", "-O3", "-fPIC", "-shared", "-ffp-contract=on", "-fno-math-errno", "-pthread")
 """A product and a sum of one expression may become one instruction; nothing is reordered."""
 
+WITHOUT_LIBRARIES = ("-nostdlib",)
+"""For zig, which else makes parts of the system's library first: two thirds of the time. What the code needs
+of it is in the process that loads it."""
+
 
 def build(form: Form, folder: Path) -> Path:
     """The library of a form in ``folder``, compiled if it is not there.
@@ -43,8 +47,22 @@ def build(form: Form, folder: Path) -> Path:
     if not path.exists():
         if shutil.disk_usage(folder).free < MIN_FREE_BYTES:
             raise OSError(f"{folder} has no room")
-        _compile([*command, *_flags(form, command)], path)
+        _make([*command, *_flags(form, command)], path)
     return path
+
+
+def _make(command: list[str], path: Path) -> None:
+    """Compiles; with zig first without the system's library, whose headers alone may be missing."""
+    if _is_zig(command):
+        try:
+            return _compile([*command, *WITHOUT_LIBRARIES], path)
+        except NotImplementedError:
+            pass
+    _compile(command, path)
+
+
+def _is_zig(command: list[str]) -> bool:
+    return command[1:4] == ["-m", "ziglang", "cc"]
 
 
 def _compiler() -> tuple[list[str], str]:
@@ -58,13 +76,21 @@ def _compiler() -> tuple[list[str], str]:
 
 
 def _flags(form: Form, command: list[str]) -> list[str]:
-    is_zig = command[-2:] == ["ziglang", "cc"]
-    return [*FLAGS, *(form.zig_flags if is_zig else form.flags), f"-D{form.macro}"]
+    return [*FLAGS, *(form.zig_flags if _is_zig(command) else form.flags), f"-D{form.macro}"]
 
 
 def _key(form: Form, version: str) -> str:
     # without the form's set of features, whose order differs from process to process
-    facts = (form.name, form.macro, form.flags, form.zig_flags, version, FLAGS, platform.libc_ver())
+    facts = (
+        form.name,
+        form.macro,
+        form.flags,
+        form.zig_flags,
+        version,
+        FLAGS,
+        WITHOUT_LIBRARIES,
+        platform.libc_ver(),
+    )
     digest = hashlib.sha256(repr(facts).encode())
     for source in sorted(SOURCES.iterdir()):
         digest.update(source.name.encode() + b"\0" + source.read_bytes() + b"\0")

@@ -105,7 +105,7 @@ def read(
     model: Qwen3Moe,
     params: Params,
     token_ids: jax.Array,
-    start: jax.Array,
+    start: jax.Array | Sequence[Span],
     cache: KVCache,
     expert_ids: jax.Array | None = None,
     layers: Callable[..., Output] | None = None,
@@ -155,7 +155,8 @@ class LayerByLayer:
         expert_ids: jax.Array | None = None,
         active: jax.Array | None = None,
     ) -> Step:
-        return read(model, params, token_ids, start, cache, expert_ids)
+        places = start if active is None else [Span(start, 1, ends=start + active)]
+        return read(model, params, token_ids, places, cache, expert_ids)
 
 
 @dataclass(frozen=True)

@@ -422,11 +422,12 @@ def prefill(
     before = state.length
     start, length = state.filled[slots], state.length[slots]
     columns = jnp.minimum(start[:, None] + jnp.arange(chunk), state.capacity - 1)
-    token_ids, spans = state.tokens[slots[:, None], columns], [Span(start, chunk, slots)]
+    token_ids, spans = state.tokens[slots[:, None], columns], [Span(start, chunk, slots, length)]
     ready = state.ready[:rows]
     if rows:
         # the decoded rows come first: where one is not ready, the chunk overwrites what it leaves
-        spans.insert(0, Span(state.filled[:rows], 1))
+        filled = state.filled[:rows]
+        spans.insert(0, Span(filled, 1, ends=filled + ready))
         token_ids = jnp.concatenate([last_tokens(state, rows)[:, 0], token_ids.reshape(-1)])[None]
     network = decoder.model.bind(params)
     output = network(token_ids, state.cache, spans)

@@ -93,11 +93,14 @@ class Span:
       start: int32 [B], the position of each sequence's first token.
       length: T; static.
       slots: int32 [B], the cache's row of each sequence; None is row b for sequence b.
+      ends: int32 [B], the position after each sequence's last token; what is from there on is padding, whose
+        results may be anything. None: there is none.
     """
 
     start: jax.Array
     length: int = static_field()
     slots: jax.Array | None = None
+    ends: jax.Array | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -108,6 +111,12 @@ class Span:
     def positions(self) -> jax.Array:
         """int32 [B, T]."""
         return self.start[:, None] + jnp.arange(self.length, dtype=self.start.dtype)
+
+    @property
+    def real_positions(self) -> jax.Array:
+        """int32 [B, T], -1 where a token is padding."""
+        positions = self.positions
+        return positions if self.ends is None else jnp.where(positions < self.ends[:, None], positions, -1)
 
     @property
     def rows(self) -> jax.Array:

@@ -341,7 +341,7 @@ class Network(_Part):
             cache.k,
             cache.v,
             jnp.concatenate([span.rows for span in spans]),
-            jnp.concatenate([span.positions.reshape(-1) for span in spans]),
+            jnp.concatenate([span.real_positions.reshape(-1) for span in spans]),
             (rope[0].reshape(-1, c.head_dim // 2), rope[1].reshape(-1, c.head_dim // 2)),
             num_experts_per_tok=c.num_experts_per_tok,
             eps=c.rms_norm_eps,

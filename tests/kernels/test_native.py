@@ -135,6 +135,21 @@ def test_a_type_without_products_runs_in_xla_and_the_record_says_why(native, rng
     assert "native: it has no products of Q2_K" in record.refusals()[0]
 
 
+def test_without_headers_of_the_system_zig_brings_its_own(monkeypatch, tmp_path):
+    """The first try takes the system's, and a third of the time."""
+    tried = []
+
+    def compiled(command: list[str], path: Path) -> None:
+        tried.append("-nostdlib" in command)
+        if tried[-1]:
+            raise NotImplementedError("'pthread.h' file not found")
+        path.touch()
+
+    monkeypatch.setattr(compiler, "_compile", compiled)
+    assert compiler.build(HERE[0], tmp_path).exists()
+    assert tried == [True, False]
+
+
 @pytest.fixture
 def nothing_loaded() -> Iterator[None]:
     with mock.patch.object(library, "_found", None):

@@ -1,11 +1,15 @@
 """The whole model by the CPU's integer dots: recorded logits, the contract's stages, batches, refusals."""
 
+from dataclasses import replace
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from qwen3_moe_jax.core.errors import BackendUnavailableError
 from qwen3_moe_jax.core.sampling import Sampling
+from qwen3_moe_jax.jax_backend.kv_cache import KVCache, Span
 from qwen3_moe_jax.jax_backend.native import NATIVE_DTYPE, Native
 from qwen3_moe_jax.jax_backend.runner import JaxRunner
 from qwen3_moe_jax.machine.kernels import AUTO, NATIVE
@@ -54,6 +58,35 @@ def test_long_contexts_are_attended_to_in_sections(source, native, golden):
     runner = JaxRunner(source, max_context=1664, kernels=NATIVE)
     in_rows = runner.forward(ids, chunk_sizes=(512, 1))  # its last 6 tokens are rows of their own
     np.testing.assert_array_equal(in_rows.logits, runner.forward(ids).logits)
+
+
+@pytest.mark.parametrize("forced", [False, True])
+def test_padding_is_not_computed(runner, source, golden, forced):
+    """Rows beside padding are what they are without it, and padding writes nothing to the cache."""
+    network = runner.decoder.model.bind(runner.params)
+    ids, slots = jnp.asarray([golden["ids0"][:15]]), jnp.array([1, 0])
+    chosen = np.random.default_rng(3).integers(0, 16, (6, 1, 15, 4)).astype(np.int32) if forced else None
+    mark = KVCache.create(source.config, 2, 64)
+    cache = lambda: replace(mark, k=mark.k + 7.0, v=mark.v - 7.0)  # a call gives the cache up
+    places = lambda ends: [
+        Span(jnp.array([4]), 1, ends=ends[:1]),
+        Span(jnp.array([0, 2]), 7, slots, ends[1:]),
+    ]
+    ends = jnp.array([4, 5, 9])  # none of the first, five of the second, all of the third
+    padded, whole = (network(ids, cache(), places(e), chosen) for e in (ends, jnp.array([5, 7, 9])))
+    real = np.array([False, *[True] * 5, *[False] * 2, *[True] * 7])
+    np.testing.assert_array_equal(padded.hidden[0, real], whole.hidden[0, real])
+    np.testing.assert_array_equal(padded.expert_ids[:, 0, real], whole.expert_ids[:, 0, real])
+    assert not np.asarray(padded.hidden)[0, ~real].any()
+    assert not np.asarray(padded.expert_ids)[:, 0, ~real].any()
+    assert not np.asarray(network(ids, cache(), places(jnp.array([4, 0, 2])), chosen).hidden).any()
+    for name, empty in (("k", 7.0), ("v", -7.0)):
+        found, expected = (np.asarray(getattr(one.cache, name)) for one in (padded, whole))
+        np.testing.assert_array_equal(found[:, 1, :5], expected[:, 1, :5])
+        np.testing.assert_array_equal(found[:, 0, 2:9], expected[:, 0, 2:9])
+        assert (found[:, 1, 5:] == empty).all()
+        assert (found[:, 0, :2] == empty).all()
+        assert (found[:, 0, 9:] == empty).all()
 
 
 def test_a_forced_choice_of_experts_is_kept(runner, golden):

@@ -155,10 +155,63 @@ static size_t room_for_layers(const Network *n) {
          room_for_sections(n->rows, n->heads, n->head, n->length) + 16384;
 }
 
+/* Room for what `keep_real` copies. */
+static size_t room_for_real(const Network *n) {
+  size_t rows = (size_t)n->rows, chosen = rows * (size_t)n->layers * (size_t)n->choices;
+  return rows * (sizeof(float) * (size_t)n->head + 3 * sizeof(int32_t)) + 2 * chosen * sizeof(int32_t) + 1024;
+}
+
+/* `rows` of a call without padding, whose positions are below 0: what belongs to real[i] comes to place i. */
+static Network keep_real(Arena *arena, const Network *all, int *real) {
+  Network n = *all;
+  n.rows = 0;
+  for (int r = 0; r < all->rows; r++)
+    if (all->position[r] >= 0) real[n.rows++] = r;
+  if (n.rows == all->rows) return n;
+  size_t rows = (size_t)n.rows, half = (size_t)(n.head / 2), width = (size_t)n.width, choices = (size_t)n.choices;
+  float *cos = take(arena, rows * half * sizeof(float)), *sin = take(arena, rows * half * sizeof(float));
+  int32_t *slot = take(arena, rows * sizeof *slot), *position = take(arena, rows * sizeof *position);
+  int32_t *forced = take(arena, rows * (size_t)n.layers * choices * sizeof *forced);
+  for (size_t i = 0; i < rows; i++) {
+    size_t from = (size_t)real[i];
+    memcpy(cos + i * half, all->cos + from * half, half * sizeof(float));
+    memcpy(sin + i * half, all->sin + from * half, half * sizeof(float));
+    slot[i] = all->slot[from];
+    position[i] = all->position[from];
+    memmove(n.x + i * width, n.x + from * width, width * sizeof(float));
+    for (size_t l = 0; l < (size_t)n.layers && all->forced; l++)
+      memcpy(forced + (l * rows + i) * choices, all->forced + (l * (size_t)all->rows + from) * choices,
+             choices * sizeof *forced);
+  }
+  n.cos = cos, n.sin = sin, n.slot = slot, n.position = position, n.forced = all->forced ? forced : NULL;
+  n.ids = take(arena, rows * (size_t)n.layers * choices * sizeof *n.ids);
+  return n;
+}
+
+/* The way back: rows of padding are 0. */
+static void put_back(const Network *all, const Network *n, const int *real) {
+  if (n->rows == all->rows) return;
+  size_t width = (size_t)n->width * sizeof(float), chosen = (size_t)n->choices * sizeof(int32_t);
+  memset(all->ids, 0, chosen * (size_t)all->rows * (size_t)n->layers);
+  for (int i = n->rows, r = all->rows - 1; r >= 0; r--) {
+    float *to = all->x + (int64_t)r * n->width;
+    if (!i || real[i - 1] != r) {
+      memset(to, 0, width);
+      continue;
+    }
+    i--;
+    memmove(to, all->x + (int64_t)i * n->width, width);
+    for (int64_t l = 0; l < n->layers; l++)
+      memcpy(all->ids + (l * all->rows + r) * n->choices, n->ids + (l * n->rows + i) * n->choices, chosen);
+  }
+}
+
 /* `stacks` and `table` (layers x MATRICES of stack and first row) say where the matrices lie. */
-static int run_layers(const Network *n, const Matrix *stacks, const int32_t *table) {
-  Arena arena = arena_of(room_for_layers(n));
+static int run_layers(const Network *all, const Matrix *stacks, const int32_t *table) {
+  Arena arena = arena_of(room_for_layers(all) + room_for_real(all));
   if (!arena.base) return 0;
+  int *real = take(&arena, sizeof(int) * (size_t)all->rows);
+  const Network network = keep_real(&arena, all, real), *n = &network;
   size_t rows = (size_t)n->rows, head = (size_t)n->head * sizeof(float);
   Layer l = {.n = n};
   l.h = take(&arena, rows * (size_t)n->width * sizeof(float));
@@ -184,5 +237,6 @@ static int run_layers(const Network *n, const Matrix *stacks, const int32_t *tab
     attention_part(arena, &l);
     experts_part(arena, &l);
   }
+  put_back(all, n, real);
   return 1;
 }
