@@ -308,7 +308,7 @@ def other_sizes(s: Shapes, interpret) -> Iterator[Row]:
                 "2 warpgroups": replace(few, warpgroups=2, in_flight=1),
                 "exchange": replace(few, exchange=True, in_flight=1),
                 "wait for each product": replace(few, in_flight=0),
-                "2 slots of weights": replace(few, weight_slots=2),
+                "2 stages of weights": replace(few, weight_stages=2),
                 "sorted": MatmulConfig(tile=64, widths=(32, 64), blocks=few.blocks),
             }
             if tokens > 32:

@@ -142,8 +142,12 @@ def compile_case(case: Case, sharding: SingleDeviceSharding) -> tuple[int, int]:
         work = Tiles(*(numbers(256) for _ in range(3)), numbers(1))
         x_rows = 4 * tile
 
-    def run(x, scale, work, places, layer, table, *weights):
-        extra = {"places": places, "out_rows": 8 * tile} if case.kind == "few" and not case.fused else {}
+    def run(x, scale, work, destinations, layer, table, *weights):
+        extra = (
+            {"destinations": destinations, "out_rows": 8 * tile}
+            if case.kind == "few" and not case.fused
+            else {}
+        )
         if case.kind != "sorted" and tile in (32, 64):  # as decode_layers calls it
             extra["of_layer"] = OfLayer(layer, table, (0,) * len(weights), 48)
         return grouped_matmul(x, scale, work, weights, **extra, **options)
@@ -159,7 +163,7 @@ def compile_case(case: Case, sharding: SingleDeviceSharding) -> tuple[int, int]:
     )
     there = lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding)
     jax.jit(run).trace(*jax.tree.map(there, arguments)).lower(lowering_platforms=("cuda",)).compile()
-    return kernel.weight_slots, kernel.x_slots
+    return kernel.weight_stages, kernel.x_stages
 
 
 def kernels(args: argparse.Namespace) -> int:

@@ -1,9 +1,9 @@
 """attention from Ampere on, for many queries: flash attention by ``mma`` and ``cp.async``.
 
 Rows, tiles and bounds are those of ``kernel_sm90``. Both warpgroups of a block copy and multiply, each 64
-rows of the tile; while a block of keys and values is multiplied the next one is on its way. A block of keys
+rows of the tile; while a tile of keys and values is multiplied the next one is on its way. A tile of keys
 is read only after a barrier at which all threads have their copies of it and are done with the one before,
-in whose place the next one goes.
+which the next one overwrites.
 """
 
 from functools import partial
@@ -20,7 +20,7 @@ from qwen3_moe_jax.kernels_pallas.attention.kernel_sm90 import ROWS, AttentionCo
 from qwen3_moe_jax.kernels_pallas.gpu import mma
 from qwen3_moe_jax.kernels_pallas.gpu.device import require_ampere
 
-SIZES = AttentionConfig(keys=64, slots=2, warpgroups=2)
+SIZES = AttentionConfig(keys=64, stages=2, warpgroups=2)
 """Keys and values of 128 dimensions take 70 KB of shared memory, of the 99 KB that every card gives."""
 MAX_HEAD_DIM = 128
 _PADDING = 8
@@ -53,7 +53,7 @@ def attention(
 
 def _kernel(config: AttentionConfig, interpret: Any, **shape: Any) -> Any:
     """As ``kernel_sm90._kernel``."""
-    cached = plgpu.SMEM((config.slots, config.keys, shape["head_dim"] + _PADDING), shape["dtype"])
+    cached = plgpu.SMEM((config.stages, config.keys, shape["head_dim"] + _PADDING), shape["dtype"])
     scratch = {
         "k_tile": cached,
         "v_tile": cached,
@@ -87,19 +87,19 @@ class _Block:
         self.wg = lax.axis_index("wg")
         self.first = tile * config.tile + self.wg * ROWS
         self.head_dim, self.dtype = refs["q"].shape[-1], refs["q"].dtype
-        self.steps, self.unmasked = (refs["bounds"][sequence, tile, i] for i in range(2))
+        self.key_tiles, self.unmasked = (refs["bounds"][sequence, tile, i] for i in range(2))
 
     def run(self) -> None:
         rows = (self.head, pl.ds(self.first, ROWS))
         self.begin(jnp.int32(0))
         at = self.r["positions"].at[self.sequence, pl.ds(self.first, ROWS)]
         position = plgpu.load(at, layout=PER_ROW, optimized=False)
-        step = partial(self.step, self.queries(self.r["q"].at[rows]), position)
+        attend_to = partial(self.attend_to, self.queries(self.r["q"].at[rows]), position)
         columns = min(_COLUMNS, self.head_dim)
         out = tuple(fill((ROWS, columns), 0, RESULT) for _ in range(self.head_dim // columns))
         state = (out, fill((ROWS,), -jnp.inf, PER_ROW), fill((ROWS,), 0, PER_ROW))
-        state = lax.fori_loop(0, self.unmasked, partial(step, False), state)
-        out, _, total = lax.fori_loop(self.unmasked, self.steps, partial(step, True), state)
+        state = lax.fori_loop(0, self.unmasked, partial(attend_to, False), state)
+        out, _, total = lax.fori_loop(self.unmasked, self.key_tiles, partial(attend_to, True), state)
         share = share_of(position, total)
         for i, part in enumerate(out):
             value = (part * lax.broadcast_in_dim(share, part.shape, [0])).astype(self.dtype)
@@ -112,15 +112,15 @@ class _Block:
 
     # Keys and values
 
-    def begin(self, step: Any) -> None:
-        """Begins to copy a block of keys and values, if there is one."""
+    def begin(self, key_tile: Any) -> None:
+        """Begins to copy a tile of keys and values, if there is one."""
 
-        @pl.when(step < self.steps)
+        @pl.when(key_tile < self.key_tiles)
         def _():
-            keys = pl.ds(step * self.c.keys, self.c.keys)
+            keys = pl.ds(key_tile * self.c.keys, self.c.keys)
             for name in ("k", "v"):
                 source = self.r[name].at[self.cache, keys, pl.ds(self.column, self.head_dim)]
-                self.copy(self.tile_of(name, step, 0, self.c.keys, 0, self.head_dim), source)
+                self.copy(self.tile_of(name, key_tile, 0, self.c.keys, 0, self.head_dim), source)
 
         if not self.emulate:
             mma.commit_copies()
@@ -131,13 +131,13 @@ class _Block:
         else:
             mma.copy(target, source, 128 * self.c.warpgroups)
 
-    def tile_of(self, name: str, step: Any, key: int, keys: int, column: int, columns: int) -> Any:
-        """A part of a block of keys or values in shared memory."""
-        slot = lax.rem(step, jnp.int32(self.c.slots))
-        return self.r[f"{name}_tile"].at[slot, pl.ds(key, keys), pl.ds(column, columns)]
+    def tile_of(self, name: str, key_tile: Any, key: int, keys: int, column: int, columns: int) -> Any:
+        """A part of a tile of keys or values in shared memory."""
+        stage = lax.rem(key_tile, jnp.int32(self.c.stages))
+        return self.r[f"{name}_tile"].at[stage, pl.ds(key, keys), pl.ds(column, columns)]
 
     def arrived(self) -> None:
-        """Waits for this step's block, and for everybody to be done with the one before."""
+        """Waits for this tile of keys, and for everybody to be done with the one before."""
         if self.emulate:
             plgpu.barrier_arrive(self.r["barrier"])
             plgpu.barrier_wait(self.r["barrier"])
@@ -147,35 +147,35 @@ class _Block:
 
     # Products
 
-    def step(self, q: Any, position: Any, masked: bool, number: Any, state: tuple) -> tuple:
+    def attend_to(self, q: Any, position: Any, masked: bool, key_tile: Any, state: tuple) -> tuple:
         out, peak, total = state
         self.arrived()
-        self.begin(number + 1)
+        self.begin(key_tile + 1)
         weights, shrink, new_peak, total = weights_of(
-            self.scores(q, number), position, number, self.head_dim, peak, total, masked=masked
+            self.scores(q, key_tile), position, key_tile, self.head_dim, peak, total, masked=masked
         )
         weights = weights.astype(self.dtype)
         out = tuple(part * lax.broadcast_in_dim(shrink, part.shape, [0]) for part in out)
-        return self.add_values(out, weights, number), new_peak, total
+        return self.add_values(out, weights, key_tile), new_peak, total
 
-    def scores(self, q: Any, number: Any) -> Any:
-        """float32 [64, keys]: queries times the block's keys."""
+    def scores(self, q: Any, key_tile: Any) -> Any:
+        """float32 [64, keys]: queries times the tile's keys."""
         if self.emulate:
-            keys = self.tile_of("k", number, 0, self.c.keys, 0, self.head_dim)[...]
+            keys = self.tile_of("k", key_tile, 0, self.c.keys, 0, self.head_dim)[...]
             return jnp.dot(q.astype(jnp.float32), keys.astype(jnp.float32).T, precision="highest")
         parts = []
         for first in range(0, self.c.keys, _KEYS):
-            keys = self.tile_of("k", number, first, _KEYS, 0, self.head_dim)
+            keys = self.tile_of("k", key_tile, first, _KEYS, 0, self.head_dim)
             product = plgpu.mma(mma.zeros(_KEYS, self.dtype), q, mma.right_operand(keys.T))
             parts.append(mma.product_rows(product, self.dtype))
         return mma.join_columns(parts)
 
-    def add_values(self, out: tuple, weights: Any, number: Any) -> tuple:
-        """The results with the block's values, times their weights."""
+    def add_values(self, out: tuple, weights: Any, key_tile: Any) -> tuple:
+        """The results with the tile's values, times their weights."""
         columns, found = out[0].shape[1], []
         left = weights if self.emulate else mma.left_operand(weights)
         for i, part in enumerate(out):
-            values = self.tile_of("v", number, 0, self.c.keys, i * columns, columns)
+            values = self.tile_of("v", key_tile, 0, self.c.keys, i * columns, columns)
             if self.emulate:
                 values = values[...].astype(jnp.float32)
                 found.append(part + jnp.dot(left.astype(jnp.float32), values, precision="highest"))

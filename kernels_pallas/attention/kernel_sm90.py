@@ -3,8 +3,8 @@
 The query heads that share a KV head are rows of one operand (row = token * group + head), so
 keys and values are read once for all of them, and a tile of 128 rows spans few positions.
 Two warpgroups multiply, a third brings keys and values through the tensor memory accelerator;
-while one warpgroup computes its softmax the other one has the tensor cores. Blocks of keys
-that every row sees need no mask, blocks that none sees are not read.
+while one warpgroup computes its softmax the other one has the tensor cores. Tiles of keys
+that every row sees need no mask, tiles that none sees are not read.
 
 The recurrence is in ``block``; the division of labour is that of FlashAttention-3
 (https://arxiv.org/abs/2407.08608) and of JAX's own ``pallas.ops.gpu.attention_mgpu``.
@@ -32,10 +32,10 @@ _SWIZZLED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
 
 @dataclass(frozen=True)
 class AttentionConfig:
-    """Sizes: keys per step, slots of keys and values in shared memory, warpgroups that multiply."""
+    """Sizes: keys per tile, pipeline stages of keys and values in shared memory, warpgroups that multiply."""
 
     keys: int = 128
-    slots: int = 2
+    stages: int = 2
     warpgroups: int = 2
 
     @property
@@ -44,7 +44,7 @@ class AttentionConfig:
         return ROWS * self.warpgroups
 
 
-ONE_QUERY = AttentionConfig(slots=3, warpgroups=1)
+ONE_QUERY = AttentionConfig(stages=3, warpgroups=1)
 """For one position per sequence, whose heads are a few rows of one operand."""
 
 
@@ -121,10 +121,10 @@ def _attention(
     return out.reshape(B, T, N, H).astype(jnp.float32)
 
 
-def _bounds(least: jax.Array, most: jax.Array, length: int, config: AttentionConfig) -> jax.Array:
-    """Blocks of keys that some row sees and, of these, that all see: int32 [..., 2], from positions."""
-    steps = -(-(jnp.clip(most, -1, length - 1) + 1) // config.keys)
-    return jnp.stack([steps, jnp.clip(least + 1, 0, length) // config.keys], axis=-1).astype(jnp.int32)
+def _bounds(minimum: jax.Array, maximum: jax.Array, length: int, config: AttentionConfig) -> jax.Array:
+    """Tiles of keys that some row sees and, of these, that all see: int32 [..., 2], from positions."""
+    read = -(-(jnp.clip(maximum, -1, length - 1) + 1) // config.keys)
+    return jnp.stack([read, jnp.clip(minimum + 1, 0, length) // config.keys], axis=-1).astype(jnp.int32)
 
 
 def one_query_rows(positions: jax.Array, length: int) -> tuple[jax.Array, jax.Array]:
@@ -160,7 +160,7 @@ def attend_rows(
         read by any other.
       k_cache, v_cache: [L, C, S, K, H].
       positions: int32 [B, rows], negative for padding.
-      bounds: int32 [B, tiles, 2], blocks of keys to read, and how many of them need no mask.
+      bounds: int32 [B, tiles, 2], tiles of keys to read, and how many of them need no mask.
       layer: int32 [1].
       slots: int32 [B].
       make: makes the kernel; None makes this module's.
@@ -180,12 +180,12 @@ def _kernel(config: AttentionConfig, interpret: Any, **shape: Any) -> Any:
     """See ``block.launch``; ``shape`` is of the arrays."""
     head_dim = shape["head_dim"]
     one = lambda *axes: plgpu.SMEM(axes, shape["dtype"], transforms=_SWIZZLED)
-    used = plgpu.Barrier(num_barriers=config.slots, num_arrivals=config.warpgroups)
-    full = plgpu.Barrier(num_barriers=config.slots)
+    used = plgpu.Barrier(num_barriers=config.stages, num_arrivals=config.warpgroups)
+    full = plgpu.Barrier(num_barriers=config.stages)
     scratch = {
         "q_tile": one(config.warpgroups, ROWS, head_dim),
-        "k_tile": one(config.slots, config.keys, head_dim),
-        "v_tile": one(config.slots, config.keys, head_dim),
+        "k_tile": one(config.stages, config.keys, head_dim),
+        "v_tile": one(config.stages, config.keys, head_dim),
         "q_full": plgpu.Barrier(num_barriers=config.warpgroups),
         "k_full": full,
         "v_full": full,
@@ -219,7 +219,7 @@ class _Block:
         self.tile, self.head, self.sequence = tile, head, sequence
         self.wg = lax.axis_index("wg")
         self.head_dim = refs["q"].shape[-1]
-        self.steps = refs["bounds"][sequence, tile, 0]
+        self.key_tiles = refs["bounds"][sequence, tile, 0]
         self.unmasked = refs["bounds"][sequence, tile, 1]
 
     def run(self) -> None:
@@ -238,37 +238,37 @@ class _Block:
                 plgpu.set_max_registers(24 if self.c.warpgroups == 2 else 32, action="decrease")
             self.produce()
 
-    def slot(self, step):
-        return lax.rem(step, jnp.int32(self.c.slots))
+    def stage(self, key_tile):
+        return lax.rem(key_tile, jnp.int32(self.c.stages))
 
     def produce(self) -> None:
-        """Copies keys and values, a slot ahead of their use where there is one."""
+        """Copies keys and values, a stage ahead of their use where there is one."""
 
-        def copy(step, _):
-            slot = self.slot(step)
-            keys = pl.ds(step * self.c.keys, self.c.keys)
+        def copy(key_tile, _):
+            stage = self.stage(key_tile)
+            keys = pl.ds(key_tile * self.c.keys, self.c.keys)
             for name in ("k", "v"):
 
-                @pl.when(step >= self.c.slots)
+                @pl.when(key_tile >= self.c.stages)
                 def _wait(name=name):
-                    plgpu.barrier_wait(self.r[f"{name}_used"].at[slot])
+                    plgpu.barrier_wait(self.r[f"{name}_used"].at[stage])
 
                 source = self.r[name].at[self.cache, keys, pl.ds(self.column, self.head_dim)]
                 plgpu.copy_gmem_to_smem(
-                    source, self.r[f"{name}_tile"].at[slot], self.r[f"{name}_full"].at[slot]
+                    source, self.r[f"{name}_tile"].at[stage], self.r[f"{name}_full"].at[stage]
                 )
             return _
 
-        def drain(step, _):
-            @pl.when(step >= self.c.slots)
+        def drain(key_tile, _):
+            @pl.when(key_tile >= self.c.stages)
             def _wait():
-                plgpu.barrier_wait(self.r["k_used"].at[self.slot(step)])
-                plgpu.barrier_wait(self.r["v_used"].at[self.slot(step)])
+                plgpu.barrier_wait(self.r["k_used"].at[self.stage(key_tile)])
+                plgpu.barrier_wait(self.r["v_used"].at[self.stage(key_tile)])
 
             return _
 
-        lax.fori_loop(0, self.steps, copy, None)
-        lax.fori_loop(self.steps, self.steps + self.c.slots, drain, None)
+        lax.fori_loop(0, self.key_tiles, copy, None)
+        lax.fori_loop(self.key_tiles, self.key_tiles + self.c.stages, drain, None)
 
     def attend(self) -> None:
         first = self.tile * (ROWS * self.c.warpgroups) + self.wg * ROWS
@@ -283,40 +283,40 @@ class _Block:
             fill((ROWS,), 0, PER_ROW),
         )
         plgpu.barrier_wait(self.r["q_full"].at[self.wg])
-        step = partial(self.step, q_tile, position)
-        state = lax.fori_loop(0, self.unmasked, partial(step, False), state)
-        out, _, total = lax.fori_loop(self.unmasked, self.steps, partial(step, True), state)
+        attend_to = partial(self.attend_to, q_tile, position)
+        state = lax.fori_loop(0, self.unmasked, partial(attend_to, False), state)
+        out, _, total = lax.fori_loop(self.unmasked, self.key_tiles, partial(attend_to, True), state)
         out = out * lax.broadcast_in_dim(share_of(position, total), out.shape, [0])
         q_tile[...] = out.astype(self.r["q"].dtype)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(q_tile, self.r["out"].at[rows])
         plgpu.wait_smem_to_gmem(0)
 
-    def step(self, q_tile, position, masked: bool, number, state):
+    def attend_to(self, q_tile, position, masked: bool, key_tile, state):
         out, peak, total = state
-        slot, keys = self.slot(number), self.c.keys
+        stage, keys = self.stage(key_tile), self.c.keys
         dtype = self.r["q"].dtype
-        plgpu.barrier_wait(self.r["k_full"].at[slot])
+        plgpu.barrier_wait(self.r["k_full"].at[stage])
 
         def scores(acc):
-            plgpu.wgmma(acc, q_tile, self.r["k_tile"].at[slot].T)
+            plgpu.wgmma(acc, q_tile, self.r["k_tile"].at[stage].T)
             return acc[...]
 
         score = pl.run_scoped(scores, plgpu.ACC((ROWS, keys), jnp.float32))
-        plgpu.barrier_arrive(self.r["k_used"].at[slot])
+        plgpu.barrier_arrive(self.r["k_used"].at[stage])
         weights, shrink, new_peak, total = weights_of(
-            score, position, number, self.head_dim, peak, total, masked=masked
+            score, position, key_tile, self.head_dim, peak, total, masked=masked
         )
         out = out * lax.broadcast_in_dim(shrink, out.shape, [0])
         weights = weights.astype(dtype)
-        plgpu.barrier_wait(self.r["v_full"].at[slot])
+        plgpu.barrier_wait(self.r["v_full"].at[stage])
         if self.emulate:
-            values = self.r["v_tile"][slot].astype(jnp.float32)
+            values = self.r["v_tile"][stage].astype(jnp.float32)
             out = out + jnp.dot(weights.astype(jnp.float32), values)
-            plgpu.commit_smem()  # an ordinary read before the next copy into the slot
+            plgpu.commit_smem()  # an ordinary read before the next copy into the stage
         else:
-            out = pl.run_state(lambda acc: plgpu.wgmma(acc, weights, self.r["v_tile"].at[slot]))(
+            out = pl.run_state(lambda acc: plgpu.wgmma(acc, weights, self.r["v_tile"].at[stage]))(
                 plgpu.ACC.init(out)
             )
-        plgpu.barrier_arrive(self.r["v_used"].at[slot])
+        plgpu.barrier_arrive(self.r["v_used"].at[stage])
         return out, new_peak, total

@@ -41,7 +41,7 @@ def _attention(q, k_cache, v_cache, positions, layer, slots, scales) -> jax.Arra
         return _query_tile(q, k_cache, v_cache, positions, layer, slots, scales)
     tiles = -(-T // QUERY_TILE)
 
-    def step(i: jax.Array, out: jax.Array) -> jax.Array:
+    def one_tile(i: jax.Array, out: jax.Array) -> jax.Array:
         start = jnp.minimum(i * QUERY_TILE, T - QUERY_TILE)  # the last tile may overlap
         part = _query_tile(
             lax.dynamic_slice_in_dim(q, start, QUERY_TILE, axis=1),
@@ -54,7 +54,7 @@ def _attention(q, k_cache, v_cache, positions, layer, slots, scales) -> jax.Arra
         )
         return lax.dynamic_update_slice_in_dim(out, part, start, axis=1)
 
-    return lax.fori_loop(0, tiles, step, jnp.zeros(q.shape, jnp.float32))
+    return lax.fori_loop(0, tiles, one_tile, jnp.zeros(q.shape, jnp.float32))
 
 
 def _scores(q: jax.Array, k: jax.Array) -> jax.Array:
@@ -93,13 +93,13 @@ def _query_tile(q, k_cache, v_cache, positions, layer, slots, scales) -> jax.Arr
     grouped = q.reshape(B, T, K, N // K, H)
     slots = B if slots is None else slots
 
-    def step(i: jax.Array, state: tuple) -> tuple:
+    def one_block(i: jax.Array, state: tuple) -> tuple:
         peak, total, out = state
         start = jnp.minimum(i * block, S - block)
-        places = start + jnp.arange(block)
+        key_positions = start + jnp.arange(block)
         k, v = (_read(cache, layer, slots, start, block) for cache in (k_cache, v_cache))
-        # places below i * block were seen by the step before, when the last block overlaps
-        visible = (places <= positions[..., None]) & (places >= i * block)
+        # key_positions below i * block were seen by the iteration before, when the last block overlaps
+        visible = (key_positions <= positions[..., None]) & (key_positions >= i * block)
         scores = _scores(grouped, k)
         if scales is not None:  # [B, block, K], of keys and of values
             k_scale, v_scale = (
@@ -119,7 +119,7 @@ def _query_tile(q, k_cache, v_cache, positions, layer, slots, scales) -> jax.Arr
     shape = (B, K, N // K, T)
     start = (jnp.full(shape, -jnp.inf), jnp.zeros(shape), jnp.zeros((*shape, H)))
     used = jnp.clip(jnp.max(positions) + 1, 0, S)
-    _, total, out = lax.fori_loop(0, (used + block - 1) // block, step, start)
+    _, total, out = lax.fori_loop(0, (used + block - 1) // block, one_block, start)
     out = out / jnp.where(total == 0, 1.0, total)[..., None]
     return jnp.transpose(out, (0, 3, 1, 2, 4)).reshape(q.shape)
 

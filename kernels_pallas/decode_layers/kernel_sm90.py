@@ -3,7 +3,7 @@
 Queries, keys and values are one product of the matrices that lie together in their stack. Between
 the products of ``gpu.grouped_matmul_sm90`` and the kernel of ``attention.kernel_sm90`` stand
 the steps of ``row_steps``. The kernels find the layer's weights by its number, on the device, in one
-table. What experts add to a row is summed by the next layer's first step.
+table. What experts add to a row is summed by the next layer first.
 """
 
 import functools
@@ -146,8 +146,8 @@ def decode_layers(
     tile = next(t for t in _TILES if rows <= t)
     positions = positions.astype(jnp.int32)
     slots = (jnp.arange(rows) if slots is None else slots).astype(jnp.int32)
-    places = _Places(positions, slots, rope, *attention.one_query_rows(positions, cache_k.shape[2]))
-    run = _Step(table, weights, places, rows, tile, eps, on_logits, interpret)
+    tokens = _Tokens(positions, slots, rope, *attention.one_query_rows(positions, cache_k.shape[2]))
+    run = _OneLayer(table, weights, tokens, rows, tile, eps, on_logits, interpret)
     shape = (rows, num_experts_per_tok, x.shape[1])
     first = _State(
         x=x.astype(jnp.float32),
@@ -167,8 +167,8 @@ def decode_layers(
     return out, last.cache_k, last.cache_v, last.expert_ids
 
 
-class _Places(NamedTuple):
-    """Where the tokens stand: the same for all layers. See ``attention.one_query_rows`` for the last two."""
+class _Tokens(NamedTuple):
+    """Where each sequence's token stands, in all layers. ``attention.one_query_rows`` makes the last two."""
 
     positions: jax.Array
     slots: jax.Array
@@ -194,21 +194,21 @@ class _State(NamedTuple):
     expert_ids: jax.Array
 
 
-class _Step:
+class _OneLayer:
     """One layer of the loop."""
 
     def __init__(
         self,
         table: LayerTable,
         weights: _Weights,
-        places: _Places,
+        tokens: _Tokens,
         rows: int,
         tile: int,
         eps: float,
         on_logits: Callable[[jax.Array, jax.Array], jax.Array] | None,
         interpret: Any,
     ):
-        self.weights, self.places, self.rows, self.tile = weights, places, rows, tile
+        self.weights, self.tokens, self.rows, self.tile = weights, tokens, rows, tile
         self.eps, self.on_logits, self.interpret = eps, on_logits, interpret
         w = weights
         self.order: list[tuple[int, ...]] = []
@@ -216,7 +216,7 @@ class _Step:
         for tensor in (w.qkv, w.v_proj, w.o_proj, w.gate_proj, w.up_proj, w.down_proj):
             self.column(tensor.first)
             self.column(tensor.which)
-        # of one number after the other its L, so that a layer's is at the number's begin + layer
+        # of each number in turn its L values, so that a layer's is at the number's begin + layer
         self.table = jnp.asarray(table.columns(self.order).T.reshape(-1))
 
     def column(self, of_layers: tuple[int, ...]) -> int:
@@ -234,10 +234,10 @@ class _Step:
             q,
             cache_k,
             cache_v,
-            self.places.row_positions,
-            self.places.bounds,
+            self.tokens.row_positions,
+            self.tokens.bounds,
             layer,
-            self.places.slots,
+            self.tokens.slots,
             attention.ONE_QUERY,
             self.interpret,
         )
@@ -259,19 +259,19 @@ class _Step:
         self, x: steps.NormedRows, layer: jax.Array, state: _State
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """The attention kernel's queries, and the caches with this token's keys and values."""
-        w, places, at = self.weights, self.places, layer[0]
+        w, tokens, at = self.weights, self.tokens, layer[0]
         kv_heads, head_dim = state.cache_k.shape[3:]
         heads = w.q_proj.shape[0] // head_dim
         cut = lambda parts: steps.sum_parts(parts, self.rows).reshape(self.rows, -1, head_dim)
         qkv = cut(self.dense(x.operand, x.scale, w.qkv, 0, layer))
-        q = steps.turn(qkv[:, :heads], w.q_norm[at], places.rope, self.eps)
-        k = steps.turn(qkv[:, heads : heads + kv_heads], w.k_norm[at], places.rope, self.eps)
+        q = steps.rotate(qkv[:, :heads], w.q_norm[at], tokens.rope, self.eps)
+        k = steps.rotate(qkv[:, heads : heads + kv_heads], w.k_norm[at], tokens.rope, self.eps)
         values = {0: qkv[:, heads + kv_heads :]} if 0 in w.v_which else {}
         for number, option in enumerate(w.other_v, 1):
             values[number] = cut(self.dense(x.operand, x.scale, w.v_proj, option, layer))
         which = self.table[self.v_at + at] - min(values)
         v = steps.pick([values[number] for number in sorted(values)], which)
-        write = partial(steps.write, layer=at, slots=places.slots, positions=places.positions)
+        write = partial(steps.write, layer=at, slots=tokens.slots, positions=tokens.positions)
         rows, dtype = attention.ONE_QUERY.tile, state.cache_k.dtype
         q = steps.query_operand(q, kv_heads, rows, dtype)
         return q, write(state.cache_k, k), write(state.cache_v, v)
@@ -320,7 +320,7 @@ class _Step:
                 routes.factors.reshape(-1),
                 used,
                 (_matrices(down, option),),
-                places=routes.places.reshape(-1),
+                destinations=routes.destinations.reshape(-1),
                 out_rows=self.rows * choices,
                 of_layer=self.of_layer(layer, (down,), option),
             )

@@ -37,13 +37,13 @@ class Routes(NamedTuple):
     Attributes:
       expert_ids: int32 [R, X], most probable first, the lower id first among equals.
       used: the experts in use.
-      places: int32 [E, tile], the (row, choice) pair row * X + choice of each expert and row, or -1.
+      destinations: int32 [E, tile], the (row, choice) pair row * X + choice of each expert and row, or -1.
       factors: float32 [E, tile], what the down product of the pair is multiplied by.
     """
 
     expert_ids: jax.Array
     used: UsedExperts
-    places: jax.Array
+    destinations: jax.Array
     factors: jax.Array
 
 
@@ -71,9 +71,9 @@ def norm(x: jax.Array, weight: jax.Array, eps: float, tile: int) -> NormedRows:
     return NormedRows(normed, *float16_operand(normed, tile))
 
 
-def turn(x: jax.Array, weight: jax.Array, places: tuple[jax.Array, jax.Array], eps: float) -> jax.Array:
-    """Heads [R, N, H] normed and turned by rope's cos and sin [R, H / 2]."""
-    cos, sin = (table[:, None] for table in places)
+def rotate(x: jax.Array, weight: jax.Array, cos_sin: tuple[jax.Array, jax.Array], eps: float) -> jax.Array:
+    """Heads [R, N, H] normed and rotated by rope's cos and sin [R, H / 2]."""
+    cos, sin = (table[:, None] for table in cos_sin)
     return rope(rms_norm(x, weight, eps)[:, None], cos, sin)[:, 0]
 
 
@@ -103,5 +103,5 @@ def choose(logits: jax.Array, choices: int, tile: int) -> Routes:
     A row whose logits are not finite gets weights that are NaN.
     """
     _, ids, weights = choose_experts(logits, choices, None)
-    places, factors = expert_factors(ids, weights, logits.shape[1], tile)
-    return Routes(ids, used_experts(ids, logits.shape[1]), places, factors)
+    destinations, factors = expert_factors(ids, weights, logits.shape[1], tile)
+    return Routes(ids, used_experts(ids, logits.shape[1]), destinations, factors)

@@ -8,7 +8,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from qwen3_moe_jax.convert.ggml_types import SUPERBLOCK
-from qwen3_moe_jax.kernels_pallas.decode_step.config import CHUNK, WARPGROUPS, Quantized
+from qwen3_moe_jax.kernels_pallas.decode_step.config import PIECE, WARPGROUPS, Quantized
 from qwen3_moe_jax.kernels_pallas.decode_step.grid import Grid, Phases, fori
 from qwen3_moe_jax.kernels_pallas.decode_step.primitives.layouts import SUBBLOCKS, TILE_LANES, load
 from qwen3_moe_jax.kernels_pallas.decode_step.tile_formats import LaneActivations
@@ -38,50 +38,50 @@ def state_view(grid: Grid) -> Any:
 
 
 class Activations(Phases):
-    """Residual stream, norms and quantized activations. A chunk is 1,024 values, of layout ``SUBBLOCKS``."""
+    """Residual stream, norms and quantized activations. A piece is 1,024 values, of layout ``SUBBLOCKS``."""
 
     # The residual stream and its norm
 
-    def residual(self, b: Array, chunk: Array, parts: int) -> Array:
+    def residual(self, b: Array, piece: Array, parts: int) -> Array:
         """float32 [32, 2, 4, 4]: 1,024 values of the residual stream, ``parts`` parts added to it."""
         total = None
         for part in range(1 + parts):
-            ref = self.inputs.state_gmem.at[part, b, pl.ds(chunk * 32, 32)]
+            ref = self.inputs.state_gmem.at[part, b, pl.ds(piece * 32, 32)]
             value = load(ref, SUBBLOCKS)
             total = value if total is None else total + value
         return total
 
     @property
-    def own_chunks(self) -> list:
-        """Chunks of 1,024 columns that this warpgroup norms."""
-        return [i + self.g.wg for i in range(0, self.c.hidden_size // CHUNK, WARPGROUPS)]
+    def own_pieces(self) -> list:
+        """Pieces of 1,024 columns that this warpgroup norms."""
+        return [i + self.g.wg for i in range(0, self.c.hidden_size // PIECE, WARPGROUPS)]
 
     def own_columns(self, ref: Any) -> list:
-        """This warpgroup's chunks of a norm's or router's weights; load them before waiting."""
-        refs = [ref.at[pl.ds(i * 32, 32)] for i in self.own_chunks]
+        """This warpgroup's pieces of a norm's or router's weights; load them before waiting."""
+        refs = [ref.at[pl.ds(i * 32, 32)] for i in self.own_pieces]
         return [load(ref, SUBBLOCKS) for ref in refs]
 
     def normed(self, b: Array, norms: list, parts: int) -> list:
-        """This warpgroup's chunks of sequence b's normed residual stream."""
-        chunks = [self.residual(b, i, parts) for i in self.own_chunks]
-        (total,) = self.g.totals([sum(v * v for v in chunks)], SUBBLOCKS, "add", "norm", 0)
+        """This warpgroup's pieces of sequence b's normed residual stream."""
+        pieces = [self.residual(b, i, parts) for i in self.own_pieces]
+        (total,) = self.g.totals([sum(v * v for v in pieces)], SUBBLOCKS, "add", "norm", 0)
         self.shared.squares_smem[self.g.wg, b] = total
         self.g.sync_block()
-        return self.scaled(b, chunks, norms)
+        return self.scaled(b, pieces, norms)
 
     def norm_scale(self, read: Any) -> Array:
         """A norm's scale; ``read`` reads a warpgroup's sums of squares of the sequences that are meant."""
         first, second = (read(self.shared.squares_smem.at[i]) for i in range(WARPGROUPS))
         return lax.rsqrt((first + second) / self.c.hidden_size + self.c.rms_norm_eps)
 
-    def scaled(self, b: Array, chunks: list, norms: list) -> list:
-        """This warpgroup's chunks of sequence b, normed; both warpgroups' squares are there."""
+    def scaled(self, b: Array, pieces: list, norms: list) -> list:
+        """This warpgroup's pieces of sequence b, normed; both warpgroups' squares are there."""
         scale = self.norm_scale(lambda squares: squares[b])
-        return [v * scale * w for v, w in zip(chunks, norms, strict=True)]
+        return [v * scale * w for v, w in zip(pieces, norms, strict=True)]
 
     # Quantization
 
-    def quantize(self, b: Array, chunk: Array, x: Array, into: Quantized) -> None:
+    def quantize(self, b: Array, piece: Array, x: Array, into: Quantized) -> None:
         """Quantizes 1,024 values of sequence b in two int8 parts, one scale for 32."""
         largest = jnp.max(jnp.max(jnp.max(jnp.abs(x), axis=3), axis=2), axis=1)
         inverse = inverse_scale(largest)
@@ -91,13 +91,13 @@ class Activations(Phases):
         to = into.of(b)
         for part, value in enumerate((high, low)):
             packed = jnp.sum((value & 0xFF) << shift, axis=3)
-            self.prim.store_subblocks(to.words.at[part], chunk, packed)
-        self.prim.store_subblocks(to.scale, chunk, largest * (1.0 / QUANT_MAX))
-        self.prim.store_subblocks(to.sums, chunk, jnp.sum(jnp.sum(q, axis=3), axis=2))
+            self.prim.store_subblocks(to.words.at[part], piece, packed)
+        self.prim.store_subblocks(to.scale, piece, largest * (1.0 / QUANT_MAX))
+        self.prim.store_subblocks(to.sums, piece, jnp.sum(jnp.sum(q, axis=3), axis=2))
 
-    def quantize_chunks(self, b: Array, chunks: list, into: Quantized) -> None:
-        """Quantizes this warpgroup's chunks of sequence b."""
-        for i, x in zip(self.own_chunks, chunks, strict=True):
+    def quantize_pieces(self, b: Array, pieces: list, into: Quantized) -> None:
+        """Quantizes this warpgroup's pieces of sequence b."""
+        for i, x in zip(self.own_pieces, pieces, strict=True):
             self.quantize(b, i, x, into)
 
     def quantize_lanes(
@@ -127,7 +127,7 @@ class Activations(Phases):
         def one(b):
             norms = self.own_columns(norm_ref)
             self.g.wait(count)
-            self.quantize_chunks(b, self.normed(b, norms, self.c.down_parts), self.outputs.hidden_gmem)
+            self.quantize_pieces(b, self.normed(b, norms, self.c.down_parts), self.outputs.hidden_gmem)
             self.g.signal()
 
         self.g.for_own(0, self.c.batch, one)
@@ -193,11 +193,11 @@ class Activations(Phases):
         else:
             norms = self.own_columns(norm_ref)
             self.g.wait(count)
-            self.quantize_chunks(0, self.normed(0, norms, c.down_parts), self.shared.x_smem)
+            self.quantize_pieces(0, self.normed(0, norms, c.down_parts), self.shared.x_smem)
             self.g.sync_warpgroup()
 
-    def attended(self, b: Array, chunk: Array) -> Array:
+    def attended(self, b: Array, piece: Array) -> Array:
         """float32 [32, 2, 4, 4]: 1,024 values of attention's output."""
         shape = (self.c.batch, self.c.attention_width // 32, 2, 4, 4)
         view = self.prim.View(self.outputs.attention_gmem, shape, leading=1)
-        return view.load((b, pl.ds(chunk * 32, 32)), SUBBLOCKS)
+        return view.load((b, pl.ds(piece * 32, 32)), SUBBLOCKS)

@@ -17,7 +17,7 @@ from qwen3_moe_jax.convert.ggml_types import GGMLType
 from qwen3_moe_jax.convert.packed import GPU_TILES
 from qwen3_moe_jax.kernels_pallas import implementations
 from qwen3_moe_jax.kernels_pallas.attention.api import CACHE_TILE
-from qwen3_moe_jax.kernels_pallas.decode_step import config as step
+from qwen3_moe_jax.kernels_pallas.decode_step import config as kernel_config
 from qwen3_moe_jax.kernels_pallas.decode_step import kernel
 from qwen3_moe_jax.kernels_pallas.decode_step.tile_formats import TILE_FORMATS
 from qwen3_moe_jax.kernels_pallas.decode_step.weights import ROUTER, StepWeights
@@ -128,7 +128,7 @@ def check_device(device: Any) -> None:
 
 def check_supported(config: Any, types: dict[str, tuple[GGMLType, ...]], batch: int) -> None:
     """Raises NotImplementedError naming the first value that the kernel does not support."""
-    columns = step.STEP
+    columns = kernel_config.SPAN
     width = config.num_attention_heads * config.head_dim
     group = config.num_attention_heads // config.num_key_value_heads
     _require(1 <= batch <= MAX_BATCH, "batch", batch, f"it must be 1 to {MAX_BATCH}")
@@ -163,16 +163,16 @@ def kernel_batch(config: Any, device: Device) -> int:
       NotImplementedError: not even one sequence fits.
     """
     for batch in range(KERNEL_BATCH, 1, -1):
-        budget = step.shared_memory_budget(shape_config(config, batch, device))
+        budget = kernel_config.shared_memory_budget(shape_config(config, batch, device))
         if sum(budget.values()) <= device.shared_memory:
             return batch
-    step.check_shared_memory(shape_config(config, 1, device), device.shared_memory)
+    kernel_config.check_shared_memory(shape_config(config, 1, device), device.shared_memory)
     return 1
 
 
 def _splits(blocks: int, kv_heads: int) -> int:
     """Parts that give every warpgroup of the grid one where a single sequence is decoded."""
-    return max(1, min(step.WARPGROUPS * blocks // kv_heads, step.MAX_SPLITS))
+    return max(1, min(kernel_config.WARPGROUPS * blocks // kv_heads, kernel_config.MAX_SPLITS))
 
 
 def check(
@@ -199,7 +199,7 @@ def check(
 
 def step_config(
     weights: StepWeights, config: Any, batch: int, cache: jax.Array, device: Device, *, replay: bool = False
-) -> step.StepConfig:
+) -> kernel_config.StepConfig:
     """The kernel's static configuration for these weights and shapes; ``cache`` is that of the keys."""
     types = weights.types
     check_supported(config, types, batch)
@@ -219,10 +219,10 @@ def step_config(
     )
 
 
-def shape_config(config: Any, batch: int, device: Device) -> step.StepConfig:
+def shape_config(config: Any, batch: int, device: Device) -> kernel_config.StepConfig:
     """The static configuration of a Q4_K_M file with a float16 cache; memory depends on the model alone."""
     q4, q6 = GGMLType.Q4_K, GGMLType.Q6_K
-    return step.StepConfig(
+    return kernel_config.StepConfig(
         batch=batch,
         **{name: getattr(config, name) for name in MODEL_FIELDS},
         cache_length=CACHE_TILE,
@@ -302,7 +302,7 @@ def decode_step(
 
 
 def _operands(
-    c: step.StepConfig,
+    c: kernel_config.StepConfig,
     params: Mapping[str, Any],
     weights: StepWeights,
     x,
@@ -310,7 +310,7 @@ def _operands(
     wanted,
     rope,
     expert_ids,
-) -> step.Operands:
+) -> kernel_config.Operands:
     """The kernel's operands but for the cache."""
     layers: LayerTable = params["layers"]
     norm = lambda name: layers[name].options[0]
@@ -318,14 +318,14 @@ def _operands(
     if router.dtype == jnp.uint16:  # bfloat16's bits
         router = lax.bitcast_convert_type(router, jnp.bfloat16)
     router = router.reshape(c.num_hidden_layers, c.num_experts, c.hidden_size)
-    shape = step.state_shape(c)
+    shape = kernel_config.state_shape(c)
     state = jnp.zeros(shape, jnp.float32)
     state = lax.dynamic_update_slice(state, x.reshape(1, c.batch, -1, *shape[3:]), (0,) * len(shape))
     table = jnp.asarray(weights.table.reshape(-1))
     scalars = jnp.concatenate([table, positions.astype(jnp.int32), wanted])
-    scalars = jnp.pad(scalars, (0, step.scalar_count(c) - scalars.size))
+    scalars = jnp.pad(scalars, (0, kernel_config.scalar_count(c) - scalars.size))
     split = lambda a: a.reshape(*a.shape[:-1], -1, 2, 4, 4)
-    return step.Operands(
+    return kernel_config.Operands(
         scalars_gmem=scalars,
         rope_gmem=rope,
         replay_ids_gmem=expert_ids.astype(jnp.int32),

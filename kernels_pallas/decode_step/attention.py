@@ -11,7 +11,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from qwen3_moe_jax.kernels_pallas.decode_step.activations import Activations
-from qwen3_moe_jax.kernels_pallas.decode_step.config import CHUNK, MAX_SPLITS, WARPGROUPS, ceil_div
+from qwen3_moe_jax.kernels_pallas.decode_step.config import MAX_SPLITS, PIECE, WARPGROUPS, ceil_div
 from qwen3_moe_jax.kernels_pallas.decode_step.grid import Grid, Phases, fori
 from qwen3_moe_jax.kernels_pallas.decode_step.primitives.layouts import HEAD_HALVES, LOG2E, full, lanes, load
 
@@ -346,13 +346,13 @@ class _Item:
     def quantize(self) -> None:
         """Quantizes this KV head's outputs for all blocks."""
         x, b, heads = self.a.x, self.i.b, self.c.group_heads
-        chunks, rest = divmod(heads * self.c.head_dim, CHUNK)
+        pieces, rest = divmod(heads * self.c.head_dim, PIECE)
         if rest:
             fori(heads, lambda n: self.quantize_head(self.i.head * heads + n))
             return
-        for n in range(chunks):
-            chunk = self.i.head * chunks + n
-            x.quantize(b, chunk, x.attended(b, chunk), self.a.outputs.attended_gmem)
+        for n in range(pieces):
+            piece = self.i.head * pieces + n
+            x.quantize(b, piece, x.attended(b, piece), self.a.outputs.attended_gmem)
 
     def quantize_head(self, head: Array) -> None:
         """Quantizes one query head's output, one value per lane."""

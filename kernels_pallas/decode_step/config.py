@@ -18,9 +18,10 @@ from qwen3_moe_jax.kernels_pallas.decode_step.primitives.names import Primitives
 from qwen3_moe_jax.kernels_pallas.decode_step.weights import column_names
 
 WARPGROUPS = 2
-CHUNK = 1024
-"""Activations that one warpgroup quantizes at a time: four superblocks."""
-STEP = WARPGROUPS * CHUNK
+PIECE = 1024
+"""Columns that one warpgroup multiplies or quantizes at a time: four superblocks."""
+SPAN = WARPGROUPS * PIECE
+"""Columns that a block multiplies at a time."""
 STORE_GROUP = 16
 """Tiles of 8 rows in one store of results: one row per lane."""
 MAX_NORMED = 4
@@ -42,9 +43,9 @@ def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def divisor(n: int, most: int) -> int:
-    """The largest divisor of n that is at most ``most``."""
-    return next(d for d in range(min(n, most), 0, -1) if n % d == 0)
+def divisor(n: int, limit: int) -> int:
+    """The largest divisor of n that is at most ``limit``."""
+    return next(d for d in range(min(n, limit), 0, -1) if n % d == 0)
 
 
 @dataclass(frozen=True)
@@ -170,24 +171,24 @@ def state_shape(c: StepConfig) -> tuple[int, ...]:
     return (1 + c.down_parts, c.batch, c.row_stride(c.hidden_size) // 32, 2, 4, 4)
 
 
-class ExpertSlots(NamedTuple):
-    """Tiles of gate and up per block: ``padded`` in all, ``used`` per chunk, ``chunks``."""
+class ExpertTiles(NamedTuple):
+    """Tiles of gate and up per block: ``padded`` in all, ``used`` per store group, ``store_groups``."""
 
     padded: int
     used: int
-    chunks: int
+    store_groups: int
 
 
-def expert_slots(c: StepConfig) -> ExpertSlots:
-    """Slots of the gate and up projections.
+def expert_tiles(c: StepConfig) -> ExpertTiles:
+    """Tiles of the gate and up projections that one block takes.
 
-    Where activations are shared, four neighbouring slots are a subblock of one expert's SwiGLU.
+    Where activations are shared, four neighbouring ones are a subblock of one expert's SwiGLU.
     """
     each = TILES_PER_SUBBLOCK if c.shares else 1
-    slots = ceil_div(c.pairs * c.moe_intermediate_size // 8, c.blocks * each) * each
-    chunks = ceil_div(slots, STORE_GROUP)
-    used = ceil_div(ceil_div(slots, chunks), each) * each
-    return ExpertSlots(chunks * used + STORE_GROUP, used, chunks)
+    tiles = ceil_div(c.pairs * c.moe_intermediate_size // 8, c.blocks * each) * each
+    groups = ceil_div(tiles, STORE_GROUP)
+    used = ceil_div(ceil_div(tiles, groups), each) * each
+    return ExpertTiles(groups * used + STORE_GROUP, used, groups)
 
 
 class Quantized(NamedTuple):
@@ -259,7 +260,7 @@ class Outputs(NamedTuple):
       part_gmem: float32 [B, K, splits, heads per KV head, head_dim], of splits.
       part_stats_gmem: float32 [B, K, 2, 64, MAX_SPLITS], the largest score and the sum of a split.
       router_logits_gmem: float32 [warpgroups, B, E], both padded, without the norm's scale.
-      swiglu_gmem: float32 [slots, blocks, 8] of one sequence, else None.
+      swiglu_gmem: float32 [tiles, blocks, 8] of one sequence, else None.
       hidden_gmem, attended_gmem, swiglu_quantized_gmem: of batches, what one block quantizes for all:
         after a norm, after attention, after SwiGLU; else None.
     """
@@ -293,7 +294,7 @@ def output_types(c: StepConfig) -> Outputs:
         router_logits_gmem=f32(WARPGROUPS, c.padded_batch, c.padded_experts),
     )
     if not c.shares:
-        return out._replace(swiglu_gmem=f32(expert_slots(c).padded, c.blocks, 8))
+        return out._replace(swiglu_gmem=f32(expert_tiles(c).padded, c.blocks, 8))
     quantized = lambda width: quantized_types(c.batch, width // SUPERBLOCK)
     return out._replace(
         hidden_gmem=quantized(c.hidden_size),
@@ -344,13 +345,13 @@ class Scratch(NamedTuple):
 
 def _superblocks(c: StepConfig) -> int:
     """Superblocks of the longest activations that a block multiplies."""
-    down = ceil_div(c.num_experts_per_tok // c.down_parts * c.moe_intermediate_size, CHUNK) * CHUNK
+    down = ceil_div(c.num_experts_per_tok // c.down_parts * c.moe_intermediate_size, PIECE) * PIECE
     return max(c.hidden_size, c.attention_width, down) // SUPERBLOCK
 
 
 def scratch_types(c: StepConfig) -> Scratch:
     """The types of :class:`Scratch`."""
-    parts = max(8 * max(c.hidden_size, c.attention_width) // STEP, 4 * c.moe_intermediate_size // SUPERBLOCK)
+    parts = max(8 * max(c.hidden_size, c.attention_width) // SPAN, 4 * c.moe_intermediate_size // SUPERBLOCK)
     shared = plgpu.SMEM
     x = quantized_types(c.batch, _superblocks(c))
     tables = (c.padded_batch, c.num_experts_per_tok)

@@ -11,14 +11,14 @@ from jax.experimental import pallas as pl
 from qwen3_moe_jax.convert.ggml_types import SUPERBLOCK
 from qwen3_moe_jax.kernels_pallas.decode_step.activations import Activations
 from qwen3_moe_jax.kernels_pallas.decode_step.config import (
-    CHUNK,
-    STEP,
+    PIECE,
+    SPAN,
     STORE_GROUP,
     TILES_PER_SUBBLOCK,
     WARPGROUPS,
     ceil_div,
     divisor,
-    expert_slots,
+    expert_tiles,
 )
 from qwen3_moe_jax.kernels_pallas.decode_step.grid import Grid, carried, fori, one_type, stream
 from qwen3_moe_jax.kernels_pallas.decode_step.primitives.layouts import (
@@ -79,7 +79,10 @@ class Experts(Products):
 
 
 class _GateUp:
-    """gate + up of one type. Blocks take slots: tiles of pairs, in batches in groups of four tiles."""
+    """gate + up of one type. Blocks take tiles of pairs, in batches in groups of four.
+
+    ``nth`` counts a block's own tiles.
+    """
 
     def __init__(self, experts: Experts, layer: Array, type_index: int):
         self.p, self.c = experts, experts.c
@@ -89,13 +92,13 @@ class _GateUp:
         self.offset = experts.g.table(layer, "gate_up_offset")
         self.per_expert = c.moe_intermediate_size // 8
         self.subblocks = c.moe_intermediate_size // 32
-        _, self.used, self.chunks = expert_slots(c)
-        self.steps = c.hidden_size // STEP
-        self.own = experts.own_activations(self.steps)
-        self.depth = divisor(self.used, 4 if c.shares else 3) if self.steps == 1 else 1
+        _, self.used, self.store_groups = expert_tiles(c)
+        self.spans = c.hidden_size // SPAN
+        self.own = experts.own_activations(self.spans)
+        self.depth = divisor(self.used, 4 if c.shares else 3) if self.spans == 1 else 1
         self.together = 2 if self.depth == 4 else 1  # neighbouring tiles of an expert share their activations
-        # Chunks whose sums are there at once: both warpgroups take their share of them behind one barrier.
-        self.room = divisor(self.chunks, experts.sums_smem.shape[0] // 2)
+        # Store groups whose sums are there at once: behind one barrier both warpgroups take their share.
+        self.room = divisor(self.store_groups, experts.sums_smem.shape[0] // 2)
 
     def group_at(self, group: Array) -> tuple:
         """(sequence, which of its experts, subblock of its width) of a block's groups of four tiles."""
@@ -104,35 +107,35 @@ class _GateUp:
         pair, subblock = self.p.shared.pair_order_smem[group // self.subblocks], group % self.subblocks
         return pair // c.num_experts_per_tok, pair % c.num_experts_per_tok, subblock
 
-    def item_at(self, slot: Array) -> tuple:
+    def item_at(self, nth: Array) -> tuple:
         """(sequence, which of its experts, tile)."""
         c = self.c
         if c.shares:
-            b, k, subblock = self.group_at(slot // TILES_PER_SUBBLOCK)
-            return b, k, subblock * TILES_PER_SUBBLOCK + slot % TILES_PER_SUBBLOCK
-        item = jnp.minimum(slot * c.blocks + self.p.g.block, c.pairs * self.per_expert - 1)
+            b, k, subblock = self.group_at(nth // TILES_PER_SUBBLOCK)
+            return b, k, subblock * TILES_PER_SUBBLOCK + nth % TILES_PER_SUBBLOCK
+        item = jnp.minimum(nth * c.blocks + self.p.g.block, c.pairs * self.per_expert - 1)
         return 0, item // self.per_expert, item % self.per_expert
 
-    def load(self, slot: Array) -> list:
-        """Tiles of gate and up, for each step."""
-        b, k, tile = self.item_at(slot)
+    def load(self, nth: Array) -> list:
+        """Tiles of gate and up, for each span."""
+        b, k, tile = self.item_at(nth)
         tile = self.offset + self.p.shared.ids_smem[b, k] * self.per_expert + tile
         return [
-            [self.fmt.load(s, (tile, self.p.mine(step))) for s in self.stacks] for step in range(self.steps)
+            [self.fmt.load(s, (tile, self.p.mine(span))) for s in self.stacks] for span in range(self.spans)
         ]
 
-    def multiply(self, slot: Array, at: Array, tiles: Any, first_sums: Array) -> None:
-        """Sums of gate and of up into slot ``at`` of two neighbouring arrays of sums."""
-        b, _, _ = self.item_at(slot)
-        for step in range(self.steps):
-            here = self.own or self.p.x.lanes(b, step * 8 + self.p.g.wg * 4)
+    def multiply(self, nth: Array, at: Array, tiles: Any, first_sums: Array) -> None:
+        """Sums of gate and of up into entry ``at`` of two neighbouring arrays of sums."""
+        b, _, _ = self.item_at(nth)
+        for span in range(self.spans):
+            here = self.own or self.p.x.lanes(b, span * 8 + self.p.g.wg * 4)
             for i, pair in enumerate(tiles):
-                for which, value in enumerate(self.fmt.multiply(pair[step], here)):
-                    self.p.store_sums(first_sums + which, at + i, step, value)
+                for which, value in enumerate(self.fmt.multiply(pair[span], here)):
+                    self.p.store_sums(first_sums + which, at + i, span, value)
 
     def finish(self, i: Array, first_sums: Array) -> None:
-        """SwiGLU of chunk i's tiles."""
-        gate, up = (self.p.result_rows(first_sums + which, self.steps) for which in range(2))
+        """SwiGLU of the i-th store group's tiles."""
+        gate, up = (self.p.result_rows(first_sums + which, self.spans) for which in range(2))
         value = gate / (1.0 + jnp.exp2(gate * -LOG2E)) * up
         if not self.c.shares:
             self.p.outputs.swiglu_gmem[pl.ds(i * self.used, STORE_GROUP), self.p.g.block] = value
@@ -146,7 +149,7 @@ class _GateUp:
         to = self.p.outputs.swiglu_quantized_gmem
         self.p.x.quantize_lanes(value, OUTPUT_ROWS, to, subblock_of, groups)
 
-    def chunk(self, i: Array, first_sums: Array, ahead: Any) -> Any:
+    def store_group(self, i: Array, first_sums: Array, ahead: Any) -> Any:
         """The products of one store group."""
         first = i * self.used
         return stream(
@@ -157,10 +160,10 @@ class _GateUp:
             together=self.together,
         )
 
-    def round_of_chunks(self, n: Array, ahead: Any) -> Any:
-        """As many chunks as there is room for sums."""
+    def round_of_groups(self, n: Array, ahead: Any) -> Any:
+        """As many store groups as there is room for sums."""
         start, room, g = n * self.room, self.room, self.p.g
-        ahead = carried(room, lambda j, ahead: self.chunk(start + j, 2 * j, ahead), ahead)
+        ahead = carried(room, lambda j, ahead: self.store_group(start + j, 2 * j, ahead), ahead)
         g.sync_block()
 
         def own(i):
@@ -168,14 +171,14 @@ class _GateUp:
             pl.when(j < room)(lambda: self.finish(start + j, 2 * j))
 
         fori(ceil_div(room, WARPGROUPS), own)
-        if self.chunks > room:
+        if self.store_groups > room:
             g.sync_block()
         return ahead
 
     def run(self) -> None:
-        """All of this block's slots, and the signal."""
-        ahead = tuple(self.load(slot) for slot in range(self.depth))
-        carried(self.chunks // self.room, self.round_of_chunks, ahead)
+        """All of this block's tiles, and the signal."""
+        ahead = tuple(self.load(nth) for nth in range(self.depth))
+        carried(self.store_groups // self.room, self.round_of_groups, ahead)
         self.p.g.signal(by_first=self.room == 1)
 
 
@@ -212,7 +215,7 @@ class _Down:
         few = self.items <= 6
         self.depth = self.items if few else divisor(self.items, 4 if self.wide == 1 else 3)
 
-    def place(self, i: Array) -> Where:
+    def where(self, i: Array) -> Where:
         """Where this block is in its i-th round."""
         item = i * self.c.blocks + self.p.g.block
         tile = item // (self.c.down_parts * self.wide)
@@ -231,18 +234,18 @@ class _Down:
 
     def load(self, item: tuple, where: Where) -> list:
         """Four tiles of one superblock, for each of ``wide`` tiles of 32 rows."""
-        step, s = item
-        step = jnp.minimum(step, self.sequences * self.mine - 1)
-        k = where.part * self.per_part + self.p.g.wg * self.mine + step % self.mine
-        expert = self.p.shared.ids_smem[self.sequence(step // self.mine, where.share), k]
+        pair, s = item
+        pair = jnp.minimum(pair, self.sequences * self.mine - 1)
+        k = where.part * self.per_part + self.p.g.wg * self.mine + pair % self.mine
+        expert = self.p.shared.ids_smem[self.sequence(pair // self.mine, where.share), k]
         first = self.offset + expert * (self.c.hidden_size // 8)
         starts = [first + (where.tile * self.wide + t) * 4 for t in range(self.wide)]
         return [self.fmt.load(self.stack, (pl.ds(start, 4), s)) for start in starts]
 
     def multiply(self, item: tuple, tiles: Any, where: Where) -> None:
         """Sums of lanes into shared memory."""
-        step, s = item
-        b, k = self.sequence(step // self.mine, where.share), self.p.g.wg * self.mine + step % self.mine
+        pair, s = item
+        b, k = self.sequence(pair // self.mine, where.share), self.p.g.wg * self.mine + pair % self.mine
         x = self.p.x.lanes(b, k * self.superblocks + s, shared=True)
         for t, value in enumerate(self.fmt.multiply(tiles[0], x)):
             self.p.sums_smem[b, t * self.per_part + k, pl.ds(s * 4, 4)] = sum_groups(value)
@@ -253,22 +256,22 @@ class _Down:
     def run(self, count: Array) -> None:
         """Waits, and does this block's rounds. One round's first weights are asked for before the wait."""
         early = self.rounds == 1
-        first = self.place(0)
+        first = self.where(0)
         nearest = Where(jnp.minimum(first.tile, self.tiles - 1), first.part, first.share)
         ahead = self.load_ahead(nearest) if early else None
         self.p.g.wait(count)
 
         def guarded(i):
-            @pl.when(self.place(i).tile < self.tiles)
+            @pl.when(self.where(i).tile < self.tiles)
             def _():
-                self.one_place(nearest if early else self.place(i), ahead)
+                self.one_round(nearest if early else self.where(i), ahead)
 
             if self.rounds > 1:
                 self.p.g.sync_block()
 
         fori(self.rounds, guarded)
 
-    def one_place(self, where: Where, ahead: tuple | None) -> None:
+    def one_round(self, where: Where, ahead: tuple | None) -> None:
         """One round of a block."""
         self.prepare(where)
         stream(
@@ -299,12 +302,12 @@ class _Down:
         swiglu, width, wg = self.p.outputs.swiglu_gmem, self.c.moe_intermediate_size, self.p.g.wg
         size = swiglu.shape[0] * swiglu.shape[1] * 8
         source = self.p.prim.View(swiglu, (size // 32, 2, 4, 4), leading=0)
-        chunks = ceil_div(self.per_part * width, CHUNK)
-        own = [n * WARPGROUPS + wg for n in range(ceil_div(chunks, WARPGROUPS))]
-        starts = [part * self.per_part * width // 32 + jnp.minimum(n, chunks - 1) * 32 for n in own]
+        pieces = ceil_div(self.per_part * width, PIECE)
+        own = [n * WARPGROUPS + wg for n in range(ceil_div(pieces, WARPGROUPS))]
+        starts = [part * self.per_part * width // 32 + jnp.minimum(n, pieces - 1) * 32 for n in own]
         loaded = [source.load((pl.ds(start, 32),), SUBBLOCKS) for start in starts]
         for n, x in zip(own, loaded, strict=True):
-            pl.when(n < chunks)(partial(self.p.x.quantize, 0, n, x, self.p.shared.x_smem))
+            pl.when(n < pieces)(partial(self.p.x.quantize, 0, n, x, self.p.shared.x_smem))
 
     def store(self, i: Array, where: Where) -> None:
         """The weighted sum over the part's experts of a sequence's rows."""

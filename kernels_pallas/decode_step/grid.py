@@ -75,7 +75,7 @@ def stream(
 
 
 class Grid:
-    """This warpgroup's place among the blocks, and the barriers.
+    """This warpgroup's position among the blocks, and the barriers.
 
     Attributes:
       c: the configuration; prim: its primitives.
@@ -144,7 +144,7 @@ class Grid:
     def totals(self, values: list, layout: Any, operation: str, site: str, turn: Array) -> list:
         """The sum or maximum ("add", "max") of each of at most ``2 * MAX_NORMED`` arrays, in every lane.
 
-        One barrier serves them all. ``site`` is the place that asks, ``turn`` how often it did.
+        One barrier serves them all. ``site`` is the caller, ``turn`` how often it did.
         """
         scratch = self.shared.reduce_smem.at[self.wg, REDUCE_SITES.index(site), turn % 2]
         return self.prim.warpgroup_reduce(values, layout, operation, scratch)

@@ -9,7 +9,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from qwen3_moe_jax.kernels_pallas.decode_step.activations import Activations
-from qwen3_moe_jax.kernels_pallas.decode_step.config import CHUNK, MAX_NORMED, WARPGROUPS, ceil_div
+from qwen3_moe_jax.kernels_pallas.decode_step.config import MAX_NORMED, PIECE, WARPGROUPS, ceil_div
 from qwen3_moe_jax.kernels_pallas.decode_step.grid import Grid, Phases, fori
 from qwen3_moe_jax.kernels_pallas.decode_step.primitives.layouts import EXPERTS, LOG2E, SUBBLOCKS, load
 
@@ -36,10 +36,10 @@ class Router(Phases):
         c = self.c
         phase = _RouterRows(self, layer)
         self.g.wait(count)
-        self.g.for_groups(MAX_NORMED if c.hidden_size // CHUNK <= 4 else 1, phase.group)
+        self.g.for_groups(MAX_NORMED if c.hidden_size // PIECE <= 4 else 1, phase.group)
         self.g.signal()
-        for b, chunks in phase.kept:  # no other block waits for this
-            self.x.quantize_chunks(b, self.x.scaled(b, chunks, phase.norms), self.shared.x_smem)
+        for b, pieces in phase.kept:  # no other block waits for this
+            self.x.quantize_pieces(b, self.x.scaled(b, pieces, phase.norms), self.shared.x_smem)
 
     def choose(self, layer: Array) -> None:
         """Top-k experts and their weights for every sequence, and the order of pairs, into shared memory.
@@ -99,7 +99,7 @@ class Router(Phases):
 
 
 class _RouterRows:
-    """This block's rows of the router. ``kept``: the one sequence's chunks, where nobody else needs them."""
+    """This block's rows of the router. ``kept``: the one sequence's pieces, where nobody else needs them."""
 
     def __init__(self, router: Router, layer: Array):
         self.p, self.c, self.x, self.layer = router, router.c, router.x, layer
@@ -112,7 +112,7 @@ class _RouterRows:
         return jnp.minimum(i * self.c.blocks + self.p.g.block, self.c.num_experts - 1)
 
     def row(self, i: Array) -> list:
-        """The router's row of this block's i-th expert times the norm's weights, this warpgroup's chunks."""
+        """The router's row of this block's i-th expert times the norm's weights, this warpgroup's pieces."""
         row = self.x.own_columns(self.p.inputs.router_gmem.at[self.layer, self.expert(i)])
         row = [r.astype(jnp.float32) for r in row]
         return [w * r for w, r in zip(self.norms, row, strict=True)]
@@ -120,9 +120,9 @@ class _RouterRows:
     def group(self, number: Array, first: Array, size: int) -> None:
         """The logits of ``size`` sequences from ``first`` on; their owners quantize the activations."""
         sequences = [first + i for i in range(size)]
-        x = [[self.x.residual(b, i, 0) for i in self.x.own_chunks] for b in sequences]
+        x = [[self.x.residual(b, i, 0) for i in self.x.own_pieces] for b in sequences]
         turn = number * self.rounds
-        squares = [sum(v * v for v in chunks) for chunks in x]
+        squares = [sum(v * v for v in pieces) for pieces in x]
         found = self.sums(turn, [*squares, *self.products(0, x)])
         for b, total in zip(sequences, found[:size], strict=True):
             self.p.shared.squares_smem[self.p.g.wg, b] = total
@@ -140,7 +140,7 @@ class _RouterRows:
 
     def products(self, i: Array, x: list) -> list:
         own_row = self.rows[i] if self.rows else self.row(i)
-        return [sum(v * r for v, r in zip(chunks, own_row, strict=True)) for chunks in x]
+        return [sum(v * r for v, r in zip(pieces, own_row, strict=True)) for pieces in x]
 
     def sums(self, turn: Array, values: list) -> list:
         return self.p.g.totals(values, SUBBLOCKS, "add", "router", turn)
@@ -151,8 +151,8 @@ class _RouterRows:
 
     def quantize(self, b: Array, sequences: list, x: list) -> None:
         """Sequence b's normed activations for all blocks."""
-        chunks = x[0]
+        pieces = x[0]
         for other, theirs in zip(sequences[1:], x[1:], strict=True):
-            chunks = [jnp.where(b == other, new, old) for new, old in zip(theirs, chunks, strict=True)]
+            pieces = [jnp.where(b == other, new, old) for new, old in zip(theirs, pieces, strict=True)]
         self.p.g.sync_block()  # both warpgroups' squares are there
-        self.x.quantize_chunks(b, self.x.scaled(b, chunks, self.norms), self.p.outputs.hidden_gmem)
+        self.x.quantize_pieces(b, self.x.scaled(b, pieces, self.norms), self.p.outputs.hidden_gmem)

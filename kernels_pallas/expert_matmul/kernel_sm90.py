@@ -60,4 +60,4 @@ def _multiply(
     out = product.multiply(
         operand[source], scale[source], order.tiles, (w,), config=config, interpret=interpret
     )
-    return out[order.place]
+    return out[order.destination]

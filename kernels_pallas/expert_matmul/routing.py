@@ -2,7 +2,7 @@
 
 Two forms, chosen by the static number of rows:
 
-- :func:`for_each_row` (decode): one step a (token, expert) pair, reading that expert's packed rows.
+- :func:`for_each_row` (decode): one iteration per (token, expert) pair, reading that expert's packed rows.
 - :func:`for_each_expert` (prefill): rows sorted by expert on the device, a loop over experts
   that have rows, each dequantized once and applied to padded tiles of its rows.
 
@@ -47,8 +47,8 @@ def multiplies_packed(stacks: Sequence[Matrices], num_rows: int) -> bool:
 
 def matvec(rows: jax.Array, w: Matrices, ids: jax.Array) -> jax.Array:
     """Every row [R, K] times the matrix of its expert, in packed form."""
-    stack, place = w.one_a_row()
-    return lanes.matvec(rows, stack, ids + place)
+    stack, offset = w.one_a_row()
+    return lanes.matvec(rows, stack, ids + offset)
 
 
 def over_rows(
@@ -93,18 +93,18 @@ def for_each_row(
     f: TileFunction,
     compute_dtype: np.dtype,
 ) -> list[jax.Array]:
-    """One step per row: reads the packed matrices of that row's expert. Arguments as :func:`over_rows`."""
+    """Row by row: reads the packed matrices of that row's expert. Arguments as :func:`over_rows`."""
     count = ids.shape[0]
 
     def matrices(e: jax.Array) -> list[DenseMatrix]:
         return [dense(w.matrix(e), compute_dtype) for w in stacks]
 
-    def step(i: jax.Array, outputs: list[jax.Array]) -> list[jax.Array]:
+    def one_row(i: jax.Array, outputs: list[jax.Array]) -> list[jax.Array]:
         parts = f(matrices(ids[i]), [lax.dynamic_slice_in_dim(r, i, 1) for r in rows])
         return _write(outputs, parts, i)
 
     start = [jnp.zeros((count, *s.shape[1:]), s.dtype) for s in _results(matrices, rows, 1, f)]
-    return lax.fori_loop(0, count, step, start)
+    return lax.fori_loop(0, count, one_row, start)
 
 
 def for_each_expert(
@@ -145,5 +145,5 @@ def for_each_expert(
         jnp.zeros((count + ROW_TILE, *s.shape[1:]), s.dtype) for s in _results(matrices, rows, ROW_TILE, f)
     ]
     outputs = lax.fori_loop(0, jnp.sum(counts > 0), one_expert, start)
-    place = jnp.zeros(count, jnp.int32).at[order].set(jnp.arange(count, dtype=jnp.int32))
-    return [o[place] for o in outputs]
+    destination = jnp.zeros(count, jnp.int32).at[order].set(jnp.arange(count, dtype=jnp.int32))
+    return [o[destination] for o in outputs]

@@ -1,9 +1,9 @@
-"""Activations as the tensor cores read them: float16, scaled a row, columns in the order of weight tiles.
+"""Activations as the tensor cores read them: float16, scaled per row, columns in the order of weight tiles.
 
 A weight tile (``convert.layouts.gpu_tiles``) gives each lane of a warp one row and 64 neighbouring
 columns. A tensor-core instruction contracts 16 columns and wants four of them from each of
 the four lanes of a row, so the columns of a superblock are contracted in this order: position
-``16 i + 8 c + 2 g + b`` is column ``64 g + 4 i + c + 2 b`` for step i < 16, lane group g < 4 and
+``16 i + 8 c + 2 g + b`` is column ``64 g + 4 i + c + 2 b`` for i < 16, lane group g < 4 and
 c, b < 2. A sum does not depend on its order, so only the activations are rearranged.
 
 float16 keeps 11 bits where bfloat16 keeps 8, at the same speed. Its range is made up for by a
@@ -57,7 +57,7 @@ def float16_operand(x: jax.Array, rows: int | None = None) -> tuple[jax.Array, j
     x = x.astype(jnp.float32)
     if rows is not None and rows > x.shape[0]:
         x = jnp.pad(x, ((0, rows - x.shape[0]), (0, 0)))
-    # One value a row for the operand and the products, made before the reduction: two kernels of XLA.
+    # One value per row for the operand and the products, made before the reduction: two kernels of XLA.
     scale = jnp.max(operand_scale(jnp.abs(x)), axis=1)
     scaled = (x / (scale * WEIGHT_SCALE)[:, None]).astype(jnp.float16)
     return to_operand_order(scaled), scale

@@ -21,7 +21,7 @@ from qwen3_moe_jax.kernels_pallas.gpu.grouped_matmul_stores import (
     swiglu_to_shared,
 )
 from qwen3_moe_jax.kernels_pallas.gpu.sorting import ROW_ALIGN, Tiles, UsedExperts
-from qwen3_moe_jax.kernels_pallas.gpu.unpack_sm90 import CHUNK, CHUNKS, SLAB_ROWS, chunk_operand
+from qwen3_moe_jax.kernels_pallas.gpu.unpack_sm90 import PIECE, PIECES, SLAB_ROWS, piece_operand
 
 _SLAB_TILES = SLAB_ROWS // TILE_ROWS
 
@@ -73,13 +73,13 @@ class Body:
         self.each = self.each_used if isinstance(work, UsedExperts) else self.each_tile
 
     def run(self) -> None:
-        most, least = REGISTERS[self.c.warpgroups]
+        increased, decreased = REGISTERS[self.c.warpgroups]
         exchange = self.c.exchange and not self.k.emulate
 
         @pl.when(self.wg < self.c.warpgroups)
         def _():
             if exchange:
-                plgpu.set_max_registers(most, action="increase")
+                plgpu.set_max_registers(increased, action="increase")
             self.each(self.multiply)
             if self.k.fused:
                 plgpu.wait_smem_to_gmem(0)
@@ -87,10 +87,10 @@ class Body:
         @pl.when(self.wg == self.c.warpgroups)
         def _():
             if exchange:
-                plgpu.set_max_registers(least, action="decrease")
-            steps = self.each(self.produce) * self.k.steps
-            self.drain(self.s["w_free"], steps, self.k.weight_slots)
-            self.drain(self.s["x_free"], steps * CHUNKS, self.k.x_slots)
+                plgpu.set_max_registers(decreased, action="decrease")
+            copied = self.each(self.produce) * self.k.split_superblocks
+            self.drain(self.s["w_free"], copied, self.k.weight_stages)
+            self.drain(self.s["x_free"], copied * PIECES, self.k.x_stages)
 
     def each_tile(self, body):
         """Calls ``body(item)`` for each item of this block and gives their number."""
@@ -98,7 +98,7 @@ class Body:
         items = self.count() * (splits * row_blocks)
         mine = lax.div(items - self.block + self.blocks - 1, jnp.int32(self.blocks))
 
-        def step(number, _):
+        def one_item(number, _):
             at = number * self.blocks + self.block
             row_block = lax.rem(at, jnp.int32(row_blocks))
             part = lax.div(at, jnp.int32(row_blocks))
@@ -106,14 +106,14 @@ class Body:
             split = lax.rem(part, jnp.int32(splits))
             held, expert = self.work.rows[tile], self.work.expert[tile]
             start = pl.multiple_of(self.work.start[tile], ROW_ALIGN)
-            least = 0
+            narrower = 0
             for width in self.c.widths:
                 item = Item(number, expert, start, row_block, split, held, width)
-                pl.when((held > least) & (held <= width))(functools.partial(body, item))
-                least = width
+                pl.when((held > narrower) & (held <= width))(functools.partial(body, item))
+                narrower = width
             return _
 
-        lax.fori_loop(0, mine, step, None)
+        lax.fori_loop(0, mine, one_item, None)
         return mine
 
     def each_used(self, body):
@@ -122,7 +122,7 @@ class Body:
         items = self.count() * row_blocks
         mine = lax.div(items - self.block + self.blocks - 1, jnp.int32(self.blocks))
 
-        def step(number, _):
+        def one_item(number, _):
             at = number * self.blocks + self.block
             expert = self.work.experts[lax.div(at, jnp.int32(row_blocks))]
             row_block = lax.rem(at, jnp.int32(row_blocks))
@@ -130,7 +130,7 @@ class Body:
             body(Item(number, expert, start, row_block, jnp.int32(0), jnp.int32(tile), tile))
             return _
 
-        lax.fori_loop(0, mine, step, None)
+        lax.fori_loop(0, mine, one_item, None)
         return mine
 
     def count(self):
@@ -140,10 +140,10 @@ class Body:
             return count
         return jnp.where(self.entry(of_layer.which) == of_layer.option, count, 0)
 
-    def entry(self, place: int):
+    def entry(self, offset: int):
         """The layer's entry of the table."""
         layer, table = self.firsts
-        return table[place + layer[0]]
+        return table[offset + layer[0]]
 
     def first(self, i: int):
         """First row of the weights number i in their stack."""
@@ -156,53 +156,53 @@ class Body:
     # The warpgroup that copies
 
     def produce(self, item: Item) -> None:
-        x, x_slots, weight_slots = self.s["x_tile"], self.k.x_slots, self.k.weight_slots
+        x, x_stages, weight_stages = self.s["x_tile"], self.k.x_stages, self.k.weight_stages
         width, start = item.width, self.x_start(item)
         found = [self.first(i) for i in range(len(self.views))] if self.k.of_layer else None
 
-        def superblock(i, _):
-            step = item.number * self.k.steps + i
-            at = item.split * self.k.steps + i
-            slot = lax.rem(step, jnp.int32(weight_slots))
+        def copy(i, _):
+            superblock = item.number * self.k.split_superblocks + i
+            at = item.split * self.k.split_superblocks + i
+            stage = lax.rem(superblock, jnp.int32(weight_stages))
 
-            @pl.when(step >= weight_slots)
+            @pl.when(superblock >= weight_stages)
             def _wait():
-                plgpu.barrier_wait(self.s["w_free"].at[slot])
+                plgpu.barrier_wait(self.s["w_free"].at[stage])
                 fence_async_copies(emulate=self.k.emulate)
 
-            self.copy_weights(item, found, at, slot)
-            for chunk in range(CHUNKS):
-                x_step = step * CHUNKS + chunk
-                x_slot = lax.rem(x_step, jnp.int32(x_slots))
+            self.copy_weights(item, found, at, stage)
+            for quarter in range(PIECES):
+                piece = superblock * PIECES + quarter
+                x_stage = lax.rem(piece, jnp.int32(x_stages))
 
-                @pl.when(x_step >= x_slots)
-                def _wait(x_slot=x_slot):
-                    plgpu.barrier_wait(self.s["x_free"].at[x_slot])
+                @pl.when(piece >= x_stages)
+                def _wait(x_stage=x_stage):
+                    plgpu.barrier_wait(self.s["x_free"].at[x_stage])
 
                 plgpu.copy_gmem_to_smem(
-                    self.s["x"].at[pl.ds(start, width), pl.ds((at * CHUNKS + chunk) * CHUNK, CHUNK)],
-                    x.at[x_slot, pl.ds(0, width)],
-                    self.s["x_full"].at[x_slot],
+                    self.s["x"].at[pl.ds(start, width), pl.ds((at * PIECES + quarter) * PIECE, PIECE)],
+                    x.at[x_stage, pl.ds(0, width)],
+                    self.s["x_full"].at[x_stage],
                 )
             return _
 
-        lax.fori_loop(0, self.k.steps, superblock, None)
+        lax.fori_loop(0, self.k.split_superblocks, copy, None)
 
-    def drain(self, barriers, steps, slots: int) -> None:
+    def drain(self, barriers, copied, stages: int) -> None:
         """Waits until everything that was copied has been used."""
 
         def wait(i, _):
-            pl.when(i >= slots)(lambda: plgpu.barrier_wait(barriers.at[lax.rem(i, jnp.int32(slots))]))
+            pl.when(i >= stages)(lambda: plgpu.barrier_wait(barriers.at[lax.rem(i, jnp.int32(stages))]))
 
-        lax.fori_loop(steps, steps + slots, wait, None)
+        lax.fori_loop(copied, copied + stages, wait, None)
 
-    def copy_weights(self, item: Item, firsts: list | None, superblock, slot) -> None:
-        """One superblock of all the block's weight rows into slot ``slot``.
+    def copy_weights(self, item: Item, firsts: list | None, superblock, stage) -> None:
+        """One superblock of all the block's weight rows into stage ``stage``.
 
         Args:
           firsts: first rows where they have been looked up; None reads them here, which needs no registers.
         """
-        k, full = self.k, self.full(slot)
+        k, full = self.k, self.full(stage)
         expert, row_block = item.expert, item.row_block
         tiles_each = k.rows // TILE_ROWS
         for i, views in enumerate(self.views):
@@ -215,23 +215,23 @@ class Body:
                 inner = pl.ds(superblock * parts, parts)
                 target = self.s[f"w_{name}"]
                 if k.fused:
-                    # A block has 8 columns a slab of each of a superblock's four groups.
+                    # A block has 8 columns per slab of each of a superblock's four groups.
                     blocks_each = SUPERBLOCK // k.block_rows
                     group = lax.div(first, jnp.int32(32)) + lax.div(row_block, jnp.int32(blocks_each))
                     part = lax.rem(row_block, jnp.int32(blocks_each)) * k.slabs
                     source = view.at[group, :, pl.ds(part, k.slabs), inner]
-                    self.copy(source, target.at[slot, i], full)
+                    self.copy(source, target.at[stage, i], full)
                 else:
                     group = lax.div(first, jnp.int32(_SLAB_TILES)) + row_block * k.slabs
-                    self.copy(view.at[pl.ds(group, k.slabs), :, inner], target.at[slot], full)
+                    self.copy(view.at[pl.ds(group, k.slabs), :, inner], target.at[stage], full)
 
     def copy(self, source: Any, target: Any, full: Any) -> None:
         """Begins to copy to shared memory; ``full`` is arrived at when it is done."""
         plgpu.copy_gmem_to_smem(source, target, full)
 
-    def full(self, slot: Any) -> Any:
-        """The barrier at which a slot's weights arrive."""
-        return self.s["w_full"].at[slot]
+    def full(self, stage: Any) -> Any:
+        """The barrier at which a stage's weights arrive."""
+        return self.s["w_full"].at[stage]
 
     # The warpgroups that multiply
 
@@ -240,12 +240,15 @@ class Body:
 
         def accumulate(*accumulators):
             lax.fori_loop(
-                0, self.k.steps, lambda i, _: self.superblock(item.number, i, width, accumulators), None
+                0,
+                self.k.split_superblocks,
+                lambda i, _: self.superblock(item.number, i, width, accumulators),
+                None,
             )
-            last = (item.number + 1) * (self.k.steps * CHUNKS) - 1
+            last = (item.number + 1) * (self.k.split_superblocks * PIECES) - 1
             sums = [a[...] for a in accumulators]
             if self.c.in_flight:
-                plgpu.barrier_arrive(self.s["x_free"].at[lax.rem(last, jnp.int32(self.k.x_slots))])
+                plgpu.barrier_arrive(self.s["x_free"].at[lax.rem(last, jnp.int32(self.k.x_stages))])
             return sums
 
         shape = plgpu.ACC((SLAB_ROWS, width), jnp.float32)
@@ -263,40 +266,40 @@ class Body:
 
     def superblock(self, number, i, width: int, accumulators) -> None:
         c = self.c
-        step = number * self.k.steps + i
-        slot = lax.rem(step, jnp.int32(self.k.weight_slots))
-        plgpu.barrier_wait(self.s["w_full"].at[slot])
-        weights = {name: self.s[f"w_{name}"].at[slot] for name in self.k.arrays}
-        for chunk in range(CHUNKS):
-            x_step = step * CHUNKS + chunk
-            x_slot = lax.rem(x_step, jnp.int32(self.k.x_slots))
+        superblock = number * self.k.split_superblocks + i
+        stage = lax.rem(superblock, jnp.int32(self.k.weight_stages))
+        plgpu.barrier_wait(self.s["w_full"].at[stage])
+        weights = {name: self.s[f"w_{name}"].at[stage] for name in self.k.arrays}
+        for quarter in range(PIECES):
+            piece = superblock * PIECES + quarter
+            x_stage = lax.rem(piece, jnp.int32(self.k.x_stages))
             for slab, accumulator in enumerate(accumulators):
-                operand = chunk_operand(
-                    self.k.type, weights, self.k.place(slab), chunk, self.wg, emulate=self.k.emulate
+                operand = piece_operand(
+                    self.k.type, weights, self.k.tiles_of(slab), quarter, self.wg, emulate=self.k.emulate
                 )
                 if self.k.emulate:
-                    kept = self.s["operand"].at[self.wg, chunk % 2, slab]
+                    kept = self.s["operand"].at[self.wg, quarter % 2, slab]
                     kept[...] = operand
                     operand = kept
                 if slab == 0:
-                    plgpu.barrier_wait(self.s["x_full"].at[x_slot])
-                if chunk == CHUNKS - 1 and slab == c.slabs - 1:
-                    plgpu.barrier_arrive(self.s["w_free"].at[slot])
-                plgpu.wgmma(accumulator, operand, self.s["x_tile"].at[x_slot, pl.ds(0, width)].T)
+                    plgpu.barrier_wait(self.s["x_full"].at[x_stage])
+                if quarter == PIECES - 1 and slab == c.slabs - 1:
+                    plgpu.barrier_arrive(self.s["w_free"].at[stage])
+                plgpu.wgmma(accumulator, operand, self.s["x_tile"].at[x_stage, pl.ds(0, width)].T)
                 plgpu.wgmma_wait(c.in_flight)
                 if c.in_flight and slab == 0:
-                    self.release_before(x_step, i, chunk)
+                    self.release_before(piece, i, quarter)
             if not c.in_flight:
-                plgpu.barrier_arrive(self.s["x_free"].at[x_slot])
+                plgpu.barrier_arrive(self.s["x_free"].at[x_stage])
 
-    def release_before(self, x_step, i, chunk: int) -> None:
+    def release_before(self, piece, i, quarter: int) -> None:
         """Frees the piece of x before this one, which no running wgmma reads any more."""
 
         def release():
-            before = lax.rem(x_step + (self.k.x_slots - 1), jnp.int32(self.k.x_slots))
+            before = lax.rem(piece + (self.k.x_stages - 1), jnp.int32(self.k.x_stages))
             plgpu.barrier_arrive(self.s["x_free"].at[before])
 
-        if chunk:
+        if quarter:
             release()
         else:
             pl.when(i > 0)(release)
@@ -313,11 +316,11 @@ class Body:
         @pl.when(column < k.rows)
         def _():
             if k.scattered:
-                places = self.s["places"].at[pl.ds(item.start, width)]
+                destinations = self.s["destinations"].at[pl.ds(item.start, width)]
                 if k.emulate:
-                    emulated_scatter(self.out, columns, places, values)
+                    emulated_scatter(self.out, columns, destinations, values)
                 else:
-                    store_scattered(self.out.at[:, columns], values, places, k.rows)
+                    store_scattered(self.out.at[:, columns], values, destinations, k.rows)
             elif k.emulate:
                 for i in range(width // ROW_ALIGN):
                     rows = slice(i * ROW_ALIGN, (i + 1) * ROW_ALIGN)
@@ -342,8 +345,8 @@ class Body:
                 swiglu_to_shared(buffer, values)
         plgpu.commit_smem()
         for slab in range(slabs):
-            place = slab * self.c.warpgroups + self.wg
-            position = item.row_block * k.block_rows + place * (SLAB_ROWS // 2)
+            part = slab * self.c.warpgroups + self.wg
+            position = item.row_block * k.block_rows + part * (SLAB_ROWS // 2)
             offset, size = 0, 1 << (width.bit_length() - 1)
             while size >= ROW_ALIGN:
                 # The largest power of two of rows first, then the next: copies have fixed sizes.

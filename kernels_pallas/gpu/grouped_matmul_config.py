@@ -26,15 +26,15 @@ class MatmulConfig:
     """Sizes of the kernel's pieces.
 
     Attributes:
-      tile: rows of x a tile, at most 256.
-      widths: how many rows of a tile may be multiplied, ascending up to ``tile``: the least that
+      tile: rows of x per tile, at most 256.
+      widths: how many rows of a tile may be multiplied, ascending up to ``tile``: the smallest that
         holds a tile's rows is used.
       slabs: operands of 64 weight rows that a warpgroup keeps at once.
       warpgroups: how many multiply, 2 or 4: with few rows of x unpacking takes most of the time, and
         more warpgroups hide its latencies.
       in_flight: wgmma groups that may be running while the next operand is unpacked, 0 or 1.
-      weight_slots: superblocks of weights in shared memory, at most; two at least.
-      max_x_slots: pieces of x in shared memory, at most.
+      weight_stages: superblocks of weights in shared memory, at most; two at minimum.
+      max_x_stages: pieces of x in shared memory, at most.
       blocks: persistent blocks; None is one for each multiprocessor.
       exchange: warpgroups that multiply take registers from the one that copies. Not needed where the
         registers of the launch do, and then there is one thing less to wait for.
@@ -45,8 +45,8 @@ class MatmulConfig:
     slabs: int = 2
     warpgroups: int = 2
     in_flight: int = 1
-    weight_slots: int = 2
-    max_x_slots: int = 8
+    weight_stages: int = 2
+    max_x_stages: int = 8
     blocks: int | None = None
     exchange: bool = True
 
@@ -57,7 +57,7 @@ class OfLayer:
 
     Attributes:
       layer: int32 [1].
-      table: int32 [n], in which the layer's entry is ``layer`` after each of these places:
+      table: int32 [n], in which the layer's entry is ``layer`` after each of these offsets:
       firsts: of each of the weights, its first row, in place of ``Matrices.first``.
       which: of which of several types the layer's matrices are.
       option: the type that these weights have; in layers of another nothing is multiplied or written.
@@ -106,7 +106,7 @@ def few_config(rows: int, type: GGMLType = GGMLType.Q4_K) -> MatmulConfig:
     """
     tile = -(-rows // ROW_ALIGN) * ROW_ALIGN
     in_flight = 1 if tile <= (16 if type is GGMLType.Q5_K else 32) else 0
-    return MatmulConfig(tile, (tile,), 1, 4, in_flight, weight_slots=4, exchange=False)
+    return MatmulConfig(tile, (tile,), 1, 4, in_flight, weight_stages=4, exchange=False)
 
 
 def dense_config(rows: int, matrix_rows: int, columns: int) -> tuple[MatmulConfig, int]:

@@ -4,10 +4,10 @@ What work there is, how tiles of weights lie in shared memory and how they becom
 that of ``grouped_matmul_sm90``. Here all warpgroups of a block copy and multiply alike, 64 columns at a time.
 
 Why no copy overwrites what is still read: before piece n is multiplied all threads meet at a barrier, so
-that piece n - 1 is done with. Copies that begin after it go to that piece's slot of x (piece n + slots - 1),
-and at the first piece of a superblock to the slot of weights of the superblock before. Each piece begins one
-group of copies, so a thread that waits until ``slots - 2`` groups are on their way has piece n, and the
-weights that were asked for four pieces before.
+that piece n - 1 is done with. Copies that begin after it go to that piece's stage of x (they are piece
+n + stages - 1), and at the first piece of a superblock to the stage of weights of the superblock before. Each
+piece begins one group of copies, so a thread that waits until ``stages - 2`` groups are on their way has
+piece n, and the weights that were asked for four pieces before.
 """
 
 from dataclasses import replace
@@ -27,7 +27,7 @@ from qwen3_moe_jax.kernels_pallas.gpu.grouped_matmul_block import Body, Item
 from qwen3_moe_jax.kernels_pallas.gpu.grouped_matmul_config import MAX_FEW_ROWS, MatmulConfig
 from qwen3_moe_jax.kernels_pallas.gpu.grouped_matmul_stores import emulated_swiglu, store_swiglu
 from qwen3_moe_jax.kernels_pallas.gpu.sorting import ROW_ALIGN, Tiles, UsedExperts
-from qwen3_moe_jax.kernels_pallas.gpu.unpack_sm90 import CHUNK, CHUNKS, SLAB_ROWS, chunk_operand
+from qwen3_moe_jax.kernels_pallas.gpu.unpack_sm90 import PIECE, PIECES, SLAB_ROWS, piece_operand
 from qwen3_moe_jax.kernels_pallas.packed.stacks import Matrices
 
 SHARED_BYTES = 99 * 1024
@@ -37,9 +37,9 @@ _PADDING = 8
 """Elements after a row of x in shared memory: the rows of an operand then lie in different banks."""
 _PART = 16
 """Rows of x of one operand: with 32, tiles of 128 rows and Q6_K weights spilled 136 bytes."""
-_WEIGHT_SLOTS = 2
-_MAX_X_SLOTS = 4
-"""Weights are asked for four pieces ahead: with more slots of x they would not be waited for."""
+_WEIGHT_STAGES = 2
+_MAX_X_STAGES = 4
+"""Weights are asked for four pieces ahead: with more stages of x they would not be waited for."""
 
 
 def sizes(config: MatmulConfig, weights: Matrices) -> MatmulConfig:
@@ -49,7 +49,7 @@ def sizes(config: MatmulConfig, weights: Matrices) -> MatmulConfig:
     """
     is_large = weights.stack.type is GGMLType.Q8_0 and config.tile > MAX_FEW_ROWS
     warpgroups = 1 if is_large or weights.rows % (2 * SLAB_ROWS) else 2
-    return replace(config, slabs=1, warpgroups=warpgroups, weight_slots=_WEIGHT_SLOTS, exchange=False)
+    return replace(config, slabs=1, warpgroups=warpgroups, weight_stages=_WEIGHT_STAGES, exchange=False)
 
 
 class PortableBody(Body):
@@ -58,7 +58,7 @@ class PortableBody(Body):
     def run(self) -> None:
         self.each(self.multiply)
 
-    def full(self, slot: Any) -> None:
+    def full(self, stage: Any) -> None:
         """Copies are waited for by groups."""
 
     def copy(self, source: Any, target: Any, full: None) -> None:
@@ -81,10 +81,10 @@ class PortableBody(Body):
     def begin(self, item: Item, piece: Any, *, weights: bool) -> None:
         """Begins a group of copies: the piece of x, if there is one, and the superblock of weights."""
 
-        @pl.when(piece < self.k.steps * CHUNKS)
+        @pl.when(piece < self.k.split_superblocks * PIECES)
         def _():
-            at = item.split * (self.k.steps * CHUNKS) + piece
-            source = self.s["x"].at[pl.ds(self.x_start(item), item.width), pl.ds(at * CHUNK, CHUNK)]
+            at = item.split * (self.k.split_superblocks * PIECES) + piece
+            source = self.s["x"].at[pl.ds(self.x_start(item), item.width), pl.ds(at * PIECE, PIECE)]
             self.copy(source, self.x_tile(piece, item.width), None)
 
         if weights:
@@ -92,10 +92,10 @@ class PortableBody(Body):
         self.commit()
 
     def begin_weights(self, item: Item, superblock: Any) -> None:
-        @pl.when(superblock < self.k.steps)
+        @pl.when(superblock < self.k.split_superblocks)
         def _():
-            slot = lax.rem(superblock, jnp.int32(_WEIGHT_SLOTS))
-            self.copy_weights(item, None, item.split * self.k.steps + superblock, slot)
+            stage = lax.rem(superblock, jnp.int32(_WEIGHT_STAGES))
+            self.copy_weights(item, None, item.split * self.k.split_superblocks + superblock, stage)
 
     def commit(self) -> None:
         if not self.k.emulate:
@@ -103,22 +103,22 @@ class PortableBody(Body):
 
     def wait(self) -> None:
         if not self.k.emulate:
-            mma.wait_for_copies(self.k.x_slots - 2)
+            mma.wait_for_copies(self.k.x_stages - 2)
         self.barrier()
 
     def x_tile(self, piece: Any, width: int) -> Any:
-        slot = lax.rem(piece, jnp.int32(self.k.x_slots))
-        return self.s["x_tile"].at[slot, pl.ds(0, width), pl.ds(0, CHUNK)]
+        stage = lax.rem(piece, jnp.int32(self.k.x_stages))
+        return self.s["x_tile"].at[stage, pl.ds(0, width), pl.ds(0, PIECE)]
 
     # Products
 
     def multiply(self, item: Item) -> None:
         part = _part(item.width)
         self.barrier()  # the last item's pieces are done with
-        for piece in range(self.k.x_slots - 1):
+        for piece in range(self.k.x_stages - 1):
             self.begin(item, jnp.int32(piece), weights=piece == 0)
         sums = tuple(self.zeros(part) for _ in range(item.width // part))
-        sums = lax.fori_loop(0, self.k.steps, partial(self.superblock_of, item), sums)
+        sums = lax.fori_loop(0, self.k.split_superblocks, partial(self.superblock_of, item), sums)
         for i, total in enumerate(sums):
             here = replace(item, start=item.start + i * part, held=item.held - i * part, width=part)
             self.finish(total, self.x_start(item) + i * part, here)
@@ -130,27 +130,27 @@ class PortableBody(Body):
 
     def superblock_of(self, item: Item, i: Any, sums: tuple) -> tuple:
         """The sums with one superblock's products."""
-        slot = lax.rem(i, jnp.int32(_WEIGHT_SLOTS))
-        weights = {name: self.s[f"w_{name}"].at[slot] for name in self.k.arrays}
-        for chunk in range(CHUNKS):
-            piece = i * CHUNKS + chunk
+        stage = lax.rem(i, jnp.int32(_WEIGHT_STAGES))
+        weights = {name: self.s[f"w_{name}"].at[stage] for name in self.k.arrays}
+        for quarter in range(PIECES):
+            piece = i * PIECES + quarter
             self.wait()
-            if chunk == 0:
+            if quarter == 0:
                 self.begin_weights(item, i + 1)
-            self.begin(item, piece + (self.k.x_slots - 1), weights=False)
-            operand = chunk_operand(
-                self.k.type, weights, self.k.place(0), chunk, self.wg, emulate=self.k.emulate
+            self.begin(item, piece + (self.k.x_stages - 1), weights=False)
+            operand = piece_operand(
+                self.k.type, weights, self.k.tiles_of(0), quarter, self.wg, emulate=self.k.emulate
             )
             sums = self.add_products(sums, operand, piece, item.width)
         return sums
 
     def add_products(self, sums: tuple, operand: Any, piece: Any, width: int) -> tuple:
         """The sums with the products of one operand and each part of a piece of x."""
-        slot, part = lax.rem(piece, jnp.int32(self.k.x_slots)), _part(width)
+        stage, part = lax.rem(piece, jnp.int32(self.k.x_stages)), _part(width)
         left = operand if self.k.emulate else mma.left_operand(operand)
         found = []
         for number, total in enumerate(sums):
-            x = self.s["x_tile"].at[slot, pl.ds(number * part, part), pl.ds(0, CHUNK)]
+            x = self.s["x_tile"].at[stage, pl.ds(number * part, part), pl.ds(0, PIECE)]
             if self.k.emulate:
                 product = jnp.dot(left.astype(jnp.float32), x[...].astype(jnp.float32).T, precision="highest")
                 found.append(total + product)
@@ -201,26 +201,26 @@ class PortableKernel(grouped_matmul_sm90.Kernel):
     copiers = 0
     body = PortableBody
 
-    def _slots(self) -> tuple[int, int]:
+    def _stages(self) -> tuple[int, int]:
         c = self.config
         if c.slabs != 1:
             raise NotImplementedError(f"the portable kernel keeps one slab per warpgroup, not {c.slabs}")
         tile_bytes = sum(np.dtype(a.dtype).itemsize * a.parts * a.inner for a in self.arrays.values())
-        weights = c.warpgroups * SLAB_ROWS // 8 * tile_bytes * _WEIGHT_SLOTS
-        piece = c.tile * (CHUNK + _PADDING) * 2
-        slots = min(c.max_x_slots, _MAX_X_SLOTS, (SHARED_BYTES - _RESERVED_BYTES - weights) // piece)
-        if slots < 2:
+        weights = c.warpgroups * SLAB_ROWS // 8 * tile_bytes * _WEIGHT_STAGES
+        piece = c.tile * (PIECE + _PADDING) * 2
+        stages = min(c.max_x_stages, _MAX_X_STAGES, (SHARED_BYTES - _RESERVED_BYTES - weights) // piece)
+        if stages < 2:
             raise NotImplementedError(f"no shared memory for {c} and {self.type.name} weights")
-        return _WEIGHT_SLOTS, slots
+        return _WEIGHT_STAGES, stages
 
     def scratch(self) -> dict[str, Any]:
         c = self.config
         types: dict[str, Any] = {
-            "x_tile": plgpu.SMEM((self.x_slots, c.tile, CHUNK + _PADDING), jnp.float16),
+            "x_tile": plgpu.SMEM((self.x_stages, c.tile, PIECE + _PADDING), jnp.float16),
             "barrier": plgpu.Barrier(num_arrivals=c.warpgroups),
         }
         for name, a in self.arrays.items():
-            shape = (_WEIGHT_SLOTS, *self._tile_axes(), a.parts, a.inner)
+            shape = (_WEIGHT_STAGES, *self._tile_axes(), a.parts, a.inner)
             types[f"w_{name}"] = plgpu.SMEM(shape, jnp.dtype(a.dtype))
         return types
 

@@ -13,11 +13,11 @@ With two weight stacks the kernel computes SwiGLU: of a warp's 16 operand rows, 
 gate_proj and 8 the same rows of up_proj, so that both products of an element end up in one lane.
 
 Why every block ends: all its warpgroups go through the same items, which they work out from the
-same arrays, and each item takes the same number of steps everywhere, whatever its rows. With s
-steps so far, the copying warpgroup fills slot ``s % slots`` after ``s // slots`` uses of it were
-arrived at, once by each multiplying warpgroup; these arrive at slot s before they wait for
-anything that is copied after s + 1, and two slots or more exist. So of all waits the one of the
-least step is always satisfied. A block without items waits for nothing, an item without rows does
+same arrays, and each item takes the same number of copies everywhere, whatever its rows. With s
+copies so far, the copying warpgroup fills stage ``s % stages`` after ``s // stages`` uses of it were
+arrived at, once by each multiplying warpgroup; these arrive at stage s before they wait for
+anything that is copied after s + 1, and two stages or more exist. So of all waits the one of the
+earliest copy is always satisfied. A block without items waits for nothing, an item without rows does
 not exist. Registers are exchanged within what the launch gave (``REGISTERS``), or not at all.
 """
 
@@ -36,13 +36,13 @@ from qwen3_moe_jax.kernels_pallas.gpu.grouped_matmul_block import Body
 from qwen3_moe_jax.kernels_pallas.gpu.grouped_matmul_config import MatmulConfig, OfLayer, check_supported
 from qwen3_moe_jax.kernels_pallas.gpu.interpreter import interpreter_option
 from qwen3_moe_jax.kernels_pallas.gpu.sorting import Tiles, UsedExperts
-from qwen3_moe_jax.kernels_pallas.gpu.unpack_sm90 import CHUNK, CHUNKS, SLAB_ROWS, TILE_ARRAYS, TilePlace
+from qwen3_moe_jax.kernels_pallas.gpu.unpack_sm90 import PIECE, PIECES, SLAB_ROWS, TILE_ARRAYS, WarpTiles
 from qwen3_moe_jax.kernels_pallas.packed.stacks import Matrices
 
 SHARED_BYTES = 227 * 1024
 _RESERVED_BYTES = 2048
 _SLAB_TILES = SLAB_ROWS // TILE_ROWS
-_SWIZZLED = (plgpu.TilingTransform((8, CHUNK)), plgpu.SwizzleTransform(128))
+_SWIZZLED = (plgpu.TilingTransform((8, PIECE)), plgpu.SwizzleTransform(128))
 
 
 def grouped_matmul(
@@ -53,7 +53,7 @@ def grouped_matmul(
     *,
     config: MatmulConfig,
     splits: int = 1,
-    places: jax.Array | None = None,
+    destinations: jax.Array | None = None,
     out_rows: int | None = None,
     of_layer: OfLayer | None = None,
     interpret: Any = None,
@@ -71,16 +71,16 @@ def grouped_matmul(
         multiple of 64, or of 256 for SwiGLU, and so are rows before them in their stack.
       config: sizes.
       splits: parts of K that are summed apart, each by other blocks; a divisor of K / 256.
-      places: with ``UsedExperts``, int32 [E * config.tile]: the row of the result for each expert's
+      destinations: with ``UsedExperts``, int32 [E * config.tile]: the row of the result for each expert's
         product with each row of x, or -1 for a product that nobody wants.
-      out_rows: rows of the result, with ``places``.
+      out_rows: rows of the result, with ``destinations``.
       of_layer: which layer's matrices; the weights' own ``first`` is not read then.
       interpret: parameters of Pallas' interpreter, which replaces instructions that it lacks.
       kernel_class: the kernel; None is this module's.
 
     Returns:
       [R, N]: float32 products; or SwiGLU's results in operand order, times
-      ``activations.SWIGLU_SCALE``. With ``UsedExperts`` [E * config.tile, N] or, with places,
+      ``activations.SWIGLU_SCALE``. With ``UsedExperts`` [E * config.tile, N] or, with destinations,
       [out_rows, N]. With splits > 1 [splits, R, N], to be added. Rows of no tile are not written.
 
     Raises:
@@ -89,19 +89,19 @@ def grouped_matmul(
     check_supported(weights)
     kernel = (kernel_class or Kernel)(weights[0], len(weights) == 2, config, splits, interpret)
     kernel.shared = isinstance(work, UsedExperts) and x.shape[0] == config.tile
-    kernel.scattered = places is not None
+    kernel.scattered = destinations is not None
     rows = x.shape[0]
     if isinstance(work, UsedExperts):
         rows = work.experts.shape[0] * config.tile
     if kernel.scattered:
         if out_rows is None:
-            raise ValueError("with places, out_rows says how many rows the result has")
+            raise ValueError("with destinations, out_rows says how many rows the result has")
         rows = out_rows
     views = [kernel.view(w.stack.arrays[n], n) for w in weights for n in kernel.arrays]
     firsts = [w.first.reshape(1) for w in weights]
     if of_layer is not None:
         kernel.of_layer, firsts = of_layer, [of_layer.layer, of_layer.table]
-    out = kernel.call(work, rows, [x, scale, *([places] if kernel.scattered else [])], firsts, views)
+    out = kernel.call(work, rows, [x, scale, *([destinations] if kernel.scattered else [])], firsts, views)
     return out.reshape(splits, rows, -1) if splits > 1 else out
 
 
@@ -110,8 +110,8 @@ class Kernel:
 
     Attributes:
       shared: all experts multiply the same rows of x.
-      scattered: ``places`` says where results go.
-      of_layer: places in the table of which layer's matrices.
+      scattered: ``destinations`` says where results go.
+      of_layer: offsets in the table of which layer's matrices.
       copiers: warpgroups of a block that copy alone.
       body: what a block runs.
     """
@@ -128,26 +128,26 @@ class Kernel:
         self.superblocks = weights.columns // SUPERBLOCK
         if (fused and splits > 1) or self.superblocks % splits:
             raise ValueError(f"{self.superblocks} superblocks cannot be summed in {splits} parts")
-        self.splits, self.steps = splits, self.superblocks // splits
+        self.splits, self.split_superblocks = splits, self.superblocks // splits
         slab_rows = SLAB_ROWS // 2 if fused else SLAB_ROWS
         self.slabs = config.warpgroups * config.slabs
         self.block_rows = config.warpgroups * config.slabs * slab_rows
         self.row_blocks = -(-self.rows // self.block_rows)
-        self.weight_slots, self.x_slots = self._slots()
+        self.weight_stages, self.x_stages = self._stages()
 
     # Memory
 
-    def _slots(self) -> tuple[int, int]:
-        """Slots of weights, as many as leave room for a superblock's pieces of x, and of those."""
+    def _stages(self) -> tuple[int, int]:
+        """Stages of weights, as many as leave room for a superblock's pieces of x, and of those."""
         c = self.config
         tile_bytes = sum(np.dtype(a.dtype).itemsize * a.parts * a.inner for a in self.arrays.values())
-        weights, piece = self.slabs * _SLAB_TILES * tile_bytes, c.tile * CHUNK * 2
+        weights, piece = self.slabs * _SLAB_TILES * tile_bytes, c.tile * PIECE * 2
         room = SHARED_BYTES - _RESERVED_BYTES - 2 * math.prod(self._swiglu_shape())
-        weight_slots = max(2, min(c.weight_slots, (room - CHUNKS * piece) // weights))
-        slots = min(c.max_x_slots, (room - weight_slots * weights) // piece)
-        if slots < 2:
+        weight_stages = max(2, min(c.weight_stages, (room - PIECES * piece) // weights))
+        stages = min(c.max_x_stages, (room - weight_stages * weights) // piece)
+        if stages < 2:
             raise NotImplementedError(f"no shared memory for {self.config} and {self.type.name} weights")
-        return weight_slots, slots
+        return weight_stages, stages
 
     def _swiglu_shape(self) -> tuple[int, ...]:
         if not self.fused:
@@ -159,10 +159,10 @@ class Kernel:
         # SwiGLU: gate or up, column group of the result (= warp), 8 columns of the group a slab.
         return (2, 4, self.slabs) if self.fused else (self.slabs, _SLAB_TILES)
 
-    def place(self, slab: int) -> TilePlace:
+    def tiles_of(self, slab: int) -> WarpTiles:
         if self.fused:
-            return TilePlace(slab * self.config.warpgroups, 1, self.slabs, 4 * self.slabs)
-        return TilePlace(slab * _SLAB_TILES, self.config.slabs * _SLAB_TILES, 2, 1)
+            return WarpTiles(slab * self.config.warpgroups, 1, self.slabs, 4 * self.slabs)
+        return WarpTiles(slab * _SLAB_TILES, self.config.slabs * _SLAB_TILES, 2, 1)
 
     def view(self, array: jax.Array, name: str) -> jax.Array:
         """An array of tiles with axes that one copy of a block's tiles can step through."""
@@ -174,22 +174,22 @@ class Kernel:
         c = self.config
         types = {
             "x_tile": plgpu.SMEM(
-                (self.x_slots, c.tile, CHUNK),
+                (self.x_stages, c.tile, PIECE),
                 jnp.float16,
                 transforms=_SWIZZLED,
             ),
-            "x_full": plgpu.Barrier(num_barriers=self.x_slots),
-            "x_free": plgpu.Barrier(num_barriers=self.x_slots, num_arrivals=c.warpgroups),
+            "x_full": plgpu.Barrier(num_barriers=self.x_stages),
+            "x_free": plgpu.Barrier(num_barriers=self.x_stages, num_arrivals=c.warpgroups),
             "w_full": plgpu.Barrier(
-                num_barriers=self.weight_slots, num_arrivals=len(self.arrays) * (2 if self.fused else 1)
+                num_barriers=self.weight_stages, num_arrivals=len(self.arrays) * (2 if self.fused else 1)
             ),
-            "w_free": plgpu.Barrier(num_barriers=self.weight_slots, num_arrivals=c.warpgroups),
+            "w_free": plgpu.Barrier(num_barriers=self.weight_stages, num_arrivals=c.warpgroups),
         }
         for name, a in self.arrays.items():
-            shape = (self.weight_slots, *self._tile_axes(), a.parts, a.inner)
+            shape = (self.weight_stages, *self._tile_axes(), a.parts, a.inner)
             types[f"w_{name}"] = plgpu.SMEM(shape, jnp.dtype(a.dtype))
         if self.emulate:  # the interpreter's wgmma takes no operand in registers
-            shape = (c.warpgroups, 2, c.slabs, SLAB_ROWS, CHUNK)
+            shape = (c.warpgroups, 2, c.slabs, SLAB_ROWS, PIECE)
             types["operand"] = plgpu.SMEM(shape, jnp.float16, transforms=_SWIZZLED)
         if self.fused:
             types["swiglu"] = plgpu.SMEM(self._swiglu_shape(), jnp.float16)
@@ -202,7 +202,7 @@ class Kernel:
 
         Args:
           rows: rows of the result.
-          rowwise: x, scale and, where results are scattered, places.
+          rowwise: x, scale and, where results are scattered, destinations.
         """
         dtype = jnp.float16 if self.fused else jnp.float32
         blocks = self.config.blocks or multiprocessors()
@@ -215,7 +215,7 @@ class Kernel:
                 operands[end - count : end] for end, count in zip(ends, counts, strict=True)
             )
             refs = {"firsts": firsts, "out": operands[-1], **scratch}
-            refs |= dict(zip(("x", "scale", "places"), of_rows, strict=False))
+            refs |= dict(zip(("x", "scale", "destinations"), of_rows, strict=False))
             self.body(self, type(work)(*of_work), refs, views, blocks).run()
 
         kernel = plgpu.kernel(

@@ -98,20 +98,20 @@ def store_transposed(target, values, held, stride: int) -> None:
     emit(target, values, held)
 
 
-def emulated_scatter(out, columns, places, values: jax.Array) -> None:
+def emulated_scatter(out, columns, destinations, values: jax.Array) -> None:
     for row in range(values.shape[1]):
-        place = places[row]
+        destination = destinations[row]
 
-        @pl.when(place >= 0)
-        def _(row=row, place=place):
-            out[pl.ds(place, 1), columns] = values[:, row : row + 1].T
+        @pl.when(destination >= 0)
+        def _(row=row, destination=destination):
+            out[pl.ds(destination, 1), columns] = values[:, row : row + 1].T
 
 
-def store_scattered(target, values, places, stride: int) -> None:
-    """``target[places[i]] = values[:, i]`` in global memory, where ``places[i]`` is not negative."""
+def store_scattered(target, values, destinations, stride: int) -> None:
+    """``target[destinations[i]] = values[:, i]`` in global memory, for destinations that are not negative."""
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WGMMA, plgpu.RefType()))
-    def emit(ctx, target, values, places):
+    def emit(ctx, target, values, destinations):
         del ctx
         from jaxlib.mlir import ir
         from jaxlib.mlir.dialects import arith, llvm, scf
@@ -120,20 +120,22 @@ def store_scattered(target, values, places, stride: int) -> None:
         const, warp, row, pair = _lane_values()
         weight_row = arith.addi(arith.muli(warp, const(16)), row)
         base = mgpu.utils.getelementptr(mgpu.utils.memref_ptr(target), [weight_row], f32)
-        first = mgpu.utils.getelementptr(mgpu.utils.memref_ptr(places), [arith.muli(pair, const(2))], i32)
+        first = mgpu.utils.getelementptr(
+            mgpu.utils.memref_ptr(destinations), [arith.muli(pair, const(2))], i32
+        )
         elements = _float_pairs(values)
         for j in range(values.shape[1] // 8):
             for e in range(2):
-                place = llvm.load(i32, mgpu.utils.getelementptr(first, [const(8 * j + e)], i32))
-                branch = scf.IfOp(arith.cmpi(arith.CmpIPredicate.sge, place, const(0)))
+                destination = llvm.load(i32, mgpu.utils.getelementptr(first, [const(8 * j + e)], i32))
+                branch = scf.IfOp(arith.cmpi(arith.CmpIPredicate.sge, destination, const(0)))
                 with ir.InsertionPoint(branch.then_block):
-                    there = arith.muli(place, const(stride))
+                    there = arith.muli(destination, const(stride))
                     for half in range(2):
                         at = arith.addi(there, const(8 * half))
                         llvm.store(elements[j, half, e], mgpu.utils.getelementptr(base, [at], f32))
                     scf.yield_([])
 
-    emit(target, values, places)
+    emit(target, values, destinations)
 
 
 def swiglu_to_shared(buffer, values) -> None:

@@ -1,4 +1,4 @@
-"""Tokens sorted by expert on the device, in a few small dense steps and without a sort.
+"""Tokens sorted by expert on the device, in a few small dense operations and without a sort.
 
 Each expert's rows begin at a multiple of ``ROW_ALIGN`` in one array, so that no two experts
 share a unit of the matrix kernel's stores. The matrix kernel walks over tiles: at most
@@ -13,7 +13,7 @@ import numpy as np
 
 ROW_ALIGN = 8
 _BLOCK = 128
-_MOST_COMPARED = 1024
+_MAX_COMPARED = 1024
 """Up to this many pairs are all compared with each other, which takes fewer launches."""
 
 
@@ -49,12 +49,12 @@ class SortedRows(NamedTuple):
     """Where (token, choice) pairs lie after sorting.
 
     Attributes:
-      place: int32 [T, X], the row of each pair.
+      destination: int32 [T, X], the row of each pair.
       source: int32 [rows], the pair t * X + x of each row; 0 for rows that hold none.
       tiles: the tiles of these rows.
     """
 
-    place: jax.Array
+    destination: jax.Array
     source: jax.Array
     tiles: Tiles
 
@@ -92,7 +92,7 @@ def _prefix_sums(counts: jax.Array) -> jax.Array:
 def _ranks(expert_ids: jax.Array, experts: int) -> tuple[jax.Array, jax.Array]:
     """How many earlier pairs [T, X] have the pair's expert, and pairs [E] of each expert."""
     tokens, choices = expert_ids.shape
-    if expert_ids.size <= _MOST_COMPARED:
+    if expert_ids.size <= _MAX_COMPARED:
         ids = expert_ids.reshape(-1)
         earlier = (ids[:, None] == ids) & np.tri(ids.size, k=-1, dtype=bool)
         total = jnp.sum(ids[:, None] == np.arange(experts), axis=0, dtype=jnp.int32)
@@ -129,14 +129,18 @@ def sort_by_expert(expert_ids: jax.Array, experts: int, tile: int) -> SortedRows
     ranks, total = _ranks(expert_ids, experts)
     aligned = -(-total // ROW_ALIGN) * ROW_ALIGN
     starts = _sums_before(aligned)
-    place = (starts[expert_ids] + ranks).astype(jnp.int32)
+    destination = (starts[expert_ids] + ranks).astype(jnp.int32)
     rows = padded_rows(pairs, experts, tile)
     order = np.arange(pairs, dtype=np.int32)
-    if pairs <= _MOST_COMPARED:
-        here = place.reshape(-1) == np.arange(rows)[:, None]
+    if pairs <= _MAX_COMPARED:
+        here = destination.reshape(-1) == np.arange(rows)[:, None]
         source = jnp.max(jnp.where(here, order, 0), axis=1)
     else:
-        source = jnp.zeros(rows, jnp.int32).at[place.reshape(-1)].set(order, unique_indices=True, mode="drop")
+        source = (
+            jnp.zeros(rows, jnp.int32)
+            .at[destination.reshape(-1)]
+            .set(order, unique_indices=True, mode="drop")
+        )
 
     tiles_each = -(-aligned // tile)
     before = _sums_before(tiles_each)
@@ -149,4 +153,4 @@ def sort_by_expert(expert_ids: jax.Array, experts: int, tile: int) -> SortedRows
     used = index < count
     start = jnp.where(used, starts[expert] + within, 0).astype(jnp.int32)
     held = jnp.where(used, jnp.minimum(aligned[expert] - within, tile), 0).astype(jnp.int32)
-    return SortedRows(place, source, Tiles(expert, start, held, count))
+    return SortedRows(destination, source, Tiles(expert, start, held, count))

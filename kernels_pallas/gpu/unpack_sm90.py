@@ -2,11 +2,11 @@
 
 A warp's 16 rows of a wgmma operand are two tiles of 8 rows. Each lane unpacks the 16-byte
 vectors of its own row and column group (``convert.layouts.gpu_tiles``) into the four float16 pairs
-that one wgmma step wants of it: no lane needs another's data, and a tile's nibbles become
-float16 integers by a mask and one fused multiply-add a pair. See
+that one wgmma instruction wants of it: no lane needs another's data, and a tile's nibbles become
+float16 integers by a mask and one fused multiply-add per pair. See
 ``gpu.activations`` for the order of columns that follows.
 
-:func:`chunk_operand` has two bodies: Mosaic GPU code, and ``jnp`` of the same meaning and the
+:func:`piece_operand` has two bodies: Mosaic GPU code, and ``jnp`` of the same meaning and the
 same roundings, which Pallas' interpreter runs on a CPU.
 """
 
@@ -23,9 +23,9 @@ from qwen3_moe_jax.kernels_pallas.gpu.activations import WEIGHT_SCALE
 
 SLAB_ROWS = 64
 """Rows of one wgmma operand: eight tiles, two per warp."""
-CHUNK = 64
-"""Columns of one operand: a quarter of a superblock, four wgmma steps."""
-CHUNKS = 4
+PIECE = 64
+"""Columns of one operand, and of one piece of x: a quarter of a superblock, four wgmma instructions."""
+PIECES = 4
 LANES = 32
 
 
@@ -58,7 +58,7 @@ TILE_ARRAYS: dict[GGMLType, dict[str, TileArray]] = {
 
 
 @dataclass(frozen=True)
-class TilePlace:
+class WarpTiles:
     """Which tiles a warp reads: tile ``base + warpgroup * by_group + warp * by_warp + half * by_half``."""
 
     base: int
@@ -67,27 +67,27 @@ class TilePlace:
     by_half: int
 
 
-def chunk_operand(type: GGMLType, refs: dict, place: TilePlace, chunk: int, group, *, emulate: bool):
+def piece_operand(type: GGMLType, refs: dict, tiles: WarpTiles, quarter: int, group, *, emulate: bool):
     """Float16 [64, 64] operand of a warpgroup, in layout WGMMA: weights times ``WEIGHT_SCALE``.
 
     Args:
       type: quantization type.
       refs: shared-memory arrays of one superblock by name, [..., parts, inner] with tiles in front.
-      place: where the slab's tiles lie.
-      chunk: quarter 2 s + h of the superblock's contraction order.
+      tiles: where the slab's tiles lie.
+      quarter: number 2 s + h of the superblock's contraction order.
       group: index of the warpgroup (used when emulated).
     """
     if emulate:
-        return _emulated(type, refs, place, chunk, group)
+        return _emulated(type, refs, tiles, quarter, group)
     names = tuple(TILE_ARRAYS[type])
 
     @plgpu.inline_mgpu(
         arg_types=tuple(plgpu.RefType() for _ in names),
-        return_type=plgpu.ShapeDtypeStruct((SLAB_ROWS, CHUNK), jnp.float16, layout=plgpu.Layout.WGMMA),
+        return_type=plgpu.ShapeDtypeStruct((SLAB_ROWS, PIECE), jnp.float16, layout=plgpu.Layout.WGMMA),
     )
     def operand(ctx, *arrays):
         del ctx
-        return _Lane(type, dict(zip(names, arrays, strict=True)), place, chunk).operand()
+        return _Lane(type, dict(zip(names, arrays, strict=True)), tiles, quarter).operand()
 
     return operand(*(refs[n] for n in names))
 
@@ -95,12 +95,12 @@ def chunk_operand(type: GGMLType, refs: dict, place: TilePlace, chunk: int, grou
 class _Lane:
     """Emits one lane's share of an operand. All values are i32; float16 pairs travel as i32."""
 
-    def __init__(self, type: GGMLType, arrays: dict, place: TilePlace, chunk: int):
+    def __init__(self, type: GGMLType, arrays: dict, tiles: WarpTiles, quarter: int):
         from jaxlib.mlir import ir
         from jaxlib.mlir.dialects import arith
 
-        self.type, self.chunk = type, chunk
-        self.subblock, self.half = divmod(chunk, 2)
+        self.type, self.quarter = type, quarter
+        self.subblock, self.half = divmod(quarter, 2)
         self.i32 = ir.IntegerType.get_signless(32)
         self.pointers = {n: mgpu.utils.memref_ptr(a) for n, a in arrays.items()}
         thread = mgpu.utils.thread_idx()
@@ -108,9 +108,9 @@ class _Lane:
         warp = arith.andi(arith.shrui(thread, self.const(5)), self.const(3))
         group = arith.shrui(thread, self.const(7))
         first = arith.addi(
-            arith.muli(group, self.const(place.by_group)), arith.muli(warp, self.const(place.by_warp))
+            arith.muli(group, self.const(tiles.by_group)), arith.muli(warp, self.const(tiles.by_warp))
         )
-        self.tiles = [arith.addi(first, self.const(place.base + half * place.by_half)) for half in range(2)]
+        self.tiles = [arith.addi(first, self.const(tiles.base + half * tiles.by_half)) for half in range(2)]
 
     def const(self, value: int):
         from jaxlib.mlir.dialects import arith
@@ -208,7 +208,7 @@ class _Lane:
         """``[word j][byte parity c]`` pairs (bytes c and c + 2) as whole float16 numbers."""
         name = "ql" if self.type is GGMLType.Q6_K else "q"
         if self.type is GGMLType.Q8_0:
-            return self.signed_bytes(self.words(name, tile, self.chunk))
+            return self.signed_bytes(self.words(name, tile, self.quarter))
         words = self.words(name, tile, self.half)
         upper = self.upper_bits(tile)
         low_mask, high_mask = (0x000F000F, 0x00F000F0)[self.subblock], self.upper_mask()
@@ -288,24 +288,24 @@ class _Lane:
         from jaxlib.mlir.dialects import vector
 
         layout = plgpu.Layout.WGMMA.to_mgpu()
-        registers = np.empty(layout.registers_shape((SLAB_ROWS, CHUNK)), dtype=object)
-        by_place = registers.reshape(CHUNK // 8, 2)  # column tiles of 8, halves of 8 rows
+        registers = np.empty(layout.registers_shape((SLAB_ROWS, PIECE)), dtype=object)
+        by_tile = registers.reshape(PIECE // 8, 2)  # column tiles of 8, halves of 8 rows
         pair = ir.VectorType.get((2,), ir.F16Type.get())
         one = ir.VectorType.get((1,), self.i32)
         for half, tile in enumerate(self.tiles):
             for j, pairs in enumerate(self.tile_pairs(tile)):
                 for c, value in enumerate(pairs):
-                    by_place[2 * j + c, half] = vector.bitcast(pair, vector.broadcast(one, value))
+                    by_tile[2 * j + c, half] = vector.bitcast(pair, vector.broadcast(one, value))
         return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
 
 
 # The same in jnp
 
 
-def _emulated(type: GGMLType, refs: dict, place: TilePlace, chunk: int, group):
-    subblock, half = divmod(chunk, 2)
+def _emulated(type: GGMLType, refs: dict, tiles: WarpTiles, quarter: int, group):
+    subblock, half = divmod(quarter, 2)
     tile = lax.iota(jnp.int32, 8)  # in the order of rows: warp, half
-    index = place.base + group * place.by_group + tile // 2 * place.by_warp + tile % 2 * place.by_half
+    index = tiles.base + group * tiles.by_group + tile // 2 * tiles.by_warp + tile % 2 * tiles.by_half
     arrays = {}
     for name, array in TILE_ARRAYS[type].items():
         whole = refs[name][...]
@@ -323,7 +323,7 @@ def _emulated(type: GGMLType, refs: dict, place: TilePlace, chunk: int, group):
         return jnp.stack([byte(words, i) for i in range(4)], axis=-1)
 
     if type is GGMLType.Q8_0:
-        q = word_bytes("q", chunk)
+        q = word_bytes("q", quarter)
         q = jnp.where(q > 127, q - 256, q)
         scale, minimum = arrays[f"d{subblock}"].reshape(8, 8, 4) * f16(WEIGHT_SCALE), None
     else:
@@ -345,4 +345,4 @@ def _emulated(type: GGMLType, refs: dict, place: TilePlace, chunk: int, group):
     if minimum is not None:
         w = w - minimum.astype(f32)[..., None, None]
     w = w.astype(f16).reshape(8, 8, 4, 4, 2, 2)  # tile, row, group, word, b, c
-    return w.transpose(0, 1, 3, 5, 2, 4).reshape(SLAB_ROWS, CHUNK)
+    return w.transpose(0, 1, 3, 5, 2, 4).reshape(SLAB_ROWS, PIECE)

@@ -1,6 +1,6 @@
 """moe_mlp on NVIDIA GPUs: sort by expert, gate + up + SwiGLU, down with weighting, sum in order.
 
-Two launches of the kernel in ``gpu.products`` and a few small steps of XLA. SwiGLU's
+Two launches of the kernel in ``gpu.products`` and a few small operations of XLA. SwiGLU's
 results stay sorted, in float16 and in the order in which the second launch reads them. Every
 token adds its experts' results in the order of ``expert_ids``.
 
@@ -93,20 +93,20 @@ def _few(
     options = {"config": config, "interpret": interpret}
     operand, scale = float16_operand(x, config.tile)
     used = used_experts(expert_ids, E)
-    place, weight = expert_factors(expert_ids, expert_weights.astype(jnp.float32), E, config.tile)
+    destination, weight = expert_factors(expert_ids, expert_weights.astype(jnp.float32), E, config.tile)
     swiglu = product.multiply(operand, scale, used, (gate, up), **options)
-    places = {"places": place.reshape(-1), "out_rows": T * X}
+    scatter = {"destinations": destination.reshape(-1), "out_rows": T * X}
     parts = None
     for i, down in enumerate(downs):
         mine = used if which is None else used._replace(count=used.count * (which == i))
-        out = product.multiply(swiglu, weight.reshape(-1), mine, (down,), **places, **options)
+        out = product.multiply(swiglu, weight.reshape(-1), mine, (down,), **scatter, **options)
         parts = out if parts is None else jnp.where(which == i, out, parts)
     assert parts is not None, "down has a type"
     parts = parts.reshape(T, X, -1)
     total = None
     for choice in range(X):
         part = parts[:, choice]
-        for later in range(choice + 1, X):  # an expert that a token chose twice stands at the last place
+        for later in range(choice + 1, X):  # an expert that a token chose twice stands last
             again = expert_ids[:, choice] == expert_ids[:, later]
             part = jnp.where(again[:, None], 0.0, part)
         total = part if total is None else total + part
@@ -132,7 +132,7 @@ def _experts(
     swiglu = product.multiply(operand[token], scale[token], order.tiles, (gate, up), **options)
     weight = expert_weights.astype(jnp.float32).reshape(-1)[order.source] / (SWIGLU_SCALE * WEIGHT_SCALE)
     parts = product.multiply(swiglu, weight, order.tiles, (down,), **options)
-    total = parts[order.place[:, 0]]
+    total = parts[order.destination[:, 0]]
     for choice in range(1, expert_ids.shape[1]):
-        total = total + parts[order.place[:, choice]]
+        total = total + parts[order.destination[:, choice]]
     return total

@@ -25,9 +25,9 @@ def expert_factors(
     ids = jnp.pad(expert_ids, ((0, rows - T), (0, 0)), constant_values=-1)
     weights = jnp.pad(weights, ((0, rows - T), (0, 0)))
     weights = weights / (SWIGLU_SCALE * WEIGHT_SCALE)
-    place, weight = jnp.full((experts, rows), -1, jnp.int32), jnp.zeros((experts, rows), jnp.float32)
+    destination, weight = jnp.full((experts, rows), -1, jnp.int32), jnp.zeros((experts, rows), jnp.float32)
     for choice in range(X):  # not a reduction, so that XLA makes one kernel of it
         chosen = ids[:, choice] == np.arange(experts)[:, None]
-        place = jnp.where(chosen, np.arange(rows) * X + choice, place)
+        destination = jnp.where(chosen, np.arange(rows) * X + choice, destination)
         weight = weight + jnp.where(chosen, weights[:, choice], 0.0)
-    return place, weight
+    return destination, weight

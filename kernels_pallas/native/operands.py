@@ -55,11 +55,11 @@ class Operands:
         self.arrays: list[Any] = []
 
     def stack(self, stack: PackedTensor) -> list[int]:
-        """Adds a stack: its type, the place of its first array, and their number."""
+        """Adds a stack: its type, the index of its first array, and their number."""
         names = ARRAYS[stack.type]
-        place = self._first + len(self.arrays)
+        index = self._first + len(self.arrays)
         self.arrays += [stack.arrays[name] for name in names]
-        return [int(stack.type), place, len(names)]
+        return [int(stack.type), index, len(names)]
 
     def choice(self, w: Matrices | OneOf) -> list[int]:
         """Adds every option: their number, then each as :meth:`stack`."""

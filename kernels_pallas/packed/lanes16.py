@@ -297,7 +297,7 @@ def _weights_q4_k(w: PackedTensor) -> jax.Array:
 
 def _weights_q5_k(w: PackedTensor) -> jax.Array:
     low = _nibbles(w.arrays["q"], 8)
-    # [..., superblocks, 4 chunks, 2 halves, 8 words, 4 bytes, 16]
+    # [..., superblocks, 4 quarters, 2 halves, 8 words, 4 bytes, 16]
     starts = 2 * np.arange(4)[:, None, None, None, None] + np.arange(2)[:, None, None, None]
     bits = _fields(_words(w.arrays["qh"], 1, 1, 8, 1), starts + 8 * np.arange(4)[:, None], 1)
     return _scaled(w, low | (bits.reshape(low.shape) << 4))

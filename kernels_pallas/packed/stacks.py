@@ -92,7 +92,7 @@ class Matrices:
         return self.slice(index * self.rows, self.rows)
 
     def one_a_row(self) -> tuple[PackedTensor, jax.Array]:
-        """The stack as packed [R / N, N, K], and the place in it of the first matrix."""
+        """The stack as packed [R / N, N, K], and the offset in it of the first matrix."""
         units = self.rows // self.unit
         return (
             jax.tree.map(lambda a: a.reshape(-1, units, *a.shape[1:]), self.stack),
@@ -286,7 +286,7 @@ def _lay_norms(
 def _lay_matrices(
     role: str, shapes: Mapping[str, tuple[int, ...]], types: Sequence[Mapping[str, GGMLType]]
 ) -> tuple[dict[str, LayerTensor], dict[str, Any]]:
-    """Places of the matrices of one role, and its stacks."""
+    """Offsets of the matrices of one role, and its stacks."""
     rows = {name: math.prod(shape[:-1]) for name, shape in shapes.items()}
     used: dict[GGMLType, int] = {}
     first: dict[str, list[int]] = {name: [] for name in shapes}

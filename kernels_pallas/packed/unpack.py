@@ -1,6 +1,6 @@
 """Blocks as a file has them to packed arrays, in jnp: what ``convert.unpack`` does on a host, bit for bit.
 
-Bytes are moved and scales of 4 to 6 bits spread; nothing is rounded. Fields and their places are those of
+Bytes are moved and scales of 4 to 6 bits spread; nothing is rounded. Fields and their offsets are those of
 ``convert.formats``; only types whose scales are spread have code of their own here.
 """
 

@@ -40,14 +40,14 @@ def _matmul(compute_dtype: np.dtype, x: jax.Array, w: Matrices) -> jax.Array:
         return _matvec(x.astype(compute_dtype), w)
     tile = _tile_rows(w)
 
-    def step(i: jax.Array, out: jax.Array) -> jax.Array:
+    def one_tile(i: jax.Array, out: jax.Array) -> jax.Array:
         start = jnp.minimum(i * tile, w.rows - tile)  # the last tile may overlap: it writes the same values
         part = dots.matmul_nt(x, dots.dense(w.slice(start, tile), compute_dtype))
         return lax.dynamic_update_slice(out, part, (0, start))
 
     if tile == w.rows:
         return dots.matmul_nt(x, dots.dense(w.slice(0, tile), compute_dtype))
-    return lax.fori_loop(0, -(-w.rows // tile), step, jnp.zeros((x.shape[0], w.rows), jnp.float32))
+    return lax.fori_loop(0, -(-w.rows // tile), one_tile, jnp.zeros((x.shape[0], w.rows), jnp.float32))
 
 
 def _matvec(x: jax.Array, w: Matrices) -> jax.Array:
@@ -60,8 +60,8 @@ def _matvec(x: jax.Array, w: Matrices) -> jax.Array:
     parts = next(n for n in range(1, tiles + 1) if tiles % n == 0 and w.rows <= n * MAX_MATVEC_PART)
     if parts == 1 and w.stack.shape == w.shape:
         return lanes.matvec(x, w.stack)
-    stack, place = replace(w, shape=(w.rows // parts, w.columns)).one_a_row()
-    multiply = lambda i: lanes.matvec(x, stack, jnp.full(x.shape[:1], place + i))
+    stack, offset = replace(w, shape=(w.rows // parts, w.columns)).one_a_row()
+    multiply = lambda i: lanes.matvec(x, stack, jnp.full(x.shape[:1], offset + i))
     if parts == 1:
         return multiply(0)
     out = lax.map(multiply, jnp.arange(parts))

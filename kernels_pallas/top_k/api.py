@@ -19,7 +19,7 @@ def top_k(
       implementation: None chooses; a named one runs or raises.
 
     Returns:
-      Values float32 [B, k] from the largest down, and their places int32 [B, k], the lower one first
+      Values float32 [B, k] from the largest down, and their indices int32 [B, k], the lower one first
       among equals. Rows with NaN are undefined.
 
     Raises:

@@ -4,7 +4,7 @@ XLA's CPU compiler makes a call of a partial sort of ``lax.top_k``, but only whe
 of its k values: whoever reads the largest alone gets a sort of the whole row, 21 times as slow for 64 of
 4,096. So there the result is kept from being looked through.
 
-On a GPU: the k largest of a row, the lower place first among equals, lie in the k blocks whose maxima are
+On a GPU: the k largest of a row, the lower index first among equals, lie in the k blocks whose maxima are
 the k largest, the lower block first among equals: were one of them in another block, each of those k
 blocks would hold a value that comes before it. So two short sorts find them, of the maxima and of the
 values in these blocks. As integers in their total order, values compare exactly as ``lax.top_k`` compares

@@ -165,12 +165,12 @@ def test_choice_is_the_routers(rng):
     by_hand = np.argsort(-logits, axis=1, kind="stable")[:, :3]
     np.testing.assert_array_equal(routes.expert_ids, by_hand)
     weights = choose_experts(jnp.asarray(logits), 3, None)[2]
-    places, factors = np.full((16, 32), -1), np.zeros((16, 32))
+    destinations, factors = np.full((16, 32), -1), np.zeros((16, 32))
     for row, ids in enumerate(by_hand):
         for choice, expert in enumerate(ids):
-            places[expert, row] = 3 * row + choice
+            destinations[expert, row] = 3 * row + choice
             factors[expert, row] = weights[row, choice] / (SWIGLU_SCALE * WEIGHT_SCALE)
-    np.testing.assert_array_equal(routes.places, places)
+    np.testing.assert_array_equal(routes.destinations, destinations)
     np.testing.assert_allclose(routes.factors, factors, rtol=1e-6)
     used = np.unique(by_hand)
     assert routes.used.count[0] == len(used)
@@ -183,10 +183,10 @@ def test_choice_of_a_row_that_is_not_finite(rng):
     logits = np.array(rng.normal(size=(32, 16)), np.float32)
     logits[3, 7] = np.inf
     routes = steps.choose(jnp.asarray(logits), 3, 32)
-    factors, places = np.asarray(routes.factors), np.asarray(routes.places)
+    factors, destinations = np.asarray(routes.factors), np.asarray(routes.destinations)
     assert np.asarray(routes.expert_ids).max() < 16
-    assert (places[:, 3] >= 0).any()
-    assert np.isnan(factors[:, 3][places[:, 3] >= 0]).all()
+    assert (destinations[:, 3] >= 0).any()
+    assert np.isnan(factors[:, 3][destinations[:, 3] >= 0]).all()
     assert np.isfinite(np.delete(factors, 3, axis=1)).all()
 
 

@@ -27,7 +27,7 @@ from tests.kernels.op_oracles import check, moe_oracle
 
 __all__ = ["rng"]
 
-SMALL = MatmulConfig(tile=16, widths=(8, 16), blocks=2, max_x_slots=3)
+SMALL = MatmulConfig(tile=16, widths=(8, 16), blocks=2, max_x_stages=3)
 BFLOAT16 = np.dtype(jnp.bfloat16)
 
 
@@ -78,7 +78,7 @@ def test_every_size_that_is_chosen_fits_every_card():
                 for fused in (False, True)[: 1 + (rows % 256 == 0)]:
                     chosen = grouped_matmul_sm80.sizes(config, w)
                     kernel = grouped_matmul_sm80.PortableKernel(w, fused, chosen, 1, None)
-                    assert kernel.x_slots >= 2
+                    assert kernel.x_stages >= 2
                     assert rows % (kernel.block_rows) == 0
 
 

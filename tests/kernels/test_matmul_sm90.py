@@ -34,7 +34,7 @@ from tests.kernels.op_oracles import check, expert_oracle, silu64
 __all__ = ["rng"]
 
 pytestmark = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the kernels need JAX 0.11")
-SMALL = MatmulConfig(tile=16, widths=(8, 16), blocks=2, max_x_slots=4)
+SMALL = MatmulConfig(tile=16, widths=(8, 16), blocks=2, max_x_stages=4)
 BFLOAT16 = np.dtype(jnp.bfloat16)
 BOUND = tolerances.MATMUL_FLOAT16_NMSE
 
@@ -206,9 +206,9 @@ def test_operands_keep_eleven_bits_at_any_magnitude(rng, peak):
 def test_sorting_gives_every_pair_a_row_of_its_expert(rng, tokens, choices, experts, tile):
     ids = rng.zipf(1.3, (tokens, choices)) % experts
     order = sort_by_expert(jnp.asarray(ids, jnp.int32), experts, tile)
-    place, source = np.asarray(order.place), np.asarray(order.source)
-    assert len(np.unique(place)) == ids.size
-    np.testing.assert_array_equal(source[place.reshape(-1)], np.arange(ids.size))
+    destination, source = np.asarray(order.destination), np.asarray(order.source)
+    assert len(np.unique(destination)) == ids.size
+    np.testing.assert_array_equal(source[destination.reshape(-1)], np.arange(ids.size))
     owner = np.full(len(source), -1)
     for e, start, rows in list(zip(*map(np.asarray, order.tiles[:3]), strict=True))[
         : int(order.tiles.count[0])
@@ -218,13 +218,13 @@ def test_sorting_gives_every_pair_a_row_of_its_expert(rng, tokens, choices, expe
         assert (owner[start : start + rows] == -1).all()
         owner[start : start + rows] = e
         assert start + tile <= len(source) == padded_rows(ids.size, experts, tile)
-    np.testing.assert_array_equal(owner[place], ids)
+    np.testing.assert_array_equal(owner[destination], ids)
 
 
 def test_warpgroups_ask_for_no_more_registers_than_the_launch_gives():
-    for warpgroups, (most, least) in REGISTERS.items():
+    for warpgroups, (increased, decreased) in REGISTERS.items():
         given = 65536 // (128 * (warpgroups + 1)) // 8 * 8
-        assert warpgroups * most + least <= (warpgroups + 1) * given
+        assert warpgroups * increased + decreased <= (warpgroups + 1) * given
 
 
 def test_a_tile_writes_its_own_rows_alone(rng):

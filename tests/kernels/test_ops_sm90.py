@@ -81,12 +81,12 @@ def test_grouped_matmul_lowers_for_cuda(rng, name, type, matrices):
     config = CONFIGS[name]
     few = name.startswith("few")
     rows = config.tile * experts if few and matrices == 1 else config.tile
-    places = {"places": jnp.zeros(config.tile * experts, jnp.int32), "out_rows": 9}
+    scatter = {"destinations": jnp.zeros(config.tile * experts, jnp.int32), "out_rows": 9}
 
     def run(x, scale, w):
         used = UsedExperts(jnp.arange(experts), jnp.full(1, experts))
         work = used if few else dense_tiles(config.tile, config.tile)
-        options = places if few and matrices == 1 else {}
+        options = scatter if few and matrices == 1 else {}
         return grouped_matmul(x, scale, work, (w,) * matrices, config=config, **options)
 
     assert "grouped_matmul_" in lower(run, jnp.zeros((rows, 256), jnp.float16), jnp.ones(rows), w)

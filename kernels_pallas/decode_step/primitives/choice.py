@@ -56,8 +56,8 @@ def top_experts(logits, scale, ids, routing, count: int) -> None:
         for _ in range(count):
             key = over_warp(tree(arith.maxui, keys), "max")
             is_best = [equal(k, key) for k in keys]
-            places = [arith.select(e, i, const(-1)) for e, i in zip(is_best, indices, strict=True)]
-            winner = over_warp(tree(arith.minui, places), "min")
+            tied = [arith.select(e, i, const(-1)) for e, i in zip(is_best, indices, strict=True)]
+            winner = over_warp(tree(arith.minui, tied), "min")
             same = [equal(i, winner) for i in indices]
             keys = [arith.select(e, const(0), k) for e, k in zip(same, keys, strict=True)]
             best.append(arith.bitcast(f32, unflip(key)))
@@ -87,7 +87,7 @@ def sort_pairs(ids, order) -> None:
     """Numbers of pairs (a sequence and one of its experts) in the order of their experts.
 
     Args:
-      ids: int32 [sequences, experts a token] in shared memory, at least as many as pairs.
+      ids: int32 [sequences, experts per token] in shared memory, at least as many as pairs.
       order: int32 [pairs] in shared memory, to be written; at most 128.
     """
     (pairs,) = order.shape

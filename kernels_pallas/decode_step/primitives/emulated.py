@@ -139,8 +139,8 @@ class View:
         return self.ref[own].reshape(shape), starts, sizes, kept
 
 
-def store_subblocks(ref, chunk, value) -> None:
-    ref[pl.ds(chunk * 4, 4)] = value.reshape(4, *ref.shape[1:])
+def store_subblocks(ref, piece, value) -> None:
+    ref[pl.ds(piece * 4, 4)] = value.reshape(4, *ref.shape[1:])
 
 
 def copy_to_shared(ref, source) -> None:

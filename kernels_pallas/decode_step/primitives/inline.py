@@ -21,7 +21,7 @@ def equal(a: ir.Value, b: ir.Value) -> ir.Value:
 
 
 def lane_and_warp() -> tuple[ir.Value, ir.Value]:
-    """This thread's place in its warp, and the warp's in its warpgroup."""
+    """This thread's number in its warp, and the warp's in its warpgroup."""
     thread = arith.remui(mgpu.utils.thread_idx(), const(WARPGROUP))
     return arith.remui(thread, const(32)), arith.divui(thread, const(32))
 
@@ -33,7 +33,7 @@ def lane_value(array: mgpu.FragmentedArray) -> ir.Value:
 
 
 def one_per_lane(shape: tuple[int, ...], layout, value: ir.Value, *, is_signed) -> mgpu.FragmentedArray:
-    """The array of one value a lane, which this lane's is; ``is_signed`` as ``FragmentedArray`` has it."""
+    """The array of one value per lane, which this lane's is; ``is_signed`` as ``FragmentedArray`` has it."""
     layout = layout.to_mgpu()
     registers = np.full(layout.registers_shape(shape), None, object)
     empty = llvm.mlir_undef(ir.VectorType.get((1,), value.type))

@@ -15,7 +15,7 @@ _TILED = plgpu.Layout.TILED
 TILE_WORDS = _TILED(plgpu.Tiling(((4, 8, 4, 4),)), warp_dims=(-4,), lane_dims=(-3, -2), vector_dim=-1)
 """int32 [4 tiles, 8 rows, 4 column groups, 4 words]."""
 TILE_LANES = TILE_WORDS.reduce(3)
-"""[4 tiles, 8 rows, 4 column groups]: one value a lane."""
+"""[4 tiles, 8 rows, 4 column groups]: one value per lane."""
 TILE_ROWS = TILE_WORDS.reduce((2, 3))
 """[4 tiles, 8 rows]."""
 SUBBLOCKS = _TILED(
@@ -23,12 +23,12 @@ SUBBLOCKS = _TILED(
 )
 """float32 [32 subblocks, 2 halves, 4 words, 4 bytes]: 1,024 activations, 8 per lane."""
 OUTPUT_ROWS = _TILED(plgpu.Tiling(((16, 8, 1), (4, 8, 1))), (-6,), (-3, -2), -1).reduce(2)
-"""float32 [16 tiles, 8 rows]: one result a lane."""
+"""float32 [16 tiles, 8 rows]: one result per lane."""
 HEAD_HALVES = _TILED(plgpu.Tiling(((8, 64), (2, 4))), warp_dims=(-4,), lane_dims=(-3, -2), vector_dim=-1)
 """float32 [8 heads, 64 of 128 dimensions]."""
 
 EXPERTS = _TILED(plgpu.Tiling(((4, 128), (4,))), warp_dims=(-3,), lane_dims=(-2,), vector_dim=-1)
-"""float32 [4 sequences, 128 n experts]: a sequence a warp."""
+"""float32 [4 sequences, 128 n experts]: one sequence per warp."""
 
 SCALAR = plgpu.Layout.WG_SPLAT(())
 

@@ -27,7 +27,7 @@ def load_fragments(words, zeros, *, shared: bool) -> list:
 
     Args:
       words: int32 [2 parts, 4 superblocks, 4 groups, 2 subblocks, 2 halves, 4] in shared memory, a
-        superblock a warp; without the second axis where ``shared``.
+        superblock per warp; without the second axis where ``shared``.
       zeros: int32 [16] of zeros in shared memory.
 
     Returns:

@@ -134,11 +134,11 @@ def store_lanes(refs: list, subblock, warp: int, parts: list, scale, q, layout) 
         stride = refs[0].type.get_strides_and_offset()[0][0]
         lane, own_warp = lane_and_warp()
         half = arith.divui(lane, const(16))
-        place = subblock.registers.item()
+        index = subblock.registers.item()
         branch = scf.IfOp(equal(own_warp, const(warp)))
         with ir.InsertionPoint(branch.then_block):
             for i, part in enumerate(parts):
-                at = arith.addi(arith.addi(arith.muli(place, const(32)), lane), const(4 * stride * i))
+                at = arith.addi(arith.addi(arith.muli(index, const(32)), lane), const(4 * stride * i))
                 pointer = mgpu.utils.getelementptr(words, [at], i8)
                 llvm.store(arith.trunci(i8, lane_value(part)), pointer)
             totals = []
@@ -148,9 +148,9 @@ def store_lanes(refs: list, subblock, warp: int, parts: list, scale, q, layout) 
                 totals.append(mgpu.utils.inline_ptx(code, own, result_types=i32, has_side_effects=True))
             first = scf.IfOp(equal(lane, const(0)))
             with ir.InsertionPoint(first.then_block):
-                llvm.store(lane_value(scale), mgpu.utils.getelementptr(scales, [place], f32))
+                llvm.store(lane_value(scale), mgpu.utils.getelementptr(scales, [index], f32))
                 for i, total in enumerate(totals):
-                    at = arith.addi(arith.muli(place, const(2)), const(i))
+                    at = arith.addi(arith.muli(index, const(2)), const(i))
                     llvm.store(total, mgpu.utils.getelementptr(sums, [at], i32))
                 scf.yield_([])
             scf.yield_([])
@@ -158,14 +158,14 @@ def store_lanes(refs: list, subblock, warp: int, parts: list, scale, q, layout) 
     store(list(refs), subblock, parts, scale, q)
 
 
-def store_subblocks(ref, chunk, value) -> None:
-    """Stores 32 subblocks' values [32, ...] as superblocks ``4 * chunk`` to ``4 * chunk + 3`` of ref.
+def store_subblocks(ref, piece, value) -> None:
+    """Stores 32 subblocks' values [32, ...] as superblocks ``4 * piece`` to ``4 * piece + 3`` of ref.
 
     Args:
       ref: [superblocks, 4, 2, ...] in shared memory, contiguous.
     """
     superblocks, _, _, *inner = ref.shape
-    ref.reshape(superblocks * 8, *inner)[pl.ds(chunk * 32, 32)] = value
+    ref.reshape(superblocks * 8, *inner)[pl.ds(piece * 32, 32)] = value
 
 
 def store_zeros(ref) -> None:

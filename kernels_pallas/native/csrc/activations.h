@@ -1,4 +1,4 @@
-/* Activations in 15 bits: two signed bytes an element, and a float32 scale for each 256 columns of a row. */
+/* Activations in 15 bits: two signed bytes per element, and a float32 scale for each 256 columns of a row. */
 #pragma once
 #include "vectors.h"
 

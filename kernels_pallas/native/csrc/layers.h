@@ -65,15 +65,15 @@ static void norm_and_rotate(void *context, int row) {
   }
 }
 
-/* In the order of rows: of two that name one place the later one stays. */
+/* In the order of rows: of two that name one position the later one stays. */
 static void write_cache(const Layer *l) {
   const Network *n = l->n;
   size_t row_size = (size_t)n->kv_heads * (size_t)n->head;
   for (int r = 0; r < n->rows; r++) {
     int64_t position = MAX(0, MIN(n->position[r], n->length - 1));
-    int64_t place = ((int64_t)l->layer * n->slots + n->slot[r]) * n->length + position;
-    memcpy(n->k_cache + place * (int64_t)row_size, l->k + (int64_t)r * (int64_t)row_size, row_size * sizeof(float));
-    memcpy(n->v_cache + place * (int64_t)row_size, l->v + (int64_t)r * (int64_t)row_size, row_size * sizeof(float));
+    int64_t offset = ((int64_t)l->layer * n->slots + n->slot[r]) * n->length + position;
+    memcpy(n->k_cache + offset * (int64_t)row_size, l->k + (int64_t)r * (int64_t)row_size, row_size * sizeof(float));
+    memcpy(n->v_cache + offset * (int64_t)row_size, l->v + (int64_t)r * (int64_t)row_size, row_size * sizeof(float));
   }
 }
 

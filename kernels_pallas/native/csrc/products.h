@@ -1,4 +1,4 @@
-/* Products over all rows of matrices, dealt out to the pool, and the small steps between them. */
+/* Products over all rows of matrices, dealt out to the pool, and the small operations between them. */
 #pragma once
 #include <stdlib.h>
 
