@@ -104,39 +104,25 @@ def start(options: dict[str, Any]) -> None:
 
 def _note_programs(programs: Any) -> None:
     """Every program with how it came to be, and the parts of a compilation."""
-    inner = programs.Program._compile
+    inner, timed_lower = programs.Program._compile, programs.Program._lowered
 
     def compiled(self: Any, entry: Any, arguments: Any) -> None:
-        traced, thread, began = entry.traced, threading.current_thread().name, time.perf_counter()
-        lowered = traced.lower()
-        middle = time.perf_counter()
-        entry.traced = _Lowered(lowered)
+        began = time.perf_counter()
         inner(self, entry, arguments)
-        say(
-            program=self.name,
-            at=round(began - _began, 3),
-            lower=round(middle - began, 3),
-            compile=round(time.perf_counter() - middle, 3),
-            thread=thread,
-        )
+        took, thread = time.perf_counter() - began, threading.current_thread().name
+        say(program=self.name, at=round(began - _began, 3), compile=round(took, 3), thread=thread)
 
-    programs.Program._compile = compiled
+    def lowered(entry: Any) -> Any:
+        with step("lower"):
+            return timed_lower(entry)
+
+    programs.Program._compile, programs.Program._lowered = compiled, staticmethod(lowered)
     timed(programs.Program, "_traced", "trace")
     programs.listen(
         lambda name, made: (
             made and made.source == "disk" and say(from_disk=name, seconds=round(made.seconds, 3))
         )
     )
-
-
-class _Lowered:
-    """Stands for a trace whose lowering is done."""
-
-    def __init__(self, lowered: Any):
-        self._lowered = lowered
-
-    def lower(self) -> Any:
-        return self._lowered
 
 
 def sweep(options: dict[str, Any]) -> None:

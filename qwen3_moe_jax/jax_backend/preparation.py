@@ -1,9 +1,11 @@
 """Programs made beside the work of a session, so that nobody waits for one that could have been ready.
 
 ``Preparation`` has threads of its own. What the first tokens need is looked for on disk, or compiled, while
-weights are loaded: the wait is the longer of the two, not their sum. The rest follows after the first
-token. On a GPU a compiler takes nothing that the model needs. A CPU that compiles cannot compute as fast, so
-there it is done while the model is idle. Programs that no later process will find are not made ahead.
+weights are loaded: the wait is the longer of the two, not their sum. Tracing and lowering are Python, which
+runs in one thread at a time: one thread does them, program after program, and others compile meanwhile.
+The rest follows after the first token. On a GPU a compiler takes nothing that the model needs. A CPU that
+compiles cannot compute as fast, so there it is done while the model is idle. Programs that no later process
+will find are not made ahead.
 
 A compilation cannot be interrupted: ``close`` lets the one under way end, and begins no other.
 """
@@ -27,7 +29,8 @@ IDLE_SECONDS = 1.0
 LOOK_SECONDS = 0.5
 """How often a thread that waits looks whether the process ends."""
 
-FIRST_THREADS = 2
+FIRST_THREADS = 4
+"""That load or compile what the first tokens need, beside the one that traces and lowers."""
 
 NICENESS = 10
 """Of the thread that makes what nobody waits for."""
@@ -63,6 +66,7 @@ class Preparation:
         self._changed = threading.Condition()
         self._busy, self._used_at, self._is_closed = 0, time.monotonic(), False
         self._worker: threading.Thread | None = None
+        self._lowering = ThreadPoolExecutor(1, thread_name_prefix="lowering")
         self._first = ThreadPoolExecutor(FIRST_THREADS, thread_name_prefix="programs")
         _all.add(self)
 
@@ -79,6 +83,14 @@ class Preparation:
           compiles: also what is not on disk.
         """
         for wanted in first:
+            self._lowering.submit(self._begin, wanted, compiles)
+
+    def _begin(self, wanted: Wanted, compiles: bool) -> None:
+        """Leaves one to the others: to load it, or when it is lowered, to compile it."""
+        with in_background(), own_settings(), suppress(Exception):  # it fails again where it is called
+            if compiles and not self._is_over() and not wanted.is_stored:
+                wanted.lower()
+        with suppress(RuntimeError):  # closed meanwhile
             self._first.submit(self._make, wanted, compiles)
 
     def go_on(self) -> None:
@@ -105,7 +117,8 @@ class Preparation:
         with self._changed:
             self._is_closed = True
             self._changed.notify_all()
-        self._first.shutdown(wait=wait, cancel_futures=True)
+        for pool in (self._lowering, self._first):  # in the order in which they give work on
+            pool.shutdown(wait=wait, cancel_futures=True)
         if wait and self._worker is not None:
             self._worker.join()
 

@@ -28,6 +28,7 @@ from jax.core import Tracer
 from jax.experimental import serialize_executable
 from jax.sharding import Mesh, NamedSharding
 
+from qwen3_moe_jax.jax_backend.collection import no_collection
 from qwen3_moe_jax.jax_backend.compile_clock import compile_clock
 from qwen3_moe_jax.jax_backend.program_key import TRACE_SETTINGS, environment, fingerprint
 from qwen3_moe_jax.jax_backend.program_store import ProgramStore
@@ -49,11 +50,11 @@ class _Compiled:
 
 @dataclasses.dataclass
 class _Entry:
-    """How far a program is: nothing, or found on disk, or traced, or compiled.
+    """How far a program is: nothing, or found on disk, or traced, or lowered, or compiled.
 
     Attributes:
-      finding: held by the thread that looks on disk, or traces.
-      compiling: held by the thread that lowers and compiles.
+      finding: held by the thread that looks on disk, traces or lowers.
+      compiling: held by the thread that compiles.
       ran: known as soon as it is found or traced.
     """
 
@@ -61,6 +62,7 @@ class _Entry:
     compiling: Any = dataclasses.field(default_factory=threading.RLock)
     is_missing: bool = False
     traced: jax.stages.Traced | None = None
+    lowered: jax.stages.Lowered | None = None
     ran: tuple[Ran, ...] | None = None
     program: _Compiled | None = None
 
@@ -196,6 +198,15 @@ class Program:
             self._look_on_disk(entry, arguments)
             return entry.program is not None
 
+    def lower(self, *args: Any, **kwargs: Any) -> None:
+        """All of ``prepare`` that is Python, which runs in one thread at a time: compilation is left."""
+        arguments = self._split(args, kwargs)
+        entry = self._entry(arguments)
+        self._known(entry, arguments)
+        with entry.finding:
+            if entry.program is None:
+                self._lowered(entry)
+
     def is_stored(self, *args: Any, **kwargs: Any) -> bool:
         """Whether the program for these arguments is on disk."""
         key = self._disk_key_if_any(*self._split(args, kwargs))
@@ -247,7 +258,7 @@ class Program:
             self._look_on_disk(entry, arguments)
             if entry.ran is None:
                 static, dynamic = arguments
-                with recording() as record:
+                with recording() as record, no_collection():
                     entry.traced = self._traced(static, dynamic)
                 entry.ran = tuple(record)
             return entry.ran
@@ -276,16 +287,26 @@ class Program:
             entry.program, entry.ran = program, program.ran
             _tell(self.name, Made(self.name, "disk", time.perf_counter() - start))
 
+    @staticmethod
+    def _lowered(entry: _Entry) -> jax.stages.Lowered:
+        if entry.lowered is None:
+            assert entry.traced is not None
+            with no_collection():
+                entry.lowered, entry.traced = entry.traced.lower(), None
+        return entry.lowered
+
     def _compile(self, entry: _Entry, arguments: _Arguments) -> None:
         _tell(self.name, None)
         start = time.perf_counter()
-        assert entry.traced is not None
+        with entry.finding:
+            lowered = self._lowered(entry)
         _cache_hits.count = 0
-        program = _Compiled(entry.traced.lower().compile(), entry.ran or ())
+        program = _Compiled(lowered.compile(), entry.ran or ())
         key = self._disk_key_if_any(*arguments)
         if key and not _cache_hits.count:
             _save(key, program)
-        entry.program, entry.traced = program, None
+        with entry.finding:
+            entry.program, entry.lowered = program, None
         _tell(self.name, Made(self.name, "compiler", time.perf_counter() - start))
 
     def _disk_key_if_any(self, static: dict[str, Any], dynamic: dict[str, Any]) -> str | None:
@@ -338,6 +359,10 @@ class Wanted:
     def load(self) -> bool:
         """Takes it from disk if it is there; returns whether it is in memory then."""
         return self.program.load(**self.arguments)
+
+    def lower(self) -> None:
+        """Loads it, or does what comes before its compilation."""
+        self.program.lower(**self.arguments)
 
     def make(self) -> None:
         """Loads or compiles it."""

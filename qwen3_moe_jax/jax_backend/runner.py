@@ -164,11 +164,17 @@ class JaxRunner:
         self._record = Record()
 
     def _begin_preparation(self, first_prompt: int | None, first_forward: FirstForward | None) -> None:
+        """What the first tokens and the check of a file need, that which compiles longest first."""
+        compiles, begin = first_prompt is not None, self.preparation.begin
+        tokens, *others = self._session.first(first_prompt or 1)
+        begin([tokens], compiles=compiles)
         if first_forward is not None and programs.keeps_on_disk():
             check = self._session.forward(*first_forward)
             if not check.is_stored:  # a file that was checked before is not checked again
-                self.preparation.begin([check], compiles=True)
-        self.preparation.begin(self._session.first(first_prompt or 1), compiles=first_prompt is not None)
+                begin([check], compiles=True)
+        begin(others, compiles=compiles)
+        if self.platform == "gpu":  # whose load is longer than that of all programs
+            begin(self.preparation.wanted, compiles=False)
 
     def _preparation_of(self, session: Session) -> Preparation:
         return Preparation(

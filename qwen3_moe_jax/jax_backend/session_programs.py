@@ -43,6 +43,9 @@ from qwen3_moe_jax.jax_backend.token_choice import SamplingArrays
 
 T = TypeVar("T")
 
+SMALL = 0.05
+"""The cost of a program that compiles at once."""
+
 
 @dataclass(frozen=True)
 class Session:
@@ -78,19 +81,30 @@ class Session:
 
     def programs(self) -> list[Wanted]:
         """All of them, in the order in which a session first needs them."""
-        small = 0.05
-        s32 = jax.ShapeDtypeStruct((), np.int32)
-        slot = {"state": self.state, "slot": s32}
+        empty, admit, release = self._small()
+        clear = Wanted(slot_programs.clear, self._slot, "clearing a slot", SMALL)
         return [
-            Wanted(generate.empty_state, self.empty, "empty slots", small),
-            Wanted(slot_programs.admit, self._admission(), "taking a prompt in", small),
+            empty,
+            admit,
             self.prompt(PREFILL_CHUNKS[0]),
             self.tokens(1),
-            Wanted(slot_programs.release, slot, "giving a slot back", small),
+            release,
             *(self.prompt(chunk) for chunk in PREFILL_CHUNKS[:0:-1]),
             *(self.tokens(rows) for rows in row_counts(self.slots)[1:]),
             *self._prompts_together(),
-            Wanted(slot_programs.clear, slot, "clearing a slot", small),
+            clear,
+        ]
+
+    @property
+    def _slot(self) -> dict[str, Any]:
+        return {"state": self.state, "slot": jax.ShapeDtypeStruct((), np.int32)}
+
+    def _small(self) -> list[Wanted]:
+        """What every prompt needs beside its chunks."""
+        return [
+            Wanted(generate.empty_state, self.empty, "empty slots", SMALL),
+            Wanted(slot_programs.admit, self._admission(), "taking a prompt in", SMALL),
+            Wanted(slot_programs.release, self._slot, "giving a slot back", SMALL),
         ]
 
     @property
@@ -124,7 +138,8 @@ class Session:
     def first(self, prompt_tokens: int) -> list[Wanted]:
         """What the first tokens after a prompt wait for, that which compiles longest first."""
         chunks = generate.chunk_lengths(max(prompt_tokens, 1))
-        return [self.tokens(1), *(self.prompt(chunk) for chunk in dict.fromkeys(chunks))]
+        prompts = [self.prompt(chunk) for chunk in dict.fromkeys(chunks)]
+        return [self.tokens(1), *prompts, *self._small()]
 
     def forward(self, tokens: int, capture: frozenset[str], layers: Sequence[int] | None = None) -> Wanted:
         """A forward pass over a prompt of one chunk that shows stages (``Runner.forward``)."""

@@ -1,5 +1,6 @@
 """Programs made ahead: the list of a session is whole, and what is made in the background ends cleanly."""
 
+import gc
 import subprocess
 import sys
 import threading
@@ -101,6 +102,13 @@ class Fake:
         self.log, self.name, self.stored, self.held = log, name, stored, held
         self.is_ready = False
 
+    @property
+    def is_stored(self):
+        return self.stored
+
+    def lower(self):
+        self.log.append(f"{self.name} lowered")
+
     def load(self):
         self.is_ready = self.is_ready or self.stored
         return self.is_ready
@@ -125,6 +133,69 @@ def test_what_is_on_disk_comes_before_what_is_compiled(kept):
     preparation._worker.join()
     assert log == ["a", "c"]
     assert preparation.made == 3
+
+
+def test_the_next_is_lowered_while_one_is_compiled():
+    """Each compilation waits here until the last program has been lowered."""
+    log, held = [], threading.Event()
+    wanted = [Fake(log, "a", held=held), Fake(log, "b", held=held), Fake(log, "c", stored=True)]
+    wanted += [Fake(log, "d", held=held)]
+    wanted[-1].lower = held.set
+    preparation = Preparation(wanted, only_when_idle=False)
+    preparation.begin(wanted, compiles=True)
+    assert held.wait(60)
+    preparation._lowering.shutdown()
+    preparation._first.shutdown()
+    assert preparation.made == 4
+    assert [entry for entry in log if "lowered" in entry] == ["a lowered", "b lowered"]
+
+
+def test_without_a_known_prompt_nothing_is_lowered_that_is_not_on_disk():
+    log = []
+    preparation = Preparation([], only_when_idle=False)
+    preparation.begin([Fake(log, "a"), stored := Fake(log, "b", stored=True)], compiles=False)
+    preparation._lowering.shutdown()
+    preparation._first.shutdown()
+    assert (log, stored.is_ready) == ([], True)
+
+
+def test_a_program_that_is_compiled_holds_up_no_lowering(store):
+    """Whoever compiles holds a lock of its own: the thread that lowers goes on to the next program."""
+    program = programs.Program(lambda x: x * 2)
+    x = jax.ShapeDtypeStruct((3,), np.float32)
+    program.lower(x)
+    (entry,) = program._programs.values()
+    assert entry.lowered is not None
+    with entry.compiling:
+        done = threading.Thread(target=program.lower, args=(x,))
+        done.start()
+        done.join(60)
+        assert not done.is_alive()
+    program.prepare(x)
+    assert (entry.program is not None, entry.lowered, entry.traced) == (True, None, None)
+
+
+def test_no_cycles_are_looked_for_while_a_program_is_traced(store):
+    seen = []
+    program = programs.Program(lambda x: seen.append(gc.isenabled()) or x)
+    assert gc.isenabled()
+    program.lower(jax.ShapeDtypeStruct((3,), np.float32))
+    assert (seen, gc.isenabled()) == ([False], True)
+    gc.disable()  # as a user has it
+    program.lower(jax.ShapeDtypeStruct((4,), np.float32))
+    assert not gc.isenabled()
+    gc.enable()
+
+
+def test_what_the_first_tokens_need_is_all_that_they_call(source, jax_runner):
+    """Two small programs were compiled after the load, while the first token was waited for."""
+    session = jax_runner._session
+    first = {w.label for w in session.first(100)}
+    assert first == {w.label for w in session.programs()} - {
+        "prompts of 16 tokens",
+        "prompts of 512 tokens",
+        "clearing a slot",
+    }
 
 
 def test_nothing_is_compiled_ahead_that_no_later_process_finds(monkeypatch):
