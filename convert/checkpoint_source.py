@@ -56,7 +56,7 @@ from qwen3_moe_jax.convert.manifest import (
 from qwen3_moe_jax.convert.packed import PackedTensor, array_nbytes, array_shapes, packed_nbytes
 from qwen3_moe_jax.convert.progress import ProgressCallback
 from qwen3_moe_jax.convert.regular_file import Descriptor
-from qwen3_moe_jax.convert.source import READ_CHUNK_BYTES, READ_THREADS, ModelSource, refuse_nonfinite
+from qwen3_moe_jax.convert.source import READ_PIECE_BYTES, READ_THREADS, ModelSource, refuse_nonfinite
 from qwen3_moe_jax.convert.tensor_names import TensorSpec, tensor_specs
 from qwen3_moe_jax.convert.unpack import block_arrays, empty_packed
 
@@ -194,12 +194,12 @@ class CheckpointSource(ModelSource):
         arrays = block_arrays(packed)
         block = BLOCK_FORMATS[packed.type]
         blocks = len(next(iter(arrays.values())))
-        step = READ_CHUNK_BYTES // block.nbytes
+        stride = READ_PIECE_BYTES // block.nbytes
 
         def check(start: int) -> None:
-            refuse_nonfinite(name, packed.type, packed.shape, arrays, start, min(start + step, blocks))
+            refuse_nonfinite(name, packed.type, packed.shape, arrays, start, min(start + stride, blocks))
 
-        list(self._pool.map(check, range(0, blocks, step)))
+        list(self._pool.map(check, range(0, blocks, stride)))
 
     def sha256(self, progress: ProgressCallback | None = None) -> str:
         """SHA-256 of the manifest, after everything that it lists has been read and verified."""

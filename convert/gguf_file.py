@@ -190,11 +190,11 @@ def _check_shards(shards: list[tuple[RegularFile, Header]]) -> None:
     seen: set[str] = set()
     total = sum(len(header.tensors) for _, header in shards)
     for index, (file, header) in enumerate(shards):
-        place = (_split_value(file, header, "split.no"), _split_value(file, header, "split.count"))
-        if place != (index, len(shards)):
+        number = (_split_value(file, header, "split.no"), _split_value(file, header, "split.count"))
+        if number != (index, len(shards)):
             raise file.error(
                 "E_SPLIT",
-                f"holds shard {place[0] + 1} of {place[1]}, not shard {index + 1} of {len(shards)}; "
+                f"holds shard {number[0] + 1} of {number[1]}, not shard {index + 1} of {len(shards)}; "
                 "files were renamed, mixed up or copied twice",
             )
         declared = _split_value(file, header, "split.tensors.count")

@@ -152,7 +152,7 @@ class _HeaderParser:
         alignment: Any = metadata.get("general.alignment", DEFAULT_ALIGNMENT)
         raw_tensors = [self._tensor_info() for _ in range(num_tensors)]
         data_offset = _round_up(self._cursor.offset, alignment)
-        tensors = self._place(raw_tensors, data_offset, alignment)
+        tensors = self._located(raw_tensors, data_offset, alignment)
         return Header(version, alignment, metadata, tensors, data_offset, tuple(self._warnings))
 
     def _fail(
@@ -318,7 +318,7 @@ class _HeaderParser:
         type_id = self._cursor.number("i", what)
         return name, dims, type_id, self._cursor.number("Q", what), start
 
-    def _place(
+    def _located(
         self, raw_tensors: list[tuple[str, tuple[int, ...], int, int, int]], data_offset: int, alignment: int
     ) -> dict[str, TensorInfo]:
         """Tensor infos with absolute offsets; data must lie end to end, in order, inside the file."""

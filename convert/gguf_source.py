@@ -21,7 +21,7 @@ from qwen3_moe_jax.convert.packed import Box, PackedTensor
 from qwen3_moe_jax.convert.progress import ProgressCallback
 from qwen3_moe_jax.convert.regular_file import RegularFile
 from qwen3_moe_jax.convert.source import (
-    READ_CHUNK_BYTES,
+    READ_PIECE_BYTES,
     READ_THREADS,
     BlockSource,
     refuse_nonfinite,
@@ -123,11 +123,11 @@ class GGUFSource(BlockSource):
     def _fill_all(self, info: TensorInfo, packed: PackedTensor, runs: list[tuple[int, int, int]]) -> None:
         """Reads runs of blocks side by side: (where they go, the first in the file, the one after it)."""
         arrays = block_arrays(packed)
-        step = max(1, READ_CHUNK_BYTES // BLOCK_FORMATS[info.type].nbytes)
+        stride = max(1, READ_PIECE_BYTES // BLOCK_FORMATS[info.type].nbytes)
         pieces = [
-            (target + start - first, start, min(start + step, stop))
+            (target + start - first, start, min(start + stride, stop))
             for target, first, stop in runs
-            for start in range(first, stop, step)
+            for start in range(first, stop, stride)
         ]
         if len(pieces) == 1:
             self._fill(info, arrays, *pieces[0])
@@ -147,10 +147,10 @@ class GGUFSource(BlockSource):
             refuse_nonfinite(info.name, info.type, info.shape, arrays, target, end, start - target)
 
     def _buffer(self, nbytes: int) -> np.ndarray:
-        """Memory that this thread reads into, kept from chunk to chunk."""
+        """Memory that this thread reads into, kept from piece to piece."""
         buffer = getattr(self._local, "buffer", None)
         if buffer is None or len(buffer) < nbytes:
-            buffer = self._local.buffer = aligned_empty((max(nbytes, READ_CHUNK_BYTES),), np.uint8)
+            buffer = self._local.buffer = aligned_empty((max(nbytes, READ_PIECE_BYTES),), np.uint8)
         return buffer[:nbytes]
 
     def sha256(self, progress: ProgressCallback | None = None) -> str:

@@ -213,11 +213,11 @@ def check_integer(key: str, value: object, low: float, high: float) -> int:
     return value
 
 
-def check_float(key: str, value: object, above: float, most: float) -> float:
+def check_float(key: str, value: object, above: float, maximum: float) -> float:
     if not isinstance(value, float):
         raise hparam_error(key, f"must be one float, found {describe(value)}")
-    if not above < value <= most:  # NaN is refused too
-        raise hparam_error(key, f"is {value:g}; it must be finite, above {above:g}, at most {most:g}")
+    if not above < value <= maximum:  # NaN is refused too
+        raise hparam_error(key, f"is {value:g}; it must be finite, above {above:g}, at most {maximum:g}")
     return value
 
 

@@ -24,7 +24,7 @@ from qwen3_moe_jax.convert.regular_file import RegularFile
 from qwen3_moe_jax.convert.tensor_names import TensorSpec
 from qwen3_moe_jax.convert.unpack import Nonfinite, find_nonfinite_blocks
 
-READ_CHUNK_BYTES = 4 << 20
+READ_PIECE_BYTES = 4 << 20
 """Read and unpacked at a time: the bytes are still in the processor's cache when they are unpacked."""
 
 READ_THREADS = min(8, os.cpu_count() or 1)
@@ -162,13 +162,13 @@ def sha256_of_files(paths: list[Path], progress: ProgressCallback | None = None)
     """
     digest = hashlib.sha256()
     done = 0
-    buffer = memoryview(bytearray(READ_CHUNK_BYTES))
+    buffer = memoryview(bytearray(READ_PIECE_BYTES))
     with ExitStack() as stack:
         files = [stack.enter_context(closing(RegularFile(path))) for path in paths]
         total = sum(file.size for file in files)
         for file in files:
-            for offset in range(0, file.size, READ_CHUNK_BYTES):
-                piece = buffer[: min(READ_CHUNK_BYTES, file.size - offset)]
+            for offset in range(0, file.size, READ_PIECE_BYTES):
+                piece = buffer[: min(READ_PIECE_BYTES, file.size - offset)]
                 file.read_into(piece, offset)
                 digest.update(piece)
                 done += len(piece)

@@ -8,7 +8,7 @@ function names.
 
 Both work in pieces small enough for the processor's caches, and
 :func:`unpack_blocks` fills any range of blocks, so a loader can read a file in
-chunks and a tensor never exists twice.
+pieces and a tensor never exists twice.
 """
 
 # Elements of untrusted lists and of NumPy functions have types that no declaration gives.
@@ -30,7 +30,7 @@ from qwen3_moe_jax.convert.packed import ARRAY_FORMATS, ROWS, PackedTensor, arra
 ALIGNMENT = 64
 """Byte alignment of packed arrays: JAX's CPU backend can use such memory without a copy."""
 
-PACK_CHUNK_BYTES = 4 << 20
+PACK_PIECE_BYTES = 4 << 20
 PACK_THREADS = 4
 _DEQUANTIZE_WEIGHTS = 1 << 18
 """Weights dequantized at a time: 1 MiB of float32, so that the second pass finds them in cache."""
@@ -105,13 +105,13 @@ def pack(raw: np.ndarray, type: GGMLType, shape: tuple[int, ...]) -> PackedTenso
         )
     raw = raw.reshape(-1)
     arrays = block_arrays(packed)
-    step = max(1, PACK_CHUNK_BYTES // block.nbytes)
+    stride = max(1, PACK_PIECE_BYTES // block.nbytes)
 
     def fill(start: int) -> None:
-        stop = min(start + step, blocks)
+        stop = min(start + stride, blocks)
         unpack_blocks(raw[start * block.nbytes : stop * block.nbytes], type, arrays, start)
 
-    starts = range(0, blocks, step)
+    starts = range(0, blocks, stride)
     if len(starts) < 2:
         for start in starts:
             fill(start)
@@ -162,12 +162,12 @@ def dequantize(packed: PackedTensor, dtype: Any = np.float32) -> np.ndarray:
     weights = BLOCK_FORMATS[packed.type].weights
     out = np.empty(packed.shape, dtype)
     blocks = out.reshape(-1, weights)
-    step = _DEQUANTIZE_WEIGHTS // weights
+    stride = _DEQUANTIZE_WEIGHTS // weights
     # Damaged scales give NaN or infinity quietly here; find_nonfinite is where they are refused.
     with np.errstate(invalid="ignore", over="ignore"):
-        for start in range(0, len(blocks), step):
-            part = {name: array[start : start + step] for name, array in arrays.items()}
-            FORMATS[packed.type].dequantize(part, blocks[start : start + step])
+        for start in range(0, len(blocks), stride):
+            part = {name: array[start : start + stride] for name, array in arrays.items()}
+            FORMATS[packed.type].dequantize(part, blocks[start : start + stride])
     return out
 
 

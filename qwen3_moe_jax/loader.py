@@ -247,15 +247,15 @@ def checked_context(
     Raises:
       OptionError: a context that the model does not have.
     """
-    most = source.config.max_position_embeddings
+    maximum = source.config.max_position_embeddings
     if max_context == "fit":
         max_context = fitting_context(source, backend, kv_cache, mesh)
     if max_context is not None:
         check_number("max_context", max_context)
-    max_context = min(DEFAULT_CONTEXT, most) if max_context is None else max_context
+    max_context = min(DEFAULT_CONTEXT, maximum) if max_context is None else max_context
     max_context = int(max_context)
-    if not 1 < max_context <= most:
-        raise OptionError(f"a context of {max_context} tokens: this model takes from 2 to {most}")
+    if not 1 < max_context <= maximum:
+        raise OptionError(f"a context of {max_context} tokens: this model takes from 2 to {maximum}")
     return max_context
 
 
@@ -268,19 +268,19 @@ def fitting_context(
     power of two below that (few lengths, so that few are compiled). DEFAULT_CONTEXT, or what fits, where
     that share is less. WebGPU does not tell how much memory is free: DEFAULT_CONTEXT there.
     """
-    most = source.config.max_position_embeddings
-    least = min(DEFAULT_CONTEXT, most)
+    maximum = source.config.max_position_embeddings
+    minimum = min(DEFAULT_CONTEXT, maximum)
     free, itemsize = _place_of_cache(backend, kv_cache)
     if free is None or free.nbytes is None:
-        return least
-    plan = _plan(source, most, itemsize, mesh)
+        return minimum
+    plan = _plan(source, maximum, itemsize, mesh)
     left = free.nbytes - plan.weights - plan.working
-    fits = lambda share: int(left * share) * most // plan.cache - SLACK_TOKENS
+    fits = lambda share: int(left * share) * maximum // plan.cache - SLACK_TOKENS
     found = fits(SHARE_OF_MAIN if free.where == MAIN_MEMORY else SHARE_OF_CARD)
-    if found >= most:
-        return most
-    found = found if found >= least else min(fits(1.0), least)
-    return 1 << (found.bit_length() - 1) if found >= MIN_CONTEXT else least
+    if found >= maximum:
+        return maximum
+    found = found if found >= minimum else min(fits(1.0), minimum)
+    return 1 << (found.bit_length() - 1) if found >= MIN_CONTEXT else minimum
 
 
 def _plan(source: ModelSource, length: int, itemsize: int, mesh: str | None) -> MemoryPlan:

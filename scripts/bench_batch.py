@@ -203,7 +203,7 @@ class Timings:
         seconds = self._best(run)
         self.batch.free_all()
         return {
-            "milliseconds_a_step": round(seconds * 1e3, 3),
+            "milliseconds_per_step": round(seconds * 1e3, 3),
             "tokens_per_second": round(self.sequences / seconds, 1),
         }
 
@@ -286,8 +286,8 @@ def measure(subject: Subject, sequences: int, args: argparse.Namespace) -> list[
     for row in rows:
         if row["work"].startswith("prefill") and "seconds" in row:
             row["share_of_limit"] = round(operations / row["seconds"] / (args.tflops * 1e12), 4)
-        if row["work"] == "decode" and "milliseconds_a_step" in row:
-            row["share_of_limit"] = round(floor / (row["milliseconds_a_step"] / 1e3), 4)
+        if row["work"] == "decode" and "milliseconds_per_step" in row:
+            row["share_of_limit"] = round(floor / (row["milliseconds_per_step"] / 1e3), 4)
     return rows
 
 

@@ -26,7 +26,7 @@ import numpy as np
 from qwen3_moe_jax.convert.ggml_types import BLOCK_FORMATS, GGMLType
 from qwen3_moe_jax.convert.open_model import open_model
 from qwen3_moe_jax.convert.packed import packed_nbytes
-from qwen3_moe_jax.convert.source import READ_CHUNK_BYTES, ModelSource, refuse_nonfinite
+from qwen3_moe_jax.convert.source import READ_PIECE_BYTES, ModelSource, refuse_nonfinite
 from qwen3_moe_jax.convert.unpack import block_arrays, empty_packed, pack, unpack_blocks
 from qwen3_moe_jax.testing.random_models import random_blocks, tensor_nbytes
 from scripts import child_environment
@@ -56,7 +56,7 @@ def pack_rate(kind: GGMLType) -> float:
 
 def check_seconds(kind: GGMLType) -> tuple[float, float]:
     """Seconds for one byte on one core: reading from memory and unpacking it, and the scan for NaN."""
-    blocks = READ_CHUNK_BYTES // BLOCK_FORMATS[kind].nbytes
+    blocks = READ_PIECE_BYTES // BLOCK_FORMATS[kind].nbytes
     raw = random_blocks(kind, blocks, np.random.default_rng(0)).reshape(-1)
     shape = (blocks, BLOCK_FORMATS[kind].weights)
     arrays = block_arrays(empty_packed(kind, shape))
@@ -79,7 +79,7 @@ def file_bytes_by_type(source: ModelSource) -> Counter[GGMLType]:
 
 
 def disk_rate(folder: Path) -> float:
-    """GB written and synced a second, by one plain file."""
+    """GB written and synced per second, by one plain file."""
     data = bytes(16 << 20)
     start = time.perf_counter()
     with tempfile.TemporaryFile(dir=folder) as file:

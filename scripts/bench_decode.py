@@ -178,16 +178,16 @@ def memory(args: argparse.Namespace) -> None:
     tokens = runner.stream([1, 2, 3], max_tokens=40, sampling=Sampling(temperature=0))
     count = sum(1 for _ in tokens)
     cache = cache_nbytes(source.config, runner.max_context, runner.cache_dtype.itemsize)
-    most = 1.06 * source.nbytes + cache + 0.5e9
+    maximum = 1.06 * source.nbytes + cache + 0.5e9
     peak = (runner.memory() or {}).get("peak")
     say(
         context=runner.max_context,
         new_tokens=count,
         cache_bytes=cache,
         peak_bytes=peak,
-        max_bytes=int(most),
+        max_bytes=int(maximum),
         planned_bytes=runner.plan.total,
-        within=None if peak is None else peak <= most,
+        within=None if peak is None else peak <= maximum,
     )
 
 

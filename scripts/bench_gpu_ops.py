@@ -156,7 +156,7 @@ def nmse(actual: jax.Array, expected: jax.Array) -> float:
 
 
 def routing(kind: str, tokens: int, shapes: Shapes) -> np.ndarray:
-    """int32 [tokens, used]: different experts a token, drawn evenly, by Zipf's law, or the same for all."""
+    """int32 [tokens, used]: different experts per token, drawn evenly, by Zipf's law, or the same for all."""
     rng = np.random.default_rng(SEED)
     order = rng.permutation(shapes.experts)
     if kind == "one":
@@ -401,7 +401,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=[""], help="rows whose name holds one of these")
     parser.add_argument("--skip", type=int, default=0, help="leave out this many rows at the beginning")
     parser.add_argument("--sizes", action="store_true", help="also other sizes of the kernels' pieces")
-    parser.add_argument("--repeats", type=int, default=50, help="steps a program")
+    parser.add_argument("--repeats", type=int, default=50, help="repeats per program")
     parser.add_argument("--timings", type=int, default=3, help="runs of a program, of which the best counts")
     parser.add_argument("--row-seconds", type=float, default=60.0)
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no row after this time")

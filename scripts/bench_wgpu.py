@@ -113,7 +113,7 @@ def measure(runner: WgpuRunner, prompt: np.ndarray, new_tokens: int, repeats: in
     }
 
 
-def bytes_a_token(source: ModelSource, position: int) -> int:
+def bytes_per_token(source: ModelSource, position: int) -> int:
     """Weights and float32 cache that one decoded token reads."""
     config = source.config
     total = 0
@@ -137,7 +137,7 @@ def bandwidth(runner: WgpuRunner, source: ModelSource, rate: float, position: in
         device.copy(*buffers, COPY_BYTES, COPIES)
         device.read(buffers[1], np.uint32, 1)
         best = max(best, 2 * COPY_BYTES * COPIES / (time.perf_counter() - began))
-    read = bytes_a_token(source, position)
+    read = bytes_per_token(source, position)
     return {
         "bytes_per_token": read,
         "decode_gb_per_s": read * rate / 1e9,

@@ -116,8 +116,8 @@ def check(case: Case, backend: str, folder: Path, dtype: str | None = None) -> d
             noisy = with_noise(source, ids, exact.expert_ids, operand)
         runner.close()
     largest = max(float(np.abs(stage).max()) for stage in exact.stages.values())
-    has_place = np.isfinite(logits).all() and largest**2 * source.config.hidden_size < FLOAT32_MAX
-    distance = lambda found: float(1 - cosine(exact.logits, found).min()) if has_place else None
+    is_in_range = np.isfinite(logits).all() and largest**2 * source.config.hidden_size < FLOAT32_MAX
+    distance = lambda found: float(1 - cosine(exact.logits, found).min()) if is_in_range else None
     return {
         "style": case.style,
         "departures": [f"{d.where} ({d.type}): {d.sigmas:.1f} sigmas" for d in departures],

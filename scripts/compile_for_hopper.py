@@ -183,8 +183,8 @@ def kernels(args: argparse.Namespace) -> int:
         text = "\n".join(lines)
         used, spilled = ptxas_report(text).values()
         threads = 128 * (case.config.warpgroups + 1)
-        most, least = REGISTERS[case.config.warpgroups]
-        wanted = case.config.warpgroups * most + least
+        increased, decreased = REGISTERS[case.config.warpgroups]
+        wanted = case.config.warpgroups * increased + decreased
         faults = []
         if not used:
             faults.append("ptxas reported nothing")

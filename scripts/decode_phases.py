@@ -28,8 +28,8 @@ from pathlib import Path
 
 BATCH_1 = ("norm, q k v", "attention", "join splits", "o", "router", "top-k, gate, up", "down", "lm_head")
 BATCHES = ("norm", "q k v", *BATCH_1[1:-1], "norm", "lm_head")
-LAST_OF_A_LAYER = "down"
-"""What comes after it runs once a token."""
+END_OF_LAYER = "down"
+"""What comes after it runs once per token."""
 SOURCE, SAMPLES, STALL = "Source", "# Samples", "stall_"
 
 DEFERRED = 48
@@ -105,13 +105,15 @@ def main() -> None:
     total = sum(phase.samples for phase in found)
     out = []
     for i, (name, phase) in enumerate(zip(names, found, strict=True)):
-        once = i > names.index(LAST_OF_A_LAYER)
+        once = i > names.index(END_OF_LAYER)
         each = args.us / total / (1 if once else args.layers)
-        most = {reason: round(n * each, 2) for reason, n in phase.reasons.most_common(4)}
+        common = {reason: round(n * each, 2) for reason, n in phase.reasons.most_common(4)}
         row = {"phase": name, "per": "token" if once else "layer", "us": round(phase.samples * each, 2)}
-        row |= {"us_waiting": round(phase.waiting * each, 2), "reasons_us": most}
+        row |= {"us_waiting": round(phase.waiting * each, 2), "reasons_us": common}
         out.append(row)
-        print(f"{name:16} {row['us']:7.2f} us a {row['per']}, {row['us_waiting']:6.2f} of it waiting; {most}")
+        print(
+            f"{name:16} {row['us']:7.2f} us a {row['per']}, {row['us_waiting']:6.2f} of it waiting; {common}"
+        )
     layer = sum(row["us"] for row in out if row["per"] == "layer")
     print(json.dumps({"us_per_layer": round(layer, 2), "samples": total, "phases": out}))
 

@@ -232,7 +232,7 @@ def prefill() -> str:
     rows += [
         (
             f"decode of {n} sequences at depth 512",
-            f"**{whole(row['tokens_per_second'])}** ({row['milliseconds_a_step']:.1f} ms per step)",
+            f"**{whole(row['tokens_per_second'])}** ({row['milliseconds_per_step']:.1f} ms per step)",
             f"{percent(row['share_of_limit'])} of memory",
             whole(peer["decode_after_512"][str(n)]),
         )

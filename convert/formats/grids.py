@@ -160,8 +160,8 @@ def _points(name: str) -> np.ndarray:
     values = np.array(_VALUES[name], np.int8)
     bits, weights = (2, 8) if len(values) == 3 else (3, 4)
     data = np.frombuffer(base64.b85decode(_DATA[name]), np.uint8)
-    places = np.unpackbits(data, bitorder="little").reshape(-1, weights, bits)
-    return values[places @ (1 << np.arange(bits))]
+    codes = np.unpackbits(data, bitorder="little").reshape(-1, weights, bits)
+    return values[codes @ (1 << np.arange(bits))]
 
 
 GRIDS: dict[str, np.ndarray] = {name: _points(name) for name in _DATA}

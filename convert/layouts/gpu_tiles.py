@@ -19,7 +19,7 @@ Q6_K    ``ql``: int32 [h, 8, 4, j], nibbles as Q4_K; ``qh``: int32 [8, 4, j], bi
 Q8_0    ``q``: int32 [2 s + h, 8, 4, j]; ``d0``, ``d1``: float16 [8, 4], of s = 0 and 1
 ======  ==========================================================================
 
-Sizes are the same as those of ``rows``: 148 bytes a superblock for Q4_K (144 in the file),
+Sizes are the same as those of ``rows``: 148 bytes per superblock for Q4_K (144 in the file),
 180 (176), 210 (210), 272 (272). The functions take any array module with NumPy's names
 (``numpy`` or ``jax.numpy``), so that the shuffle can run where the bytes are.
 """

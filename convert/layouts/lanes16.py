@@ -27,7 +27,7 @@ LAYOUTS = (ROWS, LANES16)
 LANES_TYPES = (GGMLType.Q4_K, GGMLType.Q5_K, GGMLType.Q6_K, GGMLType.Q8_0)
 """Types with products in this layout, see ``kernels_pallas/packed/lanes16.py``; others stay in rows."""
 
-_CHUNK_NBYTES = 1 << 22
+_PIECE_NBYTES = 1 << 22
 
 
 def supports(layout: str, type: GGMLType, shape: tuple[int, ...]) -> bool:
@@ -60,11 +60,11 @@ def to_layout(packed: PackedTensor, layout: str) -> PackedTensor:
 
 def _copy(out: np.ndarray, view: np.ndarray) -> None:
     """``out[...] = view``, the first axes of both spread over threads."""
-    step = max(1, _CHUNK_NBYTES // max(1, view[:1].nbytes))
-    starts = range(0, len(out), step)
+    stride = max(1, _PIECE_NBYTES // max(1, view[:1].nbytes))
+    starts = range(0, len(out), stride)
 
     def fill(start: int) -> None:
-        out[start : start + step] = view[start : start + step]
+        out[start : start + stride] = view[start : start + stride]
 
     if len(starts) == 1:
         fill(0)

@@ -5,7 +5,7 @@ The recurrence is that of Milakov and Gimelshein 2018 (https://arxiv.org/abs/180
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,23 @@ PER_ROW = RESULT.reduce(1)
 _MASKED = -1e30
 
 
+class Arrays(NamedTuple):
+    """References to global memory, as ``kernel_sm90.attend_rows`` has them.
+
+    Attributes:
+      bounds: int32 [B, tiles, 2]; positions: int32 [B, rows].
+      q, out: [B * K, rows, H].
+      k, v: [L * C, S, K * H].
+    """
+
+    bounds: Any
+    positions: Any
+    q: Any
+    k: Any
+    v: Any
+    out: Any
+
+
 def launch(
     make_block: Callable[..., Any],
     config: Any,
@@ -30,32 +47,32 @@ def launch(
     head_dim: int,
     capacity: int,
     dtype: Any,
-    scratch: dict[str, Any],
+    scratch: Any,
     warpgroups: int,
     name: str,
 ) -> Any:
     """The compiled kernel's wrapper: (layer, slots, bounds, positions, q, k, v) -> [B * K, rows, H].
 
     Args:
-      make_block: of the refs by name, whether it is emulated, its tile, head and sequence, the sequence's
-        row of the cache and the first column of the KV head; its ``run`` is what the thread block does.
+      make_block: of the references (:class:`Arrays`, and those of ``scratch``), whether it is emulated, its
+        tile, head and sequence; its ``run`` is what the thread block does.
       config: ``kernel_sm90.AttentionConfig``.
       interpret: None, or parameters of the interpreter.
       batch, kv_heads, rows, head_dim, capacity, dtype: of the arrays (``kernel_sm90.attend_rows``).
-      scratch: shared memory and barriers by name.
+      scratch: a named tuple of shared memory and barriers.
       warpgroups: of a thread block.
       name: of the kernel.
     """
     tiles = rows // config.tile
 
-    def body(layer, slots, bounds, positions, q, k, v, out, **scratch):
+    def body(layer, slots, bounds, positions, q, k, v, out, **buffers):
         item = lax.axis_index("item")
         # The last tiles see the most keys: they go first, so that none is left alone at the end.
         tile = tiles - 1 - lax.div(item, jnp.int32(batch * kv_heads))
         head = lax.rem(item, jnp.int32(batch * kv_heads))
         sequence = lax.div(head, jnp.int32(kv_heads))
-        refs = {"bounds": bounds, "positions": positions, "q": q, "k": k, "v": v, "out": out, **scratch}
-        block = make_block(config, refs, interpret is not None, tile=tile, head=head, sequence=sequence)
+        refs = Arrays(bounds, positions, q, k, v, out), type(scratch)(**buffers)
+        block = make_block(config, *refs, interpret is not None, tile=tile, head=head, sequence=sequence)
         block.cache = layer[0] * capacity + slots[sequence]
         block.column = lax.rem(head, jnp.int32(kv_heads)) * head_dim
         block.run()
@@ -63,7 +80,7 @@ def launch(
     return plgpu.kernel(
         body,
         out_type=jax.ShapeDtypeStruct((batch * kv_heads, rows, head_dim), dtype),
-        scratch_types=scratch,
+        scratch_types=scratch._asdict(),
         grid=(tiles * batch * kv_heads,),
         grid_names=("item",),
         num_threads=warpgroups,
@@ -94,14 +111,14 @@ def share_of(position: Any, total: Any) -> Any:
 def weights_of(
     score: Any, position: Any, number: Any, head_dim: int, peak: Any, total: Any, *, masked: bool
 ) -> tuple[Any, Any, Any, Any]:
-    """A block of keys in the running softmax.
+    """A tile of keys in the running softmax.
 
     Args:
       score: float32 [64, keys], products of queries and keys.
       position: int32 [64]; a row sees the keys up to its own.
-      number: of the block, int32.
+      number: of the tile, int32.
       head_dim: H.
-      peak, total: float32 [64], of the blocks before.
+      peak, total: float32 [64], of the tiles before.
       masked: whether some row does not see all keys.
 
     Returns:

@@ -7,7 +7,7 @@ which the next one overwrites.
 """
 
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,15 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from qwen3_moe_jax.kernels_pallas.attention.block import PER_ROW, RESULT, fill, launch, share_of, weights_of
+from qwen3_moe_jax.kernels_pallas.attention.block import (
+    PER_ROW,
+    RESULT,
+    Arrays,
+    fill,
+    launch,
+    share_of,
+    weights_of,
+)
 from qwen3_moe_jax.kernels_pallas.attention.kernel_sm90 import ROWS, AttentionConfig, attention_with
 from qwen3_moe_jax.kernels_pallas.gpu import mma
 from qwen3_moe_jax.kernels_pallas.gpu.device import require_ampere
@@ -54,11 +62,7 @@ def attention(
 def _kernel(config: AttentionConfig, interpret: Any, **shape: Any) -> Any:
     """As ``kernel_sm90._kernel``."""
     cached = plgpu.SMEM((config.stages, config.keys, shape["head_dim"] + _PADDING), shape["dtype"])
-    scratch = {
-        "k_tile": cached,
-        "v_tile": cached,
-        "barrier": plgpu.Barrier(num_arrivals=config.warpgroups),
-    }
+    scratch = _Scratch(cached, cached, plgpu.Barrier(num_arrivals=config.warpgroups))
     return launch(
         _Block,
         config,
@@ -68,6 +72,19 @@ def _kernel(config: AttentionConfig, interpret: Any, **shape: Any) -> Any:
         name="prefill_attention_portable",
         **shape,
     )
+
+
+class _Scratch(NamedTuple):
+    """Shared memory.
+
+    Attributes:
+      k_tile, v_tile: [stages, keys, H, padded].
+      barrier: of all warpgroups, where the kernel is emulated.
+    """
+
+    k_tile: Any
+    v_tile: Any
+    barrier: Any
 
 
 class _Block:
@@ -81,20 +98,22 @@ class _Block:
     cache: Any
     column: Any
 
-    def __init__(self, config: AttentionConfig, refs: dict, emulate: bool, *, tile, head, sequence):
-        self.c, self.r, self.emulate = config, refs, emulate
+    def __init__(
+        self, config: AttentionConfig, refs: Arrays, own: _Scratch, emulate: bool, *, tile, head, sequence
+    ):
+        self.c, self.r, self.own, self.emulate = config, refs, own, emulate
         self.head, self.sequence = head, sequence
         self.wg = lax.axis_index("wg")
         self.first = tile * config.tile + self.wg * ROWS
-        self.head_dim, self.dtype = refs["q"].shape[-1], refs["q"].dtype
-        self.key_tiles, self.unmasked = (refs["bounds"][sequence, tile, i] for i in range(2))
+        self.head_dim, self.dtype = refs.q.shape[-1], refs.q.dtype
+        self.key_tiles, self.unmasked = (refs.bounds[sequence, tile, i] for i in range(2))
 
     def run(self) -> None:
         rows = (self.head, pl.ds(self.first, ROWS))
         self.begin(jnp.int32(0))
-        at = self.r["positions"].at[self.sequence, pl.ds(self.first, ROWS)]
+        at = self.r.positions.at[self.sequence, pl.ds(self.first, ROWS)]
         position = plgpu.load(at, layout=PER_ROW, optimized=False)
-        attend_to = partial(self.attend_to, self.queries(self.r["q"].at[rows]), position)
+        attend_to = partial(self.attend_to, self.queries(self.r.q.at[rows]), position)
         columns = min(_COLUMNS, self.head_dim)
         out = tuple(fill((ROWS, columns), 0, RESULT) for _ in range(self.head_dim // columns))
         state = (out, fill((ROWS,), -jnp.inf, PER_ROW), fill((ROWS,), 0, PER_ROW))
@@ -103,7 +122,7 @@ class _Block:
         share = share_of(position, total)
         for i, part in enumerate(out):
             value = (part * lax.broadcast_in_dim(share, part.shape, [0])).astype(self.dtype)
-            self.r["out"][(*rows, pl.ds(i * columns, columns))] = value
+            self.r.out[(*rows, pl.ds(i * columns, columns))] = value
 
     def queries(self, ref: Any) -> Any:
         if self.emulate:
@@ -118,9 +137,9 @@ class _Block:
         @pl.when(key_tile < self.key_tiles)
         def _():
             keys = pl.ds(key_tile * self.c.keys, self.c.keys)
-            for name in ("k", "v"):
-                source = self.r[name].at[self.cache, keys, pl.ds(self.column, self.head_dim)]
-                self.copy(self.tile_of(name, key_tile, 0, self.c.keys, 0, self.head_dim), source)
+            for cached, tiles in ((self.r.k, self.own.k_tile), (self.r.v, self.own.v_tile)):
+                source = cached.at[self.cache, keys, pl.ds(self.column, self.head_dim)]
+                self.copy(self.tile_of(tiles, key_tile, 0, self.c.keys, 0, self.head_dim), source)
 
         if not self.emulate:
             mma.commit_copies()
@@ -131,16 +150,16 @@ class _Block:
         else:
             mma.copy(target, source, 128 * self.c.warpgroups)
 
-    def tile_of(self, name: str, key_tile: Any, key: int, keys: int, column: int, columns: int) -> Any:
+    def tile_of(self, tiles: Any, key_tile: Any, key: int, keys: int, column: int, columns: int) -> Any:
         """A part of a tile of keys or values in shared memory."""
         stage = lax.rem(key_tile, jnp.int32(self.c.stages))
-        return self.r[f"{name}_tile"].at[stage, pl.ds(key, keys), pl.ds(column, columns)]
+        return tiles.at[stage, pl.ds(key, keys), pl.ds(column, columns)]
 
     def arrived(self) -> None:
         """Waits for this tile of keys, and for everybody to be done with the one before."""
         if self.emulate:
-            plgpu.barrier_arrive(self.r["barrier"])
-            plgpu.barrier_wait(self.r["barrier"])
+            plgpu.barrier_arrive(self.own.barrier)
+            plgpu.barrier_wait(self.own.barrier)
         else:
             mma.wait_for_copies(0)
             mma.block_barrier(self.c.warpgroups)
@@ -161,11 +180,11 @@ class _Block:
     def scores(self, q: Any, key_tile: Any) -> Any:
         """float32 [64, keys]: queries times the tile's keys."""
         if self.emulate:
-            keys = self.tile_of("k", key_tile, 0, self.c.keys, 0, self.head_dim)[...]
+            keys = self.tile_of(self.own.k_tile, key_tile, 0, self.c.keys, 0, self.head_dim)[...]
             return jnp.dot(q.astype(jnp.float32), keys.astype(jnp.float32).T, precision="highest")
         parts = []
         for first in range(0, self.c.keys, _KEYS):
-            keys = self.tile_of("k", key_tile, first, _KEYS, 0, self.head_dim)
+            keys = self.tile_of(self.own.k_tile, key_tile, first, _KEYS, 0, self.head_dim)
             product = plgpu.mma(mma.zeros(_KEYS, self.dtype), q, mma.right_operand(keys.T))
             parts.append(mma.product_rows(product, self.dtype))
         return mma.join_columns(parts)
@@ -175,7 +194,7 @@ class _Block:
         columns, found = out[0].shape[1], []
         left = weights if self.emulate else mma.left_operand(weights)
         for i, part in enumerate(out):
-            values = self.tile_of("v", key_tile, 0, self.c.keys, i * columns, columns)
+            values = self.tile_of(self.own.v_tile, key_tile, 0, self.c.keys, i * columns, columns)
             if self.emulate:
                 values = values[...].astype(jnp.float32)
                 found.append(part + jnp.dot(left.astype(jnp.float32), values, precision="highest"))

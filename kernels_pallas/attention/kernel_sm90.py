@@ -13,7 +13,7 @@ The recurrence is in ``block``; the division of labour is that of FlashAttention
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,15 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from qwen3_moe_jax.kernels_pallas.attention.block import PER_ROW, RESULT, fill, launch, share_of, weights_of
+from qwen3_moe_jax.kernels_pallas.attention.block import (
+    PER_ROW,
+    RESULT,
+    Arrays,
+    fill,
+    launch,
+    share_of,
+    weights_of,
+)
 from qwen3_moe_jax.kernels_pallas.gpu.device import require_hopper
 
 ROWS = 64
@@ -182,16 +190,16 @@ def _kernel(config: AttentionConfig, interpret: Any, **shape: Any) -> Any:
     one = lambda *axes: plgpu.SMEM(axes, shape["dtype"], transforms=_SWIZZLED)
     used = plgpu.Barrier(num_barriers=config.stages, num_arrivals=config.warpgroups)
     full = plgpu.Barrier(num_barriers=config.stages)
-    scratch = {
-        "q_tile": one(config.warpgroups, ROWS, head_dim),
-        "k_tile": one(config.stages, config.keys, head_dim),
-        "v_tile": one(config.stages, config.keys, head_dim),
-        "q_full": plgpu.Barrier(num_barriers=config.warpgroups),
-        "k_full": full,
-        "v_full": full,
-        "k_used": used,
-        "v_used": used,
-    }
+    scratch = _Scratch(
+        q_tile=one(config.warpgroups, ROWS, head_dim),
+        k_tile=one(config.stages, config.keys, head_dim),
+        v_tile=one(config.stages, config.keys, head_dim),
+        q_full=plgpu.Barrier(num_barriers=config.warpgroups),
+        k_full=full,
+        v_full=full,
+        k_used=used,
+        v_used=used,
+    )
     return launch(
         _Block,
         config,
@@ -201,6 +209,33 @@ def _kernel(config: AttentionConfig, interpret: Any, **shape: Any) -> Any:
         name="prefill_attention",
         **shape,
     )
+
+
+class _Scratch(NamedTuple):
+    """Shared memory, and barriers: "full" when a copy is there, "used" when all have read it.
+
+    Attributes:
+      q_tile: [warpgroups, 64, H]; k_tile, v_tile: [stages, keys, H].
+      q_full: of each warpgroup; the others of each stage.
+    """
+
+    q_tile: Any
+    k_tile: Any
+    v_tile: Any
+    q_full: Any
+    k_full: Any
+    v_full: Any
+    k_used: Any
+    v_used: Any
+
+
+class _Stream(NamedTuple):
+    """Keys or values on their way: from where, through which stages and barriers."""
+
+    source: Any
+    tile: Any
+    full: Any
+    used: Any
 
 
 class _Block:
@@ -214,13 +249,17 @@ class _Block:
     cache: Any
     column: Any
 
-    def __init__(self, config: AttentionConfig, refs: dict, emulate: bool, *, tile, head, sequence):
-        self.c, self.r, self.emulate = config, refs, emulate
+    def __init__(
+        self, config: AttentionConfig, refs: Arrays, own: _Scratch, emulate: bool, *, tile, head, sequence
+    ):
+        self.c, self.r, self.own, self.emulate = config, refs, own, emulate
         self.tile, self.head, self.sequence = tile, head, sequence
+        self.keys = _Stream(refs.k, own.k_tile, own.k_full, own.k_used)
+        self.values = _Stream(refs.v, own.v_tile, own.v_full, own.v_used)
         self.wg = lax.axis_index("wg")
-        self.head_dim = refs["q"].shape[-1]
-        self.key_tiles = refs["bounds"][sequence, tile, 0]
-        self.unmasked = refs["bounds"][sequence, tile, 1]
+        self.head_dim = refs.q.shape[-1]
+        self.key_tiles = refs.bounds[sequence, tile, 0]
+        self.unmasked = refs.bounds[sequence, tile, 1]
 
     def run(self) -> None:
         # One warpgroup that multiplies has registers enough by the launch.
@@ -247,23 +286,21 @@ class _Block:
         def copy(key_tile, _):
             stage = self.stage(key_tile)
             keys = pl.ds(key_tile * self.c.keys, self.c.keys)
-            for name in ("k", "v"):
+            for stream in (self.keys, self.values):
 
                 @pl.when(key_tile >= self.c.stages)
-                def _wait(name=name):
-                    plgpu.barrier_wait(self.r[f"{name}_used"].at[stage])
+                def _wait(stream=stream):
+                    plgpu.barrier_wait(stream.used.at[stage])
 
-                source = self.r[name].at[self.cache, keys, pl.ds(self.column, self.head_dim)]
-                plgpu.copy_gmem_to_smem(
-                    source, self.r[f"{name}_tile"].at[stage], self.r[f"{name}_full"].at[stage]
-                )
+                source = stream.source.at[self.cache, keys, pl.ds(self.column, self.head_dim)]
+                plgpu.copy_gmem_to_smem(source, stream.tile.at[stage], stream.full.at[stage])
             return _
 
         def drain(key_tile, _):
             @pl.when(key_tile >= self.c.stages)
             def _wait():
-                plgpu.barrier_wait(self.r["k_used"].at[self.stage(key_tile)])
-                plgpu.barrier_wait(self.r["v_used"].at[self.stage(key_tile)])
+                plgpu.barrier_wait(self.keys.used.at[self.stage(key_tile)])
+                plgpu.barrier_wait(self.values.used.at[self.stage(key_tile)])
 
             return _
 
@@ -273,50 +310,50 @@ class _Block:
     def attend(self) -> None:
         first = self.tile * (ROWS * self.c.warpgroups) + self.wg * ROWS
         rows = (self.head, pl.ds(first, ROWS))
-        q_tile = self.r["q_tile"].at[self.wg]
-        plgpu.copy_gmem_to_smem(self.r["q"].at[rows], q_tile, self.r["q_full"].at[self.wg])
-        at = self.r["positions"].at[self.sequence, pl.ds(first, ROWS)]
+        q_tile = self.own.q_tile.at[self.wg]
+        plgpu.copy_gmem_to_smem(self.r.q.at[rows], q_tile, self.own.q_full.at[self.wg])
+        at = self.r.positions.at[self.sequence, pl.ds(first, ROWS)]
         position = plgpu.load(at, layout=PER_ROW, optimized=False)
         state = (
             fill((ROWS, self.head_dim), 0, RESULT),
             fill((ROWS,), -jnp.inf, PER_ROW),
             fill((ROWS,), 0, PER_ROW),
         )
-        plgpu.barrier_wait(self.r["q_full"].at[self.wg])
+        plgpu.barrier_wait(self.own.q_full.at[self.wg])
         attend_to = partial(self.attend_to, q_tile, position)
         state = lax.fori_loop(0, self.unmasked, partial(attend_to, False), state)
         out, _, total = lax.fori_loop(self.unmasked, self.key_tiles, partial(attend_to, True), state)
         out = out * lax.broadcast_in_dim(share_of(position, total), out.shape, [0])
-        q_tile[...] = out.astype(self.r["q"].dtype)
+        q_tile[...] = out.astype(self.r.q.dtype)
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(q_tile, self.r["out"].at[rows])
+        plgpu.copy_smem_to_gmem(q_tile, self.r.out.at[rows])
         plgpu.wait_smem_to_gmem(0)
 
     def attend_to(self, q_tile, position, masked: bool, key_tile, state):
         out, peak, total = state
         stage, keys = self.stage(key_tile), self.c.keys
-        dtype = self.r["q"].dtype
-        plgpu.barrier_wait(self.r["k_full"].at[stage])
+        dtype = self.r.q.dtype
+        plgpu.barrier_wait(self.keys.full.at[stage])
 
         def scores(acc):
-            plgpu.wgmma(acc, q_tile, self.r["k_tile"].at[stage].T)
+            plgpu.wgmma(acc, q_tile, self.keys.tile.at[stage].T)
             return acc[...]
 
         score = pl.run_scoped(scores, plgpu.ACC((ROWS, keys), jnp.float32))
-        plgpu.barrier_arrive(self.r["k_used"].at[stage])
+        plgpu.barrier_arrive(self.keys.used.at[stage])
         weights, shrink, new_peak, total = weights_of(
             score, position, key_tile, self.head_dim, peak, total, masked=masked
         )
         out = out * lax.broadcast_in_dim(shrink, out.shape, [0])
         weights = weights.astype(dtype)
-        plgpu.barrier_wait(self.r["v_full"].at[stage])
+        plgpu.barrier_wait(self.values.full.at[stage])
         if self.emulate:
-            values = self.r["v_tile"][stage].astype(jnp.float32)
+            values = self.values.tile[stage].astype(jnp.float32)
             out = out + jnp.dot(weights.astype(jnp.float32), values)
             plgpu.commit_smem()  # an ordinary read before the next copy into the stage
         else:
-            out = pl.run_state(lambda acc: plgpu.wgmma(acc, weights, self.r["v_tile"].at[stage]))(
+            out = pl.run_state(lambda acc: plgpu.wgmma(acc, weights, self.values.tile.at[stage]))(
                 plgpu.ACC.init(out)
             )
-        plgpu.barrier_arrive(self.r["v_used"].at[stage])
+        plgpu.barrier_arrive(self.values.used.at[stage])
         return out, new_peak, total

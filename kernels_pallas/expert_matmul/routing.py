@@ -47,7 +47,7 @@ def multiplies_packed(stacks: Sequence[Matrices], num_rows: int) -> bool:
 
 def matvec(rows: jax.Array, w: Matrices, ids: jax.Array) -> jax.Array:
     """Every row [R, K] times the matrix of its expert, in packed form."""
-    stack, offset = w.one_a_row()
+    stack, offset = w.one_per_row()
     return lanes.matvec(rows, stack, ids + offset)
 
 

@@ -6,7 +6,7 @@ import numpy as np
 
 from qwen3_moe_jax.convert.packed import LANES
 from qwen3_moe_jax.kernels_pallas.native import library
-from qwen3_moe_jax.kernels_pallas.native.operands import Operands, check_matrices, numbers, place_of
+from qwen3_moe_jax.kernels_pallas.native.operands import Operands, check_matrices, numbers, offset_of
 from qwen3_moe_jax.kernels_pallas.packed.stacks import Matrices, OneOf
 
 _FIXED = 5
@@ -35,7 +35,7 @@ def moe_mlp(
     call = jax.ffi.ffi_call("qwen3_moe_experts", jax.ShapeDtypeStruct(x.shape, jnp.float32))
     return call(
         numbers([experts, inner, width, *choices]),
-        jnp.stack([place_of(w) for w in projections]),
+        jnp.stack([offset_of(w) for w in projections]),
         x.astype(jnp.float32),
         expert_ids.astype(jnp.int32),
         expert_weights.astype(jnp.float32),

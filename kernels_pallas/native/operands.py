@@ -67,7 +67,7 @@ class Operands:
         return [len(options), *(number for option in options for number in self.stack(option.stack))]
 
 
-def place_of(w: Matrices | OneOf) -> jax.Array:
+def offset_of(w: Matrices | OneOf) -> jax.Array:
     """int32 [2]: which option is meant, and its first row."""
     if isinstance(w, Matrices):
         return jnp.stack([jnp.int32(0), w.first.astype(jnp.int32)])

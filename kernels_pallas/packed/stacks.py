@@ -91,7 +91,7 @@ class Matrices:
         """One of the matrices, packed [N, K]."""
         return self.slice(index * self.rows, self.rows)
 
-    def one_a_row(self) -> tuple[PackedTensor, jax.Array]:
+    def one_per_row(self) -> tuple[PackedTensor, jax.Array]:
         """The stack as packed [R / N, N, K], and the offset in it of the first matrix."""
         units = self.rows // self.unit
         return (

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qwen3_moe_jax.kernels_pallas.native import library
-from qwen3_moe_jax.kernels_pallas.native.operands import Operands, check_matrices, numbers, place_of
+from qwen3_moe_jax.kernels_pallas.native.operands import Operands, check_matrices, numbers, offset_of
 from qwen3_moe_jax.kernels_pallas.packed.stacks import Matrices, OneOf
 
 _FIXED = 3
@@ -20,4 +20,4 @@ def quantized_matmul(x: jax.Array, w: Matrices | OneOf, compute_dtype: np.dtype)
     operands = Operands(_FIXED)
     meta = numbers([rows, columns, *operands.choice(w)])
     call = jax.ffi.ffi_call("qwen3_moe_matmul", jax.ShapeDtypeStruct((x.shape[0], rows), jnp.float32))
-    return call(meta, place_of(w), x.astype(jnp.float32), *operands.arrays)
+    return call(meta, offset_of(w), x.astype(jnp.float32), *operands.arrays)

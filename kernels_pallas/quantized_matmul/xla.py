@@ -60,7 +60,7 @@ def _matvec(x: jax.Array, w: Matrices) -> jax.Array:
     parts = next(n for n in range(1, tiles + 1) if tiles % n == 0 and w.rows <= n * MAX_MATVEC_PART)
     if parts == 1 and w.stack.shape == w.shape:
         return lanes.matvec(x, w.stack)
-    stack, offset = replace(w, shape=(w.rows // parts, w.columns)).one_a_row()
+    stack, offset = replace(w, shape=(w.rows // parts, w.columns)).one_per_row()
     multiply = lambda i: lanes.matvec(x, stack, jnp.full(x.shape[:1], offset + i))
     if parts == 1:
         return multiply(0)

@@ -133,8 +133,8 @@ def planned(args: argparse.Namespace, config: Qwen3MoeConfig) -> list[Workload]:
     Raises:
       OptionError: no row is left, or one needs more tokens than the model or --context takes.
     """
-    most = config.max_position_embeddings if args.context is None else args.context
-    depths = _default_depths(args.new_tokens, most) if args.depth is None else args.depth
+    maximum = config.max_position_embeddings if args.context is None else args.context
+    depths = _default_depths(args.new_tokens, maximum) if args.depth is None else args.depth
     prompt_tokens = PROMPT_TOKENS if args.prompt_tokens is None else args.prompt_tokens
     batches = BATCHES if args.batch is None else args.batch
     batch_prompt = (*prompt_tokens, *PROMPT_TOKENS)[0]
@@ -142,17 +142,17 @@ def planned(args: argparse.Namespace, config: Qwen3MoeConfig) -> list[Workload]:
     if not workloads:
         raise OptionError("no row is left: give --prompt-tokens, --depth or --batch a number")
     for w in workloads:
-        if w.context > most:
+        if w.context > maximum:
             what = "the model takes" if args.context is None else "--context is"
-            raise OptionError(f"{w.name} needs {w.context} tokens of context, and {what} {most}")
+            raise OptionError(f"{w.name} needs {w.context} tokens of context, and {what} {maximum}")
     return workloads
 
 
-def _default_depths(new_tokens: int, most: int) -> list[int]:
+def _default_depths(new_tokens: int, maximum: int) -> list[int]:
     """The usual ones, halved until they fit a model with a short context."""
     depths = []
     for depth in DEPTHS:
-        while depth and Workload("tg", new_tokens, depth).context > most:
+        while depth and Workload("tg", new_tokens, depth).context > maximum:
             depth //= 2
         depths.append(depth)
     return list(dict.fromkeys(depths))

@@ -79,11 +79,15 @@ def run(args: argparse.Namespace) -> int:
 
 def context_line(model: "Model", *, is_given: bool) -> str:
     """How long a conversation can be, and why."""
-    size, most = model.runner.max_context, model.config.max_position_embeddings
+    size, maximum = model.runner.max_context, model.config.max_position_embeddings
     reason = (
-        "as asked" if is_given else "all of the file's" if size == most else "as memory allows; see --context"
+        "as asked"
+        if is_given
+        else "all of the file's"
+        if size == maximum
+        else "as memory allows; see --context"
     )
-    return f"context: {size:,} of {most:,} tokens ({reason})"
+    return f"context: {size:,} of {maximum:,} tokens ({reason})"
 
 
 class Chat:

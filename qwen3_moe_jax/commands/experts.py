@@ -135,10 +135,10 @@ def show(usage: ExpertUsage, first: ExpertUsage | None = None) -> None:
     balance, unused = usage.balance(), usage.unused()
     for layer, share in enumerate(usage.share):
         best = sorted(range(len(share)), key=lambda e: -share[e])[:5]
-        most = ", ".join(f"{e} ({share[e]:.0%})" for e in best)
+        top = ", ".join(f"{e} ({share[e]:.0%})" for e in best)
         grown = "" if first is None else f"; {_grown(usage, first, layer)}"
         terminal.show(
-            f"layer {layer:>3}: most used {most}; balance {balance[layer]:.2f}, {unused[layer]} unused{grown}"
+            f"layer {layer:>3}: most used {top}; balance {balance[layer]:.2f}, {unused[layer]} unused{grown}"
         )
 
 

@@ -15,31 +15,31 @@ from qwen3_moe_jax.core.mesh import AUTO_MESH, mesh_sizes
 from qwen3_moe_jax.core.output_file import check_output
 from qwen3_moe_jax.core.sampling import SEEDS, Sampling, random_seed
 
-MOST = 2**31 - 1
+MAXIMUM = 2**31 - 1
 """The largest count that is taken: a larger one overflows the index type of the arrays."""
 
 
-def number(least: int, most: int = MOST) -> Callable[[str], int]:
-    """Whole numbers from ``least`` to ``most``."""
+def number(minimum: int, maximum: int = MAXIMUM) -> Callable[[str], int]:
+    """Whole numbers from ``minimum`` to ``maximum``."""
 
     def parse(text: str) -> int:
         value = _parsed(int, text, "a whole number")
-        if value < least:
-            raise argparse.ArgumentTypeError(f"{value}: it must be at least {least}")
-        if value > most:
-            raise argparse.ArgumentTypeError(f"{value}: it must be at most {most}")
+        if value < minimum:
+            raise argparse.ArgumentTypeError(f"{value}: it must be at least {minimum}")
+        if value > maximum:
+            raise argparse.ArgumentTypeError(f"{value}: it must be at most {maximum}")
         return value
 
     return parse
 
 
-def amount(least: float, most: float) -> Callable[[str], float]:
-    """Numbers from ``least`` to ``most``; a ``nan`` is none of them."""
+def amount(minimum: float, maximum: float) -> Callable[[str], float]:
+    """Numbers from ``minimum`` to ``maximum``; a ``nan`` is none of them."""
 
     def parse(text: str) -> float:
         value = _parsed(float, text, "a number")
-        if not least <= value <= most:
-            raise argparse.ArgumentTypeError(f"{text}: it must be from {least:g} to {most:g}")
+        if not minimum <= value <= maximum:
+            raise argparse.ArgumentTypeError(f"{text}: it must be from {minimum:g} to {maximum:g}")
         return value
 
     return parse

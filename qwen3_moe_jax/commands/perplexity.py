@@ -114,12 +114,12 @@ def run(args: argparse.Namespace) -> int:
     return ExitCode.INTERRUPTED if interrupted else ExitCode.DONE
 
 
-def check_length(path: str, text: str, least: int) -> None:
-    """Raises ValueError for a text that cannot have ``least`` tokens, before a model is loaded for it."""
+def check_length(path: str, text: str, minimum: int) -> None:
+    """Raises ValueError for a text that cannot have ``minimum`` tokens, before a model is loaded for it."""
     nbytes = len(text.encode())
-    if nbytes < least:
+    if nbytes < minimum:
         raise ValueError(
-            f"{input_name(path)} has {nbytes} bytes, too few for {least} tokens: "
+            f"{input_name(path)} has {nbytes} bytes, too few for {minimum} tokens: "
             "take a longer text or a smaller --context"
         )
 

@@ -144,6 +144,6 @@ class RowBatch(Batch, Protocol):
         """Positions of a row of the cache: more than ``capacity``."""
         ...
 
-    def cut_row(self, slot: int, length: int, most: int | None = None) -> Any:
+    def cut_row(self, slot: int, length: int, maximum: int | None = None) -> Any:
         """The first positions of a slot's row, on the device, for ``load_row`` of another batch."""
         ...

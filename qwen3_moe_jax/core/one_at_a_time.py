@@ -98,7 +98,7 @@ class OneAtATime:
         return found
 
 
-def _written(tokens: Iterator[int], most: int, number: int, is_over: IsOver | None) -> Generated:
+def _written(tokens: Iterator[int], maximum: int, number: int, is_over: IsOver | None) -> Generated:
     """Reads a stream to its end, or until ``is_over``."""
     result = Generated(finish_reason="stop")
     try:
@@ -108,6 +108,6 @@ def _written(tokens: Iterator[int], most: int, number: int, is_over: IsOver | No
                 return result
     except NumericalError:
         return Generated(result.tokens, "nonfinite")
-    if len(result.tokens) == most:
+    if len(result.tokens) == maximum:
         result.finish_reason = "length"
     return result

@@ -107,15 +107,15 @@ def _save(file: IO[bytes], kind: str, draw: Callable[[], "Figure"]) -> None:
         figure.savefig(file, format=kind, dpi=DPI, facecolor="white", metadata=dates.get(kind))
 
 
-def words(text: str, most: int, kind: str = "png") -> tuple[str, list[str]]:
-    """A text as it can be drawn, in one line of at most ``most`` characters, and the fonts for it."""
+def words(text: str, maximum: int, kind: str = "png") -> tuple[str, list[str]]:
+    """A text as it can be drawn, in one line of at most ``maximum`` characters, and the fonts for it."""
     line = printable(" ".join(text.split()))
-    line = line if len(line) <= most else line[: most - 1] + "\u2026"
+    line = line if len(line) <= maximum else line[: maximum - 1] + "\u2026"
     fonts = [name for name, _ in _needed(line)]
     if kind == "svg":  # the viewer's fonts draw it
         return line, ["DejaVu Sans", *fonts, "sans-serif"]
     line = "".join(c if _has_any(c) else f"<U+{ord(c):04X}>" for c in line)
-    return line if len(line) <= most else line[: most - 1] + "\u2026", ["DejaVu Sans", *fonts]
+    return line if len(line) <= maximum else line[: maximum - 1] + "\u2026", ["DejaVu Sans", *fonts]
 
 
 def _needed(line: str) -> list[tuple[str, frozenset[int]]]:

@@ -64,6 +64,6 @@ def in_folders(folders: Iterable[Path]) -> Iterator[Found]:
             path = folder / v.files[0].path
             yield Found(str(path), path, quant_of(path.name) or "", v.nbytes)
         for manifest in sorted({*folder.glob(MANIFEST_NAME), *folder.glob(f"*/{MANIFEST_NAME}")}):
-            place = manifest.parent
-            nbytes = sum(path.stat().st_size for path in place.rglob("*") if path.is_file())
-            yield Found(str(place), place, "checkpoint", nbytes)
+            folder = manifest.parent
+            nbytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+            yield Found(str(folder), folder, "checkpoint", nbytes)

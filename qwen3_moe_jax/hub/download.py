@@ -18,10 +18,10 @@ from qwen3_moe_jax.core.errors import HubError
 from qwen3_moe_jax.hub.listing import RemoteFile, repo_folder
 
 LARGEST_HTTP = 50 * 10**9
-"""Larger files are not served in one piece: the library gets them in chunks."""
+"""Larger files are not served whole: the library gets them in pieces."""
 
 SHA256 = re.compile(r"[0-9a-f]{64}")
-CHUNK = 1 << 22
+PIECE = 1 << 22
 
 
 class _Counted:
@@ -39,9 +39,9 @@ class _Counted:
     def read_over(self) -> int:
         """Takes in what an earlier try left; returns its size."""
         self._file.seek(0)
-        while chunk := self._file.read(CHUNK):
-            self._hash.update(chunk)
-            self.nbytes += len(chunk)
+        while piece := self._file.read(PIECE):
+            self._hash.update(piece)
+            self.nbytes += len(piece)
         return self.nbytes
 
     def write(self, data: bytes) -> int:

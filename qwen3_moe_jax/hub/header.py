@@ -23,7 +23,7 @@ from qwen3_moe_jax.machine.memory import MemoryPlan
 
 PREFIX = "qwen3-moe-header-"
 
-CHUNK = 512 << 10
+PIECE = 512 << 10
 """Bytes of one range. A header has about 6 MB, for the tokenizer is in it."""
 
 CONTEXT, CACHE_ITEMSIZE = 4096, 4
@@ -46,7 +46,7 @@ class _PartlyHere(RegularFile):
         from huggingface_hub import constants
         from huggingface_hub.utils import get_session, hf_raise_for_status
 
-        end = min(self._here + CHUNK, self.size)
+        end = min(self._here + PIECE, self.size)
         headers = {**self._headers, "Range": f"bytes={self._here}-{end - 1}"}
         timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
         with get_session().stream("GET", self._url, headers=headers, timeout=timeout) as response:

@@ -122,11 +122,11 @@ def choose(listing: Listing, free: Headroom, look: Look = lambda _: None) -> Var
         raise HubError(f"{listing.repo}: {listing.offer()}")
     found = next((v for v in usable if fits(v, free) and _is_sound(look(v), free)), None)
     if found is None:
-        least = min(usable, key=lambda v: v.nbytes)
+        smallest = min(usable, key=lambda v: v.nbytes)
         raise MemoryPlanError(
-            f"{listing.repo}: even {least.label} needs about {plan_of(least).total / 1e9:.1f} GB and does "
-            f"not fit {free}: use a machine with more memory; "
-            f"hf:{listing.repo}:{least.label} downloads it all the same"
+            f"{listing.repo}: even {smallest.label} needs about {plan_of(smallest).total / 1e9:.1f} GB and "
+            f"does not fit {free}: use a machine with more memory; "
+            f"hf:{listing.repo}:{smallest.label} downloads it all the same"
         )
     return found
 

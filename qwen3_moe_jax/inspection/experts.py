@@ -139,9 +139,9 @@ def expert_usage(
         raise ValueError("the text is empty: give at least one character")
     config = runner.config
     counts = np.zeros((config.num_hidden_layers, config.num_experts), np.int64)
-    step = min(window or runner.max_context, runner.max_context)
-    for start in range(0, len(ids), step):
-        chosen = runner.forward(ids[start : start + step]).expert_ids
+    stride = min(window or runner.max_context, runner.max_context)
+    for start in range(0, len(ids), stride):
+        chosen = runner.forward(ids[start : start + stride]).expert_ids
         for layer, layer_ids in enumerate(chosen):
             counts[layer] += np.bincount(layer_ids.reshape(-1), minlength=config.num_experts)
     return ExpertUsage(counts, len(ids), config.num_experts_per_tok, model, text)

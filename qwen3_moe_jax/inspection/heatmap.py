@@ -105,8 +105,8 @@ def _cells(axes: "Axes", values: Any, **options: Any) -> Any:
     layers, experts = values.shape
     image = axes.imshow(values, aspect="auto", interpolation="nearest", rasterized=True, **options)
     axes.set_ylabel("layer")
-    axes.set_yticks(_places(layers, 12))
-    axes.set_xticks(_places(experts, 17))
+    axes.set_yticks(_tick_indices(layers, 12))
+    axes.set_xticks(_tick_indices(experts, 17))
     axes.spines[:].set_visible(False)
     axes.tick_params(length=2)
     if experts <= 40:  # gaps between cells that are large enough for them
@@ -117,9 +117,9 @@ def _cells(axes: "Axes", values: Any, **options: Any) -> Any:
     return image
 
 
-def _places(count: int, most: int) -> range:
+def _tick_indices(count: int, maximum: int) -> range:
     """Numbers for an axis: every, or every 2nd, 4th, ... one."""
-    step = 1
-    while count > most * step:
-        step *= 2
-    return range(0, count, step)
+    stride = 1
+    while count > maximum * stride:
+        stride *= 2
+    return range(0, count, stride)

@@ -112,11 +112,11 @@ def logit_gradient(
     return float(value), np.asarray(gradient[0])
 
 
-def _check_index(name: str, value: int, least: int, end: int) -> None:
+def _check_index(name: str, value: int, minimum: int, end: int) -> None:
     """JAX takes the nearest of what is there for an index that is not, in silence."""
     check_number(name, value)
-    if not least <= value < end:
-        raise ValueError(f"{name} must be {least} to {end - 1}, not {value}")
+    if not minimum <= value < end:
+        raise ValueError(f"{name} must be {minimum} to {end - 1}, not {value}")
 
 
 def _without(logits: jax.Array, experts: tuple[int, ...]) -> jax.Array:

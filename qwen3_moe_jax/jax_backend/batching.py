@@ -275,10 +275,10 @@ class Batch:
         """Positions of a row of the cache: more than ``capacity``."""
         return self._state.cache.length
 
-    def cut_row(self, slot: int, length: int, most: int | None = None) -> KVCache:
-        """The first positions of a slot's row, on the device; not more than ``most`` of them."""
+    def cut_row(self, slot: int, length: int, maximum: int | None = None) -> KVCache:
+        """The first positions of a slot's row, on the device; not more than ``maximum`` of them."""
         padded = rows.padded(self._state.cache, length)
-        return rows.cut(self._state.cache, np.int32(slot), length=min(padded, most or padded))
+        return rows.cut(self._state.cache, np.int32(slot), length=min(padded, maximum or padded))
 
     def save_row(self, slot: int, length: int) -> KVCache:
         """The first positions of a slot's row, in main memory."""
@@ -354,9 +354,9 @@ class Batch:
           One entry for each sequence that has new tokens or has ended, by slot.
         """
         self._check_open()
-        for count, least in ((tokens, 1), (ahead, 0)):
-            if not least <= count <= MAX_STEPS:
-                raise ValueError(f"a step writes {least} to {MAX_STEPS} tokens, not {count}")
+        for count, minimum in ((tokens, 1), (ahead, 0)):
+            if not minimum <= count <= MAX_STEPS:
+                raise ValueError(f"a step writes {minimum} to {MAX_STEPS} tokens, not {count}")
         with self.preparation.working():
             pending = self._pending or self._begin(tokens, prompt_tokens)
             self._pending = None
@@ -392,11 +392,11 @@ class Batch:
         )
         return PendingStep(result, dict(self._sequences), tokens)
 
-    def _read_prompts(self, waiting: list[int], rows: int, most: int) -> PendingStep:
+    def _read_prompts(self, waiting: list[int], rows: int, maximum: int) -> PendingStep:
         remaining = {slot: self._sequences[slot].length - self._sequences[slot].filled for slot in waiting}
-        sizes = [size for size in PREFILL_CHUNKS if size <= most] or PREFILL_CHUNKS[:1]
+        sizes = [size for size in PREFILL_CHUNKS if size <= maximum] or PREFILL_CHUNKS[:1]
         chunk = chunk_lengths(remaining[waiting[0]], sizes)[0]
-        slots = waiting[: prompt_counts(min(len(waiting), self.slots), chunk, most)[-1]]
+        slots = waiting[: prompt_counts(min(len(waiting), self.slots), chunk, maximum)[-1]]
         self._state, result = generate.prefill(
             self._decoder,
             self._params,

@@ -155,8 +155,8 @@ class LayerByLayer:
         expert_ids: jax.Array | None = None,
         active: jax.Array | None = None,
     ) -> Step:
-        places = start if active is None else [Span(start, 1, ends=start + active)]
-        return read(model, params, token_ids, places, cache, expert_ids)
+        begins = start if active is None else [Span(start, 1, ends=start + active)]
+        return read(model, params, token_ids, begins, cache, expert_ids)
 
 
 @dataclass(frozen=True)

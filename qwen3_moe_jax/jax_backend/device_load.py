@@ -79,8 +79,8 @@ class Target:
     def piece_rows(self) -> int:
         """Rows of a piece, in whole tiles: the most that divide all rows and take at most PIECE_BYTES."""
         unit = TILE_ROWS if self.tiled else 1
-        units, most = self.rows // unit, max(1, PIECE_BYTES // (unit * self.row_nbytes))
-        return unit * next(n for n in range(min(units, most), 0, -1) if units % n == 0)
+        units, maximum = self.rows // unit, max(1, PIECE_BYTES // (unit * self.row_nbytes))
+        return unit * next(n for n in range(min(units, maximum), 0, -1) if units % n == 0)
 
 
 def allocate(shapes: Any) -> Any:

@@ -46,7 +46,7 @@ MAX_STEPS = 32
 """Tokens of a sequence that one dispatch writes at most."""
 
 LAUNCHES = (2, 8, 32)
-"""How often a dispatch launches the GPU's decode kernel: the fewest that do, up to MAX_STEPS. A loop of a
+"""How often a dispatch launches the GPU's decode kernel: the minimum that does, up to MAX_STEPS. A loop of a
 fixed number asks nothing of the host, and a kernel that has nothing to do ends at once. A loop of one would
 be no loop to XLA, which then copies the cache."""
 
@@ -146,10 +146,10 @@ class StepResult:
 
     @classmethod
     def of(
-        cls, state: DecodeState, before: jax.Array, most: int, scores: TokenScores | None = None
+        cls, state: DecodeState, before: jax.Array, maximum: int, scores: TokenScores | None = None
     ) -> "StepResult":
-        """``before``: the lengths int32 [B] that ``most`` tokens may have been added to."""
-        columns = jnp.minimum(before[:, None] + jnp.arange(most), state.capacity - 1)
+        """``before``: the lengths int32 [B] that ``maximum`` tokens may have been added to."""
+        columns = jnp.minimum(before[:, None] + jnp.arange(maximum), state.capacity - 1)
         tokens = jnp.take_along_axis(state.tokens, columns, axis=1)
         return cls(tokens, state.length, state.finished, state.nonfinite, scores)
 
@@ -168,9 +168,9 @@ def row_counts(slots: int) -> list[int]:
     return [*(1 << i for i in range((slots - 1).bit_length())), slots]
 
 
-def prompt_counts(slots: int, chunk: int, most: int = PREFILL_TOKENS) -> list[int]:
+def prompt_counts(slots: int, chunk: int, maximum: int = PREFILL_TOKENS) -> list[int]:
     """The numbers of prompts that one step may read a chunk of: powers of two, so that they are few."""
-    together = min(slots, max(1, most // chunk))
+    together = min(slots, max(1, maximum // chunk))
     return [1 << i for i in range(together.bit_length())]
 
 

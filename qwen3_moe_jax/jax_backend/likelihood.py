@@ -1,4 +1,4 @@
-"""Log-likelihoods of a text's own tokens on the device: one number a token leaves it, never logits."""
+"""Log-likelihoods of a text's own tokens on the device: one number per token leaves it, never logits."""
 
 from collections.abc import Sequence
 from functools import partial

@@ -124,7 +124,7 @@ class Attention(_Part):
         rope: tuple[jax.Array, jax.Array],
         layer: jax.Array,
     ) -> tuple[jax.Array, KVCache]:
-        """x [B, T, D], whose rows the spans place, and rope's cos and sin [B, T, H / 2] of these places."""
+        """x [B, T, D], whose positions the spans give, and rope's cos and sin [B, T, H / 2] of them."""
         heads = (*x.shape[:2], -1, self.settings.config.head_dim)
         q = self.stage("Qcur", self.matmul(x, self.q_proj).reshape(heads), layer)
         k = self.stage("Kcur", self.matmul(x, self.k_proj).reshape(heads), layer)
@@ -282,7 +282,7 @@ class Network(_Part):
         self,
         token_ids: jax.Array,
         cache: KVCache,
-        places: jax.Array | Sequence[Span],
+        begins: jax.Array | Sequence[Span],
         expert_ids: jax.Array | None = None,
     ) -> Output:
         """Runs T tokens of B sequences; or, with spans of different lengths, whatever these say.
@@ -293,12 +293,12 @@ class Network(_Part):
         Args:
           token_ids: int32 [B, T]; with several spans [1, R], the tokens of one span after the other.
           cache: holds the positions before those of each sequence, and room for them.
-          places: int32 [B], position of each sequence's first token; or spans, which must not
+          begins: int32 [B], position of each sequence's first token; or spans, which must not
             share a sequence's positions, unless what the last one writes is meant to stay.
           expert_ids: int32 [L, B, T, X] to force the routing of the layers that run, or None.
         """
         chosen_layers = self.settings.layers
-        spans = places if isinstance(places, Sequence) else (Span(places, token_ids.shape[1]),)
+        spans = begins if isinstance(begins, Sequence) else (Span(begins, token_ids.shape[1]),)
         x, rope = self.embed(token_ids, spans)
         if self._is_one_call(cache):
             return self._in_one_call(x, rope, cache, spans, expert_ids)

@@ -173,11 +173,11 @@ def load_on_host(
         if layer is None:
             params[path] = on_device(side_by_side(value))
             continue
-        place, value = tensors[name], side_by_side(flat(value))
-        stack = place.stacks[place.which[layer]]
+        tensor, value = tensors[name], side_by_side(flat(value))
+        stack = tensor.stacks[tensor.which[layer]]
         if stack not in stacks:
             stacks[stack] = room(plan.stacks[stack].shape[0], value)
-        fill(stacks[stack], place.first[layer], value)
+        fill(stacks[stack], tensor.first[layer], value)
     params["layers"] = LayerTable({n: on_device(s) for n, s in stacks.items()}, plan.tensors)
     return params
 
@@ -247,8 +247,8 @@ def device_plan(source: ModelSource, roles: Roles) -> tuple[Params, list[Target]
         layer, name = split_path(path)
         stack, first = path, 0
         if layer is not None:
-            place = tensors[name]
-            stack, first = place.stacks[place.which[layer]], place.first[layer]
+            tensor = tensors[name]
+            stack, first = tensor.stacks[tensor.which[layer]], tensor.first[layer]
         tiled = is_tiled(name, abstract_packed(kind, shape))
         targets.append(Target(path, stack, first, kind, math.prod(shape[:-1]), shape[-1], tiled))
     return shapes, targets

@@ -57,7 +57,7 @@ class Placement:
         """What one device is going to hold; all of them together on a CPU, whose devices share main memory.
 
         Args:
-          length: positions of the cache, of ``itemsize`` bytes a value.
+          length: positions of the cache, of ``itemsize`` bytes per value.
 
         Raises:
           MemoryPlanError: it does not fit.

@@ -272,8 +272,8 @@ class Program:
         mesh = mesh_of(static, dynamic)
         if mesh is None:
             return traced
-        places = placed_on(mesh, traced.out_info)  # JAX keeps the trace: nothing is traced twice
-        return self._jit(self.function, out_shardings=places).trace(**static, **dynamic)
+        shardings = placed_on(mesh, traced.out_info)  # JAX keeps the trace: nothing is traced twice
+        return self._jit(self.function, out_shardings=shardings).trace(**static, **dynamic)
 
     def _look_on_disk(self, entry: _Entry, arguments: _Arguments) -> None:
         if entry.program is not None or entry.is_missing:
@@ -394,7 +394,7 @@ def _is_traced(values: Any) -> bool:
 def _memory_key(static: dict[str, Any], dynamic: dict[str, Any]) -> _Key:
     leaves, tree = jax.tree.flatten(dynamic)
     settings = tuple(getattr(jax.config, name) for name in TRACE_SETTINGS)
-    return (*static.values(), *settings), tree, tuple((*_aval(leaf), _place(leaf)) for leaf in leaves)
+    return (*static.values(), *settings), tree, tuple((*_aval(leaf), _sharding(leaf)) for leaf in leaves)
 
 
 def mesh_of(static: Mapping[str, Any], dynamic: Mapping[str, Any]) -> Mesh | None:
@@ -403,14 +403,16 @@ def mesh_of(static: Mapping[str, Any], dynamic: Mapping[str, Any]) -> Mesh | Non
         shards = value if isinstance(value, Shards) else getattr(value, "shards", None)
         if isinstance(shards, Shards):
             return shards.mesh
-    places = map(_place, jax.tree.leaves(dynamic))
-    return next((place.mesh for place in places if place and isinstance(place.mesh, Mesh)), None)
+    shardings = map(_sharding, jax.tree.leaves(dynamic))
+    return next(
+        (sharding.mesh for sharding in shardings if sharding and isinstance(sharding.mesh, Mesh)), None
+    )
 
 
-def _place(leaf: Any) -> NamedSharding | None:
+def _sharding(leaf: Any) -> NamedSharding | None:
     """Where an argument lies, if that is on several devices."""
-    place = getattr(leaf, "sharding", None)
-    return place if isinstance(place, NamedSharding) and place.mesh.size > 1 else None
+    sharding = getattr(leaf, "sharding", None)
+    return sharding if isinstance(sharding, NamedSharding) and sharding.mesh.size > 1 else None
 
 
 def _aval(leaf: Any) -> tuple[tuple[int, ...], str, bool]:

@@ -380,8 +380,8 @@ class JaxRunner:
         context = min(max(MIN_BATCH_TOKENS, 1 << (longest - 1).bit_length()), self.max_context)
         if slots is None:
             free = available_memory(self.device).nbytes
-            most, itemsize = min(len(prompts), DEFAULT_SLOTS), self.cache_dtype.itemsize
-            slots = fitting_slots(self.config, most, cache_length(context), itemsize, free)
+            maximum, itemsize = min(len(prompts), DEFAULT_SLOTS), self.cache_dtype.itemsize
+            slots = fitting_slots(self.config, maximum, cache_length(context), itemsize, free)
         batch = self.open_batch(slots, context=context)
         requests = [
             Request(prompt, its_sampling, limit, frozenset(stop_ids))

@@ -45,7 +45,7 @@ class ShardedNetwork:
         self,
         token_ids: jax.Array,
         cache: KVCache,
-        places: jax.Array | Sequence[Span],
+        begins: jax.Array | Sequence[Span],
         expert_ids: jax.Array | None = None,
     ) -> Output:
         """As ``Network``; the cache is split by head."""
@@ -55,7 +55,7 @@ class ShardedNetwork:
         def run(network: Network, *args: Any) -> Output:
             return network(*args)
 
-        args = ((token_ids, P()), (cache, CACHE_SPEC), (places, P()), (expert_ids, P()))
+        args = ((token_ids, P()), (cache, CACHE_SPEC), (begins, P()), (expert_ids, P()))
         return self._run(run, args, specs, self.settings.capture - _OF_HEAD)
 
     def logits(self, hidden: jax.Array) -> jax.Array:

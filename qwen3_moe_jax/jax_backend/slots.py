@@ -38,8 +38,8 @@ def admit(
       written: int32 scalar below ``length``, its last tokens that count as output.
       allowed: int32 [ceil(V / 32)]; ``masked``: bool scalar.
     """
-    places = jnp.arange(state.capacity)
-    is_prompt = places < length - written
+    positions = jnp.arange(state.capacity)
+    is_prompt = positions < length - written
     no = jnp.zeros_like(is_stop)
     row = {
         "tokens": tokens,
@@ -49,7 +49,7 @@ def admit(
         "finished": False,
         "nonfinite": False,
         "in_prompt": no.at[tokens].max(is_prompt),
-        "in_output": no.at[tokens].max(~is_prompt & (places < length)),
+        "in_output": no.at[tokens].max(~is_prompt & (positions < length)),
         "is_stop": is_stop,
         "allowed": allowed,
         "masked": masked,

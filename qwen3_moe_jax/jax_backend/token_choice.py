@@ -158,7 +158,7 @@ def _largest(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _largest_in_one_pass(keys: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The fewest launches."""
+    """The minimum of launches."""
     ids = jax.lax.broadcasted_iota(jnp.int32, keys.shape, keys.ndim - 1)
 
     def larger(a: tuple[jax.Array, jax.Array], b: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:

@@ -46,9 +46,9 @@ class TokenScores:
         values, ids = ops.top_k(logits, min(MAX_TOP, logits.shape[-1]))
         return cls(own[:, 0], ids.astype(jnp.int32), values - total)
 
-    def put(self, place: jax.Array, new: "TokenScores") -> "TokenScores":
-        """With ``new`` at the index ``place`` of the first axis; what is out of range is dropped."""
-        return jax.tree.map(lambda all_, one: all_.at[place].set(one, mode="drop"), self, new)
+    def put(self, index: jax.Array, new: "TokenScores") -> "TokenScores":
+        """With ``new`` at the index ``index`` of the first axis; what is out of range is dropped."""
+        return jax.tree.map(lambda all_, one: all_.at[index].set(one, mode="drop"), self, new)
 
     def moved(self) -> "TokenScores":
         """With the first two axes exchanged."""

@@ -232,11 +232,11 @@ def _mounts(root: Path) -> dict[str, tuple[str, Path]]:
         fields, kinds = before.split(), after.split()
         if len(fields) < 5 or len(kinds) < 3:
             continue
-        place = fields[3], root / fields[4].lstrip("/")
+        group = fields[3], root / fields[4].lstrip("/")
         if kinds[0] == "cgroup2":
-            found.setdefault("cgroup2", place)
+            found.setdefault("cgroup2", group)
         elif kinds[0] == "cgroup" and "memory" in kinds[2].split(","):
-            found.setdefault("memory", place)
+            found.setdefault("memory", group)
     return found
 
 

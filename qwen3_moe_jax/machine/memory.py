@@ -49,12 +49,12 @@ def check_slots(config: Qwen3MoeConfig, slots: int, length: int, itemsize: int, 
 
 
 def fitting_slots(
-    config: Qwen3MoeConfig, most: int, length: int, itemsize: int, available: int | None
+    config: Qwen3MoeConfig, maximum: int, length: int, itemsize: int, available: int | None
 ) -> int:
-    """How many slots of ``length`` positions fit what is free: at most ``most``, at least 1."""
+    """How many slots of ``length`` positions fit what is free: at most ``maximum``, at least 1."""
     if available is None:
-        return most
-    return max(1, min(most, (available - WORKING_BYTES) // cache_nbytes(config, length, itemsize)))
+        return maximum
+    return max(1, min(maximum, (available - WORKING_BYTES) // cache_nbytes(config, length, itemsize)))
 
 
 def weights_nbytes(source: ModelSource) -> int:
@@ -80,7 +80,7 @@ class MemoryPlan:
 
     @classmethod
     def of(cls, source: ModelSource, context: int, itemsize: int) -> "MemoryPlan":
-        """The plan of a model with a cache of ``context`` positions of ``itemsize`` bytes a value."""
+        """The plan of a model with a cache of ``context`` positions of ``itemsize`` bytes per value."""
         return cls(weights_nbytes(source), cache_nbytes(source.config, context, itemsize), context)
 
     @property

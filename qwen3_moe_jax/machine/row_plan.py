@@ -62,7 +62,7 @@ def _lengths(longest: int) -> Iterator[int]:
         yield longest
 
 
-def _counts(lengths: list[int], positions: int, slots: int, spare: int, most: int) -> list[int]:
+def _counts(lengths: list[int], positions: int, slots: int, spare: int, maximum: int) -> list[int]:
     """Rows of each class: shares at first, then what is left goes to the longest that still fits."""
     counts: list[int] = []
     left = positions
@@ -70,12 +70,12 @@ def _counts(lengths: list[int], positions: int, slots: int, spare: int, most: in
         is_last = i == len(lengths) - 1
         share = left if is_last else left * FULL_SHARE
         kept = len(lengths) - 1 - i  # one slot at least for each class below
-        count = min(int(share // (length + spare)), most, slots - sum(counts) - kept)
+        count = min(int(share // (length + spare)), maximum, slots - sum(counts) - kept)
         count = max(count, int(not counts))
         counts.append(max(0, count))
         left -= counts[-1] * (length + spare)
     for i, length in enumerate(lengths):
-        more = min(left // (length + spare), most - counts[i], slots - sum(counts))
+        more = min(left // (length + spare), maximum - counts[i], slots - sum(counts))
         if more > 0:
             counts[i] += more
             left -= more * (length + spare)

@@ -56,11 +56,11 @@ def _cpu_quota(root: Path = Path("/")) -> float:
     for folder in _cgroup_folders(root):
         try:
             if (folder / "cpu.max").exists():
-                most, period = (folder / "cpu.max").read_text().split()
+                limit, period = (folder / "cpu.max").read_text().split()
             else:
-                most, period = ((folder / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
-            if most.strip() not in ("max", "-1"):
-                quota = min(quota, int(most) / int(period))
+                limit, period = ((folder / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
+            if limit.strip() not in ("max", "-1"):
+                quota = min(quota, int(limit) / int(period))
         except (OSError, ValueError):
             continue
     return quota

@@ -256,7 +256,7 @@ class Benchmark:
         return ""
 
     def _expected_seconds(self, workload: Workload) -> float:
-        """Of the least that a row takes, its first run and one that counts, from the rates so far."""
+        """Of the minimum that a row takes: its first run and one that counts, from the rates so far."""
         once = 0.0
         if "pp" in self._rates:
             once += workload.count * workload.prompt / self._rates["pp"]

@@ -12,7 +12,7 @@ from qwen3_moe_jax.jax_backend.runner import JaxRunner
 
 
 class BatchRun:
-    """Runs a batch once a call; gives the seconds of its prompts and of its new tokens.
+    """Runs a batch once per call; gives the seconds of its prompts and of its new tokens.
 
     Prompts end when every sequence has its first token; the first ones to have it go on writing
     meanwhile, as in every batch. From there each sequence writes the same number of tokens.

@@ -96,9 +96,9 @@ def cut_text(runner: Runner, tokenizer: Tokenizer, text: str, context: int, stri
     ids = np.asarray(tokenizer.encode(text), np.int32)
     cut = windows(len(ids), context, stride)
     if not cut:
-        least = context if stride is None else 2
+        minimum = context if stride is None else 2
         raise ValueError(
-            f"the text has {len(ids)} tokens and at least {least} are needed"
+            f"the text has {len(ids)} tokens and at least {minimum} are needed"
             + (": take a longer text or a smaller --context" if stride is None else "")
         )
     return Cut(ids, cut, tokenizer.bos_id if stride is None else None)

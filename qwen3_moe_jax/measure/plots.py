@@ -69,24 +69,24 @@ def draw_bench(rows: Sequence[Row], *, title: str, facts: str) -> "Figure":
 
 def _rates(axes: "Axes", points: list[Point]) -> None:
     """Best and median of every row at even distances, for depths begin at 0; limits where they are known."""
-    places = np.arange(len(points))
+    xs = np.arange(len(points))
     best = [row.best or 0.0 for _, row in points]
     median = [row.median or 0.0 for _, row in points]
     limits = [row.limit for _, row in points]
-    axes.vlines(places, median, best, color=ACCENT, linewidth=4, alpha=0.35)
-    axes.plot(places, best, "o-", color=ACCENT, label="best run (bar: to the median)")
-    for place, rate in zip(places, best, strict=True):
-        axes.annotate(_rate(rate), (place, rate), xytext=(0, -15), textcoords="offset points", ha="center",
+    axes.vlines(xs, median, best, color=ACCENT, linewidth=4, alpha=0.35)
+    axes.plot(xs, best, "o-", color=ACCENT, label="best run (bar: to the median)")
+    for x, rate in zip(xs, best, strict=True):
+        axes.annotate(_rate(rate), (x, rate), xytext=(0, -15), textcoords="offset points", ha="center",
                       fontsize=9)  # fmt: skip
     known = [limit for limit in limits if limit]
     if known:
         shown = [np.nan if limit is None else limit for limit in limits]
-        axes.plot(places, shown, "_--", color=LIMIT_COLOUR, markersize=16, label="what the machine allows")
+        axes.plot(xs, shown, "_--", color=LIMIT_COLOUR, markersize=16, label="what the machine allows")
     axes.set_yscale("log")
     low, high = min(best + median), max(best + known)
     axes.set_ylim(low / 2.2, high * 2.6)
     axes.set_xlim(-0.45, len(points) - 0.55)
-    axes.set_xticks(places, labels=[f"{x:,}" for x, _ in points])
+    axes.set_xticks(xs, labels=[f"{x:,}" for x, _ in points])
     _plain_numbers(axes)
     axes.legend(loc="upper right", fontsize=8)
 
@@ -110,12 +110,12 @@ def draw_perplexity(found: Perplexity, positions: Positions, *, title: str) -> "
 
 
 def _by_position(axes: "Axes", positions: Positions) -> None:
-    place, value, error = np.array(positions.bins()).reshape(-1, 3).T
+    x, value, error = np.array(positions.bins()).reshape(-1, 3).T
     low = np.maximum(value - error, 1)
-    axes.fill_between(place, low, value + error, color=ACCENT, alpha=0.2, linewidth=0, label="standard error")
-    axes.plot(place, value, "o-", color=ACCENT, markersize=3.5)
+    axes.fill_between(x, low, value + error, color=ACCENT, alpha=0.2, linewidth=0, label="standard error")
+    axes.plot(x, value, "o-", color=ACCENT, markersize=3.5)
     axes.set(title="by position in the window", xlabel="position", ylabel="perplexity", yscale="log")
-    axes.set_xscale("log" if len(place) and place[-1] > 8 * max(place[0], 1) else "linear")
+    axes.set_xscale("log" if len(x) and x[-1] > 8 * max(x[0], 1) else "linear")
     _plain_numbers(axes)
     axes.legend(fontsize=8)
 

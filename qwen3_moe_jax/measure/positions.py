@@ -36,13 +36,13 @@ class Positions:
           log_likelihoods: float64 of the tokens from ``first`` on.
         """
         loss = -log_likelihoods
-        places = slice(first - start, first - start + len(loss))
-        self.count[places] += 1
-        self.total[places] += loss
-        self.squares[places] += loss**2
+        at = slice(first - start, first - start + len(loss))
+        self.count[at] += 1
+        self.total[at] += loss
+        self.squares[at] += loss**2
         self.along.append((first, first + len(loss), float(loss.mean())))
 
-    def bins(self, most: int = 24) -> list[tuple[float, float, float]]:
+    def bins(self, maximum: int = 24) -> list[tuple[float, float, float]]:
         """(position, perplexity, its standard error) over ranges of positions, from few to many tokens.
 
         Ranges grow by the same factor, so that the first tokens, where most changes, are seen.
@@ -51,7 +51,7 @@ class Positions:
         if not scored.size:
             return []
         low, high = int(scored[0]), int(scored[-1]) + 1
-        edges = np.unique(np.geomspace(max(low, 1), high, most + 1).round().astype(int))
+        edges = np.unique(np.geomspace(max(low, 1), high, maximum + 1).round().astype(int))
         edges[0] = low
         found = []
         for start, end in itertools.pairwise(edges):

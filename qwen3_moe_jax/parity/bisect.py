@@ -111,8 +111,8 @@ def bisect(source: ModelSource, runner: Runner, token_ids: Sequence[int]) -> Dep
         runs.append(("a long prompt", ids, _long_capture(source, len(ids)), {}))
     for run, prompt, capture, extra in runs:
         recorded = trace(runner, prompt, capture, **extra)
-        most = LONG_JUDGED_TOKENS if len(prompt) > len(short) else None
-        found = bisect_trace(source, recorded, run=run, max_tokens=most)
+        maximum = LONG_JUDGED_TOKENS if len(prompt) > len(short) else None
+        found = bisect_trace(source, recorded, run=run, max_tokens=maximum)
         if found:
             return found
     return None
@@ -159,7 +159,7 @@ class Comparison:
     Attributes:
       name: "ffn_norm-12".
       nmse: squared difference over the first's square.
-      cosine: least of any position.
+      cosine: minimum over positions.
     """
 
     name: str

@@ -132,12 +132,12 @@ def check_recorded(clause: Clause, oracle: Oracle) -> Finding:
     """PARITY-002: the reference against logits that another program computed."""
     if not oracle.recorded:
         return not_applicable(clause, "reference", "no recorded logits for this file")
-    least = 1.0
+    minimum = 1.0
     for prompt in oracle.recorded:
         logits = oracle.runner.forward(prompt.token_ids).logits[prompt.positions]
-        least = min(least, float(metrics.cosine(prompt.logits, logits).min()))
+        minimum = min(minimum, float(metrics.cosine(prompt.logits, logits).min()))
     positions = sum(len(p.positions) for p in oracle.recorded)
-    return conclude(clause, "reference", least, f"{positions} positions of {len(oracle.recorded)} prompts")
+    return conclude(clause, "reference", minimum, f"{positions} positions of {len(oracle.recorded)} prompts")
 
 
 # A backend
@@ -147,8 +147,8 @@ def check_invariants(clause: Clause, evidence: Evidence) -> Finding:
     """INVARIANTS-001: shapes, finite numbers, experts; and a prompt's rows do not depend on what follows."""
     broken: list[str] = []
     ids = evidence.oracle.text_ids
-    most = min(3 * STAGE_CHUNK, len(ids))
-    lengths = [most - STAGE_CHUNK + 1, most - 1, most]
+    longest = min(3 * STAGE_CHUNK, len(ids))
+    lengths = [longest - STAGE_CHUNK + 1, longest - 1, longest]
     # With the stages of another check captured, so that one compiled program serves both.
     runs = [evidence.runner.forward(ids[:n], capture=FUSED_STAGES, **evidence.chunks) for n in lengths]
     for length, forward in zip(lengths, runs, strict=True):

@@ -118,11 +118,11 @@ class Oracle:
         self.dtype = np.float64 if self.is_small else np.float32
         self.workers = ALONE if self.is_small else Workers.one_a_core()
         row = 4 * source.config.vocab_size
-        step = max(1, MAX_LOGIT_BYTES // row)
-        if len(self.text_ids) > step:  # windows of one length, a power of two, so that they share programs
-            step = 1 << (step.bit_length() - 1)
-        self.windows = [slice(s, s + step) for s in range(0, len(self.text_ids), step)]
-        self.logits_nbytes = min(step, len(self.text_ids)) * row
+        stride = max(1, MAX_LOGIT_BYTES // row)
+        if len(self.text_ids) > stride:  # windows of one length, a power of two, so that they share programs
+            stride = 1 << (stride.bit_length() - 1)
+        self.windows = [slice(s, s + stride) for s in range(0, len(self.text_ids), stride)]
+        self.logits_nbytes = min(stride, len(self.text_ids)) * row
 
     @once
     def runner(self) -> ReferenceRunner:

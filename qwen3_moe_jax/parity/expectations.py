@@ -52,11 +52,11 @@ class Expectation:
     channels: np.ndarray | None = None
 
 
-def sample(size: int, most: int | None) -> np.ndarray | None:
-    """``most`` of ``size`` indices, spread evenly with first and last; None means every one."""
-    if most is None or most >= size:
+def sample(size: int, limit: int | None) -> np.ndarray | None:
+    """``limit`` of ``size`` indices, spread evenly with first and last; None means every one."""
+    if limit is None or limit >= size:
         return None
-    return np.unique(np.linspace(0, size - 1, most).astype(np.int64))
+    return np.unique(np.linspace(0, size - 1, limit).astype(np.int64))
 
 
 @dataclass
@@ -149,12 +149,12 @@ class Expectations:
         """x [T, K] times the transpose of weight [N, K]."""
         channels = sample(weight.shape[0], self.max_rows)
         rows = weight if channels is None else weight[channels]
-        step = ROWS_AT_A_TIME // self.workers.count
+        stride = ROWS_AT_A_TIME // self.workers.count
 
         def part(start: int) -> tuple[np.ndarray, np.ndarray]:
-            return self._dense(x, rows[start : start + step], operand)
+            return self._dense(x, rows[start : start + stride], operand)
 
-        values, sigmas = zip(*self.workers.map(part, range(0, rows.shape[0], step)), strict=True)
+        values, sigmas = zip(*self.workers.map(part, range(0, rows.shape[0], stride)), strict=True)
         return Expectation(np.concatenate(values, -1), np.concatenate(sigmas, -1), channels)
 
     def expert_matmul(self, x: np.ndarray, path: str, layer: int | None) -> Expectation:
@@ -273,8 +273,8 @@ class Expectations:
         np.put_along_axis(others, ids, -np.inf, axis=-1)
         chosen = np.take_along_axis(probs, ids, axis=-1)
         ties = 1 - 4 * FLOAT32
-        least = others.max(axis=-1, keepdims=True) * ties - SMALLEST_NORMAL
-        return in_range & distinct[:, None] & (chosen >= least)
+        floor = others.max(axis=-1, keepdims=True) * ties - SMALLEST_NORMAL
+        return in_range & distinct[:, None] & (chosen >= floor)
 
     def expert_weights(self, layer: int | None) -> Expectation:
         """The chosen probabilities, renormalized."""

@@ -146,8 +146,8 @@ class StageJudge(Expectations):
             sigmas = np.where(error == 0, 0.0, error / (expected.sigma + SMALLEST_NORMAL))
         is_finite = np.isfinite(actual) & np.isfinite(expected.value)
         if self.careful:
-            has_place = np.isfinite(expected.sigma) & (np.abs(expected.value) <= FLOAT32_MAX)
-            return np.where(has_place, np.where(is_finite, sigmas, np.inf), 0.0)
+            is_in_range = np.isfinite(expected.sigma) & (np.abs(expected.value) <= FLOAT32_MAX)
+            return np.where(is_in_range, np.where(is_finite, sigmas, np.inf), 0.0)
         return np.where(is_finite, sigmas, np.inf)
 
     def actual(self, key: StageKey, expected: Expectation) -> np.ndarray:

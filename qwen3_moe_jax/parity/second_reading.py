@@ -54,8 +54,8 @@ def _nibbles(blocks: np.ndarray, offset: int) -> np.ndarray:
 
 
 def _k_quant(blocks: np.ndarray, quants: np.ndarray) -> np.ndarray:
-    scale, least = _scale_and_min(blocks)
-    return _half(blocks, 0) * scale * quants.astype(np.float32) - _half(blocks, 2) * least
+    scale, low_end = _scale_and_min(blocks)
+    return _half(blocks, 0) * scale * quants.astype(np.float32) - _half(blocks, 2) * low_end
 
 
 def _q4_k(blocks: np.ndarray) -> np.ndarray:
@@ -82,8 +82,8 @@ def _q8_0(blocks: np.ndarray) -> np.ndarray:
 def _q2_k(blocks: np.ndarray) -> np.ndarray:
     low = blocks[:, 16 + 32 * (_I // 128) + _I % 32] >> (2 * (_SUBBLOCK % 4)).astype(np.uint8) & 3
     both = blocks[:, _I // 16]
-    scale, least = ((both & 15).astype(np.float32), (both >> 4).astype(np.float32))
-    return _half(blocks, 80) * scale * low.astype(np.float32) - _half(blocks, 82) * least
+    scale, low_end = ((both & 15).astype(np.float32), (both >> 4).astype(np.float32))
+    return _half(blocks, 80) * scale * low.astype(np.float32) - _half(blocks, 82) * low_end
 
 
 def _q3_k(blocks: np.ndarray) -> np.ndarray:
@@ -217,8 +217,10 @@ def _iq1_m(blocks: np.ndarray) -> np.ndarray:
 
 def _tq1_0(blocks: np.ndarray) -> np.ndarray:
     parts = ((_I % 32, _I // 32), (32 + _I % 16, (_I - 160) // 16), (48 + _I % 4, (_I - 240) // 4))
-    place, digit = (np.where(_I < 160, a, np.where(_I < 240, b, c)) for a, b, c in zip(*parts, strict=True))
-    moved = blocks[:, place].astype(np.int64) * 3**digit % 256
+    digit_byte, digit = (
+        np.where(_I < 160, a, np.where(_I < 240, b, c)) for a, b, c in zip(*parts, strict=True)
+    )
+    moved = blocks[:, digit_byte].astype(np.int64) * 3**digit % 256
     return _half(blocks, 52) * (moved * 3 // 256 - 1).astype(np.float32)
 
 

@@ -75,12 +75,12 @@ def silu(x: np.ndarray) -> np.ndarray:
 
 def matmul(x: np.ndarray, weight: PackedTensor, workers: Workers = ALONE) -> np.ndarray:
     """x [T, K] times the transpose of weight [N, K]: [T, N]."""
-    step = ROWS_AT_A_TIME // workers.count
+    stride = ROWS_AT_A_TIME // workers.count
 
     def part(start: int) -> np.ndarray:
-        return x @ dequantize(weight[start : start + step], x.dtype).T
+        return x @ dequantize(weight[start : start + stride], x.dtype).T
 
-    parts = list(workers.map(part, range(0, weight.shape[0], step)))
+    parts = list(workers.map(part, range(0, weight.shape[0], stride)))
     return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=-1)
 
 

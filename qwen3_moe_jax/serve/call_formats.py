@@ -78,7 +78,7 @@ class HermesCall:
         self._at = 0
         try:
             while self._at < len(text) and self._state != "closed":
-                self._step(text, out)
+                self._advance(text, out)
         except NotACall:
             if not self.has_begun:
                 raise
@@ -86,7 +86,7 @@ class HermesCall:
             self._end_arguments(out)
         return out, text[self._at :], self._state == "closed"
 
-    def _step(self, text: str, out: list[Delta]) -> None:
+    def _advance(self, text: str, out: list[Delta]) -> None:
         if self._scan is not None:
             self._value(self._scan, text, out)
             return

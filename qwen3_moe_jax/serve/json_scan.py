@@ -57,11 +57,11 @@ class ValueScan:
             if at == len(text):
                 break
             at += 1
-            if self._step(text[at - 1]):
+            if self._advance(text[at - 1]):
                 return at, True
         return at, False
 
-    def _step(self, symbol: str) -> bool:
+    def _advance(self, symbol: str) -> bool:
         """Takes a symbol of structure; True if it ends the value."""
         if symbol == "\\":
             self._is_escaped = True

@@ -16,7 +16,7 @@ LATE_SYSTEM = "[system message] "
 """Before a system message that comes after others: templates allow one, at the beginning."""
 
 
-def text_of(content: object, place: str) -> str:
+def text_of(content: object, path: str) -> str:
     """Content as text: a string, parts of text, or None.
 
     Raises:
@@ -27,18 +27,18 @@ def text_of(content: object, place: str) -> str:
     if isinstance(content, str):
         return content
     if not isinstance(content, Sequence):
-        raise MessageError(f"{place} must be a string or a list of text parts")
-    return "".join(_part_text(part, f"{place}[{i}]") for i, part in enumerate(content))
+        raise MessageError(f"{path} must be a string or a list of text parts")
+    return "".join(_part_text(part, f"{path}[{i}]") for i, part in enumerate(content))
 
 
-def _part_text(part: object, place: str) -> str:
+def _part_text(part: object, path: str) -> str:
     if isinstance(part, str):
         return part
     fields: Mapping[str, Any] = part if isinstance(part, Mapping) else {}
     kind = fields.get("type")
     text = fields.get("refusal" if kind == "refusal" else "text")
     if kind not in (*TEXT_PARTS, "refusal") or not isinstance(text, str):
-        raise MessageError(f"{place}: the model reads text only, not {str(kind)[:40]!r}")
+        raise MessageError(f"{path}: the model reads text only, not {str(kind)[:40]!r}")
     return text
 
 
@@ -59,22 +59,22 @@ def role_of(message: Mapping[str, Any], others: Mapping[str, str]) -> object:
     return others.get(role, role) if isinstance(role, str) else role
 
 
-def _chat_message(message: object, place: str) -> dict[str, Any]:
+def _chat_message(message: object, path: str) -> dict[str, Any]:
     if not isinstance(message, Mapping):
-        raise MessageError(f"{place} must be an object with role and content")
+        raise MessageError(f"{path} must be an object with role and content")
     role = role_of(message, {"function": "tool", "developer": "system"})
     if role not in ("system", "user", "assistant", "tool"):
-        raise MessageError(f"{place}.role must be one of system, developer, user, assistant, tool")
+        raise MessageError(f"{path}.role must be one of system, developer, user, assistant, tool")
     if role != "assistant" and message.get("content") is None:
-        raise MessageError(f"{place}.content is missing")
-    found: dict[str, Any] = {"role": role, "content": text_of(message.get("content"), f"{place}.content")}
+        raise MessageError(f"{path}.content is missing")
+    found: dict[str, Any] = {"role": role, "content": text_of(message.get("content"), f"{path}.content")}
     if role == "assistant":
         reasoning = message.get("reasoning_content") or message.get("reasoning")
         if isinstance(reasoning, str):
             found["reasoning_content"] = reasoning
         calls = message.get("tool_calls")
         if calls is not None and not isinstance(calls, list):
-            raise MessageError(f"{place}.tool_calls must be a list")
+            raise MessageError(f"{path}.tool_calls must be a list")
         known = [c for c in calls or () if not isinstance(c, Mapping) or c.get("type") != "custom"]
         if known:
             found["tool_calls"] = known

@@ -150,9 +150,9 @@ class FakeBatch:
         found = [self._write(slot, count) for slot in sorted(ready) if not self.sequences[slot].finish_reason]
         return found
 
-    def _read(self, slot: int, most: int) -> None:
+    def _read(self, slot: int, maximum: int) -> None:
         s = self.sequences[slot]
-        end = min(s.filled + min(most, self.chunk), len(s.tokens) - 1)
+        end = min(s.filled + min(maximum, self.chunk), len(s.tokens) - 1)
         self.read_tokens += end - s.filled
         self.rows[slot] += s.tokens[s.filled : end]
         s.filled = end

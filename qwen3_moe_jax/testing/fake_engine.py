@@ -50,7 +50,8 @@ class FakeEngine(EngineClient):
             if not is_idle:
                 self._events += self.scheduler.turn(prompt_tokens=1 << 20)
             if self._events:
-                counters = {"running": len(self.scheduler.running), "queued": len(self.scheduler.queue)}
+                running, queued = len(self.scheduler.running), len(self.scheduler.queue)
+                counters: dict[str, float] = {"running": running, "queued": queued}
                 self._progress(reports.progress_of(self._events, counters))
                 self._events = []
             await asyncio.sleep(0.002 if is_idle else 0)

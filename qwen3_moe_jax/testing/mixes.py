@@ -24,13 +24,13 @@ class Recipe:
     """A published mixture.
 
     Attributes:
-      most: the type of tensors without a rule.
+      default: the type of tensors without a rule.
       rules: by the last part of a tensor's path.
       grouped: over ``rules`` where four or more query heads share a key.
       head: of the output matrix, and of an embedding that is the output too.
     """
 
-    most: GGMLType
+    default: GGMLType
     rules: dict[str, Rule]
     grouped: dict[str, Rule]
     head: GGMLType = _T.Q6_K
@@ -49,10 +49,10 @@ def _middle(kind: GGMLType) -> Rule:
     return lambda layer, layers: kind if layers // 8 <= layer < 7 * layers // 8 else None
 
 
-def _few_bits(most: GGMLType, embed: GGMLType, early: GGMLType, o_proj: GGMLType) -> Recipe:
+def _few_bits(default: GGMLType, embed: GGMLType, early: GGMLType, o_proj: GGMLType) -> Recipe:
     """IQ1 and IQ2."""
     rules: dict[str, Rule] = {"embed_tokens": embed, "v_proj": _T.Q4_K, "o_proj": o_proj}
-    return Recipe(most, rules | {"down_proj": _early(early)}, {}, _T.Q5_K)
+    return Recipe(default, rules | {"down_proj": _early(early)}, {}, _T.Q5_K)
 
 
 _V4: dict[str, Rule] = {"v_proj": _T.Q4_K}
@@ -171,10 +171,10 @@ def _wanted(path: str, recipe: Recipe, config: Qwen3MoeConfig) -> GGMLType:
         return recipe.head
     is_grouped = config.num_attention_heads >= 4 * config.num_key_value_heads
     rules = recipe.rules | (recipe.grouped if is_grouped else {})
-    rule = rules.get(leaf, recipe.most)
+    rule = rules.get(leaf, recipe.default)
     if isinstance(rule, GGMLType):
         return rule
-    return rule(int(above[1]), config.num_hidden_layers) or recipe.most
+    return rule(int(above[1]), config.num_hidden_layers) or recipe.default
 
 
 def _in_turn(wanted: tuple[GGMLType, ...], config: Qwen3MoeConfig) -> dict[str, GGMLType]:

@@ -252,7 +252,7 @@ class Ops:
           norms: [2, H], of q and k.
           rope: cos and sin [T or more, H / 2].
           heads: N.
-          chunk: tokens a pass; 1 is decoding.
+          chunk: tokens per pass; 1 is decoding.
           span: cache positions a workgroup.
         """
         tokens, all_heads, head_dim = qkv.shape

@@ -197,39 +197,39 @@ def start_renderer() -> None:
     _renderer().start()
 
 
-def _list(value: object, place: str) -> Sequence:
+def _list(value: object, path: str) -> Sequence:
     if isinstance(value, str | bytes | Mapping) or not isinstance(value, Sequence):
-        raise MessageError(f"{place} must be a list, not {type(value).__name__}")
+        raise MessageError(f"{path} must be a list, not {type(value).__name__}")
     return value
 
 
-def _check_message(message: object, place: str, template: str, notes: list[str]) -> dict[str, object]:
+def _check_message(message: object, path: str, template: str, notes: list[str]) -> dict[str, object]:
     """The message with the keys that templates read, in the form that they expect."""
     if not isinstance(message, Mapping):
-        raise MessageError(f"{place} must be an object with role and content, not {type(message).__name__}")
+        raise MessageError(f"{path} must be an object with role and content, not {type(message).__name__}")
     role = message.get("role")
     if isinstance(role, str) and role in ROLE_NAMES:
         role = role if f"'{role}'" in template or f'"{role}"' in template else ROLE_NAMES[role]
     elif role not in ROLES:
-        raise MessageError(f"{place}.role must be one of {', '.join(ROLES)}, developer, not {role!r}")
-    checked: dict[str, object] = {"role": role, "content": _check_content(message, place)}
+        raise MessageError(f"{path}.role must be one of {', '.join(ROLES)}, developer, not {role!r}")
+    checked: dict[str, object] = {"role": role, "content": _check_content(message, path)}
     for key in ("reasoning_content", "name", "tool_call_id"):
         value = message.get(key)
         if value is not None:
             if not isinstance(value, str):
-                raise MessageError(f"{place}.{key} must be a string, not {type(value).__name__}")
+                raise MessageError(f"{path}.{key} must be a string, not {type(value).__name__}")
             checked[key] = value
     if message.get("tool_calls"):
         if role != "assistant":
-            raise MessageError(f"{place}.tool_calls belongs to the assistant, not to role {role!r}")
-        calls = _list(message["tool_calls"], f"{place}.tool_calls")
+            raise MessageError(f"{path}.tool_calls belongs to the assistant, not to role {role!r}")
+        calls = _list(message["tool_calls"], f"{path}.tool_calls")
         checked["tool_calls"] = [
-            _check_call(call, f"{place}.tool_calls[{i}]", notes) for i, call in enumerate(calls)
+            _check_call(call, f"{path}.tool_calls[{i}]", notes) for i, call in enumerate(calls)
         ]
     return checked
 
 
-def _check_content(message: Mapping[str, object], place: str) -> str:
+def _check_content(message: Mapping[str, object], path: str) -> str:
     content = message.get("content")
     if content is None:
         return ""  # a turn of tool calls alone, a tool that answers nothing
@@ -237,25 +237,25 @@ def _check_content(message: Mapping[str, object], place: str) -> str:
         return content
     if not isinstance(content, list):
         found = type(content).__name__
-        raise MessageError(f"{place}.content must be a string or a list of text parts, not {found}")
+        raise MessageError(f"{path}.content must be a string or a list of text parts, not {found}")
     for i, part in enumerate(content):
         is_text = isinstance(part, Mapping) and part.get("type") == "text"
         if not is_text or not isinstance(part.get("text"), str):
             raise MessageError(
-                f"{place}.content[{i}] must be a part of type 'text': the model reads text only"
+                f"{path}.content[{i}] must be a part of type 'text': the model reads text only"
             )
     return "".join(part["text"] for part in content)
 
 
-def _check_call(call: object, place: str, notes: list[str]) -> dict[str, object]:
+def _check_call(call: object, path: str, notes: list[str]) -> dict[str, object]:
     if not isinstance(call, Mapping):
-        raise MessageError(f"{place} must be an object, not {type(call).__name__}")
+        raise MessageError(f"{path} must be an object, not {type(call).__name__}")
     function = call.get("function", call)
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-        raise MessageError(f"{place} needs a function with a name")
+        raise MessageError(f"{path} needs a function with a name")
     arguments, problem = _parse_arguments(function.get("arguments"))
     if problem:
-        notes.append(f"{place}: {problem}; the model reads them as one argument")
+        notes.append(f"{path}: {problem}; the model reads them as one argument")
     checked = {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
     return checked | ({"id": call["id"]} if isinstance(call.get("id"), str) else {})
 
@@ -283,10 +283,10 @@ def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
 
 
-def _check_tool(tool: Any, place: str) -> dict[str, object]:
+def _check_tool(tool: Any, path: str) -> dict[str, object]:
     function = tool.get("function", tool) if isinstance(tool, Mapping) else None
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-        raise MessageError(f"{place} needs a function with a name")
+        raise MessageError(f"{path} needs a function with a name")
     return {str(key): value for key, value in tool.items()}
 
 

@@ -25,7 +25,7 @@ from qwen3_moe_jax.core.errors import BackendUnavailableError, MemoryPlanError
 from qwen3_moe_jax.wgpu_backend.adapter import TUNINGS, AdapterReport, Tuning, probe
 from qwen3_moe_jax.wgpu_backend.layout import GRID_OFFSETS, WORD_FORMATS, grid_words, reads_grids
 
-UPLOAD_CHUNK = 16 << 20
+UPLOAD_PIECE = 16 << 20
 """Bytes a write; submitting after each bounds what waits in staging memory, and is twice as fast."""
 
 # What WebGPU guarantees everywhere; asking for no more keeps the kernels portable.
@@ -180,9 +180,9 @@ class Device:
         self._check_open()
         raw = np.ascontiguousarray(data).reshape(-1).view(np.uint8)
         queue = self._device.queue
-        for start in range(0, len(raw), UPLOAD_CHUNK):
-            queue.write_buffer(buffer, offset + start, raw[start : start + UPLOAD_CHUNK])
-            if len(raw) > UPLOAD_CHUNK:
+        for start in range(0, len(raw), UPLOAD_PIECE):
+            queue.write_buffer(buffer, offset + start, raw[start : start + UPLOAD_PIECE])
+            if len(raw) > UPLOAD_PIECE:
                 queue.submit([])
 
     def flush(self) -> None:

@@ -22,7 +22,7 @@ from qwen3_moe_jax.convert.unpack import (
     find_nonfinite_blocks,
     pack,
 )
-from qwen3_moe_jax.wgpu_backend.device import UPLOAD_CHUNK, Device
+from qwen3_moe_jax.wgpu_backend.device import UPLOAD_PIECE, Device
 from qwen3_moe_jax.wgpu_backend.layout import device_nbytes, device_words, granule
 
 AHEAD = 2
@@ -85,10 +85,10 @@ def _row_nbytes(source: BlockSource, path: str) -> int:
 def pieces(source: BlockSource, rows: Rows) -> Iterator[Rows]:
     """Rows in pieces of about UPLOAD_CHUNK bytes that begin on a vector."""
     kind, columns = source.types[rows.path], _columns(source, rows.path)
-    step = granule(kind, columns)
-    step *= max(1, UPLOAD_CHUNK // device_nbytes(kind, step * columns))
-    for first in range(0, rows.count, step):
-        count = min(step, rows.count - first)
+    stride = granule(kind, columns)
+    stride *= max(1, UPLOAD_PIECE // device_nbytes(kind, stride * columns))
+    for first in range(0, rows.count, stride):
+        count = min(stride, rows.count - first)
         offset = rows.offset + device_nbytes(kind, first * columns)
         yield Rows(rows.path, rows.first + first, count, rows.buffer, offset)
 

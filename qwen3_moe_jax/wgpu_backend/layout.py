@@ -133,20 +133,20 @@ def granule(type: GGMLType, weights_per_item: int) -> int:
 
 
 def items_per_window(
-    type: GGMLType, items: int, weights_per_item: int, max_bytes: int, max_items: int, step: int = 1
+    type: GGMLType, items: int, weights_per_item: int, max_bytes: int, max_items: int, stride: int = 1
 ) -> int:
-    """How many items of a tensor one buffer takes: all of them, or a multiple of the granule and of ``step``.
+    """How many items of a tensor one buffer takes: all, or a multiple of the granule and of ``stride``.
 
     Raises:
       ValueError: not even the smallest number of items fits.
     """
     if device_nbytes(type, items * weights_per_item) <= max_bytes and items <= max_items:
         return items
-    step = max(step, granule(type, weights_per_item))  # both are powers of two
-    count = min(max_bytes // device_nbytes(type, step * weights_per_item), max_items // step) * step
+    stride = max(stride, granule(type, weights_per_item))  # both are powers of two
+    count = min(max_bytes // device_nbytes(type, stride * weights_per_item), max_items // stride) * stride
     if count == 0:
         raise ValueError(
-            f"{step} x {weights_per_item} weights of {type.name} exceed the {max_bytes} bytes "
+            f"{stride} x {weights_per_item} weights of {type.name} exceed the {max_bytes} bytes "
             "that the adapter binds at once"
         )
     return count

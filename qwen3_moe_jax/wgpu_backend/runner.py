@@ -238,22 +238,22 @@ class WgpuRunner(OneAtATime):
     ) -> Generator[int]:
         """As ``Runner.stream``. A newer request on this runner ends this one with a RuntimeError."""
         tokens = checked_prompt(self, token_ids).astype(np.uint32)
-        most = min(max_tokens, self.max_context - len(tokens))
-        return self._tokens(tokens, most, sampling, frozenset(stop_ids))
+        maximum = min(max_tokens, self.max_context - len(tokens))
+        return self._tokens(tokens, maximum, sampling, frozenset(stop_ids))
 
     def _tokens(
-        self, tokens: np.ndarray, most: int, sampling: Sampling, stop_ids: frozenset[int]
+        self, tokens: np.ndarray, maximum: int, sampling: Sampling, stop_ids: frozenset[int]
     ) -> Generator[int]:
-        if most <= 0:
+        if maximum <= 0:
             return
         with self._lock:
             request = self._begin()
-            batches = _Batches(self, len(tokens), most, sampling)
+            batches = _Batches(self, len(tokens), maximum, sampling)
             self._streams.add(batches)
             self._start(tokens, sampling)
             batches.submit(1, self._prompt_launches(tokens, sampling))
         emitted = 0
-        while emitted < most:
+        while emitted < maximum:
             with self._lock:
                 check_open(self)
                 if request != self._request:
@@ -372,12 +372,12 @@ class _Way:
 class _Batches:
     """Batches of tokens on their way: encoded, submitted, and read back in order."""
 
-    def __init__(self, runner: WgpuRunner, num_prompt: int, most: int, sampling: Sampling):
+    def __init__(self, runner: WgpuRunner, num_prompt: int, maximum: int, sampling: Sampling):
         self._runner = runner
         self._device = runner._device
         self._sampling = sampling
         self._position = num_prompt
-        self._left = most
+        self._left = maximum
         self._size = 1
         self._waiting: deque[tuple[Readback, int]] = deque()
 

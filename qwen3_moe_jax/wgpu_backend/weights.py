@@ -14,7 +14,7 @@ from qwen3_moe_jax.convert.source import BlockSource, ModelSource
 from qwen3_moe_jax.convert.tensor_names import tensor_specs
 from qwen3_moe_jax.convert.unpack import dequantize
 from qwen3_moe_jax.core.errors import BackendUnavailableError, MemoryPlanError
-from qwen3_moe_jax.wgpu_backend.device import UPLOAD_CHUNK, Device
+from qwen3_moe_jax.wgpu_backend.device import UPLOAD_PIECE, Device
 from qwen3_moe_jax.wgpu_backend.feed import Rows, write_all
 from qwen3_moe_jax.wgpu_backend.kernels import DenseBuffer, ExpertBuffer, Segment
 from qwen3_moe_jax.wgpu_backend.layout import (
@@ -166,32 +166,32 @@ class _Uploader:
             y += rows
         return DenseBuffer(buffer, tuple(segments))
 
-    def _experts(self, path: str, step: int = 1, max_items: int = MAX_ROWS) -> list[ExpertBuffer]:
+    def _experts(self, path: str, stride: int = 1, max_items: int = MAX_ROWS) -> list[ExpertBuffer]:
         experts, rows, _ = self._source.specs[path].shape
-        return self._stack(path, experts, rows, step=step, max_items=max_items)
+        return self._stack(path, experts, rows, stride=stride, max_items=max_items)
 
     def _gate_up(self, gate: str, up: str) -> list[tuple[ExpertBuffer, ExpertBuffer]]:
         """Both stacks, cut at the same experts."""
         specs, types = self._source.specs, self._source.types
         experts, rows, columns = specs[gate].shape
-        step = max(granule(types[p], rows * columns) for p in (gate, up))
-        count = min(self._fit(p, types[p], experts, rows * columns, MAX_ROWS, step) for p in (gate, up))
-        pairs = zip(self._experts(gate, step, count), self._experts(up, step, count), strict=True)
+        stride = max(granule(types[p], rows * columns) for p in (gate, up))
+        count = min(self._fit(p, types[p], experts, rows * columns, MAX_ROWS, stride) for p in (gate, up))
+        pairs = zip(self._experts(gate, stride, count), self._experts(up, stride, count), strict=True)
         return list(pairs)
 
-    def _fit(self, path: str, type: GGMLType, items: int, weights: int, max_items: int, step: int) -> int:
+    def _fit(self, path: str, type: GGMLType, items: int, weights: int, max_items: int, stride: int) -> int:
         try:
-            return items_per_window(type, items, weights, self._device.max_bytes, max_items, step)
+            return items_per_window(type, items, weights, self._device.max_bytes, max_items, stride)
         except ValueError as error:
             raise MemoryPlanError(f"{path} does not fit {self._device.report.name}: {error}") from error
 
     def _stack(
-        self, path: str, items: int, rows: int, *, max_items: int, step: int = 1
+        self, path: str, items: int, rows: int, *, max_items: int, stride: int = 1
     ) -> list[ExpertBuffer]:
         """A tensor as windows of whole items of ``rows`` rows."""
         type = self._source.types[path]
         columns = self._source.specs[path].shape[-1]
-        count = self._fit(path, type, items, rows * columns, max_items, step)
+        count = self._fit(path, type, items, rows * columns, max_items, stride)
         found = []
         for begin in range(0, items, count):
             end = min(begin + count, items)
@@ -221,8 +221,8 @@ class _Uploader:
 
 
 def write_rows(device: Device, buffer: object, tensor: PackedTensor, offset: int) -> None:
-    """Copies packed rows into a buffer in chunks of about ``UPLOAD_CHUNK`` bytes."""
-    for part in _row_chunks(tensor):
+    """Copies packed rows into a buffer in pieces of about ``UPLOAD_PIECE`` bytes."""
+    for part in _row_pieces(tensor):
         words = device_words(part)
         device.write(buffer, words, offset)
         device.flush()
@@ -235,10 +235,10 @@ def _as_rows(tensor: PackedTensor) -> PackedTensor:
     return PackedTensor(arrays, tensor.type, tensor.layout)
 
 
-def _row_chunks(tensor: PackedTensor) -> Iterator[PackedTensor]:
+def _row_pieces(tensor: PackedTensor) -> Iterator[PackedTensor]:
     flat = _as_rows(tensor)
     rows, columns = flat.shape
-    step = granule(tensor.type, columns)
-    count = max(1, UPLOAD_CHUNK // device_nbytes(tensor.type, step * columns)) * step
+    stride = granule(tensor.type, columns)
+    count = max(1, UPLOAD_PIECE // device_nbytes(tensor.type, stride * columns)) * stride
     for begin in range(0, rows, count):
         yield flat[begin : begin + count]

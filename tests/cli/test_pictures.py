@@ -153,7 +153,7 @@ def test_perplexity_by_position_is_that_of_its_sums():
     loss = np.linspace(3, 1, 32)
     for start in (0, 64):
         positions.add(start + 32, start, -loss)
-    found = positions.bins(most=4)
+    found = positions.bins(maximum=4)
     assert [value for _, value, _ in found] == sorted((v for _, v, _ in found), reverse=True)
     total = sum(np.log(value) * width for (_, value, _), width in zip(found, _widths(found), strict=True))
     assert total == pytest.approx(loss.sum())

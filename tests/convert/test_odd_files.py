@@ -59,7 +59,7 @@ def fuse(path: Path, to: Path, which: str, parts: tuple[str, ...]) -> None:
 
 @pytest.mark.parametrize("which", FUSED)
 def test_parts_of_a_fused_tensor_are_those_of_separate_ones(separate, tmp_path, which, monkeypatch):
-    monkeypatch.setattr("qwen3_moe_jax.convert.gguf_source.READ_CHUNK_BYTES", 10_000)
+    monkeypatch.setattr("qwen3_moe_jax.convert.gguf_source.READ_PIECE_BYTES", 10_000)
     fuse(separate, tmp_path / "fused.gguf", which, FUSED[which])
     with open_model(separate) as want, open_model(tmp_path / "fused.gguf") as found:
         assert found.config == want.config

@@ -48,9 +48,9 @@ def test_tensors_are_bit_for_bit_those_of_the_gguf_package(small_gguf):
             assert np.array_equal(got.view(np.uint32), weights.reshape(got.shape).view(np.uint32)), path
 
 
-@pytest.mark.parametrize("chunk_bytes", [300, 10_000, 1 << 22])
-def test_chunks_do_not_matter(small_gguf, monkeypatch, chunk_bytes):
-    monkeypatch.setattr("qwen3_moe_jax.convert.gguf_source.READ_CHUNK_BYTES", chunk_bytes)
+@pytest.mark.parametrize("piece_bytes", [300, 10_000, 1 << 22])
+def test_pieces_do_not_matter(small_gguf, monkeypatch, piece_bytes):
+    monkeypatch.setattr("qwen3_moe_jax.convert.gguf_source.READ_PIECE_BYTES", piece_bytes)
     with GGUFFile.open(small_gguf) as file, open_model(small_gguf) as source:
         for path in ("embed_tokens", "layers.1.mlp.experts.down_proj", "layers.0.mlp.router", "norm"):
             info = file.tensors[source.specs[path].gguf_name]
@@ -101,7 +101,7 @@ def test_progress_reaches_the_total(small_gguf):
         assert calls[-1] == (source.nbytes, source.nbytes)
 
 
-@pytest.mark.parametrize("chunk_bytes", [1000, 1 << 22])
+@pytest.mark.parametrize("piece_bytes", [1000, 1 << 22])
 @pytest.mark.parametrize(
     ("path", "block", "field", "where"),
     [
@@ -112,9 +112,9 @@ def test_progress_reaches_the_total(small_gguf):
     ],
 )
 def test_nonfinite_number_is_refused_by_default(
-    small_config, tmp_path, monkeypatch, path, block, field, where, chunk_bytes
+    small_config, tmp_path, monkeypatch, path, block, field, where, piece_bytes
 ):
-    monkeypatch.setattr("qwen3_moe_jax.convert.gguf_source.READ_CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setattr("qwen3_moe_jax.convert.gguf_source.READ_PIECE_BYTES", piece_bytes)
     model = tmp_path / "model.gguf"
     types = dict.fromkeys(("layers.0.mlp.experts.up_proj", "layers.1.mlp.experts.down_proj"), GGMLType.Q4_K)
     write_random_gguf(model, small_config, types=types)

@@ -160,8 +160,8 @@ def test_filling_in_pieces_equals_packing_at_once(kind):
         assert same_bits(packed.arrays[name], array), name
 
 
-def test_many_chunks_and_threads_fill_everything(monkeypatch):
-    monkeypatch.setattr("qwen3_moe_jax.convert.unpack.PACK_CHUNK_BYTES", 1000)
+def test_many_pieces_and_threads_fill_everything(monkeypatch):
+    monkeypatch.setattr("qwen3_moe_jax.convert.unpack.PACK_PIECE_BYTES", 1000)
     raw = random_raw(GGMLType.Q6_K, 1001)
     packed = pack(raw.reshape(-1), GGMLType.Q6_K, (1001, 256))
     got, want = dequantize(packed), oracle(raw, GGMLType.Q6_K)

@@ -24,7 +24,7 @@ Q4 = f"hf:{REPO}:Q4_K_M"
 @pytest.fixture
 def far_larger(hub, small_gguf, monkeypatch):
     """The hub, and ranges so small that the header is a part of the file alone."""
-    monkeypatch.setattr(header, "CHUNK", 32 << 10)
+    monkeypatch.setattr(header, "PIECE", 32 << 10)
     return hub
 
 

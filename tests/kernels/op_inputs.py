@@ -3,11 +3,13 @@
 import itertools
 import zlib
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from qwen3_moe_jax.convert.ggml_types import BLOCK_FORMATS, GGMLType
+from qwen3_moe_jax.convert.layouts.gpu_tiles import to_gpu_tiles
 from qwen3_moe_jax.convert.packed import PackedTensor
 from qwen3_moe_jax.convert.unpack import dequantize, pack
 from qwen3_moe_jax.kernels_pallas.expert_matmul.routing import ROW_TILE
@@ -128,3 +130,8 @@ def routing_patterns(rng: np.random.Generator) -> dict[str, tuple[int, np.ndarra
         "last expert alone": (6, np.full(41, 5)),
         "Zipf": (16, rng.zipf(1.3, 200) % 16),
     }
+
+
+def tiled(w: PackedTensor) -> PackedTensor:
+    """The matrix in the tiles that GPU kernels read, on the device."""
+    return jax.tree_util.tree_map(jnp.asarray, to_gpu_tiles(w))

@@ -9,10 +9,10 @@
 #include "ffi.h"
 #include "pool.h"
 
-enum { MOST = 96, MAX_RANK = 8 };
-static Buffer buffers[2][MOST];
-static Buffer *pointers[2][MOST];
-static int64_t dims[2][MOST][MAX_RANK], nbytes[2][MOST];
+enum { MAX_BUFFERS = 96, MAX_RANK = 8 };
+static Buffer buffers[2][MAX_BUFFERS];
+static Buffer *pointers[2][MAX_BUFFERS];
+static int64_t dims[2][MAX_BUFFERS][MAX_RANK], nbytes[2][MAX_BUFFERS];
 
 void *qwen3_moe_matmul(Call *), *qwen3_moe_experts(Call *), *qwen3_moe_layers(Call *);
 int qwen3_moe_set_version(int major, int minor);
@@ -29,7 +29,7 @@ static int64_t number(void) {
 
 static Buffers list(int which) {
   int64_t count = number();
-  if (count > MOST) exit(4);
+  if (count > MAX_BUFFERS) exit(4);
   for (int i = 0; i < count; i++) {
     int64_t rank = number();
     take(dims[which][i], sizeof(int64_t) * (size_t)rank);

@@ -12,7 +12,6 @@ if jax.__version_info__ < (0, 11):
 
 import qwen3_moe_jax.kernels_pallas as ops
 from qwen3_moe_jax.convert.ggml_types import GGMLType
-from qwen3_moe_jax.convert.layouts.gpu_tiles import to_gpu_tiles
 from qwen3_moe_jax.kernels_pallas.gpu import device, grouped_matmul_sm80, mma
 from qwen3_moe_jax.kernels_pallas.gpu.grouped_matmul_config import MatmulConfig, few_config, pick_config
 from qwen3_moe_jax.kernels_pallas.gpu.interpreter import interpreter
@@ -22,24 +21,14 @@ from qwen3_moe_jax.kernels_pallas.moe_mlp import kernel_sm90 as moe
 from qwen3_moe_jax.kernels_pallas.packed.stacks import Matrices
 from qwen3_moe_jax.kernels_pallas.quantized_matmul import kernel_sm90 as matmul
 from tests import tolerances
-from tests.kernels.op_inputs import QUANTIZED, dense64, heavy_tailed, poison, random_weights, rng
+from tests.kernels.op_inputs import QUANTIZED, dense64, heavy_tailed, poison, random_weights, rng, tiled
 from tests.kernels.op_oracles import check, moe_oracle
+from tests.kernels.races import no_races
 
-__all__ = ["rng"]
+__all__ = ["no_races", "rng"]
 
 SMALL = MatmulConfig(tile=16, widths=(8, 16), blocks=2, max_x_stages=3)
 BFLOAT16 = np.dtype(jnp.bfloat16)
-
-
-@pytest.fixture(autouse=True)
-def no_races(capfd):
-    """The interpreter only prints what it found."""
-    yield
-    assert "RACE DETECTED" not in capfd.readouterr().out
-
-
-def tiled(w):
-    return jax.tree_util.tree_map(jnp.asarray, to_gpu_tiles(w))
 
 
 def options(config: MatmulConfig | None = SMALL) -> dict:

@@ -11,7 +11,6 @@ pytest.importorskip("jax.experimental.pallas.mosaic_gpu")
 pytest.importorskip("jax._src.pallas.mosaic_gpu.interpret.params")
 
 from qwen3_moe_jax.convert.ggml_types import GGMLType
-from qwen3_moe_jax.convert.layouts.gpu_tiles import to_gpu_tiles
 from qwen3_moe_jax.kernels_pallas.expert_matmul import kernel_sm90 as expert_sm90
 from qwen3_moe_jax.kernels_pallas.gpu.activations import float16_operand, operand_order
 from qwen3_moe_jax.kernels_pallas.gpu.grouped_matmul_config import (
@@ -28,10 +27,11 @@ from qwen3_moe_jax.kernels_pallas.moe_mlp import kernel_sm90 as moe_sm90
 from qwen3_moe_jax.kernels_pallas.packed.stacks import Matrices, OneOf
 from qwen3_moe_jax.kernels_pallas.quantized_matmul import kernel_sm90 as matmul_sm90
 from tests import tolerances
-from tests.kernels.op_inputs import QUANTIZED, dense64, heavy_tailed, poison, random_weights, rng
+from tests.kernels.op_inputs import QUANTIZED, dense64, heavy_tailed, poison, random_weights, rng, tiled
 from tests.kernels.op_oracles import check, expert_oracle, silu64
+from tests.kernels.races import no_races
 
-__all__ = ["rng"]
+__all__ = ["no_races", "rng"]
 
 pytestmark = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the kernels need JAX 0.11")
 SMALL = MatmulConfig(tile=16, widths=(8, 16), blocks=2, max_x_stages=4)
@@ -41,17 +41,6 @@ BOUND = tolerances.MATMUL_FLOAT16_NMSE
 
 def interpret():
     return interpreter(detect_races=True)
-
-
-@pytest.fixture(autouse=True)
-def no_races(capfd):
-    """The interpreter only prints what it found."""
-    yield
-    assert "RACE DETECTED" not in capfd.readouterr().out
-
-
-def tiled(w):
-    return jax.tree_util.tree_map(jnp.asarray, to_gpu_tiles(w))
 
 
 @pytest.mark.parametrize("type", QUANTIZED, ids=lambda t: t.name)

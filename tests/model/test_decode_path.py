@@ -1,5 +1,6 @@
 """The choice of the way in which tokens are written, and what the runner says of it."""
 
+from functools import partial
 from types import SimpleNamespace
 
 import jax
@@ -22,7 +23,7 @@ from qwen3_moe_jax.jax_backend.decode_path import (
 from qwen3_moe_jax.jax_backend.kv_cache import KVCache
 from qwen3_moe_jax.jax_backend.params import GPU_ROLES, abstract_params, tiled_params
 from qwen3_moe_jax.jax_backend.qwen3_moe import Intervention, Qwen3Moe
-from qwen3_moe_jax.kernels_pallas import CACHE_TILE
+from qwen3_moe_jax.kernels_pallas import CACHE_TILE, implementations
 from qwen3_moe_jax.kernels_pallas.gpu import device as gpu
 
 CONFIG = PRESETS["Qwen3-30B-A3B"]
@@ -83,6 +84,24 @@ def test_an_h100_has_all_ways(params, on_hopper):
         "few launches per layer": "17 to 64 sequences",
         "layer by layer": "everything else",
     }
+
+
+@pytest.mark.parametrize(("batch", "op"), [(1, "decode_step"), (17, "decode_layers"), (65, "moe_mlp")])
+def test_what_runs_is_what_was_told(params, on_hopper, batch, op):
+    """The operation of each way notes itself where it runs; ``describe`` is what people were told."""
+    decoder = choose(MODEL, params, H100, jnp.float16)
+    shape = partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
+    with implementations.recording() as record:
+        jax.eval_shape(decoder.step, params, shape((batch, 1)), shape((batch,)), cache_of(batch))
+    ran = {ran.op for ran in record} & {"decode_step", "decode_layers", "moe_mlp"}
+    told = [name for name, sequences in decoder.describe().items() if _is_for(batch, sequences)]
+    assert (ran, told[0]) == ({op}, NAMES[("decode_step", "decode_layers", "moe_mlp").index(op)])
+
+
+def _is_for(batch: int, sequences: str) -> bool:
+    """``sequences``: of :meth:`Decoder.describe`, "17 to 64 sequences" or "everything else"."""
+    numbers = [int(word) for word in sequences.split() if word.isdigit()]
+    return not numbers or numbers[0] <= batch <= numbers[1]
 
 
 @pytest.mark.parametrize(

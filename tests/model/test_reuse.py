@@ -5,11 +5,11 @@ from qwen3_moe_jax.convert.open_model import open_model
 from qwen3_moe_jax.core.sampling import Sampling
 from qwen3_moe_jax.jax_backend.runner import _shared
 
-MOST = 24
+MAX_TOKENS = 24
 
 
 def run(runner, prompt, **options):
-    return list(runner.stream(prompt, max_tokens=MOST, sampling=Sampling(), **options))
+    return list(runner.stream(prompt, max_tokens=MAX_TOKENS, sampling=Sampling(), **options))
 
 
 def test_what_two_sequences_share():
@@ -34,7 +34,7 @@ def test_the_next_turn_reads_only_what_is_new(jax_runner, golden):
 def test_a_stream_that_was_given_up_leaves_what_it_wrote(jax_runner, golden):
     prompt = golden["ids1"].tolist()
     whole = run(jax_runner, prompt)
-    stream = jax_runner.stream(prompt, max_tokens=MOST, sampling=Sampling())
+    stream = jax_runner.stream(prompt, max_tokens=MAX_TOKENS, sampling=Sampling())
     said = [next(stream) for _ in range(9)]
     stream.close()
     turn = [*prompt, *said, *prompt[:7]]
@@ -63,10 +63,10 @@ class Free:
 
 def test_the_context_is_what_memory_and_the_file_allow(monkeypatch):
     with open_model(loader.embedded_model()) as source:
-        most, plan = 4096, loader.MemoryPlan.of(source, 4096, 4)
+        maximum, plan = 4096, loader.MemoryPlan.of(source, 4096, 4)
         monkeypatch.setattr(loader, "DEFAULT_CONTEXT", 256)
         base, token = plan.weights + plan.working, plan.cache / 4096
-        for tokens, expected in ((1e5, most), (2 * 3200, 2048), (2 * 1300, 256), (1024 + 200, 128)):
+        for tokens, expected in ((1e5, maximum), (2 * 3200, 2048), (2 * 1300, 256), (1024 + 200, 128)):
             monkeypatch.setattr(loader, "main_memory", lambda n=tokens: Free(int(base + n * token) + 1))
             assert loader.fitting_context(source, "reference") == expected
         assert loader.fitting_context(source, "wgpu") == 256

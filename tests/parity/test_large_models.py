@@ -37,20 +37,20 @@ def own_cache_folder(monkeypatch, tmp_path):
 
 
 def test_one_backend_is_in_memory_at_a_time(is_large, source, monkeypatch):
-    in_memory, most = set(), []
+    in_memory, counts = set(), []
 
     def load(name):
         runner = ReferenceRunner(source, max_context=TOKENS + 60)
         close = runner.close
         in_memory.add(name)
-        most.append(len(in_memory))
+        counts.append(len(in_memory))
         runner.close = lambda: (in_memory.remove(name), close())
         return runner
 
     backends = [Unloaded(lambda n=n: load(n), TOKENS + 60) for n in "abc"]
     report = verify_function(source, backends, text_tokens=TOKENS)
     assert report.passed, report.failures
-    assert most == [1, 1, 1]
+    assert counts == [1, 1, 1]
     assert not in_memory
     report.receipt()
     memory = [f for f in report.findings if f.clause == "VRAM-001"]

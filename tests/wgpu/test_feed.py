@@ -27,7 +27,7 @@ def matrices(source):
 
 @pytest.mark.parametrize("mix", ["all", "q4_k_m"])
 def test_every_buffer_holds_the_words_of_its_tensor(tmp_path, monkeypatch, mix):
-    monkeypatch.setattr(feed, "UPLOAD_CHUNK", 40_000)
+    monkeypatch.setattr(feed, "UPLOAD_PIECE", 40_000)
     write_random_gguf(tmp_path / "small.gguf", SMALL, mix=mix)
     with open_model(tmp_path / "small.gguf") as source:
         wanted = []

@@ -41,8 +41,8 @@ def test_rows_in_pieces_are_the_rows_at_once(type):
     """Cut at the granule, the words of the parts follow each other."""
     columns = 256 if WORD_FORMATS[type].block == 256 else 96  # three blocks of 32
     weights = random_weights(rng_of(type), type, (24, columns))
-    step = granule(type, columns)
-    parts = [device_words(weights[i : i + step]) for i in range(0, 24, step)]
+    stride = granule(type, columns)
+    parts = [device_words(weights[i : i + stride]) for i in range(0, 24, stride)]
     np.testing.assert_array_equal(np.concatenate(parts), device_words(weights))
 
 

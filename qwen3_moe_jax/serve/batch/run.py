@@ -42,15 +42,15 @@ class EngineLostError(RuntimeError):
 
 def batch_settings(name: str | None = None) -> Settings:
     """A server's settings without what protects it from clients."""
-    most = 2**31
+    maximum = 2**31
     return Settings(
         name=name,
         page=False,
         max_body=MAX_BODY,
         body_seconds=NO_TIMEOUT,
         queue_seconds=NO_TIMEOUT,
-        max_queue=most,
-        max_queue_tokens=most,
+        max_queue=maximum,
+        max_queue_tokens=maximum,
     )
 
 

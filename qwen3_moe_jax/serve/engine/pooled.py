@@ -32,7 +32,7 @@ class PooledBatch:
         self.capacity = self._batches[-1].capacity
         self._reader = 0
 
-    def _place(self, slot: int) -> tuple[RowBatch, int]:
+    def _row_of(self, slot: int) -> tuple[RowBatch, int]:
         """The batch of a slot and its number there."""
         for batch, first in zip(reversed(self._batches), reversed(self._first), strict=True):
             if slot >= first:
@@ -62,13 +62,13 @@ class PooledBatch:
 
     def room(self, slot: int) -> int:
         """Tokens that a sequence in this slot may have."""
-        return self._place(slot)[0].capacity
+        return self._row_of(slot)[0].capacity
 
     def admit(self, token_ids: Sequence[int], *, slot: int | None = None, **options: Any) -> int:
         """As ``Batch.admit``; without a slot the shortest row that holds prompt and ``max_tokens``."""
         if slot is None:
             slot = self._fitting(len(token_ids) + (options.get("max_tokens") or 1))
-        batch, number = self._place(slot)
+        batch, number = self._row_of(slot)
         return slot - number + batch.admit(token_ids, slot=number, **options)
 
     def _fitting(self, tokens: int) -> int:
@@ -80,12 +80,12 @@ class PooledBatch:
 
     def allow(self, slot: int, mask: bytes) -> None:
         """As ``Batch.allow``."""
-        batch, number = self._place(slot)
+        batch, number = self._row_of(slot)
         batch.allow(number, mask)
 
     def free(self, slot: int) -> None:
         """As ``Batch.free``."""
-        batch, number = self._place(slot)
+        batch, number = self._row_of(slot)
         batch.free(number)
 
     def step(self, tokens: int = 1, *, prompt_tokens: int = 0, ahead: int = 0) -> list[Progress]:
@@ -94,8 +94,8 @@ class PooledBatch:
         found: list[Progress] = []
         for number, batch in enumerate(self._batches):
             if batch.running:
-                most = prompt_tokens if number == reader else 0
-                found += self._numbered(number, batch.step(tokens, prompt_tokens=most, ahead=ahead))
+                maximum = prompt_tokens if number == reader else 0
+                found += self._numbered(number, batch.step(tokens, prompt_tokens=maximum, ahead=ahead))
         return found
 
     def _next_reader(self) -> int | None:
@@ -112,7 +112,7 @@ class PooledBatch:
 
     def row_length(self, slot: int) -> int:
         """As ``Batch.row_length``."""
-        batch, number = self._place(slot)
+        batch, number = self._row_of(slot)
         return batch.row_length(number)
 
     def row_nbytes(self, length: int) -> int:
@@ -121,7 +121,7 @@ class PooledBatch:
 
     def copy_row(self, source: int, target: int, length: int) -> None:
         """As ``Batch.copy_row``, also from one batch to another: on the device."""
-        (one, a), (other, b) = self._place(source), self._place(target)
+        (one, a), (other, b) = self._row_of(source), self._row_of(target)
         if one is other:
             one.copy_row(a, b, length)
         else:
@@ -129,10 +129,10 @@ class PooledBatch:
 
     def save_row(self, slot: int, length: int) -> Any:
         """As ``Batch.save_row``."""
-        batch, number = self._place(slot)
+        batch, number = self._row_of(slot)
         return batch.save_row(number, length)
 
     def load_row(self, slot: int, saved: Any) -> None:
         """As ``Batch.load_row``; the row must hold what was saved."""
-        batch, number = self._place(slot)
+        batch, number = self._row_of(slot)
         batch.load_row(number, saved)

@@ -144,8 +144,8 @@ class PrefixCache:
         busy: "dict[int, Running]",
         free: list[int],
     ) -> Reuse | None:
-        most = len(prompt) - 1  # the last token is the first step's input
-        match = lambda row: min(common_length(row.tokens, prompt), most) // UNIT * UNIT
+        maximum = len(prompt) - 1  # the last token is the first step's input
+        match = lambda row: min(common_length(row.tokens, prompt), maximum) // UNIT * UNIT
         rows = {s: r for s, r in self._free.items() if r is not None and r.scope == scope}
         rows |= {s: r for s, r in self._running_rows(batch, busy, scope)}
         length, slot = max(((match(r), s) for s, r in rows.items()), default=(0, -1))

@@ -98,7 +98,7 @@ class Engine:
             runner.set_max_context(self.context)
         limits = Limits(start.max_queue, start.max_queue_tokens)
         self.scheduler = Scheduler(
-            self._open_batch, limits=limits, max_step=MAX_STEP[self._place], keep_log=start.keep_log
+            self._open_batch, limits=limits, max_step=MAX_STEP[self._device_kind], keep_log=start.keep_log
         )
         self.has_prefixes = self.has_masks = runner.capabilities.open_batch
         if self.has_prefixes:
@@ -107,15 +107,15 @@ class Engine:
             self._warm_up()
 
     @property
-    def _place(self) -> str:
+    def _device_kind(self) -> str:
         return self.model.runner.platform
 
     def _plan(self, start: frames.Start) -> tuple[RowClass, ...]:
         """Rows as asked for, or as memory allows: of several lengths where not all can be the longest."""
         runner, config = self.model.runner, self.model.config
-        most = config.max_position_embeddings
-        context = min(start.context or most, most)
-        slots = start.slots or start.max_slots or DEFAULT_SLOTS[self._place]
+        maximum = config.max_position_embeddings
+        context = min(start.context or maximum, maximum)
+        slots = start.slots or start.max_slots or DEFAULT_SLOTS[self._device_kind]
         if not runner.capabilities.open_batch:
             return (RowClass(1, min(context, runner.max_context)),)
         from qwen3_moe_jax.jax_backend.generate import PREFILL_CHUNKS
@@ -124,7 +124,7 @@ class Engine:
         free = runner.free_nbytes()
         if free is None:
             return (RowClass(slots, context),)
-        share = free * (CPU_SHARE if self._place == "cpu" else 0.9)
+        share = free * (CPU_SHARE if self._device_kind == "cpu" else 0.9)
         positions = int(share // runner.token_nbytes)
         spare = PREFILL_CHUNKS[-1] + CACHE_TILE
         in_class = None if start.slots else ONE_KERNEL

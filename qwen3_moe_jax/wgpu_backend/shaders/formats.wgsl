@@ -307,7 +307,7 @@ for (var turn = 0u; turn < 4u; turn++) {
   let l{{r}} = (q{{r}} >> vec4<u32>(turn * 2u)) & vec4<u32>(0x03030303u);
   //% if dmin
   let scale{{r}} = d{{r}} * f32(c{{r}} & 15u);
-  let least{{r}} = m{{r}} * f32(c{{r}} >> 4u);
+  let minimum{{r}} = m{{r}} * f32(c{{r}} >> 4u);
   //% else
   let scale{{r}} = d{{r}} * f32((bitcast<i32>(c{{r}}) << 24u) >> 24u);
   let h{{r}} = ((b{{r}} >> vec4<u32>(turn)) & vec4<u32>(0x01010101u)) << vec4<u32>(2u);
@@ -319,7 +319,7 @@ for (var turn = 0u; turn < 4u; turn++) {
     //% for _ in rows
     //% set r = loop.index0
     //% if dmin
-    let w{{r}} = scale{{r}} * vec4<f32>(unpack4xU8(l{{r}}.{{c}})) - least{{r}};
+    let w{{r}} = scale{{r}} * vec4<f32>(unpack4xU8(l{{r}}.{{c}})) - minimum{{r}};
     //% else
     let w{{r}} = scale{{r}} * (vec4<f32>(unpack4xU8(l{{r}}.{{c}} | h{{r}}.{{c}})) - 4.0);
     //% endif

@@ -61,8 +61,8 @@ struct Params {
 var<workgroup> partial: array<f32, {{ WG * R * TOKENS }}>;
 //% endif
 
-//% macro accumulate(type, rows, first, units_a_row="seg.row_units")
-for (var u = lane; u < {{ units_a_row }}; u += {{ LANES }}u) {
+//% macro accumulate(type, rows, first, units_per_row="seg.row_units")
+for (var u = lane; u < {{ units_per_row }}; u += {{ LANES }}u) {
   //% call(at) units[type](rows)
   //% for t in range(TOKENS)
   let v{{t}} = x[x{{t}} + {{at}}];

@@ -101,7 +101,7 @@ fn column(i: u32) -> f32 {
 // Cuts after the token with which the sum of what is kept reaches `wanted`: the sum of
 // ones (top-k) or of masses (top-p).
 fn cut_at(before: Cut, wanted: f32, by_mass: bool, high: f32, lane: u32) -> Cut {
-  // The highest key such that tokens at or above it reach `wanted`, three bits a pass.
+  // The highest key such that tokens at or above it reach `wanted`, three bits per pass.
   var key = 0u;
   for (var turn = 0u; turn < 11u; turn++) {
     let shift = 30u - 3u * turn;
