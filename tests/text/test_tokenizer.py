@@ -269,3 +269,11 @@ def _cpu_seconds(action) -> float:
         action()
         best = min(best, time.process_time() - start)
     return best
+
+
+def test_one_built_ahead_leaves_a_refusal_to_the_first_text(source, monkeypatch):
+    assert "_bpe" in vars(Tokenizer.built(source.metadata))
+    monkeypatch.setattr("tokenizers.models.BPE", lambda *_: 1 / 0)
+    tokenizer = Tokenizer.built(source.metadata)
+    with pytest.raises(ModelFileError, match="division by zero"):
+        tokenizer.encode("x")
