@@ -38,13 +38,16 @@ F32     one vector for four weights
 
 import math
 from dataclasses import dataclass
+from functools import cache
 from itertools import accumulate
 
 import numpy as np
 
+from qwen3_moe_jax.convert.formats import FORMATS
 from qwen3_moe_jax.convert.formats.grids import GRIDS
 from qwen3_moe_jax.convert.ggml_types import GGMLType
 from qwen3_moe_jax.convert.packed import PackedTensor
+from qwen3_moe_jax.convert.unpack import pack
 
 
 @dataclass(frozen=True)
@@ -163,6 +166,28 @@ def device_words(rows: PackedTensor) -> np.ndarray:
         return _WRITERS[rows.type](arrays)
     layout = WORD_FORMATS[rows.type]
     return _array_by_array(arrays, math.prod(rows.shape) // layout.block, layout)
+
+
+@cache
+def byte_order(type: GGMLType) -> np.ndarray | None:
+    """Where a group's bytes on the device are in ggml's own blocks: int32, one number per byte.
+
+    None where the bytes differ, as scales that are unpacked do, and where blocks are as small as a vector.
+    """
+    layout, form = WORD_FORMATS[type], FORMATS[type]
+    count = layout.group * form.block.nbytes
+    if 16 * layout.group_vectors != count:
+        return None
+
+    def arranged(raw: np.ndarray) -> np.ndarray:
+        shape = (1, layout.group * layout.block)
+        return device_words(pack(raw.astype(np.uint8), type, shape)).astype(np.int32)
+
+    places = np.arange(count, dtype=np.int32)
+    order = arranged(places & 255) | arranged(places >> 8) << 8
+    is_order = bool((np.sort(order) == places).all())
+    mixed = places * 167 + (places >> 8) & 255  # other bytes: only an order gives them too
+    return order if is_order and bool((arranged(mixed) == mixed[order]).all()) else None
 
 
 def _array_by_array(arrays: dict[str, np.ndarray], blocks: int, layout: WordFormat) -> np.ndarray:

@@ -24,6 +24,7 @@ from qwen3_moe_jax.wgpu_backend.layout import (
     granule,
     items_per_window,
 )
+from qwen3_moe_jax.wgpu_backend.reorder import Reorder
 
 MAX_ROWS = 65535 * 8
 """Rows of one dispatch: a grid has at most 65,535 workgroups per dimension, of at least 8 rows each."""
@@ -205,7 +206,8 @@ class _Uploader:
 
     def _write_wanted(self) -> None:
         if isinstance(self._source, BlockSource):
-            for nbytes in write_all(self._device, self._source, self._wanted):
+            reorder = None if self._device.report.software else Reorder(self._device)
+            for nbytes in write_all(self._device, self._source, self._wanted, reorder):
                 self._tell(nbytes)
             return
         for path, parts in groupby(self._wanted, lambda rows: rows.path):

@@ -1,6 +1,7 @@
 """What the tests do on a GPU: every function here runs in the spawned process, on kept devices and models."""
 
 import gc
+import math
 import os
 import sys
 import threading
@@ -21,8 +22,11 @@ from qwen3_moe_jax.core.errors import BackendUnavailableError
 from qwen3_moe_jax.core.runner import Forward
 from qwen3_moe_jax.core.sampling import Sampling
 from qwen3_moe_jax.testing.wgpu_ops import Ops
+from qwen3_moe_jax.wgpu_backend import feed
 from qwen3_moe_jax.wgpu_backend.adapter import TUNINGS, probe
 from qwen3_moe_jax.wgpu_backend.device import Device
+from qwen3_moe_jax.wgpu_backend.layout import device_nbytes, device_words
+from qwen3_moe_jax.wgpu_backend.reorder import Reorder
 from qwen3_moe_jax.wgpu_backend.runner import WgpuRunner
 
 EMBEDDED = Path(__file__).parents[2] / "qwen3_moe_jax" / "assets" / "tiny-coder-Q4_K_M.gguf"
@@ -350,3 +354,22 @@ def _context_larger_than_a_binding() -> None:
 
 def _wrong_adapter() -> None:
     _load(adapter="Voodoo 2")
+
+
+def differences_of_reordered(path: Path, piece: int) -> list[str]:
+    """Tensors of a file whose words differ from those of the host when the device puts them in order."""
+    own, wanted = device("own"), []
+    with open_model(path) as source, mock.patch.object(feed, "UPLOAD_PIECE", piece):
+        for name, spec in source.specs.items():
+            if len(spec.shape) > 1:
+                buffer = own.buffer(64 + device_nbytes(source.types[name], math.prod(spec.shape)), name)
+                wanted.append(feed.Rows(name, 0, math.prod(spec.shape[:-1]), buffer, 64))
+        read = list(feed.write_all(own, source, wanted, Reorder(own)))
+        assert len(read) > len(wanted), "pieces"
+        wrong = []
+        for rows in wanted:
+            words = device_words(source.tensor(rows.path))
+            found = own.read(rows.buffer, np.uint8, 64 + words.size)
+            if found[:64].any() or found[64:].tobytes() != words.tobytes():
+                wrong.append(f"{rows.path} {source.types[rows.path].name}")
+    return wrong

@@ -6,9 +6,12 @@ import pytest
 from qwen3_moe_jax.convert.errors import ModelFileError
 from qwen3_moe_jax.convert.formats import FORMATS
 from qwen3_moe_jax.convert.open_model import open_model
+from qwen3_moe_jax.convert.unpack import find_nonfinite, pack
 from qwen3_moe_jax.testing.random_models import SMALL, write_random_gguf
-from qwen3_moe_jax.wgpu_backend import feed
+from qwen3_moe_jax.wgpu_backend import feed, layout
 from qwen3_moe_jax.wgpu_backend.layout import device_nbytes, device_words
+from qwen3_moe_jax.wgpu_backend.reorder import can_reorder
+from tests.wgpu import gpu_work
 
 
 class Device:
@@ -72,3 +75,27 @@ def test_a_nan_is_named_as_the_host_names_it(tmp_path, mix):
         with pytest.raises(ModelFileError) as actual:
             list(feed.write_all(Device(), source, [rows]))
     assert str(actual.value) == str(expected.value)
+
+
+@pytest.mark.parametrize("mix", ["all", "q6_k"])
+def test_a_device_puts_bytes_in_the_order_of_the_host(gpu, tmp_path, mix):
+    write_random_gguf(tmp_path / "small.gguf", SMALL, mix=mix)
+    assert gpu(gpu_work.differences_of_reordered, tmp_path / "small.gguf", 40_000) == []
+
+
+def test_a_device_changes_the_order_of_most_types():
+    host = {kind.name for kind in layout.WORD_FORMATS if not can_reorder(kind)}
+    assert host == {"F32", "F16", "BF16", "Q3_K", "IQ4_XS", "IQ1_M"}
+
+
+@pytest.mark.parametrize("kind", [k for k in layout.WORD_FORMATS if can_reorder(k)], ids=lambda k: k.name)
+def test_scales_of_blocks_are_looked_at_as_those_of_arrays(kind):
+    """Any bytes: with eight blocks or more some scale is not finite in most types, and it is the same one."""
+    block, found = FORMATS[kind].block, []
+    raw = np.random.default_rng(kind).integers(0, 256, (40, 16 * block.nbytes), np.uint8)
+    for blocks in raw:
+        blocks = blocks.copy()
+        packed = pack(blocks, kind, (1, 16 * block.weights))
+        found.append(feed._nonfinite_in_blocks(kind, blocks))
+        assert found[-1] == find_nonfinite(packed)
+    assert any(found)
