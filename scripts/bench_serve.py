@@ -28,6 +28,7 @@ import random
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -145,16 +146,20 @@ def server(args: argparse.Namespace, *, context: int, fake: bool = False, **opti
         command += [
             word for key, value in options.items() for word in (f"--{key.replace('_', '-')}", str(value))
         ]
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-    try:
-        asyncio.run(until_healthy(port, process))
-        yield port
-    finally:
-        process.terminate()
-        process.wait(60)
+    with tempfile.TemporaryFile() as words:
+        process = subprocess.Popen(command, cwd=ROOT, stderr=words, stdout=subprocess.DEVNULL)
+        try:
+            if not asyncio.run(until_healthy(port, process)):
+                words.seek(0)
+                raise SystemExit(f"the server did not start:\n{words.read().decode()}")
+            yield port
+        finally:
+            process.terminate()
+            process.wait(60)
 
 
-async def until_healthy(port: int, process: subprocess.Popen) -> None:
+async def until_healthy(port: int, process: subprocess.Popen) -> bool:
+    """Whether the server came up; False when it ended first."""
     while process.poll() is None:
         with contextlib.suppress(OSError):
             reader, writer = await asyncio.open_connection("127.0.0.1", port)
@@ -162,9 +167,9 @@ async def until_healthy(port: int, process: subprocess.Popen) -> None:
             head = await reader.read()
             writer.close()
             if b" 200 " in head[:20]:
-                return
+                return True
         await asyncio.sleep(0.2)
-    raise SystemExit("the server did not start")
+    return False
 
 
 async def ask(port: int, ids: list[int], tokens: int, *, cache: bool = False) -> dict[str, Any]:
