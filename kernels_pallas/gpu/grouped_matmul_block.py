@@ -2,7 +2,7 @@
 
 import functools
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
@@ -24,6 +24,37 @@ from qwen3_moe_jax.kernels_pallas.gpu.sorting import ROW_ALIGN, Tiles, UsedExper
 from qwen3_moe_jax.kernels_pallas.gpu.unpack_sm90 import PIECE, PIECES, SLAB_ROWS, piece_operand
 
 _SLAB_TILES = SLAB_ROWS // TILE_ROWS
+
+
+class References(NamedTuple):
+    """What a thread block reads and writes.
+
+    Attributes:
+      firsts: of each weight stack the first row, or the layer and the table of all layers' first rows.
+      out: the result.
+      x, scale, destinations: see ``grouped_matmul_sm90.grouped_matmul``; the last where results scatter.
+      x_tile: pieces of x in shared memory, one per stage.
+      weights: the arrays of a superblock of weights in shared memory, by name, one per stage.
+      x_full, w_full: barriers of each stage, when a copy is there; x_free, w_free: when all have read it.
+      operand: where the kernel is emulated, what would be in registers.
+      swiglu: results of SwiGLU on their way.
+      barrier: of all warpgroups, in the portable kernel.
+    """
+
+    firsts: Any
+    out: Any
+    x: Any
+    scale: Any
+    x_tile: Any
+    weights: dict[str, Any]
+    destinations: Any = None
+    x_full: Any = None
+    w_full: Any = None
+    x_free: Any = None
+    w_free: Any = None
+    operand: Any = None
+    swiglu: Any = None
+    barrier: Any = None
 
 
 @dataclass(frozen=True)
@@ -55,15 +86,15 @@ class Body:
     Args:
       kernel: the ``grouped_matmul_sm90.Kernel`` whose shapes they have.
       work: which rows belong to which matrix, as references.
-      refs: references by name: operands and scratch memory.
+      refs: operands and scratch memory.
       views: of each weight stack's arrays, one after the other.
       blocks: how many share the work.
     """
 
-    def __init__(self, kernel: Any, work: Tiles | UsedExperts, refs: dict, views, blocks: int):
+    def __init__(self, kernel: Any, work: Tiles | UsedExperts, refs: References, views, blocks: int):
         self.k, self.c, self.blocks = kernel, kernel.config, blocks
         self.work: Any = work
-        self.s, self.firsts, self.out = refs, refs["firsts"], refs["out"]
+        self.s, self.firsts, self.out = refs, refs.firsts, refs.out
         count = len(kernel.arrays)
         self.views = [
             dict(zip(kernel.arrays, views[i : i + count], strict=True)) for i in range(0, len(views), count)
@@ -89,8 +120,8 @@ class Body:
             if exchange:
                 plgpu.set_max_registers(decreased, action="decrease")
             copied = self.each(self.produce) * self.k.split_superblocks
-            self.drain(self.s["w_free"], copied, self.k.weight_stages)
-            self.drain(self.s["x_free"], copied * PIECES, self.k.x_stages)
+            self.drain(self.s.w_free, copied, self.k.weight_stages)
+            self.drain(self.s.x_free, copied * PIECES, self.k.x_stages)
 
     def each_tile(self, body):
         """Calls ``body(item)`` for each item of this block and gives their number."""
@@ -156,7 +187,7 @@ class Body:
     # The warpgroup that copies
 
     def produce(self, item: Item) -> None:
-        x, x_stages, weight_stages = self.s["x_tile"], self.k.x_stages, self.k.weight_stages
+        x, x_stages, weight_stages = self.s.x_tile, self.k.x_stages, self.k.weight_stages
         width, start = item.width, self.x_start(item)
         found = [self.first(i) for i in range(len(self.views))] if self.k.of_layer else None
 
@@ -167,7 +198,7 @@ class Body:
 
             @pl.when(superblock >= weight_stages)
             def _wait():
-                plgpu.barrier_wait(self.s["w_free"].at[stage])
+                plgpu.barrier_wait(self.s.w_free.at[stage])
                 fence_async_copies(emulate=self.k.emulate)
 
             self.copy_weights(item, found, at, stage)
@@ -177,12 +208,12 @@ class Body:
 
                 @pl.when(piece >= x_stages)
                 def _wait(x_stage=x_stage):
-                    plgpu.barrier_wait(self.s["x_free"].at[x_stage])
+                    plgpu.barrier_wait(self.s.x_free.at[x_stage])
 
                 plgpu.copy_gmem_to_smem(
-                    self.s["x"].at[pl.ds(start, width), pl.ds((at * PIECES + quarter) * PIECE, PIECE)],
+                    self.s.x.at[pl.ds(start, width), pl.ds((at * PIECES + quarter) * PIECE, PIECE)],
                     x.at[x_stage, pl.ds(0, width)],
-                    self.s["x_full"].at[x_stage],
+                    self.s.x_full.at[x_stage],
                 )
             return _
 
@@ -213,7 +244,7 @@ class Body:
             for name, view in views.items():
                 parts = k.arrays[name].parts
                 inner = pl.ds(superblock * parts, parts)
-                target = self.s[f"w_{name}"]
+                target = self.s.weights[name]
                 if k.fused:
                     # A block has 8 columns per slab of each of a superblock's four groups.
                     blocks_each = SUPERBLOCK // k.block_rows
@@ -231,7 +262,7 @@ class Body:
 
     def full(self, stage: Any) -> Any:
         """The barrier at which a stage's weights arrive."""
-        return self.s["w_full"].at[stage]
+        return self.s.w_full.at[stage]
 
     # The warpgroups that multiply
 
@@ -248,14 +279,14 @@ class Body:
             last = (item.number + 1) * (self.k.split_superblocks * PIECES) - 1
             sums = [a[...] for a in accumulators]
             if self.c.in_flight:
-                plgpu.barrier_arrive(self.s["x_free"].at[lax.rem(last, jnp.int32(self.k.x_stages))])
+                plgpu.barrier_arrive(self.s.x_free.at[lax.rem(last, jnp.int32(self.k.x_stages))])
             return sums
 
         shape = plgpu.ACC((SLAB_ROWS, width), jnp.float32)
         sums = pl.run_scoped(accumulate, *([shape] * self.c.slabs))
         layout = plgpu.Layout.WGMMA
         at = pl.ds(self.x_start(item), width)
-        scale = plgpu.load(self.s["scale"].at[at], layout=layout.reduce(0), optimized=False)
+        scale = plgpu.load(self.s.scale.at[at], layout=layout.reduce(0), optimized=False)
         scale = lax.broadcast_in_dim(scale, (SLAB_ROWS, width), (1,))
         sums = [s * scale for s in sums]
         if self.k.fused:
@@ -268,8 +299,8 @@ class Body:
         c = self.c
         superblock = number * self.k.split_superblocks + i
         stage = lax.rem(superblock, jnp.int32(self.k.weight_stages))
-        plgpu.barrier_wait(self.s["w_full"].at[stage])
-        weights = {name: self.s[f"w_{name}"].at[stage] for name in self.k.arrays}
+        plgpu.barrier_wait(self.s.w_full.at[stage])
+        weights = {name: self.s.weights[name].at[stage] for name in self.k.arrays}
         for quarter in range(PIECES):
             piece = superblock * PIECES + quarter
             x_stage = lax.rem(piece, jnp.int32(self.k.x_stages))
@@ -278,26 +309,26 @@ class Body:
                     self.k.type, weights, self.k.tiles_of(slab), quarter, self.wg, emulate=self.k.emulate
                 )
                 if self.k.emulate:
-                    kept = self.s["operand"].at[self.wg, quarter % 2, slab]
+                    kept = self.s.operand.at[self.wg, quarter % 2, slab]
                     kept[...] = operand
                     operand = kept
                 if slab == 0:
-                    plgpu.barrier_wait(self.s["x_full"].at[x_stage])
+                    plgpu.barrier_wait(self.s.x_full.at[x_stage])
                 if quarter == PIECES - 1 and slab == c.slabs - 1:
-                    plgpu.barrier_arrive(self.s["w_free"].at[stage])
-                plgpu.wgmma(accumulator, operand, self.s["x_tile"].at[x_stage, pl.ds(0, width)].T)
+                    plgpu.barrier_arrive(self.s.w_free.at[stage])
+                plgpu.wgmma(accumulator, operand, self.s.x_tile.at[x_stage, pl.ds(0, width)].T)
                 plgpu.wgmma_wait(c.in_flight)
                 if c.in_flight and slab == 0:
                     self.release_before(piece, i, quarter)
             if not c.in_flight:
-                plgpu.barrier_arrive(self.s["x_free"].at[x_stage])
+                plgpu.barrier_arrive(self.s.x_free.at[x_stage])
 
     def release_before(self, piece, i, quarter: int) -> None:
         """Frees the piece of x before this one, which no running wgmma reads any more."""
 
         def release():
             before = lax.rem(piece + (self.k.x_stages - 1), jnp.int32(self.k.x_stages))
-            plgpu.barrier_arrive(self.s["x_free"].at[before])
+            plgpu.barrier_arrive(self.s.x_free.at[before])
 
         if quarter:
             release()
@@ -316,7 +347,7 @@ class Body:
         @pl.when(column < k.rows)
         def _():
             if k.scattered:
-                destinations = self.s["destinations"].at[pl.ds(item.start, width)]
+                destinations = self.s.destinations.at[pl.ds(item.start, width)]
                 if k.emulate:
                     emulated_scatter(self.out, columns, destinations, values)
                 else:
@@ -338,7 +369,7 @@ class Body:
         k, slabs, width = self.k, self.c.slabs, item.width
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         for slab, values in enumerate(sums):
-            buffer = self.s["swiglu"].at[self.wg, slab, pl.ds(0, width)]
+            buffer = self.s.swiglu.at[self.wg, slab, pl.ds(0, width)]
             if k.emulate:
                 buffer[...] = emulated_swiglu(values, width)
             else:
@@ -354,7 +385,7 @@ class Body:
                 def _(offset=offset, size=size, slab=slab, position=position):
                     at = offset if isinstance(offset, int) else pl.multiple_of(offset, ROW_ALIGN)
                     plgpu.copy_smem_to_gmem(
-                        self.s["swiglu"].at[self.wg, slab, pl.ds(at, size)],
+                        self.s.swiglu.at[self.wg, slab, pl.ds(at, size)],
                         self.out.at[pl.ds(item.start + at, size), pl.ds(position, SLAB_ROWS // 2)],
                         commit_group=False,
                     )

@@ -71,8 +71,8 @@ class PortableBody(Body):
     def barrier(self) -> None:
         """All warpgroups of the block."""
         if self.k.emulate:
-            plgpu.barrier_arrive(self.s["barrier"])
-            plgpu.barrier_wait(self.s["barrier"])
+            plgpu.barrier_arrive(self.s.barrier)
+            plgpu.barrier_wait(self.s.barrier)
         else:
             mma.block_barrier(self.c.warpgroups)
 
@@ -84,7 +84,7 @@ class PortableBody(Body):
         @pl.when(piece < self.k.split_superblocks * PIECES)
         def _():
             at = item.split * (self.k.split_superblocks * PIECES) + piece
-            source = self.s["x"].at[pl.ds(self.x_start(item), item.width), pl.ds(at * PIECE, PIECE)]
+            source = self.s.x.at[pl.ds(self.x_start(item), item.width), pl.ds(at * PIECE, PIECE)]
             self.copy(source, self.x_tile(piece, item.width), None)
 
         if weights:
@@ -108,7 +108,7 @@ class PortableBody(Body):
 
     def x_tile(self, piece: Any, width: int) -> Any:
         stage = lax.rem(piece, jnp.int32(self.k.x_stages))
-        return self.s["x_tile"].at[stage, pl.ds(0, width), pl.ds(0, PIECE)]
+        return self.s.x_tile.at[stage, pl.ds(0, width), pl.ds(0, PIECE)]
 
     # Products
 
@@ -131,7 +131,7 @@ class PortableBody(Body):
     def superblock_of(self, item: Item, i: Any, sums: tuple) -> tuple:
         """The sums with one superblock's products."""
         stage = lax.rem(i, jnp.int32(_WEIGHT_STAGES))
-        weights = {name: self.s[f"w_{name}"].at[stage] for name in self.k.arrays}
+        weights = {name: self.s.weights[name].at[stage] for name in self.k.arrays}
         for quarter in range(PIECES):
             piece = i * PIECES + quarter
             self.wait()
@@ -150,7 +150,7 @@ class PortableBody(Body):
         left = operand if self.k.emulate else mma.left_operand(operand)
         found = []
         for number, total in enumerate(sums):
-            x = self.s["x_tile"].at[stage, pl.ds(number * part, part), pl.ds(0, PIECE)]
+            x = self.s.x_tile.at[stage, pl.ds(number * part, part), pl.ds(0, PIECE)]
             if self.k.emulate:
                 product = jnp.dot(left.astype(jnp.float32), x[...].astype(jnp.float32).T, precision="highest")
                 found.append(total + product)
@@ -163,12 +163,12 @@ class PortableBody(Body):
     def finish(self, total: Any, first: Any, item: Item) -> None:
         """Scales and writes the rows of one part."""
         if self.k.emulate:
-            scale = self.s["scale"][pl.ds(first, item.width)]
+            scale = self.s.scale[pl.ds(first, item.width)]
             values = total * scale[None]
         else:
             layout = plgpu.Layout.WGMMA
             values = mma.product_rows(total, jnp.float16)
-            at = self.s["scale"].at[pl.ds(first, item.width)]
+            at = self.s.scale.at[pl.ds(first, item.width)]
             scale = plgpu.load(at, layout=layout.reduce(0), optimized=False)
             values = values * lax.broadcast_in_dim(scale, values.shape, (1,))
         if self.k.fused:

@@ -32,7 +32,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from qwen3_moe_jax.convert.ggml_types import SUPERBLOCK
 from qwen3_moe_jax.convert.layouts.gpu_tiles import TILE_ROWS
 from qwen3_moe_jax.kernels_pallas.gpu.device import multiprocessors
-from qwen3_moe_jax.kernels_pallas.gpu.grouped_matmul_block import Body
+from qwen3_moe_jax.kernels_pallas.gpu.grouped_matmul_block import Body, References
 from qwen3_moe_jax.kernels_pallas.gpu.grouped_matmul_config import MatmulConfig, OfLayer, check_supported
 from qwen3_moe_jax.kernels_pallas.gpu.interpreter import interpreter_option
 from qwen3_moe_jax.kernels_pallas.gpu.sorting import Tiles, UsedExperts
@@ -214,8 +214,9 @@ class Kernel:
             of_work, of_rows, firsts, views = (
                 operands[end - count : end] for end, count in zip(ends, counts, strict=True)
             )
-            refs = {"firsts": firsts, "out": operands[-1], **scratch}
-            refs |= dict(zip(("x", "scale", "destinations"), of_rows, strict=False))
+            weights = {name: scratch.pop(f"w_{name}") for name in self.arrays}
+            rowwise = dict(zip(("x", "scale", "destinations"), of_rows, strict=False))
+            refs = References(firsts=firsts, out=operands[-1], weights=weights, **rowwise, **scratch)
             self.body(self, type(work)(*of_work), refs, views, blocks).run()
 
         kernel = plgpu.kernel(
