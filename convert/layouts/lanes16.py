@@ -24,8 +24,22 @@ from qwen3_moe_jax.convert.unpack import aligned_empty
 
 LAYOUTS = (ROWS, LANES16)
 
-LANES_TYPES = (GGMLType.Q4_K, GGMLType.Q5_K, GGMLType.Q6_K, GGMLType.Q8_0)
-"""Types with products in this layout, see ``kernels_pallas/packed/lanes16.py``; others stay in rows."""
+LANES_TYPES = (
+    GGMLType.Q4_K,
+    GGMLType.Q5_K,
+    GGMLType.Q6_K,
+    GGMLType.Q8_0,
+    GGMLType.Q2_K,
+    GGMLType.Q3_K,
+    GGMLType.IQ4_XS,
+    GGMLType.IQ4_NL,
+    GGMLType.Q4_0,
+    GGMLType.Q4_1,
+    GGMLType.Q5_0,
+    GGMLType.Q5_1,
+    GGMLType.MXFP4,
+)
+"""Types with products in this layout, see ``kernels_pallas/native``; others stay in rows."""
 
 _PIECE_NBYTES = 1 << 22
 
@@ -34,7 +48,10 @@ def supports(layout: str, type: GGMLType, shape: tuple[int, ...]) -> bool:
     """Whether a tensor of this type and logical shape has that layout."""
     if layout == ROWS:
         return True
-    return layout == LANES16 and type in LANES_TYPES and len(shape) >= 2 and shape[-2] % LANES == 0
+    if layout != LANES16 or type not in LANES_TYPES or len(shape) < 2 or shape[-2] % LANES:
+        return False
+    arrays = ARRAY_FORMATS[type].values()
+    return all(shape[-1] % (4 * a.weights) == 0 for a in arrays if np.dtype(a.dtype).itemsize == 1)
 
 
 def to_layout(packed: PackedTensor, layout: str) -> PackedTensor:

@@ -17,7 +17,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from qwen3_moe_jax.convert.packed import LANES16
 from qwen3_moe_jax.kernels_pallas.packed import lanes16 as lanes
 from qwen3_moe_jax.kernels_pallas.packed.dots import DenseMatrix, dense
 from qwen3_moe_jax.kernels_pallas.packed.stacks import Matrices
@@ -42,7 +41,7 @@ def multiplies_packed(stacks: Sequence[Matrices], num_rows: int) -> bool:
     """Whether ``lanes.matvec`` is the way for this many (token, expert) pairs."""
     num_experts = stacks[0].shape[0]
     few = num_rows <= min(MAX_MATVEC_ROWS, MAX_MATVEC_ROWS_PER_EXPERT * num_experts)
-    return few and all(w.stack.layout == LANES16 for w in stacks)
+    return few and all(lanes.multiplies(w.stack) for w in stacks)
 
 
 def matvec(rows: jax.Array, w: Matrices, ids: jax.Array) -> jax.Array:

@@ -16,11 +16,20 @@ ARRAYS = {
     GGMLType.Q5_K: ("q", "scales", "mins", "d", "dmin", "qh"),
     GGMLType.Q6_K: ("ql", "qh", "scales", "d"),
     GGMLType.Q8_0: ("q", "d"),
+    GGMLType.Q2_K: ("q", "scales", "d", "dmin"),
+    GGMLType.Q3_K: ("q", "qh", "scales", "d"),
+    GGMLType.IQ4_XS: ("q", "scales", "d"),
+    GGMLType.IQ4_NL: ("q", "d"),
+    GGMLType.Q4_0: ("q", "d"),
+    GGMLType.Q4_1: ("q", "d", "m"),
+    GGMLType.Q5_0: ("q", "qh", "d"),
+    GGMLType.Q5_1: ("q", "qh", "d", "m"),
+    GGMLType.MXFP4: ("q", "e"),
     GGMLType.F16: ("w",),
     GGMLType.BF16: ("w",),
     GGMLType.F32: ("w",),
 }
-"""Types that the C code multiplies by, and their arrays in its order (csrc/tiles.h)."""
+"""Types that the C code multiplies by, and their arrays in its order (csrc/quants.h)."""
 
 FLOATS = frozenset({GGMLType.F32, GGMLType.F16, GGMLType.BF16})
 

@@ -27,8 +27,10 @@ def dequantize(w: PackedTensor, dtype: DTypeLike = jnp.float32) -> jax.Array:
     Raises:
       NotImplementedError: the layout has no jnp dequantizer.
     """
-    if w.layout == LANES16:
+    if lanes.multiplies(w):
         return lanes.dequantize_columns(w, dtype).mT
+    if w.layout == LANES16:
+        w = lanes.in_rows(w)
     if w.layout == GPU_TILES:
         return tiles.dequantize_tiles(w).astype(dtype)
     if w.layout != ROWS:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from qwen3_moe_jax.convert.packed import LANES16, PackedTensor
+from qwen3_moe_jax.convert.packed import PackedTensor
 from qwen3_moe_jax.kernels_pallas.packed import lanes16 as lanes
 from qwen3_moe_jax.kernels_pallas.packed.dequantize import dequantize
 
@@ -28,7 +28,7 @@ class DenseMatrix:
 
 def dense(w: PackedTensor, compute_dtype: np.dtype) -> DenseMatrix:
     """A packed [N, K] as an operand of products in ``compute_dtype``."""
-    if w.layout == LANES16:
+    if lanes.multiplies(w):
         return DenseMatrix(lanes.dequantize_columns(w, compute_dtype), True)
     return DenseMatrix(dequantize(w, compute_dtype), False)
 

@@ -9,6 +9,8 @@ never written to memory in float.
 
 A group is what one element of the first pass covers: 64 weights of Q4_K, Q5_K
 and Q6_K, 32 of Q8_0. The second pass adds the groups of a row.
+
+Other types have this layout for the CPU's own kernels; here they go back to rows first.
 """
 
 import functools
@@ -22,13 +24,31 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from qwen3_moe_jax.convert.ggml_types import GGMLType
-from qwen3_moe_jax.convert.packed import ARRAY_FORMATS, LANES, ROWS, PackedTensor
+from qwen3_moe_jax.convert.packed import ARRAY_FORMATS, LANES, LANES16, ROWS, PackedTensor
 
 _F32 = jnp.float32
 _MAX_TERMS = 64
 
 Take = Callable[[jax.Array], jax.Array]
 """Picks what a product needs along the leading axes: all of a matrix, or the experts of each row."""
+
+
+def multiplies(w: PackedTensor) -> bool:
+    """Whether :func:`matvec` and :func:`dequantize_columns` take this tensor."""
+    return w.layout == LANES16 and w.type in _GROUPS
+
+
+def in_rows(w: PackedTensor) -> PackedTensor:
+    """A packed [..., N, K] in layout "lanes16", in layout "rows"."""
+
+    def separate(name: str, array: jax.Array) -> jax.Array:
+        array = array.mT  # [..., tiles, 16, elements]
+        dtype = jnp.dtype(ARRAY_FORMATS[w.type][name].dtype)
+        if dtype.itemsize == 1:
+            array = lax.bitcast_convert_type(array, dtype)
+        return array.reshape(*w.shape[:-1], -1)
+
+    return PackedTensor({name: separate(name, array) for name, array in w.arrays.items()}, w.type, ROWS)
 
 
 def rows(w: PackedTensor, indices: jax.Array) -> PackedTensor:

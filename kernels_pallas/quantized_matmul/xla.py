@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from qwen3_moe_jax.convert.packed import LANES, LANES16
+from qwen3_moe_jax.convert.packed import LANES
 from qwen3_moe_jax.kernels_pallas.packed import dots
 from qwen3_moe_jax.kernels_pallas.packed import lanes16 as lanes
 from qwen3_moe_jax.kernels_pallas.packed.stacks import Matrices
@@ -36,7 +36,7 @@ def quantized_matmul(x: jax.Array, w: Matrices, compute_dtype: np.dtype) -> jax.
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _matmul(compute_dtype: np.dtype, x: jax.Array, w: Matrices) -> jax.Array:
-    if w.stack.layout == LANES16 and x.shape[0] <= MAX_MATVEC_ROWS:
+    if lanes.multiplies(w.stack) and x.shape[0] <= MAX_MATVEC_ROWS:
         return _matvec(x.astype(compute_dtype), w)
     tile = _tile_rows(w)
 

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 import qwen3_moe_jax.kernels_pallas as ops
-from qwen3_moe_jax.convert.ggml_types import GGMLType
+from qwen3_moe_jax.convert.ggml_types import BLOCK_FORMATS, GGMLType
 from qwen3_moe_jax.convert.layouts.lanes16 import supports, to_layout
 from qwen3_moe_jax.convert.packed import LANES16, PackedTensor
 from qwen3_moe_jax.kernels_pallas.implementations import NATIVE, recording, using
@@ -37,6 +37,12 @@ def names(values: object) -> str:
     return getattr(values, "name", str(values))
 
 
+def columns_of(type: GGMLType, superblocks: int) -> int:
+    """So many superblocks; and a part of one, where the type's blocks are smaller."""
+    part = {1: 32, 32: 128 if type is GGMLType.MXFP4 else 32}.get(BLOCK_FORMATS[type].weights, 0)
+    return 256 * superblocks + (0 if type in FLOATS else part)
+
+
 def arranged(w: PackedTensor) -> PackedTensor:
     return to_layout(w, LANES16) if supports(LANES16, w.type, w.shape) else w
 
@@ -54,7 +60,7 @@ def bound(x: np.ndarray, w: np.ndarray, type: GGMLType) -> np.ndarray:
 
 @pytest.mark.parametrize("type", TYPES, ids=names)
 def test_products_are_within_half_a_step_of_each_activation(native, rng, type):
-    columns = 288 if type is GGMLType.Q8_0 else 512
+    columns = columns_of(type, 2)
     w = random_weights(rng, type, (48, columns))
     dense, packed = dense64(w), arranged(w)
     x = heavy_tailed(rng, (70, columns))
@@ -69,15 +75,16 @@ def test_products_are_within_half_a_step_of_each_activation(native, rng, type):
 def dense_terms(w: PackedTensor) -> np.ndarray:
     """The sizes of what weights are made of, |a| + |b| of ``a - b``."""
     dense = np.abs(dense64(w))
-    minimum = (
-        dense64(PackedTensor({**w.arrays, "q": np.zeros_like(w.arrays["q"])}, w.type))
-        if "mins" in w.arrays
-        else 0
-    )
-    return dense + 2 * np.abs(minimum)
+    if not {"dmin", "m"} & w.arrays.keys():
+        return dense
+    without = {n: np.zeros_like(a) if n in ("q", "qh") else a for n, a in w.arrays.items()}
+    return dense + 2 * np.abs(dense64(PackedTensor(without, w.type)))
 
 
-@pytest.mark.parametrize("type", [GGMLType.Q4_K, GGMLType.Q6_K, GGMLType.Q8_0, GGMLType.F16], ids=names)
+EXPERT_TYPES = ("Q4_K", "Q6_K", "Q8_0", "F16", "Q2_K", "IQ4_XS", "MXFP4")
+
+
+@pytest.mark.parametrize("type", [GGMLType[name] for name in EXPERT_TYPES], ids=names)
 def test_experts_are_grouped_and_no_other_is_read(native, rng, type):
     shape, used = (6, 256, 512), np.array([1, 4, 5])
     gate, up = (poison(random_weights(rng, type, shape), used) for _ in range(2))
@@ -129,10 +136,10 @@ def test_it_runs_where_it_is_asked_for_alone(native, rng):
 
 
 def test_a_type_without_products_runs_in_xla_and_the_record_says_why(native, rng):
-    w = random_weights(rng, GGMLType.Q2_K, (16, 256))
+    w = random_weights(rng, GGMLType.IQ3_S, (16, 256))
     with recording() as record, using(NATIVE):
         ops.quantized_matmul(jnp.ones((1, 256)), w)
-    assert "native: it has no products of Q2_K" in record.refusals()[0]
+    assert "native: it has no products of IQ3_S" in record.refusals()[0]
 
 
 def test_without_headers_of_the_system_zig_brings_its_own(monkeypatch, tmp_path):
@@ -239,7 +246,7 @@ def test_other_forms_give_the_same_products(native, rng, form):
     """Forms that this processor would not choose, called without XLA."""
     other = ctypes.CDLL(str(compiler.build(form, FOLDER)))
     for type in (t for t in TYPES if t is not GGMLType.F16):
-        columns = 288 if type is GGMLType.Q8_0 else 256
+        columns = columns_of(type, 1)
         packed = arranged(random_weights(rng, type, (32, columns)))
         x = heavy_tailed(rng, (11, columns))
         expected = np.asarray(ops.quantized_matmul(x, packed, implementation="native"))

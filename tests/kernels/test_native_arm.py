@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 
 import qwen3_moe_jax.kernels_pallas as ops
-from qwen3_moe_jax.convert.ggml_types import GGMLType
 from qwen3_moe_jax.jax_backend.kv_cache import KVCache, Span
 from qwen3_moe_jax.jax_backend.runner import JaxRunner
 from qwen3_moe_jax.kernels_pallas.native.operands import ARRAYS
@@ -20,7 +19,7 @@ from qwen3_moe_jax.machine.kernels import NATIVE
 from tests import tolerances
 from tests.kernels import emulated
 from tests.kernels.op_inputs import heavy_tailed, random_weights, rng
-from tests.kernels.test_native import arranged, names
+from tests.kernels.test_native import arranged, columns_of, names
 
 __all__ = ["rng"]
 
@@ -50,7 +49,7 @@ def test_it_is_compiled_for_arm_with_its_dot_products(program):
 
 @pytest.mark.parametrize("type", ARRAYS, ids=names)
 def test_products_on_arm_are_those_of_this_processor(native, program, rng, type):
-    columns = 288 if type is GGMLType.Q8_0 else 512
+    columns = columns_of(type, 2)
     w = arranged(random_weights(rng, type, (48, columns)))
     x = heavy_tailed(rng, (16, columns))
     multiply = lambda x: np.asarray(ops.quantized_matmul(x, w, implementation="native"))

@@ -11,13 +11,13 @@ from qwen3_moe_jax.convert.layouts import lanes16 as layouts
 from qwen3_moe_jax.convert.packed import LANES16, PackedTensor
 from qwen3_moe_jax.convert.unpack import dequantize, pack
 from tests import tolerances
-from tests.kernels.op_inputs import dense64, random_weights, rng, uniform
+from tests.kernels.op_inputs import QUANTIZED, dense64, random_weights, rng, uniform
 from tests.kernels.op_oracles import check, moe_oracle
 
 __all__ = ["rng"]
 
 TYPES = pytest.mark.parametrize("type", SUPPORTED_TYPES, ids=lambda t: t.name)
-NEW = [t for t in SUPPORTED_TYPES if BLOCK_FORMATS[t].weights > 1 and t not in layouts.LANES_TYPES]
+NEW = [t for t in SUPPORTED_TYPES if BLOCK_FORMATS[t].weights > 1 and t not in QUANTIZED]
 
 
 def arranged(w: PackedTensor) -> PackedTensor:
@@ -52,7 +52,7 @@ def test_products_and_lookups(rng, type, tokens):
 @pytest.mark.parametrize("tokens", [1, 40])
 @pytest.mark.parametrize("type", NEW, ids=lambda t: t.name)
 def test_experts_of_mixed_types(rng, type, tokens):
-    """The type as gate and down beside Q4_K, which lies in another layout."""
+    """The type as gate and down beside Q4_K, which XLA multiplies in packed form."""
     types = (type, GGMLType.Q4_K, type)
     stacks = [random_weights(rng, t, (6, 256, 256)) for t in types]
     ids = np.stack([rng.permutation(6)[:2] for _ in range(tokens)]).astype(np.int32)

@@ -1,12 +1,14 @@
 """The whole model by the CPU's integer dots: recorded logits, the contract's stages, batches, refusals."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from qwen3_moe_jax.convert.open_model import open_model
 from qwen3_moe_jax.core.errors import BackendUnavailableError
 from qwen3_moe_jax.core.sampling import Sampling
 from qwen3_moe_jax.jax_backend.kv_cache import KVCache, Span
@@ -14,6 +16,8 @@ from qwen3_moe_jax.jax_backend.native import NATIVE_DTYPE, Native
 from qwen3_moe_jax.jax_backend.runner import JaxRunner
 from qwen3_moe_jax.machine.kernels import AUTO, NATIVE
 from qwen3_moe_jax.parity import gate
+from qwen3_moe_jax.reference import ReferenceRunner
+from qwen3_moe_jax.testing.random_models import SMALL, write_random_gguf
 from tests import tolerances
 from tests.model.test_golden import PROMPTS, cosine
 
@@ -122,3 +126,16 @@ def test_a_named_dtype_means_xla(source):
 def test_it_can_be_turned_off(monkeypatch):
     monkeypatch.setenv("QWEN3_MOE_NATIVE", "off")
     assert Native.begin(jax.devices()[0], AUTO, has_dtype=False).reason() == "QWEN3_MOE_NATIVE is off"
+
+
+@pytest.mark.parametrize("mix", ["Q2_K", "IQ4_XS", "MXFP4_MOE", "IQ4_NL"])
+def test_models_of_other_types_run_natively(tmp_path: Path, native, mix: str):
+    write_random_gguf(tmp_path / "model.gguf", SMALL, mix=mix, seed=3)
+    tokens = np.random.default_rng(0).integers(0, 256, 12)
+    with open_model(tmp_path / "model.gguf") as source:
+        truth = ReferenceRunner(source).forward(tokens)
+        runner = JaxRunner(source, max_context=32, kernels=NATIVE)
+        found = runner.forward(tokens, expert_ids=truth.expert_ids)
+    facts = runner.describe()
+    assert (set(facts["implementations"].values()), facts["refused"]) == ({NATIVE}, [])
+    assert cosine(found.logits, truth.logits).min() >= tolerances.NATIVE_COSINE

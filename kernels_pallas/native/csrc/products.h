@@ -3,7 +3,7 @@
 #include <stdlib.h>
 
 #include "pool.h"
-#include "tiles.h"
+#include "quants.h"
 
 /* Memory for one call, kept by each thread that calls. */
 typedef struct {

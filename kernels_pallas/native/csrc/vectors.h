@@ -77,6 +77,10 @@ INLINE vi dot4(vi acc, vu w, int32_t x) {
 #define SIGNED_OFFSET 128 /* added to each signed byte of w by dot4_signed */
 INLINE vi dot4_signed(vi acc, vu w, int32_t x) { return dot4(acc, w ^ 0x80808080u, x); }
 INLINE vf half_to_float(v16h h) { return (vf)_mm512_cvtph_ps((__m256i)h); }
+/* Of each byte below 16 the value in its place. */
+INLINE vu look_up(const int8_t *values, vu bytes) {
+  return (vu)_mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_load_si128((const __m128i *)values)), (__m512i)bytes);
+}
 #elif defined(FORM_AVXVNNI) || defined(FORM_AVX2)
 typedef struct { __m256i part[2]; } pair;
 INLINE pair halves(vi v) { pair p; memcpy(&p, &v, sizeof p); return p; }
@@ -94,6 +98,10 @@ INLINE vi dot4(vi acc, vu w, int32_t x) {
   for (int i = 0; i < 2; i++) a.part[i] = dot4_256(a.part[i], b.part[i], _mm256_set1_epi32(x));
   return joined(a);
 }
+#ifdef FORM_AVXVNNI
+#define SIGNED_OFFSET 128
+INLINE vi dot4_signed(vi acc, vu w, int32_t x) { return dot4(acc, w ^ 0x80808080u, x); }
+#else
 #define SIGNED_OFFSET 0
 INLINE vi dot4_signed(vi acc, vu w, int32_t x) {
   pair a = halves(acc), b = halves((vi)w);
@@ -103,6 +111,7 @@ INLINE vi dot4_signed(vi acc, vu w, int32_t x) {
   }
   return joined(a);
 }
+#endif
 INLINE vf half_to_float(v16h h) {
   __m128i part[2];
   __m256 wide[2];
@@ -111,6 +120,12 @@ INLINE vf half_to_float(v16h h) {
   for (int i = 0; i < 2; i++) wide[i] = _mm256_cvtph_ps(part[i]);
   memcpy(&v, wide, sizeof v);
   return v;
+}
+INLINE vu look_up(const int8_t *values, vu bytes) {
+  __m256i table = _mm256_broadcastsi128_si256(_mm_load_si128((const __m128i *)values));
+  pair p = halves((vi)bytes);
+  for (int i = 0; i < 2; i++) p.part[i] = _mm256_shuffle_epi8(table, p.part[i]);
+  return (vu)joined(p);
 }
 #else
 INLINE vi dot4(vi acc, vu w, int32_t x) {
@@ -132,6 +147,14 @@ INLINE vf half_to_float(v16h h) {
   for (int i = 0; i < 4; i++) wide[i] = vcvt_f32_f16(part[i]);
   memcpy(&v, wide, sizeof v);
   return v;
+}
+INLINE vu look_up(const int8_t *values, vu bytes) {
+  int8x16_t table = vld1q_s8(values);
+  uint8x16_t part[4];
+  memcpy(part, &bytes, sizeof part);
+  for (int i = 0; i < 4; i++) part[i] = vreinterpretq_u8_s8(vqtbl1q_s8(table, part[i]));
+  memcpy(&bytes, part, sizeof part);
+  return bytes;
 }
 #endif
 
