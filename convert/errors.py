@@ -41,11 +41,13 @@ _ADVICE = {
 
 
 def printable(text: str, limit: int = _LONGEST_LINE) -> str:
-    """``text`` on one line: control characters escaped, cut after ``limit`` characters."""
-    head = text[:limit]
-    if not head.isprintable():
-        head = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in head)
-    return head if len(text) <= limit else head + "..."
+    """``text`` on one line: control characters escaped, cut in its middle to ``limit`` of them."""
+    if len(text) > limit:
+        tail = limit // 3  # advice stands at the end of a message
+        return f"{printable(text[: limit - tail])}...{printable(text[-tail:])}"
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def quote(text: str) -> str:

@@ -7,10 +7,10 @@ import os
 import re
 from collections.abc import Callable
 from dataclasses import fields
-from pathlib import Path
 from typing import Any
 
 from qwen3_moe_jax.core.errors import OutputFileError
+from qwen3_moe_jax.core.input_file import read_text
 from qwen3_moe_jax.core.mesh import AUTO_MESH, mesh_sizes
 from qwen3_moe_jax.core.output_file import check_output
 from qwen3_moe_jax.core.sampling import SEEDS, Sampling, random_seed
@@ -125,10 +125,10 @@ def tools(value: str) -> list[dict[str, Any]]:
     """The function definitions in a JSON file: a list, or an object with a list as ``tools``."""
     file = path(value)
     try:
-        content = json.loads(Path(file).read_text("utf-8"))
+        content = json.loads(read_text(file))
     except OSError as error:
-        raise argparse.ArgumentTypeError(f"{file} cannot be read: {error.strerror}") from error
-    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    except (ValueError, RecursionError) as error:
         raise argparse.ArgumentTypeError(f"{file} is not JSON: {error}") from error
     found = content.get("tools") if isinstance(content, dict) else content
     if not isinstance(found, list) or not found or not all(isinstance(tool, dict) for tool in found):
@@ -140,11 +140,9 @@ def template(value: str) -> str:
     """The text of a file with a chat template."""
     file = path(value)
     try:
-        found = Path(file).read_text("utf-8")
-    except OSError as error:
-        raise argparse.ArgumentTypeError(f"{file} cannot be read: {error.strerror}") from error
-    except (UnicodeEncodeError, UnicodeDecodeError) as error:
-        raise argparse.ArgumentTypeError(f"{file} is not UTF-8 (byte {error.start})") from error
+        found = read_text(file)
+    except (OSError, ValueError) as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
     if not found.strip():
         raise argparse.ArgumentTypeError(f"{file} is empty: it needs a chat template")
     return found

@@ -3,7 +3,6 @@
 import argparse
 import importlib.util
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwen3_moe_jax import loader
@@ -17,6 +16,7 @@ from qwen3_moe_jax.commands.common import (
     add_model,
 )
 from qwen3_moe_jax.core.errors import OptionError
+from qwen3_moe_jax.core.input_file import read_text
 
 if TYPE_CHECKING:
     from qwen3_moe_jax.serve.engine.frames import Start
@@ -185,11 +185,9 @@ def read_keys(path: str | None) -> tuple[str, ...]:
     if path is None:
         return ()
     try:
-        lines = [line.strip() for line in Path(path).read_text("utf-8").splitlines()]
-    except OSError as error:
-        raise OptionError(f"--api-key-file {path} cannot be read: {error.strerror}") from error
-    except ValueError as error:  # not UTF-8, or a name with a NUL
-        raise OptionError(f"--api-key-file {path} cannot be read: {error}") from error
+        lines = [line.strip() for line in read_text(path).splitlines()]
+    except (OSError, ValueError) as error:
+        raise OptionError(f"--api-key-file {error}") from error
     keys = tuple(line for line in lines if line and not line.startswith("#"))
     if not keys:
         raise OptionError(f"--api-key-file {path}: there is no key in it")

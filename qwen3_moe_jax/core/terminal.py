@@ -25,12 +25,13 @@ import threading
 import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, TextIO, cast
 
 from qwen3_moe_jax.convert.errors import printable
 from qwen3_moe_jax.convert.progress import ProgressCallback, format_bytes
+from qwen3_moe_jax.core import input_file
 from qwen3_moe_jax.core.errors import OutputFileError
+from qwen3_moe_jax.core.input_file import decoded
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -50,6 +51,8 @@ ESTIMATE_SHARE, ESTIMATE_SECONDS = 0.1, 3.0
 """The time left is told after this share of the work, or after so long: before, it is a guess."""
 
 _LONGEST_LINE = 100_000
+
+_LONGEST_NOTE, _LONGEST_WORD = 1500, 300  # a name in a file may have 5,000 characters
 
 _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 """What a terminal acts upon, but for line feed and tab: C0, C1, line separators, bidirectional controls."""
@@ -178,6 +181,12 @@ def one_line(text: object) -> str:
     return printable(str(text), _LONGEST_LINE)
 
 
+def in_short(text: object) -> str:
+    """As :func:`one_line`, with long words (names out of a file) and long lines cut in their middle."""
+    cut = re.sub(rf"\S{{{_LONGEST_WORD},}}", lambda word: printable(word[0], _LONGEST_WORD), str(text))
+    return printable(cut, _LONGEST_NOTE)
+
+
 # Writing
 
 
@@ -237,8 +246,8 @@ def show_text(text: str) -> None:
 
 
 def note(*lines: object) -> None:
-    """Writes lines to standard error."""
-    _to_notes("".join(f"{one_line(line)}\n" for line in lines))
+    """Writes lines to standard error, each of them in short."""
+    _to_notes("".join(f"{in_short(line)}\n" for line in lines))
 
 
 def error(line: object) -> None:
@@ -255,7 +264,7 @@ class Status:
     def show(self, line: str) -> None:
         """Replaces the line."""
         if notes_on_terminal():
-            _to_notes(f"\r\x1b[K{one_line(line)}")
+            _to_notes(f"\r\x1b[K{in_short(line)}")
             self._is_shown = True
         else:
             note(line)
@@ -311,7 +320,7 @@ def show_progress(label: str, *, quiet: bool = False) -> Generator[ProgressCallb
         yield lambda done, total: None
         return
     reporter = _bar if notes_on_terminal() else _lines
-    with reporter(one_line(label)) as callback:
+    with reporter(in_short(label)) as callback:
         yield callback
 
 
@@ -377,14 +386,11 @@ def read_text(path: str) -> str:
 
     Raises:
       ValueError: it is not UTF-8.
-      OSError: it cannot be read.
+      OSError: it cannot be read, or is neither "-" nor a regular file.
     """
-    name = input_name(path)
-    try:
-        data = _read_input() if path == "-" else Path(path).read_bytes()
-    except OSError as error:
-        raise OSError(f"{name} cannot be read: {error.strerror}") from error
-    return _decoded(data, name)
+    if path != "-":
+        return input_file.read_text(path, advice="- reads standard input")
+    return decoded(_read_input(), "standard input")
 
 
 def read_line() -> str | None:
@@ -396,7 +402,7 @@ def read_line() -> str | None:
     if sys.stdin is None or sys.stdin.closed:
         return None
     data = bytes_of_input().readline()
-    line = _decoded(data, "standard input") if isinstance(data, bytes) else data
+    line = decoded(data, "standard input") if isinstance(data, bytes) else data
     return line.rstrip("\r\n") if line else None
 
 
@@ -436,12 +442,8 @@ def bytes_of_input() -> Any:
 def _read_input() -> bytes:
     if sys.stdin is None or sys.stdin.closed:
         return b""
-    data = bytes_of_input().read()
-    return data if isinstance(data, bytes) else data.encode("utf-8", "surrogateescape")
-
-
-def _decoded(data: bytes, name: str) -> str:
     try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{name} is not UTF-8 (byte {error.start})") from error
+        data = bytes_of_input().read()
+    except OSError as error:
+        raise OSError(f"standard input cannot be read: {error.strerror}") from error
+    return data if isinstance(data, bytes) else data.encode("utf-8", "surrogateescape")

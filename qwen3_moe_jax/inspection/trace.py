@@ -11,9 +11,11 @@ from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 
+from qwen3_moe_jax.core.input_file import open_input
 from qwen3_moe_jax.core.output_file import save_arrays
 from qwen3_moe_jax.core.runner import Forward, Runner, TokenIds
 from qwen3_moe_jax.core.stages import INPUT_STAGES, LAYER_STAGES, OUTPUT_STAGES, STAGES, StageKey
@@ -109,11 +111,11 @@ class Trace:
           ValueError: the file is no trace.
         """
         try:
-            with np.load(path, allow_pickle=False) as data:
+            with open_input(path) as file, np.load(file, allow_pickle=False) as data:
                 stages = {stage_key(n): data[n] for n in data.files if n.split("-")[0] in STAGES}
                 forward = Forward(data["logits"], data["expert_ids"], stages)
                 return cls(data["token_ids"], json.loads(str(data["facts"])), forward)
-        except (KeyError, OSError, ValueError) as error:
+        except (KeyError, OSError, ValueError, EOFError, BadZipFile) as error:
             raise ValueError(
                 f"{path} is no recorded trace ({error}): write one with `trace --payload`"
             ) from error

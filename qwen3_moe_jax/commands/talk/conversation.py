@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from qwen3_moe_jax.core.input_file import read_text
 from qwen3_moe_jax.core.output_file import open_output
 
 Message = dict[str, str]
@@ -112,14 +113,11 @@ class Conversation:
           ValueError: it is no conversation.
           OSError: it cannot be read.
         """
+        text = read_text(path)
         try:
-            content = json.loads(path.read_text("utf-8"))
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path} is not UTF-8 (byte {error.start})") from error
-        except ValueError as error:
+            content = json.loads(text)
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path} is not JSON: {error}") from error
-        except OSError as error:
-            raise OSError(f"{path} cannot be read: {error.strerror}") from error
         messages = content.get("messages") if isinstance(content, dict) else content
         if not isinstance(messages, list) or not all(_is_message(message) for message in messages):
             raise ValueError(f"{path} is no conversation: it needs messages with a role and a text")

@@ -3,10 +3,10 @@
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import IO, Any
 
 from qwen3_moe_jax.core.errors import OptionError
+from qwen3_moe_jax.core.input_file import open_input
 from qwen3_moe_jax.serve.http import json_body
 from qwen3_moe_jax.serve.http.errors import ApiError
 from qwen3_moe_jax.serve.settings import Settings
@@ -109,9 +109,9 @@ def open_requests(path: str) -> IO[bytes]:
       OptionError: it cannot be read.
     """
     try:
-        return Path(path).open("rb")
+        return open_input(path, advice="- reads standard input")
     except OSError as error:
-        raise OptionError(f"{path} cannot be read: {error.strerror}") from error
+        raise OptionError(str(error)) from error
 
 
 def check(path: str) -> dict[str, int]:
