@@ -403,10 +403,8 @@ def mesh_of(static: Mapping[str, Any], dynamic: Mapping[str, Any]) -> Mesh | Non
         shards = value if isinstance(value, Shards) else getattr(value, "shards", None)
         if isinstance(shards, Shards):
             return shards.mesh
-    shardings = map(_sharding, jax.tree.leaves(dynamic))
-    return next(
-        (sharding.mesh for sharding in shardings if sharding and isinstance(sharding.mesh, Mesh)), None
-    )
+    shardings = filter(None, map(_sharding, jax.tree.leaves(dynamic)))
+    return next((s.mesh for s in shardings if isinstance(s.mesh, Mesh)), None)
 
 
 def _sharding(leaf: Any) -> NamedSharding | None:
@@ -424,14 +422,12 @@ def _aval(leaf: Any) -> tuple[tuple[int, ...], str, bool]:
 
 
 def _load(key: str) -> _Compiled | None:
-    program = _store.get(key) if _store is not None else None
-    if _store is None or program is None:
+    if _store is None or (program := _store.get(key)) is None:
         return None
     try:
         serialized, ran = pickle.loads(program)
         # only programs of the default device are kept, and JAX would take all that there are
-        devices = jax.devices()[:1]
-        run = serialize_executable.deserialize_and_load(*serialized, execution_devices=devices)
+        run = serialize_executable.deserialize_and_load(*serialized, execution_devices=jax.devices()[:1])
         return _Compiled(run, ran)
     except Exception as error:  # whatever a foreign or stale file does: it is compiled anew
         _store.trouble.append(f"a compiled program could not be loaded and is made again: {error}")
