@@ -171,6 +171,7 @@ def compared(path: str, peer: str | None, rounds: int, say: Callable[[str], None
     result: dict[str, Any] = {"bytes": os.path.getsize(path), "here": here, "llama_cpp": there}
     result["generate_tokens_per_s"] = max(shown_rate(path) for _ in range(rounds))
     result["best"] = {row: best(here, row) for row in rows()}
+    result["generate_of_bench"] = result["generate_tokens_per_s"] / best(here, f"tg{NEW_TOKENS}")
     if there:
         result["ratios"] = {row: best(here, row) / best(there, row) for row in rows()}
         result["load_ratio"] = min(x["load_s"] for x in here) / min(x["load_s"] for x in there)
@@ -227,6 +228,9 @@ def main(argv: list[str] | None = None) -> None:
             found = compared(path, args.peer, args.rounds, lambda line: print(line, flush=True))
         found["took_s"] = round(time.perf_counter() - began)
         result["models"][name] = found
+        print(f"  generate shows {found['generate_of_bench']:.2f} of bench's rate")
+        for row, share in found["here"][-1]["shares"].items():
+            print(f"  {row}: {share:.0%} of a read of main memory")
         for row, ratio in found.get("ratios", {}).items():
             print(f"  {row}: {ratio:.2f} of llama.cpp")
     if args.save:

@@ -19,6 +19,7 @@ def test_ratios_are_of_the_best_rounds(monkeypatch, tmp_path):
     lines = []
     found = bench_native.compared(str(tmp_path / "model"), "a python", 2, lines.append)
     assert set(found["ratios"].values()) == {300 / 90}
+    assert found["generate_of_bench"] == 290 / 300
     assert (found["load_ratio"], found["bytes"], len(lines)) == (2.0, 3, 2)
     assert [len(found[side]) for side in ("here", "llama_cpp")] == [2, 2]
 
