@@ -5,6 +5,7 @@ done and bytes in all. Only a program's edge chooses what to do with it:
 ``core.terminal.show_progress`` draws a bar or prints lines.
 """
 
+from collections.abc import Callable
 from typing import Protocol
 
 
@@ -18,3 +19,18 @@ class ProgressCallback(Protocol):
 def format_bytes(count: float) -> str:
     """A number of bytes for people: ``"18.56 GB"``, ``"14.2 MB"``."""
     return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+
+
+def at_first(action: Callable[[], object], progress: ProgressCallback | None = None) -> ProgressCallback:
+    """A callback that calls ``action`` when it is first told something, and ``progress`` always."""
+    begun = False
+
+    def told(done: int, total: int) -> None:
+        nonlocal begun
+        if not begun:
+            begun = True
+            action()
+        if progress:
+            progress(done, total)
+
+    return told

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from typing import Any, Unpack
@@ -10,7 +10,7 @@ from typing import Any, Unpack
 from qwen3_moe_jax import loader
 from qwen3_moe_jax.convert.config import Qwen3MoeConfig
 from qwen3_moe_jax.convert.open_model import open_model
-from qwen3_moe_jax.convert.progress import ProgressCallback
+from qwen3_moe_jax.convert.progress import ProgressCallback, at_first
 from qwen3_moe_jax.convert.source import ModelSource
 from qwen3_moe_jax.core import notebook
 from qwen3_moe_jax.core.arguments import check_list, check_switch, check_text, wrong_kind
@@ -352,7 +352,12 @@ def load(
         if mesh is None and backend in ("auto", "jax"):
             pool.submit(loader.start_gpu)
         source = undo.enter_context(open_model(found))
-        tokenizer = pool.submit(Tokenizer.built, source.metadata, vocab_size=source.config.vocab_size)
+        tokenizer: list[Future[Tokenizer]] = []
+
+        def build_tokenizer() -> None:  # while weights are read, which leaves the interpreter to others
+            vocab_size = source.config.vocab_size
+            tokenizer.append(pool.submit(Tokenizer.built, source.metadata, vocab_size=vocab_size))
+
         chosen, reason, fallbacks = (
             loader.choose_backend(kernels, mesh, adapter) if backend == "auto" else (backend, "as asked", ())
         )
@@ -367,17 +372,19 @@ def load(
             kernels=kernels,
             adapter=adapter,
             mesh=mesh,
-            progress=report,
+            progress=at_first(build_tokenizer, report),
             first_prompt=first_prompt,
             first_forward=first_forward(source) if gate else None,
         )
         undo.enter_context(closing(runner))
+        if not tokenizer:
+            build_tokenizer()
         left_out = runner.describe()["fallbacks"]
         if strict and isinstance(left_out, list) and left_out:
             raise BackendUnavailableError(f"strict: {left_out[0]}")
         if gate:
             check_once(runner, source)
-        model = Model(source, runner, backend_reason=reason, tokenizer=tokenizer.result())
+        model = Model(source, runner, backend_reason=reason, tokenizer=tokenizer[0].result())
         undo.pop_all()
         pool.shutdown()
         return model

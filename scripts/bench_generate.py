@@ -4,8 +4,9 @@
 
 Two rows of ``qwen3-moe bench`` (a prompt, and writing after it, the median of --repeats runs after
 one that compiles) beside llama.cpp's; the first token of a cold process, which is the time from its
-start to its first byte of text, with the compilation cache of an earlier one on disk (and without,
-for the first run); and with --parity the distance from the reference. The last line is one JSON object.
+start to its first token, with the compilation cache of an earlier one on disk (and without, for the
+first run), and its tokens per second in the first second as a share of the row's; and with --parity
+the distance from the reference. The last line is one JSON object.
 """
 
 import argparse
@@ -52,31 +53,56 @@ def compare(model, token_ids: list[int]) -> dict[str, float | int]:
 
 
 FIRST_TEXT = """
-import sys
+import json, sys, time
 from qwen3_moe_jax.api import load
 from qwen3_moe_jax.core.sampling import Sampling
 
-model = load(sys.argv[1] or None, backend=sys.argv[2])
-ids = model.tokenizer.encode(sys.argv[3])
-for token in model.runner.stream(ids, max_tokens=8, sampling=Sampling(temperature=0)):
-    print(token, flush=True)
+ids = json.loads(sys.argv[3])
+model = load(sys.argv[1] or None, backend=sys.argv[2], first_prompt=len(ids))
+count, began = -1, None
+for token in model.runner.stream(ids, max_tokens=int(sys.argv[4]), sampling=Sampling(temperature=0)):
+    began = began or time.perf_counter()
+    count += 1
+    if count == 0:
+        print("first", flush=True)
+    if (seconds := time.perf_counter() - began) >= 1:
+        break
+print(json.dumps(count / seconds))
 """
-"""Writes tokens as they come; no token ends the text, for a model of random weights may begin with an end."""
+"""Writes tokens for a second; no token ends the text, for a model of random weights may begin with an end."""
 
 
-def first_text_seconds(model: str | None, backend: str, cache: str) -> float | None:
-    """Seconds from the start of a new process to its first token; None where that process fails."""
-    command = [sys.executable, "-u", "-c", FIRST_TEXT, model or "", backend, TEXT]
+def first_text(model: str | None, backend: str, ids: list[int], most: int, cache: str) -> tuple | None:
+    """A new process: seconds from its start to its first token, and tokens per second in the second after.
+
+    None where that process fails.
+    """
+    command = [sys.executable, "-u", "-c", FIRST_TEXT, model or "", backend, json.dumps(ids), str(most)]
     environment = child_environment() | {"XDG_CACHE_HOME": cache}
     began = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, env=environment)
-    wrote = process.stdout.read(1)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, env=environment, text=True)
+    wrote = process.stdout.readline()
     seconds = time.perf_counter() - began
-    process.stdout.read()
+    rate = process.stdout.read()
     if process.wait() or not wrote:
         print("note: the process that times the first token failed", file=sys.stderr)
         return None
-    return seconds
+    return seconds, json.loads(rate)
+
+
+def cold_starts(args: argparse.Namespace, prompt: list[int], bench_rate: float) -> dict[str, float | None]:
+    """First tokens with an empty and with a filled cache; the rate from then on beside that of ``bench``."""
+    with tempfile.TemporaryDirectory() as cache:
+        runs = [
+            first_text(args.model, args.backend, prompt, args.new_tokens, cache)
+            for _ in range(1 + args.repeats)
+        ]
+    found: dict[str, float | None] = {"first_text_cold_cache_s": runs[0] and runs[0][0]}
+    warm = None if None in runs[1:] else [statistics.median(column) for column in zip(*runs[1:], strict=True)]
+    found["first_text_warm_cache_s"] = warm and warm[0]
+    for name, rate in (("cold", runs[0] and runs[0][1]), ("warm", warm and warm[1])):
+        found[f"first_second_{name}_cache_of_bench"] = rate and rate / bench_rate
+    return found
 
 
 def main() -> None:
@@ -121,10 +147,7 @@ def main() -> None:
         "jax": jax.__version__,
     }
     if not args.no_cold_start:
-        with tempfile.TemporaryDirectory() as cache:
-            result["first_text_cold_cache_s"] = first_text_seconds(args.model, args.backend, cache)
-            warm = [first_text_seconds(args.model, args.backend, cache) for _ in range(args.repeats)]
-            result["first_text_warm_cache_s"] = None if None in warm else statistics.median(warm)
+        result |= cold_starts(args, prompt, decode.median)
     print(f"{name} on {facts['device']}, {facts['compute_dtype']}")
     for what in ("decode", "prefill"):
         rate = result[f"{what}_tokens_per_s"]

@@ -100,7 +100,7 @@ class Batch:
         """
         self.slots, self.capacity = state.cache.k.shape[1], state.capacity
         self._decoder, self._params, self._state = decoder, params, state
-        self.preparation = preparation or Preparation([], only_when_idle=False)
+        self.preparation = preparation or Preparation([])
         self._runs_ahead = decoder.path(params, 1, state.cache).is_one_launch
         self._sequences: dict[int, _Sequence] = {}
         self._pending: PendingStep | None = None

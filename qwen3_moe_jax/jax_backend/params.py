@@ -32,8 +32,8 @@ from qwen3_moe_jax.jax_backend.device_load import (
     load_stacks,
     wanted_programs,
 )
-from qwen3_moe_jax.jax_backend.programs import Wanted
 from qwen3_moe_jax.jax_backend.settings import own_settings
+from qwen3_moe_jax.jax_backend.wanted import Wanted
 from qwen3_moe_jax.kernels_pallas import LayerTable
 from qwen3_moe_jax.kernels_pallas.packed.stacks import Roles, abstract_packed, rows_per_unit
 

@@ -14,6 +14,7 @@ import functools
 import hashlib
 import inspect
 import json
+import logging
 import os
 import pickle
 import threading
@@ -81,6 +82,8 @@ Listener = Callable[[str, Made | None], None]
 
 STORE_VARIABLE = "QWEN3_MOE_PROGRAMS"
 """Environment variable: "off" keeps no programs on disk but those in JAX's own cache."""
+
+log = logging.getLogger(__name__)
 
 _listeners: list[Listener] = []
 _store: ProgramStore | None = None
@@ -331,44 +334,6 @@ class Program:
         return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
 
 
-@dataclasses.dataclass(frozen=True)
-class Wanted:
-    """A program of the list.
-
-    Attributes:
-      program, arguments: ``program.prepare(**arguments)`` makes it.
-      label: for people.
-      cost: about how long it compiles, beside the others of the list.
-    """
-
-    program: Program
-    arguments: dict[str, Any]
-    label: str
-    cost: float
-
-    @property
-    def is_ready(self) -> bool:
-        """Whether it is in memory."""
-        return self.program.is_ready(**self.arguments)
-
-    @property
-    def is_stored(self) -> bool:
-        """Whether it is on disk."""
-        return self.program.is_stored(**self.arguments)
-
-    def load(self) -> bool:
-        """Takes it from disk if it is there; returns whether it is in memory then."""
-        return self.program.load(**self.arguments)
-
-    def lower(self) -> None:
-        """Loads it, or does what comes before its compilation."""
-        self.program.lower(**self.arguments)
-
-    def make(self) -> None:
-        """Loads or compiles it."""
-        self.program.prepare(**self.arguments)
-
-
 class _CacheHits(threading.local):
     """Programs that this thread has taken from JAX's own cache: serialized once more they lack functions
     on a CPU (JAX 0.11.2: "Function ... not found" when it runs)."""
@@ -440,8 +405,9 @@ def _save(key: str, program: _Compiled) -> None:
         return
     try:
         content = pickle.dumps((serialize_executable.serialize(program.run), program.ran))
-    except Exception:
-        return  # a comfort: not every program or backend can be serialized
+    except Exception as error:  # a comfort: not every program or backend can be serialized
+        log.info(f"a compiled program cannot be kept on disk: {error}")
+        return
     _store.put(key, content)
 
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qwen3_moe_jax.convert.packed import LANES
-from qwen3_moe_jax.convert.progress import ProgressCallback
+from qwen3_moe_jax.convert.progress import ProgressCallback, at_first
 from qwen3_moe_jax.convert.source import ModelSource
 from qwen3_moe_jax.core.batch import TokenScore
 from qwen3_moe_jax.core.errors import NumericalError
@@ -55,6 +55,7 @@ from qwen3_moe_jax.jax_backend.settings import own_settings
 from qwen3_moe_jax.jax_backend.sharded_params import dequantized_tile
 from qwen3_moe_jax.jax_backend.sharding import MeshShape
 from qwen3_moe_jax.jax_backend.token_scores import MAX_TOP, host_scores
+from qwen3_moe_jax.jax_backend.wanted import Wanted
 from qwen3_moe_jax.kernels_pallas import Matrices
 from qwen3_moe_jax.kernels_pallas import dequantize as dequantize_on_device
 from qwen3_moe_jax.kernels_pallas.gpu.device import ask_ptxas_once
@@ -153,7 +154,9 @@ class JaxRunner:
         self._session = Session.of(model, source.types, self.device, self.max_context, self.cache_dtype)
         self.decoder = self._session.decoder
         self.preparation = self._preparation_of(self._session)
-        self._begin_preparation(first_prompt, first_forward)
+        stored = self._begin_preparation(first_prompt, first_forward)
+        # a device takes in one program at a time, and those of the load go first
+        progress = at_first(lambda: self.preparation.begin(stored, compiles=False), progress)
         try:
             self.params = place.load(source, progress)
         except BaseException:
@@ -163,23 +166,20 @@ class JaxRunner:
         self._spare_tokens: list[int] = []  # whose keys and values its row holds
         self._record = Record()
 
-    def _begin_preparation(self, first_prompt: int | None, first_forward: FirstForward | None) -> None:
-        """What the first tokens and the check of a file need, that which compiles longest first."""
-        compiles, begin = first_prompt is not None, self.preparation.begin
-        tokens, *others = self._session.first(first_prompt or 1)
-        begin([tokens], compiles=compiles)
-        if first_forward is not None and programs.keeps_on_disk():
-            check = self._session.forward(*first_forward)
-            if not check.is_stored:  # a file that was checked before is not checked again
-                begin([check], compiles=True)
-        begin(others, compiles=compiles)
-        if self.platform == "gpu":  # whose load is longer than that of all programs
-            begin(self.preparation.wanted, compiles=False)
+    def _begin_preparation(self, prompt: int | None, check: FirstForward | None) -> list[Wanted]:
+        """Compiles what the first tokens and the check of a file need; returns what is on disk already."""
+        first = self._session.first(prompt or 1)
+        begun = [] if prompt is None else list(first)
+        if check is not None and programs.keeps_on_disk():
+            begun.insert(0, self._session.forward(*check))  # lowered soonest; its kernels are a prompt's
+        self.preparation.begin([wanted for wanted in begun if not wanted.is_stored], compiles=True)
+        needed = self.preparation.wanted if self.platform == "gpu" else first
+        return [wanted for wanted in needed if wanted.is_stored]
 
     def _preparation_of(self, session: Session) -> Preparation:
         return Preparation(
             session.programs(),
-            only_when_idle=self.device.platform == "cpu",
+            only_when_idle=self.platform == "cpu" or session.slots == 1,
             are_kept=self.placement.shards is None,
         )
 

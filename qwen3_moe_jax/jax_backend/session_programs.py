@@ -36,10 +36,11 @@ from qwen3_moe_jax.jax_backend.forward import forward_chunk
 from qwen3_moe_jax.jax_backend.generate import PREFILL_CHUNKS, prompt_counts, row_counts
 from qwen3_moe_jax.jax_backend.kv_cache import KVCache, whole_tiles
 from qwen3_moe_jax.jax_backend.params import Params, Types, device_params
-from qwen3_moe_jax.jax_backend.programs import Program, Wanted
+from qwen3_moe_jax.jax_backend.programs import Program
 from qwen3_moe_jax.jax_backend.qwen3_moe import Qwen3Moe
 from qwen3_moe_jax.jax_backend.sharded_params import sharded_shapes
 from qwen3_moe_jax.jax_backend.token_choice import SamplingArrays
+from qwen3_moe_jax.jax_backend.wanted import Wanted
 
 T = TypeVar("T")
 

@@ -123,13 +123,14 @@ class Fake:
 
 @pytest.fixture
 def kept(monkeypatch):
+    monkeypatch.setattr(preparation_module, "IDLE_SECONDS", 0.0)
     monkeypatch.setattr(programs, "keeps_on_disk", lambda: True)
 
 
 def test_what_is_on_disk_comes_before_what_is_compiled(kept):
     log = []
     wanted = [Fake(log, "a"), Fake(log, "b", stored=True), Fake(log, "c")]
-    preparation = Preparation(wanted, only_when_idle=False)
+    preparation = Preparation(wanted)
     preparation.go_on()
     preparation._worker.join()
     assert log == ["a", "c"]
@@ -142,7 +143,7 @@ def test_the_next_is_lowered_while_one_is_compiled():
     wanted = [Fake(log, "a", held=held), Fake(log, "b", held=held), Fake(log, "c", stored=True)]
     wanted += [Fake(log, "d", held=held)]
     wanted[-1].lower = held.set
-    preparation = Preparation(wanted, only_when_idle=False)
+    preparation = Preparation(wanted)
     preparation.begin(wanted, compiles=True)
     assert held.wait(60)
     preparation._lowering.shutdown()
@@ -153,7 +154,7 @@ def test_the_next_is_lowered_while_one_is_compiled():
 
 def test_without_a_known_prompt_nothing_is_lowered_that_is_not_on_disk():
     log = []
-    preparation = Preparation([], only_when_idle=False)
+    preparation = Preparation([])
     preparation.begin([Fake(log, "a"), stored := Fake(log, "b", stored=True)], compiles=False)
     preparation._lowering.shutdown()
     preparation._first.shutdown()
@@ -201,14 +202,14 @@ def test_what_the_first_tokens_need_is_all_that_they_call(source, jax_runner):
 
 def test_nothing_is_compiled_ahead_that_no_later_process_finds(monkeypatch):
     monkeypatch.setattr(programs, "keeps_on_disk", lambda: False)
-    preparation = Preparation([Fake([], "a")], only_when_idle=False)
+    preparation = Preparation([Fake([], "a")])
     preparation.go_on()
     assert preparation._worker is None
 
 
 def test_close_lets_the_one_under_way_end_and_begins_no_other(kept):
     log, held = [], threading.Event()
-    preparation = Preparation([Fake(log, "a", held=held), Fake(log, "b")], only_when_idle=False)
+    preparation = Preparation([Fake(log, "a", held=held), Fake(log, "b")])
     preparation.go_on()
     while not log:
         pass
@@ -221,10 +222,21 @@ def test_close_lets_the_one_under_way_end_and_begins_no_other(kept):
     assert not preparation_module.is_compiling()
 
 
-def test_a_cpu_compiles_while_the_model_is_idle(kept, monkeypatch):
-    monkeypatch.setattr(preparation_module, "IDLE_SECONDS", 0.0)
+def test_threads_take_short_turns_while_one_is_compiled_in_the_background(kept):
+    """With the interpreter's own 5 ms, a token that is written meanwhile waits a hundred times as long."""
+    found, before = [], sys.getswitchinterval()
+    wanted = Fake([], "a")
+    wanted.make = lambda: found.append(sys.getswitchinterval())
+    preparation = Preparation([wanted])
+    preparation.go_on()
+    preparation._worker.join()
+    assert found[0] == pytest.approx(preparation_module.SWITCH_SECONDS)
+    assert sys.getswitchinterval() == before
+
+
+def test_programs_are_compiled_while_the_model_is_idle(kept):
     log = []
-    preparation = Preparation([Fake(log, "a")], only_when_idle=True)
+    preparation = Preparation([Fake(log, "a")])
     with preparation.working():
         preparation.go_on()
         preparation._worker.join(timeout=0.05)
@@ -236,7 +248,7 @@ def test_a_cpu_compiles_while_the_model_is_idle(kept, monkeypatch):
 def test_a_failure_is_left_to_the_call_that_needs_the_program(kept):
     wanted = Fake([], "a")
     wanted.make = lambda: 1 / 0
-    preparation = Preparation([wanted], only_when_idle=False)
+    preparation = Preparation([wanted])
     preparation.go_on()
     preparation._worker.join()
     assert not preparation.is_compiling
@@ -281,3 +293,13 @@ def test_a_gpu_starts_beside_the_opening_of_a_file(monkeypatch, tmp_path):
         with pytest.raises(ModelFileError):
             api.load(tmp_path / "absent.gguf", **options)
     assert threads == ["ahead_0"]
+
+
+def test_what_is_on_disk_is_loaded_after_what_the_load_itself_needs(source, monkeypatch):
+    """A GPU takes in one program at a time: those that unpack weights came after those that write tokens."""
+    order: list[str] = []
+    monkeypatch.setattr(Preparation, "begin", lambda self, first, *, compiles: order.append(f"{compiles}"))
+    runner = JaxRunner(source, max_context=64, progress=lambda done, total: order.append("weights"))
+    runner.close()
+    assert order[:3] == ["True", "False", "weights"]
+    assert set(order[3:]) == {"weights"}

@@ -22,7 +22,9 @@ def test_tokens_are_written_though_the_first_one_ends_the_text(
 ):
     tokenizer = SimpleNamespace(encode=lambda text: [1, 2], stop_ids=(END,))
     model = SimpleNamespace(tokenizer=tokenizer, runner=AtOnceAtItsEnd())
-    monkeypatch.setattr("qwen3_moe_jax.api.load", lambda path, backend: model)
-    monkeypatch.setattr(sys, "argv", ["-c", "", "reference", "a text"])
+    monkeypatch.setattr("qwen3_moe_jax.api.load", lambda path, backend, first_prompt: model)
+    monkeypatch.setattr(sys, "argv", ["-c", "", "reference", "[1, 2]", "9"])
     exec(FIRST_TEXT, {})
-    assert capsys.readouterr().out.split() == [str(END)] * 8
+    first, rate = capsys.readouterr().out.split()
+    assert first == "first"
+    assert float(rate) > 0
