@@ -1,5 +1,6 @@
 """Which file, which backend, how much memory: from a path to a runner. ``api.load`` makes a model of it."""
 
+import difflib
 import math
 import os
 from collections.abc import Callable
@@ -79,7 +80,21 @@ def model_path(path: str | os.PathLike[str] | None, *, quiet: bool = False) -> P
         return pull(name, quiet=quiet, refresh=False)
     if guess := names.guess(text):
         raise OptionError(f"there is no file {text}; did you mean {guess}?")
+    if near := _near(found):
+        raise OptionError(f"there is no file {text}; did you mean {' or '.join(near)}?")
     return found
+
+
+def _near(path: Path) -> list[str]:
+    """Paths of models beside one that is not there, whose names are like its own."""
+    try:
+        beside = {p.name: p for p in path.parent.iterdir() if p.suffix == ".gguf" or p.is_dir()}
+    except OSError:
+        return []
+    names_by_lower = {name.lower(): name for name in beside}
+    close = difflib.get_close_matches(path.name.lower(), list(names_by_lower), n=2, cutoff=0.75)
+    found = (path.parent / names_by_lower[name] for name in close)
+    return [str(p) for p in found if p.is_file() or (p / MANIFEST_NAME).exists()]
 
 
 def _in_folder(path: Path) -> Path:

@@ -196,7 +196,7 @@ class Chat:
             turns = "turn is" if dropped == 1 else f"{dropped} turns are"
             terminal.note(
                 f"note: the context is full: the oldest {turns} not sent any more "
-                f"({len(conversation.turns) - conversation.first} are left); /save still has all"
+                f"(left: {len(conversation.turns) - conversation.first}); /save still has all"
             )
         return True
 

@@ -211,13 +211,17 @@ class Figures:
         """One line."""
         reused = f" ({self.reused_tokens} in the cache)" if self.reused_tokens else ""
         parts = [
-            f"{self.prompt_tokens} prompt tokens{reused}{_rate(self.prompt_tokens_per_s)}",
+            f"{_counted(self.prompt_tokens, 'prompt token')}{reused}{_rate(self.prompt_tokens_per_s)}",
             f"first text after {self.first_text_s:.2f} s",
-            f"{self.new_tokens} new tokens{_rate(self.tokens_per_s)}",
+            f"{_counted(self.new_tokens, 'new token')}{_rate(self.tokens_per_s)}",
         ]
         if self.compile_s >= 0.05:
             parts.append(f"compiled {self.compile_s:.1f} s (in no rate)")
         return "; ".join([*parts, f"ended by {ended_by}"])
+
+
+def _counted(count: int, word: str) -> str:
+    return f"{count} {word}" + "s" * (count != 1)
 
 
 def _rate(rate: float | None) -> str:

@@ -19,6 +19,7 @@ from qwen3_moe_jax.convert.layouts.gpu_tiles import TILED_TYPES
 from qwen3_moe_jax.convert.open_model import open_model
 from qwen3_moe_jax.convert.source import ModelSource
 from qwen3_moe_jax.machine.estimate import Place, place_of
+from qwen3_moe_jax.machine.kernels import NATIVE
 from qwen3_moe_jax.machine.memory import MemoryPlan
 
 CONTEXTS = (4096, 32_768)
@@ -146,7 +147,13 @@ def implementation(place: Place, type_name: str) -> str:
     """What is expected to multiply by matrices of a type."""
     if place.backend != "jax":
         return {"wgpu": "wgsl"}.get(place.backend, "numpy")
-    return place.kernels if place.on_gpu and type_name in PALLAS_TYPES else "xla"
+    if place.on_gpu:
+        return place.kernels if type_name in PALLAS_TYPES else "xla"
+    if place.kernels == NATIVE:
+        from qwen3_moe_jax.kernels_pallas.native.operands import ARRAYS  # imports JAX
+
+        return NATIVE if type_name in {kind.name for kind in ARRAYS} else "xla"
+    return place.kernels
 
 
 def _at(source: ModelSource, place: Place, context: int) -> dict[str, Any]:

@@ -43,5 +43,5 @@ def run_all(batch: Batch, requests: Sequence[Request], is_over: IsOver | None = 
             if result.finish_reason:
                 batch.free(progress.slot)
                 del running[progress.slot]
-        tokens = 1 if waiting else TOKENS_PER_DISPATCH
+        tokens = TOKENS_PER_DISPATCH // 2 if waiting else TOKENS_PER_DISPATCH  # as a server's scheduler does
     return results

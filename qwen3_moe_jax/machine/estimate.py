@@ -2,19 +2,21 @@
 
 Decoding is bound by the bytes that a token reads. A backend reaches a share of the memory's speed that was
 measured: on an H100 652 tokens/s of 1.92 GB are 0.37 of its data sheet's 3.35 TB/s (104 through Vulkan:
-0.06), on a CPU with 4 cores 5.2 tokens/s are 0.30 of a copy's speed. The portable kernel takes 37.2 us per
+0.06), on a CPU with 4 cores 5.2 tokens/s of XLA's operations are 0.30 of a copy's speed; the native kernels
+were not measured with a file of that size. The portable kernel takes 37.2 us per
 layer where Hopper's takes 31.8 (docs/receipts/decode_portable_h100.json): 0.32. On a card that was not
 measured this is a guess; waits are a smaller part of the time where memory is slower. Small models are
 bound by launches instead: nothing is expected to be faster than ``MAX_TOKENS`` per second.
 """
 
 import functools
+import os
 from dataclasses import dataclass
 
 from qwen3_moe_jax.convert.source import ModelSource
 from qwen3_moe_jax.machine.datasheets import peak_bandwidth
 from qwen3_moe_jax.machine.headroom import Headroom, main_memory
-from qwen3_moe_jax.machine.kernels import AUTO, choose_kernels, installed_jax
+from qwen3_moe_jax.machine.kernels import AUTO, NATIVE, choose_kernels, installed_jax
 from qwen3_moe_jax.machine.limits import read_bandwidth, step_nbytes
 from qwen3_moe_jax.machine.nvidia import NvidiaGpu, nvidia_gpus
 from qwen3_moe_jax.machine.probe import cards_are_hidden_by
@@ -36,7 +38,7 @@ class Place:
       bandwidth: bytes/s; None where unknown.
       origin: of the bandwidth, in words.
       itemsize: bytes of a value in the KV cache.
-      kernels: on an NVIDIA GPU, one of ``machine.kernels.KERNELS``.
+      kernels: of ``machine.kernels``: what the jax backend takes there.
     """
 
     backend: str
@@ -88,7 +90,8 @@ def place_of(backend: str) -> Place:
     if card is not None:
         return place_on(card)
     if backend == "jax":
-        return Place(backend, main_memory(), _measured(), "a read of main memory, measured now", 4)
+        kernels = "xla" if native_is_ruled_out() else NATIVE
+        return Place(backend, main_memory(), _measured(), "a read of main memory, measured now", 4, kernels)
     return Place(backend, main_memory(), None, "not known", 2 if backend == "wgpu" else 4)
 
 
@@ -97,6 +100,20 @@ def place_on(card: NvidiaGpu) -> Place:
     kernels = choose_kernels(AUTO, card.capability, installed_jax()).name
     memory = Headroom(card.free, card.name)
     return Place("jax", memory, peak_bandwidth(card.name), f"{card.name}'s data sheet", 2, kernels)
+
+
+def native_is_ruled_out() -> bool:
+    """Whether a CPU's native kernels do not run, as far as is known without the library, which may have to
+    be compiled."""
+    from qwen3_moe_jax.kernels_pallas.native import forms  # imports JAX
+
+    if os.environ.get(forms.VARIABLE, "").lower() == "off":
+        return True
+    try:
+        forms.choose_form()
+    except NotImplementedError:
+        return True
+    return False
 
 
 @functools.cache

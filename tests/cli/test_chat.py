@@ -174,8 +174,17 @@ def test_a_full_context_drops_the_oldest_turns_until_half_is_free(capsys):
     assert said.count("in use") == 1
     chat.take("question " * 10)
     assert contents(model)[:2] == ["S", "question 3"]
-    assert "the oldest 3 turns are not sent any more (1 are left)" in capsys.readouterr().err
+    assert "the oldest 3 turns are not sent any more (left: 1)" in capsys.readouterr().err
     assert len(chat.conversation.turns) == 5
+
+
+def test_a_message_that_never_fits_drops_no_turn(capsys):
+    chat, model = start_chat(*["w " * 18] * 2, context=100)
+    chat.take("first")
+    assert chat.conversation.make_room("q " * 100, chat._count, 100, None) == 0
+    assert "not sent any more" not in capsys.readouterr().err
+    chat.take("second")
+    assert contents(model)[0] == "first"
 
 
 def test_a_full_context_refuses_the_message_if_asked_to(capsys):

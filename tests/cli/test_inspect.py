@@ -7,6 +7,7 @@ import pytest
 from qwen3_moe_jax.cli import main
 from qwen3_moe_jax.core.exit_codes import ExitCode
 from qwen3_moe_jax.inspection.file_report import implementation
+from qwen3_moe_jax.loader import native_kernels_against
 from qwen3_moe_jax.machine import estimate
 from qwen3_moe_jax.machine.estimate import Place
 from qwen3_moe_jax.machine.headroom import Headroom
@@ -95,3 +96,26 @@ def test_what_runs_on_a_gpu():
     assert implementation(gpu, "Q4_K") == "portable"
     assert implementation(gpu, "F16") == implementation(cpu, "Q4_K") == "xla"
     assert implementation(Place("wgpu", Headroom(None), None, "", 2), "Q4_K") == "wgsl"
+    native = Place("jax", Headroom(None), None, "", 4, "native")
+    assert [implementation(native, name) for name in ("Q4_K", "F32", "IQ4_XS")] == ["native", "native", "xla"]
+
+
+@pytest.mark.parametrize("setting", ["", "off"])
+def test_a_cpu_runs_its_own_kernels_unless_they_are_off(setting, monkeypatch, capsys):
+    monkeypatch.setenv("QWEN3_MOE_NATIVE", setting)
+    expected = "xla" if setting or native_kernels_against() else "native"
+    assert main(["inspect"]) == 0
+    assert f"will run with jax (F32: {expected}, Q4_K: {expected}" in capsys.readouterr().out
+
+
+def test_a_file_of_a_near_name_is_offered(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name in ("Tiny-Coder-Q4_K_M.gguf", "notes.txt"):
+        (tmp_path / name).write_bytes(b"")
+    (tmp_path / "tiny-coder").mkdir()
+    assert main(["inspect", "tiny-coder-q4_k_m.guf"]) == ExitCode.USAGE
+    assert capsys.readouterr().err == (
+        "qwen3-moe: there is no file tiny-coder-q4_k_m.guf; did you mean Tiny-Coder-Q4_K_M.gguf?\n"
+    )
+    assert main(["inspect", "other.gguf"]) == ExitCode.FAULT
+    assert "E_OPEN" in capsys.readouterr().err

@@ -76,9 +76,11 @@ class Conversation:
         It is full when the prompt leaves less than an eighth of it (or than ``max_tokens``, if those
         are fewer). Turns are then dropped until half of it is free, so that the beginning of the
         prompt stays the same for many turns, and the cache of it can be used. The system message and
-        the question stay.
+        the question stay. A question that does not fit without any turn drops none: it is refused.
         """
         if not self.is_full(count(self.messages(question)), context, max_tokens):
+            return 0
+        if count(self._messages([], question)) >= context:
             return 0
         before = self.first
         while self.first < len(self.turns) and 2 * count(self.messages(question)) > context:
