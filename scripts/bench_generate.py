@@ -72,12 +72,12 @@ print(json.dumps(count / seconds))
 """Writes tokens for a second; no token ends the text, for a model of random weights may begin with an end."""
 
 
-def first_text(model: str | None, backend: str, ids: list[int], most: int, cache: str) -> tuple | None:
+def first_text(model: str | None, backend: str, ids: list[int], max_tokens: int, cache: str) -> tuple | None:
     """A new process: seconds from its start to its first token, and tokens per second in the second after.
 
     None where that process fails.
     """
-    command = [sys.executable, "-u", "-c", FIRST_TEXT, model or "", backend, json.dumps(ids), str(most)]
+    command = [sys.executable, "-u", "-c", FIRST_TEXT, model or "", backend, json.dumps(ids), str(max_tokens)]
     environment = child_environment() | {"XDG_CACHE_HOME": cache}
     began = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.PIPE, env=environment, text=True)

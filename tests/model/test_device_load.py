@@ -212,19 +212,19 @@ def test_the_host_holds_few_buffers(q8_0_file, monkeypatch):
 def held_nbytes(monkeypatch, load) -> int:
     """The most that a load has on its device at a time beyond what is left of it, in bytes, by counting."""
     gc.collect()
-    before, most = {id(a) for a in jax.live_arrays()}, [0]
+    before, peak = {id(a) for a in jax.live_arrays()}, [0]
     count = lambda: sum(a.nbytes for a in jax.live_arrays() if id(a) not in before and not a.is_deleted())
     for name in ("place_blocks", "place_rows"):
-        place = getattr(device_load, name)
+        inner = getattr(device_load, name)
 
-        def counted(*args, place=place, **options):
-            found = place(*args, **options)
-            most[0] = max(most[0], count())
+        def counted(*args, inner=inner, **options):
+            found = inner(*args, **options)
+            peak[0] = max(peak[0], count())
             return found
 
         monkeypatch.setattr(device_load, name, counted)
     params = load()
-    return most[0] - sum(a.nbytes for a in jax.tree.leaves(params))
+    return peak[0] - sum(a.nbytes for a in jax.tree.leaves(params))
 
 
 def test_the_device_holds_few_pieces_beside_the_weights(q8_0_file, monkeypatch):
@@ -236,12 +236,12 @@ def test_the_device_holds_few_pieces_beside_the_weights(q8_0_file, monkeypatch):
 
 def test_tensors_are_read_ahead_up_to_a_number_of_bytes(q8_0_file, monkeypatch):
     """Of what is read whole, the host holds that which has been begun and not been sent."""
-    begun, sent, most = [0], [0], [0]
+    begun, sent, peak = [0], [0], [0]
 
     class Counted(LyingSource):
         def unchecked(self, path):
             begun[0] += self.tensor_nbytes(path)
-            most[0] = max(most[0], begun[0] - sent[0])
+            peak[0] = max(peak[0], begun[0] - sent[0])
             return super().unchecked(path)
 
     with open_model(q8_0_file) as source:
@@ -250,7 +250,7 @@ def test_tensors_are_read_ahead_up_to_a_number_of_bytes(q8_0_file, monkeypatch):
         monkeypatch.setattr(device_load, "TENSOR_BYTES", sizes[-1] * 3 // 2)
         told = lambda done, total: sent.__setitem__(0, done - vectors)
         load_on_device(Counted(source, {}), GPU_ROLES, CPU, told)
-    assert sizes[-1] < most[0] <= device_load.TENSOR_BYTES
+    assert sizes[-1] < peak[0] <= device_load.TENSOR_BYTES
 
 
 def test_a_piece_is_whole_tiles_that_divide_the_tensor():
