@@ -15,12 +15,18 @@ cold      one wave of all clients at once: the times of the first tokens
 shared    all clients share a long prefix, against prefixes of their own
 turn      the second turn of a long chat: the time to its first token
 
+A part that fails or would begin too late is named, and costs no other; the receipt is written after each.
+On a GPU the first start compiles some forty programs, which takes minutes; they are kept, also by a run that
+was ended, so that the next run goes on from there.
+
 The last line is JSON.
 """
 
 import argparse
 import asyncio
 import contextlib
+import importlib
+import itertools
 import json
 import os
 import platform
@@ -28,15 +34,15 @@ import random
 import socket
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from qwen3_moe_jax.convert.open_model import open_model
 from qwen3_moe_jax.loader import embedded_model
 from scripts import ROOT
+from scripts._load_generator import ask, quantile, wave, within
 
 PARTS = ("ratio", "front", "mixed", "overload", "cold", "shared", "turn")
 CPU_PARTS = ("ratio", "front", "mixed", "overload", "turn")
@@ -58,13 +64,17 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--h100", action="store_true", help="64 chats of 512 and 128, prefixes of 4,096, 8,192"
     )
-    parser.add_argument("--receipt", type=Path, help="write the figures there too")
+    parser.add_argument("--seconds", type=float, help="no part begins after so long (1500; --h100: 400)")
+    parser.add_argument("--part-seconds", type=float, default=300, help="a part may take so long")
+    parser.add_argument("--receipt", type=Path, help="write the figures there too, after each part")
     args = parser.parse_args()
     if args.h100:
         args.clients, args.prompt, args.tokens, args.long = 64, 512, 128, 4096
-        args.parts = ["ratio", "cold", "shared", "turn", "mixed", "overload", "front"]
+        args.seconds = args.seconds or 400
+        args.parts = [name for name in PARTS if name != "front"]
     elif "all" in args.parts:
         args.parts = list(CPU_PARTS)
+    args.seconds = args.seconds or 1500
     return args
 
 
@@ -89,7 +99,7 @@ def alone(args: argparse.Namespace) -> dict[str, float]:
     from qwen3_moe_jax.api import load
 
     with load(args.model, backend="jax", gate=False) as model:
-        batch = model.runner.open_batch(args.clients, context=args.prompt + args.tokens + 16)
+        batch = model.runner.open_batch(args.clients, context=args.context)
         rates = []
         for number in range(args.rounds + 1):
             began, first = time.perf_counter(), []
@@ -122,7 +132,7 @@ def in_child(name: str, args: argparse.Namespace) -> dict[str, float]:
         name,
         json.dumps(vars(args), default=str),
     ]
-    done = subprocess.run(command, stdout=subprocess.PIPE, check=True, cwd=ROOT)
+    done = subprocess.run(command, stdout=subprocess.PIPE, check=True, cwd=ROOT, timeout=args.part_seconds)
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -146,20 +156,26 @@ def server(args: argparse.Namespace, *, context: int, fake: bool = False, **opti
         command += [
             word for key, value in options.items() for word in (f"--{key.replace('_', '-')}", str(value))
         ]
-    with tempfile.TemporaryFile() as words:
-        process = subprocess.Popen(command, cwd=ROOT, stderr=words, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+    try:
+        began = time.monotonic()
+        asyncio.run(within(args.seconds, until_healthy(port, process)))
+        say(f"the server was ready after {time.monotonic() - began:.0f} s")
+        yield port
+    finally:
+        process.terminate()
         try:
-            if not asyncio.run(until_healthy(port, process)):
-                words.seek(0)
-                raise SystemExit(f"the server did not start:\n{words.read().decode()}")
-            yield port
-        finally:
-            process.terminate()
-            process.wait(60)
+            process.wait(30)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
 
 
-async def until_healthy(port: int, process: subprocess.Popen) -> bool:
-    """Whether the server came up; False when it ended first."""
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+async def until_healthy(port: int, process: subprocess.Popen) -> None:
     while process.poll() is None:
         with contextlib.suppress(OSError):
             reader, writer = await asyncio.open_connection("127.0.0.1", port)
@@ -167,88 +183,33 @@ async def until_healthy(port: int, process: subprocess.Popen) -> bool:
             head = await reader.read()
             writer.close()
             if b" 200 " in head[:20]:
-                return True
+                return
         await asyncio.sleep(0.2)
-    return False
-
-
-async def ask(port: int, ids: list[int], tokens: int, *, cache: bool = False) -> dict[str, Any]:
-    """One streamed completion: when its events came, how many tokens, or the status of a refusal."""
-    body = {"prompt": ids, "max_tokens": tokens, "temperature": 0, "stream": True, "cache_prompt": cache}
-    content = json.dumps({**body, "stream_options": {"include_usage": True}}).encode()
-    began = time.perf_counter()
-    reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1 << 22)
-    head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
-    writer.write(
-        head + b"Content-Type: application/json" + b"\r\nContent-Length: %d\r\n\r\n" % len(content) + content
-    )
-    status = int((await reader.readline()).split()[1])
-    times: list[float] = []
-    usage: dict[str, Any] = {}
-    while line := await reader.readline():
-        if line.startswith(b"data: {"):
-            if b'"choices":[]' in line:
-                usage = json.loads(line[6:])["usage"]
-            else:
-                times.append(time.perf_counter())
-    writer.close()
-    found: dict[str, Any] = {"status": status, "seconds": time.perf_counter() - began}
-    if status == 200 and times:
-        found |= {"first": times[0] - began, "tokens": usage.get("completion_tokens", 0), "times": times}
-        found["cached"] = usage.get("prompt_tokens_details", {}).get("cached_tokens", 0)
-    return found
-
-
-def quantile(values: list[float], share: float) -> float | None:
-    """The value below which this share of them lies."""
-    return sorted(values)[min(len(values) - 1, int(share * len(values)))] if values else None
-
-
-def wave(port: int, work: list[list[int]], tokens: int, *, cache: bool = False) -> dict[str, Any]:
-    """All of these at once."""
-
-    async def main() -> tuple[list[dict[str, Any]], float]:
-        began = time.perf_counter()
-        found = await asyncio.gather(*(ask(port, ids, tokens, cache=cache) for ids in work))
-        return list(found), time.perf_counter() - began
-
-    found, seconds = asyncio.run(main())
-    good = [f for f in found if f["status"] == 200]
-    first = [f["first"] for f in good]
-    return {
-        "tokens_per_second": sum(f["tokens"] for f in good) / seconds,
-        "seconds": seconds,
-        "first_p50": quantile(first, 0.5),
-        "first_p95": quantile(first, 0.95),
-        "cached_tokens": sum(f["cached"] for f in good),
-        "statuses": {
-            str(s): sum(f["status"] == s for f in found) for s in sorted({f["status"] for f in found})
-        },
-        "refused_p99": quantile([f["seconds"] for f in found if f["status"] == 429], 0.99),
-    }
+    raise RuntimeError("the server did not start")
 
 
 # -- parts: those of one server, in an order in which none spoils the next
 
 
 def cold(args: argparse.Namespace, port: int) -> dict[str, Any]:
-    """Nothing has been asked before but what the server itself warmed up."""
-    return wave(port, prompts(args, 7), args.tokens)
+    """No prompt has been seen before: the first wave of a server, and another one."""
+    first, second = (wave(args, port, prompts(args, 7 + n), args.tokens) for n in range(2))
+    return {**second, "first_wave": first}
 
 
 def ratio(args: argparse.Namespace, port: int) -> dict[str, Any]:
     """The best wave, and single requests of two tokens."""
-    wave(port, prompts(args, 0), args.tokens)
-    waves = [wave(port, prompts(args, n + 1), args.tokens) for n in range(args.rounds)]
+    wave(args, port, prompts(args, 0), args.tokens)
+    waves = [wave(args, port, prompts(args, n + 1), args.tokens) for n in range(args.rounds)]
     best = max(waves, key=lambda w: w["tokens_per_second"])
-    one = [wave(port, prompts(args, 50 + n, count=1), 2)["first_p50"] for n in range(20)]
+    one = [wave(args, port, prompts(args, 50 + n, count=1), 2)["first_p50"] for n in range(20)]
     return {"served": best, "first_token_of_one": {"p50": quantile(one, 0.5), "p95": quantile(one, 0.95)}}
 
 
 def overload(args: argparse.Namespace, port: int) -> dict[str, Any]:
     """Ten times what slots and queue hold."""
-    plain = wave(port, prompts(args, 1), args.tokens)
-    found = wave(port, prompts(args, 2, count=10 * args.clients), args.tokens)
+    plain = wave(args, port, prompts(args, 1), args.tokens)
+    found = wave(args, port, prompts(args, 2, count=10 * args.clients), args.tokens)
     return {**found, "share_of_plain": found["tokens_per_second"] / plain["tokens_per_second"]}
 
 
@@ -257,18 +218,23 @@ def mixed(args: argparse.Namespace, port: int) -> dict[str, Any]:
     work = prompts(args, 3, count=max(1, args.clients // 2))
     long = prompts(args, 4, count=2, tokens=args.long)
 
-    async def main(prompt: list[int]) -> tuple[list[dict[str, Any]], float, float]:
-        running = [asyncio.ensure_future(ask(port, ids, args.long // 2)) for ids in work]
-        while not await decodes(port):
+    async def main(prompt: list[int]) -> tuple[list[list[float]], float, float]:
+        times: list[list[float]] = [[] for _ in work]
+        pairs = zip(work, times, strict=True)
+        running = [asyncio.ensure_future(ask(port, ids, args.long // 2, times=t)) for ids, t in pairs]
+        while not all(times):
             await asyncio.sleep(0.05)
         began = time.perf_counter()
         await ask(port, prompt, 1)
         ended = time.perf_counter()
-        return [await task for task in running], began, ended
+        for task in running:
+            task.cancel()
+        await asyncio.gather(*running, return_exceptions=True)
+        return times, began, ended
 
-    asyncio.run(main(long[0]))  # what it compiles
-    found, began, ended = asyncio.run(main(long[1]))
-    gaps = [(b, b - a) for f in found for a, b in zip(f["times"], f["times"][1:], strict=False)]
+    asyncio.run(within(args.part_seconds, main(long[0])))  # what it compiles
+    found, began, ended = asyncio.run(within(args.part_seconds, main(long[1])))
+    gaps = [(b, b - a) for times in found for a, b in itertools.pairwise(times)]
     during = [gap for at, gap in gaps if began <= at <= ended]
     return {
         "prompt": args.long,
@@ -279,23 +245,14 @@ def mixed(args: argparse.Namespace, port: int) -> dict[str, Any]:
     }
 
 
-async def decodes(port: int) -> bool:
-    """Whether something is being written."""
-    reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    writer.write(b"GET /health/decode HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
-    text = await reader.read()
-    writer.close()
-    return b"decoding" in text
-
-
 def shared(args: argparse.Namespace, port: int) -> dict[str, Any]:
     """Each has a prefix of its own; then all have one."""
     tails = prompts(args, 11, tokens=32)
     own = [a + b for a, b in zip(prompts(args, 12, tokens=args.long), tails, strict=True)]
     prefix = prompts(args, 13, count=1, tokens=args.long)[0]
-    apart = wave(port, own, args.tokens, cache=True)
-    wave(port, [prefix + [300]], 1, cache=True)
-    together = wave(port, [prefix + tail for tail in tails], args.tokens, cache=True)
+    apart = wave(args, port, own, args.tokens, cache=True)
+    wave(args, port, [prefix + [300]], 1, cache=True)
+    together = wave(args, port, [prefix + tail for tail in tails], args.tokens, cache=True)
     times = together["tokens_per_second"] / apart["tokens_per_second"]
     return {"prefix": args.long, "apart": apart, "together": together, "times": times}
 
@@ -304,22 +261,64 @@ SHARING = {f.__name__: f for f in (cold, ratio, mixed, shared, overload)}
 """Parts that one server can take one after the other."""
 
 
-def with_one_server(args: argparse.Namespace) -> dict[str, Any]:
-    """The figures of all parts that share a server, and of the batch alone."""
+class Figures:
+    """What was found so far; a part that fails, or would begin too late, is named and costs no other."""
+
+    def __init__(self, args: argparse.Namespace):
+        self._args, self._began = args, time.monotonic()
+        self.parts: dict[str, Any] = {}
+
+    def take(self, name: str, work: Callable[[], dict[str, Any]]) -> None:
+        """Does a part."""
+        began = time.monotonic()
+        if began - self._began > self._args.seconds:
+            self.parts[name] = {"skipped": f"{self._args.seconds:.0f} s were over"}
+        else:
+            try:
+                self.parts[name] = work()
+            except Exception as error:
+                self.parts[name] = {"failed": f"{type(error).__name__}: {error}"}
+        say(f"{name} ({time.monotonic() - began:.0f} s): {json.dumps(self.parts[name])}")
+        self.write()
+
+    def write(self) -> dict[str, Any]:
+        """The receipt as it is now."""
+        args = self._args
+        command = f"python -m scripts.bench_serve {' '.join(sys.argv[1:])}"
+        shape = {"clients": args.clients, "prompt": args.prompt, "tokens": args.tokens}
+        model = Path(args.model).name if args.model else "embedded"
+        found = {"what": command, **machine(), "model": model, **shape, "figures": self.parts}
+        if args.receipt:
+            args.receipt.write_text(json.dumps(found, indent=1) + "\n")
+        return found
+
+
+def with_one_server(args: argparse.Namespace, figures: Figures) -> None:
+    """All parts that share a server. Then the batch alone: what it needs has been compiled."""
     parts = [name for name in SHARING if name in args.parts]
     if not parts:
-        return {}
-    figures: dict[str, Any] = {"alone": in_child("alone", args)} if "ratio" in parts else {}
-    needs_long = {"mixed", "shared"} & set(parts)
-    room = max(args.prompt, 1.5 * args.long if needs_long else 0)
-    with server(args, context=int(room) + args.tokens + 64, max_queue=args.clients) as port:
-        for name in parts:
-            figures[name] = SHARING[name](args, port)
-            print(f"{name}: {json.dumps(figures[name])}", file=sys.stderr, flush=True)
+        return
+    try:
+        with server(args, context=args.context, max_queue=args.clients) as port:
+            for name in parts:
+                figures.take(name, lambda name=name: SHARING[name](args, port))
+    except (RuntimeError, TimeoutError) as error:
+        figures.take("server", lambda error=error: {"failed": f"{type(error).__name__}: {error}"})
     if "ratio" in parts:
-        served, alone_rate = figures["ratio"]["served"], figures["alone"]["tokens_per_second"]
-        figures["ratio"]["ratio"] = served["tokens_per_second"] / alone_rate
-    return figures
+        figures.take("alone", lambda: in_child("alone", args))
+        with contextlib.suppress(KeyError):
+            served, alone_rate = figures.parts["ratio"]["served"], figures.parts["alone"]["tokens_per_second"]
+            figures.parts["ratio"]["ratio"] = served["tokens_per_second"] / alone_rate
+
+
+def context_of(args: argparse.Namespace) -> int:
+    """Tokens that the longest sequence of these parts has."""
+    longest = args.prompt + args.tokens
+    if "mixed" in args.parts:
+        longest = max(longest, args.prompt + args.long // 2, args.long + 1)
+    if "shared" in args.parts:
+        longest = max(longest, args.long + 32 + args.tokens)
+    return longest + 64
 
 
 # -- parts with a server of their own
@@ -331,8 +330,8 @@ def turn(args: argparse.Namespace) -> dict[str, Any]:
     with server(args, context=long + 256, slots=2) as port:
         for talk in prompts(args, 21, count=3, tokens=long):
             more = prompts(args, 22, count=1, tokens=24)[0]
-            first.append(wave(port, [talk], 8, cache=True)["first_p50"])
-            second.append(wave(port, [talk + more], 8, cache=True)["first_p50"])
+            first.append(wave(args, port, [talk], 8, cache=True)["first_p50"])
+            second.append(wave(args, port, [talk + more], 8, cache=True)["first_p50"])
     return {
         "tokens": long,
         "first_turn": first[-1],
@@ -345,8 +344,8 @@ def front(args: argparse.Namespace) -> dict[str, Any]:
     """64 streams of an engine that costs nothing."""
     with server(args, context=4096, fake=True) as port:
         work = [[300, 301, 302] for _ in range(64)]
-        wave(port, work, 64)
-        found = wave(port, work, 512)
+        wave(args, port, work, 64)
+        found = wave(args, port, work, 512)
     return {"streams": 64, "events_per_second": found["tokens_per_second"]}
 
 
@@ -394,18 +393,15 @@ def main() -> None:
         child(*sys.argv[2:4])
         return
     args = parse()
+    importlib.import_module("qwen3_moe_jax.serve.run")  # the extra [serve] is missed now, not after minutes
     args.vocabulary = vocabulary(args.model)
-    figures = with_one_server(args)
+    args.context = context_of(args)
+    figures = Figures(args)
+    with_one_server(args, figures)
     for name, part in (("turn", turn), ("front", front)):
         if name in args.parts:
-            figures[name] = part(args)
-            print(f"{name}: {json.dumps(figures[name])}", file=sys.stderr, flush=True)
-    command = f"python -m scripts.bench_serve {' '.join(sys.argv[1:])}"
-    shape = {"clients": args.clients, "prompt": args.prompt, "tokens": args.tokens}
-    found = {"what": command, **machine(), "model": args.model or "embedded", **shape, "figures": figures}
-    if args.receipt:
-        args.receipt.write_text(json.dumps(found, indent=1) + "\n")
-    print(json.dumps(found))
+            figures.take(name, lambda part=part: part(args))
+    print(json.dumps(figures.write()))
 
 
 if __name__ == "__main__":

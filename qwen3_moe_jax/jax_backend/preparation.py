@@ -17,7 +17,7 @@ import threading
 import time
 import weakref
 from collections.abc import Generator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 
 from qwen3_moe_jax.jax_backend import programs
@@ -101,13 +101,20 @@ class Preparation:
         for wanted in first:
             self._lowering.submit(self._begin, wanted, compiles)
 
-    def _begin(self, wanted: Wanted, compiles: bool) -> None:
+    def make_all(self) -> None:
+        """Makes all programs, side by side, and returns when they are there or have failed."""
+        with suppress(RuntimeError):  # closed
+            begun = [self._lowering.submit(self._begin, wanted, True) for wanted in self.wanted]
+            wait([made for made in (b.result() for b in begun) if made is not None])
+
+    def _begin(self, wanted: Wanted, compiles: bool) -> Future[None] | None:
         """Leaves one to the others: to load it, or when it is lowered, to compile it."""
         with in_background(), own_settings(), suppress(Exception):  # it fails again where it is called
             if compiles and not self._is_over() and not wanted.is_stored:
                 wanted.lower()
         with suppress(RuntimeError):  # closed meanwhile
-            self._first.submit(self._make, wanted, compiles)
+            return self._first.submit(self._make, wanted, compiles)
+        return None
 
     def go_on(self) -> None:
         """The first token is there: the others may be made, if a later process will find them on disk."""

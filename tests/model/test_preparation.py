@@ -152,6 +152,17 @@ def test_the_next_is_lowered_while_one_is_compiled():
     assert [entry for entry in log if "lowered" in entry] == ["a lowered", "b lowered"]
 
 
+def test_all_are_made_when_make_all_returns():
+    log = []
+    wanted = [Fake(log, "a"), Fake(log, "b", stored=True), Fake(log, "c")]
+    wanted[0].make = lambda: 1 / 0  # it fails again where it is called
+    preparation = Preparation(wanted, only_when_idle=True)
+    preparation.make_all()
+    assert [w.is_ready for w in wanted] == [False, True, True]
+    preparation.close()
+    preparation.make_all()  # nothing is begun, nothing is waited for
+
+
 def test_without_a_known_prompt_nothing_is_lowered_that_is_not_on_disk():
     log = []
     preparation = Preparation([])

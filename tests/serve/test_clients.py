@@ -202,7 +202,7 @@ def test_fill_in_the_middle(openai, server):
     reply = openai.completions.create(model="m", prompt="def", suffix="x", max_tokens=50, temperature=0)
     assert reply.choices[0].text == FIM
     body = {"input_prefix": "def", "input_suffix": "x", "temperature": 0}
-    assert httpx.post(f"{server.url}/infill", json=body).json()["content"] == FIM
+    assert httpx.post(f"{server.url}/infill", json=body, timeout=120).json()["content"] == FIM
     raw = "<|fim_prefix|>def<|fim_suffix|>x<|fim_middle|>"
     reply = openai.completions.create(model="m", prompt=raw, max_tokens=50, temperature=0)
     assert reply.choices[0].text == FIM
@@ -300,12 +300,12 @@ def test_what_claude_code_sends(anthropic):
 def test_tokens_there_and_back(server):
     import httpx
 
-    post = lambda path, **body: httpx.post(f"{server.url}{path}", json=body).json()
+    post = lambda path, **body: httpx.post(f"{server.url}{path}", json=body, timeout=120).json()
     text = "Hi <|im_end|> 你好"
     tokens = post("/tokenize", prompt=text)["tokens"]
     assert post("/tokenize", content=text)["tokens"] == tokens
     assert post("/detokenize", tokens=tokens)["prompt"] == text
-    info = httpx.get(f"{server.url}/tokenizer_info").json()
+    info = httpx.get(f"{server.url}/tokenizer_info", timeout=120).json()
     assert len(post("/tokenize", prompt=info["eos_token"])["tokens"]) == 1
     pieces = post("/tokenize", content="ab", with_pieces=True)["tokens"]
     assert [p["piece"] for p in pieces] == ["a", "b"]

@@ -86,7 +86,7 @@ def test_schemas_that_cannot_be_used(noise, wanted):
         noise, response_format={"type": "json_schema", "json_schema": {"schema": wanted}}, max_tokens=4
     )
     assert reply.status_code == 400, reply.text
-    assert httpx.get(f"{noise.url}/health").status_code == 200
+    assert httpx.get(f"{noise.url}/health", timeout=120).status_code == 200
 
 
 def test_others_go_on_beside_a_mask(noise):

@@ -204,7 +204,7 @@ def test_many_who_trickle_do_not_hold_up_others(serve):
     sockets = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(300)]
     for connection in sockets:
         connection.sendall(b"GET /livez HTTP/1.1\r\nHost: loc")
-    assert httpx.get(f"{server.url}/livez").status_code == 200
+    assert httpx.get(f"{server.url}/livez", timeout=120).status_code == 200
     assert ask(server).status_code == 200
     for connection in sockets:
         connection.settimeout(120)
@@ -215,7 +215,7 @@ def test_many_who_trickle_do_not_hold_up_others(serve):
 def test_health_says_what_the_engine_is(serve):
     server = serve()
     engine = server.service.engine
-    get = lambda path: httpx.get(f"{server.url}{path}", headers=headers())
+    get = lambda path: httpx.get(f"{server.url}{path}", headers=headers(), timeout=120)
     state = lambda path: (get(path).status_code, get(path).json()["status"])
     assert state("/health") == (200, "ok")
     assert state("/health/decode") == (200, "idle")
@@ -245,7 +245,7 @@ def test_a_drain_lets_answers_end_and_takes_no_new_ones(serve):
     until(lambda: engine.active == 1)
     server.loop.call_soon_threadsafe(server.server.stop)
     until(lambda: engine.is_draining)
-    assert httpx.get(f"{server.url}/health").json() == {"status": "draining"}
+    assert httpx.get(f"{server.url}/health", timeout=120).json() == {"status": "draining"}
     assert ask(server).status_code == 503
     engine.is_held = False
     whole = b""

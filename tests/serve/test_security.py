@@ -141,6 +141,7 @@ def test_sizes(guarded):
         f"{guarded.url}/tokenize",
         content=(b" " * 50_000 for _ in range(9)),
         headers={"authorization": f"Bearer {KEY}", "content-type": "application/json"},
+        timeout=120,
     )
     assert chunked.status_code == 413
     assert status(raw(guarded, get("/livez", "X-Long: " + "a" * 20_000))) == 431
@@ -296,10 +297,10 @@ def test_a_killed_engine_comes_back(guarded):
         os.kill(engine.process_id, signal.SIGKILL)
         rest = "\n".join(lines)
     assert '"error"' in rest
-    assert httpx.get(f"{guarded.url}/health").status_code == 503
+    assert httpx.get(f"{guarded.url}/health", timeout=120).status_code == 503
     assert post(guarded, CHAT).status_code == 503
     end = time.monotonic() + 240
-    while httpx.get(f"{guarded.url}/health").status_code != 200 and time.monotonic() < end:
+    while httpx.get(f"{guarded.url}/health", timeout=120).status_code != 200 and time.monotonic() < end:
         time.sleep(0.1)
     assert post(guarded, CHAT).status_code == 200
     assert engine.restarts == 1

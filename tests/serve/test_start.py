@@ -4,11 +4,13 @@ import asyncio
 import contextlib
 import io
 import socket
+from types import SimpleNamespace
 
 import pytest
 
 from qwen3_moe_jax import cli
 from qwen3_moe_jax.serve import run as serve_run
+from qwen3_moe_jax.serve.engine import worker
 from qwen3_moe_jax.serve.engine.client import MAX_RESTARTS, EngineClient
 from qwen3_moe_jax.serve.engine.frames import Start
 from qwen3_moe_jax.serve.run import ServeError
@@ -86,3 +88,32 @@ def test_help_has_a_line_for_each_client(capsys):
     said = capsys.readouterr().out
     for client in ("OpenAI's Python", "Anthropic's Python", "Claude Code", "Codex", "Qwen Code", "curl"):
         assert client in said
+
+
+@pytest.mark.parametrize(("kind", "made"), [("gpu", ["short", "long"]), ("cpu", [])])
+def test_a_gpu_has_all_programs_before_it_is_ready(kind, made):
+    """A running answer would wait for the compiler; a CPU compiles while it is idle."""
+    log, names = [], ("short", "long")
+    prepares = [SimpleNamespace(make_all=lambda n=n: log.append(n)) for n in names]
+    batches = [SimpleNamespace(preparation=p) for p in prepares]
+    engine = object.__new__(worker.Engine)
+    runner = SimpleNamespace(platform=kind, capabilities=SimpleNamespace(open_batch=True))
+    engine.model = SimpleNamespace(runner=runner)
+    engine.scheduler = SimpleNamespace(batch=SimpleNamespace(batches=batches))
+    engine.rows = ()
+    engine._warm_up()
+    assert log == made
+
+
+def test_what_a_compiler_took_is_given_back_once(monkeypatch):
+    log = []
+    monkeypatch.setattr(worker.resident, "give_back", lambda: log.append("given back"))
+    engine = object.__new__(worker.Engine)
+    engine._programs, engine._has_compiled = 0, False
+    engine._count_program("decode", None)  # it begins
+    engine.tidy()
+    assert log == []
+    engine._count_program("decode", object())
+    engine.tidy()
+    engine.tidy()
+    assert (engine._programs, log) == (1, ["given back"])

@@ -17,47 +17,48 @@ class PooledBatch:
     """Slots of several lengths; a slot's number says its batch, shorter rows have lower ones.
 
     Attributes:
+      batches: one for each length, that of the shortest rows first.
       slots: how many, in all batches.
       capacity: tokens that a sequence in the longest row may have.
     """
 
     def __init__(self, batches: Sequence[RowBatch]):
         """Takes batches over, which are sorted by their capacity."""
-        self._batches = tuple(sorted(batches, key=lambda b: b.capacity))
+        self.batches = tuple(sorted(batches, key=lambda b: b.capacity))
         self._first: list[int] = []
         self.slots = 0
-        for batch in self._batches:
+        for batch in self.batches:
             self._first.append(self.slots)
             self.slots += batch.slots
-        self.capacity = self._batches[-1].capacity
+        self.capacity = self.batches[-1].capacity
         self._reader = 0
 
     def _row_of(self, slot: int) -> tuple[RowBatch, int]:
         """The batch of a slot and its number there."""
-        for batch, first in zip(reversed(self._batches), reversed(self._first), strict=True):
+        for batch, first in zip(reversed(self.batches), reversed(self._first), strict=True):
             if slot >= first:
                 return batch, slot - first
         raise KeyError(slot)
 
     @property
     def free_slots(self) -> int:
-        return sum(b.free_slots for b in self._batches)
+        return sum(b.free_slots for b in self.batches)
 
     @property
     def waiting(self) -> int:
-        return sum(b.waiting for b in self._batches)
+        return sum(b.waiting for b in self.batches)
 
     @property
     def running(self) -> int:
-        return sum(b.running for b in self._batches)
+        return sum(b.running for b in self.batches)
 
     @property
     def is_whole(self) -> bool:
-        return all(b.is_whole for b in self._batches)
+        return all(b.is_whole for b in self.batches)
 
     @property
     def is_held(self) -> bool:
-        running = [b for b in self._batches if b.running]
+        running = [b for b in self.batches if b.running]
         return bool(running) and all(b.is_held for b in running)
 
     def room(self, slot: int) -> int:
@@ -72,7 +73,7 @@ class PooledBatch:
         return slot - number + batch.admit(token_ids, slot=number, **options)
 
     def _fitting(self, tokens: int) -> int:
-        able = [pair for pair in zip(self._batches, self._first, strict=True) if pair[0].free_slots]
+        able = [pair for pair in zip(self.batches, self._first, strict=True) if pair[0].free_slots]
         if not able:
             raise BatchFullError(self.slots)
         batch, first = next((pair for pair in able if pair[0].capacity >= tokens), able[-1])
@@ -92,17 +93,17 @@ class PooledBatch:
         """As ``Batch.step`` of every batch; one of them reads prompts, they take turns."""
         reader = self._next_reader()
         found: list[Progress] = []
-        for number, batch in enumerate(self._batches):
+        for number, batch in enumerate(self.batches):
             if batch.running:
                 maximum = prompt_tokens if number == reader else 0
                 found += self._numbered(number, batch.step(tokens, prompt_tokens=maximum, ahead=ahead))
         return found
 
     def _next_reader(self) -> int | None:
-        order = [(self._reader + i) % len(self._batches) for i in range(len(self._batches))]
-        reader = next((n for n in order if self._batches[n].waiting), None)
+        order = [(self._reader + i) % len(self.batches) for i in range(len(self.batches))]
+        reader = next((n for n in order if self.batches[n].waiting), None)
         if reader is not None:
-            self._reader = (reader + 1) % len(self._batches)
+            self._reader = (reader + 1) % len(self.batches)
         return reader
 
     def _numbered(self, batch: int, progress: Sequence[Progress]) -> Iterator[Progress]:
@@ -117,7 +118,7 @@ class PooledBatch:
 
     def row_nbytes(self, length: int) -> int:
         """As ``Batch.row_nbytes``, of the longest rows."""
-        return self._batches[-1].row_nbytes(length)
+        return self.batches[-1].row_nbytes(length)
 
     def copy_row(self, source: int, target: int, length: int) -> None:
         """As ``Batch.copy_row``, also from one batch to another: on the device."""

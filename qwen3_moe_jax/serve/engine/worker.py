@@ -18,9 +18,11 @@ import numpy as np
 
 from qwen3_moe_jax.core.batch import Batch
 from qwen3_moe_jax.core.errors import MemoryPlanError
+from qwen3_moe_jax.machine import resident
 from qwen3_moe_jax.machine.row_plan import RowClass, plan_rows
 from qwen3_moe_jax.serve.engine import frames, reports
 from qwen3_moe_jax.serve.engine.jobs import Event, Limits
+from qwen3_moe_jax.serve.engine.pace import Pace
 from qwen3_moe_jax.serve.engine.prefix import PrefixCache
 from qwen3_moe_jax.serve.engine.scheduler import Scheduler
 
@@ -34,38 +36,8 @@ kernel, in which company does not change a sequence's bits."""
 MAX_STEP = {"gpu": 8, "cpu": 4}
 """Tokens that a dispatch writes for each sequence while nobody waits."""
 
-PROMPT_TOKENS = (16, 32, 64, 128, 256, 512, 1024, 2048)
-"""What a step may read of prompts: powers of two, so that few shapes are compiled."""
-
 CPU_SHARE = 0.5
 """Of the main memory that is free, what slots may take unless asked for more."""
-
-
-class Pace:
-    """Chooses how much of prompts a step reads beside decoding, so that running streams go on.
-
-    It keeps a moving average of the seconds that a prompt token takes in a mixed step.
-    """
-
-    def __init__(self, seconds: float):
-        """``seconds``: how long a mixed step may take."""
-        self._seconds = seconds
-        self._per_token: float | None = None
-
-    def prompt_tokens(self, *, is_decoding: bool) -> int:
-        """For the next step; with nobody to hold up, the most."""
-        if not is_decoding:
-            return PROMPT_TOKENS[-1]
-        if self._per_token is None:
-            return 128
-        fitting = [n for n in PROMPT_TOKENS if n * self._per_token <= self._seconds]
-        return fitting[-1] if fitting else PROMPT_TOKENS[0]
-
-    def took(self, tokens: int, seconds: float) -> None:
-        """After a step that read about ``tokens`` of prompts."""
-        new = seconds / tokens
-        old = self._per_token
-        self._per_token = new if old is None else 0.8 * old + 0.2 * min(new, 4 * old)
 
 
 class Engine:
@@ -90,12 +62,16 @@ class Engine:
             gate=start.gate,
         )
         self._start = start
+        self._programs, self._has_compiled = 0, False
         runner = self.model.runner
         self.rows = self._plan(start)
         self.context = max(row.context for row in self.rows)
         if runner.capabilities.open_batch:
             # prompts are scored and drawn in caches of their own, of any length that the slots have
             runner.set_max_context(self.context)
+            from qwen3_moe_jax.jax_backend import programs
+
+            programs.listen(self._count_program)
         limits = Limits(start.max_queue, start.max_queue_tokens)
         self.scheduler = Scheduler(
             self._open_batch, limits=limits, max_step=MAX_STEP[self._device_kind], keep_log=start.keep_log
@@ -105,6 +81,17 @@ class Engine:
             self.scheduler.prefixes = PrefixCache(start.prefix_bytes)
         if start.warm_up:
             self._warm_up()
+
+    def _count_program(self, name: str, made: Any) -> None:
+        """``programs.Listener``; any thread may call it."""
+        if made is not None:
+            self._programs, self._has_compiled = self._programs + 1, True
+
+    def tidy(self) -> None:
+        """After a program was made: gives back what its compiler took."""
+        if self._has_compiled:
+            self._has_compiled = False
+            resident.give_back()
 
     @property
     def _device_kind(self) -> str:
@@ -142,8 +129,16 @@ class Engine:
         return SingleBatch(runner, self.context)
 
     def _warm_up(self) -> None:
-        """Compiles what the first requests need: chunks of prompts, and a step for every number of rows."""
+        """Compiles what the first requests need: chunks of prompts, and a step for every number of rows.
+
+        On a GPU all that requests can need: a program takes its compiler longer than hundreds of steps, and
+        running answers would wait for it.
+        """
         batch, first = self.scheduler.batch, 0
+        if self._device_kind == "gpu" and self.model.runner.capabilities.open_batch:
+            batches: tuple[Any, ...] = getattr(batch, "batches", (batch,))
+            for one in batches:
+                one.preparation.make_all()
         for row in self.rows:
             _warm_up_rows(batch, range(first, first + row.slots), row.context - 8)
             first += row.slots
@@ -170,6 +165,7 @@ class Engine:
             "running": len(s.running),
             "queued": len(s.queue),
             "queued_tokens": s.queue.tokens,
+            "programs": self._programs,
         }
         if p is not None:
             found |= {
@@ -277,6 +273,7 @@ class Loop:
         self._events += scheduler.turn(prompt_tokens=count)
         if will_read and mixed:
             self._pace.took(count, time.perf_counter() - began)
+        self._engine.tidy()
 
     def _report(self) -> None:
         scheduler = self._engine.scheduler

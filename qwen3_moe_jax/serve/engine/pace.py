@@ -1,0 +1,61 @@
+"""How much of prompts a step reads beside decoding, so that running streams go on."""
+
+PROMPT_TOKENS = (16, 32, 64, 128, 256, 512, 1024, 2048)
+"""What a step may read of prompts: powers of two, so that few shapes are compiled."""
+
+FIRST = 128
+"""Of a first step, of which nothing is known."""
+
+FORGETS = 100
+"""Steps after which an amount that was not chosen any more is forgotten: what made it slow may have been
+something else (a program was compiled)."""
+
+
+class Pace:
+    """Chooses amounts by what steps took.
+
+    A step takes so long for its weights and its running sequences, and so long for each token that it reads:
+    seconds per token would call a large amount slower than it is. So it keeps a moving average for each
+    amount, goes to the next one when the line through the last two says that it fits, and back when not.
+    """
+
+    def __init__(self, seconds: float):
+        """``seconds``: how long a mixed step may take."""
+        self._limit = seconds
+        self._seconds: dict[int, float] = {}
+        self._ages: dict[int, int] = {}  # steps since an amount was chosen
+
+    def prompt_tokens(self, *, is_decoding: bool) -> int:
+        """For the next step; with nobody to hold up, the most."""
+        if not is_decoding:
+            return PROMPT_TOKENS[-1]
+        if not self._seconds:
+            return FIRST
+        fitting = [
+            n for n in PROMPT_TOKENS if n <= 2 * max(self._seconds) and self._expected(n) <= self._limit
+        ]
+        return fitting[-1] if fitting else PROMPT_TOKENS[0]
+
+    def _expected(self, tokens: int) -> float:
+        """Seconds of a step; of an amount without an average, by those of its neighbours."""
+        known = self._seconds
+        if tokens in known:
+            return known[tokens]
+        less, more = sorted(n for n in known if n < tokens), [n for n in known if n > tokens]
+        if not less:
+            return known[min(more)] * tokens / min(more)
+        last = less[-1]
+        if len(less) == 1:  # half of it is thought to be the step's own
+            return known[last] * (0.5 + 0.5 * tokens / last)
+        per_token = max(0.0, known[last] - known[less[-2]]) / (last - less[-2])
+        return known[last] + per_token * (tokens - last)
+
+    def took(self, tokens: int, seconds: float) -> None:
+        """After a step that was to read ``tokens`` of prompts."""
+        if self._seconds:
+            seconds = min(seconds, 4 * max(self._expected(tokens), self._limit))
+        old = self._seconds.get(tokens)
+        self._seconds[tokens] = seconds if old is None else 0.8 * old + 0.2 * seconds
+        self._ages = {n: 0 if n == tokens else self._ages.get(n, 0) + 1 for n in self._seconds}
+        for number in [n for n, age in self._ages.items() if age > FORGETS]:
+            del self._seconds[number]
