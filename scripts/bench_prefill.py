@@ -21,12 +21,14 @@ from jax import lax
 
 from qwen3_moe_jax.convert.config import PRESETS, Qwen3MoeConfig
 from qwen3_moe_jax.convert.ggml_types import GGMLType
+from qwen3_moe_jax.convert.layouts.gpu_tiles import TILED_TYPES
 from qwen3_moe_jax.convert.packed import GPU_TILES, PackedTensor
 from qwen3_moe_jax.convert.tensor_names import q4_k_m_types
 from qwen3_moe_jax.jax_backend.kv_cache import KVCache
 from qwen3_moe_jax.jax_backend.params import plan_layers
 from qwen3_moe_jax.jax_backend.qwen3_moe import Qwen3Moe
 from qwen3_moe_jax.kernels_pallas import LayerTable
+from qwen3_moe_jax.kernels_pallas.packed.stacks import abstract_packed
 from qwen3_moe_jax.machine.kernels import AUTO, CHOICES, capability_of, choose_kernels
 from qwen3_moe_jax.machine.limits import prefill_operations
 from qwen3_moe_jax.measure.benchmark import random_prompts, repeated
@@ -73,6 +75,45 @@ def random_tiles(seed: int, kind: GGMLType, rows: int, columns: int) -> PackedTe
     return PackedTensor(arrays, kind, GPU_TILES)
 
 
+ROW_SCALES = {
+    GGMLType.Q4_0: {"d": 4.3e-3},
+    GGMLType.Q4_1: {"d": 4.3e-3, "m": -3.3e-2},
+    GGMLType.Q5_0: {"d": 2.2e-3},
+    GGMLType.Q5_1: {"d": 2.2e-3, "m": -3.4e-2},
+    GGMLType.IQ4_NL: {"d": 3e-4},
+    GGMLType.IQ4_XS: {"d": 8e-6},
+    GGMLType.Q2_K: {"d": 2.2e-3, "dmin": 3.3e-3},
+    GGMLType.Q3_K: {"d": 2.4e-4},
+}
+"""Mean of the float16 arrays of weights that lie in rows."""
+
+
+def random_rows(seed: int, kind: GGMLType, rows: int, columns: int) -> PackedTensor:
+    """Random weights in layout "rows" of a type that tiles do not hold, made on the device."""
+    arrays = {}
+    for i, (name, like) in enumerate(abstract_packed(kind, (rows, columns)).arrays.items()):
+        key = seed * 16 + i
+        if name == "w":
+            w = (2e-2 * jax.random.normal(jax.random.key(key), like.shape)).astype(jnp.bfloat16)
+            is_half = like.dtype == jnp.float16
+            arrays[name] = w.astype(jnp.float16) if is_half else lax.bitcast_convert_type(w, jnp.uint16)
+        elif like.dtype == jnp.float16:
+            arrays[name] = random_array(key, like.shape, 0, ROW_SCALES[kind][name])
+        elif name == "e":
+            arrays[name] = jnp.full(like.shape, 120, jnp.uint8)
+        else:
+            *leading, last = like.shape
+            words = random_array(key, (*leading, last // 4), 0xFFFFFFFF, 0.0)
+            arrays[name] = lax.bitcast_convert_type(words, like.dtype).reshape(like.shape)
+    return PackedTensor(arrays, kind)
+
+
+def random_matrices(seed: int, kind: GGMLType, rows: int, columns: int) -> PackedTensor:
+    """Random weights as a GPU holds them."""
+    make = random_tiles if kind in TILED_TYPES else random_rows
+    return make(seed, kind, rows, columns)
+
+
 def random_params(config: Qwen3MoeConfig, types: dict[str, GGMLType], roles: Any = None) -> dict[str, Any]:
     """The model's parameters; embeddings are plain bfloat16 bits, which every layout's lookup can read.
 
@@ -88,14 +129,14 @@ def random_params(config: Qwen3MoeConfig, types: dict[str, GGMLType], roles: Any
             w = 0.02 * jax.random.normal(key, like.shape, jnp.float32)
             stacks[name] = PackedTensor({"w": w}, GGMLType.F32)
         else:
-            stacks[name] = random_tiles(i, like.type, *like.shape)
+            stacks[name] = random_matrices(i, like.type, *like.shape)
     embedding = jax.random.normal(jax.random.key(99), (config.vocab_size, config.hidden_size), jnp.bfloat16)
     bits = lax.bitcast_convert_type(embedding, jnp.uint16)
     return {
         "layers": LayerTable(stacks, plan.tensors),
         "norm": jnp.ones(config.hidden_size, jnp.float32),
         "embed_tokens": PackedTensor({"w": bits}, GGMLType.BF16),
-        "lm_head": random_tiles(99, types["lm_head"], config.vocab_size, config.hidden_size),
+        "lm_head": random_matrices(99, types["lm_head"], config.vocab_size, config.hidden_size),
     }
 
 

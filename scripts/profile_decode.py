@@ -41,7 +41,7 @@ from jax import lax
 
 from qwen3_moe_jax.convert.config import PRESETS
 from qwen3_moe_jax.convert.ggml_types import GGMLType
-from qwen3_moe_jax.convert.packed import PackedTensor
+from qwen3_moe_jax.convert.packed import ROWS, PackedTensor
 from qwen3_moe_jax.convert.tensor_names import q4_k_m_types
 from qwen3_moe_jax.jax_backend.kv_cache import KVCache, whole_tiles
 from qwen3_moe_jax.jax_backend.params import GPU_ROLES
@@ -51,12 +51,14 @@ from qwen3_moe_jax.kernels_pallas.decode_step.experts import Experts
 from qwen3_moe_jax.kernels_pallas.decode_step.primitives.layouts import TILE_LANES, full
 from qwen3_moe_jax.kernels_pallas.decode_step.projections import Products
 from qwen3_moe_jax.kernels_pallas.decode_step.router import Router
+from qwen3_moe_jax.kernels_pallas.decode_step.row_formats import ROW_FORMATS
 from qwen3_moe_jax.kernels_pallas.decode_step.tile_formats import SHAPE, TILE_FORMATS
 from qwen3_moe_jax.kernels_pallas.decode_step.weights import ROUTER, StepWeights, column_names
 from qwen3_moe_jax.kernels_pallas.embedding_lookup.api import embedding_lookup
 from qwen3_moe_jax.kernels_pallas.gpu.device import multiprocessors
 from qwen3_moe_jax.kernels_pallas.gpu.interpreter import interpreter
 from qwen3_moe_jax.kernels_pallas.norm_rope.api import rope, rope_tables
+from qwen3_moe_jax.kernels_pallas.packed.dequantize import dequantize
 from scripts.bench_prefill import random_params
 
 
@@ -76,8 +78,25 @@ def mixed(config) -> dict[str, GGMLType]:
     return types
 
 
-TYPES = {"q4_k_m": q4_k_m_types, "mixed": mixed}
+def all_of(kind: GGMLType, config) -> dict[str, GGMLType]:
+    """Every matrix but the router and the embedding in one type."""
+    types = q4_k_m_types(config)
+    return {path: old if old is GGMLType.F32 else kind for path, old in types.items()}
+
+
+TYPES = {kind.name.lower(): partial(all_of, kind) for kind in ROW_FORMATS}
+TYPES |= {"q4_k_m": q4_k_m_types, "mixed": mixed}
 """Quantization types of all tensors."""
+
+SHAPES = {
+    "full": {},
+    "embedded": dict(
+        hidden_size=256, num_attention_heads=8, num_key_value_heads=2, head_dim=64,
+        num_experts=16, num_experts_per_tok=4, moe_intermediate_size=256,
+    ),
+    "odd": {"hidden_size": 2304, "num_attention_heads": 24},
+}  # fmt: skip
+"""Sizes beside those of Qwen3-30B-A3B: the embedded model's, and columns and heads of no whole span."""
 
 
 # The reference: float32 dequantization of tiles, one matrix at a time.
@@ -119,6 +138,9 @@ def dequantize_tiles(type: GGMLType, a: dict) -> jax.Array:
 
 def matvec(stack: PackedTensor, start, tiles, x):
     """Sums of products, no dot: XLA would try out ways to multiply at every shape."""
+    if stack.layout == ROWS:
+        part = {k: lax.dynamic_slice_in_dim(v, start * 8, tiles * 8) for k, v in stack.arrays.items()}
+        return jnp.sum(dequantize(PackedTensor(part, stack.type)) * x, axis=-1)
     part = {k: lax.dynamic_slice_in_dim(v, start, tiles) for k, v in stack.arrays.items()}
     return jnp.sum(dequantize_tiles(stack.type, part) * x, axis=-1)
 
@@ -255,7 +277,7 @@ def no_products(phase: str) -> None:
 
     def without(self, *args):
         with ExitStack() as stack:
-            for fmt in set(TILE_FORMATS.values()):
+            for fmt in {*TILE_FORMATS.values(), *ROW_FORMATS.values()}:
                 stack.enter_context(mock.patch.object(fmt, "multiply", zeros))
             return original(self, *args)
 
@@ -363,14 +385,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--layers", type=int, default=48)
     parser.add_argument("--vocab", type=int, default=151936)
     parser.add_argument("--types", choices=sorted(TYPES), default="q4_k_m")
+    parser.add_argument("--shape", choices=sorted(SHAPES), default="full")
     parser.add_argument("--cache-dtype", choices=("float16", "bfloat16"), default="float16")
     parser.add_argument("--check", nargs="*", default=["1:100"], help="batch:depth")
     parser.add_argument("--speed", nargs="*", default=["1:0", "1:4096", "8:0", "16:0"], help="batch:depth")
-    parser.add_argument(
-        "--blocks",
-        type=int,
-        help="blocks of the grid, a multiple of 4; the device's multiprocessors by default",
-    )
+    blocks = "blocks of the grid, a multiple of 4; the device's multiprocessors by default"
+    parser.add_argument("--blocks", type=int, help=blocks)
     parser.add_argument("--kernels", choices=("hopper", "portable"), help="the device's own by default")
     parser.add_argument("--trace", nargs="*", default=[], help="batch:depth")
     parser.add_argument("--trace-folder", default="decode-trace")
@@ -385,6 +405,7 @@ def main() -> None:
     args = parse()
     faulthandler.dump_traceback_later(args.limit, exit=True)
     config = replace(PRESETS["Qwen3-30B-A3B"], num_hidden_layers=args.layers, vocab_size=args.vocab)
+    config = replace(config, **SHAPES[args.shape])
     device = api.Device.of(jax.devices()[0], args.kernels, args.blocks or multiprocessors())
     if args.tiny:
         config = tiny(config)
@@ -395,9 +416,8 @@ def main() -> None:
     nbytes = sum(a.nbytes for a in jax.tree.leaves(w))
     results = {
         "device": jax.devices()[0].device_kind, "jax": jax.__version__, "bytes": nbytes,
-        "blocks": device.blocks,
-        "kernels": device.kernels,
-        "types": args.types, "cache_dtype": args.cache_dtype, "without": args.without, "cases": [],
+        "blocks": device.blocks, "kernels": device.kernels, "types": args.types, "shape": args.shape,
+        "cache_dtype": args.cache_dtype, "without": args.without, "cases": [],
     }  # fmt: skip
     print("weights", nbytes, round(time.perf_counter() - start, 1), "s", flush=True)
     dtype = jnp.dtype(args.cache_dtype)

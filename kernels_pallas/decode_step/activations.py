@@ -8,7 +8,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from qwen3_moe_jax.convert.ggml_types import SUPERBLOCK
-from qwen3_moe_jax.kernels_pallas.decode_step.config import PIECE, WARPGROUPS, Quantized
+from qwen3_moe_jax.kernels_pallas.decode_step.config import PIECE, SPAN, WARPGROUPS, Quantized, padded
 from qwen3_moe_jax.kernels_pallas.decode_step.grid import Grid, Phases, fori
 from qwen3_moe_jax.kernels_pallas.decode_step.primitives.layouts import SUBBLOCKS, TILE_LANES, load
 from qwen3_moe_jax.kernels_pallas.decode_step.tile_formats import LaneActivations
@@ -32,7 +32,7 @@ def integers(x: Array, inverse: Array) -> tuple[Array, Array, Array]:
 def state_view(grid: Grid) -> Any:
     """The residual stream and the parts added to it, float32 [1 + parts, B, tiles, blocks, 8 rows]."""
     c = grid.c
-    tiles = c.row_stride(c.hidden_size) // (8 * c.blocks)
+    tiles = c.row_stride(padded(c.hidden_size)) // (8 * c.blocks)
     shape = (1 + c.down_parts, c.batch, tiles, c.blocks, 8)
     return grid.prim.View(grid.inputs.state_gmem, shape, leading=2)
 
@@ -44,20 +44,25 @@ class Activations(Phases):
 
     def residual(self, b: Array, piece: Array, parts: int) -> Array:
         """float32 [32, 2, 4, 4]: 1,024 values of the residual stream, ``parts`` parts added to it."""
-        total = None
+        total: Any = None
         for part in range(1 + parts):
             ref = self.inputs.state_gmem.at[part, b, pl.ds(piece * 32, 32)]
             value = load(ref, SUBBLOCKS)
             total = value if total is None else total + value
-        return total
+        if self.c.hidden_size % SPAN == 0:
+            return total
+        inside = plgpu.broadcasted_iota(jnp.int32, total.shape, 0, layout=SUBBLOCKS) + piece * 32
+        return jnp.where(inside < self.c.hidden_size // 32, total, 0.0)
 
     @property
     def own_pieces(self) -> list:
         """Pieces of 1,024 columns that this warpgroup norms."""
-        return [i + self.g.wg for i in range(0, self.c.hidden_size // PIECE, WARPGROUPS)]
+        return [i + self.g.wg for i in range(0, padded(self.c.hidden_size) // PIECE, WARPGROUPS)]
 
     def own_columns(self, ref: Any) -> list:
         """This warpgroup's pieces of a norm's or router's weights; load them before waiting."""
+        if self.c.hidden_size % SPAN:
+            return [self.prim.load_clamped(ref, i * 32, 32, SUBBLOCKS) for i in self.own_pieces]
         refs = [ref.at[pl.ds(i * 32, 32)] for i in self.own_pieces]
         return [load(ref, SUBBLOCKS) for ref in refs]
 
@@ -163,15 +168,27 @@ class Activations(Phases):
         self.prim.wait_for_copies()
         self.g.sync_block()
 
-    def lanes(self, b: Array, superblock: Array, *, shared: bool = False) -> LaneActivations:
-        """This lane's activations of four superblocks, or of one for all warps (``shared``)."""
+    def lanes(
+        self, b: Array, superblock: Array, *, shared: bool = False, superblocks: int = SPAN // SUPERBLOCK
+    ) -> LaneActivations:
+        """This lane's activations of four superblocks, or of one for all warps (``shared``).
+
+        Those after the last of ``superblocks`` have scale 0: weights there are not the row's.
+        """
         at = superblock if shared else pl.ds(superblock, 4)
         value = TILE_LANES.reduce((0, 1) if shared else 1)
         x = self.shared.x_smem
+
+        def mask(scale):
+            if shared or superblocks % (SPAN // SUPERBLOCK) == 0:
+                return scale
+            number = plgpu.broadcasted_iota(jnp.int32, scale.shape, 0, layout=value) + superblock
+            return jnp.where(number < superblocks, scale, 0.0)
+
         fragments = self.prim.load_fragments(x.words.at[b, :, at], self.shared.zeros_smem, shared=shared)
         return LaneActivations(
             fragments=fragments,
-            scale=[load(x.scale.at[b, at, :, s], value) for s in range(2)],
+            scale=[mask(load(x.scale.at[b, at, :, s], value)) for s in range(2)],
             sums=[[load(x.sums.at[b, at, :, s, h], value) for h in range(2)] for s in range(2)],
             dimensions=(2,) if shared else (0, 2),
             prim=self.prim,
@@ -188,7 +205,7 @@ class Activations(Phases):
         c = self.c
         if c.shares:
             self.g.wait(count + c.batch)
-            self.fetch(self.outputs.hidden_gmem, 0, c.hidden_size // SUPERBLOCK)
+            self.fetch(self.outputs.hidden_gmem, 0, padded(c.hidden_size) // SUPERBLOCK)
             self.fetched()
         else:
             norms = self.own_columns(norm_ref)
@@ -198,6 +215,6 @@ class Activations(Phases):
 
     def attended(self, b: Array, piece: Array) -> Array:
         """float32 [32, 2, 4, 4]: 1,024 values of attention's output."""
-        shape = (self.c.batch, self.c.attention_width // 32, 2, 4, 4)
+        shape = (self.c.batch, padded(self.c.attention_width) // 32, 2, 4, 4)
         view = self.prim.View(self.outputs.attention_gmem, shape, leading=1)
         return view.load((b, pl.ds(piece * 32, 32)), SUBBLOCKS)

@@ -14,12 +14,13 @@ import jax.numpy as jnp
 from jax import lax
 
 from qwen3_moe_jax.convert.ggml_types import GGMLType
-from qwen3_moe_jax.convert.packed import GPU_TILES
+from qwen3_moe_jax.convert.layouts.gpu_tiles import TILED_TYPES
+from qwen3_moe_jax.convert.packed import GPU_TILES, ROWS
 from qwen3_moe_jax.kernels_pallas import implementations
 from qwen3_moe_jax.kernels_pallas.attention.api import CACHE_TILE
 from qwen3_moe_jax.kernels_pallas.decode_step import config as kernel_config
 from qwen3_moe_jax.kernels_pallas.decode_step import kernel
-from qwen3_moe_jax.kernels_pallas.decode_step.tile_formats import TILE_FORMATS
+from qwen3_moe_jax.kernels_pallas.decode_step.row_formats import ROW_FORMATS
 from qwen3_moe_jax.kernels_pallas.decode_step.weights import ROUTER, StepWeights
 from qwen3_moe_jax.kernels_pallas.embedding_lookup.api import embedding_lookup
 from qwen3_moe_jax.kernels_pallas.gpu import cards
@@ -41,6 +42,11 @@ MODEL_FIELDS = (
     "rms_norm_eps",
 )
 """What the kernel's configuration takes from the model's, under the same names."""
+NEEDED_TYPES = (
+    f"need one of {', '.join(type.name for type in ROW_FORMATS)}; without it operations run one by one, in "
+    "kernels where they have them, and XLA multiplies by this type alone"
+)
+"""Of a matrix that the kernel multiplies by."""
 BLOCKS_UNIT = 4
 """The number of blocks is a multiple of this: four tiles of 8 rows are a subblock of activations."""
 KERNEL_BATCH = 8
@@ -128,16 +134,19 @@ def check_device(device: Any) -> None:
 
 def check_supported(config: Any, types: dict[str, tuple[GGMLType, ...]], batch: int) -> None:
     """Raises NotImplementedError naming the first value that the kernel does not support."""
-    columns = kernel_config.SPAN
     width = config.num_attention_heads * config.head_dim
     group = config.num_attention_heads // config.num_key_value_heads
     _require(1 <= batch <= MAX_BATCH, "batch", batch, f"it must be 1 to {MAX_BATCH}")
+    _require(config.hidden_size % 256 == 0, "hidden_size", config.hidden_size, "need a multiple of 256")
+    _require(width % 256 == 0, "num_attention_heads * head_dim", width, "need a multiple of 256")
+    _require(config.head_dim in (64, 128), "head_dim", config.head_dim, "need 64 or 128")
+    _require(group <= 16, "query heads per KV head", group, "need at most 16")
     _require(
-        config.hidden_size % columns == 0, "hidden_size", config.hidden_size, f"need a multiple of {columns}"
+        group * config.head_dim % 128 == 0,
+        "query heads per KV head",
+        group,
+        "need an even number of 64 values",
     )
-    _require(width % columns == 0, "num_attention_heads * head_dim", width, f"need a multiple of {columns}")
-    _require(config.head_dim == 128, "head_dim", config.head_dim, "need 128")
-    _require(group in (8, 12, 16), "query heads per KV head", group, "need 8, 12 or 16")
     _require(
         config.moe_intermediate_size % 256 == 0,
         "moe_intermediate_size",
@@ -153,7 +162,7 @@ def check_supported(config: Any, types: dict[str, tuple[GGMLType, ...]], batch: 
     _require(config.vocab_size % 8 == 0, "vocab_size", config.vocab_size, "need a multiple of 8")
     for role, used in types.items():
         for type in used:
-            _require(type in TILE_FORMATS, f"type of {role}", type.name, "need Q4_K, Q5_K, Q6_K or Q8_0")
+            _require(type in ROW_FORMATS, f"type of {role}", type.name, NEEDED_TYPES)
 
 
 def kernel_batch(config: Any, device: Device) -> int:
@@ -170,9 +179,15 @@ def kernel_batch(config: Any, device: Device) -> int:
     return 1
 
 
-def _splits(blocks: int, kv_heads: int) -> int:
-    """Parts that give every warpgroup of the grid one where a single sequence is decoded."""
-    return max(1, min(kernel_config.WARPGROUPS * blocks // kv_heads, kernel_config.MAX_SPLITS))
+def _splits(config: Any, device: Device) -> int:
+    """Parts that give every warpgroup of the grid one where a single sequence is decoded.
+
+    One where heads have not 128 values: joining is written for these.
+    """
+    if config.head_dim != 128:
+        return 1
+    workers = kernel_config.WARPGROUPS * device.blocks
+    return device.splits or max(1, min(workers // config.num_key_value_heads, kernel_config.MAX_SPLITS))
 
 
 def check(
@@ -194,7 +209,8 @@ def check(
         kernel_batch(config, Device.of(device, kernels))
     for role, stacks in weights.stacks.items():
         for stack in stacks:
-            _require(stack.layout == GPU_TILES, f"layout of {role}", stack.layout, f"need {GPU_TILES}")
+            layout = GPU_TILES if stack.type in TILED_TYPES and stack is not params["embed_tokens"] else ROWS
+            _require(stack.layout == layout, f"layout of {role}", stack.layout, f"need {layout}")
 
 
 def step_config(
@@ -214,6 +230,7 @@ def step_config(
         gate_up_types=types["gate"],
         down_types=types["down"],
         lm_head_type=types["lm_head"][0],
+        lm_head_tiled=weights.lm_head_tiled,
         cache_dtype=cache.dtype,
         replay=replay,
     )
@@ -234,7 +251,7 @@ def shape_config(config: Any, batch: int, device: Device) -> kernel_config.StepC
         lm_head_type=q6,
         cache_dtype=jnp.dtype(jnp.float16),
         blocks=device.blocks,
-        splits=device.splits or _splits(device.blocks, config.num_key_value_heads),
+        splits=_splits(config, device),
         kernels=device.kernels,
         emulate=device.emulate,
         trace_folder=device.trace_folder,

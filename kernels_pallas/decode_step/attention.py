@@ -11,14 +11,19 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from qwen3_moe_jax.kernels_pallas.decode_step.activations import Activations
-from qwen3_moe_jax.kernels_pallas.decode_step.config import MAX_SPLITS, PIECE, WARPGROUPS, ceil_div
+from qwen3_moe_jax.kernels_pallas.decode_step.config import MAX_SPLITS, PIECE, WARPGROUPS, ceil_div, padded
 from qwen3_moe_jax.kernels_pallas.decode_step.grid import Grid, Phases, fori
-from qwen3_moe_jax.kernels_pallas.decode_step.primitives.layouts import HEAD_HALVES, LOG2E, full, lanes, load
+from qwen3_moe_jax.kernels_pallas.decode_step.primitives.layouts import (
+    LOG2E,
+    full,
+    head_halves,
+    lanes,
+    load,
+)
 
 Array = Any
 ROWS = plgpu.Layout.WGMMA
 """float32 [64, n]: query heads of a KV head in the first rows, n columns."""
-ONE_HEAD = HEAD_HALVES.reduce(0)
 NO_SCORE = -1e30
 
 
@@ -59,6 +64,8 @@ class Attention(Phases):
         self.x = activations
         _, (self.q_smem, self.k_smem, self.v_smem) = self.shared.sums_or_tiles_smem
         self.half = self.c.head_dim // 2
+        self.halves = head_halves(self.c.head_dim)
+        self.one_head = self.halves.reduce(0)
 
     # The split of contexts
 
@@ -126,11 +133,11 @@ class Attention(Phases):
 
     def norm_halves(self, ref: Any, layer: Array) -> list:
         """Both halves of a layer's q- or k-norm."""
-        return [load(ref.at[layer, pl.ds(i * self.half, self.half)], ONE_HEAD) for i in range(2)]
+        return [load(ref.at[layer, pl.ds(i * self.half, self.half)], self.one_head) for i in range(2)]
 
     def rotated(self, b: Array, halves: list, norm: list, scale: float, axis: int | None) -> tuple:
         """q/k-norm and RoPE (pairs j, j + 64) of one KV head's halves [64], or of query heads' [8, 64]."""
-        cos, sin = (load(self.inputs.rope_gmem.at[b, i], ONE_HEAD) for i in range(2))
+        cos, sin = (load(self.inputs.rope_gmem.at[b, i], self.one_head) for i in range(2))
         eps, size = self.c.rms_norm_eps, self.c.head_dim
         if axis is None:
             # Stay in vectors: every lane group holds the whole of it.
@@ -141,8 +148,8 @@ class Attention(Phases):
             shape = halves[0].shape
             mean = jnp.sum(halves[0] * halves[0] + halves[1] * halves[1], axis=1) / size
             inverse = lax.broadcast_in_dim(lax.rsqrt(mean + eps), shape, (0,))
-            inverse = plgpu.layout_cast(inverse, HEAD_HALVES)
-            spread = lambda v: plgpu.layout_cast(lax.broadcast_in_dim(v, shape, (1,)), HEAD_HALVES)
+            inverse = plgpu.layout_cast(inverse, self.halves)
+            spread = lambda v: plgpu.layout_cast(lax.broadcast_in_dim(v, shape, (1,)), self.halves)
         first, second = (h * inverse * spread(n) for h, n in zip(halves, norm, strict=True))
         cos, sin = spread(cos * scale), spread(sin * scale)
         return first * cos - second * sin, second * cos + first * sin
@@ -155,6 +162,8 @@ class Attention(Phases):
 
         Waits for attention (``count``); every block signals once. Runs only where a context is split.
         """
+        if self.c.splits == 1:
+            return
         self.g.begin()
         c = self.c
         workers = WARPGROUPS * c.blocks
@@ -242,18 +251,21 @@ class _Item:
         i, qkv = self.i, self.a.outputs.qkv_gmem
         first = self.q_head + i.head * self.c.group_heads
         query = [
-            [load(qkv.at[i.b, pl.ds(first + row, 8), j], HEAD_HALVES) for j in range(2)]
+            [load(qkv.at[i.b, pl.ds(first + row, 8), j], self.a.halves) for j in range(2)]
             for row in self.query_rows
         ]
-        key = [load(qkv.at[i.b, self.k_head + i.head, j], ONE_HEAD) for j in range(2)]
-        value = [load(qkv.at[i.b, self.v_head + i.head, j], ONE_HEAD) for j in range(2)]
+        key = [load(qkv.at[i.b, self.k_head + i.head, j], self.a.one_head) for j in range(2)]
+        value = [load(qkv.at[i.b, self.v_head + i.head, j], self.a.one_head) for j in range(2)]
         return query, key, value
 
     @property
     def query_rows(self) -> list[int]:
-        """The first rows of groups of 8 query heads; the last group may share rows with the one before."""
+        """The first rows of groups of 8 query heads; the last group may share rows with the one before.
+
+        Where there are fewer than 8, the others are read and not used.
+        """
         heads = self.c.group_heads
-        return [min(row, heads - 8) for row in range(0, heads, 8)]
+        return [max(min(row, heads - 8), 0) for row in range(0, heads, 8)]
 
     def load_tile(self, i: Array) -> tuple:
         """Keys and values of one tile of the cache, in registers."""
@@ -273,9 +285,9 @@ class _Item:
                 rounded = halves[j].astype(c.cache_dtype)
                 self.q_smem[pl.ds(row, 8), self.at_half(j)] = rounded
                 other = lax.broadcast_in_dim(key[j].astype(jnp.float32), (8, half), (1,))
-                other = plgpu.layout_cast(other, HEAD_HALVES)
+                other = plgpu.layout_cast(other, self.a.halves)
                 score += rounded.astype(jnp.float32) * other
-            score = plgpu.layout_cast(jnp.sum(score, axis=1), HEAD_HALVES.reduce(1))
+            score = plgpu.layout_cast(jnp.sum(score, axis=1), self.a.halves.reduce(1))
             self.new_score_smem[pl.ds(row, 8)] = score
 
     def write_cache(self, key: list, value: list) -> None:
@@ -348,14 +360,16 @@ class _Item:
         x, b, heads = self.a.x, self.i.b, self.c.group_heads
         pieces, rest = divmod(heads * self.c.head_dim, PIECE)
         if rest:
-            fori(heads, lambda n: self.quantize_head(self.i.head * heads + n))
+            whole = heads * self.c.head_dim // 128
+            fori(whole, lambda n: self.quantize_lanes(self.i.head * whole + n))
             return
         for n in range(pieces):
             piece = self.i.head * pieces + n
             x.quantize(b, piece, x.attended(b, piece), self.a.outputs.attended_gmem)
 
-    def quantize_head(self, head: Array) -> None:
-        """Quantizes one query head's output, one value per lane."""
-        layout, b, out = lanes(self.c.head_dim), self.i.b, self.a.outputs
-        x = load(out.attention_gmem.at[b, head], layout)
-        self.a.x.quantize_lanes(x, layout, out.attended_gmem, lambda warp: (b, head * 4 + warp))
+    def quantize_lanes(self, number: Array) -> None:
+        """Quantizes 128 of a sequence's outputs, one value per lane."""
+        layout, b, out = lanes(128), self.i.b, self.a.outputs
+        shape = (self.c.batch, padded(self.c.attention_width) // 128, 128)
+        x = self.prim.View(out.attention_gmem, shape, leading=1).load((b, number), layout)
+        self.a.x.quantize_lanes(x, layout, out.attended_gmem, lambda warp: (b, number * 4 + warp))

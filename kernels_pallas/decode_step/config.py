@@ -15,6 +15,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from qwen3_moe_jax.convert.ggml_types import SUPERBLOCK, GGMLType
 from qwen3_moe_jax.kernels_pallas.decode_step import primitives
 from qwen3_moe_jax.kernels_pallas.decode_step.primitives.names import Primitives
+from qwen3_moe_jax.kernels_pallas.decode_step.row_formats import format_of
 from qwen3_moe_jax.kernels_pallas.decode_step.weights import column_names
 
 WARPGROUPS = 2
@@ -43,6 +44,16 @@ def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
+def spans_of(columns: int) -> int:
+    """Spans that take ``columns`` columns."""
+    return ceil_div(columns, SPAN)
+
+
+def padded(columns: int) -> int:
+    """Columns of the activations of a matrix, in whole spans."""
+    return spans_of(columns) * SPAN
+
+
 def divisor(n: int, limit: int) -> int:
     """The largest divisor of n that is at most ``limit``."""
     return next(d for d in range(min(n, limit), 0, -1) if n % d == 0)
@@ -64,6 +75,7 @@ class StepConfig:
       replay: expert ids are given instead of chosen.
       kernels: "hopper" or "portable", the primitives.
       emulate: the primitives are those of the interpreter.
+      lm_head_tiled: whether the matrix of the logits lies in tiles; the embedding's does not.
       first_sequence: where in the cache's batch axis this kernel's sequences begin.
       trace_folder: where the times of each phase are written, or None.
     """
@@ -93,6 +105,7 @@ class StepConfig:
     kernels: str = "hopper"
     emulate: bool = False
     first_sequence: int = 0
+    lm_head_tiled: bool = True
     trace_folder: str | None = None
 
     @cached_property
@@ -156,6 +169,15 @@ class StepConfig:
         """Rows to which a matrix of ``rows`` rows is padded so that blocks store whole groups of tiles."""
         return ceil_div(ceil_div(rows // 8, self.blocks), STORE_GROUP) * STORE_GROUP * self.blocks * 8
 
+    @property
+    def qkv_stride(self) -> int:
+        """Rows of q, k and v, padded: eight heads are read where a KV head has fewer."""
+        return self.row_stride(self.qkv_tiles * 8 + max(8 - self.group_heads, 0) * self.head_dim)
+
+    def format(self, type: GGMLType, tiled: bool = True) -> Any:
+        """How weights of this type are read; ``tiled``: where the type is held in tiles at all."""
+        return format_of(type, tiled)
+
     def columns(self) -> dict[str, int]:
         """Columns of the table that says where a layer's weights lie in the stacks."""
         return column_names(len(self.qkv_types))
@@ -168,7 +190,7 @@ def scalar_count(c: StepConfig) -> int:
 
 def state_shape(c: StepConfig) -> tuple[int, ...]:
     """Residual stream and the parts of the last down projection, as the kernel's state operand."""
-    return (1 + c.down_parts, c.batch, c.row_stride(c.hidden_size) // 32, 2, 4, 4)
+    return (1 + c.down_parts, c.batch, c.row_stride(padded(c.hidden_size)) // 32, 2, 4, 4)
 
 
 class ExpertTiles(NamedTuple):
@@ -256,7 +278,7 @@ class Outputs(NamedTuple):
       logits_gmem: float32 [B, tiles, blocks, 8]: row (i * blocks + block) * 8 + j.
       expert_ids_gmem: int32 [L, B, X].
       qkv_gmem: float32 [B, heads, 2, head_dim / 2].
-      attention_gmem: float32 [B, heads, head_dim].
+      attention_gmem: float32 [B, heads, head_dim], in whole spans.
       part_gmem: float32 [B, K, splits, heads per KV head, head_dim], of splits.
       part_stats_gmem: float32 [B, K, 2, 64, MAX_SPLITS], the largest score and the sum of a split.
       router_logits_gmem: float32 [warpgroups, B, E], both padded, without the norm's scale.
@@ -281,14 +303,14 @@ class Outputs(NamedTuple):
 def output_types(c: StepConfig) -> Outputs:
     """The types of :class:`Outputs`."""
     f32 = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
-    heads = c.row_stride(c.qkv_tiles * 8) // c.head_dim
+    heads = c.qkv_stride // c.head_dim
     out = Outputs(
         logits_gmem=f32(c.batch, c.row_stride(c.vocab_size) // (8 * c.blocks), c.blocks, 8),
         expert_ids_gmem=jax.ShapeDtypeStruct(
             (c.num_hidden_layers, c.batch, c.num_experts_per_tok), jnp.int32
         ),
         qkv_gmem=f32(c.batch, heads, 2, c.head_dim // 2),
-        attention_gmem=f32(c.batch, c.num_attention_heads, c.head_dim),
+        attention_gmem=f32(c.batch, padded(c.attention_width) // c.head_dim, c.head_dim),
         part_gmem=f32(c.batch, c.num_key_value_heads, c.splits, c.group_heads, c.head_dim),
         part_stats_gmem=f32(c.batch, c.num_key_value_heads, 2, 64, MAX_SPLITS),
         router_logits_gmem=f32(WARPGROUPS, c.padded_batch, c.padded_experts),
@@ -297,8 +319,8 @@ def output_types(c: StepConfig) -> Outputs:
         return out._replace(swiglu_gmem=f32(expert_tiles(c).padded, c.blocks, 8))
     quantized = lambda width: quantized_types(c.batch, width // SUPERBLOCK)
     return out._replace(
-        hidden_gmem=quantized(c.hidden_size),
-        attended_gmem=quantized(c.attention_width),
+        hidden_gmem=quantized(padded(c.hidden_size)),
+        attended_gmem=quantized(padded(c.attention_width)),
         swiglu_quantized_gmem=quantized(c.num_experts_per_tok * c.moe_intermediate_size),
     )
 
@@ -346,12 +368,14 @@ class Scratch(NamedTuple):
 def _superblocks(c: StepConfig) -> int:
     """Superblocks of the longest activations that a block multiplies."""
     down = ceil_div(c.num_experts_per_tok // c.down_parts * c.moe_intermediate_size, PIECE) * PIECE
-    return max(c.hidden_size, c.attention_width, down) // SUPERBLOCK
+    return max(padded(c.hidden_size), padded(c.attention_width), down) // SUPERBLOCK
 
 
 def scratch_types(c: StepConfig) -> Scratch:
     """The types of :class:`Scratch`."""
-    parts = max(8 * max(c.hidden_size, c.attention_width) // SPAN, 4 * c.moe_intermediate_size // SUPERBLOCK)
+    parts = max(
+        8 * spans_of(max(c.hidden_size, c.attention_width)), 4 * c.moe_intermediate_size // SUPERBLOCK
+    )
     shared = plgpu.SMEM
     x = quantized_types(c.batch, _superblocks(c))
     tables = (c.padded_batch, c.num_experts_per_tok)

@@ -12,13 +12,14 @@ from qwen3_moe_jax.convert.ggml_types import SUPERBLOCK
 from qwen3_moe_jax.kernels_pallas.decode_step.activations import Activations
 from qwen3_moe_jax.kernels_pallas.decode_step.config import (
     PIECE,
-    SPAN,
     STORE_GROUP,
     TILES_PER_SUBBLOCK,
     WARPGROUPS,
     ceil_div,
     divisor,
     expert_tiles,
+    padded,
+    spans_of,
 )
 from qwen3_moe_jax.kernels_pallas.decode_step.grid import Grid, carried, fori, one_type, stream
 from qwen3_moe_jax.kernels_pallas.decode_step.primitives.layouts import (
@@ -31,7 +32,7 @@ from qwen3_moe_jax.kernels_pallas.decode_step.primitives.layouts import (
 )
 from qwen3_moe_jax.kernels_pallas.decode_step.projections import Products
 from qwen3_moe_jax.kernels_pallas.decode_step.router import Router
-from qwen3_moe_jax.kernels_pallas.decode_step.tile_formats import TILE_FORMATS
+from qwen3_moe_jax.kernels_pallas.decode_step.tile_formats import Place
 
 Array = Any
 
@@ -53,7 +54,7 @@ class Experts(Products):
         c = self.c
         self.g.wait(count)
         if c.shares:
-            self.x.fetch(self.outputs.hidden_gmem, 0, c.hidden_size // SUPERBLOCK)
+            self.x.fetch(self.outputs.hidden_gmem, 0, padded(c.hidden_size) // SUPERBLOCK)
         self.choice.choose(layer)  # ends with both warpgroups together and what was fetched in place
         selector = self.g.table(layer, "gate_up_type")
         one_type(c.gate_up_types, selector, lambda i: _GateUp(self, layer, i).run())
@@ -87,15 +88,16 @@ class _GateUp:
     def __init__(self, experts: Experts, layer: Array, type_index: int):
         self.p, self.c = experts, experts.c
         c = self.c
-        self.fmt = TILE_FORMATS[c.gate_up_types[type_index]]
+        self.fmt = c.format(c.gate_up_types[type_index])
         self.stacks = [experts.inputs.weights_gmem[n][type_index] for n in ("gate", "up")]
         self.offset = experts.g.table(layer, "gate_up_offset")
         self.per_expert = c.moe_intermediate_size // 8
         self.subblocks = c.moe_intermediate_size // 32
         _, self.used, self.store_groups = expert_tiles(c)
-        self.spans = c.hidden_size // SPAN
-        self.own = experts.own_activations(self.spans)
-        self.depth = divisor(self.used, 4 if c.shares else 3) if self.spans == 1 else 1
+        self.spans = spans_of(c.hidden_size)
+        self.own = experts.own_activations(c.hidden_size)
+        limit = min(4 if c.shares else 3, self.fmt.ahead // 2)
+        self.depth = divisor(self.used, limit) if self.spans == 1 else 1
         self.together = 2 if self.depth == 4 else 1  # neighbouring tiles of an expert share their activations
         # Store groups whose sums are there at once: behind one barrier both warpgroups take their share.
         self.room = divisor(self.store_groups, experts.sums_smem.shape[0] // 2)
@@ -120,15 +122,14 @@ class _GateUp:
         """Tiles of gate and up, for each span."""
         b, k, tile = self.item_at(nth)
         tile = self.offset + self.p.shared.ids_smem[b, k] * self.per_expert + tile
-        return [
-            [self.fmt.load(s, (tile, self.p.mine(span))) for s in self.stacks] for span in range(self.spans)
-        ]
+        places = [self.p.place(tile, span, self.c.hidden_size) for span in range(self.spans)]
+        return [[self.fmt.load(stack, place) for stack in self.stacks] for place in places]
 
     def multiply(self, nth: Array, at: Array, tiles: Any, first_sums: Array) -> None:
         """Sums of gate and of up into entry ``at`` of two neighbouring arrays of sums."""
         b, _, _ = self.item_at(nth)
         for span in range(self.spans):
-            here = self.own or self.p.x.lanes(b, span * 8 + self.p.g.wg * 4)
+            here = self.own or self.p.lanes(b, span, self.c.hidden_size)
             for i, pair in enumerate(tiles):
                 for which, value in enumerate(self.fmt.multiply(pair[span], here)):
                     self.p.store_sums(first_sums + which, at + i, span, value)
@@ -201,7 +202,7 @@ class _Down:
     def __init__(self, experts: Experts, layer: Array, type_index: int):
         self.p, self.c = experts, experts.c
         c = self.c
-        self.fmt = TILE_FORMATS[c.down_types[type_index]]
+        self.fmt = c.format(c.down_types[type_index])
         self.stack = experts.inputs.weights_gmem["down"][type_index]
         self.offset = experts.g.table(layer, "down_offset")
         self.per_part = c.num_experts_per_tok // c.down_parts
@@ -212,8 +213,9 @@ class _Down:
         self.tiles = c.hidden_size // (32 * self.wide)
         self.rounds = ceil_div(self.tiles * c.down_parts * self.wide, c.blocks)
         self.items = self.sequences * self.mine * self.superblocks
-        few = self.items <= 6
-        self.depth = self.items if few else divisor(self.items, 4 if self.wide == 1 else 3)
+        limit = self.fmt.ahead // self.wide
+        few = self.items <= min(6, limit)
+        self.depth = self.items if few else divisor(self.items, min(4 if self.wide == 1 else 3, limit))
 
     def where(self, i: Array) -> Where:
         """Where this block is in its i-th round."""
@@ -240,7 +242,8 @@ class _Down:
         expert = self.p.shared.ids_smem[self.sequence(pair // self.mine, where.share), k]
         first = self.offset + expert * (self.c.hidden_size // 8)
         starts = [first + (where.tile * self.wide + t) * 4 for t in range(self.wide)]
-        return [self.fmt.load(self.stack, (pl.ds(start, 4), s)) for start in starts]
+        places = [Place(start, s, True, self.superblocks, self.p.prim) for start in starts]
+        return [self.fmt.load(self.stack, place) for place in places]
 
     def multiply(self, item: tuple, tiles: Any, where: Where) -> None:
         """Sums of lanes into shared memory."""
@@ -313,7 +316,7 @@ class _Down:
         """The weighted sum over the part's experts of a sequence's rows."""
         c, sums = self.c, self.p.sums_smem
         b = self.sequence(i, where.share)
-        shape = (1 + c.down_parts, c.batch, c.row_stride(c.hidden_size) // 32, 4, 8)
+        shape = (1 + c.down_parts, c.batch, c.row_stride(padded(c.hidden_size)) // 32, 4, 8)
         out = self.p.prim.View(self.p.inputs.state_gmem, shape, leading=2)
         for t in range(self.wide):
             total = None

@@ -16,12 +16,20 @@ from jax.experimental import pallas as pl
 
 from qwen3_moe_jax.convert.ggml_types import SUPERBLOCK
 from qwen3_moe_jax.kernels_pallas.decode_step.activations import Activations, state_view
-from qwen3_moe_jax.kernels_pallas.decode_step.config import SPAN, STORE_GROUP, WARPGROUPS, ceil_div, divisor
+from qwen3_moe_jax.kernels_pallas.decode_step.config import (
+    SPAN,
+    STORE_GROUP,
+    WARPGROUPS,
+    ceil_div,
+    divisor,
+    padded,
+    spans_of,
+)
 from qwen3_moe_jax.kernels_pallas.decode_step.grid import Grid, Phases, carried, fori, one_type, stream
 from qwen3_moe_jax.kernels_pallas.decode_step.primitives.layouts import OUTPUT_ROWS, load, sum_groups
 from qwen3_moe_jax.kernels_pallas.decode_step.tile_formats import (
-    TILE_FORMATS,
     LaneActivations,
+    Place,
     pad_weights,
     take_weights,
     weight_kinds,
@@ -38,15 +46,21 @@ class Products(Phases):
         self.x = activations
         self.sums_smem, _ = self.shared.sums_or_tiles_smem
 
-    def mine(self, span: Array) -> Any:
-        """This warpgroup's four superblocks of a span."""
-        return pl.ds(span * 8 + self.g.wg * 4, 4)
+    def place(self, tile: Array, span: Array, columns: int) -> Place:
+        """This warpgroup's four superblocks of a span of a tile's ``columns``."""
+        return Place(tile, span * 8 + self.g.wg * 4, False, columns // SUPERBLOCK, self.prim)
 
-    def multiply_into_sums(self, fmt: Any, tiles: Any, entries: Any, span: Array, x: Any = None) -> None:
+    def lanes(self, b: Array, span: Array, columns: int) -> LaneActivations:
+        """The activations of :meth:`place`."""
+        return self.x.lanes(b, span * 8 + self.g.wg * 4, superblocks=columns // SUPERBLOCK)
+
+    def multiply_into_sums(
+        self, fmt: Any, tiles: Any, entries: Any, span: Array, columns: int, x: Any = None
+    ) -> None:
         """Multiplies loaded tiles for every sequence; entries of ``sums_smem`` get the sums of lanes."""
 
         def group(_, first, size):
-            here = [x or self.x.lanes(first + j, span * 8 + self.g.wg * 4) for j in range(size)]
+            here = [x or self.lanes(first + j, span, columns) for j in range(size)]
             for i in range(0, len(tiles), 2):
                 for j in range(size):  # one sequence's products pass the time that the other's take
                     values = fmt.multiply(tiles[i : i + 2], here[j])
@@ -55,9 +69,9 @@ class Products(Phases):
 
         self.g.for_groups(2, group)
 
-    def own_activations(self, spans: int) -> LaneActivations | None:
+    def own_activations(self, columns: int) -> LaneActivations | None:
         """Activations that stay in registers: one sequence whose columns are one span."""
-        return self.x.lanes(0, self.g.wg * 4) if self.c.batch == 1 and spans == 1 else None
+        return self.lanes(0, 0, columns) if self.c.batch == 1 and columns <= SPAN else None
 
     def store_sums(self, b: Array, entry: Array, span: Array, value: Array) -> None:
         """Sums over the column groups of products [4, 8, 4], as four parts of the rows of a tile."""
@@ -78,14 +92,14 @@ class DenseMatrix:
 
     Attributes:
       fmt: the tile format.
-      spans: columns / SPAN.
+      columns: of each row.
     """
 
     fmt: Any
     stack: dict
     offset: Any
     tiles: int
-    spans: int
+    columns: int
 
 
 class Projections(Products):
@@ -117,7 +131,8 @@ class Projections(Products):
             of a store group.
           ahead: tiles that are loaded ahead, at most.
         """
-        fmt, spans = matrix.fmt, matrix.spans
+        fmt, columns = matrix.fmt, matrix.columns
+        spans = spans_of(columns)
         own = ceil_div(matrix.tiles, self.c.blocks)
         groups, here = ceil_div(own, STORE_GROUP), min(own, STORE_GROUP)
         items = here * spans
@@ -126,16 +141,16 @@ class Projections(Products):
             """Item i counts spans first, then own tiles, then store groups."""
             nth = i // spans
             tile = jnp.minimum(nth * self.c.blocks + self.g.block, matrix.tiles - 1)
-            return fmt.load(matrix.stack, (matrix.offset + tile, self.mine(i % spans)))
+            return fmt.load(matrix.stack, self.place(matrix.offset + tile, i % spans, columns))
 
-        tiles = tuple(load_tile(i) for i in range(divisor(items, ahead)))
+        tiles = tuple(load_tile(i) for i in range(divisor(items, min(ahead, fmt.ahead))))
         prepare()
-        x = self.own_activations(spans)
+        x = self.own_activations(columns)
         together = 2 if spans == 1 and len(tiles) % 2 == 0 else 1
 
         def multiply(i, tiles):
             entries = [i // spans + j for j in range(together)]
-            self.multiply_into_sums(fmt, tiles, entries, i % spans, x)
+            self.multiply_into_sums(fmt, tiles, entries, i % spans, columns, x)
 
         def store_group(i, tiles):
             first = i * items
@@ -150,7 +165,7 @@ class Projections(Products):
 
         if groups == 1 and items == len(tiles):
             for span in range(spans):
-                self.multiply_into_sums(fmt, tiles[span::spans], range(here), span, x)
+                self.multiply_into_sums(fmt, tiles[span::spans], range(here), span, columns, x)
             self.g.sync_block()
             self.g.for_my_batch(lambda i, b: store(i, b, 0))
         else:
@@ -167,11 +182,11 @@ class Projections(Products):
 
         def run(i):
             matrix = DenseMatrix(
-                fmt=TILE_FORMATS[c.o_types[i]],
+                fmt=c.format(c.o_types[i]),
                 stack=self.inputs.weights_gmem["o"][i],
                 offset=self.g.table(layer, "o_offset"),
                 tiles=c.hidden_size // 8,
-                spans=c.attention_width // SPAN,
+                columns=c.attention_width,
             )
             self.dense(matrix, phase.prepare, phase.store, ahead=4)
 
@@ -186,7 +201,7 @@ class Projections(Products):
         sequence.
         """
         self.g.begin()
-        c, spans = self.c, self.c.hidden_size // SPAN
+        c, spans = self.c, spans_of(self.c.hidden_size)
         norm_ref = self.inputs.final_norm_gmem
         if c.shares:
             self.x.share_normed(norm_ref, count)
@@ -195,8 +210,8 @@ class Projections(Products):
             rows = self.result_rows(b, spans)
             self.outputs.logits_gmem[b, pl.ds(group * STORE_GROUP, STORE_GROUP), self.g.block] = rows
 
-        fmt, stack = TILE_FORMATS[c.lm_head_type], self.inputs.weights_gmem["lm_head"][0]
-        matrix = DenseMatrix(fmt, stack, 0, c.vocab_size // 8, spans)
+        fmt, stack = c.format(c.lm_head_type, c.lm_head_tiled), self.inputs.weights_gmem["lm_head"][0]
+        matrix = DenseMatrix(fmt, stack, 0, c.vocab_size // 8, c.hidden_size)
         self.dense(matrix, lambda: self.x.prepare_normed(norm_ref, count), store, ahead=4)
 
 
@@ -214,11 +229,11 @@ class _Output:
         c, wg = self.c, self.p.g.wg
         self.p.g.wait(self.count)
         if c.shares:
-            self.x.fetch(self.p.outputs.attended_gmem, 0, c.attention_width // SUPERBLOCK)
+            self.x.fetch(self.p.outputs.attended_gmem, 0, padded(c.attention_width) // SUPERBLOCK)
             self.load_old()
             self.x.fetched()
             return
-        pieces = [2 * span + wg for span in range(c.attention_width // SPAN)]
+        pieces = [2 * span + wg for span in range(spans_of(c.attention_width))]
         loaded = [self.x.attended(0, piece) for piece in pieces]
         self.load_old()
         for piece, x in zip(pieces, loaded, strict=True):
@@ -239,7 +254,7 @@ class _Output:
         """Adds the finished rows to the residual stream."""
         old = self.before[i] if self.is_early else self.rows(b, group)
         at = (b, pl.ds(group * STORE_GROUP, STORE_GROUP), self.p.g.block)
-        self.state.store((0, *at), self.p.result_rows(b, self.c.attention_width // SPAN) + old)
+        self.state.store((0, *at), self.p.result_rows(b, spans_of(self.c.attention_width)) + old)
 
 
 class _QKV:
@@ -249,8 +264,9 @@ class _QKV:
         self.p, self.c = projections, projections.c
         c = self.c
         self.stacks = projections.inputs.weights_gmem["qkv"]
-        self.formats = [TILE_FORMATS[t] for t in c.qkv_types]
-        self.spans = c.hidden_size // SPAN
+        self.formats = [c.format(t) for t in c.qkv_types]
+        self.columns = c.hidden_size
+        self.spans = spans_of(self.columns)
         self.own_tiles = ceil_div(c.qkv_tiles, c.blocks)
         self.is_static = self.own_tiles <= STORE_GROUP
         self.always = c.qkv_always // c.blocks if self.is_static else 0
@@ -264,15 +280,15 @@ class _QKV:
     def load_first(self, i: Array) -> tuple:
         """Item i of the tiles that always have the first type; it counts spans first."""
         tile = self.offsets[0] + i // self.spans * self.c.blocks + self.p.g.block
-        return self.formats[0].load(self.stacks[0], (tile, self.p.mine(i % self.spans)))
+        return self.formats[0].load(self.stacks[0], self.p.place(tile, i % self.spans, self.columns))
 
     def load_ahead(self) -> None:
         """Issues the loads that need no activations."""
         self.items = self.always * self.spans
-        count = divisor(self.items, 5) if self.items else 0
+        count = divisor(self.items, min(5, self.formats[0].ahead)) if self.items else 0
         self.ahead = tuple(self.load_first(i) for i in range(count))
         self.mixed = list(range(self.always, self.own_tiles)) if self.is_static else []
-        few = len(self.mixed) <= 2
+        few = len(self.mixed) <= 2 and all(fmt.ahead >= 4 for fmt in self.formats)
         self.mixed_ahead = [self.load_mixed(nth) for nth in self.mixed] if few else None
 
     def load_mixed(self, nth: int) -> list:
@@ -284,7 +300,8 @@ class _QKV:
 
         def load_as(i, span):
             index = jnp.clip(tile - starts[i], 0, counts[i] - 1) + self.offsets[i]
-            return pad_weights(formats[i], formats[i].load(self.stacks[i], (index, self.p.mine(span))), kinds)
+            place = self.p.place(index, span, self.columns)
+            return pad_weights(formats[i], formats[i].load(self.stacks[i], place), kinds)
 
         def choose(i, span):
             if i == len(formats) - 1:
@@ -296,7 +313,7 @@ class _QKV:
 
     def multiply(self) -> None:
         """Multiplies all tiles and stores the results."""
-        self.multiply_first(self.p.own_activations(self.spans))
+        self.multiply_first(self.p.own_activations(self.columns))
         if self.is_static:
             for i, nth in enumerate(self.mixed):
                 self.multiply_mixed(nth, nth, self.mixed_ahead and self.mixed_ahead[i])
@@ -310,12 +327,14 @@ class _QKV:
         self.own = x
         items, spans, fmt = self.items, self.spans, self.formats[0]
         if spans == 1 and items == len(self.ahead):  # all tiles are in registers and share their activations
-            self.p.multiply_into_sums(fmt, self.ahead, range(items), 0, x)
+            self.p.multiply_into_sums(fmt, self.ahead, range(items), 0, self.columns, x)
         elif items:
             stream(
                 items,
                 lambda i: self.load_first(jnp.minimum(i, items - 1)),
-                lambda i, tiles: self.p.multiply_into_sums(fmt, tiles, [i // spans], i % spans, x),
+                lambda i, tiles: self.p.multiply_into_sums(
+                    fmt, tiles, [i // spans], i % spans, self.columns, x
+                ),
                 self.ahead,
             )
 
@@ -329,11 +348,11 @@ class _QKV:
             def _(i=i, fmt=fmt, start=start):
                 for span in range(self.spans):
                     if loaded is None:
-                        index = (self.offsets[i] + tile - start, self.p.mine(span))
-                        weights = fmt.load(self.stacks[i], index)
+                        place = self.p.place(self.offsets[i] + tile - start, span, self.columns)
+                        weights = fmt.load(self.stacks[i], place)
                     else:
                         weights = take_weights(fmt, loaded[span])
-                    self.p.multiply_into_sums(fmt, [weights], [at], span, self.own)
+                    self.p.multiply_into_sums(fmt, [weights], [at], span, self.columns, self.own)
 
             start = start + count
 
@@ -347,7 +366,7 @@ class _QKV:
     def store(self, b: Array, group: Array) -> None:
         """Finished rows of one store group."""
         c = self.c
-        shape = (c.batch, c.row_stride(c.qkv_tiles * 8) // (8 * c.blocks), c.blocks, 8)
+        shape = (c.batch, c.qkv_stride // (8 * c.blocks), c.blocks, 8)
         out = self.p.prim.View(self.p.outputs.qkv_gmem, shape, leading=1)
         at = (b, pl.ds(group * STORE_GROUP, STORE_GROUP), self.p.g.block)
         out.store(at, self.p.result_rows(b, self.spans))

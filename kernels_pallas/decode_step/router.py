@@ -36,7 +36,7 @@ class Router(Phases):
         c = self.c
         phase = _RouterRows(self, layer)
         self.g.wait(count)
-        self.g.for_groups(MAX_NORMED if c.hidden_size // PIECE <= 4 else 1, phase.group)
+        self.g.for_groups(MAX_NORMED if c.hidden_size <= 4 * PIECE else 1, phase.group)
         self.g.signal()
         for b, pieces in phase.kept:  # no other block waits for this
             self.x.quantize_pieces(b, self.x.scaled(b, pieces, phase.norms), self.shared.x_smem)

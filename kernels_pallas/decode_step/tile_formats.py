@@ -1,8 +1,8 @@
 """How the decode kernel reads and multiplies a weight tile, one class per quantization type.
 
-A tile format loads what one lane needs of four tiles (its row and 64 neighbouring columns:
-two subblocks of 32) and multiplies it, alone or with a second tile that takes the same
-quantized activations. ``convert.layouts.gpu_tiles`` documents the arrays. Dot products are exact
+A tile format loads what one lane needs of four tiles (its row and 64 neighbouring columns: two subblocks of
+32) and multiplies it, alone or with a second tile that takes the same quantized activations. Registers have
+room for ``ahead`` tiles of it. ``convert.layouts.gpu_tiles`` documents the arrays. Dot products are exact
 integers by tensor cores; each is scaled once in float32.
 """
 
@@ -11,6 +11,7 @@ from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from qwen3_moe_jax.convert.ggml_types import GGMLType
@@ -24,6 +25,8 @@ from qwen3_moe_jax.kernels_pallas.decode_step.primitives.layouts import (
 from qwen3_moe_jax.kernels_pallas.decode_step.primitives.names import Primitives
 
 Array = Any
+SPAN_SUPERBLOCKS = 8
+"""Superblocks that a block multiplies at a time."""
 SHAPE = (4, 8, 4)
 """[tiles, rows, column groups] of what a warpgroup multiplies at once, one value per lane."""
 
@@ -35,6 +38,37 @@ WEIGHT_KINDS = {
     "row_half": ((4, 8), jnp.float16, TILE_ROWS),
 }
 """Shape, dtype and layout of the register arrays that a format's ``kinds`` name, in order of ``load``."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Which four tiles a warpgroup multiplies at once, one for each warp.
+
+    Attributes:
+      tile: the tile of 8 rows, or the first of four where ``shared``.
+      superblock: the first of four neighbouring superblocks, or the one of all where ``shared``.
+      superblocks: of a row. Those after the last are read as the last one: their activations have scale 0.
+      prim: the primitives.
+    """
+
+    tile: Any
+    superblock: Any
+    shared: bool
+    superblocks: int
+    prim: Primitives
+
+    def load(self, ref: Any, layout: Any, *inner: int) -> Array:
+        """An array of layout "gpu_tiles", at the indices ``inner`` after the tile's."""
+        if self.shared:
+            return load(ref.at[(pl.ds(self.tile, 4), self.superblock, *inner)], layout)
+        if self.superblocks % SPAN_SUPERBLOCKS == 0:
+            return load(ref.at[(self.tile, pl.ds(self.superblock, 4), *inner)], layout)
+        row = ref.at[(self.tile, slice(None), *inner)]
+        return self.prim.load_clamped(row, self.superblock, 4, layout)
+
+    def rows(self, ref: Any, where: Any) -> Array:
+        """An array of layout "rows", see ``load_rows``."""
+        return self.prim.load_rows(ref, self.tile, self.superblock, where, shared=self.shared)
 
 
 @dataclass(frozen=True)
@@ -81,11 +115,13 @@ def _nibbles(word: Array, subblock: int) -> Array:
     return (word & 0x0F0F0F0F) if subblock == 0 else ((word >> 4) & 0x0F0F0F0F)
 
 
-def _byte(word: Array, index: int) -> Array:
+def unsigned_byte_of(word: Array, index: int) -> Array:
+    """Byte ``index`` of each int32 as float32."""
     return ((word >> (8 * index)) & 0xFF).astype(jnp.float32)
 
 
-def _signed_byte(word: Array, index: int) -> Array:
+def signed_byte_of(word: Array, index: int) -> Array:
+    """Byte ``index`` of each int32 as float32, signed."""
     return ((word << (24 - 8 * index)) >> 24).astype(jnp.float32)
 
 
@@ -97,12 +133,13 @@ class Q4K:
     """``q`` [.., 2, 8, 4, 4], ``scales`` [.., 8, 4], ``d`` and ``dmin`` [.., 8]."""
 
     kinds = ("words", "words", "word", "row_half", "row_half")
+    ahead = 16
 
     @staticmethod
-    def load(stack: dict, index: tuple) -> tuple:
-        q = [load(stack["q"].at[(*index, half)], TILE_WORDS) for half in range(2)]
-        scales = load(stack["scales"].at[index], TILE_LANES)
-        d, dmin = (load(stack[n].at[index], TILE_ROWS) for n in ("d", "dmin"))
+    def load(stack: dict, place: Place) -> tuple:
+        q = [place.load(stack["q"], TILE_WORDS, half) for half in range(2)]
+        scales = place.load(stack["scales"], TILE_LANES)
+        d, dmin = (place.load(stack[n], TILE_ROWS) for n in ("d", "dmin"))
         return (*q, scales, d, dmin)
 
     @staticmethod
@@ -117,8 +154,8 @@ class Q4K:
             dots = x.dot(words, s, (0, 1), signed=False)
             for i, (weights, dot) in enumerate(zip(tiles, dots, strict=True)):
                 scales = weights[-3]
-                values[i] += dot.astype(jnp.float32) * (_byte(scales, s) * x.spread(x.scale[s]))
-                minima[i] += _byte(scales, 2 + s) * x.spread(x.sum32(s))
+                values[i] += dot.astype(jnp.float32) * (unsigned_byte_of(scales, s) * x.spread(x.scale[s]))
+                minima[i] += unsigned_byte_of(scales, 2 + s) * x.spread(x.sum32(s))
         return [
             value * _row_scale(weights[-2]) - minimum * _row_scale(weights[-1])
             for value, minimum, weights in zip(values, minima, tiles, strict=True)
@@ -131,9 +168,9 @@ class Q5K(Q4K):
     kinds = ("word", "word", *Q4K.kinds)
 
     @staticmethod
-    def load(stack: dict, index: tuple) -> tuple:
-        high = [load(stack["qh"].at[(*index, half)], TILE_LANES) for half in range(2)]
-        return (*high, *Q4K.load(stack, index))
+    def load(stack: dict, place: Place) -> tuple:
+        high = [place.load(stack["qh"], TILE_LANES, half) for half in range(2)]
+        return (*high, *Q4K.load(stack, place))
 
     @staticmethod
     def words(weights: tuple, subblock: int) -> list:
@@ -154,13 +191,14 @@ class Q6K:
     """
 
     kinds = ("words", "words", "words", "word", "row_half")
+    ahead = 16
 
     @staticmethod
-    def load(stack: dict, index: tuple) -> tuple:
-        q = [load(stack["ql"].at[(*index, half)], TILE_WORDS) for half in range(2)]
-        high = load(stack["qh"].at[index], TILE_WORDS)
-        scales = load(stack["scales"].at[index], TILE_LANES)
-        return (*q, high, scales, load(stack["d"].at[index], TILE_ROWS))
+    def load(stack: dict, place: Place) -> tuple:
+        q = [place.load(stack["ql"], TILE_WORDS, half) for half in range(2)]
+        high = place.load(stack["qh"], TILE_WORDS)
+        scales = place.load(stack["scales"], TILE_LANES)
+        return (*q, high, scales, place.load(stack["d"], TILE_ROWS))
 
     @staticmethod
     def words(weights: tuple, subblock: int, half: int) -> Array:
@@ -177,7 +215,7 @@ class Q6K:
                 above = x.spread(x.sums[s][half]) * -32  # the stored weight is 32 above the true one
                 dots = x.dot(words, s, (half,), signed=False)
                 for i, (weights, dot) in enumerate(zip(tiles, dots, strict=True)):
-                    scale = _signed_byte(weights[3], 2 * s + half)
+                    scale = signed_byte_of(weights[3], 2 * s + half)
                     subblocks[i] += (dot + above).astype(jnp.float32) * scale
             for i, subblock in enumerate(subblocks):
                 values[i] += subblock * x.spread(x.scale[s])
@@ -188,11 +226,12 @@ class Q80:
     """``q`` [.., 4, 8, 4, 4] (2 * subblock + half); ``d0``, ``d1`` [.., 8, 4]: the subblocks' scales."""
 
     kinds = ("words", "words", "words", "words", "half", "half")
+    ahead = 16
 
     @staticmethod
-    def load(stack: dict, index: tuple) -> tuple:
-        q = [load(stack["q"].at[(*index, i)], TILE_WORDS) for i in range(4)]
-        return (*q, *(load(stack[n].at[index], TILE_LANES) for n in ("d0", "d1")))
+    def load(stack: dict, place: Place) -> tuple:
+        q = [place.load(stack["q"], TILE_WORDS, i) for i in range(4)]
+        return (*q, *(place.load(stack[n], TILE_LANES) for n in ("d0", "d1")))
 
     @staticmethod
     def multiply(tiles: list, x: LaneActivations) -> list:

@@ -11,7 +11,7 @@ import numpy as np
 
 from qwen3_moe_jax.convert.ggml_types import GGMLType
 from qwen3_moe_jax.convert.layouts.gpu_tiles import TILE_ROWS
-from qwen3_moe_jax.convert.packed import PackedTensor
+from qwen3_moe_jax.convert.packed import GPU_TILES, PackedTensor
 from qwen3_moe_jax.kernels_pallas.packed.stacks import LayerTable, LayerTensor
 
 ROUTER = "mlp.router"
@@ -43,14 +43,13 @@ class StepWeights(NamedTuple):
         """From a model's parameters.
 
         Args:
-          params: "layers" is the ``LayerTable``, "lm_head" packed [V, D].
+          params: "layers" is the ``LayerTable``, "lm_head" packed [V, D]. Without it the logits are products
+            with "embed_tokens".
 
         Raises:
           NotImplementedError: the kernel cannot read weights that lie so.
         """
         table: LayerTable = params["layers"]
-        if "lm_head" not in params:
-            raise NotImplementedError("GPU decode step: tied word embeddings are not supported")
         router = [stack.removeprefix(f"{ROUTER}.") for stack in table[ROUTER].stacks]
         if len(router) != 1 or router[0] not in ROUTER_TYPES:
             raise NotImplementedError(
@@ -59,12 +58,17 @@ class StepWeights(NamedTuple):
             )
         columns, always = _qkv_columns(table)
         stacks = {role: table[name].options for role, name in TENSORS.items()}
-        stacks |= {"qkv": _qkv_stacks(table), "lm_head": (params["lm_head"],)}
+        stacks |= {"qkv": _qkv_stacks(table), "lm_head": (params.get("lm_head", params["embed_tokens"]),)}
         columns |= _type_and_offset("o", table[TENSORS["o"]])
         columns |= _type_and_offset("gate_up", _gate_up(table))
         columns |= _type_and_offset("down", table[TENSORS["down"]])
         names = column_names(len(stacks["qkv"]))
         return cls(stacks, table.columns([columns[name] for name in names]), always)
+
+    @property
+    def lm_head_tiled(self) -> bool:
+        """Whether the matrix of the logits lies in tiles."""
+        return self.stacks["lm_head"][0].layout == GPU_TILES
 
     @property
     def types(self) -> dict[str, tuple[GGMLType, ...]]:

@@ -8,21 +8,20 @@ import jax.numpy as jnp
 
 from qwen3_moe_jax.convert.config import PRESETS
 from qwen3_moe_jax.convert.ggml_types import GGMLType
+from qwen3_moe_jax.convert.layouts.gpu_tiles import TILED_TYPES, to_gpu_tiles
 from qwen3_moe_jax.kernels_pallas.decode_step import api, kernel
 from qwen3_moe_jax.kernels_pallas.decode_step.config import Operands, StepConfig, scalar_count, state_shape
+from qwen3_moe_jax.kernels_pallas.packed.stacks import abstract_packed
 
 CONFIG = replace(PRESETS["Qwen3-30B-A3B"], num_hidden_layers=2, vocab_size=4096)
 Array = jax.ShapeDtypeStruct
 
 
 def _stack(type: GGMLType, tiles: int, columns: int) -> dict[str, Array]:
-    """Arrays of ``convert.layouts.gpu_tiles``, of Q4_K or Q6_K."""
-    leading = (tiles, columns // 256)
-    words = lambda *shape: Array((*leading, *shape), jnp.int32)
-    d = Array((*leading, 8), jnp.float16)
-    if type is GGMLType.Q6_K:
-        return {"ql": words(2, 8, 4, 4), "qh": words(8, 4, 4), "scales": words(8, 4), "d": d}
-    return {"q": words(2, 8, 4, 4), "scales": words(8, 4), "d": d, "dmin": d}
+    """Arrays of a stack as a GPU holds it: in tiles where the type is held so."""
+    rows = abstract_packed(type, (8 * tiles, columns))
+    tiled = type in TILED_TYPES
+    return dict((jax.eval_shape(lambda w: to_gpu_tiles(w, jnp), rows) if tiled else rows).arrays)
 
 
 def operands(c: StepConfig) -> Operands:

@@ -8,32 +8,35 @@ import pytest
 
 from qwen3_moe_jax.convert.config import PRESETS
 from qwen3_moe_jax.convert.ggml_types import GGMLType
+from qwen3_moe_jax.convert.open_model import open_model
 from qwen3_moe_jax.convert.tensor_names import tensor_specs
-from qwen3_moe_jax.jax_backend.params import GPU_ROLES, abstract_params
+from qwen3_moe_jax.jax_backend.params import GPU_ROLES, abstract_params, tiled_params
+from qwen3_moe_jax.loader import embedded_model
 
 api = pytest.importorskip("qwen3_moe_jax.kernels_pallas.decode_step.api", reason="GPU kernels need JAX 0.11")
 
 from qwen3_moe_jax.kernels_pallas.decode_step.weights import StepWeights, column_names  # noqa: E402
 
 CONFIG = PRESETS["Qwen3-30B-A3B"]
+EMBEDDED = open_model(embedded_model()).config
 Q4, Q6 = GGMLType.Q4_K, GGMLType.Q6_K
 TYPES = {"qkv": (Q4, Q6), "o": (Q4,), "gate": (Q4,), "up": (Q4,), "down": (Q4, Q6), "lm_head": (Q6,)}
 CACHE = np.zeros((48, 1, 64, 4, 128), np.float16)
-SHAPES = SimpleNamespace(types=TYPES, qkv_always=0)
+SHAPES = SimpleNamespace(types=TYPES, qkv_always=0, lm_head_tiled=True)
 
 
-@pytest.mark.parametrize("name", ["Qwen3-30B-A3B", "Qwen3-Coder-30B-A3B", "Qwen3-235B-A22B"])
+@pytest.mark.parametrize("config", [*PRESETS.values(), EMBEDDED], ids=[*PRESETS, "embedded"])
 @pytest.mark.parametrize("batch", [1, 16])
-def test_real_models_are_supported(name, batch):
-    api.check_supported(PRESETS[name], TYPES, batch)
+def test_real_models_are_supported(config, batch):
+    api.check_supported(config, TYPES, batch)
 
 
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"hidden_size": 256}, "hidden_size 256"),
-        ({"head_dim": 64, "num_attention_heads": 64}, "head_dim 64"),
-        ({"num_key_value_heads": 16}, "query heads per KV head 2"),
+        ({"hidden_size": 320}, "hidden_size 320"),
+        ({"head_dim": 96, "num_attention_heads": 64}, "head_dim 96"),
+        ({"num_key_value_heads": 1}, "query heads per KV head 32"),
         ({"moe_intermediate_size": 320}, "moe_intermediate_size 320"),
         ({"num_experts_per_tok": 6}, "num_experts_per_tok 6"),
         ({"vocab_size": 1001}, "vocab_size 1001"),
@@ -45,8 +48,8 @@ def test_an_unsupported_shape_is_named(change, named):
 
 
 def test_an_unsupported_type_or_batch_is_named():
-    with pytest.raises(NotImplementedError, match="type of o F16"):
-        api.check_supported(CONFIG, {**TYPES, "o": (GGMLType.F16,)}, 1)
+    with pytest.raises(NotImplementedError, match="type of o IQ3_S"):
+        api.check_supported(CONFIG, {**TYPES, "o": (GGMLType.F16, GGMLType.IQ3_S)}, 1)
     with pytest.raises(NotImplementedError, match="batch 17"):
         api.check_supported(CONFIG, TYPES, 17)
 
@@ -127,13 +130,14 @@ def test_weights_that_the_kernel_does_not_take_are_named(path, type, named):
         StepWeights.of(abstract(**{path.replace(".", "__"): type}))
 
 
-def test_weights_must_lie_in_tiles_and_an_output_head_must_be_there():
+def test_weights_must_lie_in_tiles_but_for_tied_embeddings():
     params = abstract()
     with pytest.raises(NotImplementedError, match="layout of .* rows is not supported"):
         api.check(CONFIG, params, 1)
-    del params["lm_head"]
-    with pytest.raises(NotImplementedError, match="tied word embeddings"):
-        api.check(CONFIG, params, 1)
+    tiled = tiled_params(params)
+    del tiled["lm_head"]
+    api.check(CONFIG, tiled, 1)
+    assert not StepWeights.of(tiled).lm_head_tiled
 
 
 @pytest.mark.parametrize("type", [GGMLType.F16, GGMLType.BF16])

@@ -7,6 +7,7 @@ have emulated twins. Everything else is the code that runs on the GPU.
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,13 +23,17 @@ from qwen3_moe_jax.convert.ggml_types import BLOCK_FORMATS, GGMLType
 from qwen3_moe_jax.convert.layouts.gpu_tiles import TILED_TYPES, to_gpu_tiles
 from qwen3_moe_jax.convert.packed import PackedTensor
 from qwen3_moe_jax.convert.unpack import dequantize, pack
+from qwen3_moe_jax.jax_backend.device_load import as_rows
 from qwen3_moe_jax.jax_backend.params import GPU_ROLES, plan_layers, split_path
 from qwen3_moe_jax.kernels_pallas import LayerTable
 from qwen3_moe_jax.kernels_pallas.decode_step import api
 from qwen3_moe_jax.kernels_pallas.decode_step.grid import Grid
 from qwen3_moe_jax.kernels_pallas.gpu.interpreter import interpreter
+from qwen3_moe_jax.testing.random_models import random_blocks
 
 SEED = 20260924
+ODD_SEED = 20260926
+"""The fourth and fifth expert are not near to each other."""
 CONFIG = replace(
     PRESETS["Qwen3-30B-A3B"],
     vocab_size=64,
@@ -40,42 +45,43 @@ CONFIG = replace(
     num_experts_per_tok=4,
     moe_intermediate_size=256,
 )
-Q4, Q5, Q6, Q8 = GGMLType.Q4_K, GGMLType.Q5_K, GGMLType.Q6_K, GGMLType.Q8_0
-LAYERS = ({"q": Q4, "k": Q4, "v": Q6, "o": Q8, "gate": Q5, "down": Q6},)
-SCALE = {Q4: 1.4e-4, Q5: 0.7e-4, Q6: 1.5e-5, Q8: 2.7e-4}
+T = GGMLType
+Q4, Q5, Q6, Q8 = T.Q4_K, T.Q5_K, T.Q6_K, T.Q8_0
+TYPES = {
+    "embed": Q4,
+    "q": Q4,
+    "k": Q4,
+    "v": Q6,
+    "o": Q8,
+    "router": T.F32,
+    "gate": Q5,
+    "down": Q6,
+    "lm_head": Q6,
+}
+ODD = replace(CONFIG, hidden_size=768, num_attention_heads=8, head_dim=64)
+"""Columns that are no whole span of the kernel, and heads of the embedded model's size and number."""
+ODD_TYPES = TYPES | {"embed": Q6, "q": T.F16, "k": T.Q4_0, "v": T.Q4_0, "o": T.BF16, "router": T.BF16}
+ODD_TYPES |= {"gate": T.IQ4_XS, "down": T.Q2_K, "lm_head": None}
 
 
 def random_tensor(rng, type: GGMLType, shape: tuple[int, ...]) -> PackedTensor:
-    block = BLOCK_FORMATS[type]
-    if type is GGMLType.F32:
-        values = rng.normal(1 if len(shape) == 1 else 0, 0.1 if len(shape) == 1 else 0.03, shape)
-        return PackedTensor({"w": values.astype(np.float32)}, type)
-    blocks = rng.integers(0, 256, (int(np.prod(shape)) // block.weights, block.nbytes), dtype=np.uint8)
-    for name, factor in (("d", 1.0), ("dmin", 7.5 if type is Q4 else 15.5)):
-        if name in block.fields:
-            at = block.fields[name].offset
-            scale = SCALE[type] * factor * rng.uniform(0.75, 1.25, len(blocks))
-            blocks[:, at : at + 2] = scale.astype("<f2").view(np.uint8).reshape(-1, 2)
-    return pack(blocks.reshape(-1), type, shape)
+    is_norm = len(shape) == 1
+    count = int(np.prod(shape)) // BLOCK_FORMATS[type].weights
+    std, mean = (0.1, 10.0) if is_norm else (0.03, 0.0)
+    return pack(random_blocks(type, count, rng, std, mean).reshape(-1), type, shape)
 
 
-def gpu_params(packed, types):
+def gpu_params(config, packed, types):
     """The parameter tree as a GPU holds it (``params.load_params``), made in NumPy."""
-    plan = plan_layers(CONFIG, types, GPU_ROLES)
+    plan = plan_layers(config, types, GPU_ROLES)
     places = {tensor.name: tensor for tensor in plan.tensors}
     parts, params = {}, {}
     for path, tensor in packed.items():
         value = dequantize(tensor) if tensor.ndim == 1 else tensor
         if path != "embed_tokens" and tensor.type in TILED_TYPES:
             value = to_gpu_tiles(tensor)
-            value = PackedTensor(
-                {
-                    n: a.reshape(-1, *a.shape[1:] if tensor.ndim == 2 else a.shape[2:])
-                    for n, a in value.arrays.items()
-                },
-                value.type,
-                value.layout,
-            )
+        if tensor.ndim == 3:
+            value = as_rows(value)
         layer, name = split_path(path)
         if layer is None:
             params[path] = jax.tree.map(jnp.asarray, value)
@@ -87,37 +93,52 @@ def gpu_params(packed, types):
     return params | {"layers": LayerTable(stacks, plan.tensors)}
 
 
-@pytest.fixture(scope="module")
-def model():
-    print(f"seed {SEED}")
-    rng, c = np.random.default_rng(SEED), CONFIG
+class Model(NamedTuple):
+    """A random model: its parameters as the kernel takes them, and dequantized."""
+
+    config: Any
+    weights: dict
+    plain: dict
+
+
+def random_model(config, types, seed) -> Model:
+    print(f"seed {seed}")
+    rng, c = np.random.default_rng(seed), config
     f32, d, head = GGMLType.F32, c.hidden_size, c.head_dim
     kv, width = c.num_key_value_heads * head, c.num_attention_heads * head
     e, f = c.num_experts, c.moe_intermediate_size
-    tensors = {
-        "embed_tokens": (Q4, (c.vocab_size, d)),
-        "lm_head": (Q6, (c.vocab_size, d)),
-        "norm": (f32, (d,)),
+    tensors = {"embed_tokens": (types["embed"], (c.vocab_size, d)), "norm": (f32, (d,))}
+    if types["lm_head"] is not None:
+        tensors["lm_head"] = (types["lm_head"], (c.vocab_size, d))
+    shapes = {
+        "input_layernorm": (f32, (d,)),
+        "post_attention_layernorm": (f32, (d,)),
+        "self_attn.q_norm": (f32, (head,)),
+        "self_attn.k_norm": (f32, (head,)),
+        "self_attn.q_proj": (types["q"], (width, d)),
+        "self_attn.k_proj": (types["k"], (kv, d)),
+        "self_attn.v_proj": (types["v"], (kv, d)),
+        "self_attn.o_proj": (types["o"], (d, width)),
+        "mlp.router": (types["router"], (e, d)),
+        "mlp.experts.gate_proj": (types["gate"], (e, f, d)),
+        "mlp.experts.up_proj": (types["gate"], (e, f, d)),
+        "mlp.experts.down_proj": (types["down"], (e, d, f)),
     }
-    for i, types in enumerate(LAYERS):
-        shapes = {
-            "input_layernorm": (f32, (d,)),
-            "post_attention_layernorm": (f32, (d,)),
-            "self_attn.q_norm": (f32, (head,)),
-            "self_attn.k_norm": (f32, (head,)),
-            "self_attn.q_proj": (types["q"], (width, d)),
-            "self_attn.k_proj": (types["k"], (kv, d)),
-            "self_attn.v_proj": (types["v"], (kv, d)),
-            "self_attn.o_proj": (types["o"], (d, width)),
-            "mlp.router": (f32, (e, d)),
-            "mlp.experts.gate_proj": (types["gate"], (e, f, d)),
-            "mlp.experts.up_proj": (types["gate"], (e, f, d)),
-            "mlp.experts.down_proj": (types["down"], (e, d, f)),
-        }
-        tensors |= {f"layers.{i}.{name}": value for name, value in shapes.items()}
+    tensors |= {f"layers.0.{name}": value for name, value in shapes.items()}
     packed = {path: random_tensor(rng, type, shape) for path, (type, shape) in tensors.items()}
-    types = {path: p.type for path, p in packed.items()}
-    return gpu_params(packed, types), {path: dequantize(p) for path, p in packed.items()}
+    kinds = {path: p.type for path, p in packed.items()}
+    plain = {path: dequantize(p) for path, p in packed.items()}
+    return Model(c, gpu_params(c, packed, kinds), plain)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return random_model(CONFIG, TYPES, SEED)
+
+
+@pytest.fixture(scope="module")
+def odd():
+    return random_model(replace(ODD, tie_word_embeddings=True), ODD_TYPES, ODD_SEED)
 
 
 def rms(x, w):
@@ -125,15 +146,15 @@ def rms(x, w):
 
 
 def rope(x, position):
-    half = CONFIG.head_dim // 2
+    half = x.shape[-1] // 2
     angle = position * CONFIG.rope_theta ** (-np.arange(half) / half)
     a, b = x[..., :half], x[..., half:]
     return np.concatenate([a * np.cos(angle) - b * np.sin(angle), b * np.cos(angle) + a * np.sin(angle)], -1)
 
 
-def reference(w, token, position, keys, values, expert_ids=None):
+def reference(model, token, position, keys, values, expert_ids=None):
     """(logits, new keys [L, K, H], new values, expert ids) in float64 from float32 weights."""
-    c = CONFIG
+    c, w = model.config, model.plain
     heads, kv, head = c.num_attention_heads, c.num_key_value_heads, c.head_dim
     x = w["embed_tokens"][token].astype(np.float64)
     new_keys, new_values, chosen = [], [], []
@@ -159,7 +180,12 @@ def reference(w, token, position, keys, values, expert_ids=None):
             gate = p("mlp.experts.gate_proj")[expert] @ h
             act = gate / (1 + np.exp(-gate)) * (p("mlp.experts.up_proj")[expert] @ h)
             x = x + weight * (p("mlp.experts.down_proj")[expert] @ act)
-    return w["lm_head"] @ rms(x, w["norm"]), np.stack(new_keys), np.stack(new_values), np.stack(chosen)
+    return (
+        w.get("lm_head", w["embed_tokens"]) @ rms(x, w["norm"]),
+        np.stack(new_keys),
+        np.stack(new_values),
+        np.stack(chosen),
+    )
 
 
 def cosine(a, b):
@@ -167,33 +193,34 @@ def cosine(a, b):
     return a @ b / np.sqrt((a @ a) * (b @ b))
 
 
-def run(weights, tokens, positions, cache, expert_ids=None, active=None, kernels="hopper"):
+def run(model, tokens, positions, cache, expert_ids=None, active=None, kernels="hopper"):
     active = jnp.ones(len(tokens), bool) if active is None else active  # one program for both
-    return step(weights, jnp.asarray(tokens), jnp.asarray(positions), cache, expert_ids, active, kernels)
+    tokens, positions = jnp.asarray(tokens), jnp.asarray(positions)
+    return step(model.weights, tokens, positions, cache, expert_ids, active, model.config, kernels)
 
 
-@partial(jax.jit, static_argnames="kernels")  # one function for all tests: compiling takes most of their time
-def step(weights, tokens, positions, cache, expert_ids, active, kernels):
+@partial(jax.jit, static_argnames=("config", "kernels"))  # for all tests: compiling takes most of their time
+def step(weights, tokens, positions, cache, expert_ids, active, config, kernels):
     device = api.Device(blocks=1, splits=2, kernels=kernels, emulate=True, interpret=interpreter())
     return api.decode_step(
-        weights, CONFIG, tokens, positions, *cache, expert_ids=expert_ids, active=active, device=device
+        weights, config, tokens, positions, *cache, expert_ids=expert_ids, active=active, device=device
     )
 
 
-def random_cache(batch, length=192, dtype=jnp.bfloat16):
-    shape = (CONFIG.num_hidden_layers, batch, length, CONFIG.num_key_value_heads, CONFIG.head_dim)
+def random_cache(config, batch, length=192, dtype=jnp.bfloat16):
+    shape = (config.num_hidden_layers, batch, length, config.num_key_value_heads, config.head_dim)
     rng = np.random.default_rng(SEED + 1)
     return tuple(jnp.asarray(rng.normal(size=shape), dtype) for _ in range(2))
 
 
-@pytest.mark.parametrize("kernels", ["hopper", "portable"])
-def test_one_token_and_its_cache_rows(model, kernels):
-    """Tiles of context in two splits; all four types; free choice of experts."""
-    weights, plain = model
-    cache, position = random_cache(1), 150
-    out = run(weights, [5], [position], cache, kernels=kernels)
+@pytest.mark.parametrize(("name", "kernels"), [("model", "hopper"), ("odd", "portable")])
+def test_one_token_and_its_cache_rows(request, name, kernels):
+    """Tiles of context in two splits; free choice of experts; types in tiles, and types that lie in rows."""
+    model = request.getfixturevalue(name)
+    cache, position = random_cache(model.config, 1), 150
+    out = run(model, [5], [position], cache, kernels=kernels)
     keys, values = (np.asarray(a[:, 0], np.float64) for a in cache)
-    logits, new_keys, new_values, ids = reference(plain, 5, position, keys, values)
+    logits, new_keys, new_values, ids = reference(model, 5, position, keys, values)
     assert np.isfinite(out.logits).all()
     assert cosine(out.logits[0], logits) > 0.9999
     np.testing.assert_array_equal(np.sort(out.expert_ids[:, 0]), np.sort(ids))
@@ -204,26 +231,25 @@ def test_one_token_and_its_cache_rows(model, kernels):
         np.testing.assert_array_equal(np.asarray(new)[:, :, others], np.asarray(old)[:, :, others])
 
 
-@pytest.mark.parametrize(("batch", "singles"), [(3, [1]), (5, [0, 4])])
-def test_replayed_experts_and_batches_give_the_bits_of_one(model, batch, singles):
+@pytest.mark.parametrize("batch", [3, 5])
+def test_replayed_experts_and_batches_give_the_bits_of_one(model, batch):
     """Groups and shares of sequences are not whole, and experts are chosen by several.
 
     From four sequences on, the sums of several chunks of gate + up are there at once. In float16, which is
     eight times closer to float32 than bfloat16.
     """
-    weights, plain = model
-    cache = random_cache(batch, dtype=jnp.float16)
+    cache = random_cache(model.config, batch, dtype=jnp.float16)
     ids = np.array([[[7, 1, 4, 2], [0, 7, 5, 4], [1, 2, 3, 4], [5, 0, 6, 1], [2, 7, 3, 0]]], np.int32)
     ids = ids[:, :batch]
     tokens, positions = [5, 9, 11, 3, 60][:batch], [0, 70, 150, 1, 129][:batch]
-    together = run(weights, tokens, positions, cache, ids)
+    together = run(model, tokens, positions, cache, ids)
     np.testing.assert_array_equal(together.expert_ids, ids)
     for b, (token, position) in enumerate(zip(tokens, positions, strict=True)):
         keys, values = (np.asarray(a[:, b], np.float64) for a in cache)
-        logits, *_ = reference(plain, token, position, keys, values, ids[:, b])
+        logits, *_ = reference(model, token, position, keys, values, ids[:, b])
         assert cosine(together.logits[b], logits) > 0.99999
         one = tuple(a[:, b : b + 1] for a in cache)
-        alone = run(weights, tokens[b : b + 1], positions[b : b + 1], one, ids[:, b : b + 1])
+        alone = run(model, tokens[b : b + 1], positions[b : b + 1], one, ids[:, b : b + 1])
         np.testing.assert_array_equal(together.logits[b], alone.logits[0])
         for all_rows, own in zip((together.k, together.v), (alone.k, alone.v), strict=True):
             np.testing.assert_array_equal(np.asarray(all_rows[:, b]), np.asarray(own[:, 0]))
@@ -240,9 +266,8 @@ def test_groups_of_sequences_are_numbered_one_after_the_other(batch):
 
 
 def test_a_kernel_that_nobody_waits_for_leaves_the_cache_alone(model):
-    weights, _ = model
-    cache = random_cache(1, dtype=jnp.float16)
-    out = run(weights, [9], [70], cache, np.array([[[7, 1, 4, 2]]], np.int32), active=jnp.array([False]))
+    cache = random_cache(CONFIG, 1, dtype=jnp.float16)
+    out = run(model, [9], [70], cache, np.array([[[7, 1, 4, 2]]], np.int32), active=jnp.array([False]))
     for new, old in zip((out.k, out.v), cache, strict=True):
         np.testing.assert_array_equal(np.asarray(new), np.asarray(old))
 
@@ -250,8 +275,7 @@ def test_a_kernel_that_nobody_waits_for_leaves_the_cache_alone(model):
 @pytest.mark.parametrize(("cores", "batch"), [(114, 1), (78, 8), (16, 2)])
 def test_the_kernel_is_made_for_any_number_of_multiprocessors(model, cores, batch):
     """Traced for each grid: tables, tiles and results of other sizes than an H100's index what is there."""
-    weights, _ = model
     step = lambda w, t, p, kv: api.decode_step(w, CONFIG, t, p, *kv, device=api.Device.of_cores(cores))
     tokens = jnp.zeros(batch, jnp.int32)
-    traced = jax.jit(step).trace(weights, tokens, tokens, random_cache(batch))
+    traced = jax.jit(step).trace(model.weights, tokens, tokens, random_cache(CONFIG, batch))
     assert traced.out_info.logits.shape == (batch, CONFIG.vocab_size)

@@ -10,6 +10,7 @@ import pytest
 from qwen3_moe_jax.commands import doctor
 from qwen3_moe_jax.convert.config import PRESETS
 from qwen3_moe_jax.convert.ggml_types import GGMLType
+from qwen3_moe_jax.convert.open_model import open_model
 from qwen3_moe_jax.convert.tensor_names import q4_k_m_types
 from qwen3_moe_jax.jax_backend.decode_path import (
     PATHS,
@@ -25,6 +26,7 @@ from qwen3_moe_jax.jax_backend.params import GPU_ROLES, abstract_params, tiled_p
 from qwen3_moe_jax.jax_backend.qwen3_moe import Intervention, Qwen3Moe
 from qwen3_moe_jax.kernels_pallas import CACHE_TILE, implementations
 from qwen3_moe_jax.kernels_pallas.gpu import device as gpu
+from qwen3_moe_jax.loader import embedded_model
 
 CONFIG = PRESETS["Qwen3-30B-A3B"]
 H100 = SimpleNamespace(platform="gpu", compute_capability="9.0", core_count=132, device_kind="H100")
@@ -121,12 +123,24 @@ def test_what_keeps_a_gpu_from_a_way_is_named(params, on_hopper, device, dtype, 
         assert reason in said
 
 
-def test_types_that_the_kernels_do_not_take_are_named(on_hopper):
-    types = q4_k_m_types(CONFIG) | {"layers.3.self_attn.o_proj": GGMLType.F16}
+@pytest.mark.parametrize(("type", "reason"), [(GGMLType.IQ3_S, "type of o IQ3_S"), (GGMLType.F16, None)])
+def test_a_type_that_a_kernel_lacks_leaves_the_rest_to_kernels(on_hopper, type, reason):
+    """Then each operation runs by itself, and this type's alone by XLA."""
+    types = q4_k_m_types(CONFIG) | {"layers.3.self_attn.o_proj": type}
     decoder = choose(MODEL, tiled_params(abstract_params(CONFIG, types, GPU_ROLES)), H100, jnp.float16)
-    one, few = (reason for _, reason in decoder.refused)
-    assert "type of o F16" in one
-    assert "not 'rows'" in few
+    refused = dict(decoder.refused)
+    assert "not 'rows'" in refused.pop("few launches per layer")
+    if reason is None:
+        assert not refused
+    else:
+        assert reason in refused["one kernel"]
+        assert "XLA multiplies by this type alone" in refused["one kernel"]
+
+
+def test_the_embedded_model_decodes_as_one_kernel(on_hopper):
+    with open_model(embedded_model()) as source:
+        decoder = plan_decoding(source.config, source.types, H100)
+    assert decoder.paths[0] == OneKernel()
 
 
 @pytest.mark.parametrize(

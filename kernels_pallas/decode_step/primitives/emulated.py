@@ -42,6 +42,56 @@ def dot_tiles(tiles: list, fragments: list, *, signed: bool) -> list:
     return out
 
 
+def dot_floats(tiles: list, fragments: list, *, dtype) -> list:
+    out = []
+    for halves in tiles:
+        total: Any = 0
+        for words, fragment in zip(halves, fragments, strict=True):
+            # by way of uint16: XLA merges the conversion with the one from bytes, and then refuses it
+            pairs = jnp.stack(
+                [(jnp.concatenate(words, axis=3) >> shift) & 0xFFFF for shift in (0, 16)], axis=-1
+            )
+            weights = lax.bitcast_convert_type(pairs.astype(jnp.uint16), dtype).astype(jnp.float32)
+            weights = weights.reshape(4, 8, 4, 16)
+            for part, factor in enumerate((128, 1)):
+                x = fragment[:, part::2].sum(axis=1)
+                x = jnp.stack(_bytes(x, True), axis=-1).reshape(4, 1, 4, 16)
+                total = total + factor * (weights * x).sum(-1)
+        out.append(total)
+    return out
+
+
+def look_up(words, table: tuple[int, ...]) -> list:
+    nibbles = (words[..., None] >> (4 * jnp.arange(8))) & 15
+    values: Any = sum(jnp.where(nibbles == i, value & 0xFF, 0) for i, value in enumerate(table))
+    return [(values[..., i::2] << (8 * jnp.arange(4))).sum(-1).astype(jnp.int32) for i in range(2)]
+
+
+def load_clamped(ref, first, count: int, layout):
+    del layout
+    whole = ref[...]
+    return whole[jnp.minimum(first + jnp.arange(count), whole.shape[0] - 1)]
+
+
+def load_rows(ref, tile, superblock, where, *, shared: bool):
+    rows = ref[pl.ds(tile * 8, 32 if shared else 8)]
+    nbytes = rows.shape[1] * rows.dtype.itemsize
+    rows = rows if rows.dtype.itemsize == 1 else lax.bitcast_convert_type(rows, jnp.uint8)
+    rows = jnp.broadcast_to(rows.reshape(-1, 8, nbytes), (4, 8, nbytes))
+    warps = jnp.zeros(4, jnp.int32) if shared else jnp.arange(4)
+    own = jnp.minimum(superblock + warps, nbytes // where.superblock - 1) * where.superblock
+    group = jnp.arange(4) // where.sharing * where.group + where.first
+    at = own[:, None, None, None] + group[:, None] + jnp.arange(where.count)
+    at = jnp.broadcast_to(at, (4, 8, 4, where.count)).reshape(4, 8, -1)
+    found = jnp.take_along_axis(rows, at, axis=2).reshape(4, 8, 4, where.count)
+    if where.count == 2:
+        return lax.bitcast_convert_type(
+            found, jnp.float16 if ref.dtype == jnp.float16 else jnp.uint16
+        ).astype(jnp.float16 if ref.dtype == jnp.float16 else jnp.int32)
+    words = lax.bitcast_convert_type(found.reshape(4, 8, 4, -1, 4), jnp.int32)
+    return words if where.count == 16 else words[..., 0]
+
+
 def as_new(value):
     return value
 

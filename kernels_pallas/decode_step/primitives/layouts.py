@@ -24,8 +24,6 @@ SUBBLOCKS = _TILED(
 """float32 [32 subblocks, 2 halves, 4 words, 4 bytes]: 1,024 activations, 8 per lane."""
 OUTPUT_ROWS = _TILED(plgpu.Tiling(((16, 8, 1), (4, 8, 1))), (-6,), (-3, -2), -1).reduce(2)
 """float32 [16 tiles, 8 rows]: one result per lane."""
-HEAD_HALVES = _TILED(plgpu.Tiling(((8, 64), (2, 4))), warp_dims=(-4,), lane_dims=(-3, -2), vector_dim=-1)
-"""float32 [8 heads, 64 of 128 dimensions]."""
 
 EXPERTS = _TILED(plgpu.Tiling(((4, 128), (4,))), warp_dims=(-3,), lane_dims=(-2,), vector_dim=-1)
 """float32 [4 sequences, 128 n experts]: one sequence per warp."""
@@ -35,6 +33,12 @@ SCALAR = plgpu.Layout.WG_SPLAT(())
 WARPGROUP = 128
 """Threads of a warpgroup."""
 LOG2E = 1.4426950408889634
+
+
+def head_halves(head_dim: int):
+    """The layout of float32 [8 heads, half of the dimensions]; ``head_dim`` is 64 or 128."""
+    tiling = plgpu.Tiling(((8, head_dim // 2), (2, head_dim // 32)))
+    return _TILED(tiling, warp_dims=(-4,), lane_dims=(-3, -2), vector_dim=-1)
 
 
 def lanes(n: int):

@@ -115,6 +115,112 @@ def dot_tiles(tiles: list, fragments: list, *, signed: bool) -> list:
     return dot(tiles, fragments)
 
 
+def dot_floats(tiles: list, fragments: list, *, dtype) -> list:
+    """As :func:`dot_tiles` of one subblock, with weights of 16 bits (mma m16n8k16, float32 sums).
+
+    Args:
+      tiles: for each tile and half of the subblock, two int32 words [4, 8, 4, 4] of two weights each.
+      fragments: the activations of each half (:func:`load_fragments`); their int8 are exact in both types.
+      dtype: float16 or bfloat16, the weights'.
+
+    Returns:
+      float32 [4, 8, 4] of layout ``TILE_LANES`` for each tile: 128 * high + low.
+    """
+    kind = "f16" if dtype == jnp.float16 else "bf16"
+    operation = f"mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32 "
+    operation += "{$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, {$10, $11, $12, $13};"
+    shape = plgpu.ShapeDtypeStruct((4, 8, 4), jnp.float32, layout=TILE_LANES)
+
+    @plgpu.inline_mgpu(
+        arg_types=([[[TILE_WORDS] * 2] * len(fragments)] * len(tiles), [TILE_WORDS] * len(fragments)),
+        return_type=[shape] * len(tiles),
+    )
+    def dot(ctx, tiles, fragments):
+        del ctx
+        i32, f32 = ir.IntegerType.get_signless(32), ir.F32Type.get()
+        number = ir.F16Type.get() if kind == "f16" else ir.BF16Type.get()
+        result = llvm.StructType.get_literal([f32] * 4)
+        element = lambda array, i: llvm.extractelement(array.registers.flat[0], const(i))
+
+        def two(word, first: int):
+            """Bytes ``first`` and ``first + 1`` as numbers of 16 bits, in one register."""
+            pair = llvm.mlir_undef(ir.VectorType.get((2,), number))
+            for i in range(2):
+                byte = arith.shrsi(arith.shli(word, const(24 - 8 * (first + i))), const(24))
+                value = arith.truncf(number, arith.sitofp(f32, byte))
+                pair = llvm.insertelement(pair, value, const(i))
+            return llvm.bitcast(i32, pair)
+
+        sums = [arith.constant(f32, 0.0)] * 4
+        for half, fragment in enumerate(fragments):
+            for j in range(4):
+                rows = []
+                for i in range(2):
+                    rows += [element(tile[half][j // 2], 2 * (j % 2) + i) for tile in tiles]
+                    rows += [const(0)] * (2 - len(tiles))
+                word = element(fragment, j)
+                out = llvm.inline_asm(
+                    result,
+                    [*rows, two(word, 0), two(word, 2), *sums],
+                    operation,
+                    "=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f",
+                )
+                sums = [llvm.extractvalue(f32, out, [i]) for i in range(4)]
+        high = arith.constant(f32, 128.0)
+        totals = [arith.addf(arith.mulf(sums[i], high), sums[i + 1]) for i in (0, 2)]
+        return [one_per_lane((4, 8, 4), TILE_LANES, total, is_signed=None) for total in totals[: len(tiles)]]
+
+    return dot(tiles, fragments)
+
+
+def look_up(words, table: tuple[int, ...]) -> list:
+    """The int8 values of a table that nibbles choose, by byte permutes.
+
+    Args:
+      words: int32 [4, 8, 4, 4] of layout ``TILE_WORDS``.
+      table: 16 values.
+
+    Returns:
+      int32 of that shape and layout, twice: four values of the low nibbles, and of the high ones.
+    """
+    entries = [int(word) for word in np.array(table, np.int8).view(np.int32)]
+    shape = plgpu.ShapeDtypeStruct((4, 8, 4, 4), jnp.int32, layout=TILE_WORDS)
+
+    @plgpu.inline_mgpu(arg_types=(TILE_WORDS,), return_type=[shape, shape])
+    def choose(ctx, words):
+        del ctx
+        i32 = ir.IntegerType.get_signless(32)
+        permute = lambda a, b, by: mgpu.utils.inline_ptx(
+            "prmt.b32 $0, $1, $2, $3;", a, b, by, result_types=i32, has_side_effects=False
+        )
+
+        def values(word):
+            """Values of the low nibbles and of the high ones of one word."""
+            parts = []
+            for shift in (0, 16):
+                chosen = arith.shrui(word, const(shift)) if shift else word
+                place = arith.andi(chosen, const(0x7777))
+                lower = permute(const(entries[0]), const(entries[1]), place)
+                upper = permute(const(entries[2]), const(entries[3]), place)
+                is_upper = arith.shrui(arith.andi(chosen, const(0x8888)), const(1))
+                parts.append(permute(lower, upper, arith.ori(is_upper, const(0x3210))))
+            return [permute(*parts, const(by)) for by in (0x6420, 0x7531)]
+
+        register = words.registers.flat[0]
+        out = [llvm.mlir_undef(register.type)] * 2
+        for i in range(4):
+            found = values(llvm.extractelement(register, const(i)))
+            out = [llvm.insertelement(o, v, const(i)) for o, v in zip(out, found, strict=True)]
+        arrays = []
+        for value in out:
+            registers = np.full(words.registers.shape, None, object)
+            registers.flat[0] = value
+            arrays.append(mgpu.FragmentedArray(_registers=registers, _layout=words.layout, _is_signed=True))
+        return arrays
+
+    return choose(words)
+
+
 def store_first_rows(ref, values) -> None:
     """Stores the first rows, at most 16, of 64 of an attention product.
 

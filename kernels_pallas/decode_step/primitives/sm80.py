@@ -9,9 +9,12 @@ import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from qwen3_moe_jax.kernels_pallas.decode_step.primitives.choice import sort_pairs, top_experts
+from qwen3_moe_jax.kernels_pallas.decode_step.primitives.loads import load_clamped, load_rows
 from qwen3_moe_jax.kernels_pallas.decode_step.primitives.products import (
+    dot_floats,
     dot_tiles,
     load_fragments,
+    look_up,
     store_first_rows,
 )
 from qwen3_moe_jax.kernels_pallas.decode_step.primitives.sync import (
