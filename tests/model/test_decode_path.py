@@ -51,6 +51,13 @@ def test_the_runner_says_what_ran(exact_runner):
     assert facts["kernels_reason"].endswith("a dtype is asked for")
 
 
+def test_what_has_run_of_some_types_does_not_hide_the_others(exact_runner, monkeypatch):
+    some = implementations.Record()
+    some.add(next(ran for ran in exact_runner._recorded() if GGMLType.Q6_K in ran.types))
+    monkeypatch.setattr(exact_runner, "_record", some)
+    assert set(exact_runner.describe()["implementations"]) == {"F32", "Q4_K", "Q6_K"}
+
+
 @pytest.fixture(scope="module")
 def params():
     return tiled_params(abstract_params(CONFIG, q4_k_m_types(CONFIG), GPU_ROLES))
