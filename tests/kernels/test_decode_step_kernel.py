@@ -64,11 +64,25 @@ ODD_TYPES = TYPES | {"embed": Q6, "q": T.F16, "k": T.Q4_0, "v": T.Q4_0, "o": T.B
 ODD_TYPES |= {"gate": T.IQ4_XS, "down": T.Q2_K, "lm_head": None}
 
 
+SCALE = {Q4: 1.4e-4, Q5: 0.7e-4, Q6: 1.5e-5, Q8: 2.7e-4}
+"""Scales of superblocks, for weights of about 0.02."""
+
+
 def random_tensor(rng, type: GGMLType, shape: tuple[int, ...]) -> PackedTensor:
-    is_norm = len(shape) == 1
-    count = int(np.prod(shape)) // BLOCK_FORMATS[type].weights
-    std, mean = (0.1, 10.0) if is_norm else (0.03, 0.0)
-    return pack(random_blocks(type, count, rng, std, mean).reshape(-1), type, shape)
+    is_norm, block = len(shape) == 1, BLOCK_FORMATS[type]
+    count = int(np.prod(shape)) // block.weights
+    if type is T.F32:
+        values = rng.normal(1 if is_norm else 0, 0.1 if is_norm else 0.03, shape)
+        return PackedTensor({"w": values.astype(np.float32)}, type)
+    if type not in SCALE:
+        return pack(random_blocks(type, count, rng, 0.03).reshape(-1), type, shape)
+    blocks = rng.integers(0, 256, (count, block.nbytes), dtype=np.uint8)
+    for name, factor in (("d", 1.0), ("dmin", 7.5 if type is Q4 else 15.5)):
+        if name in block.fields:
+            at = block.fields[name].offset
+            scale = SCALE[type] * factor * rng.uniform(0.75, 1.25, count)
+            blocks[:, at : at + 2] = scale.astype("<f2").view(np.uint8).reshape(-1, 2)
+    return pack(blocks.reshape(-1), type, shape)
 
 
 def gpu_params(config, packed, types):
@@ -107,9 +121,10 @@ def random_model(config, types, seed) -> Model:
     f32, d, head = GGMLType.F32, c.hidden_size, c.head_dim
     kv, width = c.num_key_value_heads * head, c.num_attention_heads * head
     e, f = c.num_experts, c.moe_intermediate_size
-    tensors = {"embed_tokens": (types["embed"], (c.vocab_size, d)), "norm": (f32, (d,))}
+    tensors = {"embed_tokens": (types["embed"], (c.vocab_size, d))}
     if types["lm_head"] is not None:
         tensors["lm_head"] = (types["lm_head"], (c.vocab_size, d))
+    tensors["norm"] = (f32, (d,))
     shapes = {
         "input_layernorm": (f32, (d,)),
         "post_attention_layernorm": (f32, (d,)),
