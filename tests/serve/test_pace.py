@@ -32,8 +32,8 @@ def test_a_step_keeps_to_its_limit(own):
     amounts = run(Pace(0.05), cost, 400)
     slow = [n for n in amounts if cost(n) > 0.05]
     assert len(slow) <= 0.02 * len(amounts)
-    most = max(n for n in PROMPT_TOKENS if cost(n) <= 0.05)
-    assert amounts.count(most) >= 0.9 * len(amounts)
+    maximum = max(n for n in PROMPT_TOKENS if cost(n) <= 0.05)
+    assert amounts.count(maximum) >= 0.9 * len(amounts)
 
 
 def test_one_slow_step_is_forgotten():
