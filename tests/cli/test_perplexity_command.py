@@ -94,12 +94,14 @@ def test_what_cannot_be_measured_ends_in_one_clear_line(tmp_path, capsys, conten
     assert shown.out == ""
 
 
-def test_a_missing_file_and_a_folder_are_named(tmp_path, capsys):
-    for path, expected in ((tmp_path / "no.txt", "No such file"), (tmp_path, "Is a directory")):
-        assert main(["perplexity", str(path), *QUICK]) == 1
-        assert capsys.readouterr().err == f"qwen3-moe: {path} cannot be read: {expected}" + (
-            " or directory\n" if "No such" in expected else "\n"
-        )
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("no.txt", "No such file or directory"), ("", "it is a folder; - reads standard input")],
+)
+def test_a_missing_file_and_a_folder_are_named(tmp_path, capsys, name, expected):
+    path = tmp_path / name
+    assert main(["perplexity", str(path), *QUICK]) == 1
+    assert capsys.readouterr().err == f"qwen3-moe: {path} cannot be read: {expected}\n"
 
 
 def test_long_waits_show_the_estimate_so_far(short, capsys, monkeypatch):
