@@ -73,14 +73,18 @@ def features() -> frozenset[str]:
     return frozenset(found[0]) if found else frozenset()
 
 
+def is_off() -> bool:
+    """Whether ``QWEN3_MOE_NATIVE`` leaves these kernels to those who ask for them by name."""
+    return os.environ.get(VARIABLE, "").lower() == "off"
+
+
 def choose_form() -> Form:
     """The form that ``QWEN3_MOE_NATIVE`` names, or the best that this processor has.
 
     Raises:
       NotImplementedError: there is none; says why.
     """
-    wanted = os.environ.get(VARIABLE, "").lower()
-    wanted = "" if wanted == "off" else wanted
+    wanted = "" if is_off() else os.environ.get(VARIABLE, "").lower()
     if platform.system() != "Linux":
         raise NotImplementedError(f"its threads need Linux, and this is {platform.system()}")
     names = ", ".join(form.name for form in FORMS)

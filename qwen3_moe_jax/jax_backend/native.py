@@ -1,12 +1,11 @@
 """Whether this process computes with ``kernels_pallas.native``, found out beside the load of the weights."""
 
-import os
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from qwen3_moe_jax.core.errors import BackendUnavailableError
 from qwen3_moe_jax.jax_backend.device import Device
 from qwen3_moe_jax.kernels_pallas.native import library
-from qwen3_moe_jax.kernels_pallas.native.forms import VARIABLE
+from qwen3_moe_jax.kernels_pallas.native.forms import VARIABLE, is_off
 from qwen3_moe_jax.machine.folders import readable_cache
 from qwen3_moe_jax.machine.kernels import AUTO, NATIVE, Kernels
 from qwen3_moe_jax.machine.threads import cores
@@ -49,7 +48,7 @@ class Native:
             reason = "the native kernels run on one device, and the model is split over several"
         elif has_dtype:
             reason = "the native kernels round activations to 15 bits, and a dtype is asked for"
-        elif wanted == AUTO and os.environ.get(VARIABLE, "").lower() == "off":
+        elif wanted == AUTO and is_off():
             reason = f"{VARIABLE} is off"
         return cls(reason, wanted == NATIVE)
 

@@ -10,7 +10,6 @@ bound by launches instead: nothing is expected to be faster than ``MAX_TOKENS`` 
 """
 
 import functools
-import os
 from dataclasses import dataclass
 
 from qwen3_moe_jax.convert.source import ModelSource
@@ -107,7 +106,7 @@ def native_is_ruled_out() -> bool:
     be compiled."""
     from qwen3_moe_jax.kernels_pallas.native import forms  # imports JAX
 
-    if os.environ.get(forms.VARIABLE, "").lower() == "off":
+    if forms.is_off():
         return True
     try:
         forms.choose_form()
