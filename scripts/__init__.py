@@ -1,9 +1,12 @@
 """Benchmarks, checks, profiles and makers of files; run as ``python -m scripts.NAME``.
 
-Also what the scripts share: where the project is, and the environment in which a child process finds it.
+Also what the scripts share: where the project is, the environment in which a child process finds it, and how
+a result is left.
 """
 
+import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -13,3 +16,10 @@ def child_environment(**variables: str) -> dict[str, str]:
     """This process' environment for a child that imports this project from any folder; ``variables`` win."""
     path = filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])
     return {**os.environ, "PYTHONPATH": os.pathsep.join(path), **variables}
+
+
+def leave(result: Mapping[str, object], receipt: str | Path | None) -> None:
+    """Writes the result to the receipt, if one is asked for, and prints it as the last line: JSON."""
+    if receipt:
+        Path(receipt).write_text(json.dumps(result, indent=2) + "\n")
+    print(json.dumps(result))

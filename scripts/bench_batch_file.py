@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen3_moe_jax.core.code_version import code_version
-from scripts import ROOT, child_environment
+from scripts import ROOT, child_environment, leave
 
 BAR = 0.9
 PROMPT, ANSWER = (16, 192), (8, 160)
@@ -141,9 +141,7 @@ def main() -> int:
         args.file = Path(folder) / "requests.jsonl"
         args.file.write_text("".join(json.dumps(line) + "\n" for line in requests(args.requests)))
         found = measured(args)
-    if args.receipt:
-        args.receipt.write_text(json.dumps(found, indent=2) + "\n")
-    print(json.dumps(found))
+    leave(found, args.receipt)
     return found["verdict"] != "pass"
 
 

@@ -29,7 +29,7 @@ from qwen3_moe_jax.convert.packed import packed_nbytes
 from qwen3_moe_jax.convert.source import READ_PIECE_BYTES, ModelSource, refuse_nonfinite
 from qwen3_moe_jax.convert.unpack import block_arrays, empty_packed, pack, unpack_blocks
 from qwen3_moe_jax.testing.random_models import random_blocks, tensor_nbytes
-from scripts import child_environment
+from scripts import child_environment, leave
 
 _PACK_BYTES = 256 << 20
 _DISK_BYTES = 1 << 30
@@ -177,9 +177,7 @@ def main(argv: list[str] | None = None) -> int:
     result["read_checkpoint_verified_one_thread_cached"] = max(passes, key=lambda run: run["gb_per_s"])
     # Last: what this process has taken by then would count as the peak of the processes that it starts.
     result["from_memory"] = in_memory(args.model)
-    if args.receipt:
-        Path(args.receipt).write_text(json.dumps(result, indent=2) + "\n")
-    print(json.dumps(result))
+    leave(result, args.receipt)
     return 0
 
 

@@ -23,14 +23,15 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from qwen3_moe_jax.machine.kernels import AUTO, CHOICES
-from scripts import ROOT, child_environment
+from scripts import ROOT
+from scripts._children import results_of, say
 
 OTHER_PROMPTS = (100, 512, 2048)
 """cold: after the first two tokens, a prompt of each other size: how long until its first token."""
@@ -41,11 +42,6 @@ GRACE_SECONDS = 10
 
 
 # In the child processes
-
-
-def say(**result: object) -> None:
-    """One result line for the parent."""
-    print("RESULT " + json.dumps(result), flush=True)
 
 
 def limit(seconds: float) -> None:
@@ -221,32 +217,14 @@ def stream(args: argparse.Namespace) -> None:
 # In the parent
 
 
-def lines_of(args: argparse.Namespace, stage: str, seconds: float, cache: str, **changes: object) -> Iterator:
-    """Runs one stage in a process; yields its results with the seconds at which they came, then its end."""
+def lines_of(
+    args: argparse.Namespace, stage: str, seconds: float, cache: str, **changes: object
+) -> Iterator[tuple[float, dict[str, Any]]]:
+    """Runs one stage in a process, which may take long enough for all its parts: as ``results_of``."""
     options = {**vars(args), **changes, "limit": seconds}
-    environment = child_environment(XDG_CACHE_HOME=cache, CUDA_CACHE_PATH=f"{cache}/nv")
-    command = [sys.executable, "-u", "-m", "scripts.bench_decode", "--child", stage, json.dumps(options)]
-    began = time.perf_counter()
-    process = subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
     longest = seconds + len(options["rows"]) * args.row_limit * (stage == "rows") + GRACE_SECONDS
     longest += 4 * args.row_limit * (stage == "stream")
-    killer = threading.Timer(longest, process.kill)
-    killer.start()
-    try:
-        for line in process.stdout:
-            at = round(time.perf_counter() - began, 2)
-            print(f"[{stage} {at:7.2f} s] {line.rstrip()}", flush=True)
-            if line.startswith("RESULT "):
-                yield at, json.loads(line.removeprefix("RESULT "))
-        code = process.wait()
-    finally:
-        killer.cancel()
-        if process.poll() is None:
-            process.kill()
-    if code:
-        yield round(time.perf_counter() - began, 2), {"error": f"ended with code {code}"}
+    return results_of("bench_decode", stage, options, cache, longest)
 
 
 def run_cold(args: argparse.Namespace, cache: str) -> dict[str, object]:

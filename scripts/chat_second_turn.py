@@ -8,7 +8,6 @@ line is JSON. The bar: a second turn at 2,000 tokens starts in at most 15 % of t
 """
 
 import argparse
-import json
 import statistics
 import sys
 import time
@@ -19,6 +18,7 @@ from qwen3_moe_jax.api import Model, load
 from qwen3_moe_jax.commands.bench import machine_facts
 from qwen3_moe_jax.core.code_version import code_version
 from qwen3_moe_jax.parity.recorded import parity_text
+from scripts import leave
 
 BAR = 0.15
 NEW_TOKENS = 8
@@ -81,9 +81,7 @@ def main() -> int:
         "bar": BAR,
         "verdict": "pass" if second / first <= BAR else "fail",
     }
-    if args.receipt:
-        args.receipt.write_text(json.dumps(result, indent=2) + "\n")
-    print(json.dumps(result))
+    leave(result, args.receipt)
     return result["verdict"] != "pass"
 
 

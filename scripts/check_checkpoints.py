@@ -13,7 +13,6 @@ import argparse
 import builtins
 import errno
 import hashlib
-import json
 import os
 import platform
 import random
@@ -35,7 +34,7 @@ from qwen3_moe_jax.convert.errors import ModelFileError
 from qwen3_moe_jax.convert.open_model import open_model
 from qwen3_moe_jax.convert.output_folder import OutputError
 from qwen3_moe_jax.testing.random_models import SMALL, write_random_gguf
-from scripts import child_environment
+from scripts import child_environment, leave
 
 _READY = b"ready\n"
 _BUSY_EXIT = 4
@@ -389,9 +388,7 @@ def main(argv: list[str] | None = None) -> int:
         }
     lost = [fault for part in ("kill_9", "disk_full", "two_writers") for fault in result[part]["faults"]]
     lost += result["bit_flips"]["missed"]
-    if args.receipt:
-        Path(args.receipt).write_text(json.dumps(result, indent=2) + "\n")
-    print(json.dumps(result))
+    leave(result, args.receipt)
     return 1 if lost else 0
 
 

@@ -29,7 +29,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from scripts import ROOT, child_environment
+from scripts import ROOT, child_environment, leave
 
 FOLDERS = ("convert", "kernels_pallas")
 OURS = {"qwen3_moe_jax"}
@@ -202,9 +202,7 @@ def main() -> int:
     faults += [f"Python {row['python']}: {row['outcome']}" for row in rows if not row.get("is_sound", True)]
     print("\n".join(faults) or f"{wheel.name} and {archive.name}: as they should be")
     if rows:
-        if args.receipt:
-            args.receipt.write_text(json.dumps(found, indent=2) + "\n")
-        print(json.dumps(found))
+        leave(found, args.receipt)
     return bool(faults)
 
 

@@ -15,7 +15,6 @@ import cProfile
 import io
 import json
 import pstats
-import subprocess
 import sys
 import tempfile
 import threading
@@ -24,18 +23,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from scripts import ROOT, child_environment
+from scripts._children import results_of, say
 
 SWEEP = ((4, 16), (6, 16), (8, 16), (12, 16), (6, 32), (8, 32), (8, 8), (12, 8))
 """Readers, and MiB of a piece."""
 
 _began = time.perf_counter()
-
-
-def say(**result: object) -> None:
-    """One result line for the parent."""
-    sys.stdout.write("RESULT " + json.dumps(result) + "\n")  # whole lines: several threads tell
-    sys.stdout.flush()
 
 
 @contextmanager
@@ -198,25 +191,6 @@ def _rate(source: Any, device: Any, part: str, readers: int, piece: int) -> floa
 CHILDREN = {"first": start, "warm": start, "sweep": sweep}
 
 
-def run_child(stage: str, options: dict[str, Any], cache: str, seconds: float) -> list[dict[str, Any]]:
-    """Runs a stage in a process; prints what it says; returns its results."""
-    command = [sys.executable, "-u", "-m", "scripts.profile_start", "--child", stage, json.dumps(options)]
-    environment = child_environment(XDG_CACHE_HOME=cache, CUDA_CACHE_PATH=f"{cache}/nv")
-    process = subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-    killer = threading.Timer(seconds, process.kill)
-    killer.start()
-    found = []
-    assert process.stdout
-    for line in process.stdout:
-        print(f"[{stage}] {line.rstrip()}", flush=True)
-        if line.startswith("RESULT "):
-            found.append(json.loads(line.removeprefix("RESULT ")))
-    killer.cancel()
-    return [*found, *([{"error": f"ended with code {process.returncode}"}] if process.wait() else [])]
-
-
 def main() -> None:
     """Runs the stages."""
     if sys.argv[1:2] == ["--child"]:
@@ -237,7 +211,8 @@ def main() -> None:
     parser.add_argument("--stage-limit", type=float, default=180, help="seconds")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as cache:
-        results = {stage: run_child(stage, vars(args), cache, args.stage_limit) for stage in args.stages}
+        run = lambda stage: results_of("profile_start", stage, vars(args), cache, args.stage_limit)
+        results = {stage: [found for _, found in run(stage)] for stage in args.stages}
     print(json.dumps(results))
 
 
