@@ -1,6 +1,5 @@
 """Which file, which backend, how much memory: from a path to a runner. ``api.load`` makes a model of it."""
 
-import difflib
 import math
 import os
 from collections.abc import Callable
@@ -14,6 +13,7 @@ from qwen3_moe_jax.convert.source import ModelSource
 from qwen3_moe_jax.core.arguments import check_number, check_text, wrong_kind
 from qwen3_moe_jax.core.errors import BackendUnavailableError, OptionError
 from qwen3_moe_jax.core.mesh import AUTO_MESH, mesh_sizes
+from qwen3_moe_jax.core.near_names import near_names
 from qwen3_moe_jax.core.runner import Runner
 from qwen3_moe_jax.hub import names
 from qwen3_moe_jax.hub.listing import files_in
@@ -91,9 +91,7 @@ def _near(path: Path) -> list[str]:
         beside = {p.name: p for p in path.parent.iterdir() if p.suffix == ".gguf" or p.is_dir()}
     except OSError:
         return []
-    names_by_lower = {name.lower(): name for name in beside}
-    close = difflib.get_close_matches(path.name.lower(), list(names_by_lower), n=2, cutoff=0.75)
-    found = (path.parent / names_by_lower[name] for name in close)
+    found = (beside[name] for name in near_names(path.name, beside, cutoff=0.75))
     return [str(p) for p in found if p.is_file() or (p / MANIFEST_NAME).exists()]
 
 

@@ -1,6 +1,5 @@
 """A repository's GGUF files, asked of the hub or read from the cache: variants with their shards."""
 
-import difflib
 import os
 from collections import defaultdict
 from collections.abc import Iterable
@@ -9,6 +8,7 @@ from pathlib import Path
 
 from qwen3_moe_jax.convert.progress import format_bytes
 from qwen3_moe_jax.core.errors import HubError, OptionError
+from qwen3_moe_jax.core.near_names import near_names
 from qwen3_moe_jax.hub.faults import explained
 from qwen3_moe_jax.hub.names import HubName, quant_of, runs, shard_of, without_shard
 
@@ -101,9 +101,8 @@ class Listing:
 
 
 def _near(word: str, known: Iterable[str]) -> str:
-    by_lower = {name.lower(): name for name in known}
-    near = difflib.get_close_matches(word.lower(), list(by_lower), n=2, cutoff=0.6)
-    return f"; did you mean {' or '.join(by_lower[n] for n in near)}?" if near else ""
+    near = near_names(word, known)
+    return f"; did you mean {' or '.join(near)}?" if near else ""
 
 
 def variants_of(files: Iterable[RemoteFile]) -> tuple[Variant, ...]:

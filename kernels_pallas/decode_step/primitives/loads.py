@@ -10,11 +10,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm
 
+from qwen3_moe_jax.convert.layouts.gpu_tiles import TILE_ROWS
 from qwen3_moe_jax.kernels_pallas.decode_step.primitives.inline import const, lane_and_warp, one_per_lane
 from qwen3_moe_jax.kernels_pallas.decode_step.primitives.layouts import SCALAR, TILE_LANES, TILE_WORDS
-
-TILE_ROWS = 8
-"""Rows of a tile, one for four lanes."""
 
 
 @dataclass(frozen=True)
