@@ -93,7 +93,7 @@ def device_headroom(name: str, stats: Mapping[str, int], on_card: int | None) ->
     in_use = stats.get("bytes_in_use", 0)
     found: list[Headroom] = []
     if limit := stats.get("bytes_limit"):
-        found.append(Headroom(limit - in_use, name, "JAX's share of it, XLA_PYTHON_CLIENT_MEM_FRACTION"))
+        found.append(Headroom(limit - in_use, name, "JAX's share of it, XLA_CLIENT_MEM_FRACTION"))
     if on_card is not None and ("pool_bytes" in stats or not stats):
         in_pool = max(0, stats.get("pool_bytes", 0) - in_use)
         found.append(Headroom(on_card + in_pool, name, "other programs hold the rest"))

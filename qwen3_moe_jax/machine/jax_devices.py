@@ -12,6 +12,16 @@ from qwen3_moe_jax.machine.xla_flags import check_xla_flags
 
 PLATFORMS_VARIABLE = "JAX_PLATFORMS"
 CARDS_VARIABLE = "CUDA_VISIBLE_DEVICES"
+PREALLOCATE_VARIABLE = "XLA_PYTHON_CLIENT_PREALLOCATE"
+SHARE_VARIABLE = "XLA_CLIENT_MEM_FRACTION"
+OLD_SHARE_VARIABLE = "XLA_PYTHON_CLIENT_MEM_FRACTION"
+
+CARD_SHARE = 0.95
+"""Of a card's memory, what arrays may take: XLA's own limit of 0.75 would refuse a model of 18.5 GB on a card
+of 24 GB. The rest is the driver's, compiled programs' and the screen's."""
+
+SERVER_SHARE = 0.92
+"""Of a card's memory, what a server takes at its start."""
 
 MIN_COMPILE_SECONDS = 0.1
 """Programs that take longer to compile are kept on disk."""
@@ -23,8 +33,24 @@ def _jax() -> Any:
 
 
 def set_memory_policy() -> None:
-    """Keeps XLA from taking most of a card at start; a user's own setting stays."""
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    """Lets XLA take of a card what it needs, up to ``CARD_SHARE``; a user's own settings stay."""
+    os.environ.setdefault(PREALLOCATE_VARIABLE, "false")
+    _limit_share(CARD_SHARE)
+
+
+def take_card() -> None:
+    """Lets XLA take ``SERVER_SHARE`` of a card in one piece when it starts; a user's own settings stay.
+
+    A pool that grows does so by pieces of 1, 2, 4, ... GB, each too small for what is left of the others:
+    the keys of a server's cache are one array of up to half of the card.
+    """
+    os.environ.setdefault(PREALLOCATE_VARIABLE, "true")
+    _limit_share(SERVER_SHARE)
+
+
+def _limit_share(share: float) -> None:
+    if not os.environ.get(OLD_SHARE_VARIABLE):  # JAX refuses both
+        os.environ.setdefault(SHARE_VARIABLE, str(share))
 
 
 def simulate_devices(count: int) -> None:

@@ -162,16 +162,16 @@ GPU = "NVIDIA H100"
 @pytest.mark.parametrize(
     ("stats", "on_card", "free", "origin"),
     [
-        ({"bytes_limit": 60, "bytes_in_use": 10, "pool_bytes": 20}, 70, 50, "XLA_PYTHON_CLIENT_MEM_FRACTION"),
+        ({"bytes_limit": 60, "bytes_in_use": 10, "pool_bytes": 20}, 70, 50, "XLA_CLIENT_MEM_FRACTION"),
         ({"bytes_limit": 60, "bytes_in_use": 10, "pool_bytes": 20}, 15, 25, "other programs"),
         # preallocated: nearly nothing is left on the card, all of it in JAX's pool
-        ({"bytes_limit": 60, "bytes_in_use": 10, "pool_bytes": 60}, 3, 50, "XLA_PYTHON_CLIENT_MEM_FRACTION"),
-        ({"bytes_limit": 60, "bytes_in_use": 0}, None, 60, "XLA_PYTHON_CLIENT_MEM_FRACTION"),
+        ({"bytes_limit": 60, "bytes_in_use": 10, "pool_bytes": 60}, 3, 50, "XLA_CLIENT_MEM_FRACTION"),
+        ({"bytes_limit": 60, "bytes_in_use": 0}, None, 60, "XLA_CLIENT_MEM_FRACTION"),
         # an allocator that does not say what its pool holds may have taken all of the card
-        ({"bytes_limit": 60, "bytes_in_use": 0}, 3, 60, "XLA_PYTHON_CLIENT_MEM_FRACTION"),
+        ({"bytes_limit": 60, "bytes_in_use": 0}, 3, 60, "XLA_CLIENT_MEM_FRACTION"),
         ({}, 44, 44, "other programs"),
         ({}, None, None, ""),
-        ({"bytes_limit": 60, "bytes_in_use": 70, "pool_bytes": 70}, 9, 0, "XLA_PYTHON_CLIENT_MEM_FRACTION"),
+        ({"bytes_limit": 60, "bytes_in_use": 70, "pool_bytes": 70}, 9, 0, "XLA_CLIENT_MEM_FRACTION"),
     ],
 )
 def test_a_gpu_has_what_its_allocator_can_get(stats, on_card, free, origin):

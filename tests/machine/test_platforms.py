@@ -129,3 +129,22 @@ def test_errors_name_the_argument_in_python_and_the_option_on_the_command_line(c
     options = ["--backend", "reference", "--context", "16", "--no-gate"]
     assert cli.main(["generate", "x" * 400, *options]) == 1
     assert capsys.readouterr().err.strip().endswith("raise --context")
+
+
+POLICY = ("XLA_PYTHON_CLIENT_PREALLOCATE", "XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
+
+
+@pytest.mark.parametrize(
+    ("policy", "theirs", "found"),
+    [
+        (jax_devices.set_memory_policy, {}, ("false", "0.95", None)),
+        (jax_devices.take_card, {}, ("true", "0.92", None)),
+        (jax_devices.take_card, {POLICY[0]: "false", POLICY[1]: "0.5"}, ("false", "0.5", None)),
+        (jax_devices.set_memory_policy, {POLICY[2]: "0.4"}, ("false", None, "0.4")),
+    ],
+)
+def test_how_much_of_a_card_is_taken(monkeypatch, policy, theirs, found):
+    """JAX ends where both names of the share are set."""
+    monkeypatch.setattr(os, "environ", dict(theirs))
+    policy()
+    assert tuple(map(os.environ.get, POLICY)) == found

@@ -12,7 +12,7 @@ from qwen3_moe_jax import cli
 from qwen3_moe_jax.serve import run as serve_run
 from qwen3_moe_jax.serve.engine import worker
 from qwen3_moe_jax.serve.engine.client import MAX_RESTARTS, EngineClient
-from qwen3_moe_jax.serve.engine.frames import Start
+from qwen3_moe_jax.serve.engine.frames import Start, send
 from qwen3_moe_jax.serve.run import ServeError
 from qwen3_moe_jax.serve.settings import Settings
 
@@ -117,3 +117,25 @@ def test_what_a_compiler_took_is_given_back_once(monkeypatch):
     engine.tidy()
     engine.tidy()
     assert (engine._programs, log) == (1, ["given back"])
+
+
+def test_an_engine_takes_the_card_before_it_loads(monkeypatch):
+    """JAX reads the policy when it starts, once."""
+    log: list[str] = []
+
+    class Failing:
+        def __init__(self, start):
+            log.append("load")
+            raise MemoryError
+
+    monkeypatch.setattr(worker.jax_devices, "take_card", lambda: log.append("take"))
+    monkeypatch.setattr(worker.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(worker, "_read_forever", lambda *_: None)  # which ends the process
+    monkeypatch.setattr(worker, "Engine", Failing)
+    ours, theirs = socket.socketpair()
+    with ours:
+        send(ours, Start(model=None))
+        with pytest.raises(SystemExit):
+            worker.main(theirs.detach())
+        assert b"MemoryError" in ours.recv(4096)
+    assert log == ["take", "load"]

@@ -18,7 +18,7 @@ import numpy as np
 
 from qwen3_moe_jax.core.batch import Batch
 from qwen3_moe_jax.core.errors import MemoryPlanError
-from qwen3_moe_jax.machine import resident
+from qwen3_moe_jax.machine import jax_devices, resident
 from qwen3_moe_jax.machine.row_plan import RowClass, plan_rows
 from qwen3_moe_jax.serve.engine import frames, reports
 from qwen3_moe_jax.serve.engine.jobs import Event, Limits
@@ -308,6 +308,7 @@ def main(file_number: int) -> None:
     assert isinstance(start, frames.Start), "the front's first message says what to load"
     inbox: queue.SimpleQueue = queue.SimpleQueue()
     threading.Thread(target=_read_forever, args=(connection, inbox), daemon=True).start()
+    jax_devices.take_card()
     try:
         engine = Engine(start)
         frames.send(connection, engine.ready())
