@@ -18,24 +18,20 @@ import numpy as np
 from qwen3_moe_jax.convert.config import Qwen3MoeConfig
 from qwen3_moe_jax.convert.ggml_types import GGMLType
 from qwen3_moe_jax.convert.layouts.gpu_tiles import TILE_ROWS, TILED_TYPES, to_gpu_tiles
-from qwen3_moe_jax.convert.layouts.lanes16 import supports, to_layout
+from qwen3_moe_jax.convert.layouts.lanes16 import supports
 from qwen3_moe_jax.convert.packed import LANES, LANES16, PackedTensor
 from qwen3_moe_jax.convert.progress import ProgressCallback
 from qwen3_moe_jax.convert.source import ModelSource
 from qwen3_moe_jax.convert.tensor_names import TensorSpec, tensor_specs
-from qwen3_moe_jax.convert.unpack import aligned_empty, dequantize
+from qwen3_moe_jax.convert.unpack import dequantize
+from qwen3_moe_jax.jax_backend import host_load
 from qwen3_moe_jax.jax_backend.device import Device
-from qwen3_moe_jax.jax_backend.device_load import (
-    Target,
-    allocate,
-    as_rows,
-    load_stacks,
-    wanted_programs,
-)
+from qwen3_moe_jax.jax_backend.device_load import Target, allocate, load_stacks, wanted_programs
+from qwen3_moe_jax.jax_backend.host_load import HostLoader, Value
 from qwen3_moe_jax.jax_backend.settings import own_settings
 from qwen3_moe_jax.jax_backend.wanted import Wanted
 from qwen3_moe_jax.kernels_pallas import LayerTable
-from qwen3_moe_jax.kernels_pallas.packed.stacks import Roles, abstract_packed, rows_per_unit
+from qwen3_moe_jax.kernels_pallas.packed.stacks import Roles, abstract_packed
 
 Params = dict[str, Any]
 """The model's parameters: "layers" is a ``LayerTable``; "embed_tokens", "norm", "lm_head" stand alone."""
@@ -51,8 +47,6 @@ LOAD_COMPILERS = 4
 
 ROWS_ALWAYS = frozenset({"embed_tokens", "mlp.router"})
 """Kept in the file's order on a GPU: single rows are looked up, or the type is not quantized."""
-
-Value = PackedTensor | np.ndarray | jax.Array
 
 
 def split_path(path: str) -> tuple[int | None, str]:
@@ -153,60 +147,28 @@ def load_params(
     return load(source, roles, device, progress)
 
 
-def flat(value: Value) -> Value:
-    """The experts' matrices as rows one after the other; a vector as one row."""
-    return as_rows(value) if isinstance(value, PackedTensor) else value[None]
-
-
 def load_on_host(
     source: ModelSource, roles: Roles, device: Device, progress: ProgressCallback | None = None
 ) -> Params:
     """NumPy arrays that JAX's CPU backend uses without a copy, sixteen rows side by side where possible."""
-    plan = plan_layers(source.config, source.types, roles)
-    tensors = {tensor.name: tensor for tensor in plan.tensors}
-    stacks: dict[str, Value] = {}
-    params: Params = {}
-    on_device = partial(jax.device_put, device=device, may_alias=True)
-    for path, tensor in source.tensors(progress):
-        value = dequantize(tensor) if tensor.ndim == 1 else tensor
-        layer, name = split_path(path)
-        if layer is None:
-            params[path] = on_device(side_by_side(value))
-            continue
-        tensor, value = tensors[name], side_by_side(flat(value))
-        stack = tensor.stacks[tensor.which[layer]]
-        if stack not in stacks:
-            stacks[stack] = room(plan.stacks[stack].shape[0], value)
-        fill(stacks[stack], tensor.first[layer], value)
-    params["layers"] = LayerTable({n: on_device(s) for n, s in stacks.items()}, plan.tensors)
-    return params
-
-
-def side_by_side(value: Value) -> Value:
-    """A matrix with sixteen rows side by side where that is possible."""
-    if isinstance(value, PackedTensor) and supports(LANES16, value.type, value.shape):
-        return to_layout(value, LANES16)
-    return value
-
-
-def _unit(value: Value) -> int:
-    return rows_per_unit(value.layout) if isinstance(value, PackedTensor) else 1
-
-
-def room(rows: int, like: Value) -> Value:
-    """An empty stack of ``rows`` rows for tensors like ``like``."""
-    units = rows // _unit(like)
-    return jax.tree.map(lambda a: aligned_empty((units, *a.shape[1:]), a.dtype), like)
-
-
-def fill(stack: Value, first: int, value: Value) -> None:
-    """Writes a tensor's rows into a stack of the host from row ``first`` on."""
-    begin = first // _unit(value)
-
-    def put(target: np.ndarray, new: np.ndarray) -> None:
-        target[begin : begin + len(new)] = new
-
-    jax.tree.map(put, stack, value)
+    params = host_load.allocate(laned_params(abstract_params(source.config, source.types, roles)))
+    table, done = params["layers"], 0
+    tensors = {tensor.name: tensor for tensor in table.tensors}
+    with HostLoader(source) as loader:
+        for path in source.paths():
+            layer, name = split_path(path)
+            if len(source.specs[path].shape) == 1:
+                vectors = params[path] if layer is None else table.stacks[name][layer]
+                vectors[:] = dequantize(source.tensor(path))
+            elif layer is None:
+                loader.put(path, params[path])
+            else:
+                tensor = tensors[name]
+                loader.put(path, table.stacks[tensor.stacks[tensor.which[layer]]], tensor.first[layer])
+            done += source.tensor_nbytes(path)
+            if progress:
+                progress(done, source.nbytes)
+    return jax.tree.map(partial(jax.device_put, device=device, may_alias=True), params)
 
 
 def load_on_device(

@@ -25,18 +25,8 @@ from qwen3_moe_jax.convert.source import ModelSource
 from qwen3_moe_jax.convert.tensor_names import tensor_specs
 from qwen3_moe_jax.convert.unpack import dequantize
 from qwen3_moe_jax.jax_backend.device import Device
-from qwen3_moe_jax.jax_backend.params import (
-    Params,
-    Types,
-    Value,
-    device_params,
-    fill,
-    flat,
-    is_tiled,
-    room,
-    side_by_side,
-    split_path,
-)
+from qwen3_moe_jax.jax_backend.host_load import Value, fill, flat, room, side_by_side
+from qwen3_moe_jax.jax_backend.params import Params, Types, device_params, is_tiled, split_path
 from qwen3_moe_jax.jax_backend.sharding import BOTH, Shards
 from qwen3_moe_jax.kernels_pallas import LayerTable, Matrices
 from qwen3_moe_jax.kernels_pallas.packed.stacks import rows_per_unit

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from qwen3_moe_jax.convert.unpack import dequantize
+from qwen3_moe_jax.jax_backend import host_load
 from qwen3_moe_jax.jax_backend import params as loading
 from qwen3_moe_jax.jax_backend.runner import JaxRunner
 from qwen3_moe_jax.kernels_pallas import dequantize as dequantize_on_device
@@ -67,3 +68,28 @@ def test_a_model_in_gpu_tiles_gives_the_same_logits(source, golden, exact_runner
     np.testing.assert_allclose(
         logits, exact_runner.forward(golden["ids0"]).logits, atol=tolerances.CHUNKED_LOGITS
     )
+
+
+@pytest.mark.parametrize(
+    ("shape", "maximum"),
+    [
+        ((100, 64), 1),
+        ((100, 64), 64 * 40),
+        ((5, 48, 64), 48 * 64 * 2),
+        ((3, 48, 64), 64 * 33),
+        ((2, 7, 64), 64),
+    ],
+)
+def test_pieces_cover_a_tensor_once(shape, maximum):
+    """In whole experts, or in groups that the layout with sixteen rows side by side can begin with."""
+    rows, columns = shape[-2:]
+    seen = np.zeros(shape[:-1], int)
+    for first, box in host_load.boxes(shape, columns, maximum):
+        *leading, (begin, end), of_columns = box
+        expert = leading[0][0] if leading else 0
+        assert first == expert * rows + begin
+        assert of_columns == (0, columns)
+        assert (begin, end) == (0, rows) or (begin % 16 == 0 and (end % 16 == 0 or end == rows))
+        assert (end - begin) * columns <= max(maximum, 16 * columns)
+        seen[(*(slice(*e) for e in leading), slice(begin, end))] += 1
+    assert (seen == 1).all()
