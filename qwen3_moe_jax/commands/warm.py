@@ -1,9 +1,13 @@
 """``qwen3-moe warm``: every program that a session can need, compiled before the first one."""
 
 import argparse
+import itertools
 import os
+import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from typing import Any
 
 from qwen3_moe_jax import loader
 from qwen3_moe_jax.commands import options
@@ -109,16 +113,49 @@ def make(wanted: Iterable, *, quiet: bool) -> int:
         missing = [w for w in wanted if not w.is_stored]
         if missing and not programs.keeps_on_disk():
             raise BackendUnavailableError(CANNOT_WRITE)
+        programs.start_compilers(sum(w.program.is_long for w in missing))
         estimate = Estimate(sum(w.cost for w in missing))
-        for number, one in enumerate(missing, len(wanted) - len(missing) + 1):
-            if not quiet:
-                terminal.note(f"{number} of {len(wanted)}: {one.label}{estimate.in_words()}")
-            one.make()
+        numbers = itertools.count(len(wanted) - len(missing) + 1)
+        for one in made_of(
+            missing, lambda w: _begin(w, f"{next(numbers)} of {len(wanted)}", estimate, quiet)
+        ):
             if not one.is_stored:
                 why = (*programs.trouble(), "this machine's JAX cannot write it")[0]
                 raise OutputFileError(f"the program for {one.label} could not be kept: {why}")
             estimate.done(one.cost)
     return len(missing)
+
+
+def _begin(one: Any, number: str, estimate: "Estimate", quiet: bool) -> None:
+    if not quiet:
+        terminal.note(f"{number}: {one.label}{estimate.in_words()}")
+
+
+def made_of(missing: Sequence[Any], begins: Callable[[Any], None]) -> Iterator[Any]:
+    """Each program when it is made; several at a time where other processes compile."""
+    from qwen3_moe_jax.jax_backend.program_farm import asking, farm
+    from qwen3_moe_jax.jax_backend.settings import own_settings
+
+    if not farm().count:
+        for one in missing:
+            begins(one)
+            one.make()
+            yield one
+        return
+    is_over = threading.Event()
+
+    def make(one: Any) -> Any:
+        with own_settings(), asking(is_over=is_over.is_set):
+            begins(one)
+            one.make()
+        return one
+
+    with ThreadPoolExecutor(farm().count + 1) as pool:
+        try:
+            yield from (made.result() for made in as_completed([pool.submit(make, w) for w in missing]))
+        finally:
+            is_over.set()
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
 class Estimate:

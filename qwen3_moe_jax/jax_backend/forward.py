@@ -64,6 +64,7 @@ def forward(
     static_argnames=("decoder", "row"),
     donate_argnames=("cache",),
     compiler_options=COMPILER_OPTIONS,
+    is_long=True,
 )
 def forward_chunk(
     decoder: Decoder,

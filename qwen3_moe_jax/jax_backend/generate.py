@@ -322,12 +322,10 @@ def _write_tokens(
     return jax.lax.while_loop(lambda now: jnp.any(now.active), step, now)
 
 
-@partial(
-    Program,
-    static_argnames=("decoder", "rows", "scored"),
-    donate_argnames=("state",),
-    compiler_options=COMPILER_OPTIONS,
-)
+_long = partial(Program, donate_argnames=("state",), compiler_options=COMPILER_OPTIONS, is_long=True)
+
+
+@partial(_long, static_argnames=("decoder", "rows", "scored"))
 def decode(
     decoder: Decoder,
     params: Params,
@@ -393,12 +391,7 @@ def _top(state: DecodeState) -> int:
     return min(MAX_TOP, state.is_stop.shape[1])
 
 
-@partial(
-    Program,
-    static_argnames=("decoder", "chunk", "rows", "scored"),
-    donate_argnames=("state",),
-    compiler_options=COMPILER_OPTIONS,
-)
+@partial(_long, static_argnames=("decoder", "chunk", "rows", "scored"))
 def prefill(
     decoder: Decoder,
     params: Params,

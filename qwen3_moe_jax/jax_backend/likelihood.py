@@ -69,7 +69,11 @@ def token_scores(
 
 
 @partial(
-    Program, static_argnames=("model", "top"), donate_argnames=("cache",), compiler_options=COMPILER_OPTIONS
+    Program,
+    static_argnames=("model", "top"),
+    donate_argnames=("cache",),
+    compiler_options=COMPILER_OPTIONS,
+    is_long=True,
 )
 def _score_chunk(
     model: Qwen3Moe,

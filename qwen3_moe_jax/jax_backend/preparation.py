@@ -3,6 +3,7 @@
 ``Preparation`` has threads of its own. What the first tokens need is looked for on disk, or compiled, while
 weights are loaded: the wait is the longer of the two, not their sum. Tracing and lowering are Python, which
 runs in one thread at a time: one thread does them, program after program, and others compile meanwhile.
+Where several programs are missing on a GPU, other processes do both (``program_farm``).
 The rest is made while the model is idle: a CPU that compiles cannot compute as fast, and beside a thread that
 lowers, the one that feeds a GPU waits for the interpreter's lock at each of its calls: an H100 wrote 61
 tokens per second meanwhile in place of 620. A batch on a GPU, which may never be idle, goes on. Programs
@@ -19,9 +20,11 @@ import weakref
 from collections.abc import Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
+from functools import partial
 
 from qwen3_moe_jax.jax_backend import programs
 from qwen3_moe_jax.jax_backend.compile_clock import in_background
+from qwen3_moe_jax.jax_backend.program_farm import asking, farm
 from qwen3_moe_jax.jax_backend.settings import own_settings
 from qwen3_moe_jax.jax_backend.wanted import Wanted
 
@@ -83,7 +86,7 @@ class Preparation:
         self._busy, self._used_at, self._is_closed = 0, time.monotonic(), False
         self._worker: threading.Thread | None = None
         self._lowering = ThreadPoolExecutor(1, thread_name_prefix="lowering")
-        self._first = ThreadPoolExecutor(FIRST_THREADS, thread_name_prefix="programs")
+        self._makers: ThreadPoolExecutor | None = None
         _all.add(self)
 
     @property
@@ -101,8 +104,17 @@ class Preparation:
         for wanted in first:
             self._lowering.submit(self._begin, wanted, compiles)
 
+    @property
+    def _first(self) -> ThreadPoolExecutor:
+        """Threads that make programs, or wait for the processes that do; asked for by one thread."""
+        if self._makers is None:
+            count = max(FIRST_THREADS, farm().count + 2)
+            self._makers = ThreadPoolExecutor(count, thread_name_prefix="programs")
+        return self._makers
+
     def make_all(self) -> None:
         """Makes all programs, side by side, and returns when they are there or have failed."""
+        programs.start_compilers(sum(wanted.is_missing for wanted in self.wanted))
         with suppress(RuntimeError):  # closed
             begun = [self._lowering.submit(self._begin, wanted, True) for wanted in self.wanted]
             wait([made for made in (b.result() for b in begun) if made is not None])
@@ -113,8 +125,7 @@ class Preparation:
             if compiles and not self._is_over() and not wanted.is_stored:
                 wanted.lower()
         with suppress(RuntimeError):  # closed meanwhile
-            return self._first.submit(self._make, wanted, compiles)
-        return None
+            return None if self._is_closed else self._first.submit(self._make, wanted, compiles)
 
     def go_on(self) -> None:
         """The first token is there: the others may be made, if a later process will find them on disk."""
@@ -140,24 +151,38 @@ class Preparation:
         with self._changed:
             self._is_closed = True
             self._changed.notify_all()
-        for pool in (self._lowering, self._first):  # in the order in which they give work on
-            pool.shutdown(wait=wait, cancel_futures=True)
+        for pool in (self._lowering, self._makers):  # in the order in which they give work on
+            if pool is not None:
+                pool.shutdown(wait=wait, cancel_futures=True)
         if wait and self._worker is not None:
             self._worker.join()
 
     def _make_the_rest(self) -> None:
         with suppress(OSError, AttributeError):  # a system without priorities of threads
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
-        for compiles in (False, True):
-            for wanted in self.wanted:
-                if not wanted.is_ready and self._may_go_on():
-                    with _short_turns():
-                        self._make(wanted, compiles)
+        for wanted in self.wanted:
+            self._make_one_of_the_rest(wanted, compiles=False)
+        if self._may_go_on():
+            programs.start_compilers(sum(wanted.is_missing for wanted in self.wanted))
+        make = partial(self._make_one_of_the_rest, compiles=True)
+        if farm().count:
+            with ThreadPoolExecutor(farm().count, thread_name_prefix="programs") as pool:
+                list(pool.map(make, self.wanted))
+        for wanted in self.wanted:
+            make(wanted)
+
+    def _make_one_of_the_rest(self, wanted: Wanted, *, compiles: bool) -> None:
+        if not wanted.is_ready and self._may_go_on():
+            with _short_turns():
+                self._make(wanted, compiles, may_be_here=not farm().count)
 
     def _may_go_on(self) -> bool:
-        """Waits until nothing has been computed for a while, where that matters; False when closed."""
+        """Waits until nothing has been computed for a while, where that matters; False when closed.
+
+        It does not where other processes compile.
+        """
         with self._changed:
-            while not self._is_over() and self._only_when_idle:
+            while not self._is_over() and self._only_when_idle and not farm().count:
                 left = self._used_at + IDLE_SECONDS - time.monotonic()
                 if not self._busy and left <= 0:
                     break
@@ -168,11 +193,11 @@ class Preparation:
         """Closed, or the interpreter ends, which waits for this thread."""
         return self._is_closed or not threading.main_thread().is_alive()
 
-    def _make(self, wanted: Wanted, compiles: bool) -> None:
+    def _make(self, wanted: Wanted, compiles: bool, may_be_here: bool = True) -> None:
         """Whatever fails here fails again where the program is called, and is said there."""
         if self._is_over():
             return
-        with in_background(), own_settings():
+        with in_background(), own_settings(), asking(is_over=self._is_over, may_be_here=may_be_here):
             try:
                 if wanted.load() or not compiles:
                     return

@@ -76,12 +76,15 @@ _WITHOUT_EFFECT = ("cache", "dump", "log", "traceback", "explain", "profiler", "
 """Words in the names of JAX's settings that do not change a program."""
 
 
+def changes_programs(name: str) -> bool:
+    """Whether programs may depend on a setting of JAX."""
+    return not any(word in name for word in _WITHOUT_EFFECT)
+
+
 def environment() -> dict[str, Any]:
     """Returns what this process and machine add to a key: versions, device, driver, settings, code."""
     settings = {
-        name: str(value)
-        for name, value in sorted(jax.config.values.items())
-        if not any(word in name for word in _WITHOUT_EFFECT)
+        name: str(value) for name, value in sorted(jax.config.values.items()) if changes_programs(name)
     }
     return {**_fixed_environment(), "settings": settings}
 

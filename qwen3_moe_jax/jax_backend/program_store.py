@@ -145,8 +145,9 @@ class ProgramStore:
 
     def _make_room(self, nbytes: int) -> None:
         for path in self.folder.glob(f"*{UNFINISHED}"):
-            if time.time() - path.stat().st_mtime > STALE_SECONDS:
-                path.unlink(missing_ok=True)
+            with contextlib.suppress(FileNotFoundError):  # another thread or process has finished it
+                if time.time() - path.stat().st_mtime > STALE_SECONDS:
+                    path.unlink()
         files = self._files()
         total = sum(size for _, size, _ in files) + nbytes
         for path, size, _ in files:

@@ -20,24 +20,24 @@ import pickle
 import threading
 import time
 import weakref
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import jax
-import numpy as np
-from jax.core import Tracer
 from jax.experimental import serialize_executable
-from jax.sharding import Mesh, NamedSharding
 
 from qwen3_moe_jax.jax_backend.collection import no_collection
 from qwen3_moe_jax.jax_backend.compile_clock import compile_clock
-from qwen3_moe_jax.jax_backend.program_key import TRACE_SETTINGS, environment, fingerprint
+from qwen3_moe_jax.jax_backend.program_arguments import Key, aval_of, is_traced, memory_key, mesh_of
+from qwen3_moe_jax.jax_backend.program_farm import farm, start_workers
+from qwen3_moe_jax.jax_backend.program_key import environment, fingerprint
+from qwen3_moe_jax.jax_backend.program_request import encode, named
 from qwen3_moe_jax.jax_backend.program_store import ProgramStore
-from qwen3_moe_jax.jax_backend.sharding import Shards, placed_on
+from qwen3_moe_jax.jax_backend.sharding import placed_on
 from qwen3_moe_jax.kernels_pallas.implementations import Ran, recording, replay
 from qwen3_moe_jax.machine.folders import readable_cache, writable_cache
 
-_Key = tuple[tuple[Hashable, ...], Any, tuple[Any, ...]]
 _Arguments = tuple[dict[str, Any], dict[str, Any]]
 
 
@@ -118,8 +118,33 @@ def keeps_on_disk() -> bool:
 
 
 def trouble() -> list[str]:
-    """A line for each kind of failure of the cache on disk so far."""
-    return [] if _store is None else list(_store.trouble)
+    """A line for each kind of failure of the cache on disk, and of processes that compile, so far."""
+    return [*(_store.trouble if _store is not None else ()), *farm().trouble]
+
+
+def start_compilers(missing: int, needed: int = 0) -> None:
+    """Lets other processes compile long programs from now on, where several are missing.
+
+    Of no effect where programs are not kept on disk, for that is the way from them to this process.
+
+    Args:
+      missing: long programs that are not on disk.
+      needed: bytes of the device's memory that this process is going to take.
+    """
+    if missing and _store is not None and not _store.is_read_only:
+        start_workers(_store, missing, needed)
+
+
+def named_program(name: str) -> "Program":
+    """The program that a request names, ``module:name``.
+
+    Raises:
+      ValueError: there is none in this package.
+    """
+    found = named(name)
+    if not isinstance(found, Program):
+        raise ValueError(f"{name} is no program")
+    return found
 
 
 def forget() -> None:
@@ -141,6 +166,7 @@ class Program:
     Attributes:
       name: for progress and for the key.
       function: the traced function.
+      is_long: whether it takes seconds to compile, and other processes may do it (``program_farm``).
     """
 
     def __init__(
@@ -150,10 +176,11 @@ class Program:
         static_argnames: Sequence[str] = (),
         donate_argnames: Sequence[str] = (),
         compiler_options: Mapping[str, Any] | None = None,
+        is_long: bool = False,
     ):
         """Args as those of ``jax.jit``. Static arguments need a ``fingerprint``."""
         functools.update_wrapper(self, function)
-        self.function, self.name = function, function.__name__
+        self.function, self.name, self.is_long = function, function.__name__, is_long
         self._static = tuple(static_argnames)
         self._signature = inspect.signature(function)
         self._settings = {"donate": sorted(donate_argnames), "options": dict(compiler_options or {})}
@@ -164,7 +191,7 @@ class Program:
             compiler_options=dict(compiler_options) if compiler_options else None,
         )
         self._jitted = self._jit(function)
-        self._programs: dict[_Key, _Entry] = {}
+        self._programs: dict[Key, _Entry] = {}
         self._lock = threading.Lock()
         _all.add(self)
 
@@ -177,7 +204,7 @@ class Program:
         return sum(entry.program is not None for entry in list(self._programs.values()))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if jax.config.jax_disable_jit or _is_traced((args, kwargs)):
+        if jax.config.jax_disable_jit or is_traced((args, kwargs)):
             return self._jitted(*args, **kwargs)
         arguments = self._split(args, kwargs)
         entry = self._entry(arguments)
@@ -202,7 +229,12 @@ class Program:
             return entry.program is not None
 
     def lower(self, *args: Any, **kwargs: Any) -> None:
-        """All of ``prepare`` that is Python, which runs in one thread at a time: compilation is left."""
+        """All of ``prepare`` that is Python, which runs in one thread at a time: compilation is left.
+
+        Of what other processes compile that is nothing.
+        """
+        if self.is_long and farm().count:
+            return
         arguments = self._split(args, kwargs)
         entry = self._entry(arguments)
         self._known(entry, arguments)
@@ -240,7 +272,7 @@ class Program:
         return static, {name: value for name, value in given.items() if name not in static}
 
     def _entry(self, arguments: _Arguments) -> _Entry:
-        key = _memory_key(*arguments)
+        key = memory_key(*arguments)
         entry = self._programs.get(key)
         if entry is None:
             with self._lock:
@@ -249,12 +281,43 @@ class Program:
 
     def _made(self, entry: _Entry, arguments: _Arguments) -> _Compiled:
         """The program; the first thread makes it, others wait for that one."""
-        self._known(entry, arguments)
+        if not (self.is_long and farm().count):
+            self._known(entry, arguments)  # without the lock: others may lower it meanwhile
         with entry.compiling:
             if entry.program is None:
-                self._compile(entry, arguments)
+                with farm().turn() if self.is_long else nullcontext(True) as is_here:
+                    if is_here or not self._is_made_elsewhere(entry, arguments):
+                        self._known(entry, arguments)
+                        if entry.program is None:
+                            self._compile(entry, arguments)
             assert entry.program is not None
             return entry.program
+
+    def _is_made_elsewhere(self, entry: _Entry, arguments: _Arguments) -> bool:
+        """Takes the program from disk, where another process puts it first unless it is there."""
+        with entry.finding:
+            self._look_on_disk(entry, arguments)
+            if entry.program is not None or entry.lowered is not None:
+                return entry.program is not None
+        start = time.perf_counter()
+        _tell(self.name, None)
+        if farm().make(lambda: self._request(arguments)):
+            with entry.finding:
+                entry.is_missing = False
+                self._look_on_disk(entry, arguments, start)
+        return entry.program is not None
+
+    def _request(self, arguments: _Arguments) -> dict[str, Any] | None:
+        """What another process is told to make; None for what it could not, or not keep."""
+        key = self._disk_key_if_any(*arguments)
+        if key is None or not keeps_on_disk():
+            return None
+        name = f"{self.function.__module__}:{self.function.__qualname__}"
+        try:
+            static, dynamic = map(encode, arguments)
+        except TypeError:
+            return None
+        return {"program": name, "key": key, "static": static, "dynamic": dynamic}
 
     def _known(self, entry: _Entry, arguments: _Arguments) -> tuple[Ran, ...]:
         with entry.finding:
@@ -278,17 +341,19 @@ class Program:
         shardings = placed_on(mesh, traced.out_info)  # JAX keeps the trace: nothing is traced twice
         return self._jit(self.function, out_shardings=shardings).trace(**static, **dynamic)
 
-    def _look_on_disk(self, entry: _Entry, arguments: _Arguments) -> None:
+    def _look_on_disk(self, entry: _Entry, arguments: _Arguments, asked_at: float | None = None) -> None:
+        """Takes the program from disk, if it is there; another process was asked for it at ``asked_at``."""
         if entry.program is not None or entry.is_missing:
             return
-        start = time.perf_counter()
+        start = time.perf_counter() if asked_at is None else asked_at
         key = self._disk_key_if_any(*arguments)
         program = _load(key) if key else None
         entry.is_missing = program is None
         if program is not None:
             _tell(self.name, None)
             entry.program, entry.ran = program, program.ran
-            _tell(self.name, Made(self.name, "disk", time.perf_counter() - start))
+            source = "disk" if asked_at is None else "compiler"
+            _tell(self.name, Made(self.name, source, time.perf_counter() - start))
 
     @staticmethod
     def _lowered(entry: _Entry) -> jax.stages.Lowered:
@@ -328,7 +393,7 @@ class Program:
             "settings": self._settings,
             "static": {name: fingerprint(value) for name, value in static.items()},
             "tree": str(tree),
-            "arrays": [_aval(leaf) for leaf in leaves],
+            "arrays": [aval_of(leaf) for leaf in leaves],
             "environment": environment(),
         }
         return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
@@ -350,40 +415,6 @@ def _on_event(event: str, **_: Any) -> None:
 
 
 jax.monitoring.register_event_listener(_on_event)
-
-
-def _is_traced(values: Any) -> bool:
-    return any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(values))
-
-
-def _memory_key(static: dict[str, Any], dynamic: dict[str, Any]) -> _Key:
-    leaves, tree = jax.tree.flatten(dynamic)
-    settings = tuple(getattr(jax.config, name) for name in TRACE_SETTINGS)
-    return (*static.values(), *settings), tree, tuple((*_aval(leaf), _sharding(leaf)) for leaf in leaves)
-
-
-def mesh_of(static: Mapping[str, Any], dynamic: Mapping[str, Any]) -> Mesh | None:
-    """The mesh that a program's arguments name, or lie on; None on one device."""
-    for value in static.values():
-        shards = value if isinstance(value, Shards) else getattr(value, "shards", None)
-        if isinstance(shards, Shards):
-            return shards.mesh
-    shardings = filter(None, map(_sharding, jax.tree.leaves(dynamic)))
-    return next((s.mesh for s in shardings if isinstance(s.mesh, Mesh)), None)
-
-
-def _sharding(leaf: Any) -> NamedSharding | None:
-    """Where an argument lies, if that is on several devices."""
-    sharding = getattr(leaf, "sharding", None)
-    return sharding if isinstance(sharding, NamedSharding) and sharding.mesh.size > 1 else None
-
-
-def _aval(leaf: Any) -> tuple[tuple[int, ...], str, bool]:
-    """Shape, dtype and weakness of an argument: what a compiled program demands of it."""
-    if isinstance(leaf, (jax.Array, jax.ShapeDtypeStruct, np.ndarray, np.generic)):
-        return tuple(leaf.shape), str(leaf.dtype), bool(getattr(leaf, "weak_type", False))
-    aval = jax.typeof(leaf)
-    return tuple(aval.shape), str(aval.dtype), bool(aval.weak_type)
 
 
 def _load(key: str) -> _Compiled | None:

@@ -45,3 +45,9 @@ def run_all(batch: Batch, requests: Sequence[Request], is_over: IsOver | None = 
                 del running[progress.slot]
         tokens = TOKENS_PER_DISPATCH // 2 if waiting else TOKENS_PER_DISPATCH  # as a server's scheduler does
     return results
+
+
+def shared_tokens(held: Sequence[int], tokens: Sequence[int]) -> int:
+    """How many tokens of a prompt a row holds from its beginning: not the last, which is the first step's."""
+    pairs = zip(held, tokens[:-1], strict=False)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(held), len(tokens) - 1))

@@ -48,8 +48,9 @@ from qwen3_moe_jax.jax_backend.native import NATIVE_DTYPE, Native
 from qwen3_moe_jax.jax_backend.params import split_path
 from qwen3_moe_jax.jax_backend.placement import Placement
 from qwen3_moe_jax.jax_backend.preparation import Preparation
+from qwen3_moe_jax.jax_backend.program_farm import farm
 from qwen3_moe_jax.jax_backend.qwen3_moe import Qwen3Moe
-from qwen3_moe_jax.jax_backend.requests import Request, run_all
+from qwen3_moe_jax.jax_backend.requests import Request, run_all, shared_tokens
 from qwen3_moe_jax.jax_backend.session_programs import FirstForward, Session, cache_length, dtypes_on
 from qwen3_moe_jax.jax_backend.settings import own_settings
 from qwen3_moe_jax.jax_backend.sharded_params import dequantized_tile
@@ -172,7 +173,11 @@ class JaxRunner:
         begun = [] if prompt is None else list(first)
         if check is not None and programs.keeps_on_disk():
             begun.insert(0, self._session.forward(*check))  # lowered soonest; its kernels are a prompt's
-        self.preparation.begin([wanted for wanted in begun if not wanted.is_stored], compiles=True)
+        missing = [wanted for wanted in begun if not wanted.is_stored]
+        programs.start_compilers(sum(wanted.program.is_long for wanted in missing), self.plan.total)
+        if farm().count:  # this process makes the first one, and ``describe`` traces that of tokens here
+            missing.sort(key=lambda wanted: wanted.program is not generate.decode)
+        self.preparation.begin(missing, compiles=True)
         needed = self.preparation.wanted if self.platform == "gpu" else first
         return [wanted for wanted in needed if wanted.is_stored]
 
@@ -196,6 +201,7 @@ class JaxRunner:
         return cache_nbytes(self.config, 1, self.cache_dtype.itemsize)
 
     def free_nbytes(self) -> int | None:
+        farm().end_idle()  # whose memory is free then
         return available_memory(self.device).nbytes
 
     def set_max_context(self, tokens: int) -> None:
@@ -330,7 +336,7 @@ class JaxRunner:
             held, self._spare_tokens = self._spare_tokens, []
             batch = self._take_spare()
             tokens = list(request.token_ids)
-            self.reused_tokens = filled = _shared(held, tokens) if reuse else 0
+            self.reused_tokens = filled = shared_tokens(held, tokens) if reuse else 0
             try:
                 batch.admit(
                     tokens,
@@ -358,6 +364,7 @@ class JaxRunner:
         check_open(self)
         context = context or self.max_context
         length, itemsize = cache_length(context), self.cache_dtype.itemsize
+        farm().end_idle()
         check_slots(self.config, slots, length, itemsize, available_memory(self.device))
         return self._new_batch(slots, context)
 
@@ -379,7 +386,7 @@ class JaxRunner:
         # of few lengths, so that few shapes are compiled
         context = min(max(MIN_BATCH_TOKENS, 1 << (longest - 1).bit_length()), self.max_context)
         if slots is None:
-            free = available_memory(self.device).nbytes
+            free = self.free_nbytes()
             maximum, itemsize = min(len(prompts), DEFAULT_SLOTS), self.cache_dtype.itemsize
             slots = fitting_slots(self.config, maximum, cache_length(context), itemsize, free)
         batch = self.open_batch(slots, context=context)
@@ -429,12 +436,6 @@ class JaxRunner:
         batch = Batch(self.decoder, self.params, state, preparation or self._preparation_of(session))
         self._batches.add(batch)
         return batch
-
-
-def _shared(held: Sequence[int], tokens: Sequence[int]) -> int:
-    """How many tokens of a prompt a row holds from its beginning: not the last, which is the first step's."""
-    pairs = zip(held, tokens[:-1], strict=False)
-    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(held), len(tokens) - 1))
 
 
 def _next_count(count: int, seconds: float) -> int:

@@ -31,6 +31,11 @@ class Wanted:
         """Whether it is on disk."""
         return self.program.is_stored(**self.arguments)
 
+    @property
+    def is_missing(self) -> bool:
+        """Whether it takes seconds to compile, and is not there."""
+        return self.program.is_long and not self.is_ready and not self.is_stored
+
     def load(self) -> bool:
         """Takes it from disk if it is there; returns whether it is in memory then."""
         return self.program.load(**self.arguments)

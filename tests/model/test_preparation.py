@@ -101,7 +101,7 @@ class Fake:
 
     def __init__(self, log, name, stored=False, held=None):
         self.log, self.name, self.stored, self.held = log, name, stored, held
-        self.is_ready = False
+        self.is_ready = self.is_missing = False
 
     @property
     def is_stored(self):

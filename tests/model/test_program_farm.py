@@ -1,0 +1,338 @@
+"""Programs that other processes compile: the same bits, and nothing but time is lost when they fail."""
+
+import json
+import subprocess
+import sys
+import threading
+import uuid
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import psutil
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+
+from qwen3_moe_jax.convert.open_model import open_model
+from qwen3_moe_jax.core.sampling import Sampling
+from qwen3_moe_jax.jax_backend import program_farm, programs
+from qwen3_moe_jax.jax_backend.program_farm import Abandoned, Farm, asking, workers_for
+from qwen3_moe_jax.jax_backend.program_request import decode, encode
+from qwen3_moe_jax.jax_backend.program_store import ProgramStore
+from qwen3_moe_jax.jax_backend.runner import JaxRunner
+from qwen3_moe_jax.jax_backend.settings import own_settings
+from qwen3_moe_jax.parity.gate import first_forward
+from qwen3_moe_jax.testing.random_models import SMALL, write_random_gguf
+from qwen3_moe_jax.testing.small_programs import doubled
+
+ROOT = Path(__file__).parents[2]
+CONTEXT = 768
+WORKER = [sys.executable, "-m", "qwen3_moe_jax.jax_backend.program_worker"]
+GREEDY = Sampling(temperature=0)
+
+
+@pytest.fixture(scope="module")
+def small_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("small") / "small.gguf"
+    write_random_gguf(path, SMALL, mix="f16")
+    return path
+
+
+@pytest.fixture
+def store(tmp_path):
+    """Programs on disk, and none out of JAX's own cache, which are not written again."""
+    enabled = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()
+    programs.forget()
+    store = ProgramStore(tmp_path / "programs")
+    programs.use_store(store)
+    yield store
+    programs.use_store(None)
+    programs.forget()
+    jax.config.update("jax_enable_compilation_cache", enabled)
+    compilation_cache.reset_cache()
+
+
+@pytest.fixture
+def farm(monkeypatch):
+    """A farm of its own, whose workers end with the test."""
+    farm = Farm()
+    monkeypatch.setattr(program_farm, "_farm", farm)
+    yield farm
+    farm.close()
+
+
+def written(runner):
+    return list(runner.stream([3, 1, 4, 1, 5], max_tokens=6, sampling=GREEDY))
+
+
+def test_programs_of_workers_are_found_and_give_the_same_bits(small_file, store, farm, monkeypatch):
+    """The key is the same in both processes, or the worker would refuse the request."""
+    with open_model(small_file) as source:
+        alone = JaxRunner(source, max_context=CONTEXT, kernels="xla")
+        expected, logits = written(alone), alone.forward([3, 1, 4, 1, 5]).logits
+        alone.close()
+        programs.forget()
+        for path in store.folder.iterdir():
+            path.unlink()
+
+        asked = []
+        make = Farm.make
+        monkeypatch.setattr(Farm, "make", lambda *args: asked.append(make(*args)) or asked[-1])
+        monkeypatch.setenv(program_farm.VARIABLE, "1")
+        runner = JaxRunner(source, max_context=CONTEXT, kernels="xla", first_prompt=5)
+        assert written(runner) == expected
+        np.testing.assert_array_equal(runner.forward([3, 1, 4, 1, 5]).logits, logits)
+        runner.close()
+    assert True in asked
+    assert programs.trouble() == []
+
+
+def test_arguments_that_were_sent_have_the_same_key(small_file, store):
+    with open_model(small_file) as source, own_settings():
+        runner = JaxRunner(source, max_context=CONTEXT, kernels="xla")
+        session = replace(runner._session, slots=4)
+        for wanted in [session.forward(*first_forward(source)), *session.programs()]:
+            static, dynamic = wanted.program._split((), wanted.arguments)
+            sent = json.loads(json.dumps([encode(static), encode(dynamic)]))
+            again = [decode(one) for one in sent]
+            assert wanted.program.disk_key(*again) == wanted.program.disk_key(static, dynamic), wanted.label
+        runner.close()
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"object": ["os:system", {}]},
+        {"object": ["subprocess:Popen", {"args": "true"}]},
+        {"object": ["qwen3_moe_jax.jax_backend.programs:os.system", {}]},
+        {"object": ["qwen3_moe_jax.jax_backend.programs:pickle.loads", {}]},
+        {"object": ["qwen3_moe_jax.jax_backend.kv_cache:KVCache", {"no_such_field": 1}]},
+        {"enum": ["qwen3_moe_jax.convert.ggml_types:GGMLType", "NO_SUCH"]},
+        {"call": "true"},
+        {"map": [], "list": []},
+        [1],
+    ],
+)
+def test_what_names_another_package_is_refused(value):
+    with pytest.raises(ValueError, match="request|package|there is no|dataclass"):
+        decode(value)
+
+
+def test_what_no_other_process_can_make_is_not_sent():
+    with pytest.raises(TypeError, match="cannot be sent"):
+        encode({"change": lambda x: x})
+    with pytest.raises(TypeError, match="not of this package"):
+        encode(uuid.SafeUUID.safe)
+
+
+def request_for(n: int) -> dict[str, Any]:
+    with own_settings():
+        found = doubled._request(doubled._split((jax.ShapeDtypeStruct((n,), np.float32),), {}))
+    assert found is not None
+    return found
+
+
+def hello_of(store) -> dict[str, Any]:
+    settings = {n: v for n, v in jax.config.values.items() if program_farm._is_plain(n, v)}
+    return {"store": str(store.folder), "max_bytes": store.max_bytes, "settings": settings}
+
+
+def test_a_worker_refuses_foreign_requests_and_goes_on(store, farm):
+    good = request_for(3)
+    hostile = [
+        {**good, "program": "os:system"},
+        {**good, "program": "qwen3_moe_jax.jax_backend.program_request:decode"},
+        {**good, "dynamic": encode({"x": np.zeros(4, np.float32)})},
+        {**good, "dynamic": {"object": ["subprocess:Popen", {"args": ["true"]}]}},
+        {"nothing": 1},
+    ]
+    worker = program_farm._Worker(hello_of(store), None)
+    try:
+        assert worker.start() == ""
+        said = [worker.ask(request, 60) for request in hostile]
+        assert "not of this package" in said[0]
+        assert "is no program" in said[1]
+        assert "another program" in said[2]
+        assert "not of this package" in said[3]
+        assert "KeyError" in said[4]
+        assert not store.folder.exists()
+        assert worker.ask(good, 60) == ""
+        assert store.has(good["key"])
+        with own_settings():
+            assert doubled.load(np.arange(3, dtype=np.float32))
+            np.testing.assert_array_equal(doubled(np.arange(3, dtype=np.float32)), [0, 2, 4])
+    finally:
+        worker.end()
+
+
+def test_two_processes_that_ask_for_the_same_program_both_find_it(store, farm):
+    other, request = Farm(), request_for(5)
+    found = []
+    try:
+        for one in (farm, other):
+            one.start(1, hello_of(store))
+        make = lambda one: found.append(one.make(lambda: request))
+        threads = [threading.Thread(target=make, args=(one,)) for one in (farm, other)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        other.close()
+    assert found == [True, True]
+    assert store.get(request["key"]) is not None
+    assert not list(store.folder.glob("*.part"))
+
+
+def fake(code: str) -> list[str]:
+    """A worker that answers the first line, and then does this."""
+    start = (
+        "import json, sys, time\n"
+        "hear = sys.stdin.readline\n"
+        "say = lambda error: print(json.dumps({'error': error}), flush=True)\n"
+        "hear(), say('')\n"
+    )
+    return [sys.executable, "-S", "-c", start + code]
+
+
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [
+        ("sys.exit(3)", "a process ended"),
+        ("hear(), sys.exit(3)", "a process ended"),
+        ("hear(), print('something else', flush=True)", "a process ended"),
+        ("hear(), time.sleep(600)", "a process did not answer for 1 s"),
+        ("hear(), say('MemoryError'), time.sleep(600)", "MemoryError"),
+    ],
+)
+def test_what_a_worker_does_not_make_is_compiled_here(store, farm, code, words, monkeypatch):
+    monkeypatch.setattr(program_farm, "MAKE_SECONDS", 1.0)
+    farm.start(1, {}, fake(code))
+    with own_settings(), asking(is_over=lambda: False, may_be_here=False):
+        np.testing.assert_array_equal(doubled(np.arange(4, dtype=np.float32)), [0, 2, 4, 6])
+    assert farm.trouble == [f"a program was not compiled beside the others: {words}"]
+    assert programs.trouble() == farm.trouble
+    assert store.nbytes()
+
+
+def test_a_worker_that_cannot_start_costs_nothing(store, farm):
+    farm.start(2, {}, ["/nowhere/python"])
+    assert farm.count == 0
+    with own_settings():
+        doubled(np.arange(6, dtype=np.float32))
+    assert len(farm.trouble) == 1
+
+
+def test_who_wants_a_program_no_more_does_not_wait_for_it(store, farm):
+    farm.start(1, {}, fake("hear(), time.sleep(600)"))
+    with own_settings(), asking(is_over=lambda: True, may_be_here=False), pytest.raises(Abandoned):
+        doubled(np.arange(7, dtype=np.float32))
+
+
+def test_the_first_program_is_compiled_here_and_others_meanwhile_elsewhere(farm):
+    farm.start(1, {}, fake("time.sleep(600)"))
+    with farm.turn() as first, farm.turn() as second:
+        assert (first, second) == (True, False)
+    with asking(is_over=lambda: False, may_be_here=False), farm.turn() as elsewhere:
+        assert not elsewhere
+    with farm.turn() as again:
+        assert again
+    farm.close()
+    with farm.turn() as first, farm.turn() as second:
+        assert (first, second) == (True, True)
+
+
+def test_idle_workers_end(farm, monkeypatch):
+    farm.start(1, {}, fake("time.sleep(600)"))
+    [worker] = farm._workers
+    while worker.is_busy:  # until its thread has heard that it is ready
+        threading.Event().wait(0.01)
+    farm.end_idle()
+    assert farm.count == 0
+    assert worker._process.poll() is not None
+
+    monkeypatch.setattr(program_farm, "IDLE_SECONDS", 0.0)
+    farm.start(1, {}, fake("time.sleep(600)"))
+    [worker] = farm._workers
+    worker._process.wait(60)
+    assert farm.trouble == []
+
+
+def test_a_worker_ends_with_its_parent():
+    parent = (
+        "import subprocess, sys, time\n"
+        f"worker = subprocess.Popen({WORKER!r}, stdin=subprocess.PIPE)\n"
+        "print(worker.pid, flush=True)\n"
+        "time.sleep(600)\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", parent], stdout=subprocess.PIPE, cwd=ROOT)
+    assert process.stdout is not None
+    worker = psutil.Process(int(process.stdout.readline()))
+    process.kill()
+    process.wait()
+    worker.wait(60)  # or psutil.TimeoutExpired
+
+
+def test_nothing_is_started_where_it_is_of_no_use(store, farm, monkeypatch):
+    started = []
+    monkeypatch.setattr(Farm, "start", lambda self, count, hello: started.append(count))
+    monkeypatch.setenv(program_farm.VARIABLE, "3")
+    programs.start_compilers(0)  # all are on disk
+    store.is_read_only = True
+    programs.start_compilers(5)
+    programs.use_store(None)
+    programs.start_compilers(5)
+    programs.use_store(store)
+    store.is_read_only = False
+    monkeypatch.setenv(program_farm.VARIABLE, "0")
+    programs.start_compilers(5)
+    monkeypatch.delenv(program_farm.VARIABLE)
+    programs.start_compilers(5)  # a CPU compiles side by side in threads
+    assert started == []
+
+
+@dataclass(frozen=True)
+class Card:
+    platform: str = "gpu"
+    device_kind: str = "a card"
+    local_hardware_id: int = 0
+
+
+@pytest.mark.parametrize(
+    ("missing", "processors", "host", "card", "needed", "expected"),
+    [
+        (3, 16, 100, 80, 20, 2),
+        (40, 16, 100, 80, 20, 8),
+        (40, 8, 100, 80, 20, 4),
+        (40, 3, 100, 80, 20, 0),
+        (40, 16, 8, 80, 20, 2),
+        (40, 16, 100, 24, 21, 3),
+        (40, 16, 100, 24, 25, 0),
+        (40, 16, 100, None, 0, 0),
+        (1, 16, 100, 80, 20, 0),
+    ],
+)
+def test_workers_fit_the_machine(monkeypatch, missing, processors, host, card, needed, expected):
+    gib = 1 << 30
+    monkeypatch.delenv(program_farm.VARIABLE, raising=False)
+    monkeypatch.setattr(program_farm, "processors", lambda: processors)
+    monkeypatch.setattr(program_farm, "available_main_memory", lambda: host * gib)
+    monkeypatch.setattr(program_farm, "free_on_card", lambda _: card and card * gib)
+    assert workers_for(Card(), missing, needed * gib) == expected
+    monkeypatch.setenv(program_farm.VARIABLE, "0")
+    assert workers_for(Card(), missing, needed * gib) == 0
+
+
+def test_a_file_that_another_thread_has_finished_meanwhile_stops_nobody(tmp_path, monkeypatch):
+    """Of ten programs made side by side one was not kept: its writer met another's unfinished file."""
+    store = ProgramStore(tmp_path / "programs")
+    store.put("a", b"1")
+    glob = Path.glob
+    gone = store.folder / "of-another-thread.part"
+    monkeypatch.setattr(Path, "glob", lambda self, what: [gone] if "part" in what else glob(self, what))
+    assert store.put("b", b"2")
+    assert store.trouble == []
