@@ -20,7 +20,8 @@ from qwen3_moe_jax.convert.source import ModelSource
 from qwen3_moe_jax.core.sampling import Sampling
 from qwen3_moe_jax.core.stages import STAGES
 from qwen3_moe_jax.jax_backend import programs
-from qwen3_moe_jax.jax_backend.params import flat, is_tiled, split_path
+from qwen3_moe_jax.jax_backend.host_load import flat
+from qwen3_moe_jax.jax_backend.params import is_tiled, split_path
 from qwen3_moe_jax.jax_backend.runner import JaxRunner
 from qwen3_moe_jax.jax_backend.sharded_params import load_sharded, on_device, read_parts
 from qwen3_moe_jax.jax_backend.sharding import MeshShape, Shards
