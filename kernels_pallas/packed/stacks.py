@@ -242,6 +242,18 @@ class LayerTable:
             raise KeyError(f"no tensor {name} in the layers")
         return replace(found, options=tuple(self.stacks[stack] for stack in found.stacks))
 
+    def matrix_rows(self) -> dict[str, int]:
+        """Of every stack of matrices: the largest number that divides the rows of each of them.
+
+        A layout of several rows side by side must divide it, whatever the rows of the stack are: two
+        routers of eight experts are sixteen rows, of which no sixteen are one matrix.
+        """
+        found: dict[str, int] = {}
+        for tensor in self.tensors:
+            if len(tensor.shape) > 1:
+                found |= {stack: math.gcd(found.get(stack, 0), tensor.shape[-2]) for stack in tensor.stacks}
+        return found
+
     @property
     def num_layers(self) -> int:
         """L."""

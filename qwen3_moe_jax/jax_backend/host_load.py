@@ -19,8 +19,8 @@ import jax
 import numpy as np
 
 from qwen3_moe_jax.convert.ggml_types import BLOCK_FORMATS
-from qwen3_moe_jax.convert.layouts.lanes16 import supports, to_layout
-from qwen3_moe_jax.convert.packed import LANES, LANES16, Box, PackedTensor
+from qwen3_moe_jax.convert.layouts.lanes16 import to_layout
+from qwen3_moe_jax.convert.packed import LANES, Box, PackedTensor
 from qwen3_moe_jax.convert.source import READ_PIECE_BYTES, READ_THREADS, BlockSource, ModelSource
 from qwen3_moe_jax.convert.unpack import aligned_empty
 from qwen3_moe_jax.jax_backend.device_load import as_rows
@@ -90,10 +90,10 @@ class HostLoader:
             pass
 
 
-def side_by_side(value: Value) -> Value:
-    """A matrix with sixteen rows side by side where that is possible."""
-    if isinstance(value, PackedTensor) and supports(LANES16, value.type, value.shape):
-        return to_layout(value, LANES16)
+def arranged_as(shape: Value, value: Value) -> Value:
+    """A tensor of the host in the layout of ``shape``, which is one of ``params.device_params``."""
+    if isinstance(shape, PackedTensor) and isinstance(value, PackedTensor):
+        return to_layout(value, shape.layout)
     return value
 
 

@@ -16,10 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from qwen3_moe_jax.convert.config import Qwen3MoeConfig
-from qwen3_moe_jax.convert.ggml_types import GGMLType
+from qwen3_moe_jax.convert.ggml_types import SUPERBLOCK, GGMLType
 from qwen3_moe_jax.convert.layouts.gpu_tiles import TILE_ROWS, TILED_TYPES, to_gpu_tiles
 from qwen3_moe_jax.convert.layouts.lanes16 import supports
-from qwen3_moe_jax.convert.packed import LANES, LANES16, PackedTensor
+from qwen3_moe_jax.convert.packed import GPU_TILES, LANES, LANES16, PackedTensor
 from qwen3_moe_jax.convert.progress import ProgressCallback
 from qwen3_moe_jax.convert.source import ModelSource
 from qwen3_moe_jax.convert.tensor_names import TensorSpec, tensor_specs
@@ -99,22 +99,29 @@ def abstract_params(
 def tiled_params(params: Params) -> Params:
     """The shapes of ``abstract_params`` as a GPU holds them, matrices in tiles."""
 
-    def tiles(name: str, value: Value) -> Value:
-        return jax.eval_shape(partial(_rearranged, tiled=is_tiled(name, value)), value)
+    def tiles(name: str, value: Value, rows: int) -> Value:
+        name = name.removesuffix(f".{value.type.name}") if isinstance(value, PackedTensor) else name
+        return jax.eval_shape(partial(_rearranged, tiled=_is_tiled(name, value, rows)), value)
 
-    table = params["layers"]
-    stacks = {name: tiles(name.rpartition(".")[0] or name, w) for name, w in table.stacks.items()}
-    whole = {name: tiles(name, w) for name, w in params.items() if name != "layers"}
-    return {**whole, "layers": LayerTable(stacks, table.tensors)}
+    return _each(tiles, params)
 
 
 def laned_params(params: Params) -> Params:
     """The shapes of ``abstract_params`` as a CPU holds them, sixteen rows of a matrix side by side."""
-    return jax.tree.map(_laned, params, is_leaf=lambda value: isinstance(value, PackedTensor))
+    return _each(_laned, params)
 
 
-def _laned(value: Value) -> Value:
-    if not (isinstance(value, PackedTensor) and supports(LANES16, value.type, value.shape)):
+def _each(change: Callable[[str, Value, int], Value], params: Params) -> Params:
+    """Every stack and tensor changed, by its name and the rows that its matrices are multiples of."""
+    table = params["layers"]
+    rows = table.matrix_rows()
+    stacks = {name: change(name, w, rows.get(name, 0)) for name, w in table.stacks.items()}
+    whole = {name: change(name, w, w.shape[0]) for name, w in params.items() if name != "layers"}
+    return {**whole, "layers": LayerTable(stacks, table.tensors)}
+
+
+def _laned(_: str, value: Value, rows: int) -> Value:
+    if not (isinstance(value, PackedTensor) and supports(LANES16, value.type, (rows, value.shape[-1]))):
         return value
     return PackedTensor({name: laned_shape(a) for name, a in value.arrays.items()}, value.type, LANES16)
 
@@ -211,7 +218,8 @@ def device_plan(source: ModelSource, roles: Roles) -> tuple[Params, list[Target]
         if layer is not None:
             tensor = tensors[name]
             stack, first = tensor.stacks[tensor.which[layer]], tensor.first[layer]
-        tiled = is_tiled(name, abstract_packed(kind, shape))
+        into = shapes["layers"].stacks[stack] if layer is not None else shapes[stack]
+        tiled = is_tiled(into)
         targets.append(Target(path, stack, first, kind, math.prod(shape[:-1]), shape[-1], tiled))
     return shapes, targets
 
@@ -239,11 +247,15 @@ def _vectors(source: ModelSource, table: LayerTable) -> tuple[dict[str, np.ndarr
     return found, nbytes
 
 
-def is_tiled(name: str, value: Value) -> bool:
-    """Whether a matrix lies in tiles on a GPU."""
+def is_tiled(value: Value) -> bool:
+    """Whether these shapes of :func:`device_params` are those of tiles."""
+    return isinstance(value, PackedTensor) and value.layout == GPU_TILES
+
+
+def _is_tiled(name: str, value: Value, rows: int) -> bool:
     if name in ROWS_ALWAYS or not isinstance(value, PackedTensor) or value.type not in TILED_TYPES:
         return False
-    return value.shape[-2] % TILE_ROWS == 0 and value.shape[-1] % 256 == 0
+    return rows % TILE_ROWS == 0 and value.shape[-1] % SUPERBLOCK == 0
 
 
 def _rearranged(value: Value, tiled: bool) -> Value:

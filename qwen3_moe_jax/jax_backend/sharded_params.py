@@ -25,7 +25,7 @@ from qwen3_moe_jax.convert.source import ModelSource
 from qwen3_moe_jax.convert.tensor_names import tensor_specs
 from qwen3_moe_jax.convert.unpack import dequantize
 from qwen3_moe_jax.jax_backend.device import Device
-from qwen3_moe_jax.jax_backend.host_load import Value, fill, flat, room, side_by_side
+from qwen3_moe_jax.jax_backend.host_load import Value, arranged_as, fill, flat, room
 from qwen3_moe_jax.jax_backend.params import Params, Types, device_params, is_tiled, split_path
 from qwen3_moe_jax.jax_backend.sharding import BOTH, Shards
 from qwen3_moe_jax.kernels_pallas import LayerTable, Matrices
@@ -77,11 +77,11 @@ def load_sharded(
         parts = read_parts(source, shards, path)
         layer, name = split_path(path)
         if layer is None:
-            stacks.add(path, 0, path, parts)
+            stacks.add(path, 0, parts)
         else:
             place = tensors[name]
             stack, first = place.stacks[place.which[layer]], place.first[layer]
-            stacks.add(stack, first, name, {index: flat(part) for index, part in parts.items()})
+            stacks.add(stack, first, {index: flat(part) for index, part in parts.items()})
         done += source.tensor_nbytes(path)
         if progress:
             progress(done, source.nbytes)
@@ -138,21 +138,22 @@ class _HostStacks:
     """Stacks on the host, one for each device; one for all where they have the same."""
 
     def __init__(self, local: Params, shards: Shards):
-        self._rows = {name: stack.shape[0] for name, stack in local["layers"].stacks.items()}
+        self._local = local
         self._split = shards.split_names(local)
         self._shards = shards
         self._stacks: dict[str, Parts] = {}
 
-    def add(self, stack: str, first: int, name: str, parts: Parts) -> None:
+    def add(self, stack: str, first: int, parts: Parts) -> None:
         """Writes what devices have of a tensor from row ``first`` of their stacks on."""
         own = self._stacks.setdefault(stack, {})
+        stacks = self._local["layers"].stacks
         for index, part in parts.items():
-            value = side_by_side(part)
-            if stack not in self._rows:  # it stands alone
-                own[index] = value
+            if stack not in stacks:  # it stands alone
+                own[index] = arranged_as(self._local[stack], part)
                 continue
+            value = arranged_as(stacks[stack], part)
             if index not in own:
-                own[index] = room(self._rows[stack], value)
+                own[index] = room(stacks[stack].shape[0], value)
             fill(own[index], first, value)
 
     def finished(self, stack: str) -> Any:
@@ -177,9 +178,8 @@ class DeviceStacks:
 
         return jax.tree.map(zeros, stack)
 
-    def add(self, stack: str, first: int, name: str, parts: Parts) -> None:
+    def add(self, stack: str, first: int, parts: Parts) -> None:
         """As on the host."""
-        value = next(iter(parts.values()))
         sent = _joined(self._shards, self._split[stack], parts)
         into = self._stacks[stack]
         unit = rows_per_unit(into.layout) if isinstance(into, PackedTensor) else 1
@@ -189,7 +189,7 @@ class DeviceStacks:
             np.int32(first // unit),
             mesh=self._shards.mesh,
             spec=P(BOTH) if self._split[stack] else P(),
-            tiled=is_tiled(name, value),
+            tiled=is_tiled(into),
         )
         jax.block_until_ready(sent)
 

@@ -107,11 +107,11 @@ def wrong_tiles(source: ModelSource) -> Iterator[str]:
     params = load_sharded(source, shards, SimpleNamespace(platform="gpu"))
     for path in source.paths():
         for index, part in read_parts(source, shards, path).items():
-            layer, name = split_path(path)
+            layer, _ = split_path(path)
             expected = part if layer is None else flat(part)
-            if is_tiled(name, part) and isinstance(expected, PackedTensor):
-                expected = to_gpu_tiles(expected, np)
             stack, first = on_device(params, shards.devices[index], path)
+            if is_tiled(stack):
+                expected = to_gpu_tiles(expected, np)
             unit = rows_per_unit(stack.layout) if isinstance(stack, PackedTensor) else 1
             for has, wants in zip(jax.tree.leaves(stack), jax.tree.leaves(expected), strict=True):
                 begin = first // unit

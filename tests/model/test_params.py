@@ -1,14 +1,24 @@
 """Parameters on a device: the same weights in every layout, and a model in GPU tiles computes the same."""
 
+from dataclasses import replace
+
 import jax
 import numpy as np
 import pytest
 
+from qwen3_moe_jax.convert.ggml_types import GGMLType
+from qwen3_moe_jax.convert.layouts.gpu_tiles import TILE_ROWS
+from qwen3_moe_jax.convert.open_model import open_model
+from qwen3_moe_jax.convert.packed import ROWS
+from qwen3_moe_jax.convert.tensor_names import tensor_specs
 from qwen3_moe_jax.convert.unpack import dequantize
 from qwen3_moe_jax.jax_backend import host_load
 from qwen3_moe_jax.jax_backend import params as loading
 from qwen3_moe_jax.jax_backend.runner import JaxRunner
 from qwen3_moe_jax.kernels_pallas import dequantize as dequantize_on_device
+from qwen3_moe_jax.parity.metrics import cosine
+from qwen3_moe_jax.reference import ReferenceRunner
+from qwen3_moe_jax.testing.random_models import SMALL, write_random_gguf
 from tests import tolerances
 
 LAYOUTS = pytest.mark.parametrize(
@@ -93,3 +103,42 @@ def test_pieces_cover_a_tensor_once(shape, maximum):
         assert (end - begin) * columns <= max(maximum, 16 * columns)
         seen[(*(slice(*e) for e in leading), slice(begin, end))] += 1
     assert (seen == 1).all()
+
+
+FEW_ROWS = {
+    "two routers of 8 rows": ({"num_experts": 8}, "mlp.router", GGMLType.Q8_0),
+    "experts of 24 rows": (
+        {"num_experts": 4, "moe_intermediate_size": 24},
+        "mlp.experts.gate_proj",
+        GGMLType.Q4_K,
+    ),
+    "experts of 12 rows": (
+        {"num_experts": 4, "moe_intermediate_size": 12},
+        "mlp.experts.up_proj",
+        GGMLType.Q8_0,
+    ),
+}
+"""Matrices that end inside a unit of rows that lie side by side, in stacks of whole units."""
+
+
+@pytest.mark.parametrize("case", FEW_ROWS)
+def test_matrices_of_few_rows_stay_in_rows_whatever_their_stack_has(case, tmp_path):
+    sizes, name, kind = FEW_ROWS[case]
+    config = replace(SMALL, **sizes)
+    types = {spec.path: kind if spec.path.endswith(name) else GGMLType.F16 for spec in tensor_specs(config)}
+    path = tmp_path / "model.gguf"
+    types |= {spec.path: GGMLType.F32 for spec in tensor_specs(config) if len(spec.shape) == 1}
+    write_random_gguf(path, config, types=types)
+    tokens = np.arange(5)
+    with open_model(path) as source:
+        runner = JaxRunner(source, max_context=32, compute_dtype="float32", kernels="xla")
+        assert runner.params["layers"][name].options[0].layout == ROWS
+        shapes = loading.device_params(config, source.types, CPU)
+        assert jax.tree.structure(shapes) == jax.tree.structure(runner.params)
+        tiles = loading.tiled_params(loading.abstract_params(config, source.types, loading.GPU_ROLES))
+        is_whole = config.moe_intermediate_size % TILE_ROWS == 0 and name != "mlp.router"
+        assert loading.is_tiled(tiles["layers"][name].options[0]) == is_whole
+        truth = ReferenceRunner(source).forward(tokens).logits
+        found = runner.forward(tokens).logits
+        runner.close()
+    assert cosine(truth, found).min() >= tolerances.GOLDEN_FLOAT32_COSINE
