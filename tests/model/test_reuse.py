@@ -3,7 +3,7 @@
 from qwen3_moe_jax import loader
 from qwen3_moe_jax.convert.open_model import open_model
 from qwen3_moe_jax.core.sampling import Sampling
-from qwen3_moe_jax.jax_backend.runner import _shared
+from qwen3_moe_jax.jax_backend.requests import shared_tokens
 
 MAX_TOKENS = 24
 
@@ -13,10 +13,10 @@ def run(runner, prompt, **options):
 
 
 def test_what_two_sequences_share():
-    assert _shared([1, 2, 3], [1, 2, 3, 4, 5]) == 3
-    assert _shared([1, 2, 3], [1, 2, 3]) == 2
-    assert _shared([1, 9, 3], [1, 2, 3]) == 1
-    assert _shared([], [1]) == 0
+    assert shared_tokens([1, 2, 3], [1, 2, 3, 4, 5]) == 3
+    assert shared_tokens([1, 2, 3], [1, 2, 3]) == 2
+    assert shared_tokens([1, 9, 3], [1, 2, 3]) == 1
+    assert shared_tokens([], [1]) == 0
 
 
 def test_the_next_turn_reads_only_what_is_new(jax_runner, golden):
