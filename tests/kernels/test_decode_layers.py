@@ -22,7 +22,7 @@ from qwen3_moe_jax.convert.packed import PackedTensor
 from qwen3_moe_jax.convert.tensor_names import tensor_specs
 from qwen3_moe_jax.jax_backend.decode_path import few_launches
 from qwen3_moe_jax.jax_backend.kv_cache import KVCache, Span
-from qwen3_moe_jax.jax_backend.params import GPU_ROLES, is_tiled, plan_layers
+from qwen3_moe_jax.jax_backend.params import GPU_ROLES, abstract_params, is_tiled, plan_layers, tiled_params
 from qwen3_moe_jax.jax_backend.qwen3_moe import Intervention, Qwen3Moe
 from qwen3_moe_jax.kernels_pallas.decode_layers import api, kernel_sm90
 from qwen3_moe_jax.kernels_pallas.decode_layers import row_steps as steps
@@ -69,6 +69,7 @@ def types_of(kinds: tuple[GGMLType, ...]) -> dict[str, GGMLType]:
 
 def random_params(rng, types: dict[str, GGMLType]) -> dict:
     plan = plan_layers(CONFIG, types, GPU_ROLES)
+    tiled = tiled_params(abstract_params(CONFIG, types, GPU_ROLES))["layers"].stacks
     stacks = {}
     for name, like in plan.stacks.items():
         if not isinstance(like, PackedTensor):
@@ -78,7 +79,7 @@ def random_params(rng, types: dict[str, GGMLType]) -> dict:
             stacks[name] = PackedTensor({"w": w}, like.type)
         else:
             w = random_weights(rng, like.type, like.shape)
-            stacks[name] = to_gpu_tiles(w) if is_tiled(name.rpartition(".")[0], w) else w
+            stacks[name] = to_gpu_tiles(w) if is_tiled(tiled[name]) else w
     embedding = rng.normal(size=(CONFIG.vocab_size, CONFIG.hidden_size)).astype(np.float32)
     params = {
         "layers": LayerTable(stacks, plan.tensors),
