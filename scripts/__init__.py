@@ -1,21 +1,13 @@
 """Benchmarks, checks, profiles and makers of files; run as ``python -m scripts.NAME``.
 
-Also what the scripts share: where the project is, the environment in which a child process finds it, and how
-a result is left.
+Also what the scripts share: where the project is, and how a result is left.
 """
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-
-
-def child_environment(**variables: str) -> dict[str, str]:
-    """This process' environment for a child that imports this project from any folder; ``variables`` win."""
-    path = filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(path), **variables}
 
 
 def leave(result: Mapping[str, object], receipt: str | Path | None) -> None:

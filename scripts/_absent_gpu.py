@@ -17,8 +17,8 @@ from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
 from qwen3_moe_jax.kernels_pallas.gpu import cards
+from qwen3_moe_jax.machine.child_environment import child_environment
 from qwen3_moe_jax.machine.folders import writable_cache
-from scripts import child_environment
 
 CUDA = "13.0.88"
 """The version of ptxas and of the device library that checks are made with: figures depend on it."""

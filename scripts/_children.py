@@ -8,7 +8,8 @@ import time
 from collections.abc import Generator, Mapping
 from typing import Any
 
-from scripts import ROOT, child_environment
+from qwen3_moe_jax.machine.child_environment import child_environment
+from scripts import ROOT
 
 _RESULT = "RESULT "
 

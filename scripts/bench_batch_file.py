@@ -24,7 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from qwen3_moe_jax.core.code_version import code_version
-from scripts import ROOT, child_environment, leave
+from qwen3_moe_jax.machine.child_environment import child_environment
+from scripts import ROOT, leave
 
 BAR = 0.9
 PROMPT, ANSWER = (16, 192), (8, 160)

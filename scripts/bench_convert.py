@@ -28,8 +28,9 @@ from qwen3_moe_jax.convert.open_model import open_model
 from qwen3_moe_jax.convert.packed import packed_nbytes
 from qwen3_moe_jax.convert.source import READ_PIECE_BYTES, ModelSource, refuse_nonfinite
 from qwen3_moe_jax.convert.unpack import block_arrays, empty_packed, pack, unpack_blocks
+from qwen3_moe_jax.machine.child_environment import child_environment
 from qwen3_moe_jax.testing.random_models import random_blocks, tensor_nbytes
-from scripts import child_environment, leave
+from scripts import leave
 
 _PACK_BYTES = 256 << 20
 _DISK_BYTES = 1 << 30

@@ -24,10 +24,10 @@ import numpy as np
 
 from qwen3_moe_jax import loader
 from qwen3_moe_jax.api import load
+from qwen3_moe_jax.machine.child_environment import child_environment
 from qwen3_moe_jax.measure.benchmark import Benchmark, Workload
 from qwen3_moe_jax.parity.metrics import cosine
 from qwen3_moe_jax.reference import ReferenceRunner
-from scripts import child_environment
 
 TEXT = 'def quicksort(items):\n    """Sorts a list."""\n    if len(items) < 2:\n        return items\n'
 

@@ -24,8 +24,9 @@ from pathlib import Path
 from typing import Any
 
 from qwen3_moe_jax.loader import model_path
+from qwen3_moe_jax.machine.child_environment import child_environment
 from qwen3_moe_jax.machine.threads import cores
-from scripts import ROOT, child_environment
+from scripts import ROOT
 
 RECEIPT = ROOT / "docs" / "receipts" / "native_cpu.json"
 

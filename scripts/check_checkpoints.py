@@ -33,8 +33,9 @@ from qwen3_moe_jax.convert.checkpoint_writer import checkpoint_nbytes, write_che
 from qwen3_moe_jax.convert.errors import ModelFileError
 from qwen3_moe_jax.convert.open_model import open_model
 from qwen3_moe_jax.convert.output_folder import OutputError
+from qwen3_moe_jax.machine.child_environment import child_environment
 from qwen3_moe_jax.testing.random_models import SMALL, write_random_gguf
-from scripts import child_environment, leave
+from scripts import leave
 
 _READY = b"ready\n"
 _BUSY_EXIT = 4

@@ -29,7 +29,8 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from scripts import ROOT, child_environment, leave
+from qwen3_moe_jax.machine.child_environment import child_environment
+from scripts import ROOT, leave
 
 FOLDERS = ("convert", "kernels_pallas")
 OURS = {"qwen3_moe_jax"}

@@ -37,6 +37,7 @@ from qwen3_moe_jax.convert.errors import ModelFileError
 from qwen3_moe_jax.convert.gguf_file import GGUFFile
 from qwen3_moe_jax.convert.tensor_names import check_tensors
 from qwen3_moe_jax.convert.tokenizer_metadata import check_tokenizer
+from qwen3_moe_jax.machine.child_environment import child_environment
 from qwen3_moe_jax.testing.gguf_builder import (
     F64,
     I8,
@@ -51,7 +52,6 @@ from qwen3_moe_jax.testing.gguf_builder import (
     model_metadata,
     model_tensors,
 )
-from scripts import child_environment
 
 MUTANT_NAME = "m-00001-of-00002.gguf"
 HANG_SECONDS = 1.0

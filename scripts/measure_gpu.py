@@ -24,7 +24,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import TextIO
 
-from scripts import ROOT, child_environment
+from qwen3_moe_jax.machine.child_environment import child_environment
+from scripts import ROOT
 
 MODEL = "{model}"
 """Stands for the full-size file in a stage's command."""

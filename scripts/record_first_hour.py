@@ -22,8 +22,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from qwen3_moe_jax.loader import embedded_model
+from qwen3_moe_jax.machine.child_environment import child_environment
 from qwen3_moe_jax.testing.terminal import Terminal
-from scripts import ROOT, child_environment
+from scripts import ROOT
 from scripts._screen import svg_of
 from tests.hub.hub_server import Hub, running
 

@@ -63,8 +63,8 @@ def _matrices(layers: LayerTable, operands: Operands) -> list[int]:
         number
         for layer in range(layers.num_layers)
         for name in MATRICES
-        for tensor in (layers[name],)
-        for number in (order.index(tensor.stacks[tensor.which[layer]]), tensor.first[layer])
+        for stack, first in (layers[name].place(layer),)
+        for number in (order.index(stack), first)
     ]
     return [len(order), *(number for stack in names.values() for number in stack), *table]
 

@@ -134,7 +134,7 @@ def _qkv_columns(table: LayerTable) -> tuple[dict[str, list[int]], int]:
     for layer in range(table.num_layers):
         row = 0
         for i, stack in enumerate(stacks):
-            here = {n: t for n, t in tensors.items() if t.stacks[t.which[layer]] == stack}
+            here = {n: t for n, t in tensors.items() if t.place(layer)[0] == stack}
             tiles = sum(tensor.rows for tensor in here.values()) // TILE_ROWS
             columns[f"qkv_offset{i}"].append(used[i])
             columns[f"qkv_count{i}"].append(tiles)

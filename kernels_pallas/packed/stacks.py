@@ -172,6 +172,10 @@ class LayerTensor:
         """Rows of one layer's: N, or E * N of experts; one of a norm."""
         return math.prod(self.shape[:-1])
 
+    def place(self, layer: int) -> tuple[str, int]:
+        """The name of the stack that holds one layer's, and its first row there."""
+        return self.stacks[self.which[layer]], self.first[layer]
+
     def layer(self, layer: jax.Array) -> "OneOf | jax.Array":
         """That of one layer, an int32 scalar on the device."""
         if len(self.shape) == 1:

@@ -77,13 +77,14 @@ class HostLoader:
           ModelFileError: as ``source.tensor``.
         """
         source = self._source
+        put = lambda row, value: fill(target, first + row, arranged_as(target, flat(value)))
         if not isinstance(source, BlockSource):
-            fill(target, first, to_layout(as_rows(source.tensor(path)), target.layout))
+            put(0, source.tensor(path))
             return
 
         def one(piece: tuple[int, Box]) -> None:
             row, box = piece
-            fill(target, first + row, to_layout(as_rows(source.part(path, box)), target.layout))
+            put(row, source.part(path, box))
 
         shape, kind = source.specs[path].shape, BLOCK_FORMATS[source.types[path]]
         for _ in self._pool.map(one, boxes(shape, kind.row_nbytes(shape[-1]))):
@@ -100,12 +101,6 @@ def arranged_as(shape: Value, value: Value) -> Value:
 def flat(value: Value) -> Value:
     """The experts' matrices as rows one after the other; a vector as one row."""
     return as_rows(value) if isinstance(value, PackedTensor) else value[None]
-
-
-def room(rows: int, like: Value) -> Value:
-    """An empty stack of ``rows`` rows for tensors like ``like``."""
-    units = rows // unit_of(like)
-    return jax.tree.map(lambda a: aligned_empty((units, *a.shape[1:]), a.dtype), like)
 
 
 def fill(stack: Value, first: int, value: Value) -> None:

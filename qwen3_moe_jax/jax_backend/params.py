@@ -170,8 +170,8 @@ def load_on_host(
             elif layer is None:
                 loader.put(path, params[path])
             else:
-                tensor = tensors[name]
-                loader.put(path, table.stacks[tensor.stacks[tensor.which[layer]]], tensor.first[layer])
+                stack, first = tensors[name].place(layer)
+                loader.put(path, table.stacks[stack], first)
             done += source.tensor_nbytes(path)
             if progress:
                 progress(done, source.nbytes)
@@ -216,10 +216,8 @@ def device_plan(source: ModelSource, roles: Roles) -> tuple[Params, list[Target]
         layer, name = split_path(path)
         stack, first = path, 0
         if layer is not None:
-            tensor = tensors[name]
-            stack, first = tensor.stacks[tensor.which[layer]], tensor.first[layer]
-        into = shapes["layers"].stacks[stack] if layer is not None else shapes[stack]
-        tiled = is_tiled(into)
+            stack, first = tensors[name].place(layer)
+        tiled = is_tiled(shapes["layers"].stacks[stack] if layer is not None else shapes[stack])
         targets.append(Target(path, stack, first, kind, math.prod(shape[:-1]), shape[-1], tiled))
     return shapes, targets
 

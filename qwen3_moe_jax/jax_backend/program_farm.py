@@ -20,7 +20,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -28,8 +27,10 @@ import jax
 from qwen3_moe_jax.jax_backend.device import Device
 from qwen3_moe_jax.jax_backend.program_key import changes_programs
 from qwen3_moe_jax.jax_backend.program_store import ProgramStore
+from qwen3_moe_jax.machine.child_environment import child_environment
 from qwen3_moe_jax.machine.cuda import free_on_card
 from qwen3_moe_jax.machine.headroom import available_main_memory
+from qwen3_moe_jax.machine.jax_devices import PREALLOCATE_VARIABLE
 from qwen3_moe_jax.machine.threads import processors
 
 VARIABLE = "QWEN3_MOE_COMPILERS"
@@ -245,16 +246,14 @@ class _Worker:
     def __init__(self, hello: Mapping[str, Any], command: list[str] | None):
         self.is_busy, self.is_gone = True, False
         self._hello = hello
-        root = str(Path(__file__).parents[2])
-        paths = os.pathsep.join(p for p in (root, os.environ.get("PYTHONPATH")) if p)
         # it has shapes and no weights: what it takes of a card is what it asks for
-        changes = {"PYTHONPATH": paths, "XLA_PYTHON_CLIENT_PREALLOCATE": "false", VARIABLE: "0"}
+        changes = {PREALLOCATE_VARIABLE: "false", VARIABLE: "0"}
         self._process = subprocess.Popen(
             command or [sys.executable, "-m", "qwen3_moe_jax.jax_backend.program_worker"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            env=os.environ | changes,
+            env=child_environment(**changes),
         )
 
     def start(self) -> str:

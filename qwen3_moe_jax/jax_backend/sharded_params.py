@@ -25,11 +25,10 @@ from qwen3_moe_jax.convert.source import ModelSource
 from qwen3_moe_jax.convert.tensor_names import tensor_specs
 from qwen3_moe_jax.convert.unpack import dequantize
 from qwen3_moe_jax.jax_backend.device import Device
-from qwen3_moe_jax.jax_backend.host_load import Value, arranged_as, fill, flat, room
+from qwen3_moe_jax.jax_backend.host_load import Value, allocate, arranged_as, fill, flat, unit_of
 from qwen3_moe_jax.jax_backend.params import Params, Types, device_params, is_tiled, split_path
 from qwen3_moe_jax.jax_backend.sharding import BOTH, Shards
 from qwen3_moe_jax.kernels_pallas import LayerTable, Matrices
-from qwen3_moe_jax.kernels_pallas.packed.stacks import rows_per_unit
 
 
 def device_nbytes(shards: Shards, types: Mapping[str, GGMLType]) -> int:
@@ -79,8 +78,7 @@ def load_sharded(
         if layer is None:
             stacks.add(path, 0, parts)
         else:
-            place = tensors[name]
-            stack, first = place.stacks[place.which[layer]], place.first[layer]
+            stack, first = tensors[name].place(layer)
             stacks.add(stack, first, {index: flat(part) for index, part in parts.items()})
         done += source.tensor_nbytes(path)
         if progress:
@@ -153,7 +151,7 @@ class _HostStacks:
                 continue
             value = arranged_as(stacks[stack], part)
             if index not in own:
-                own[index] = room(stacks[stack].shape[0], value)
+                own[index] = allocate(stacks[stack])
             fill(own[index], first, value)
 
     def finished(self, stack: str) -> Any:
@@ -182,11 +180,10 @@ class DeviceStacks:
         """As on the host."""
         sent = _joined(self._shards, self._split[stack], parts)
         into = self._stacks[stack]
-        unit = rows_per_unit(into.layout) if isinstance(into, PackedTensor) else 1
         self._stacks[stack] = _put(
             into,
             sent,
-            np.int32(first // unit),
+            np.int32(first // unit_of(into)),
             mesh=self._shards.mesh,
             spec=P(BOTH) if self._split[stack] else P(),
             tiled=is_tiled(into),

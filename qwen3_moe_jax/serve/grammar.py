@@ -6,7 +6,6 @@ Sizes and depths are checked here, in the front; grammars are compiled and masks
 
 import asyncio
 import json
-import os
 import re
 import socket
 import subprocess
@@ -17,6 +16,7 @@ from typing import Any
 
 import msgspec
 
+from qwen3_moe_jax.machine.child_environment import child_environment
 from qwen3_moe_jax.serve import grammar_worker
 from qwen3_moe_jax.serve.engine.frames import read_frame_async, with_length
 from qwen3_moe_jax.serve.settings import Settings
@@ -138,13 +138,11 @@ class Grammars:
     async def _start(self) -> socket.socket:
         ours, theirs = socket.socketpair()
         with theirs:
-            root = os.path.dirname(os.path.dirname(sys.modules["qwen3_moe_jax"].__file__ or ""))
-            paths = os.pathsep.join(p for p in (root, os.environ.get("PYTHONPATH")) if p)
             self._process = subprocess.Popen(
                 [sys.executable, "-m", grammar_worker.__name__, str(theirs.fileno()), self._path],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
-                env=os.environ | {"PYTHONPATH": paths},
+                env=child_environment(),
             )
         ours.setblocking(False)
         async with asyncio.timeout(START_SECONDS):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from scripts import child_environment
+from qwen3_moe_jax.machine.child_environment import child_environment
 
 
 def fuzz(*options: str) -> tuple[int, str, dict]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from scripts import child_environment
+from qwen3_moe_jax.machine.child_environment import child_environment
 
 PHASES = 8  # of the kernel for one sequence
 REASONS = ("stall_barrier", "stall_long_sb", "stall_wait")

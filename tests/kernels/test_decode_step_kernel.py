@@ -100,7 +100,7 @@ def gpu_params(config, packed, types):
         if layer is None:
             params[path] = jax.tree.map(jnp.asarray, value)
         else:
-            stack = places[name].stacks[places[name].which[layer]]
+            stack, _ = places[name].place(layer)
             parts.setdefault(stack, []).append(value if tensor.ndim > 1 else value[None])
     join = lambda *arrays: jnp.asarray(np.concatenate(arrays))
     stacks = {name: jax.tree.map(join, *values) for name, values in parts.items()}

@@ -9,7 +9,6 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 from qwen3_moe_jax import api, cli, loader
 from qwen3_moe_jax.commands import warm
@@ -20,40 +19,16 @@ from qwen3_moe_jax.jax_backend import preparation as preparation_module
 from qwen3_moe_jax.jax_backend import programs
 from qwen3_moe_jax.jax_backend.params import device_params
 from qwen3_moe_jax.jax_backend.preparation import Preparation
-from qwen3_moe_jax.jax_backend.program_store import ProgramStore
 from qwen3_moe_jax.jax_backend.runner import JaxRunner
 from qwen3_moe_jax.jax_backend.session_programs import Session
-from qwen3_moe_jax.testing.random_models import SMALL, write_random_gguf
+from qwen3_moe_jax.testing.random_models import SMALL
 
 ROOT = Path(__file__).parents[2]
 CONTEXT = 768
 
 
-@pytest.fixture(scope="module")
-def small_file(tmp_path_factory):
-    path = tmp_path_factory.mktemp("small") / "small.gguf"
-    write_random_gguf(path, SMALL, mix="f16")
-    return path
-
-
-@pytest.fixture
-def store(tmp_path):
-    """Programs on disk, and none out of JAX's own cache, which are not written again."""
-    enabled = jax.config.jax_enable_compilation_cache
-    jax.config.update("jax_enable_compilation_cache", False)
-    compilation_cache.reset_cache()
-    programs.forget()
-    store = ProgramStore(tmp_path / "programs")
-    programs.use_store(store)
-    yield store
-    programs.use_store(None)
-    programs.forget()
-    jax.config.update("jax_enable_compilation_cache", enabled)
-    compilation_cache.reset_cache()
-
-
-def test_warm_makes_all_that_a_session_then_asks_for(small_file, store, capsys, monkeypatch):
-    command = ["warm", "-m", str(small_file), "--context", str(CONTEXT)]
+def test_warm_makes_all_that_a_session_then_asks_for(f16_file, store, capsys, monkeypatch):
+    command = ["warm", "-m", str(f16_file), "--context", str(CONTEXT)]
     assert cli.main(command) == 0
     said = capsys.readouterr()
     assert "9 of 9 programs made" in said.out
@@ -65,7 +40,7 @@ def test_warm_makes_all_that_a_session_then_asks_for(small_file, store, capsys, 
     found: list[programs.Made] = []
     stop = programs.listen(lambda _, what: found.append(what) if what else None)
     try:
-        with open_model(small_file) as source:
+        with open_model(f16_file) as source:
             runner = JaxRunner(source, max_context=CONTEXT)
             for tokens, sampling in (
                 (5, Sampling()),

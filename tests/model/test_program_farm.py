@@ -13,7 +13,6 @@ import jax
 import numpy as np
 import psutil
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 from qwen3_moe_jax.convert.open_model import open_model
 from qwen3_moe_jax.core.sampling import Sampling
@@ -24,36 +23,12 @@ from qwen3_moe_jax.jax_backend.program_store import ProgramStore
 from qwen3_moe_jax.jax_backend.runner import JaxRunner
 from qwen3_moe_jax.jax_backend.settings import own_settings
 from qwen3_moe_jax.parity.gate import first_forward
-from qwen3_moe_jax.testing.random_models import SMALL, write_random_gguf
 from qwen3_moe_jax.testing.small_programs import doubled
 
 ROOT = Path(__file__).parents[2]
 CONTEXT = 768
 WORKER = [sys.executable, "-m", "qwen3_moe_jax.jax_backend.program_worker"]
 GREEDY = Sampling(temperature=0)
-
-
-@pytest.fixture(scope="module")
-def small_file(tmp_path_factory):
-    path = tmp_path_factory.mktemp("small") / "small.gguf"
-    write_random_gguf(path, SMALL, mix="f16")
-    return path
-
-
-@pytest.fixture
-def store(tmp_path):
-    """Programs on disk, and none out of JAX's own cache, which are not written again."""
-    enabled = jax.config.jax_enable_compilation_cache
-    jax.config.update("jax_enable_compilation_cache", False)
-    compilation_cache.reset_cache()
-    programs.forget()
-    store = ProgramStore(tmp_path / "programs")
-    programs.use_store(store)
-    yield store
-    programs.use_store(None)
-    programs.forget()
-    jax.config.update("jax_enable_compilation_cache", enabled)
-    compilation_cache.reset_cache()
 
 
 @pytest.fixture
@@ -69,9 +44,9 @@ def written(runner):
     return list(runner.stream([3, 1, 4, 1, 5], max_tokens=6, sampling=GREEDY))
 
 
-def test_programs_of_workers_are_found_and_give_the_same_bits(small_file, store, farm, monkeypatch):
+def test_programs_of_workers_are_found_and_give_the_same_bits(f16_file, store, farm, monkeypatch):
     """The key is the same in both processes, or the worker would refuse the request."""
-    with open_model(small_file) as source:
+    with open_model(f16_file) as source:
         alone = JaxRunner(source, max_context=CONTEXT, kernels="xla")
         expected, logits = written(alone), alone.forward([3, 1, 4, 1, 5]).logits
         alone.close()
@@ -91,8 +66,8 @@ def test_programs_of_workers_are_found_and_give_the_same_bits(small_file, store,
     assert programs.trouble() == []
 
 
-def test_arguments_that_were_sent_have_the_same_key(small_file, store):
-    with open_model(small_file) as source, own_settings():
+def test_arguments_that_were_sent_have_the_same_key(f16_file, store):
+    with open_model(f16_file) as source, own_settings():
         runner = JaxRunner(source, max_context=CONTEXT, kernels="xla")
         session = replace(runner._session, slots=4)
         for wanted in [session.forward(*first_forward(source)), *session.programs()]:

@@ -32,15 +32,7 @@ def new_program() -> programs.Program:
     return programs.Program(scaled_sum, static_argnames=("times",))
 
 
-@pytest.fixture(autouse=True)
-def without_jaxs_own_cache():
-    """What JAX's cache has is not written again: here every program is compiled."""
-    enabled = jax.config.jax_enable_compilation_cache
-    jax.config.update("jax_enable_compilation_cache", False)
-    compilation_cache.reset_cache()
-    yield
-    jax.config.update("jax_enable_compilation_cache", enabled)
-    compilation_cache.reset_cache()
+pytestmark = pytest.mark.usefixtures("without_jaxs_own_cache")
 
 
 @pytest.fixture

@@ -55,7 +55,7 @@ def test_stacks_hold_every_tensor_once(roles):
     rows = dict.fromkeys(table.stacks, 0)
     for layer in range(config.num_hidden_layers):
         for tensor in table.tensors:
-            stack = tensor.stacks[tensor.which[layer]]
+            stack, _ = tensor.place(layer)
             assert tensor.first[layer] == rows[stack], "tensors of a stack follow each other"
             rows[stack] += tensor.rows
             assert table.stacks[stack].shape[1] == tensor.shape[-1]

@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
+from qwen3_moe_jax.machine.child_environment import child_environment
 from qwen3_moe_jax.testing.fault_list import FAULTS
-from scripts import child_environment
 
 
 def test_every_fault_in_wgpu_is_named():

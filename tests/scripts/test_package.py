@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from scripts import ROOT, child_environment
+from qwen3_moe_jax.machine.child_environment import child_environment
+from scripts import ROOT
 from scripts.check_wheel import USER_SCRIPT, write_user_folder
 
 NAMES = sorted(path.stem for path in (ROOT / "scripts").glob("*.py") if not path.stem.startswith("_"))

@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import itertools
-import os
 import socket
 import subprocess
 import sys
@@ -11,12 +10,12 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
 
 from qwen3_moe_jax.core.batch import TokenScore
+from qwen3_moe_jax.machine.child_environment import child_environment
 from qwen3_moe_jax.serve.engine import frames
 
 Health = Literal["loading", "ok", "draining", "dead"]
@@ -162,13 +161,11 @@ class EngineClient:
         ours, theirs = socket.socketpair()
         with theirs:
             command = [sys.executable, "-m", "qwen3_moe_jax.serve.engine.worker", str(theirs.fileno())]
-            root = str(Path(__file__).parents[3])
-            paths = os.pathsep.join(p for p in (root, os.environ.get("PYTHONPATH")) if p)
             self._process = subprocess.Popen(
                 command,
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
-                env=os.environ | {"PYTHONPATH": paths},
+                env=child_environment(),
             )
         reader, self._writer = await asyncio.open_connection(sock=ours)
         try:
