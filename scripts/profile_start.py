@@ -100,7 +100,7 @@ def start(options: dict[str, Any]) -> None:
 
 
 def _note_programs(programs: Any) -> None:
-    """Every program with how it came to be, and the parts of a compilation."""
+    """Every program with how it came to be, and the parts of a compilation in this process."""
     inner, timed_lower = programs.Program._compile, programs.Program._lowered
 
     def compiled(self: Any, entry: Any, arguments: Any) -> None:
@@ -116,9 +116,7 @@ def _note_programs(programs: Any) -> None:
     programs.Program._compile, programs.Program._lowered = compiled, staticmethod(lowered)
     timed(programs.Program, "_traced", "trace")
     programs.listen(
-        lambda name, made: (
-            made and made.source == "disk" and say(from_disk=name, seconds=round(made.seconds, 3))
-        )
+        lambda name, made: made and say(made=name, by=made.source, seconds=round(made.seconds, 3))
     )
 
 

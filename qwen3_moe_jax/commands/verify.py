@@ -18,6 +18,8 @@ from qwen3_moe_jax.core.output_file import open_output
 from qwen3_moe_jax.machine.kernels import NATIVE
 from qwen3_moe_jax.parity.clauses import FAILED, NOT_APPLICABLE, PASSED, Finding
 from qwen3_moe_jax.parity.contract import Contract, load_contract
+from qwen3_moe_jax.parity.evidence import PROMPT_TOKENS
+from qwen3_moe_jax.parity.gate import first_forward
 from qwen3_moe_jax.parity.verify import MIN_TOKENS, TEXT_TOKENS, Report, Unloaded, verify
 
 TARGETS = ("reference", "jax", "jax:bfloat16", "jax:native", "wgpu")
@@ -142,6 +144,8 @@ def unloaded_runners(source: ModelSource, targets: Sequence[str], args: argparse
         if dtype == NATIVE:
             options |= {"dtype": None, "kernels": NATIVE}
         on_gpu = backend == "jax" and loader.jax_sees_gpu()
+        if on_gpu:  # what the first clauses wait for is compiled beside the load
+            options |= {"first_prompt": PROMPT_TOKENS, "first_forward": first_forward(source)}
         runners.append(Unloaded(partial(loader.make_runner, source, backend, **options), context, on_gpu))
     return runners
 

@@ -5,15 +5,19 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from qwen3_moe_jax.convert.config import Qwen3MoeConfig
+from qwen3_moe_jax.convert.packed import LANES
 from qwen3_moe_jax.convert.progress import ProgressCallback
 from qwen3_moe_jax.convert.source import ModelSource
 from qwen3_moe_jax.jax_backend.device import Device
 from qwen3_moe_jax.jax_backend.kv_cache import KVCache
-from qwen3_moe_jax.jax_backend.params import GPU_ROLES, Params, load_params
-from qwen3_moe_jax.jax_backend.sharded_params import device_nbytes, load_sharded
+from qwen3_moe_jax.jax_backend.params import GPU_ROLES, Params, load_params, split_path
+from qwen3_moe_jax.jax_backend.sharded_params import dequantized_tile, device_nbytes, load_sharded
 from qwen3_moe_jax.jax_backend.sharding import MeshShape, Shards
+from qwen3_moe_jax.kernels_pallas import Matrices, dequantize
 from qwen3_moe_jax.machine.headroom import available_memory
 from qwen3_moe_jax.machine.kernels import AUTO, NATIVE, Kernels, capability_of, choose_kernels
 from qwen3_moe_jax.machine.memory import MemoryPlan
@@ -52,6 +56,23 @@ class Placement:
     @property
     def is_gpu(self) -> bool:
         return self.device.platform == "gpu"
+
+    def dequantized(self, params: Params, path: str, tile: int, expert: int | None) -> np.ndarray:
+        """As ``Runner.dequantized``."""
+        if self.shards is not None:
+            return dequantized_tile(params, self.shards, path, tile, expert, _dequantize_rows)
+        layer, name = split_path(path)
+        if layer is None:
+            value, first, rows = params[path], 0, params[path].shape[0]
+        else:
+            tensor = params["layers"][name]
+            value, first, rows = tensor.options[tensor.which[layer]], tensor.first[layer], tensor.rows
+        if expert is not None:
+            rows //= params["layers"][name].shape[0]
+            first += expert * rows
+        count = min(LANES, rows - LANES * tile)
+        w = Matrices(value, jnp.int32(first + LANES * tile), (count, value.shape[1]))
+        return np.asarray(_dequantize_rows(w))
 
     def plan(self, source: ModelSource, length: int, itemsize: int) -> MemoryPlan:
         """What one device is going to hold; all of them together on a CPU, whose devices share main memory.
@@ -108,3 +129,9 @@ class Placement:
         if self.shards is None:
             return KVCache.create(config, rows, length, dtype, self.device)
         return KVCache.create(config, rows, length, dtype, self.shards.of_cache, self.shards.cache_heads)
+
+
+@jax.jit
+def _dequantize_rows(w: Matrices) -> jax.Array:
+    """All rows of a matrix."""
+    return dequantize(w.slice(0, w.rows))

@@ -24,7 +24,7 @@ from functools import partial
 
 from qwen3_moe_jax.jax_backend import programs
 from qwen3_moe_jax.jax_backend.compile_clock import in_background
-from qwen3_moe_jax.jax_backend.program_farm import asking, farm
+from qwen3_moe_jax.jax_backend.program_farm import MAX_WORKERS, asking, farm
 from qwen3_moe_jax.jax_backend.settings import own_settings
 from qwen3_moe_jax.jax_backend.wanted import Wanted
 
@@ -104,11 +104,18 @@ class Preparation:
         for wanted in first:
             self._lowering.submit(self._begin, wanted, compiles)
 
+    def begin_elsewhere(self, more: Sequence[Wanted]) -> None:
+        """Lets other processes make programs, where there are any; this one goes on with its work."""
+        programs.start_compilers(sum(wanted.is_missing for wanted in more))
+        if farm().count:
+            for wanted in more:
+                self._first.submit(self._make, wanted, True, may_be_here=False)
+
     @property
     def _first(self) -> ThreadPoolExecutor:
         """Threads that make programs, or wait for the processes that do; asked for by one thread."""
         if self._makers is None:
-            count = max(FIRST_THREADS, farm().count + 2)
+            count = MAX_WORKERS + 2 if farm().count else FIRST_THREADS
             self._makers = ThreadPoolExecutor(count, thread_name_prefix="programs")
         return self._makers
 

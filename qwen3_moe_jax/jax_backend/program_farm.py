@@ -325,6 +325,8 @@ def workers_for(device: Device, missing: int, needed: int = 0) -> int:
         return 0
     host = available_main_memory()
     card = free_on_card(getattr(device, "local_hardware_id", None))
+    stats = device.memory_stats() or {}  # a pool that was taken at the start is no longer the card's
+    needed = max(0, needed - max(0, stats.get("pool_bytes", 0) - stats.get("bytes_in_use", 0)))
     by_host = MAX_WORKERS if host is None else host // 2 // HOST_BYTES
     by_card = 0 if card is None else (card - needed) // DEVICE_BYTES
     return max(0, min(missing - 1, MAX_WORKERS, processors() // 2, by_host, by_card))

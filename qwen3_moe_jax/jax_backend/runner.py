@@ -8,10 +8,8 @@ from dataclasses import replace
 from typing import Any, Literal, Unpack
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from qwen3_moe_jax.convert.packed import LANES
 from qwen3_moe_jax.convert.progress import ProgressCallback, at_first
 from qwen3_moe_jax.convert.source import ModelSource
 from qwen3_moe_jax.core.batch import TokenScore
@@ -45,20 +43,22 @@ from qwen3_moe_jax.jax_backend.generate import MAX_STEPS, chunk_lengths
 from qwen3_moe_jax.jax_backend.kv_cache import KVCache, whole_tiles
 from qwen3_moe_jax.jax_backend.likelihood import Scored, token_scores
 from qwen3_moe_jax.jax_backend.native import NATIVE_DTYPE, Native
-from qwen3_moe_jax.jax_backend.params import split_path
 from qwen3_moe_jax.jax_backend.placement import Placement
 from qwen3_moe_jax.jax_backend.preparation import Preparation
 from qwen3_moe_jax.jax_backend.program_farm import farm
 from qwen3_moe_jax.jax_backend.qwen3_moe import Qwen3Moe
 from qwen3_moe_jax.jax_backend.requests import Request, run_all, shared_tokens
-from qwen3_moe_jax.jax_backend.session_programs import FirstForward, Session, cache_length, dtypes_on
+from qwen3_moe_jax.jax_backend.session_programs import (
+    FirstForward,
+    ForwardShape,
+    Session,
+    cache_length,
+    dtypes_on,
+)
 from qwen3_moe_jax.jax_backend.settings import own_settings
-from qwen3_moe_jax.jax_backend.sharded_params import dequantized_tile
 from qwen3_moe_jax.jax_backend.sharding import MeshShape
 from qwen3_moe_jax.jax_backend.token_scores import MAX_TOP, host_scores
 from qwen3_moe_jax.jax_backend.wanted import Wanted
-from qwen3_moe_jax.kernels_pallas import Matrices
-from qwen3_moe_jax.kernels_pallas import dequantize as dequantize_on_device
 from qwen3_moe_jax.kernels_pallas.gpu.device import ask_ptxas_once
 from qwen3_moe_jax.kernels_pallas.implementations import NATIVE, Record, recording
 from qwen3_moe_jax.machine.headroom import available_memory
@@ -269,21 +269,7 @@ class JaxRunner:
     @own_settings()
     def dequantized(self, path: str, tile: int, expert: int | None = None) -> np.ndarray:
         check_open(self)
-        if self.placement.shards is not None:
-            where = path, tile, expert
-            return dequantized_tile(self.params, self.placement.shards, *where, _dequantize_rows)
-        layer, name = split_path(path)
-        if layer is None:
-            value, first, rows = self.params[path], 0, self.params[path].shape[0]
-        else:
-            tensor = self.params["layers"][name]
-            value, first, rows = tensor.options[tensor.which[layer]], tensor.first[layer], tensor.rows
-        if expert is not None:
-            rows //= self.config.num_experts
-            first += expert * rows
-        count = min(LANES, rows - LANES * tile)
-        w = Matrices(value, jnp.int32(first + LANES * tile), (count, value.shape[1]))
-        return np.asarray(_dequantize_rows(w))
+        return self.placement.dequantized(self.params, path, tile, expert)
 
     def memory(self) -> dict[str, int] | None:
         check_open(self)
@@ -297,6 +283,12 @@ class JaxRunner:
         request = checked_forward(self, token_ids, **options)
         with open_throughout(self):
             return self._forward(request)
+
+    @own_settings()
+    def expect(self, shapes: Sequence[ForwardShape]) -> None:
+        """These forward passes will be asked for: other processes make their programs, where that helps."""
+        wanted = [one for shape in shapes for one in self._session.forwards(shape)]
+        self.preparation.begin_elsewhere(wanted)
 
     @own_settings()
     def _forward(self, r: ForwardRequest) -> Forward:
@@ -441,9 +433,3 @@ class JaxRunner:
 def _next_count(count: int, seconds: float) -> int:
     """Tokens per dispatch after ``count`` tokens took ``seconds``."""
     return min(2 * count, MAX_STEPS) if seconds < SECONDS_PER_DISPATCH / 2 else count
-
-
-@jax.jit
-def _dequantize_rows(w: Matrices) -> jax.Array:
-    """All rows of a matrix."""
-    return dequantize_on_device(w.slice(0, w.rows))

@@ -49,6 +49,25 @@ SMALL = 0.05
 
 
 @dataclass(frozen=True)
+class ForwardShape:
+    """What the programs of ``Runner.forward`` depend on.
+
+    Attributes:
+      tokens: of the prompt.
+      capture, layers, chunk_sizes: as in ``core.runner.ForwardOptions``; None is all layers.
+      rows: sequences of the batch.
+      is_forced: whether experts are given; of all layers then.
+    """
+
+    tokens: int
+    capture: frozenset[str] = frozenset()
+    layers: tuple[int, ...] | None = None
+    chunk_sizes: tuple[int, ...] = PREFILL_CHUNKS
+    rows: int = 1
+    is_forced: bool = False
+
+
+@dataclass(frozen=True)
 class Session:
     """What its programs depend on.
 
@@ -130,11 +149,11 @@ class Session:
         shards = self.decoder.shards
         return shapes if shards is None else shards.placed(shapes)
 
-    def cache(self, length: int) -> KVCache:
-        """The shapes of a cache of one row."""
+    def cache(self, length: int, rows: int = 1) -> KVCache:
+        """The shapes of a cache."""
         config, dtype, shards = self.decoder.model.config, jnp.dtype(self.cache_dtype), self.decoder.shards
         heads = shards.cache_heads if shards else None
-        return self._placed(jax.eval_shape(lambda: KVCache.create(config, 1, length, dtype, heads=heads)))
+        return self._placed(jax.eval_shape(lambda: KVCache.create(config, rows, length, dtype, heads=heads)))
 
     def first(self, prompt_tokens: int) -> list[Wanted]:
         """What the first tokens after a prompt wait for, that which compiles longest first."""
@@ -144,19 +163,33 @@ class Session:
 
     def forward(self, tokens: int, capture: frozenset[str], layers: Sequence[int] | None = None) -> Wanted:
         """A forward pass over a prompt of one chunk that shows stages (``Runner.forward``)."""
-        chosen = None if layers is None else tuple(layers)
-        decoder = self.decoder.clone(capture=capture, interventions=(), layers=chosen)
-        (chunk,) = generate.chunk_lengths(tokens)
-        arguments = {
-            "decoder": decoder,
-            "params": self.params,
-            "cache": self.cache(whole_tiles(chunk)),
-            "token_ids": jax.ShapeDtypeStruct((1, chunk), np.int32),
-            "start": jax.ShapeDtypeStruct((1,), np.int32),
-            "expert_ids": None,
-            "row": 0,
-        }
-        return Wanted(forward_chunk, arguments, "the check of a file", 1.0)
+        (wanted,) = self.forwards(ForwardShape(tokens, capture, None if layers is None else tuple(layers)))
+        return wanted
+
+    def forwards(self, shape: "ForwardShape") -> list[Wanted]:
+        """The programs of a forward pass, one for each length of its chunks."""
+        decoder = self.decoder.clone(capture=shape.capture, interventions=(), layers=shape.layers)
+        config, rows = self.decoder.model.config, shape.rows
+        chunks = generate.chunk_lengths(shape.tokens, shape.chunk_sizes)
+        layers, chosen = config.num_hidden_layers, config.num_experts_per_tok
+        experts = lambda chunk: jax.ShapeDtypeStruct((layers, rows, chunk, chosen), np.int32)
+        return [
+            Wanted(
+                forward_chunk,
+                {
+                    "decoder": decoder,
+                    "params": self.params,
+                    "cache": self.cache(whole_tiles(sum(chunks)), rows),
+                    "token_ids": jax.ShapeDtypeStruct((rows, chunk), np.int32),
+                    "start": jax.ShapeDtypeStruct((rows,), np.int32),
+                    "expert_ids": experts(chunk) if shape.is_forced else None,
+                    "row": (rows - 1) // 2,
+                },
+                "the check of a file",
+                1.0,
+            )
+            for chunk in dict.fromkeys(chunks)
+        ]
 
     def tokens(self, rows: int) -> Wanted:
         """Writes tokens of the first ``rows`` slots."""

@@ -17,7 +17,7 @@ from qwen3_moe_jax.core.stages import INSIDE_EXPERTS, STAGES
 from qwen3_moe_jax.machine.folders import writable_cache
 from qwen3_moe_jax.machine.resident import ResidentPeak
 from qwen3_moe_jax.machine.threads import ALONE, Workers
-from qwen3_moe_jax.parity.gate import GateResult, inspect, layers_option
+from qwen3_moe_jax.parity.gate import GateResult, first_forward, inspect, layers_option
 from qwen3_moe_jax.parity.judge import FUSED_STAGES, Judgement, StageJudge
 from qwen3_moe_jax.parity.recorded import RecordedLogits, recorded_logits
 from qwen3_moe_jax.parity.text_runs import (
@@ -208,6 +208,33 @@ class Evidence:
         if "DETERMINISM-001" in clauses and self.is_batch_invariant:
             runs += [self.in_batches[size] for size in sorted(self.in_batches, reverse=True)]
         return runs
+
+    def expect(self, clauses: Collection[str]) -> None:
+        """Tells a runner that compiles which forward passes these clauses are going to ask for."""
+        expect = getattr(self.runner, "expect", None)
+        if expect is None:
+            return
+        from qwen3_moe_jax.jax_backend.session_programs import ForwardShape  # imports JAX
+
+        names = {name for id in clauses for name in RUNS.get(id, ())}
+        of_text = {len(self.oracle.text_ids[window]) for window in self.oracle.windows}
+        fused, logits = frozenset(FUSED_STAGES), frozenset({"ffn_moe_logits"})
+        tokens, capture, layers = first_forward(self.source)
+        chunks, stages = (STAGE_CHUNK,), min(STAGE_TOKENS, len(self.oracle.text_ids))
+        shapes: dict[str, list[ForwardShape]] = {
+            "gate": [ForwardShape(tokens, capture, layers)],
+            "fused": [ForwardShape(stages, fused, chunk_sizes=chunks)],
+            "single": [ForwardShape(SINGLE_TOKENS, fused, layers, chunk_sizes=(1,))],
+            "free": [ForwardShape(count) for count in of_text],
+            "replayed": [ForwardShape(count, logits, is_forced=True) for count in of_text],
+        }
+        if self.is_batch_invariant:
+            shapes["decoded"] = [ForwardShape(DECODED_TOKENS, chunk_sizes=(1,), is_forced=True)]
+        wanted = [shape for name, found in shapes.items() if name in names for shape in found]
+        if "DETERMINISM-001" in clauses and self.is_batch_invariant:
+            sizes = sorted(self.in_batches, reverse=True)
+            wanted += [ForwardShape(BATCH_TOKENS, chunk_sizes=(1,), rows=size) for size in sizes]
+        expect(wanted)
 
     @property
     def chunks(self) -> dict[str, Any]:

@@ -262,6 +262,7 @@ def _one_by_one(
             if with_text:
                 check_room_for_logits(oracle, available_main_memory())
             evidence = Evidence(oracle, loaded, resident)
+            evidence.expect(wanted)
             free = available_main_memory()
             has_room = free is None or free >= needed_for_logits(oracle, TEXT_RUNS)
             if _takes_threads(loaded) and runner.has_own_memory and has_room:

@@ -16,13 +16,18 @@ import pytest
 
 from qwen3_moe_jax.convert.open_model import open_model
 from qwen3_moe_jax.core.sampling import Sampling
-from qwen3_moe_jax.jax_backend import program_farm, programs
+from qwen3_moe_jax.jax_backend import forward, program_farm, programs
+from qwen3_moe_jax.jax_backend.forward import forward_chunk
+from qwen3_moe_jax.jax_backend.preparation import Preparation
 from qwen3_moe_jax.jax_backend.program_farm import Abandoned, Farm, asking, workers_for
 from qwen3_moe_jax.jax_backend.program_request import decode, encode
 from qwen3_moe_jax.jax_backend.program_store import ProgramStore
 from qwen3_moe_jax.jax_backend.runner import JaxRunner
 from qwen3_moe_jax.jax_backend.settings import own_settings
-from qwen3_moe_jax.parity.gate import first_forward
+from qwen3_moe_jax.parity.evidence import BATCHES, DECODED_TOKENS, RUNS, STAGE_CHUNK, Evidence, Oracle
+from qwen3_moe_jax.parity.gate import TOKENS, first_forward, layers_option
+from qwen3_moe_jax.parity.judge import FUSED_STAGES
+from qwen3_moe_jax.testing.random_models import SMALL
 from qwen3_moe_jax.testing.small_programs import doubled
 
 ROOT = Path(__file__).parents[2]
@@ -270,11 +275,57 @@ def test_nothing_is_started_where_it_is_of_no_use(store, farm, monkeypatch):
     assert started == []
 
 
+def test_verify_names_the_programs_of_its_runs(small_file, store, monkeypatch):
+    """What is asked of other processes at the start is what the runs of the text and of stages then take."""
+    asked, told = set(), set()
+    key = lambda *arguments: forward_chunk.disk_key(*forward_chunk._split(arguments, {}))
+
+    def stub(*arguments):
+        asked.add(key(*arguments))
+        chunk, layers = arguments[3].shape[1], SMALL.num_hidden_layers
+        return {
+            "logits": np.zeros((chunk, SMALL.vocab_size), np.float32),
+            "expert_ids": np.zeros((chunk, layers, SMALL.num_experts_per_tok), np.int32),
+            "cache": arguments[2],
+            "stages": {},
+        }
+
+    def begin(self, more):
+        told.update(wanted.program.disk_key(*wanted.program._split((), wanted.arguments)) for wanted in more)
+
+    monkeypatch.setattr(forward, "forward_chunk", stub)
+    monkeypatch.setattr(Preparation, "begin_elsewhere", begin)
+    monkeypatch.setattr(Evidence, "is_batch_invariant", True)
+    with open_model(small_file) as source, own_settings():
+        runner = JaxRunner(source, max_context=CONTEXT, kernels="xla")
+        evidence = Evidence(Oracle(source, list(range(200))), runner)
+        evidence.expect(list(RUNS))
+        ids = np.arange(200, dtype=np.int32)
+        chosen = np.arange(SMALL.num_experts_per_tok, dtype=np.int32)
+        experts = np.tile(chosen, (SMALL.num_hidden_layers, 200, 1))
+        few, cut = layers_option(runner, source), {"chunk_sizes": (STAGE_CHUNK,)}
+        runner.forward(ids[:TOKENS], capture=FUSED_STAGES, **few)
+        runner.forward(ids)
+        runner.forward(ids, expert_ids=experts, capture=("ffn_moe_logits",))
+        runner.forward(ids[:DECODED_TOKENS], expert_ids=experts[:, :DECODED_TOKENS], chunk_sizes=(1,))
+        _ = evidence.fused, evidence.single
+        runner.forward(ids[: 3 * STAGE_CHUNK], capture=FUSED_STAGES, **cut)
+        for size in BATCHES:
+            _ = evidence.in_batches[size]()
+        runner.close()
+    assert asked - told == set()
+    assert len(told - asked) == 1, "a batch of one, which was not run here"
+
+
 @dataclass(frozen=True)
 class Card:
     platform: str = "gpu"
     device_kind: str = "a card"
     local_hardware_id: int = 0
+    pool: int = 0
+
+    def memory_stats(self):
+        return {"pool_bytes": self.pool, "bytes_in_use": 0}
 
 
 @pytest.mark.parametrize(
@@ -298,6 +349,10 @@ def test_workers_fit_the_machine(monkeypatch, missing, processors, host, card, n
     monkeypatch.setattr(program_farm, "available_main_memory", lambda: host * gib)
     monkeypatch.setattr(program_farm, "free_on_card", lambda _: card and card * gib)
     assert workers_for(Card(), missing, needed * gib) == expected
+    if card:  # a server's pool was taken at the start: the model's place is in it
+        left = max(0, card - needed)
+        monkeypatch.setattr(program_farm, "free_on_card", lambda _: left * gib)
+        assert workers_for(Card(pool=needed * gib), missing, needed * gib) == expected
     monkeypatch.setenv(program_farm.VARIABLE, "0")
     assert workers_for(Card(), missing, needed * gib) == 0
 
