@@ -17,6 +17,8 @@ from qwen3_moe_jax.core.near_names import near_names
 from qwen3_moe_jax.core.runner import Runner
 from qwen3_moe_jax.hub import names
 from qwen3_moe_jax.hub.listing import files_in
+from qwen3_moe_jax.jax_backend import spare_workers
+from qwen3_moe_jax.machine.folders import programs_folder
 from qwen3_moe_jax.machine.headroom import MAIN_MEMORY, Headroom, available_memory, main_memory
 from qwen3_moe_jax.machine.jax_devices import jax_devices, simulate_devices
 from qwen3_moe_jax.machine.kernels import AUTO, CHOICES, capability_of, is_before_ampere
@@ -166,6 +168,8 @@ def start_gpu() -> None:
     Failures are left to whoever asks for the devices.
     """
     if nvidia_gpus() and not cards_are_hidden_by():
+        if (folder := programs_folder()) is not None:
+            spare_workers.begin(folder)
         jax_sees_gpu()
 
 

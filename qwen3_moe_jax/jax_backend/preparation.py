@@ -87,6 +87,7 @@ class Preparation:
         self._worker: threading.Thread | None = None
         self._lowering = ThreadPoolExecutor(1, thread_name_prefix="lowering")
         self._makers: ThreadPoolExecutor | None = None
+        self._others: ThreadPoolExecutor | None = None
         _all.add(self)
 
     @property
@@ -98,18 +99,19 @@ class Preparation:
         """Makes what the first tokens need, now and side by side.
 
         Args:
-          first: what takes longest first.
+          first: what takes longest first; where other processes compile, this one makes the first of them.
           compiles: also what is not on disk.
         """
-        for wanted in first:
-            self._lowering.submit(self._begin, wanted, compiles)
+        for number, wanted in enumerate(first):
+            self._lowering.submit(self._begin, wanted, compiles, may_be_here=number == 0)
 
     def begin_elsewhere(self, more: Sequence[Wanted]) -> None:
         """Lets other processes make programs, where there are any; this one goes on with its work."""
         programs.start_compilers(sum(wanted.is_missing for wanted in more))
         if farm().count:
+            self._others = self._others or ThreadPoolExecutor(MAX_WORKERS, thread_name_prefix="programs")
             for wanted in more:
-                self._first.submit(self._make, wanted, True, may_be_here=False)
+                self._others.submit(self._make, wanted, True, may_be_here=False)
 
     @property
     def _first(self) -> ThreadPoolExecutor:
@@ -126,13 +128,13 @@ class Preparation:
             begun = [self._lowering.submit(self._begin, wanted, True) for wanted in self.wanted]
             wait([made for made in (b.result() for b in begun) if made is not None])
 
-    def _begin(self, wanted: Wanted, compiles: bool) -> Future[None] | None:
+    def _begin(self, wanted: Wanted, compiles: bool, may_be_here: bool = True) -> Future[None] | None:
         """Leaves one to the others: to load it, or when it is lowered, to compile it."""
         with in_background(), own_settings(), suppress(Exception):  # it fails again where it is called
             if compiles and not self._is_over() and not wanted.is_stored:
                 wanted.lower()
         with suppress(RuntimeError):  # closed meanwhile
-            return None if self._is_closed else self._first.submit(self._make, wanted, compiles)
+            return None if self._is_closed else self._first.submit(self._make, wanted, compiles, may_be_here)
 
     def go_on(self) -> None:
         """The first token is there: the others may be made, if a later process will find them on disk."""
@@ -158,7 +160,7 @@ class Preparation:
         with self._changed:
             self._is_closed = True
             self._changed.notify_all()
-        for pool in (self._lowering, self._makers):  # in the order in which they give work on
+        for pool in (self._lowering, self._makers, self._others):  # in the order in which they give work on
             if pool is not None:
                 pool.shutdown(wait=wait, cancel_futures=True)
         if wait and self._worker is not None:

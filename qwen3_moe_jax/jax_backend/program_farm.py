@@ -13,8 +13,6 @@ import contextlib
 import json
 import os
 import select
-import subprocess
-import sys
 import threading
 import time
 from collections import deque
@@ -24,20 +22,16 @@ from typing import Any
 
 import jax
 
+from qwen3_moe_jax.jax_backend import spare_workers
 from qwen3_moe_jax.jax_backend.device import Device
 from qwen3_moe_jax.jax_backend.program_key import changes_programs
 from qwen3_moe_jax.jax_backend.program_store import ProgramStore
-from qwen3_moe_jax.machine.child_environment import child_environment
+from qwen3_moe_jax.jax_backend.spare_workers import MIN_PROCESSORS, VARIABLE
 from qwen3_moe_jax.machine.cuda import free_on_card
 from qwen3_moe_jax.machine.headroom import available_main_memory
-from qwen3_moe_jax.machine.jax_devices import PREALLOCATE_VARIABLE
 from qwen3_moe_jax.machine.threads import processors
 
-VARIABLE = "QWEN3_MOE_COMPILERS"
-"""Environment variable: how many workers there may be, on a CPU too; 0 is none."""
-
 MAX_WORKERS = 8
-MIN_PROCESSORS = 4
 
 HOST_BYTES = 1500 << 20
 """Main memory of a worker: JAX, CUDA's libraries and a compiler at work."""
@@ -246,15 +240,8 @@ class _Worker:
     def __init__(self, hello: Mapping[str, Any], command: list[str] | None):
         self.is_busy, self.is_gone = True, False
         self._hello = hello
-        # it has shapes and no weights: what it takes of a card is what it asks for
-        changes = {PREALLOCATE_VARIABLE: "false", VARIABLE: "0"}
-        self._process = subprocess.Popen(
-            command or [sys.executable, "-m", "qwen3_moe_jax.jax_backend.program_worker"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            env=child_environment(**changes),
-        )
+        spare = None if command else spare_workers.taken()
+        self._process = spare or spare_workers.spawned(command)
 
     def start(self) -> str:
         """Waits until it is ready; returns what is wrong, or nothing."""
@@ -288,6 +275,7 @@ class _Worker:
 
 _farm = Farm()
 atexit.register(_farm.close)
+atexit.register(spare_workers.end)
 
 
 def farm() -> Farm:

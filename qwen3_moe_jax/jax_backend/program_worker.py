@@ -11,6 +11,8 @@ arguments have another key here is refused, and so is what names something of an
 ends when stdin does, also while it compiles: whoever asked is gone.
 """
 
+import contextlib
+import importlib
 import json
 import os
 import queue
@@ -23,6 +25,9 @@ from typing import Any
 MAX_WORDS = 300
 """Characters of an error that are told."""
 
+SPARE_SECONDS = 120.0
+"""A process that is told nothing for so long after its start ends."""
+
 
 def main() -> None:
     """Answers requests until stdin ends."""
@@ -31,9 +36,15 @@ def main() -> None:
     os.dup2(2, 1)  # whatever a compiler prints is no answer
     lines: queue.SimpleQueue[bytes] = queue.SimpleQueue()
     threading.Thread(target=_read, args=(lines,), daemon=True).start()
+    with contextlib.suppress(Exception):  # it fails again, and is told
+        _import()
     handle = _start
     while True:
-        error = _answer(handle, lines.get())
+        try:
+            line = lines.get(timeout=SPARE_SECONDS if handle is _start else None)
+        except queue.Empty:  # a spare that nobody has a use for
+            return
+        error = _answer(handle, line)
         os.write(answers, json.dumps({"error": error}).encode() + b"\n")
         if error and handle is _start:
             return
@@ -54,6 +65,11 @@ def _answer(handle: Any, line: bytes) -> str:
     except Exception as error:  # whatever a compiler raises: the parent compiles it then
         return " ".join(f"{type(error).__name__}: {error}".split())[:MAX_WORDS]
     return ""
+
+
+def _import() -> None:
+    """What takes longest, before the parent knows what it needs; of a card nothing is taken yet."""
+    importlib.import_module("qwen3_moe_jax.jax_backend.session_programs")
 
 
 def _start(hello: dict[str, Any]) -> None:

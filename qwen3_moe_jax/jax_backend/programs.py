@@ -36,7 +36,7 @@ from qwen3_moe_jax.jax_backend.program_request import encode, named
 from qwen3_moe_jax.jax_backend.program_store import ProgramStore
 from qwen3_moe_jax.jax_backend.sharding import placed_on
 from qwen3_moe_jax.kernels_pallas.implementations import Ran, recording, replay
-from qwen3_moe_jax.machine.folders import readable_cache, writable_cache
+from qwen3_moe_jax.machine.folders import STORE_VARIABLE, programs_folder, readable_cache
 
 _Arguments = tuple[dict[str, Any], dict[str, Any]]
 
@@ -80,9 +80,6 @@ class Made:
 Listener = Callable[[str, Made | None], None]
 """Told a program's name before it is made (None), and again with what was done."""
 
-STORE_VARIABLE = "QWEN3_MOE_PROGRAMS"
-"""Environment variable: "off" keeps no programs on disk but those in JAX's own cache."""
-
 log = logging.getLogger(__name__)
 
 _listeners: list[Listener] = []
@@ -104,11 +101,13 @@ def use_default_store() -> bool:
       Whether there is such a place: JAX's own cache is of no use then.
     """
     if not _is_chosen:
-        is_off = os.environ.get(STORE_VARIABLE, "").lower() == "off"
-        writable = None if is_off else writable_cache()
-        folder = None if is_off else writable or readable_cache()
-        is_read_only = writable is None
-        use_store(None if folder is None else ProgramStore(folder / "programs", is_read_only=is_read_only))
+        folder = programs_folder()
+        if folder is not None:
+            use_store(ProgramStore(folder))
+        elif os.environ.get(STORE_VARIABLE, "").lower() != "off" and (readable := readable_cache()):
+            use_store(ProgramStore(readable / "programs", is_read_only=True))
+        else:
+            use_store(None)
     return _store is not None
 
 

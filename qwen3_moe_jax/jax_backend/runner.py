@@ -34,7 +34,7 @@ from qwen3_moe_jax.core.runner_arguments import (
     per_prompt,
 )
 from qwen3_moe_jax.core.sampling import Sampling
-from qwen3_moe_jax.jax_backend import generate, programs
+from qwen3_moe_jax.jax_backend import generate, programs, spare_workers
 from qwen3_moe_jax.jax_backend.batching import Batch
 from qwen3_moe_jax.jax_backend.compile_clock import compile_clock
 from qwen3_moe_jax.jax_backend.decode_path import PATHS
@@ -175,6 +175,7 @@ class JaxRunner:
             begun.insert(0, self._session.forward(*check))  # lowered soonest; its kernels are a prompt's
         missing = [wanted for wanted in begun if not wanted.is_stored]
         programs.start_compilers(sum(wanted.program.is_long for wanted in missing), self.plan.total)
+        spare_workers.end()
         if farm().count:  # this process makes the first one, and ``describe`` traces that of tokens here
             missing.sort(key=lambda wanted: wanted.program is not generate.decode)
         self.preparation.begin(missing, compiles=True)

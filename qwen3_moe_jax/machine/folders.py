@@ -129,3 +129,14 @@ def _say_once(what: str, line: str) -> None:
     if what not in _said:
         _said.add(what)
         log.warning(line)
+
+
+STORE_VARIABLE = "QWEN3_MOE_PROGRAMS"
+"""Environment variable: "off" keeps no programs on disk but those in JAX's own cache."""
+
+
+def programs_folder() -> Path | None:
+    """Where compiled programs are written; None where they are not."""
+    is_off = os.environ.get(STORE_VARIABLE, "").lower() == "off"
+    folder = None if is_off else writable_cache()
+    return None if folder is None else folder / "programs"

@@ -16,7 +16,7 @@ import pytest
 
 from qwen3_moe_jax.convert.open_model import open_model
 from qwen3_moe_jax.core.sampling import Sampling
-from qwen3_moe_jax.jax_backend import forward, program_farm, programs
+from qwen3_moe_jax.jax_backend import forward, program_farm, programs, spare_workers
 from qwen3_moe_jax.jax_backend.forward import forward_chunk
 from qwen3_moe_jax.jax_backend.preparation import Preparation
 from qwen3_moe_jax.jax_backend.program_farm import Abandoned, Farm, asking, workers_for
@@ -257,6 +257,31 @@ def test_a_worker_ends_with_its_parent():
     worker.wait(60)  # or psutil.TimeoutExpired
 
 
+def test_spares_wait_for_a_store_without_programs_alone(store, farm, monkeypatch):
+    monkeypatch.setenv(spare_workers.VARIABLE, "2")
+    spare_workers.begin(store.folder)
+    spares = list(spare_workers._spares)
+    try:
+        assert len(spares) == 2
+        farm.start(1, hello_of(store))  # takes one of them
+        [worker] = farm._workers
+        assert worker._process is spares[1]
+        request = request_for(8)
+        assert farm.make(lambda: request)
+        assert store.has(request["key"])
+    finally:
+        spare_workers.end()
+    assert spares[0].poll() is not None
+    assert spare_workers._spares == []
+    spare_workers.begin(store.folder)  # has a program now
+    monkeypatch.setenv(spare_workers.VARIABLE, "0")
+    spare_workers.begin(store.folder.parent / "empty")
+    monkeypatch.delenv(spare_workers.VARIABLE)
+    monkeypatch.setattr(spare_workers, "processors", lambda: 3)
+    spare_workers.begin(store.folder.parent / "empty")
+    assert spare_workers._spares == []
+
+
 def test_nothing_is_started_where_it_is_of_no_use(store, farm, monkeypatch):
     started = []
     monkeypatch.setattr(Farm, "start", lambda self, count, hello: started.append(count))
@@ -275,7 +300,7 @@ def test_nothing_is_started_where_it_is_of_no_use(store, farm, monkeypatch):
     assert started == []
 
 
-def test_verify_names_the_programs_of_its_runs(small_file, store, monkeypatch):
+def test_verify_names_the_programs_of_its_runs(f16_file, store, monkeypatch):
     """What is asked of other processes at the start is what the runs of the text and of stages then take."""
     asked, told = set(), set()
     key = lambda *arguments: forward_chunk.disk_key(*forward_chunk._split(arguments, {}))
@@ -296,7 +321,7 @@ def test_verify_names_the_programs_of_its_runs(small_file, store, monkeypatch):
     monkeypatch.setattr(forward, "forward_chunk", stub)
     monkeypatch.setattr(Preparation, "begin_elsewhere", begin)
     monkeypatch.setattr(Evidence, "is_batch_invariant", True)
-    with open_model(small_file) as source, own_settings():
+    with open_model(f16_file) as source, own_settings():
         runner = JaxRunner(source, max_context=CONTEXT, kernels="xla")
         evidence = Evidence(Oracle(source, list(range(200))), runner)
         evidence.expect(list(RUNS))
