@@ -215,7 +215,7 @@ class _Item:
         self.q_norm, self.k_norm = norms
         wg = attention.g.wg
         self.q_smem, self.k_smem, self.v_smem = (
-            ref.at[wg] for ref in (attention.q_smem, attention.k_smem, attention.v_smem)
+            self.rows_of(ref.at[wg]) for ref in (attention.q_smem, attention.k_smem, attention.v_smem)
         )
         self.new_score_smem = attention.shared.new_score_smem.at[wg]
         self.new_value_smem = attention.shared.new_value_smem.at[wg]
@@ -224,6 +224,11 @@ class _Item:
     def copy(self) -> Any:
         """The layout in which a tile of the cache passes through registers."""
         return plgpu.Layout.SMEM_GMEM_COPY((self.c.kv_tile, self.c.head_dim), self.c.cache_dtype, 128)
+
+    def rows_of(self, ref: Any) -> Any:
+        """A warpgroup's queries, keys or values in shared memory, without the padding of their rows."""
+        size = self.c.head_dim
+        return ref if ref.shape[-1] == size else ref.at[:, pl.ds(0, size)]
 
     def run(self) -> None:
         """Attends, and stores the output or this split's part of it."""

@@ -38,6 +38,9 @@ REDUCTION_BYTES = 2048
 """What Pallas reserves for reductions across warps (its default)."""
 KV_TILE = {"hopper": 64, "portable": 32}
 """Tokens of a tile of keys or values."""
+TILE_PADDING = {"hopper": 0, "portable": 8}
+"""Elements after a row of queries, keys or values in shared memory: 8 rows of an operand of ``mma`` then lie
+in different banks. ``wgmma`` reads swizzled tiles, and needs none."""
 
 
 def ceil_div(a: int, b: int) -> int:
@@ -379,12 +382,13 @@ def scratch_types(c: StepConfig) -> Scratch:
     shared = plgpu.SMEM
     x = quantized_types(c.batch, _superblocks(c))
     tables = (c.padded_batch, c.num_experts_per_tok)
-    tile = c.prim.tile_memory((WARPGROUPS, c.kv_tile, c.head_dim), c.cache_dtype)
+    row = c.head_dim + TILE_PADDING[c.kernels]
+    tile = c.prim.tile_memory((WARPGROUPS, c.kv_tile, row), c.cache_dtype)
     return Scratch(
         barrier=plgpu.Barrier(num_arrivals=WARPGROUPS),
         sums_or_tiles_smem=plgpu.RefUnion(
             shared((max(2, c.batch), STORE_GROUP, parts + 1, 8), jnp.float32),
-            [shared((WARPGROUPS, c.query_rows, c.head_dim), c.cache_dtype), tile, tile],
+            [shared((WARPGROUPS, c.query_rows, row), c.cache_dtype), tile, tile],
         ),
         ids_smem=shared(tables, jnp.int32),
         new_score_smem=shared((WARPGROUPS, 64), jnp.float32),

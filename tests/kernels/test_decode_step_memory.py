@@ -11,7 +11,11 @@ if jax.__version_info__ < (0, 11):
 
 from qwen3_moe_jax.convert.config import PRESETS
 from qwen3_moe_jax.kernels_pallas.decode_step import api
-from qwen3_moe_jax.kernels_pallas.decode_step.config import check_shared_memory, shared_memory_budget
+from qwen3_moe_jax.kernels_pallas.decode_step.config import (
+    check_shared_memory,
+    scratch_types,
+    shared_memory_budget,
+)
 from qwen3_moe_jax.kernels_pallas.gpu import cards
 from qwen3_moe_jax.testing.decode_kernel import trace_step
 
@@ -82,3 +86,14 @@ def test_cards_have_blocks_that_are_a_multiple_of_four():
             assert cores - 4 < blocks <= cores
     assert cards.capability("7.5") is None
     assert cards.capability_of("sm_89").version == "8.9"
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_eight_rows_of_a_portable_tile_lie_in_different_banks(head_dim):
+    """``ldmatrix`` reads 16 bytes of 8 rows at once: unpadded rows would all lie in the same four banks."""
+    config = dataclasses.replace(PRESETS[SMALL], head_dim=head_dim)
+    shape = api.shape_config(config, 1, device("8.9"))
+    _, tiles = scratch_types(shape).sums_or_tiles_smem.refs
+    for tile in tiles:
+        nbytes = tile.shape[-1] * jax.numpy.dtype(tile.dtype).itemsize
+        assert len({row * nbytes % 128 // 16 for row in range(8)}) == 8
