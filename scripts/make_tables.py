@@ -14,6 +14,7 @@ from collections.abc import Callable
 
 from scripts import ROOT
 from scripts._compiled_table import compiled_kernels
+from scripts._paths_table import paths
 from scripts._receipts import (
     batch_rows,
     below_one,
@@ -393,6 +394,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "parity": parity,
     "start-up": start_up,
     "compiled": compiled_kernels,
+    "paths": paths,
     "cpu": cpu,
     "wgpu": wgpu,
     "gate": gate,

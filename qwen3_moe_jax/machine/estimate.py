@@ -1,12 +1,12 @@
 """What a model is going to be like here before it is loaded: whether it fits, how fast it is.
 
 Decoding is bound by the bytes that a token reads. A backend reaches a share of the memory's speed that was
-measured: on an H100 652 tokens/s of 1.92 GB are 0.37 of its data sheet's 3.35 TB/s (104 through Vulkan:
+measured: on an H100 650 tokens/s of 1.92 GB are 0.37 of its data sheet's 3.35 TB/s (104 through Vulkan:
 0.06), on a CPU with 4 cores 5.2 tokens/s of XLA's operations are 0.30 of a copy's speed; the native kernels
-were not measured with a file of that size. The portable kernel takes 37.2 us per
-layer where Hopper's takes 31.8 (docs/receipts/decode_portable_h100.json): 0.32. On a card that was not
-measured this is a guess; waits are a smaller part of the time where memory is slower. Small models are
-bound by launches instead: nothing is expected to be faster than ``MAX_TOKENS`` per second.
+were not measured with a file of that size. The portable kernel writes 642 tokens/s of the same model there
+(docs/receipts/decode_portable_full_h100.json), some 1 % less in a program with sampling: 0.36. On a card
+that was not measured this is a guess; waits are a smaller part of the time where memory is slower. Small
+models are bound by launches instead: nothing is expected to be faster than ``MAX_TOKENS`` per second.
 """
 
 import functools
@@ -20,7 +20,7 @@ from qwen3_moe_jax.machine.limits import read_bandwidth, step_nbytes
 from qwen3_moe_jax.machine.nvidia import NvidiaGpu, nvidia_gpus
 from qwen3_moe_jax.machine.probe import cards_are_hidden_by
 
-SHARES = {"jax hopper": 0.37, "jax portable": 0.32, "wgpu": 0.06, "jax cpu": 0.30}
+SHARES = {"jax hopper": 0.37, "jax portable": 0.36, "wgpu": 0.06, "jax cpu": 0.30}
 """Of the memory's speed, by :attr:`Place.way`; XLA's operations on a GPU have no receipt."""
 
 MAX_TOKENS = 1000.0
