@@ -1,6 +1,7 @@
 """``qwen3-moe batch``: a file of requests in OpenAI's batch format, answered into a file of results."""
 
 import argparse
+import math
 import os
 import time
 from collections import Counter
@@ -19,6 +20,12 @@ if TYPE_CHECKING:
 
 SLOTS = 16
 """Requests at a time, as memory allows."""
+
+AHEAD = 16
+"""Requests that wait beside those: a slot that gets free has its next one at once."""
+
+STEP_MS = math.inf
+"""Nobody reads an answer while it is written: steps are as long as is fastest."""
 
 LINE_SECONDS = 10.0
 """Between two lines of progress where standard error is no terminal."""
@@ -55,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--name", type=options.text, help="the model's name in results (default: the file's)")
     parser.add_argument("-q", "--quiet", action="store_true", help="no progress and no figures")
-    add_engine_arguments(parser)
+    add_engine_arguments(parser, step_ms=STEP_MS)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -110,7 +117,7 @@ def _answer(args: argparse.Namespace, found: "Results") -> int:
                 has_begun()
                 progress.banner(service.engine.loaded(), start)
                 estimate.start()
-                await run.Work(service, found, estimate, say=progress.show).run(requests)
+                await run.Work(service, found, estimate, ahead=AHEAD, say=progress.show).run(requests)
 
     try:
         is_stopped = run.until_interrupted(work)

@@ -2,6 +2,7 @@
 
 import argparse
 import importlib.util
+import math
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -51,8 +52,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_server_arguments(parser)
 
 
-def add_engine_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
-    """The model, and how its engine runs; returns their group."""
+def add_engine_arguments(parser: argparse.ArgumentParser, *, step_ms: float = 50) -> argparse._ArgumentGroup:
+    """The model, and how its engine runs; returns their group. ``step_ms``: the default."""
     group = parser.add_argument_group("model and engine")
     add_model(group)
     group.add_argument("--backend", choices=("auto", *loader.BACKENDS), default="auto")
@@ -80,9 +81,9 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentG
     group.add_argument(
         "--step-ms",
         type=options.amount(1, 1e6),
-        default=50,
+        default=step_ms,
         metavar="MS",
-        help="a step that also reads prompts may take (50)",
+        help=f"a step that also reads prompts may take ({'no limit' if math.isinf(step_ms) else step_ms})",
     )
     return group
 

@@ -1,7 +1,8 @@
 """One answer: tokens from the engine become reasoning, text and tool calls, whatever protocol asks."""
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+import itertools
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -31,6 +32,15 @@ Delta = Reasoning | Text | CallStart | CallArguments
 def text_of(delta: Delta) -> str:
     """The text of a delta; a call's start has none."""
     return "" if isinstance(delta, CallStart) else delta.text
+
+
+def joined(deltas: Iterable[Delta]) -> Iterator[Delta]:
+    """The same deltas with neighbours that are both text, or both thinking, in one."""
+    for kind, group in itertools.groupby(deltas, type):
+        if kind is Text or kind is Reasoning:
+            yield kind("".join([text_of(delta) for delta in group]))
+        else:
+            yield from group
 
 
 @dataclass(frozen=True)
@@ -195,6 +205,10 @@ class Answer:
     # -- tokens to deltas
 
     def _push(self, part: Part) -> Iterator[Delta]:
+        """The deltas of new tokens; what comes at once and is of one kind is one delta, and so one event."""
+        return joined(self._deltas(part))
+
+    def _deltas(self, part: Part) -> Iterator[Delta]:
         for i, token in enumerate(part.tokens):
             self.token_ids.append(token)
             if part.scores is not None:

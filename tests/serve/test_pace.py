@@ -1,8 +1,12 @@
 """How much of prompts a mixed step reads: steps of known cost, no clock."""
 
+from types import SimpleNamespace
+
 import pytest
 
-from qwen3_moe_jax.serve.engine.pace import PROMPT_TOKENS, Pace
+from qwen3_moe_jax.serve.engine import worker
+from qwen3_moe_jax.serve.engine.jobs import Wrote
+from qwen3_moe_jax.serve.engine.pace import PROMPT_TOKENS, Pace, Stride
 
 
 def run(pace, cost, steps):
@@ -16,6 +20,7 @@ def run(pace, cost, steps):
 
 def test_with_nobody_to_hold_up_all_is_read():
     assert Pace(0.05).prompt_tokens(is_decoding=False) == PROMPT_TOKENS[-1]
+    assert Pace(float("inf")).prompt_tokens(is_decoding=True) == PROMPT_TOKENS[-1]
 
 
 def test_a_steps_own_cost_is_not_that_of_its_tokens():
@@ -51,3 +56,76 @@ def test_one_slow_step_is_forgotten():
 
 def test_a_device_for_which_all_is_too_slow_reads_the_minimum():
     assert run(Pace(0.05), lambda n: 1.0, 50)[-1] == PROMPT_TOKENS[0]
+
+
+def test_an_amount_that_was_slow_once_is_tried_again():
+    """What made it slow may have been chance, and the next 100 steps would pay for it."""
+    pace = Pace(0.05)
+    pace.took(128, 0.015)
+    pace.took(256, 0.2)
+    assert pace.prompt_tokens(is_decoding=True) == 256
+    pace.took(256, 0.2)
+    assert pace.prompt_tokens(is_decoding=True) == 128
+
+
+def test_a_dispatch_is_as_long_as_fits():
+    """16 sequences at 4 ms a token, then one at 1 ms: 25 ms hold 6 and, not more than the maximum, 16."""
+    stride = Stride(0.025, 16)
+    for sequences, cost, tokens in ((16, 0.004, 6), (1, 0.001, 16), (8, 0.3, 1)):
+        for _ in range(8):
+            now = stride.tokens(sequences)
+            stride.took(sequences, now, 0.0005 + cost * now)
+        assert stride.tokens(sequences) == tokens
+    assert stride.tokens(16) == 6
+
+
+def test_a_slow_dispatch_is_forgotten_soon():
+    stride = Stride(0.025, 16)
+    for seconds in (0.002, 1.0):
+        stride.took(1, 1, seconds)
+    assert stride.tokens(1) == 1
+    for _ in range(20):
+        stride.took(1, 1, 0.002)
+    assert stride.tokens(1) == 12
+
+
+def test_without_a_limit_a_dispatch_is_the_longest():
+    """A GPU is asked for the next step before this one ends."""
+    stride = Stride(float("inf"), 8)
+    stride.took(16, 2, 0.5)
+    assert stride.tokens(16) == 8
+
+
+class Turns:
+    """An engine and its scheduler: each turn costs a second, and makes programs as it is told."""
+
+    programs, device_kind = 0, "cpu"
+    has_waiting_prompts = is_decoding = True
+    running = (0, 1)
+
+    def __init__(self, monkeypatch):
+        self.now, self.makes, self.scheduler, self.steps = 0.0, 0, self, []
+        monkeypatch.setattr(worker, "time", SimpleNamespace(perf_counter=lambda: self.now))
+
+    def turn(self, *, prompt_tokens, max_step):
+        self.now, self.programs = self.now + 1.0, self.programs + self.makes
+        self.steps.append((prompt_tokens, max_step))
+        return [Wrote(1, [5], None), Wrote(2, [5, 6], None)]
+
+    def tidy(self):
+        pass
+
+
+@pytest.mark.parametrize("reads", [True, False])
+def test_what_makes_a_program_says_nothing_of_the_next_step(monkeypatch, reads):
+    turns = Turns(monkeypatch)
+    turns.has_waiting_prompts = reads
+    loop = worker.Loop(turns, None, None, 50.0)
+    turns.makes = 1
+    for _ in range(3):
+        loop._turn(turns)
+    assert set(turns.steps) == {(128, 2)}
+    turns.makes = 0
+    for _ in range(3):
+        loop._turn(turns)
+    assert turns.steps[-1] == ((64, 2) if reads else (128, 1))

@@ -109,14 +109,14 @@ def test_what_a_compiler_took_is_given_back_once(monkeypatch):
     log = []
     monkeypatch.setattr(worker.resident, "give_back", lambda: log.append("given back"))
     engine = object.__new__(worker.Engine)
-    engine._programs, engine._has_compiled = 0, False
+    engine.programs, engine._has_compiled = 0, False
     engine._count_program("decode", None)  # it begins
     engine.tidy()
     assert log == []
     engine._count_program("decode", object())
     engine.tidy()
     engine.tidy()
-    assert (engine._programs, log) == (1, ["given back"])
+    assert (engine.programs, log) == (1, ["given back"])
 
 
 def test_an_engine_takes_the_card_before_it_loads(monkeypatch):

@@ -5,6 +5,7 @@ import time
 
 import pytest
 
+from qwen3_moe_jax.serve.generation import Reasoning, joined
 from qwen3_moe_jax.serve.tools import CallArguments, CallStart, Text, ToolParser
 from qwen3_moe_jax.testing.scripts import TYPED_SCHEMA, scripts
 
@@ -147,3 +148,10 @@ def test_work_is_linear(text):
 
     short = max(min(seconds(text[: len(text) // 10]) for _ in range(3)), 1e-3)
     assert seconds(text) < 40 * short
+
+
+def test_what_comes_at_once_is_one_event():
+    """A dispatch writes several tokens, and an event costs as much for one as for all of them."""
+    calls = [CallArguments(0, "{"), CallArguments(1, "}")]
+    deltas = [Reasoning("a"), Reasoning("b"), Text("c"), *calls, Text("d"), Text("e")]
+    assert list(joined(deltas)) == [Reasoning("ab"), Text("c"), *calls, Text("de")]

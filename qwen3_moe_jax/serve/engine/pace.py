@@ -1,10 +1,16 @@
-"""How much of prompts a step reads beside decoding, so that running streams go on."""
+"""How much of prompts a step reads beside decoding, and how many tokens a dispatch writes: as much as lets
+running streams go on."""
+
+import math
 
 PROMPT_TOKENS = (16, 32, 64, 128, 256, 512, 1024, 2048)
 """What a step may read of prompts: powers of two, so that few shapes are compiled."""
 
 FIRST = 128
 """Of a first step, of which nothing is known."""
+
+FIRST_TOKENS = 2
+"""Of a first dispatch, of which nothing is known."""
 
 FORGETS = 100
 """Steps after which an amount that was not chosen any more is forgotten: what made it slow may have been
@@ -26,8 +32,8 @@ class Pace:
         self._ages: dict[int, int] = {}  # steps since an amount was chosen
 
     def prompt_tokens(self, *, is_decoding: bool) -> int:
-        """For the next step; with nobody to hold up, the most."""
-        if not is_decoding:
+        """For the next step; with nobody to hold up, or no limit, the most."""
+        if not is_decoding or math.isinf(self._limit):
             return PROMPT_TOKENS[-1]
         if not self._seconds:
             return FIRST
@@ -54,8 +60,34 @@ class Pace:
         """After a step that was to read ``tokens`` of prompts."""
         if self._seconds:
             seconds = min(seconds, 4 * max(self._expected(tokens), self._limit))
-        old = self._seconds.get(tokens)
-        self._seconds[tokens] = seconds if old is None else 0.8 * old + 0.2 * seconds
+        old = self._seconds.get(tokens)  # a first one that was slow is tried again: it may have been chance
+        now = min(seconds, self._limit) if old is None else 0.8 * old + 0.2 * seconds
+        self._seconds[tokens] = now
         self._ages = {n: 0 if n == tokens else self._ages.get(n, 0) + 1 for n in self._seconds}
         for number in [n for n, age in self._ages.items() if age > FORGETS]:
             del self._seconds[number]
+
+
+class Stride:
+    """Chooses how many tokens a dispatch writes for each sequence, by what they took.
+
+    A dispatch costs the host as much for one token as for many, and what comes meanwhile waits for its end:
+    so it is as long as fits into a time. Sequences of one number take about as long as they did last.
+    """
+
+    def __init__(self, seconds: float, maximum: int):
+        """``seconds``: how long a dispatch may take; ``maximum``: tokens of one, however fast they are."""
+        self._limit, self._maximum = seconds, maximum
+        self._seconds: dict[int, float] = {}  # of a token, by the number of sequences
+
+    def tokens(self, sequences: int) -> int:
+        """For the next dispatch; few for a number of sequences of which nothing is known."""
+        if (seconds := self._seconds.get(sequences)) is None:
+            return min(FIRST_TOKENS, self._maximum)
+        return max(1, int(min(self._limit / seconds, self._maximum)))
+
+    def took(self, sequences: int, tokens: int, seconds: float) -> None:
+        """After a dispatch that wrote so many tokens for the longest of its sequences."""
+        now = seconds / tokens
+        old = self._seconds.get(sequences, now)
+        self._seconds[sequences] = 0.5 * old + 0.5 * now

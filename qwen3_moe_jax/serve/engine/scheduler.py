@@ -59,7 +59,6 @@ class Scheduler:
         *,
         limits: Limits | None = None,
         prefixes: PrefixCache | None = None,
-        max_step: int = 8,
         keep_log: bool = False,
     ):
         """Opens a batch.
@@ -68,7 +67,6 @@ class Scheduler:
           open_batch: makes an empty batch; called again when a failed step took the batch's state with it.
           limits: of the queue.
           prefixes: what finds prompts that are in the cache already; None reuses nothing.
-          max_step: tokens that a dispatch writes for each sequence while nobody waits.
           keep_log: keep ``log``.
         """
         self._open_batch = open_batch
@@ -78,7 +76,6 @@ class Scheduler:
         self.queue = FairQueue()
         self.running: dict[int, Running] = {}
         self.log: list[tuple] | None = [] if keep_log else None
-        self._max_step = max_step
         self._slots: dict[int, int] = {}  # job id to slot
         self._outgrown: list[int] = []  # slots whose jobs wait for a longer row, in order
 
@@ -134,17 +131,18 @@ class Scheduler:
             self.batch.allow(slot, mask)
             self._note("mask", slot, mask)
 
-    def turn(self, *, prompt_tokens: int = 2048) -> list[Event]:
+    def turn(self, *, prompt_tokens: int = 2048, max_step: int = 8) -> list[Event]:
         """Admits what fits and takes one step of the batch.
 
         Args:
           prompt_tokens: about how much of prompts the step may read.
+          max_step: tokens that it writes for each sequence while nobody waits.
         """
         self._move_all()
         events = self._admit_all()
         if not self.running:
             return events
-        tokens, ahead = self._step_size()
+        tokens, ahead = self._step_size(max_step)
         try:
             progress = self.batch.step(tokens, prompt_tokens=prompt_tokens, ahead=ahead)
         except Exception as error:
@@ -152,13 +150,13 @@ class Scheduler:
         self._note("step", tokens, prompt_tokens, ahead)
         return events + [self._take(p) for p in progress]
 
-    def _step_size(self) -> tuple[int, int]:
+    def _step_size(self, maximum: int) -> tuple[int, int]:
         """Tokens for each sequence of this step, and of the one after it: few while others wait for them."""
         if self.batch.waiting:
             return 1, 0
         if self.queue:  # a slot that gets free in the middle of a step is taken after it
-            return max(1, self._max_step // 2), 0
-        return self._max_step, self._max_step
+            return max(1, maximum // 2), 0
+        return maximum, maximum
 
     def _admit_all(self) -> list[Event]:
         events: list[Event] = []

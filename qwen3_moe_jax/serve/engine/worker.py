@@ -4,6 +4,7 @@ A thread reads the socket, so that a front that goes away ends this process at o
 is doing. Everything else happens in the main thread: commands between two steps, then a step.
 """
 
+import math
 import os
 import queue
 import signal
@@ -21,8 +22,8 @@ from qwen3_moe_jax.core.errors import MemoryPlanError
 from qwen3_moe_jax.machine import jax_devices, resident
 from qwen3_moe_jax.machine.row_plan import RowClass, plan_rows
 from qwen3_moe_jax.serve.engine import frames, reports
-from qwen3_moe_jax.serve.engine.jobs import Event, Limits
-from qwen3_moe_jax.serve.engine.pace import Pace
+from qwen3_moe_jax.serve.engine.jobs import Event, Limits, Wrote
+from qwen3_moe_jax.serve.engine.pace import Pace, Stride
 from qwen3_moe_jax.serve.engine.prefix import PrefixCache
 from qwen3_moe_jax.serve.engine.scheduler import Scheduler
 
@@ -33,8 +34,12 @@ ONE_KERNEL = 16
 """Rows of one class, where there are several and nobody asks for more slots: a GPU decodes so many in one
 kernel, in which company does not change a sequence's bits."""
 
-MAX_STEP = {"gpu": 8, "cpu": 4}
-"""Tokens that a dispatch writes for each sequence while nobody waits."""
+MAX_STEP = {"gpu": 8, "cpu": 16}
+"""Tokens that a dispatch writes for each sequence, at most, while nobody waits."""
+
+STEP_SHARE = {"gpu": math.inf, "cpu": 0.5}
+"""Of the time of a mixed step, what a dispatch that only writes may take. A GPU is asked for the next one
+before this one ends: how long one takes is not seen, and its number of tokens is fixed."""
 
 CPU_SHARE = 0.5
 """Of the main memory that is free, what slots may take unless asked for more."""
@@ -62,7 +67,7 @@ class Engine:
             gate=start.gate,
         )
         self._start = start
-        self._programs, self._has_compiled = 0, False
+        self.programs, self._has_compiled = 0, False
         runner = self.model.runner
         self.rows = self._plan(start)
         self.context = max(row.context for row in self.rows)
@@ -73,9 +78,7 @@ class Engine:
 
             programs.listen(self._count_program)
         limits = Limits(start.max_queue, start.max_queue_tokens)
-        self.scheduler = Scheduler(
-            self._open_batch, limits=limits, max_step=MAX_STEP[self._device_kind], keep_log=start.keep_log
-        )
+        self.scheduler = Scheduler(self._open_batch, limits=limits, keep_log=start.keep_log)
         self.has_prefixes = self.has_masks = runner.capabilities.open_batch
         if self.has_prefixes:
             self.scheduler.prefixes = PrefixCache(start.prefix_bytes)
@@ -85,7 +88,7 @@ class Engine:
     def _count_program(self, name: str, made: Any) -> None:
         """``programs.Listener``; any thread may call it."""
         if made is not None:
-            self._programs, self._has_compiled = self._programs + 1, True
+            self.programs, self._has_compiled = self.programs + 1, True
 
     def tidy(self) -> None:
         """After a program was made: gives back what its compiler took."""
@@ -94,7 +97,7 @@ class Engine:
             resident.give_back()
 
     @property
-    def _device_kind(self) -> str:
+    def device_kind(self) -> str:
         return self.model.runner.platform
 
     def _plan(self, start: frames.Start) -> tuple[RowClass, ...]:
@@ -102,7 +105,7 @@ class Engine:
         runner, config = self.model.runner, self.model.config
         maximum = config.max_position_embeddings
         context = min(start.context or maximum, maximum)
-        slots = start.slots or start.max_slots or DEFAULT_SLOTS[self._device_kind]
+        slots = start.slots or start.max_slots or DEFAULT_SLOTS[self.device_kind]
         if not runner.capabilities.open_batch:
             return (RowClass(1, min(context, runner.max_context)),)
         from qwen3_moe_jax.jax_backend.generate import PREFILL_CHUNKS
@@ -111,7 +114,7 @@ class Engine:
         free = runner.free_nbytes()
         if free is None:
             return (RowClass(slots, context),)
-        share = free * (CPU_SHARE if self._device_kind == "cpu" else 0.9)
+        share = free * (CPU_SHARE if self.device_kind == "cpu" else 0.9)
         positions = int(share // runner.token_nbytes)
         spare = PREFILL_CHUNKS[-1] + CACHE_TILE
         in_class = None if start.slots else ONE_KERNEL
@@ -135,7 +138,7 @@ class Engine:
         running answers would wait for it.
         """
         batch, first = self.scheduler.batch, 0
-        if self._device_kind == "gpu" and self.model.runner.capabilities.open_batch:
+        if self.device_kind == "gpu" and self.model.runner.capabilities.open_batch:
             batches: tuple[Any, ...] = getattr(batch, "batches", (batch,))
             for one in batches:
                 one.preparation.make_all()
@@ -165,7 +168,7 @@ class Engine:
             "running": len(s.running),
             "queued": len(s.queue),
             "queued_tokens": s.queue.tokens,
-            "programs": self._programs,
+            "programs": self.programs,
         }
         if p is not None:
             found |= {
@@ -226,6 +229,8 @@ class Loop:
     def __init__(self, engine: Engine, connection: socket.socket, inbox: "queue.SimpleQueue", step_ms: float):
         self._engine, self._connection, self._inbox = engine, connection, inbox
         self._pace = Pace(step_ms / 1000)
+        kind = engine.device_kind
+        self._stride = Stride(step_ms / 1000 * STEP_SHARE[kind], MAX_STEP[kind])
         self._events: list[Event] = []
         self._asides: list[frames.Score | frames.Experts] = []
         self._last = (0, 0)
@@ -267,13 +272,18 @@ class Loop:
         frames.send(self._connection, answer)
 
     def _turn(self, scheduler: Scheduler) -> None:
-        will_read = scheduler.has_waiting_prompts
-        count = self._pace.prompt_tokens(is_decoding=scheduler.is_decoding)
-        began, mixed = time.perf_counter(), scheduler.is_decoding
-        self._events += scheduler.turn(prompt_tokens=count)
-        if will_read and mixed:
-            self._pace.took(count, time.perf_counter() - began)
-        self._engine.tidy()
+        reads, mixed, programs = scheduler.has_waiting_prompts, scheduler.is_decoding, self._engine.programs
+        count, running = self._pace.prompt_tokens(is_decoding=mixed), len(scheduler.running)
+        began = time.perf_counter()
+        events = scheduler.turn(prompt_tokens=count, max_step=self._stride.tokens(running))
+        seconds = time.perf_counter() - began
+        self._events += events
+        if self._engine.programs != programs:
+            self._engine.tidy()  # and what it took to make a program says nothing of the next step
+        elif reads and mixed:
+            self._pace.took(count, seconds)
+        elif not reads and (wrote := [len(e.tokens) for e in events if isinstance(e, Wrote)]):
+            self._stride.took(running, max(1, *wrote), seconds)
 
     def _report(self) -> None:
         scheduler = self._engine.scheduler
