@@ -228,7 +228,7 @@ def what_is_slow(runner: "Runner", doing: str) -> Callable[[], str]:
     def text() -> str:
         compiled = runner.compilation()
         if compiled is not None and compiled.is_waiting:
-            known = f"{compiled.ready} of {compiled.wanted} are ready"
+            known = f"{compiled.count_ready()} of {compiled.wanted} are ready"
             kept = ", which is kept for the next run" if compiled.are_kept else ""
             return f"{doing}: compiling a program for it{kept} ({known}) ..."
         return f"{doing} ..."

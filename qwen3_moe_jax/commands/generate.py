@@ -167,11 +167,12 @@ def written(
 ) -> bool:
     """Shows an answer's pieces as they come; whether Ctrl-C ended it. ``pieces`` come from ``stream``."""
     slow = what_is_slow(clock.runner, "reading the prompt")
+    clock.follow(stream)
     try:
         with interrupts.as_flag() as is_stopped, terminal.explain_if_slow(slow, quiet=quiet) as has_begun:
             for piece in pieces:
                 has_begun()
-                clock.tick(stream)
+                clock.text()
                 show(piece)
                 if is_stopped():
                     break
@@ -233,33 +234,43 @@ class Clock:
 
     def __init__(self, runner: Runner):
         self.runner = runner
-        self._marks = [self._now()]
-        self._tokens_at_first = 0
+        self._began = self._now()
+        self._first_token: tuple[float, float] | None = None
+        self._first_text: tuple[float, float] | None = None
+        self._end: tuple[float, float] | None = None
 
     def _now(self) -> tuple[float, float]:
         return time.perf_counter(), compile_seconds(self.runner)
 
-    def tick(self, stream: TextStream) -> None:
+    def follow(self, stream: TextStream) -> None:
+        """Listens for the stream's first token."""
+        stream.on_first_token = self.token
+
+    def token(self) -> None:
+        """The first token has come: the prompt has been read."""
+        self._first_token = self._now()
+
+    def text(self) -> None:
         """A piece of text has come."""
-        if len(self._marks) == 1:
-            self._marks.append(self._now())
-            self._tokens_at_first = stream.new_tokens
+        if self._first_text is None:
+            self._first_text = self._now()
 
     def stop(self) -> None:
         """The generation has ended."""
-        self._marks.append(self._now())
+        self._end = self._now()
 
     def figures(self, stream: TextStream) -> Figures:
-        """The figures; without any text all time is that of reading."""
-        began, first, end = self._marks[0], self._marks[1], self._marks[-1]
+        """The figures; without any token all time is that of reading."""
+        began, end = self._began, self._end or self._now()
+        first, text = self._first_token or end, self._first_text or end
         reused = self.runner.reused_tokens
         return Figures(
             stream.prompt_tokens,
             stream.new_tokens,
-            first[0] - began[0],
+            text[0] - began[0],
             end[1] - began[1],
             _per_second(stream.prompt_tokens - reused, began, first),
-            _per_second(stream.new_tokens - self._tokens_at_first, first, end),
+            _per_second(stream.new_tokens - 1, first, end),
             reused,
         )
 

@@ -74,14 +74,15 @@ class Compilation:
     Attributes:
       seconds: how long this process has waited for programs.
       is_waiting: whether it waits for one now.
-      ready, wanted: programs that are in memory, and all that the model is known to need.
+      count_ready: counts the programs that are in memory, which takes milliseconds.
+      wanted: how many the model is known to need.
       trouble: why programs are not kept, or were made again: one line for each reason.
       are_kept: whether the next process finds them.
     """
 
     seconds: float
     is_waiting: bool
-    ready: int
+    count_ready: Callable[[], int]
     wanted: int
     trouble: tuple[str, ...]
     are_kept: bool = True

@@ -1,6 +1,7 @@
 """What a program's arguments say of it: their shapes, and where they lie."""
 
 from collections.abc import Hashable, Mapping
+from functools import cache
 from typing import Any
 
 import jax
@@ -46,6 +47,12 @@ def _sharding(leaf: Any) -> NamedSharding | None:
 def aval_of(leaf: Any) -> tuple[tuple[int, ...], str, bool]:
     """Shape, dtype and weakness of an argument: what a compiled program demands of it."""
     if isinstance(leaf, (jax.Array, jax.ShapeDtypeStruct, np.ndarray, np.generic)):
-        return tuple(leaf.shape), str(leaf.dtype), bool(getattr(leaf, "weak_type", False))
+        return tuple(leaf.shape), _name(leaf.dtype), bool(getattr(leaf, "weak_type", False))
     aval = jax.typeof(leaf)
-    return tuple(aval.shape), str(aval.dtype), bool(aval.weak_type)
+    return tuple(aval.shape), _name(aval.dtype), bool(aval.weak_type)
+
+
+@cache
+def _name(dtype: Hashable) -> str:
+    """A dtype's name, which NumPy puts together anew each time: a program's call asks for 80 of them."""
+    return str(dtype)

@@ -216,7 +216,7 @@ class JaxRunner:
     def describe(self) -> dict[str, object]:
         device, record = self.device, self._recorded()
         implementations = {t: record.of_type(t) for t in sorted(set(self._types.values()))}
-        is_gpu, refused = device.platform == "gpu", dict(self.decoder.refused)
+        refused = dict(self.decoder.refused)
         return {
             "backend": self.name,
             "device": f"{device.device_kind} ({device.platform})",
@@ -231,7 +231,7 @@ class JaxRunner:
             "fallbacks": [
                 f"decoding is not in {path.name}: {refused[path.name]}"
                 for path in PATHS
-                if is_gpu and path.is_one_launch and path.name in refused
+                if self.platform == "gpu" and path.is_one_launch and path.name in refused
             ],
             "batch_invariant": self.decoder.is_batch_invariant,
         }
@@ -250,7 +250,7 @@ class JaxRunner:
         return Compilation(
             seconds=clock.seconds(),
             is_waiting=clock.wait() is not None,
-            ready=preparation.made,
+            count_ready=lambda: preparation.made,
             wanted=len(preparation.wanted),
             trouble=tuple(programs.trouble()),
             are_kept=preparation.are_kept,
@@ -344,8 +344,9 @@ class JaxRunner:
                     with recording(self._record):
                         made = batch.step(count, ahead=count if written else 0)
                     for progress in made:
+                        if written:  # the first step's time is the prompt's
+                            count = _next_count(count, time.perf_counter() - began)
                         reason, written = progress.finish_reason, written + len(progress.tokens)
-                        count = _next_count(count, time.perf_counter() - began)
                         tokens += progress.tokens
                         yield from progress.tokens
                 if reason == "nonfinite":
@@ -433,4 +434,4 @@ class JaxRunner:
 
 def _next_count(count: int, seconds: float) -> int:
     """Tokens per dispatch after ``count`` tokens took ``seconds``."""
-    return min(2 * count, MAX_STEPS) if seconds < SECONDS_PER_DISPATCH / 2 else count
+    return min(count * next((n for n in (4, 2) if n * seconds < SECONDS_PER_DISPATCH), 1), MAX_STEPS)

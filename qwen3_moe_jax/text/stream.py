@@ -8,7 +8,7 @@ import atexit
 import contextlib
 import re
 import weakref
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -37,6 +37,7 @@ class TextStream:
       tokens: ids generated so far, without an end token.
       notes: what the user should know of how the prompt was made, one line each.
       seed: of the random stream, or None where that is not known.
+      on_first_token: called when the first token is there, which may have no text.
     """
 
     def __init__(
@@ -78,6 +79,7 @@ class TextStream:
         self._stops = StopStrings(stop)
         self._max_tokens = max_tokens
         self._starts_in_reasoning = starts_in_reasoning
+        self.on_first_token: Callable[[], None] | None = None
         self._fault: Exception | None = None
         _STREAMS.add(self)
 
@@ -97,6 +99,8 @@ class TextStream:
             raise self._fault
         try:
             for token_id in self._token_ids:
+                if not self.tokens and self.on_first_token is not None:
+                    self.on_first_token()
                 self.tokens.append(token_id)
                 yield from self._emit(self._decoder.push(token_id))
                 if self.finish_reason:

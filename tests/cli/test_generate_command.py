@@ -12,6 +12,7 @@ from qwen3_moe_jax.cli import main
 from qwen3_moe_jax.commands import common, generate
 from qwen3_moe_jax.core.exit_codes import ExitCode
 from qwen3_moe_jax.text.chat_template import RenderedChat
+from qwen3_moe_jax.text.stream import TextStream
 
 QUICK = ("--backend", "reference", "--no-gate", "-q")
 
@@ -63,20 +64,31 @@ def test_rates_leave_compilation_out(monkeypatch):
         name = "none"
         reused_tokens = 0
 
-    times = iter([0.0, 12.0, 20.0])
-    compiled = iter([0.0, 11.0, 15.0])
+    times = iter([0.0, 12.0, 13.0, 20.0])
+    compiled = iter([0.0, 11.0, 11.0, 15.0])
     monkeypatch.setattr(generate.time, "perf_counter", lambda: next(times))
     monkeypatch.setattr(generate, "compile_seconds", lambda runner: next(compiled))
     clock = generate.Clock(Runner())
-    stream = SimpleNamespace(prompt_tokens=100, new_tokens=1)
-    clock.tick(stream)
-    stream.new_tokens = 9
-    clock.tick(stream)
+    stream = SimpleNamespace(prompt_tokens=100, new_tokens=9)
+    clock.follow(stream)
+    stream.on_first_token()
+    clock.text()
+    clock.text()
     clock.stop()
     found = clock.figures(stream)
     assert (found.prompt_tokens_per_s, found.tokens_per_s, found.compile_s) == (100.0, 2.0, 15.0)
-    assert found.first_text_s == 12.0
+    assert found.first_text_s == 13.0
     assert "compiled 15.0 s" in found.in_words("length")
+
+
+def test_tokens_without_text_have_a_rate(monkeypatch, model):
+    """Unused tokens of a vocabulary are written too: a file of random weights has thousands."""
+    monkeypatch.setattr(model.tokenizer, "token_bytes", lambda token: b"")
+    stream = TextStream(model.tokenizer, iter(range(5)), max_tokens=5, prompt_tokens=2)
+    clock = generate.Clock(model.runner)
+    assert not generate.written(stream, stream, clock, print, quiet=True)
+    found = clock.figures(stream)
+    assert (found.new_tokens, found.tokens_per_s is not None) == (5, True)
 
 
 # What generate is asked for beside text
