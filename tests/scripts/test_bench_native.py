@@ -24,6 +24,23 @@ def test_ratios_are_of_the_best_rounds(monkeypatch, tmp_path):
     assert [len(found[side]) for side in ("here", "llama_cpp")] == [2, 2]
 
 
+def test_a_text_that_ends_early_gives_no_rate(monkeypatch):
+    """A model of random weights ends some, and one token alone has no rate."""
+    asked, second = [], bench_native.TEXTS[1]
+
+    def generated(path, text):
+        asked.append(text)
+        is_long = text == second
+        return {"new_tokens": 64 if is_long else 1, "tokens_per_s": 290.0 if is_long else None}
+
+    monkeypatch.setattr(bench_native, "generated", generated)
+    assert bench_native.shown_rate("a file") == 290.0
+    assert tuple(asked) == bench_native.TEXTS[:2]
+    monkeypatch.setattr(bench_native, "TEXTS", ("def",))
+    with pytest.raises(RuntimeError, match="no rate"):
+        bench_native.shown_rate("a file")
+
+
 def test_a_program_that_fails_is_named_with_its_reason(tmp_path):
     with pytest.raises(RuntimeError, match="No module named 'cyllama'"):
         bench_native.measure(sys.executable, "import cyllama", "a file", 2)
