@@ -150,4 +150,4 @@ def test_a_stream_asks_for_more_tokens_at_once_however_long_its_prompt_took(sour
     monkeypatch.setattr(Batch, "step", slow_then_fast)
     runner = JaxRunner(source, max_context=96)
     assert len(list(runner.stream([1, 2, 3], max_tokens=70, sampling=Sampling(temperature=0)))) == 70
-    assert asked == [1, 1, 2, 4, 8, 16, 32, 32]
+    assert asked == [1, 1, 4, 16, 32, 32]
