@@ -1,13 +1,12 @@
 """What a program's arguments say of it: their shapes, and where they lie."""
 
 from collections.abc import Hashable, Mapping
-from functools import cache
 from typing import Any
 
 import jax
 import numpy as np
 from jax.core import Tracer
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 
 from qwen3_moe_jax.jax_backend.program_key import TRACE_SETTINGS
 from qwen3_moe_jax.jax_backend.sharding import Shards
@@ -16,16 +15,27 @@ Key = tuple[tuple[Hashable, ...], Any, tuple[Any, ...]]
 """Of a program in memory."""
 
 
-def is_traced(values: Any) -> bool:
-    """Whether some of these are a trace's and not values."""
-    return any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(values))
+def memory_key(static: dict[str, Any], dynamic: dict[str, Any]) -> Key | None:
+    """What a program in memory is found by; None for a trace's values, which no program takes.
 
-
-def memory_key(static: dict[str, Any], dynamic: dict[str, Any]) -> Key:
-    """What a program in memory is found by."""
+    It is made at every call, while the device waits: no text, and each argument is looked at once.
+    """
     leaves, tree = jax.tree.flatten(dynamic)
+    arrays = tuple(map(_key_of, leaves))
+    if None in arrays:
+        return None
     settings = tuple(getattr(jax.config, name) for name in TRACE_SETTINGS)
-    return (*static.values(), *settings), tree, tuple((*aval_of(leaf), _sharding(leaf)) for leaf in leaves)
+    return (*static.values(), *settings), tree, arrays
+
+
+def _key_of(leaf: Any) -> tuple[Hashable, ...] | None:
+    """Shape, dtype and weakness of an argument, and its mesh's sharding; None of a trace's value."""
+    if isinstance(leaf, Tracer):
+        return None
+    aval = getattr(leaf, "aval", None)
+    if aval is None:
+        return *_shaped(leaf), _sharding(leaf)
+    return aval.shape, aval.dtype, aval.weak_type, _sharding(leaf)
 
 
 def mesh_of(static: Mapping[str, Any], dynamic: Mapping[str, Any]) -> Mesh | None:
@@ -41,18 +51,19 @@ def mesh_of(static: Mapping[str, Any], dynamic: Mapping[str, Any]) -> Mesh | Non
 def _sharding(leaf: Any) -> NamedSharding | None:
     """Where an argument lies, if that is on several devices."""
     sharding = getattr(leaf, "sharding", None)
+    if type(sharding) is SingleDeviceSharding:
+        return None
     return sharding if isinstance(sharding, NamedSharding) and sharding.mesh.size > 1 else None
 
 
 def aval_of(leaf: Any) -> tuple[tuple[int, ...], str, bool]:
     """Shape, dtype and weakness of an argument: what a compiled program demands of it."""
+    shape, dtype, is_weak = _shaped(leaf)
+    return shape, str(dtype), is_weak
+
+
+def _shaped(leaf: Any) -> tuple[tuple[int, ...], Any, bool]:
     if isinstance(leaf, (jax.Array, jax.ShapeDtypeStruct, np.ndarray, np.generic)):
-        return tuple(leaf.shape), _name(leaf.dtype), bool(getattr(leaf, "weak_type", False))
+        return tuple(leaf.shape), leaf.dtype, bool(getattr(leaf, "weak_type", False))
     aval = jax.typeof(leaf)
-    return tuple(aval.shape), _name(aval.dtype), bool(aval.weak_type)
-
-
-@cache
-def _name(dtype: Hashable) -> str:
-    """A dtype's name, which NumPy puts together anew each time: a program's call asks for 80 of them."""
-    return str(dtype)
+    return tuple(aval.shape), aval.dtype, bool(aval.weak_type)

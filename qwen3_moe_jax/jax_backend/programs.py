@@ -29,7 +29,7 @@ from jax.experimental import serialize_executable
 
 from qwen3_moe_jax.jax_backend.collection import no_collection
 from qwen3_moe_jax.jax_backend.compile_clock import compile_clock
-from qwen3_moe_jax.jax_backend.program_arguments import Key, aval_of, is_traced, memory_key, mesh_of
+from qwen3_moe_jax.jax_backend.program_arguments import Key, aval_of, memory_key, mesh_of
 from qwen3_moe_jax.jax_backend.program_farm import farm, start_workers
 from qwen3_moe_jax.jax_backend.program_key import environment, fingerprint
 from qwen3_moe_jax.jax_backend.program_request import encode, named
@@ -203,10 +203,11 @@ class Program:
         return sum(entry.program is not None for entry in list(self._programs.values()))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if jax.config.jax_disable_jit or is_traced((args, kwargs)):
-            return self._jitted(*args, **kwargs)
         arguments = self._split(args, kwargs)
-        entry = self._entry(arguments)
+        key = memory_key(*arguments)
+        if key is None or jax.config.jax_disable_jit:
+            return self._jitted(*args, **kwargs)
+        entry = self._programs.get(key) or self._new_entry(key)
         program = entry.program
         if program is None:
             with compile_clock().waiting(self.name):
@@ -272,11 +273,13 @@ class Program:
 
     def _entry(self, arguments: _Arguments) -> _Entry:
         key = memory_key(*arguments)
-        entry = self._programs.get(key)
-        if entry is None:
-            with self._lock:
-                entry = self._programs.setdefault(key, _Entry())
-        return entry
+        if key is None:
+            raise TypeError(f"{self.name} is asked about with a trace's values: call it, or trace it")
+        return self._programs.get(key) or self._new_entry(key)
+
+    def _new_entry(self, key: Key) -> _Entry:
+        with self._lock:
+            return self._programs.setdefault(key, _Entry())
 
     def _made(self, entry: _Entry, arguments: _Arguments) -> _Compiled:
         """The program; the first thread makes it, others wait for that one."""
