@@ -100,6 +100,20 @@ def quantization_loss() -> str:
     return table(f"type | bits per weight | {kl} | 99 % below | likeliest agrees | perplexity", rows)
 
 
+def memory_16g() -> str:
+    """A 30B model under a limit of 16 GiB: what was planned, and what happened."""
+    rows = []
+    for run in receipt("memory_16g_cpu")["runs"]:
+        name = f"{run['mix']}, context {run['context']:,}, {run['kv_cache']} cache"
+        planned = f"{run['plan']['total'] / 1e9:.2f} GB"
+        if run["rc"]:
+            rows.append((name, planned, "refused by the plan", "", ""))
+        else:
+            peak, rate = f"{run['peak_resident'] / 1e9:.2f} GB", f"{run['tokens_per_s']:.1f} tokens/s"
+            rows.append((name, planned, f"{run['load_s']:.0f} s", peak, rate))
+    return table("model | planned | load | peak | decode", rows)
+
+
 def receipts() -> str:
     """All receipts: what each holds, where and when it was measured."""
     rows = []

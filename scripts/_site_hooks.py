@@ -1,7 +1,7 @@
 """Pages of the documentation site that are made when it is built (a hook of mkdocs).
 
-``reference/commands.md`` is what ``--help`` of each command says. The marks ``{{ types }}`` and
-``{{ exit_codes }}`` become tables made from the code's own. So none of them can be stale.
+``reference/commands.md`` is what ``--help`` of each command says. The mark ``{{ exit_codes }}`` becomes a
+table made from the code's own. So neither can be stale.
 """
 
 import contextlib
@@ -12,8 +12,6 @@ from typing import Any
 from mkdocs.structure.files import File, Files
 
 from qwen3_moe_jax import cli
-from qwen3_moe_jax.convert.ggml_types import BLOCK_FORMATS
-from qwen3_moe_jax.convert.layouts.gpu_tiles import TILED_TYPES
 from qwen3_moe_jax.core.exit_codes import MEANINGS
 
 COMMANDS_PAGE = "reference/commands.md"
@@ -27,8 +25,8 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Puts generated tables in the place of their marks."""
-    return markdown.replace("{{ types }}", types_table()).replace("{{ exit_codes }}", exit_codes_table())
+    """Puts the generated table in the place of its mark."""
+    return markdown.replace("{{ exit_codes }}", exit_codes_table())
 
 
 def commands_page() -> str:
@@ -52,19 +50,6 @@ def help_of(command: str) -> str:
         if columns is not None:
             os.environ["COLUMNS"] = columns
     return out.getvalue()
-
-
-def types_table() -> str:
-    """The supported types: bits, and what computes with them where."""
-    lines = [
-        "| type | bits per weight | CPU (jax) | Hopper GPU (jax) | wgpu | reference |",
-        "|---|---|---|---|---|---|",
-    ]
-    for kind, form in BLOCK_FORMATS.items():
-        bits = 8 * form.nbytes / form.weights
-        gpu = "Pallas" if kind in TILED_TYPES else "XLA"
-        lines.append(f"| {kind.name} | {bits:g} | XLA | {gpu} | WGSL | NumPy |")
-    return "\n".join(lines)
 
 
 def exit_codes_table() -> str:

@@ -45,6 +45,7 @@ from qwen3_moe_jax.jax_backend.qwen3_moe import Intervention, Qwen3Moe
 from qwen3_moe_jax.jax_backend.runner import JaxRunner
 from qwen3_moe_jax.jax_backend.session_programs import cache_length
 from qwen3_moe_jax.loader import KV_CACHES, embedded_model
+from qwen3_moe_jax.machine.kernels import AUTO, CHOICES, capability_of, choose_kernels
 from qwen3_moe_jax.machine.limits import prefill_operations
 from qwen3_moe_jax.machine.memory import cache_nbytes
 from scripts.bench_prefill import random_params
@@ -77,19 +78,21 @@ class Subject:
         )
 
 
-def of_preset(name: str, cache_dtype: str | None) -> Subject:
+def of_preset(name: str, cache_dtype: str | None, kernels: str) -> Subject:
     """Random weights in the types of a Q4_K_M file, made on the device."""
+    chosen = choose_kernels(kernels, capability_of(jax.devices()[0]), jax.__version_info__).name
     config = replace(PRESETS["Qwen3-30B-A3B"], **SMALL) if name == "small" else PRESETS[name]
     types = q4_k_m_types(config)
     params = jax.block_until_ready(random_params(config, types, GPU_ROLES))
     dtype = jnp.dtype(cache_dtype or "float16")
-    decoder = choose(Qwen3Moe(config, jnp.bfloat16), params, jax.devices()[0], dtype)
+    model = Qwen3Moe(config, jnp.bfloat16, kernels=chosen)
+    decoder = choose(model, params, jax.devices()[0], dtype)
     return Subject(decoder, params, dtype)
 
 
-def of_file(path: str, cache_dtype: str | None) -> Subject:
+def of_file(path: str, cache_dtype: str | None, kernels: str) -> Subject:
     with open_model(embedded_model() if path == "embedded" else path) as source:
-        runner = JaxRunner(source, max_context=64, cache_dtype=cache_dtype)
+        runner = JaxRunner(source, max_context=64, cache_dtype=cache_dtype, kernels=kernels)
     return Subject(runner.decoder, runner.params, runner.cache_dtype)
 
 
@@ -245,7 +248,7 @@ def step_nbytes(subject: Subject, sequences: int, depth: int) -> float:
     missed = (1 - config.num_experts_per_tok / config.num_experts) ** sequences
     head = params["lm_head" if "lm_head" in params else "embed_tokens"]
     total = sum(a.nbytes for a in jax.tree.leaves(head))
-    for name, stack in params["stacks"].items():
+    for name, stack in params["layers"].stacks.items():
         used = 1 - missed if "experts" in name else 1.0
         total += used * sum(a.nbytes for a in jax.tree.leaves(stack))
     return total + cache_nbytes(config, depth, jnp.dtype(subject.cache_dtype).itemsize, sequences)
@@ -302,13 +305,15 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=16, help=f"tokens per dispatch, at most {MAX_STEPS}")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--kv-cache", choices=KV_CACHES, help="default: float16 (a file: by the device)")
+    parser.add_argument("--kernels", choices=CHOICES, default=AUTO, help="forces a set of kernels")
     parser.add_argument("--work", nargs="+", choices=WORK, default=WORK)
     parser.add_argument("--random-cache", action="store_true", help="decode without reading prompts first")
     parser.add_argument("--bandwidth", type=float, default=3.0, help="TB/s that a copy on the card reaches")
     parser.add_argument("--tflops", type=float, default=798.0, help="what the card's matrix product reaches")
     args = parser.parse_args()
     began = time.perf_counter()
-    subject = of_file(args.model, args.kv_cache) if args.model else of_preset(args.preset, args.kv_cache)
+    subject_of = partial(of_file, args.model) if args.model else partial(of_preset, args.preset)
+    subject = subject_of(args.kv_cache, args.kernels)
     device = jax.devices()[0].device_kind
     print(f"{device}: weights ready in {time.perf_counter() - began:.1f} s", flush=True)
     rows = [row for count in args.sequences for row in measure(subject, count, args)]

@@ -1,4 +1,4 @@
-"""Writes the measured tables of the README and the docs from ``docs/receipts/*.json``.
+"""Writes the measured tables of the README and the docs from ``docs/receipts/*.json``, and those of types.
 
     python -m scripts.make_tables            # after a new receipt
     python -m scripts.make_tables --check    # exit code 1 where a page is not what the receipts say
@@ -23,6 +23,7 @@ from scripts._receipts import (
     decode_rows,
     finding,
     gate,
+    memory_16g,
     percent,
     prefill_rows,
     quantization_loss,
@@ -31,6 +32,7 @@ from scripts._receipts import (
     table,
     whole,
 )
+from scripts._types_table import types, types_in_words
 
 BLOCK = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 
@@ -398,8 +400,11 @@ TABLES: dict[str, Callable[[], str]] = {
     "cpu": cpu,
     "wgpu": wgpu,
     "gate": gate,
+    "memory-16g": memory_16g,
     "quantization-loss": quantization_loss,
     "receipts": receipts,
+    "types": types,
+    "types-in-words": types_in_words,
 }
 
 
