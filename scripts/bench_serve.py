@@ -14,6 +14,7 @@ overload  ten times the capacity: statuses, times of the refusals, what is still
 cold      one wave of all clients at once: the times of the first tokens
 shared    all clients share a long prefix, against prefixes of their own
 turn      the second turn of a long chat: the time to its first token
+replicas  --replicas engines with as many times the clients, beside one engine
 
 A part that fails or would begin too late is named, and costs no other; the receipt is written after each.
 On a GPU the first start compiles some forty programs, which takes minutes; they are kept, also by a run that
@@ -44,7 +45,7 @@ from qwen3_moe_jax.loader import embedded_model
 from scripts import ROOT
 from scripts._load_generator import ask, quantile, wave, within
 
-PARTS = ("ratio", "front", "mixed", "overload", "cold", "shared", "turn")
+PARTS = ("ratio", "front", "mixed", "overload", "cold", "shared", "turn", "replicas")
 CPU_PARTS = ("ratio", "front", "mixed", "overload", "turn")
 
 
@@ -60,6 +61,7 @@ def parse() -> argparse.Namespace:
         "--long", type=int, default=1024, help="tokens of a long prompt, or of a shared prefix"
     )
     parser.add_argument("--rounds", type=int, default=2, help="the best counts")
+    parser.add_argument("--replicas", type=int, default=2, help="engines of the part that is called so")
     parser.add_argument("--parts", nargs="+", default=["ratio"], choices=(*PARTS, "all"))
     parser.add_argument(
         "--h100", action="store_true", help="64 chats of 512 and 128, prefixes of 4,096, 8,192"
@@ -71,7 +73,7 @@ def parse() -> argparse.Namespace:
     if args.h100:
         args.clients, args.prompt, args.tokens, args.long = 64, 512, 128, 4096
         args.seconds = args.seconds or 400
-        args.parts = [name for name in PARTS if name != "front"]
+        args.parts = [name for name in PARTS if name not in ("front", "replicas")]
     elif "all" in args.parts:
         args.parts = list(CPU_PARTS)
     args.seconds = args.seconds or 1500
@@ -180,9 +182,9 @@ async def until_healthy(port: int, process: subprocess.Popen) -> None:
         with contextlib.suppress(OSError):
             reader, writer = await asyncio.open_connection("127.0.0.1", port)
             writer.write(b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
-            head = await reader.read()
+            reply = await reader.read()
             writer.close()
-            if b" 200 " in head[:20]:
+            if b" 200 " in reply[:20] and b'"loading"' not in reply:  # each replica, too
                 return
         await asyncio.sleep(0.2)
     raise RuntimeError("the server did not start")
@@ -340,6 +342,21 @@ def turn(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def replicas(args: argparse.Namespace) -> dict[str, Any]:
+    """One engine, then several, each with the same number of clients."""
+    found = {}
+    for count in (1, args.replicas):
+        clients = count * args.clients
+        with server(args, context=args.context, replicas=count, max_queue=clients) as port:
+            waves = [
+                wave(args, port, prompts(args, 30 + n, count=clients), args.tokens)
+                for n in range(args.rounds + 1)
+            ]
+        found[count] = max(waves[1:], key=lambda w: w["tokens_per_second"])
+    times = found[args.replicas]["tokens_per_second"] / found[1]["tokens_per_second"]
+    return {"replicas": args.replicas, "one": found[1], "all": found[args.replicas], "times": times}
+
+
 def front(args: argparse.Namespace) -> dict[str, Any]:
     """64 streams of an engine that costs nothing."""
     with server(args, context=4096, fake=True) as port:
@@ -398,7 +415,7 @@ def main() -> None:
     args.context = context_of(args)
     figures = Figures(args)
     with_one_server(args, figures)
-    for name, part in (("turn", turn), ("front", front)):
+    for name, part in (("turn", turn), ("front", front), ("replicas", replicas)):
         if name in args.parts:
             figures.take(name, lambda part=part: part(args))
     print(json.dumps(figures.write()))

@@ -37,6 +37,9 @@ clients (the server listens on http://127.0.0.1:8080 unless told otherwise):
   a browser                  http://127.0.0.1:8080/
 """
 
+MAX_REPLICAS = 64
+"""More on one host are a typing error."""
+
 NEEDED = ("starlette", "uvicorn", "httptools", "pydantic", "msgspec", "prometheus_client", "llguidance")
 
 
@@ -46,9 +49,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "path", nargs="?", metavar="MODEL", type=options.path, help="the same as --model MODEL"
     )
-    add_engine_arguments(parser).add_argument(
-        "--no-warm-up", action="store_true", help="compile at the first requests instead"
+    engine = add_engine_arguments(parser)
+    engine.add_argument(
+        "--replicas",
+        type=options.number(1, MAX_REPLICAS),
+        default=1,
+        metavar="N",
+        help="engines that share the requests: one for each GPU, or for each --mesh; on a CPU they share its "
+        "cores. --slots, --context and --cache-ram are of each (1)",
     )
+    engine.add_argument("--no-warm-up", action="store_true", help="compile at the first requests instead")
     _add_server_arguments(parser)
 
 
@@ -224,4 +234,4 @@ def run(args: argparse.Namespace) -> int:
         max_queue_tokens=args.max_queue_tokens,
         warm_up=not args.no_warm_up,
     )
-    return serve(settings, start)
+    return serve(settings, start, args.replicas)

@@ -18,6 +18,9 @@ from typing import TypeVar
 
 import numpy as np
 
+VARIABLE = "QWEN3_MOE_CORES"
+"""Cores that a process may keep busy: several of one server share a machine."""
+
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -30,15 +33,21 @@ SWITCH_SECONDS = 0.0005
 
 def cores() -> int:
     """Cores that this process may keep busy: those of its affinity mask, one for each pair of hyper-threads,
-    and no more than its control group's share of processor time."""
+    no more than its control group's share of processor time, and no more than ``QWEN3_MOE_CORES``."""
     allowed = _affinity()
     whole = {_siblings(cpu) for cpu in allowed}
-    return max(1, math.ceil(min(len(whole), _cpu_quota())))
+    return max(1, math.ceil(min(len(whole), _cpu_quota(), _asked())))
 
 
 def processors() -> int:
     """As :func:`cores`, with every hyper-thread: processes that wait for memory share a core well."""
-    return max(1, math.ceil(min(len(_affinity()), _cpu_quota())))
+    return max(1, math.ceil(min(len(_affinity()), _cpu_quota(), _asked())))
+
+
+def _asked() -> float:
+    """What ``QWEN3_MOE_CORES`` allows; infinity where it is no number above 0."""
+    text = os.environ.get(VARIABLE, "")
+    return int(text) if text.isdecimal() and int(text) else math.inf
 
 
 def _affinity() -> set[int]:

@@ -8,7 +8,8 @@ from typing import Any
 
 from qwen3_moe_jax.core.batch import TokenScore
 from qwen3_moe_jax.core.sampling import Sampling
-from qwen3_moe_jax.serve.engine.client import EngineClient, EngineError, Part, Stream
+from qwen3_moe_jax.serve.engine.client import EngineDiedError, EngineError, Part, Stream
+from qwen3_moe_jax.serve.engine.replicas import Engine
 from qwen3_moe_jax.serve.grammar import Constraint
 from qwen3_moe_jax.serve.text_model import TextModel
 from qwen3_moe_jax.serve.tools import CallArguments, CallStart, Text, ToolParser
@@ -91,7 +92,7 @@ class Usage:
 
 @dataclass
 class Answer:
-    """An answer while it is written. ``submit``, then iterate once.
+    """An answer while it is written. ``submit``, then iterate once, or take ``whole``.
 
     Attributes:
       finish_reason: "stop", "length" or "tool_calls"; None before the end.
@@ -101,7 +102,7 @@ class Answer:
       usage: counts so far.
     """
 
-    engine: EngineClient
+    engine: Engine
     model: TextModel
     wish: Wish
     finish_reason: str | None = None
@@ -111,7 +112,13 @@ class Answer:
     _stream: Stream | None = None
 
     def __post_init__(self):
+        self._begin()
+
+    def _begin(self) -> None:
+        """Nothing is written yet."""
         w = self.wish
+        self.finish_reason = None
+        self.token_ids, self.scores, self.usage = [], [], Usage()
         self._decoder = StreamDecoder(self.model.tokenizer)
         self._stops = StopStrings(w.stop)
         self._splitter = ReasoningSplitter(starts_in_reasoning=w.starts_in_reasoning) if w.splits else None
@@ -161,6 +168,28 @@ class Answer:
             top=w.top if self._is_scored else None,
         )
 
+    async def whole(self) -> list[Delta]:
+        """All of it, once it has ended.
+
+        Nobody has seen a part of it before, so it begins again where its engine died and there are others.
+
+        Raises:
+          EngineError: it cannot be written.
+        """
+        for _ in range(self.engine.reruns):
+            try:
+                return [delta async for delta in self]
+            except EngineDiedError:
+                self._begin_again()
+        return [delta async for delta in self]
+
+    def _begin_again(self) -> None:
+        constraint = self.wish.constraint
+        if constraint is not None:
+            self.wish = replace(self.wish, constraint=constraint.copy())
+        self._begin()
+        self._stream = self._leg(self.wish.token_ids, is_resumed=True)
+
     async def __aiter__(self) -> AsyncIterator[Delta]:
         try:
             await self._began()
@@ -168,6 +197,8 @@ class Answer:
                 reason = None
                 async for part in self._submitted:
                     reason = part.finish_reason
+                    if not self.token_ids:  # where it began, if it began twice
+                        self.usage.cached = self._submitted.cached or 0
                     for delta in self._push(part):
                         yield delta
                     if self.finish_reason:
@@ -313,7 +344,7 @@ class Answer:
             self.finish_reason = "tool_calls" if self._has_call and reason == "stop" else reason or "stop"
 
 
-def choices(engine: EngineClient, model: TextModel, wish: Wish, n: int) -> list[Answer]:
+def choices(engine: Engine, model: TextModel, wish: Wish, n: int) -> list[Answer]:
     """``n`` answers to one wish, each with a seed of its own, all in the queue.
 
     Raises:

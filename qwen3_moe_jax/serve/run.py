@@ -7,8 +7,9 @@ import logging
 import os
 import signal
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 
+import msgspec
 import uvicorn
 
 from qwen3_moe_jax.core import terminal
@@ -16,6 +17,8 @@ from qwen3_moe_jax.core.errors import OptionError
 from qwen3_moe_jax.loader import embedded_model
 from qwen3_moe_jax.serve.engine import frames
 from qwen3_moe_jax.serve.engine.client import EngineClient
+from qwen3_moe_jax.serve.engine.places import Place, places_for
+from qwen3_moe_jax.serve.engine.replicas import Engine, Replicas
 from qwen3_moe_jax.serve.grammar import Grammars
 from qwen3_moe_jax.serve.http.app import make_app
 from qwen3_moe_jax.serve.http.metrics import Metrics
@@ -26,6 +29,8 @@ from qwen3_moe_jax.serve.text_model import TextModel
 from qwen3_moe_jax.text.chat_template import start_renderer
 
 BACKLOG = 2048
+
+UNBOUNDED = 1 << 62
 
 
 class ServeError(RuntimeError):
@@ -50,18 +55,33 @@ def check_address(settings: Settings) -> None:
         )
 
 
-def make_service(settings: Settings, start: frames.Start) -> Service:
-    """The parts of a server; the engine is not started yet.
+def make_service(settings: Settings, start: frames.Start, replicas: int = 1) -> Service:
+    """The parts of a server; the engines, one for each replica, are not started yet.
 
     Raises:
       ModelFileError: the model cannot be read.
-      OptionError: the model does not take so long a context.
+      OptionError: the model does not take so long a context; there are too few GPUs.
+      MemoryPlanError: main memory does not hold so many replicas.
     """
     model = TextModel(start.model, name=settings.name)
     if start.context is not None and start.context > model.context:
         raise OptionError(f"a context of {start.context} tokens: this model takes from 2 to {model.context}")
     path = str(start.model or embedded_model())
-    return Service(settings, EngineClient(start), model, Grammars(model, settings, path), Metrics())
+    engine = EngineClient(start) if replicas == 1 else _replicas(start, places_for(start, replicas))
+    return Service(settings, engine, model, Grammars(model, settings, path), Metrics())
+
+
+def _replicas(start: frames.Start, places: Sequence[Place]) -> Engine:
+    """Engines of which each has one of the places; what waits is bounded here."""
+
+    def make(number: int, ids: Iterator[int]) -> EngineClient:
+        place = places[number]
+        own = msgspec.structs.replace(
+            start, slot_bytes=place.slot_bytes, max_queue=UNBOUNDED, max_queue_tokens=UNBOUNDED
+        )
+        return EngineClient(own, variables=place.variables, ids=ids)
+
+    return Replicas(make, len(places))
 
 
 class _WithoutTracebacks(logging.Filter):
@@ -135,21 +155,22 @@ class Server:
         """Serves until ``stop``; the exit code."""
         engine = self.service.engine
         start_renderer()
+        engine.say = self._say
         engine.launch()
         if engine.start.warm_up:
             self.service.grammars.launch()
         serving = asyncio.ensure_future(self._serve())
-        told = asyncio.ensure_future(self._tell())
+        failed = asyncio.ensure_future(self._has_failed())
         stopping = asyncio.ensure_future(self._stop.wait())
         try:
-            await asyncio.wait({serving, stopping, told}, return_when=asyncio.FIRST_COMPLETED)
-            if told.done() and engine.fault and engine.ready is None:
+            await asyncio.wait({serving, stopping, failed}, return_when=asyncio.FIRST_COMPLETED)
+            if failed.done() and engine.fault and engine.ready is None:
                 raise ServeError(engine.fault)
             await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
             await self._drain()
         finally:
             self._uvicorn.should_exit = self._uvicorn.force_exit = True
-            for task in (told, stopping):
+            for task in (failed, stopping):
                 task.cancel()
             await self.service.close()
             with contextlib.suppress(asyncio.CancelledError):
@@ -159,13 +180,11 @@ class Server:
     async def _serve(self) -> None:
         await self._uvicorn._serve([self._socket])
 
-    async def _tell(self) -> None:
+    async def _has_failed(self) -> None:
+        """Returns when there is no engine and was none."""
         engine = self.service.engine
         await engine.first_ready.wait()
         if engine.ready is not None:
-            r = engine.ready
-            rows = " and ".join(f"{slots} slots of {context} tokens" for slots, context in r.rows)
-            self._say(f"ready: {rows}, {r.backend} on {r.facts.get('device')}")
             await asyncio.Event().wait()
 
     def stop(self) -> None:
@@ -200,15 +219,15 @@ def _listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-def serve(settings: Settings, start: frames.Start) -> int:
+def serve(settings: Settings, start: frames.Start, replicas: int = 1) -> int:
     """Serves until SIGTERM or Ctrl-C; returns the exit code.
 
     Raises:
       ServeError: it cannot start.
-      OptionError, ModelFileError: as ``check_address`` and ``make_service``.
+      OptionError, ModelFileError, MemoryPlanError: as ``check_address`` and ``make_service``.
     """
     check_address(settings)
-    service = make_service(settings, start)
+    service = make_service(settings, start, replicas)
     say = lambda text: terminal.note(*text.splitlines())
 
     async def main() -> int:
@@ -218,7 +237,7 @@ def serve(settings: Settings, start: frames.Start) -> int:
             loop.add_signal_handler(number, server.stop)
         say(
             f"{service.name} on http://{settings.host}:{server.port} (loading); limits:\n"
-            f"{settings.describe()}"
+            f"{settings.describe()}" + (f"\n  replicas = {replicas}" if replicas > 1 else "")
         )
         return await server.run()
 

@@ -5,6 +5,7 @@ never while ``is_held``.
 """
 
 import asyncio
+from collections.abc import Iterator
 from typing import Any
 
 import msgspec
@@ -13,8 +14,12 @@ from qwen3_moe_jax.serve.engine import frames, reports
 from qwen3_moe_jax.serve.engine.client import EngineClient
 from qwen3_moe_jax.serve.engine.jobs import Event, Limits
 from qwen3_moe_jax.serve.engine.prefix import PrefixCache
+from qwen3_moe_jax.serve.engine.replicas import Replicas
 from qwen3_moe_jax.serve.engine.scheduler import Scheduler
 from qwen3_moe_jax.testing.fake_batch import FakeBatch
+
+FAKE_SLOTS = 4
+"""Of each fake replica."""
 
 
 class FakeEngine(EngineClient):
@@ -25,14 +30,19 @@ class FakeEngine(EngineClient):
       is_held: no turns are taken; change it in the loop's thread, or before ``launch``.
     """
 
-    def __init__(self, start: frames.Start, *, is_held: bool = False, **batch: Any):
+    def __init__(
+        self, start: frames.Start, *, is_held: bool = False, ids: Iterator[int] | None = None, **batch: Any
+    ):
         """``batch``: fields of the ``FakeBatch``."""
-        super().__init__(start)
-        limits = Limits(start.max_queue, start.max_queue_tokens)
-        make = lambda: FakeBatch(**{"capacity": 1024, **batch})
-        self.scheduler = Scheduler(make, limits=limits, prefixes=PrefixCache())
+        super().__init__(start, ids=ids)
+        self._batch = {"capacity": 1024, **batch}
+        self.scheduler = self._make_scheduler()
         self.is_held = is_held
         self._events: list[Event] = []
+
+    def _make_scheduler(self) -> Scheduler:
+        limits = Limits(self.start.max_queue, self.start.max_queue_tokens)
+        return Scheduler(lambda: FakeBatch(**self._batch), limits=limits, prefixes=PrefixCache())
 
     def launch(self) -> None:
         """Ready at once."""
@@ -42,7 +52,18 @@ class FakeEngine(EngineClient):
             batch.capacity, batch.slots, rows, "fake", True, True, False, {"device": "none"}
         )
         self.first_ready.set()
+        self.on_news()
         self._task = asyncio.create_task(self._run())
+
+    def die(self) -> None:
+        """As if its process had been killed: ``launch`` is the next one's start."""
+        self.ready = None
+        self.restarts += 1
+        if self._task is not None:
+            self._task.cancel()
+        self.scheduler, self._events = self._make_scheduler(), []
+        self._fail_all()
+        self.on_news()
 
     async def _run(self) -> None:
         while True:
@@ -54,6 +75,7 @@ class FakeEngine(EngineClient):
                 counters: dict[str, float] = {"running": running, "queued": queued}
                 self._progress(reports.progress_of(self._events, counters))
                 self._events = []
+                self.on_news()
             await asyncio.sleep(0.002 if is_idle else 0)
 
     def _send(self, message: msgspec.Struct) -> None:
@@ -74,3 +96,9 @@ def _aside(m: frames.Score | frames.Experts) -> frames.ToFront:
         return frames.Counted(m.id, [[len(m.token_ids), 0]])
     own = m.token_ids[m.first :]
     return frames.Scored(m.id, [0.0] * len(own), [[(t, 0.0)][: m.top] for t in own])
+
+
+def fake_replicas(start: frames.Start | None = None, count: int = 2, **options: Any) -> Replicas:
+    """Fake engines as one; options as ``FakeEngine``."""
+    start = start or frames.Start(None)
+    return Replicas(lambda number, ids: FakeEngine(start, ids=ids, **{"slots": FAKE_SLOTS, **options}), count)

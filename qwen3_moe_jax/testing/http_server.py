@@ -6,8 +6,8 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from qwen3_moe_jax.serve.engine.client import EngineClient
 from qwen3_moe_jax.serve.engine.frames import Start
+from qwen3_moe_jax.serve.engine.replicas import Engine
 from qwen3_moe_jax.serve.http.state import Service
 from qwen3_moe_jax.serve.run import Server, make_service
 from qwen3_moe_jax.serve.settings import Settings
@@ -37,16 +37,22 @@ class Running:
 
 @contextlib.contextmanager
 def running(
-    settings: Settings, start: Start, *, wait: bool = True, engine: EngineClient | None = None
+    settings: Settings,
+    start: Start,
+    *,
+    wait: bool = True,
+    engine: Engine | None = None,
+    replicas: int = 1,
 ) -> Iterator[Running]:
     """A server until the block ends.
 
     Args:
       wait: for its engine to be ready.
       engine: in place of a child process.
+      replicas: how many child processes.
     """
     loop = asyncio.new_event_loop()
-    service = make_service(settings, start)
+    service = make_service(settings, start, replicas)
     service.engine = engine or service.engine
     made: dict[str, Server] = {}
     has_begun = threading.Event()

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -32,6 +32,13 @@ class EngineError(RuntimeError):
         super().__init__(message)
 
 
+class EngineDiedError(EngineError):
+    """The engine's process ended while it was answering."""
+
+    def __init__(self):
+        super().__init__("engine", "the engine stopped while it was answering")
+
+
 @dataclass(frozen=True)
 class Part:
     """New tokens of a sequence, why it ended, if it did, and the tokens' scores, if they were asked for."""
@@ -46,22 +53,35 @@ class Stream:
     """A job's events as they come; iterate once.
 
     Attributes:
-      id: of the job.
-      prompt_tokens: of its prompt.
+      job: what was asked for.
       cached: tokens of the prompt that were in the cache, once it has begun; None before.
+      is_written: some token has come.
       began: set when it has a slot, or has failed.
+      deaths: how many engines died while it had a slot there.
     """
 
-    id: int
-    prompt_tokens: int
+    job: frames.Submit
     cached: int | None = None
     is_over: bool = False
+    is_written: bool = False
+    deaths: int = 0
     began: asyncio.Event = field(default_factory=asyncio.Event)
     _parts: deque[Part | EngineError] = field(default_factory=deque)
     _news: asyncio.Event = field(default_factory=asyncio.Event)
 
+    @property
+    def id(self) -> int:
+        """Of the job."""
+        return self.job.id
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens of its prompt."""
+        return len(self.job.token_ids)
+
     def put(self, part: Part | EngineError) -> None:
         self._parts.append(part)
+        self.is_written = True
         self.is_over |= isinstance(part, EngineError) or part.finish_reason is not None
         self.began.set()
         self._news.set()
@@ -89,10 +109,28 @@ class EngineClient:
       restarts: how often it was started again.
       fault: why there is no engine any more, in one line; empty while there is hope.
       last_token: ``time.monotonic()`` of the latest progress.
+      reruns: how often a request of which nobody has seen a part may begin again elsewhere.
+      say: told in one line when it is ready, and when it dies.
+      on_news: called after each report, and when the engine comes or goes.
+      rescue: given the sequences of an engine that died; gives back those that end with an error.
     """
 
-    def __init__(self, start: frames.Start):
-        """Starts nothing yet; ``start`` says what to load."""
+    reruns = 0
+
+    def __init__(
+        self,
+        start: frames.Start,
+        *,
+        variables: Mapping[str, str] | None = None,
+        ids: Iterator[int] | None = None,
+    ):
+        """Starts nothing yet.
+
+        Args:
+          start: what to load.
+          variables: of the child's environment, beside this process' own.
+          ids: numbers of jobs; one source for engines that share jobs.
+        """
         self.ready: frames.Ready | None = None
         self.counters: dict[str, float] = {}
         self.restarts = 0
@@ -101,7 +139,11 @@ class EngineClient:
         self.last_token = time.monotonic()
         self.first_ready = asyncio.Event()
         self.start = start
-        self._ids = itertools.count(1)
+        self.say: Callable[[str], None] = lambda text: None
+        self.on_news: Callable[[], None] = lambda: None
+        self.rescue: Callable[[Sequence[Stream]], Sequence[Stream]] = lambda streams: streams
+        self._variables = dict(variables or {})
+        self._ids = itertools.count(1) if ids is None else ids
         self._streams: dict[int, Stream] = {}
         self._asides: dict[int, asyncio.Future] = {}
         self._deaths: deque[float] = deque()
@@ -116,6 +158,11 @@ class EngineClient:
         if self.fault:
             return "dead"
         return "loading" if self.ready is None else "ok"
+
+    @property
+    def engines(self) -> Sequence["EngineClient"]:
+        """Each engine process that there should be."""
+        return (self,)
 
     @property
     def active(self) -> int:
@@ -152,9 +199,12 @@ class EngineClient:
                 self._deaths.popleft()
             if len(self._deaths) > MAX_RESTARTS:
                 self.fault = f"the engine died {len(self._deaths)} times in {RESTART_SECONDS:.0f} s"
+                self.say(self.fault)
                 break
             self.restarts += 1
+            self.say(f"the engine died: it is started again, {len(self._deaths)} of {MAX_RESTARTS} times")
         self.first_ready.set()
+        self.on_news()
 
     async def _live(self) -> None:
         """From a child's start to its end."""
@@ -165,7 +215,7 @@ class EngineClient:
                 command,
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
-                env=child_environment(),
+                env=child_environment(**self._variables),
             )
         reader, self._writer = await asyncio.open_connection(sock=ours)
         try:
@@ -175,8 +225,10 @@ class EngineClient:
         finally:
             self.ready = None
             self._writer.close()
-            self._end(self._process)
+            self._process.kill()
             self._fail_all()
+            self.on_news()
+        await asyncio.to_thread(self._process.wait)  # a driver takes its time, others go on
 
     def _end(self, process: subprocess.Popen) -> None:
         process.kill()
@@ -185,9 +237,12 @@ class EngineClient:
     def _route(self, message: frames.ToFront) -> None:
         if isinstance(message, frames.Progress):
             self._progress(message)
+            self.on_news()
         elif isinstance(message, frames.Ready):
             self.ready = message
             self.first_ready.set()
+            self.say(_summary(message))
+            self.on_news()
         elif isinstance(message, frames.Broken):
             self.fault, self.fault_code = message.message, message.code
         else:
@@ -216,11 +271,12 @@ class EngineClient:
                 del self._streams[job]
 
     def _fail_all(self) -> None:
-        for job in list(self._streams):
-            self._give(job, EngineError("engine", "the engine stopped while it was answering"))
+        streams, self._streams = list(self._streams.values()), {}
+        for stream in self.rescue(streams):
+            stream.put(EngineDiedError())
         for future in self._asides.values():
             if not future.done():
-                future.set_exception(EngineError("engine", "the engine stopped while it was answering"))
+                future.set_exception(EngineDiedError())
         self._asides.clear()
 
     def _send(self, message: msgspec.Struct) -> None:
@@ -251,10 +307,22 @@ class EngineClient:
         """
         if not fields.get("is_resumed"):
             self.check()
-        job = next(self._ids)
-        self._send(frames.Submit(job, token_ids=token_ids, **fields))
-        stream = self._streams[job] = Stream(job, len(token_ids))
+        stream = Stream(frames.Submit(next(self._ids), token_ids=token_ids, **fields))
+        self.take(stream)
         return stream
+
+    def take(self, stream: Stream) -> None:
+        """Asks for a sequence whose events go to ``stream``.
+
+        Raises:
+          EngineError: the engine is not running.
+        """
+        self._send(stream.job)
+        self._streams[stream.id] = stream
+
+    def has(self, stream: Stream) -> bool:
+        """Whether a sequence waits or runs here."""
+        return stream.id in self._streams
 
     def cancel(self, stream: Stream) -> None:
         """Gives a sequence up; one that has ended is no fault."""
@@ -299,3 +367,8 @@ class EngineClient:
                 await self._task
         if self._process is not None and self._process.poll() is None:
             self._end(self._process)
+
+
+def _summary(ready: frames.Ready) -> str:
+    rows = " and ".join(f"{slots} slots of {context} tokens" for slots, context in ready.rows)
+    return f"ready: {rows}, {ready.backend} on {ready.facts.get('device')}"

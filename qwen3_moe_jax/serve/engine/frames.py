@@ -20,7 +20,8 @@ _LENGTH = struct.Struct("<I")
 
 class Start(msgspec.Struct, tag=True):
     """Front to engine, first: what to load. Fields as ``loader.load`` and the serve command; without
-    ``slots``, ``max_slots`` or fewer are opened, as memory allows."""
+    ``slots``, ``max_slots`` or fewer are opened, as memory allows; where several engines share main memory,
+    ``slot_bytes`` of it are for them."""
 
     model: str | None
     backend: str = "auto"
@@ -36,6 +37,7 @@ class Start(msgspec.Struct, tag=True):
     max_queue: int = 256
     max_queue_tokens: int = 1 << 20
     prefix_bytes: int = 0
+    slot_bytes: int | None = None
     step_ms: float = 50.0
     warm_up: bool = True
     keep_log: bool = False

@@ -3,6 +3,7 @@
 from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
 
 from qwen3_moe_jax.core.batch import TokenScore
 from qwen3_moe_jax.core.sampling import Sampling
@@ -73,18 +74,34 @@ class Limits:
     tokens: int = 1 << 20
 
 
-class FairQueue:
+class Queued(Protocol):
+    """What the queue asks of a job."""
+
+    @property
+    def id(self) -> int: ...
+    @property
+    def key(self) -> str: ...
+    @property
+    def token_ids(self) -> Sequence[int]: ...
+    @property
+    def is_resumed(self) -> bool: ...
+
+
+J = TypeVar("J", bound=Queued)
+
+
+class FairQueue(Generic[J]):
     """Jobs that wait: first in, first out within a key, one of each key in turn."""
 
     def __init__(self):
-        self._keys: OrderedDict[str, deque[Job]] = OrderedDict()
+        self._keys: OrderedDict[str, deque[J]] = OrderedDict()
         self.tokens = 0
         self._count = 0
 
     def __len__(self) -> int:
         return self._count
 
-    def push(self, job: Job) -> None:
+    def push(self, job: J) -> None:
         line = self._keys.setdefault(job.key, deque())
         line.appendleft(job) if job.is_resumed else line.append(job)
         if job.is_resumed:
@@ -92,7 +109,7 @@ class FairQueue:
         self._count += 1
         self.tokens += len(job.token_ids)
 
-    def pop(self, fits: Callable[[Job], bool] = lambda job: True) -> Job | None:
+    def pop(self, fits: Callable[[J], bool] = lambda job: True) -> J | None:
         """The next job that fits; its key goes to the end of the round, those that were passed stay first."""
         key = next((key for key, line in self._keys.items() if fits(line[0])), None)
         if key is None:
@@ -103,7 +120,7 @@ class FairQueue:
         self._took(job)
         return job
 
-    def has(self, fits: Callable[[Job], bool]) -> bool:
+    def has(self, fits: Callable[[J], bool]) -> bool:
         """Whether the next job of some key fits."""
         return any(fits(line[0]) for line in self._keys.values())
 
@@ -119,6 +136,6 @@ class FairQueue:
                 return True
         return False
 
-    def _took(self, job: Job) -> None:
+    def _took(self, job: J) -> None:
         self._count -= 1
         self.tokens -= len(job.token_ids)

@@ -73,7 +73,7 @@ class Scheduler:
         self.batch = open_batch()
         self.limits = limits or Limits()
         self.prefixes = prefixes
-        self.queue = FairQueue()
+        self.queue: FairQueue[Job] = FairQueue()
         self.running: dict[int, Running] = {}
         self.log: list[tuple] | None = [] if keep_log else None
         self._slots: dict[int, int] = {}  # job id to slot

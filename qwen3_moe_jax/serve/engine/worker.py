@@ -115,6 +115,8 @@ class Engine:
         if free is None:
             return (RowClass(slots, context),)
         share = free * (CPU_SHARE if self.device_kind == "cpu" else 0.9)
+        if start.slot_bytes is not None:
+            share = min(share, start.slot_bytes)
         positions = int(share // runner.token_nbytes)
         spare = PREFILL_CHUNKS[-1] + CACHE_TILE
         in_class = None if start.slots else ONE_KERNEL

@@ -131,7 +131,7 @@ class Reply:
     async def _choice(self, index: int, answer: Answer) -> dict[str, Any]:
         message: dict[str, Any] = {"role": "assistant", "content": None, "refusal": None}
         text, reasoning, calls = [], [], []
-        async for delta in answer:
+        for delta in await answer.whole():
             if isinstance(delta, Text):
                 text.append(delta.text)
             elif isinstance(delta, Reasoning):

@@ -142,7 +142,7 @@ class Reply:
     async def _choice(self, index: int, answer: Answer | None) -> dict[str, Any]:
         text, reason = self._echo(index), "length"
         if answer is not None:
-            text += "".join([text_of(delta) async for delta in answer])
+            text += "".join([text_of(delta) for delta in await answer.whole()])
             reason = answer.finish_reason
             self.service.finished(answer)
         scored = await self._logprobs(index, answer)
@@ -246,7 +246,7 @@ def _infill_end(answer: Answer) -> dict[str, Any]:
 
 async def _infill_whole(service: Service, answer: Answer) -> dict[str, Any]:
     try:
-        text = "".join([text_of(delta) async for delta in answer])
+        text = "".join([text_of(delta) for delta in await answer.whole()])
     finally:
         answer.close()
     service.finished(answer)

@@ -203,7 +203,7 @@ class Reply:
         """The reply that does not stream."""
         blocks: list[dict[str, Any]] = []
         try:
-            async for delta in self._answer:
+            for delta in await self._answer.whole():
                 kind = _block_kind(delta)
                 if not blocks or isinstance(delta, CallStart) or blocks[-1]["type"] != kind:
                     blocks.append(_block(delta))

@@ -3,6 +3,7 @@
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from qwen3_moe_jax.serve.engine.client import EngineClient
+from qwen3_moe_jax.serve.engine.replicas import Engine
 from qwen3_moe_jax.serve.generation import Usage
 
 _BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
@@ -38,6 +39,12 @@ class Metrics:
         self.restarts = Gauge(
             "qwen3_moe_engine_restarts", "How often the engine was started again", registry=kept
         )
+        self.replica = Gauge(
+            "qwen3_moe_replica",
+            "What each engine process says of itself; up: it takes requests",
+            ["replica", "name"],
+            registry=kept,
+        )
 
     def answered(self, usage: Usage, reason: str) -> None:
         """Counts an answer."""
@@ -45,10 +52,19 @@ class Metrics:
         for kind in ("prompt", "cached", "completion", "reasoning"):
             self.tokens.labels(kind).inc(getattr(usage, kind))
 
-    def text(self, engine: EngineClient) -> bytes:
+    def text(self, engine: Engine) -> bytes:
         """In Prometheus' text format."""
         for name, value in engine.counters.items():
             self.engine.labels(name).set(value)
         self.engine.labels("active").set(engine.active)
         self.restarts.set(engine.restarts)
+        for number, one in enumerate(engine.engines, 1):
+            for name, value in _figures(one).items():
+                self.replica.labels(str(number), name).set(value)
         return generate_latest(self.registry)
+
+
+def _figures(engine: EngineClient) -> dict[str, float]:
+    """Of one engine process."""
+    seen = {"up": engine.health == "ok", "active": engine.active, "restarts": engine.restarts}
+    return {**engine.counters, **seen}

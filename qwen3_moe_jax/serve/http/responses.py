@@ -183,7 +183,7 @@ class Reply:
     async def whole(self) -> dict[str, Any]:
         """The reply that does not stream."""
         try:
-            async for delta in self._answer:
+            for delta in await self._answer.whole():
                 list(self._take(delta))
             await logprobs.complete(self._service, self._answer)
             list(self._end_item())

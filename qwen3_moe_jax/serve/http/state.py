@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from starlette.requests import Request
 
-from qwen3_moe_jax.serve.engine.client import EngineClient
+from qwen3_moe_jax.serve.engine.replicas import Engine
 from qwen3_moe_jax.serve.generation import Answer, Wish, choices
 from qwen3_moe_jax.serve.grammar import Grammars
 from qwen3_moe_jax.serve.http import json_body
@@ -30,7 +30,7 @@ class Service:
     """
 
     settings: Settings
-    engine: EngineClient
+    engine: Engine
     model: TextModel
     grammars: Grammars
     metrics: Metrics

@@ -143,9 +143,14 @@ async def livez(request: Request) -> Response:
 
 
 async def health(request: Request) -> Response:
-    """200 if requests are taken; 503 while loading or draining, or with a dead engine."""
-    state = _service(request).engine.health
-    return JSONResponse({"status": state}, 200 if state == "ok" else 503)
+    """200 if requests are taken; 503 while loading or draining, or with a dead engine. With each replica."""
+    engine = _service(request).engine
+    state, found = engine.health, {}
+    if len(engine.engines) > 1:
+        found["replicas"] = [
+            {"status": e.health, "active": e.active, "restarts": e.restarts} for e in engine.engines
+        ]
+    return JSONResponse({"status": state, **found}, 200 if state == "ok" else 503)
 
 
 async def health_decode(request: Request) -> Response:
