@@ -24,6 +24,7 @@ from qwen3_moe_jax.core.errors import (
 from qwen3_moe_jax.core.options import GenerateOptions, SamplingOptions, shows
 from qwen3_moe_jax.core.runner import Runner
 from qwen3_moe_jax.core.sampling import Sampling, random_seed, recommended_sampling
+from qwen3_moe_jax.machine.environment import check_environment
 from qwen3_moe_jax.machine.kernels import AUTO
 from qwen3_moe_jax.parity.gate import check_once, first_forward
 from qwen3_moe_jax.research import Messages, Research
@@ -340,12 +341,14 @@ def load(
       ValueError: an empty path, or a value that does not exist.
       MemoryPlanError: the model does not fit the memory.
       BackendUnavailableError: the backend cannot run on this machine, or (strict) only in part.
+      SettingError: an environment variable has a value that it cannot have.
       ParityError: the backend's logits are wrong on this machine.
     """
     check_switch("gate", gate)
     check_switch("strict", strict)
     if progress is not None and not isinstance(progress, bool) and not callable(progress):
         raise wrong_kind("progress", progress, "a function, True or False")
+    check_environment()
     found = loader.model_path(path)
     with notebook.progress(progress, "loading") as report, ExitStack() as undo:
         pool = undo.enter_context(ThreadPoolExecutor(2, thread_name_prefix="ahead"))

@@ -45,6 +45,9 @@ COMMANDS = {
     ),
 }
 
+LOOKS = ("doctor", "inspect", "models", "pull")
+"""Commands that compute nothing: they run with an environment in which nothing would."""
+
 EPILOG = f"""\
 exit codes:
 {table()}
@@ -85,6 +88,8 @@ def main(argv: list[str] | None = None) -> int:
 def _run(argv: list[str]) -> int:
     try:
         args = _parse(argv)
+        if args.command in COMMANDS and args.command not in LOOKS:
+            _check_environment()
         return args.run(args)
     except Exception as error:
         if os.environ.get("QWEN3_MOE_DEBUG"):
@@ -94,6 +99,12 @@ def _run(argv: list[str]) -> int:
             raise
         terminal.error(line)
         return code
+
+
+def _check_environment() -> None:
+    from qwen3_moe_jax.machine.environment import check_environment  # --help needs none of it
+
+    check_environment()
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
@@ -161,6 +172,9 @@ def _explain(error: Exception) -> tuple[str | None, int]:
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in text or "Out of memory" in text:
         advice = "a smaller --context or another machine may do"
         return f"out of memory: {text[:300]}; {advice}", ExitCode.MEMORY
+    if "can't start new thread" in text:
+        advice = "raise the limit (ulimit -v, ulimit -u, or the container's number of processes)"
+        return f"the system gives this process no more threads: {advice}", ExitCode.MEMORY
     if isinstance(error, HubError):
         return text, ExitCode.HUB
     if isinstance(error, OptionError):

@@ -11,7 +11,7 @@ from qwen3_moe_jax.convert.manifest import MANIFEST_NAME
 from qwen3_moe_jax.convert.progress import ProgressCallback
 from qwen3_moe_jax.convert.source import ModelSource
 from qwen3_moe_jax.core.arguments import check_number, check_text, wrong_kind
-from qwen3_moe_jax.core.errors import BackendUnavailableError, OptionError
+from qwen3_moe_jax.core.errors import BackendUnavailableError, MemoryPlanError, OptionError
 from qwen3_moe_jax.core.mesh import AUTO_MESH, mesh_sizes
 from qwen3_moe_jax.core.near_names import near_names
 from qwen3_moe_jax.core.runner import Runner
@@ -20,7 +20,7 @@ from qwen3_moe_jax.hub.listing import files_in
 from qwen3_moe_jax.jax_backend import spare_workers
 from qwen3_moe_jax.machine.folders import programs_folder
 from qwen3_moe_jax.machine.headroom import MAIN_MEMORY, Headroom, available_memory, main_memory
-from qwen3_moe_jax.machine.jax_devices import jax_devices, simulate_devices
+from qwen3_moe_jax.machine.jax_devices import import_jax, jax_devices, simulate_devices
 from qwen3_moe_jax.machine.kernels import AUTO, CHOICES, capability_of, is_before_ampere
 from qwen3_moe_jax.machine.memory import MIN_CONTEXT, MemoryPlan
 from qwen3_moe_jax.machine.nvidia import nvidia_gpus
@@ -184,7 +184,7 @@ def jax_sees_gpu() -> bool:
     """Whether the jax backend is going to run on a GPU; False where JAX does not start."""
     try:
         return any(device.platform == "gpu" for device in jax_devices())
-    except BackendUnavailableError:
+    except (BackendUnavailableError, MemoryPlanError):
         return False
 
 
@@ -331,6 +331,7 @@ def _place_of_cache(backend: str, kv_cache: str | None) -> tuple[Headroom | None
 
 
 def _make_jax(source, max_context, dtype, kv_cache, kernels, _adapter, progress, first) -> Runner:
+    import_jax()  # whose faults are one line
     from qwen3_moe_jax.jax_backend.runner import JaxRunner
     from qwen3_moe_jax.jax_backend.sharding import named_mesh
 

@@ -65,13 +65,14 @@ def all_of(args: argparse.Namespace, source: ModelSource) -> list:
       BackendUnavailableError: JAX does not start, or compiled programs are not kept on this machine.
       OptionError: a context that the model does not have.
     """
-    import jax
+    from qwen3_moe_jax.machine.jax_devices import import_jax, jax_devices
+
+    jax = import_jax()
 
     from qwen3_moe_jax.jax_backend import programs
     from qwen3_moe_jax.jax_backend.native import Native
     from qwen3_moe_jax.jax_backend.qwen3_moe import Qwen3Moe
     from qwen3_moe_jax.jax_backend.session_programs import Session, dtypes_on
-    from qwen3_moe_jax.machine.jax_devices import jax_devices
     from qwen3_moe_jax.machine.kernels import AUTO, NATIVE, capability_of, choose_kernels
     from qwen3_moe_jax.parity.gate import first_forward
 

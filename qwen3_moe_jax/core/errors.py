@@ -77,6 +77,10 @@ class OptionError(ValueError):
     """An option or an argument has a value that it cannot have."""
 
 
+class SettingError(BackendUnavailableError, OptionError):
+    """An environment variable, or a setting of JAX, has a value that it cannot have; the message names it."""
+
+
 class KindError(TypeError, ValueError):
     """An argument is of a kind that it cannot be: a TypeError, and a ValueError as every caller's mistake."""
 

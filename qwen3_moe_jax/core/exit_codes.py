@@ -21,7 +21,7 @@ class ExitCode(IntEnum):
 MEANINGS = {
     ExitCode.DONE: "done",
     ExitCode.FAULT: "a fault, or a verdict that is not a pass",
-    ExitCode.USAGE: "a wrong command line: nothing was loaded",
+    ExitCode.USAGE: "a wrong command line or environment variable: nothing was loaded",
     ExitCode.MEMORY: "the memory does not suffice",
     ExitCode.BUSY: "another process writes the output",
     ExitCode.NOT_EMPTY: "convert: something is at the output's name already",

@@ -106,12 +106,18 @@ def _resend_swallowed(unraisable: Any, previous: Callable[[Any], None]) -> None:
 
 @contextmanager
 def _watched() -> Generator[None, None, None]:
-    """A thread that hears of signals while the main thread is in C++."""
+    """A thread that hears of signals while the main thread is in C++; none where the system gives no more."""
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
-    previous = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     thread = threading.Thread(target=_watch, args=(reader,), daemon=True)
-    thread.start()
+    try:
+        thread.start()
+    except RuntimeError:
+        os.close(writer)
+        os.close(reader)
+        yield
+        return
+    previous = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     try:
         yield
     finally:

@@ -26,8 +26,9 @@ from qwen3_moe_jax.jax_backend import spare_workers
 from qwen3_moe_jax.jax_backend.device import Device
 from qwen3_moe_jax.jax_backend.program_key import changes_programs
 from qwen3_moe_jax.jax_backend.program_store import ProgramStore
-from qwen3_moe_jax.jax_backend.spare_workers import MIN_PROCESSORS, VARIABLE
+from qwen3_moe_jax.jax_backend.spare_workers import MIN_PROCESSORS
 from qwen3_moe_jax.machine.cuda import free_on_card
+from qwen3_moe_jax.machine.environment import COMPILERS_VARIABLE as VARIABLE
 from qwen3_moe_jax.machine.headroom import available_main_memory
 from qwen3_moe_jax.machine.threads import processors
 

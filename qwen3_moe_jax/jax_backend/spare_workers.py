@@ -12,11 +12,9 @@ import threading
 from pathlib import Path
 
 from qwen3_moe_jax.machine.child_environment import child_environment
+from qwen3_moe_jax.machine.environment import COMPILERS_VARIABLE as VARIABLE
 from qwen3_moe_jax.machine.jax_devices import PREALLOCATE_VARIABLE
 from qwen3_moe_jax.machine.threads import processors
-
-VARIABLE = "QWEN3_MOE_COMPILERS"
-"""Environment variable: how many workers there may be, on a CPU too; 0 is none."""
 
 MIN_PROCESSORS = 4
 

@@ -10,13 +10,14 @@ https://docs.kernel.org/admin-guide/cgroup-v1/memory.html, proc(5), getrlimit(2)
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
 import psutil
 
 from qwen3_moe_jax.machine.cuda import free_on_card
+from qwen3_moe_jax.machine.threads import cores
 
 ROOT = Path("/")
 """Where ``proc`` and ``sys`` are."""
@@ -25,6 +26,14 @@ UNLIMITED = 1 << 60
 """Control groups of version 1 write a number of about 2^63 for no limit."""
 
 MAIN_MEMORY = "main memory"
+
+COMPILER_BYTES = 480 << 20
+"""What XLA's compilers of a CPU take for a while beside a plan's working memory: a first run of the embedded
+model grew by 890 MB at the peak with XLA's operations, by 660 MB with the CPU's own kernels (two cores)."""
+
+COMPILER_THREADS = 8
+THREAD_ADDRESS_BYTES = 72 << 20
+"""A thread's stack and its arena of the C library. That run's address space grew by 1,420 MB."""
 
 
 @dataclass(frozen=True)
@@ -35,19 +44,26 @@ class Headroom:
       nbytes: how many; None where the system does not tell.
       where: the place's name.
       origin: the limit that sets the figure; "" for all that the place has.
+      kept: bytes that were free too, and are kept for what a compiler takes for a while.
     """
 
     nbytes: int | None
     where: str = MAIN_MEMORY
     origin: str = ""
+    kept: int = 0
 
     def __str__(self) -> str:
         free = "an unknown size" if self.nbytes is None else f"{self.nbytes / 1e9:.2f} GB free"
+        free += f" beside {self.kept / 1e9:.2f} GB for the compiler" if self.kept else ""
         return f"{self.where}, {free}" + (f" ({self.origin})" if self.origin else "")
 
     def with_nbytes(self, nbytes: int) -> "Headroom":
         """The same place with another size."""
-        return Headroom(nbytes, self.where, self.origin)
+        return replace(self, nbytes=nbytes)
+
+    def keeping(self, nbytes: int) -> "Headroom":
+        """What is left when so many bytes are kept for a compiler."""
+        return self if self.nbytes is None else replace(self, nbytes=self.nbytes - nbytes, kept=nbytes)
 
 
 class Device(Protocol):
@@ -76,7 +92,7 @@ class Device(Protocol):
 def available_memory(device: Device) -> Headroom:
     """What is free where a JAX device keeps its arrays."""
     if device.platform == "cpu":
-        return main_memory()
+        return main_memory(compiles=True)
     stats: Mapping[str, int] = device.memory_stats() or {}
     on_card = free_on_card(device.local_hardware_id)
     return device_headroom(device.device_kind, stats, on_card)
@@ -100,16 +116,30 @@ def device_headroom(name: str, stats: Mapping[str, int], on_card: int | None) ->
     return _minimum(found) or Headroom(None, name)
 
 
-def main_memory(root: Path | None = None, limits: Mapping[str, int] | None = None) -> Headroom:
+def main_memory(
+    root: Path | None = None, limits: Mapping[str, int] | None = None, *, compiles: bool = False
+) -> Headroom:
     """What this process can still take of main memory without swapping.
 
     Args:
       root: the folder that holds ``proc`` and ``sys``; None is the system's.
       limits: bytes by name, "RLIMIT_AS" and "RLIMIT_DATA"; None asks the system.
+      compiles: keeps what XLA takes while it compiles for a CPU. Where that is missing the process ends
+        without a word: a thread of C++ cannot be told.
     """
     root = root or ROOT
-    found = [Headroom(_host_memory(root)), *_group_headrooms(root), *_limit_headrooms(root, limits)]
-    return _minimum(found) or Headroom(None)
+    found = [Headroom(_host_memory(root)), *_group_headrooms(root)]
+    by_limit = _limit_headrooms(root, limits)
+    if compiles:
+        found = [place.keeping(COMPILER_BYTES) for place in found]
+        by_limit = {name: place.keeping(_kept_of(name)) for name, place in by_limit.items()}
+    return _minimum([*found, *by_limit.values()]) or Headroom(None)
+
+
+def _kept_of(limit: str) -> int:
+    """Of address space also what threads reserve and do not use."""
+    reserved = THREAD_ADDRESS_BYTES * (COMPILER_THREADS + cores()) if limit == "RLIMIT_AS" else 0
+    return COMPILER_BYTES + reserved
 
 
 def available_main_memory() -> int | None:
@@ -259,10 +289,13 @@ _COUNTED = {"RLIMIT_AS": "VmSize", "RLIMIT_DATA": "VmData"}
 _SHELL = {"RLIMIT_AS": "ulimit -v", "RLIMIT_DATA": "ulimit -d"}
 
 
-def _limit_headrooms(root: Path, limits: Mapping[str, int] | None) -> Iterator[Headroom]:
+def _limit_headrooms(root: Path, limits: Mapping[str, int] | None) -> dict[str, Headroom]:
+    found: dict[str, Headroom] = {}
     for name, limit in (_system_limits() if limits is None else limits).items():
         used = _kilobytes(root / "proc/self/status", _COUNTED[name]) or 0
-        yield Headroom(limit - used, origin=f"{name} ({_SHELL[name]}) is {limit / 1e9:.2f} GB")
+        origin = f"{name} ({_SHELL[name]}) is {limit / 1e9:.2f} GB"
+        found[name] = Headroom(limit - used, origin=origin)
+    return found
 
 
 def _system_limits() -> dict[str, int]:

@@ -6,8 +6,9 @@ import re
 import warnings
 from typing import Any
 
-from qwen3_moe_jax.core.errors import BackendUnavailableError
+from qwen3_moe_jax.core.errors import BackendUnavailableError, MemoryPlanError, SettingError
 from qwen3_moe_jax.machine.folders import check_writable, readable_cache
+from qwen3_moe_jax.machine.headroom import main_memory
 from qwen3_moe_jax.machine.xla_flags import check_xla_flags
 
 PLATFORMS_VARIABLE = "JAX_PLATFORMS"
@@ -23,13 +24,24 @@ of 24 GB. The rest is the driver's, compiled programs' and the screen's."""
 SERVER_SHARE = 0.92
 """Of a card's memory, what a server takes at its start."""
 
+_WITH_A_SETTING = "JAX does not start with "
+
 MIN_COMPILE_SECONDS = 0.1
 """Programs that take longer to compile are kept on disk."""
 
 
-def _jax() -> Any:
-    """The module: imported late, for JAX is slow to start and the other backends do not need it."""
-    return importlib.import_module("jax")
+def import_jax() -> Any:
+    """The module: imported late, for JAX is slow to start and the other backends do not need it.
+
+    Raises:
+      SettingError: JAX cannot read one of its own variables.
+      MemoryPlanError: its libraries do not fit what ``ulimit`` allows.
+      BackendUnavailableError: it is not there, or broken.
+    """
+    try:
+        return importlib.import_module("jax")
+    except Exception as error:
+        raise _fault(error) from error
 
 
 def set_memory_policy() -> None:
@@ -58,7 +70,7 @@ def simulate_devices(count: int) -> None:
 
     They share its cores and its memory, so they show what a mesh computes and not how fast.
     """
-    config = _jax().config
+    config = import_jax().config
     try:
         if count > int(config.jax_num_cpu_devices):
             config.update("jax_num_cpu_devices", count)
@@ -75,21 +87,32 @@ def jax_devices() -> list[Any]:
     set_memory_policy()
     check_xla_flags()
     try:
-        return _jax().devices()
+        return import_jax().devices()
+    except (BackendUnavailableError, MemoryPlanError):
+        raise
     except Exception as error:  # a plugin that is broken, or absent, raises whatever it likes
-        raise BackendUnavailableError(why_jax_does_not_start(error)) from error
+        raise _fault(error) from error
+
+
+def _fault(error: Exception) -> Exception:
+    """What to raise for an error of JAX."""
+    if "failed to map segment" in str(error) or "Cannot allocate memory" in str(error):
+        return MemoryPlanError(f"JAX's libraries do not fit {main_memory()}: raise the limit")
+    line = why_jax_does_not_start(error)
+    return (SettingError if line.startswith(_WITH_A_SETTING) else BackendUnavailableError)(line)
 
 
 def why_jax_does_not_start(error: Exception) -> str:
-    """One line: the platforms that are asked for, or what JAX says."""
+    """One line: the setting or the platforms that are asked for, or what JAX says."""
     said = re.sub(r"\s+", " ", f"{error}" or type(error).__name__)[:300]
-    if variable := re.search(r"environment '(\w+)'", said):
-        return f"JAX does not start with {variable[1]} ({said}): correct {variable[1]} or unset it"
+    if setting := re.search(r"environment '(\w+)'|for JAX flag (jax_\w+)", said):
+        variable = setting[1] or setting[2].upper()
+        return f"{_WITH_A_SETTING}{variable} ({said}): correct {variable} or unset it"
     wanted, origin = platforms_wanted()
     if wanted in ("", "cpu"):  # a processor is always there: something else is the cause
         return f"JAX does not start: {said}"
     return (
-        f"JAX does not start with {origin}={wanted} ({said}): {advice_for(wanted)}unset it, or use "
+        f"{_WITH_A_SETTING}{origin}={wanted} ({said}): {advice_for(wanted)}unset it, or use "
         f"{PLATFORMS_VARIABLE}=cpu"
     )
 
@@ -98,7 +121,7 @@ def platforms_wanted() -> tuple[str, str]:
     """The platforms that JAX is told to use, and by what; ("", "") where it chooses."""
     in_environment = os.environ.get(PLATFORMS_VARIABLE, "")
     try:
-        configured = str(_jax().config.jax_platforms or "")
+        configured = str(import_jax().config.jax_platforms or "")
     except Exception:  # a broken installation: the variable is all that there is
         configured = in_environment
     if not configured or configured == in_environment:
@@ -115,7 +138,7 @@ def advice_for(platforms: str) -> str:
 
 def enable_compilation_cache() -> None:
     """Keeps compiled programs on disk between runs, unless the user has chosen a place already."""
-    config = _jax().config
+    config = import_jax().config
     chosen = config.jax_compilation_cache_dir
     if chosen is not None:
         check_writable(chosen)

@@ -6,7 +6,7 @@ from qwen3_moe_jax.convert.config import Qwen3MoeConfig
 from qwen3_moe_jax.convert.packed import packed_nbytes
 from qwen3_moe_jax.convert.source import ModelSource
 from qwen3_moe_jax.core.errors import MemoryPlanError
-from qwen3_moe_jax.machine.headroom import Headroom
+from qwen3_moe_jax.machine.headroom import MAIN_MEMORY, Headroom
 
 WORKING_BYTES = 400 << 20
 """Compiled programs, one chunk of activations, one dequantized tile: measured below this on every model."""
@@ -98,7 +98,7 @@ class MemoryPlan:
         left = available - self.weights - self.working
         return max(0, left * self.context // max(1, self.cache))
 
-    def check(self, free: Headroom, advice: str = "use a machine with more memory") -> None:
+    def check(self, free: Headroom, advice: str = "") -> None:
         """Raises MemoryPlanError unless the plan fits what is free; an unknown size passes.
 
         Args:
@@ -107,6 +107,8 @@ class MemoryPlan:
         """
         if free.nbytes is None or self.total <= free.nbytes:
             return
+        is_limited = free.where == MAIN_MEMORY and free.origin
+        advice = advice or f"use a machine with more memory{', or raise that limit' if is_limited else ''}"
         fits = self.fitting_context(free.nbytes)
         if fits >= MIN_CONTEXT:
             advice = f"max_context={fits} would fit"

@@ -3,11 +3,13 @@
 import importlib.metadata
 import os
 import platform
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from qwen3_moe_jax.core.errors import BackendUnavailableError, MemoryPlanError
+from qwen3_moe_jax.machine import environment
 from qwen3_moe_jax.machine.headroom import Headroom, available_memory, main_memory
 from qwen3_moe_jax.machine.jax_devices import CARDS_VARIABLE, jax_devices, platforms_wanted
 from qwen3_moe_jax.machine.kernels import AUTO, KERNEL_JAX, choose_kernels
@@ -44,6 +46,7 @@ class Machine:
       nvidia_fault: why the driver lists none though it is there.
       hidden_cards: the setting that keeps JAX from cards that are there, such as ``JAX_PLATFORMS=cpu``.
       jax_platforms: platforms of JAX's devices.
+      environment: faults of environment variables (``environment.faults``).
       jax_error: why JAX does not start.
       wgpu_adapters: names of WebGPU adapters, hardware ones first.
       wgpu_hardware: whether the first is hardware.
@@ -56,6 +59,7 @@ class Machine:
     nvidia_fault: str = ""
     hidden_cards: str = ""
     jax_platforms: tuple[str, ...] = ()
+    environment: tuple[str, ...] = ()
     jax_error: str | None = None
     wgpu_adapters: tuple[str, ...] = ()
     wgpu_hardware: bool = False
@@ -107,10 +111,15 @@ def detect(adapters: Sequence[Adapter] = ()) -> Machine:
         nvidia_fault=nvidia.fault,
         hidden_cards=cards_are_hidden_by(),
         jax_platforms=platforms,
+        environment=tuple(environment.faults()),
         jax_error=jax_error,
         wgpu_adapters=tuple(a.summary for a in adapters),
         wgpu_hardware=any(not a.software for a in adapters),
     )
+
+
+_CARD = re.compile(r"\d|GPU-|MIG-")
+"""How CUDA's list of cards begins that are seen; it ends at the first word that names none."""
 
 
 def cards_are_hidden_by() -> str:
@@ -119,7 +128,7 @@ def cards_are_hidden_by() -> str:
     if wanted and not {"cuda", "gpu"} & set(wanted.split(",")):
         return f"{origin}={wanted}"
     visible = os.environ.get(CARDS_VARIABLE)
-    if visible is not None and visible.strip() in ("", "-1", "NoDevFiles"):
+    if visible is not None and not _CARD.match(visible.strip()):
         return f"{CARDS_VARIABLE}={visible!r}"
     return ""
 
@@ -135,18 +144,28 @@ def _jax() -> tuple[tuple[str, ...], str | None, Headroom]:
     """Platforms of JAX's devices, why there are none, and the memory of the first."""
     try:
         devices = jax_devices()
-    except BackendUnavailableError as error:
+    except (BackendUnavailableError, MemoryPlanError) as error:
         return (), str(error), main_memory()
     return tuple(d.platform for d in devices), None, available_memory(devices[0])
 
 
 def diagnose(machine: Machine) -> list[Diagnosis]:
-    """Judges the facts: software, NVIDIA GPU, WebGPU, in this order."""
-    return [_judge_software(machine), *_judge_nvidia(machine), _judge_wgpu(machine)]
+    """Judges the facts: software, environment, NVIDIA GPU, WebGPU, in this order."""
+    return [
+        _judge_software(machine),
+        *_judge_environment(machine),
+        *_judge_nvidia(machine),
+        _judge_wgpu(machine),
+    ]
 
 
 def _version_numbers(version: str) -> tuple[int, ...]:
     return tuple(int(n) for n in version.split(".")[:2] if n.isdigit())
+
+
+def _judge_environment(machine: Machine) -> list[Diagnosis]:
+    parts = (fault.rsplit(": ", 1) for fault in machine.environment)
+    return [Diagnosis("problem", "environment", what, advice) for what, advice in parts]
 
 
 def _judge_software(machine: Machine) -> Diagnosis:

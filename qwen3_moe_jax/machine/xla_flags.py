@@ -13,7 +13,7 @@ import sys
 from functools import cache
 from pathlib import Path
 
-from qwen3_moe_jax.core.errors import BackendUnavailableError
+from qwen3_moe_jax.core.errors import SettingError
 from qwen3_moe_jax.machine.folders import readable_cache
 from qwen3_moe_jax.machine.remembered import remember, remembered
 
@@ -31,12 +31,10 @@ _REFUSAL = re.compile(
 
 
 def check_xla_flags() -> None:
-    """Raises BackendUnavailableError for flags with which XLA would end this process."""
+    """Raises SettingError for flags with which XLA would end this process."""
     flags = os.environ.get(VARIABLE, "")
     if flags.strip() and not _has_started() and (refusal := _refusal(flags, flags_file(flags))):
-        raise BackendUnavailableError(
-            f"JAX does not start with {VARIABLE} ({refusal}): correct {VARIABLE} or unset it"
-        )
+        raise SettingError(f"JAX does not start with {VARIABLE} ({refusal}): correct {VARIABLE} or unset it")
 
 
 def _has_started() -> bool:

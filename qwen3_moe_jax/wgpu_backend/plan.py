@@ -1,7 +1,6 @@
 """What a model takes of a device's memory, worked out and checked before any upload."""
 
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +8,7 @@ from pathlib import Path
 from qwen3_moe_jax.convert.config import Qwen3MoeConfig
 from qwen3_moe_jax.convert.ggml_types import GGMLType
 from qwen3_moe_jax.core.errors import MemoryPlanError
+from qwen3_moe_jax.machine.environment import MEMORY_VARIABLE, parse_bytes
 from qwen3_moe_jax.machine.headroom import Headroom, main_memory
 from qwen3_moe_jax.machine.memory import MemoryPlan
 from qwen3_moe_jax.machine.nvidia import nvidia_gpus
@@ -16,14 +16,9 @@ from qwen3_moe_jax.wgpu_backend.adapter import AdapterReport, Tuning
 from qwen3_moe_jax.wgpu_backend.kernels import max_tiles
 from qwen3_moe_jax.wgpu_backend.weights import weight_nbytes
 
-MEMORY_VARIABLE = "QWEN3_MOE_WGPU_MEMORY"
-"""Environment variable: memory that the model may take, such as ``12GiB``, in place of what is found."""
-
 MAX_LOGIT_BYTES = 40 << 20
 SHARE_OF_MEMORY = 0.95
 """Share of the free memory that a model may take."""
-
-_UNITS = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
 
 
 @dataclass(frozen=True)
@@ -139,18 +134,6 @@ def free_memory(report: AdapterReport) -> Headroom:
     else:
         free = Headroom(_nvidia_memory(report.name) or _amd_memory(report.driver), report.name)
     return free if free.nbytes is None else free.with_nbytes(int(free.nbytes * SHARE_OF_MEMORY))
-
-
-def parse_bytes(text: str) -> int:
-    """``12GiB``, ``12G``, ``500 MB`` or plain bytes (units are powers of 1024).
-
-    Raises:
-      ValueError: not a size.
-    """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(?:i?b)?\s*", text.lower())
-    if match is None:
-        raise ValueError(f"{text!r} is no size: write for example 12GiB")
-    return int(float(match[1]) * _UNITS[match[2]])
 
 
 def _nvidia_memory(name: str) -> int | None:

@@ -7,7 +7,9 @@ import time
 
 import pytest
 
+from qwen3_moe_jax import cli
 from qwen3_moe_jax.core import interrupts
+from qwen3_moe_jax.core.exit_codes import ExitCode
 from qwen3_moe_jax.testing.terminal import SECONDS, Terminal, start
 
 QUICK = ("--backend", "reference", "--no-gate")
@@ -72,6 +74,20 @@ def test_an_interrupt_that_a_gc_callback_swallows_comes_again():
             collect_and_wait()
     finally:
         gc.callbacks.remove(callback)
+
+
+def test_a_system_that_gives_no_more_threads_is_one_line(monkeypatch, capsys):
+    """The first of a command is the one that hears of Ctrl-C: without it the work goes on."""
+
+    def refuses(thread):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(interrupts.threading.Thread, "start", refuses)
+    with interrupts.handled():
+        pass
+    assert cli.main(["generate", "--backend", "jax", "-n", "1", "x"]) == ExitCode.MEMORY
+    line = "qwen3-moe: the system gives this process no more threads: raise the limit (ulimit -v, "
+    assert capsys.readouterr().err.splitlines()[-1].startswith(line)
 
 
 def test_what_blocks_an_interrupt_is_named_and_the_next_one_ends_the_program():

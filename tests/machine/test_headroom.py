@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from qwen3_moe_jax.machine import headroom
 from qwen3_moe_jax.machine.headroom import Headroom, available_memory, device_headroom, main_memory
 
 MB = 10**6
@@ -145,6 +146,19 @@ def test_files_that_say_nothing_useful_are_no_limit(v2, path, text):
     assert v2.free().nbytes == HOST // 1024 * 1024
 
 
+def test_what_a_compiler_takes_is_kept(v2):
+    """Of address space also what threads reserve: XLA's end the process where they find none."""
+    kept = headroom.COMPILER_BYTES
+    free = main_memory(v2.root, {}, compiles=True)
+    assert free.nbytes == v2.free().nbytes - kept
+    assert f"beside {kept / 1e9:.2f} GB for the compiler" in str(free)
+    data = main_memory(v2.root, {"RLIMIT_DATA": 3000 * MB}, compiles=True)
+    assert data.nbytes == v2.free(RLIMIT_DATA=3000 * MB).nbytes - kept
+    space = main_memory(v2.root, {"RLIMIT_AS": 5000 * MB}, compiles=True)
+    assert space.kept >= kept + 9 * headroom.THREAD_ADDRESS_BYTES
+    assert space.nbytes == v2.free(RLIMIT_AS=5000 * MB).nbytes - space.kept
+
+
 def test_no_proc_at_all_asks_the_system(tmp_path):
     assert main_memory(tmp_path, {}).nbytes > 0
 
@@ -181,12 +195,12 @@ def test_a_gpu_has_what_its_allocator_can_get(stats, on_card, free, origin):
 
 
 def test_memory_of_a_device(monkeypatch):
-    from qwen3_moe_jax.machine import headroom
-
     monkeypatch.setattr(headroom, "free_on_card", {1: 500}.get)
     stats = {"bytes_limit": 10**6, "pool_bytes": 7}
     gpu = SimpleNamespace(platform="gpu", device_kind=GPU, local_hardware_id=1, memory_stats=lambda: stats)
     assert available_memory(gpu).nbytes == 507
     cpu = SimpleNamespace(platform="cpu")
-    monkeypatch.setattr(headroom, "main_memory", lambda: Headroom(3))
+    monkeypatch.setattr(
+        headroom, "main_memory", lambda **asked: Headroom(3) if asked == {"compiles": True} else None
+    )
     assert available_memory(cpu) == Headroom(3)

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from qwen3_moe_jax import cli, loader
-from qwen3_moe_jax.core.errors import BackendUnavailableError
+from qwen3_moe_jax.core.errors import BackendUnavailableError, MemoryPlanError, SettingError
 from qwen3_moe_jax.machine import jax_devices, probe
 from qwen3_moe_jax.machine.nvidia import NvidiaGpu
 from qwen3_moe_jax.machine.probe import Machine, diagnose
@@ -72,6 +72,35 @@ def test_a_variable_that_jax_cannot_read_is_named_and_not_the_platform(monkeypat
     assert "JAX_PLATFORMS" not in jax_devices.why_jax_does_not_start(RuntimeError("no"))
 
 
+@pytest.mark.parametrize(
+    ("error", "kind", "words"),
+    [
+        (
+            ValueError("invalid truth value 'x' for environment 'JAX_ENABLE_X64'"),
+            SettingError,
+            "JAX_ENABLE_X64",
+        ),
+        (
+            ValueError('Invalid value "x" for JAX flag jax_default_prng_impl'),
+            SettingError,
+            "JAX_DEFAULT_PRNG_IMPL",
+        ),
+        (ImportError("libjax_common.so: failed to map segment from shared object"), MemoryPlanError, "limit"),
+        (ImportError("no module named jax"), BackendUnavailableError, "no module named jax"),
+    ],
+)
+def test_a_jax_that_cannot_be_imported_is_one_line(monkeypatch, error, kind, words):
+    def fails(name):
+        raise error
+
+    monkeypatch.setattr(jax_devices, "platforms_wanted", lambda: ("", ""))
+    monkeypatch.setattr(jax_devices.importlib, "import_module", fails)
+    with pytest.raises(kind) as caught:
+        jax_devices.import_jax()
+    assert type(caught.value) is kind
+    assert words in str(caught.value)
+
+
 CARD = NvidiaGpu("NVIDIA H100", "580.1", "9.0", 80 << 30)
 
 
@@ -82,6 +111,8 @@ CARD = NvidiaGpu("NVIDIA H100", "580.1", "9.0", 80 << 30)
         ("", "", "CUDA_VISIBLE_DEVICES=''"),
         ("", "-1", "CUDA_VISIBLE_DEVICES='-1'"),
         ("cuda,cpu", "0", ""),
+        ("", "none", "CUDA_VISIBLE_DEVICES='none'"),
+        ("", "GPU-8932f937,1", ""),
         ("", None, ""),
     ],
 )

@@ -10,8 +10,8 @@ import pytest
 
 from qwen3_moe_jax.core.errors import BackendUnavailableError
 from qwen3_moe_jax.core.sampling import Sampling
+from qwen3_moe_jax.machine.environment import MEMORY_VARIABLE, parse_bytes
 from qwen3_moe_jax.wgpu_backend import adapter
-from qwen3_moe_jax.wgpu_backend.plan import MEMORY_VARIABLE, parse_bytes
 from tests.wgpu import gpu_work
 
 
