@@ -395,7 +395,7 @@ def test_errors_name_what_is_wrong(batch, golden):
 def test_slots_that_do_not_fit_say_what_they_cost_and_what_would(jax_runner, monkeypatch):
     from qwen3_moe_jax.machine import headroom
 
-    monkeypatch.setattr(headroom, "main_memory", lambda: headroom.Headroom(500 << 20))
+    monkeypatch.setattr(headroom, "main_memory", lambda **_: headroom.Headroom(500 << 20))
     with pytest.raises(
         MemoryPlanError,
         match=r"64 slots x 4608 positions takes .* GB .*main memory, 0\.52 GB free: \d+ slots .*would fit",

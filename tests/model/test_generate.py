@@ -129,12 +129,12 @@ def test_a_model_that_does_not_fit_says_the_plan_and_what_would(source, monkeypa
     from qwen3_moe_jax.core.errors import MemoryPlanError
     from qwen3_moe_jax.machine import headroom
 
-    monkeypatch.setattr(headroom, "main_memory", lambda: headroom.Headroom(450 << 20))
+    monkeypatch.setattr(headroom, "main_memory", lambda **_: headroom.Headroom(450 << 20))
     with pytest.raises(
         MemoryPlanError, match=r"weights 0\.01 GB .* main memory, 0\.47 GB free: max_context=\d+ would fit"
     ):
         JaxRunner(source, max_context=4096 * 4)
-    monkeypatch.setattr(headroom, "main_memory", lambda: headroom.Headroom(1 << 20))
+    monkeypatch.setattr(headroom, "main_memory", lambda **_: headroom.Headroom(1 << 20))
     with pytest.raises(MemoryPlanError, match="use a machine with more memory"):
         JaxRunner(source)
 

@@ -96,7 +96,7 @@ def test_no_room_for_logits_is_one_line(source, text_ids):
 @pytest.mark.parametrize("backend", ["reference", "jax"])
 def test_a_backend_that_does_not_fit_is_one_line_and_exit_code_3(is_large, backend, monkeypatch, capsys):
     place = loader if backend == "reference" else headroom
-    monkeypatch.setattr(place, "main_memory", lambda: headroom.Headroom(1 << 20))
+    monkeypatch.setattr(place, "main_memory", lambda **_: headroom.Headroom(1 << 20))
     arguments = ["--backend", backend, "--tokens", "64", "--clause", "STAGES-001"]
     assert cli.main(["verify", *arguments]) == 3
     error = capsys.readouterr().err
