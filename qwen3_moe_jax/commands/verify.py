@@ -105,6 +105,7 @@ def run(args: argparse.Namespace) -> int:
         show_finding(finding, notes=args.json)
 
     with open_model(loader.model_path(args.model)) as source, closing(waits):
+        loader.start_gpu()
         targets = args.backend or default_targets(is_split=args.mesh is not None)
         runners = unloaded_runners(source, targets, args)
         report = verify(
@@ -146,6 +147,7 @@ def unloaded_runners(source: ModelSource, targets: Sequence[str], args: argparse
         on_gpu = backend == "jax" and loader.jax_sees_gpu()
         if on_gpu:  # what the first clauses wait for is compiled beside the load
             options |= {"first_prompt": PROMPT_TOKENS, "first_forward": first_forward(source)}
+            options |= {"others_follow": False}
         runners.append(Unloaded(partial(loader.make_runner, source, backend, **options), context, on_gpu))
     return runners
 
@@ -155,9 +157,9 @@ def _show(text: str, style: str | None = None, *, notes: bool) -> None:
 
 
 def show_finding(finding: Finding, *, notes: bool = False) -> None:
-    """One line, as soon as it is known; on standard error if ``notes``."""
+    """One line with the seconds of waiting, as soon as it is known; on standard error if ``notes``."""
     mark, style = MARKS[finding.verdict]
-    rest = f"  {finding.clause:<16} {finding.subject:<18} {finding.note}"
+    rest = f"  {finding.clause:<16} {finding.subject:<18} {finding.seconds:5.1f} s  {finding.note}"
     terminal.show_styled((f"{mark:4}", style), (rest, None), notes=notes)
 
 

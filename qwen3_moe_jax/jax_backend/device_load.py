@@ -139,6 +139,7 @@ class Checks:
 
     def add(self, target: Target, first_row: int, bad: jax.Array) -> None:
         """Notes what a piece's program says, which is not waited for."""
+        bad.copy_to_host_async()
         self._found.append((target, first_row, bad))
 
     def raise_first(self) -> None:

@@ -32,6 +32,7 @@ from qwen3_moe_jax.jax_backend.settings import own_settings
 from qwen3_moe_jax.jax_backend.wanted import Wanted
 from qwen3_moe_jax.kernels_pallas import LayerTable
 from qwen3_moe_jax.kernels_pallas.packed.stacks import Roles, abstract_packed
+from qwen3_moe_jax.machine.threads import SHORT_TURN, shares_the_lock
 
 Params = dict[str, Any]
 """The model's parameters: "layers" is a ``LayerTable``; "embed_tokens", "norm", "lm_head" stand alone."""
@@ -185,15 +186,19 @@ def load_on_device(
     shapes, targets = device_plan(source, roles)
     table = shapes["layers"]
     packed = _packed_of(shapes)
-    with ThreadPoolExecutor(LOAD_COMPILERS, thread_name_prefix="programs") as pool:
+    with shares_the_lock(SHORT_TURN), ThreadPoolExecutor(LOAD_COMPILERS + 1, "programs") as pool:
         for wanted in wanted_programs(source, targets, packed):
             pool.submit(_prepare, wanted)
+        small = pool.submit(_vectors, source, table)
         stacks: dict[str, Any] = allocate(packed)
-        vectors, done = _vectors(source, table)
+        done = 0
         for nbytes in load_stacks(source, targets, stacks, device):
             done += nbytes
             if progress:
                 progress(done, source.nbytes)
+        vectors, nbytes = small.result()
+        if progress:
+            progress(done + nbytes, source.nbytes)
     found = {**stacks, **jax.device_put(vectors, device)}
     layers = LayerTable({name: found[name] for name in table.stacks}, table.tensors)
     return {**{name: found[name] for name in shapes if name != "layers"}, "layers": layers}

@@ -13,7 +13,6 @@ A compilation cannot be interrupted: ``close`` lets the one under way end, and b
 """
 
 import os
-import sys
 import threading
 import time
 import weakref
@@ -27,6 +26,7 @@ from qwen3_moe_jax.jax_backend.compile_clock import in_background
 from qwen3_moe_jax.jax_backend.program_farm import MAX_WORKERS, asking, farm
 from qwen3_moe_jax.jax_backend.settings import own_settings
 from qwen3_moe_jax.jax_backend.wanted import Wanted
+from qwen3_moe_jax.machine.threads import SHORT_TURN, shares_the_lock
 
 IDLE_SECONDS = 1.0
 """A model that has written nothing for so long is idle: a command that ends, ends before."""
@@ -36,9 +36,6 @@ LOOK_SECONDS = 0.5
 
 FIRST_THREADS = 4
 """That load or compile what the first tokens need, beside the one that traces and lowers."""
-
-SWITCH_SECONDS = 5e-5
-"""For so long a thread that lowers in the background keeps the interpreter from one that begins to write."""
 
 NICENESS = 10
 """Of the thread that makes what nobody waits for."""
@@ -51,17 +48,6 @@ def is_compiling() -> bool:
     return any(preparation.is_compiling for preparation in _all)
 
 
-@contextmanager
-def _short_turns() -> Generator[None]:
-    """Meanwhile threads give the interpreter to each other soon."""
-    before = sys.getswitchinterval()
-    sys.setswitchinterval(min(before, SWITCH_SECONDS))
-    try:
-        yield
-    finally:
-        sys.setswitchinterval(before)
-
-
 class Preparation:
     """Makes the programs of one session in the background.
 
@@ -69,7 +55,10 @@ class Preparation:
       wanted: all of them.
       is_compiling: whether one is being compiled.
       are_kept: whether they are kept for later processes.
+      goes_on: whether those that were not begun are made when the first token is there.
     """
+
+    goes_on = True
 
     def __init__(self, wanted: Sequence[Wanted], *, only_when_idle: bool = True, are_kept: bool = True):
         """Takes the list of programs.
@@ -95,19 +84,21 @@ class Preparation:
         """How many are in memory."""
         return sum(wanted.is_ready for wanted in self.wanted)
 
-    def begin(self, first: Sequence[Wanted], *, compiles: bool) -> None:
+    def begin(self, first: Sequence[Wanted], *, compiles: bool, may_be_here: bool = True) -> None:
         """Makes what the first tokens need, now and side by side.
 
         Args:
           first: what takes longest first; where other processes compile, this one makes the first of them.
           compiles: also what is not on disk.
+          may_be_here: whether this process does so though others are there.
         """
         for number, wanted in enumerate(first):
-            self._lowering.submit(self._begin, wanted, compiles, may_be_here=number == 0)
+            is_here = may_be_here and number == 0
+            self._lowering.submit(self._begin, wanted, compiles, may_be_here=is_here)
 
     def begin_elsewhere(self, more: Sequence[Wanted]) -> None:
         """Lets other processes make programs, where there are any; this one goes on with its work."""
-        programs.start_compilers(sum(wanted.is_missing for wanted in more))
+        programs.start_compilers(sum(wanted.is_missing for wanted in more), here=0)
         if farm().count:
             self._others = self._others or ThreadPoolExecutor(MAX_WORKERS, thread_name_prefix="programs")
             for wanted in more:
@@ -138,7 +129,13 @@ class Preparation:
 
     def go_on(self) -> None:
         """The first token is there: the others may be made, if a later process will find them on disk."""
-        if self.wanted and self._worker is None and self.are_kept and programs.keeps_on_disk():
+        if (
+            self.goes_on
+            and self.wanted
+            and self._worker is None
+            and self.are_kept
+            and programs.keeps_on_disk()
+        ):
             self._worker = threading.Thread(target=self._make_the_rest, name="programs")
             self._worker.start()
 
@@ -182,7 +179,7 @@ class Preparation:
 
     def _make_one_of_the_rest(self, wanted: Wanted, *, compiles: bool) -> None:
         if not wanted.is_ready and self._may_go_on():
-            with _short_turns():
+            with shares_the_lock(SHORT_TURN):
                 self._make(wanted, compiles, may_be_here=not farm().count)
 
     def _may_go_on(self) -> bool:

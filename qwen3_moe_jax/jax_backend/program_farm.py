@@ -284,9 +284,9 @@ def farm() -> Farm:
     return _farm
 
 
-def start_workers(store: ProgramStore, missing: int, needed: int) -> None:
+def start_workers(store: ProgramStore, missing: int, needed: int, here: int) -> None:
     """Starts as many workers for this machine's default device as ``workers_for`` says."""
-    if count := workers_for(jax.devices()[0], missing, needed):
+    if count := workers_for(jax.devices()[0], missing, needed, here):
         settings = {name: value for name, value in jax.config.values.items() if _is_plain(name, value)}
         place = {"store": str(store.folder.absolute()), "max_bytes": store.max_bytes}
         _farm.start(count, {**place, "settings": settings})
@@ -297,13 +297,14 @@ def _is_plain(name: str, value: Any) -> bool:
     return changes_programs(name) and (value is None or isinstance(value, bool | int | float | str))
 
 
-def workers_for(device: Device, missing: int, needed: int = 0) -> int:
-    """How many workers make so many long programs; one of them this process makes itself.
+def workers_for(device: Device, missing: int, needed: int = 0, here: int = 1) -> int:
+    """How many workers make so many long programs.
 
     Args:
       device: that programs are for.
       missing: long programs that are not on disk.
       needed: bytes of the device's memory that this process is going to take.
+      here: how many of them this process makes itself.
     """
     asked = os.environ.get(VARIABLE, "").strip()
     if os.name != "posix":
@@ -318,4 +319,4 @@ def workers_for(device: Device, missing: int, needed: int = 0) -> int:
     needed = max(0, needed - max(0, stats.get("pool_bytes", 0) - stats.get("bytes_in_use", 0)))
     by_host = MAX_WORKERS if host is None else host // 2 // HOST_BYTES
     by_card = 0 if card is None else (card - needed) // DEVICE_BYTES
-    return max(0, min(missing - 1, MAX_WORKERS, processors() // 2, by_host, by_card))
+    return max(0, min(missing - here, MAX_WORKERS, processors() // 2, by_host, by_card))

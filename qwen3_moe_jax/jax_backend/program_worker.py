@@ -70,6 +70,8 @@ def _answer(handle: Any, line: bytes) -> str:
 def _import() -> None:
     """What takes longest, before the parent knows what it needs; of a card nothing is taken yet."""
     importlib.import_module("qwen3_moe_jax.jax_backend.session_programs")
+    importlib.import_module("qwen3_moe_jax.jax_backend.model")  # Flax
+    importlib.import_module("qwen3_moe_jax.kernels_pallas.decode_step.api")  # Mosaic
 
 
 def _start(hello: dict[str, Any]) -> None:

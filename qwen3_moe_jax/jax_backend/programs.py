@@ -121,7 +121,7 @@ def trouble() -> list[str]:
     return [*(_store.trouble if _store is not None else ()), *farm().trouble]
 
 
-def start_compilers(missing: int, needed: int = 0) -> None:
+def start_compilers(missing: int, needed: int = 0, here: int = 1) -> None:
     """Lets other processes compile long programs from now on, where several are missing.
 
     Of no effect where programs are not kept on disk, for that is the way from them to this process.
@@ -129,9 +129,10 @@ def start_compilers(missing: int, needed: int = 0) -> None:
     Args:
       missing: long programs that are not on disk.
       needed: bytes of the device's memory that this process is going to take.
+      here: how many of them this process makes itself.
     """
     if missing and _store is not None and not _store.is_read_only:
-        start_workers(_store, missing, needed)
+        start_workers(_store, missing, needed, here)
 
 
 def named_program(name: str) -> "Program":

@@ -107,6 +107,7 @@ class JaxRunner:
         progress: ProgressCallback | None = None,
         first_prompt: int | None = None,
         first_forward: FirstForward | None = None,
+        others_follow: bool = True,
     ):
         """Loads the weights.
 
@@ -125,6 +126,7 @@ class JaxRunner:
             weights are loaded. None is not known: those on disk are loaded, and no others made.
           first_forward: of the first ``forward``, the tokens, the stages that it captures and its layers: its
             program is made at the same time, unless it is on disk.
+          others_follow: whether prompts of other sizes may come, whose programs are made after the load.
 
         Raises:
           BackendUnavailableError: JAX does not start, or the device does not run these kernels.
@@ -143,6 +145,7 @@ class JaxRunner:
         self._types = dict(source.types)
         self._mesh = place.describe(source)
         self.plan = place.plan(source, cache_length(self.max_context), self.cache_dtype.itemsize)
+        has_spares = first_prompt is not None and self._take_spare_workers()
         native = Native.begin(
             self.device, kernels, compute_dtype is not None, is_split=place.shards is not None
         )
@@ -155,7 +158,8 @@ class JaxRunner:
         self._session = Session.of(model, source.types, self.device, self.max_context, self.cache_dtype)
         self.decoder = self._session.decoder
         self.preparation = self._preparation_of(self._session)
-        stored = self._begin_preparation(first_prompt, first_forward)
+        self.preparation.goes_on = others_follow
+        stored = self._begin_preparation(first_prompt, first_forward, has_spares)
         # a device takes in one program at a time, and those of the load go first
         progress = at_first(lambda: self.preparation.begin(stored, compiles=False), progress)
         try:
@@ -163,24 +167,34 @@ class JaxRunner:
         except BaseException:
             self.preparation.close()
             raise
+        if has_spares and others_follow:
+            self.preparation.begin_elsewhere([w for w in self.preparation.wanted if w.is_missing])
         self._spare: Batch | None = None
         self._spare_tokens: list[int] = []  # whose keys and values its row holds
         self._record = Record()
 
-    def _begin_preparation(self, prompt: int | None, check: FirstForward | None) -> list[Wanted]:
+    def _take_spare_workers(self) -> bool:
+        """Lets spares start their device while this process finds out what is missing; returns whether."""
+        programs.start_compilers(count := spare_workers.count(), self.plan.total, here=0)
+        return count > 0 and farm().count > 0
+
+    def _begin_preparation(
+        self, prompt: int | None, check: FirstForward | None, has_spares: bool
+    ) -> list[Wanted]:
         """Compiles what the first tokens and the check of a file need; returns what is on disk already."""
         first = self._session.first(prompt or 1)
         begun = [] if prompt is None else list(first)
         if check is not None and programs.keeps_on_disk():
             begun.insert(0, self._session.forward(*check))  # lowered soonest; its kernels are a prompt's
         missing = [wanted for wanted in begun if not wanted.is_stored]
-        programs.start_compilers(sum(wanted.program.is_long for wanted in missing), self.plan.total)
+        count = sum(wanted.program.is_long for wanted in missing)
+        if not has_spares:
+            programs.start_compilers(count, self.plan.total)
         spare_workers.end()
-        if farm().count:  # this process makes the first one, and ``describe`` traces that of tokens here
+        if farm().count:  # what takes longest first; ``describe`` traces it here, too
             missing.sort(key=lambda wanted: wanted.program is not generate.decode)
-        self.preparation.begin(missing, compiles=True)
-        needed = self.preparation.wanted if self.platform == "gpu" else first
-        return [wanted for wanted in needed if wanted.is_stored]
+        self.preparation.begin(missing, compiles=True, may_be_here=farm().count < count)
+        return [w for w in (self.preparation.wanted if self.platform == "gpu" else first) if w.is_stored]
 
     def _preparation_of(self, session: Session) -> Preparation:
         return Preparation(

@@ -18,8 +18,8 @@ from qwen3_moe_jax.machine.threads import processors
 
 MIN_PROCESSORS = 4
 
-SPARES = 3
-"""What the first tokens and the check of a file wait for are three long programs."""
+SPARES = 5
+"""The long programs of a session of one sequence, the check of a file among them, are five."""
 
 _lock = threading.Lock()
 _spares: list[subprocess.Popen[bytes]] = []
@@ -31,7 +31,8 @@ def begin(folder: Path) -> None:
     Failures are left to whoever takes one.
     """
     asked = os.environ.get(VARIABLE, "").strip()
-    count = int(asked) if asked.isdigit() else SPARES if processors() >= MIN_PROCESSORS else 0
+    few = processors() // 2 if processors() >= MIN_PROCESSORS else 0
+    count = int(asked) if asked.isdigit() else few
     if os.name != "posix" or next(folder.glob("*.program"), None) is not None:
         return
     with _lock:
@@ -56,6 +57,11 @@ def spawned(command: list[str] | None = None) -> "subprocess.Popen[bytes]":
         stderr=subprocess.DEVNULL,
         env=child_environment(**changes),
     )
+
+
+def count() -> int:
+    """How many there are."""
+    return len(_spares)
 
 
 def taken() -> "subprocess.Popen[bytes] | None":

@@ -24,8 +24,11 @@ VARIABLE = "QWEN3_MOE_CORES"
 T = TypeVar("T")
 R = TypeVar("R")
 
-MAX_WORKERS = 4
-"""More would only wait for the interpreter's lock: four dequantize 1.7 times as fast as one."""
+MAX_WORKERS = 16
+"""Each calls NumPy about ten times per millisecond of work: more would wait for the interpreter's lock."""
+
+SHORT_TURN = 5e-5
+"""For so long a thread of Python code keeps the lock from one that feeds a device, while that matters."""
 
 SWITCH_SECONDS = 0.0005
 """How long a thread of Python code may keep the lock from others while ``shares_the_lock`` is entered."""
@@ -111,9 +114,9 @@ class Workers:
         self._pool = ThreadPoolExecutor(count, thread_name_prefix="worker") if count > 1 else None
 
     @classmethod
-    def one_a_core(cls) -> "Workers":
-        """As many as the machine has cores, up to MAX_WORKERS."""
-        return cls(min(MAX_WORKERS, os.cpu_count() or 1))
+    def one_a_processor(cls, maximum: int = MAX_WORKERS) -> "Workers":
+        """As many as this process may keep busy, up to ``maximum``."""
+        return cls(min(maximum, processors()))
 
     def map(self, function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
         """Results in the order of ``items``."""
@@ -125,14 +128,17 @@ ALONE = Workers(1)
 
 
 @contextmanager
-def shares_the_lock() -> Generator[None, None, None]:
+def shares_the_lock(seconds: float = SWITCH_SECONDS) -> Generator[None, None, None]:
     """Threads of short NumPy calls get on beside one that is pure Python, as the tracing of a program is.
 
     By default such a thread gives the interpreter's lock away after 5 ms, and each call of the others
     waits as long.
+
+    Args:
+      seconds: for so long it may keep the lock, or for less where that was so before.
     """
     before = sys.getswitchinterval()
-    sys.setswitchinterval(SWITCH_SECONDS)
+    sys.setswitchinterval(min(before, seconds))
     try:
         yield
     finally:

@@ -21,6 +21,7 @@ from qwen3_moe_jax.jax_backend.params import device_params
 from qwen3_moe_jax.jax_backend.preparation import Preparation
 from qwen3_moe_jax.jax_backend.runner import JaxRunner
 from qwen3_moe_jax.jax_backend.session_programs import Session
+from qwen3_moe_jax.machine.threads import SHORT_TURN
 from qwen3_moe_jax.testing.random_models import SMALL
 
 ROOT = Path(__file__).parents[2]
@@ -216,7 +217,7 @@ def test_threads_take_short_turns_while_one_is_compiled_in_the_background(kept):
     preparation = Preparation([wanted])
     preparation.go_on()
     preparation._worker.join()
-    assert found[0] == pytest.approx(preparation_module.SWITCH_SECONDS)
+    assert found[0] == pytest.approx(SHORT_TURN)
     assert sys.getswitchinterval() == before
 
 
@@ -284,7 +285,9 @@ def test_a_gpu_starts_beside_the_opening_of_a_file(monkeypatch, tmp_path):
 def test_what_is_on_disk_is_loaded_after_what_the_load_itself_needs(source, monkeypatch):
     """A GPU takes in one program at a time: those that unpack weights came after those that write tokens."""
     order: list[str] = []
-    monkeypatch.setattr(Preparation, "begin", lambda self, first, *, compiles: order.append(f"{compiles}"))
+    monkeypatch.setattr(
+        Preparation, "begin", lambda self, first, *, compiles, **_: order.append(f"{compiles}")
+    )
     runner = JaxRunner(source, max_context=64, progress=lambda done, total: order.append("weights"))
     runner.close()
     assert order[:3] == ["True", "False", "weights"]
