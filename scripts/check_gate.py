@@ -18,7 +18,7 @@ import platform
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -36,7 +36,7 @@ from qwen3_moe_jax.core.code_version import code_version
 from qwen3_moe_jax.parity import gate
 from qwen3_moe_jax.parity.metrics import cosine
 from qwen3_moe_jax.parity.noise import FLOAT32_MAX, ROUNDING, careful_sigma
-from qwen3_moe_jax.reference import ReferenceRunner, model
+from qwen3_moe_jax.reference import ReferenceRunner, model, ops
 from qwen3_moe_jax.testing.random_models import (
     SMALL,
     Style,
@@ -133,7 +133,7 @@ def rounded_once(source: ModelSource, ids: np.ndarray, expert_ids: np.ndarray) -
     def once(product: Callable[..., np.ndarray]) -> Callable[..., np.ndarray]:
         return lambda *arguments: product(*arguments).astype(np.float32).astype(np.float64)
 
-    return _with_products(source, ids, expert_ids, once(model.matmul), once(model.expert_matmul))
+    return _with_products(source, ids, expert_ids, once(ops.matmul), once(ops.expert_matmul))
 
 
 def with_noise(source: ModelSource, ids: np.ndarray, expert_ids: np.ndarray, operand: float) -> np.ndarray:
@@ -143,7 +143,7 @@ def with_noise(source: ModelSource, ids: np.ndarray, expert_ids: np.ndarray, ope
       source, ids, expert_ids: as of ``ReferenceRunner.forward``.
       operand: relative precision to which the backend rounds operands (``noise.ROUNDING``).
     """
-    rng, exact, exact_experts = np.random.default_rng(len(ids)), model.matmul, model.expert_matmul
+    rng, exact, exact_experts = np.random.default_rng(len(ids)), ops.matmul, ops.expert_matmul
 
     def noise(x: np.ndarray, weight: PackedTensor) -> np.ndarray:
         return rng.standard_normal((len(x), weight.shape[0])) * careful_sigma(x, weight, operand)
@@ -165,7 +165,16 @@ def _with_products(
     matmul: Callable[..., np.ndarray],
     expert_matmul: Callable[..., np.ndarray],
 ) -> np.ndarray:
-    with mock.patch.multiple(model, matmul=matmul, expert_matmul=expert_matmul):
+    def fill(texts: Sequence[ops.ChosenExperts], projections: Sequence[PackedTensor], _workers: Any) -> None:
+        gate, up, down = projections
+        for text in texts:
+            inputs = np.repeat(text.h[:, None], text.ids.shape[1], axis=1)
+            text.gate[...] = expert_matmul(inputs, gate, text.ids)
+            text.up[...] = expert_matmul(inputs, up, text.ids)
+            text.act[...] = ops.silu(text.gate) * text.up
+            text.down[...] = expert_matmul(text.act, down, text.ids)
+
+    with mock.patch.multiple(model, matmul=matmul, fill_experts=fill):
         return ReferenceRunner(source, dtype=np.float64).forward(ids, expert_ids=expert_ids).logits
 
 

@@ -21,7 +21,7 @@ from qwen3_moe_jax.core.stages import INSIDE_EXPERTS, STAGES, StageKey
 from qwen3_moe_jax.parity.expectations import Expectation
 from qwen3_moe_jax.parity.judge import Judgement, StageJudge
 from qwen3_moe_jax.parity.noise import MAX_SIGMAS, ROUNDING
-from qwen3_moe_jax.reference.model import rms_norm, softmax
+from qwen3_moe_jax.reference.ops import rms_norm, softmax
 
 MATCHING_SHARE = 0.99
 """Share of the values that a suspicion has to explain."""

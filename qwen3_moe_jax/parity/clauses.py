@@ -50,6 +50,7 @@ class Finding:
       figure, bound: what was measured and what was promised; None where not applicable.
       note: one line for people.
       figures: further figures for the receipt.
+      seconds: that were waited for it; what others had made already takes none.
     """
 
     clause: str
@@ -59,6 +60,7 @@ class Finding:
     bound: float | None
     note: str
     figures: Mapping[str, Any] = field(default_factory=dict)
+    seconds: float = 0.0
 
 
 def conclude(
@@ -301,7 +303,7 @@ def check_decode(clause: Clause, evidence: Evidence) -> Finding:
 
 def check_determinism(clause: Clause, evidence: Evidence) -> Finding:
     """DETERMINISM-001: logits and written tokens twice; batches, where they are promised the same bits."""
-    first, second = evidence.free.checksums, evidence.again.checksums
+    first, second = evidence.free.checksums, evidence.again
     different = int((first != second).sum()) if first.shape == second.shape else first.size
     written = evidence.write()
     different += sum(a != b for a, b in zip(evidence.written, written, strict=False))

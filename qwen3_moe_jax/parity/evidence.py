@@ -47,6 +47,10 @@ SINGLE_TOKENS = 6
 WRITTEN_TOKENS = 24
 PROMPT_TOKENS = 24
 
+LAYERS_AT_A_TIME = 3
+"""Layers of a large model that are judged side by side, where there are more workers than that: each reads
+its weights, and compares, while workers multiply for the others."""
+
 BATCHES = (2, 8, 16)
 BATCH_TOKENS = 8
 DECODED_TOKENS = 24
@@ -116,7 +120,7 @@ class Oracle:
         self.text_ids = np.asarray(text_ids, np.int32)
         self.is_small = source.nbytes <= SMALL_MODEL_BYTES
         self.dtype = np.float64 if self.is_small else np.float32
-        self.workers = ALONE if self.is_small else Workers.one_a_core()
+        self.workers = ALONE if self.is_small else Workers.one_a_processor()
         row = 4 * source.config.vocab_size
         stride = max(1, MAX_LOGIT_BYTES // row)
         if len(self.text_ids) > stride:  # windows of one length, a power of two, so that they share programs
@@ -131,12 +135,9 @@ class Oracle:
     @once
     def text(self) -> Forward:
         """The text, with router logits; logits that take much lie in a file, not in memory."""
-        runs = []
         logits = self._room_for_logits()
-        for window in self.windows:
-            run = self.runner.forward(self.text_ids[window], capture=("ffn_moe_logits",))
-            logits[window] = run.logits
-            runs.append(Forward(run.logits[:0], run.expert_ids, run.stages))
+        texts, rooms = ([array[window] for window in self.windows] for array in (self.text_ids, logits))
+        runs = self.runner.forwards(texts, rooms, capture=("ffn_moe_logits",))
         stages = {key: np.concatenate([run.stages[key] for run in runs]) for key in runs[0].stages}
         return Forward(logits, np.concatenate([run.expert_ids for run in runs], axis=1), stages)
 
@@ -176,14 +177,21 @@ class Evidence:
       runner: the backend.
       facts: its ``describe()``.
       resident: the process's memory since before the backend was loaded; None where that is not known.
+      load_seconds: that its load took; 0 where it was loaded before.
       in_batches: a few tokens one by one, by the size of the batch in whose middle they run.
     """
 
-    def __init__(self, oracle: Oracle, runner: Runner, resident: ResidentPeak | None = None):
+    def __init__(
+        self,
+        oracle: Oracle,
+        runner: Runner,
+        resident: ResidentPeak | None = None,
+        load_seconds: float = 0.0,
+    ):
         self.oracle = oracle
         self.runner = runner
         self.facts = runner.describe()
-        self.resident = resident
+        self.resident, self.load_seconds = resident, load_seconds
         self.in_batches: Mapping[int, Lazily[Forward]] = {
             size: Lazily(partial(self._in_batch, size)) for size in (1, *BATCHES)
         }
@@ -247,10 +255,11 @@ class Evidence:
         return self._run_text()
 
     @once
-    def again(self) -> TextRun:
-        """``free`` a second time."""
+    def again(self) -> np.ndarray:
+        """``free`` a second time: its checksums."""
         _ = self.free  # whose programs this takes
-        return self._run_text()
+        windows = (self.oracle.text_ids[window] for window in self.oracle.windows)
+        return np.concatenate([checksums(self.runner.forward(ids).logits) for ids in windows])
 
     @once
     def replayed(self) -> TextRun:
@@ -264,7 +273,7 @@ class Evidence:
             forced = None if expert_ids is None else expert_ids[:, window]
             forward = self.runner.forward(ids, capture=capture, expert_ids=forced)
             part = TextRun(
-                LogitDistance.of(self.oracle.text.logits[window], forward.logits),
+                LogitDistance.of(self.oracle.text.logits[window], forward.logits, self.oracle.workers),
                 forward.expert_ids,
                 stacked(forward, *capture) if capture else None,
                 checksums(forward.logits),
@@ -354,7 +363,7 @@ class Evidence:
 
     def _judge(self, ids: np.ndarray, forward: Forward, **options) -> list[Judgement]:
         judge = StageJudge(self.source, self.facts, ids, forward, workers=self.oracle.workers, **options)
-        return list(judge.judgements())
+        return judge.side_by_side(LAYERS_AT_A_TIME if self.oracle.workers.count > LAYERS_AT_A_TIME else 1)
 
     @once
     def written(self) -> list[int]:

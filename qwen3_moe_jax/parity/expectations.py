@@ -15,26 +15,20 @@ from qwen3_moe_jax.core.stages import STAGES, StageKey
 from qwen3_moe_jax.machine.threads import ALONE, Workers
 from qwen3_moe_jax.parity.noise import (
     FLOAT32,
-    INT15,
     MAX_SIGMAS,
     ROUNDING,
     SMALLEST_NORMAL,
-    careful_sigma,
-    plain_sigma,
-    rounded,
     swiglu_sigma,
     within_float32,
 )
-from qwen3_moe_jax.reference.model import (
+from qwen3_moe_jax.parity.products import MAX_SILU_SLOPE, coherent_spread, products
+from qwen3_moe_jax.reference.ops import (
     ROWS_AT_A_TIME,
     apply_rope,
     rms_norm,
     silu,
     softmax,
 )
-
-MAX_SILU_SLOPE = 1.1
-"""The derivative of silu is at most 1.0999."""
 
 
 @dataclass(frozen=True)
@@ -341,47 +335,18 @@ class Expectations:
         act = silu(gate) * up
         slope = MAX_SILU_SLOPE * np.abs(up)
         variance = (slope * gate_sigma) ** 2 + (silu(gate) * up_sigma) ** 2 + swiglu_sigma(gate, up) ** 2
-        down, own = self._dense(act, down_proj)
-        dense = dequantize(down_proj).astype(np.float64)
-        spread = variance @ (dense * dense).T
+        down, own, spread = products(act, down_proj, self.operand, careful=self.careful, variance=variance)
         if self.careful:  # equal rows of gate and up have equal errors
-            spread = self._coherent_spread(x, (gate_proj, up_proj), (gate, up), dense) + spread
+            matrices = gate_proj, up_proj, down_proj
+            spread = coherent_spread(x, matrices, (gate, up), self.operand) + spread
         return down, own**2 + spread
-
-    def _coherent_spread(
-        self,
-        x: np.ndarray,
-        projections: tuple[PackedTensor, PackedTensor],
-        true: tuple[np.ndarray, np.ndarray],
-        down: np.ndarray,
-    ) -> np.ndarray:
-        """Variance [T, N] of an expert's output where the errors of its inner channels are alike.
-
-        Float32 sums: the errors of all channels of one sign. Rounded operands: what
-        rounding x, and x and the weights, does to the output.
-        """
-        gate, up = true
-        sigmas = [careful_sigma(x, p, FLOAT32) for p in projections]
-        error = MAX_SILU_SLOPE * np.abs(up) * sigmas[0] + np.abs(silu(gate)) * sigmas[1]
-        spread = (error @ np.abs(down).T) ** 2
-        if self.operand <= FLOAT32:
-            return spread
-        dense = [dequantize(p, np.float64) for p in projections]
-        near = rounded(x, self.operand)
-        also = [] if self.operand == INT15 else [[rounded(w, self.operand) for w in dense]]
-        for matrices in (dense, *also):
-            gate_near, up_near = (near @ w.T for w in matrices)
-            spread += ((silu(gate_near) * up_near - silu(gate) * up) @ down.T) ** 2
-        return spread
 
     def _dense(
         self, x: np.ndarray, weight: PackedTensor, operand: float | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
         """Product and sigma with every row of one matrix."""
         operand = self.operand if operand is None else operand
-        dense = dequantize(weight).astype(np.float64)
-        sigma = careful_sigma(x, weight, operand) if self.careful else plain_sigma(x, dense, operand)
-        return x @ dense.T, sigma
+        return products(x, weight, operand, careful=self.careful)[:2]
 
     def embedding(self) -> Expectation:
         value = dequantize(self.weight("embed_tokens")[self.token_ids[self.tokens]]).astype(np.float64)

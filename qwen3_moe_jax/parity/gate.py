@@ -21,6 +21,7 @@ from qwen3_moe_jax.core.errors import ParityError
 from qwen3_moe_jax.core.runner import Runner
 from qwen3_moe_jax.machine.folders import readable_cache
 from qwen3_moe_jax.machine.remembered import remember, remembered
+from qwen3_moe_jax.machine.threads import Workers, one_thread_per_product
 from qwen3_moe_jax.parity.judge import FUSED_STAGES, Judgement, StageJudge
 
 TOKENS = 4
@@ -29,6 +30,9 @@ JUDGED_ROWS = 128
 
 FEW_LAYERS = 8
 """A model of no more layers runs whole: its time is compilation, of a program that verify needs too."""
+
+WORKERS = 4
+"""Threads that judge: a layer of Qwen3-30B-A3B is 50 million weights of 16 experts."""
 
 CACHE_NAME = "gates.json"
 
@@ -91,8 +95,10 @@ def inspect(runner: Runner, source: ModelSource) -> GateResult:
         layers=layers,
         max_rows=JUDGED_ROWS,
         max_tokens=JUDGED_TOKENS,
+        workers=Workers.one_a_processor(WORKERS),
     )
-    judgements = list(judge.judgements())
+    with one_thread_per_product():
+        judgements = list(judge.judgements())
     departures = tuple(j for j in judgements if j.departs)
     return GateResult(layers, len(judgements), departures, time.perf_counter() - began)
 

@@ -15,7 +15,9 @@ holds for weights of any kind.
 """
 
 from collections.abc import Iterator
+from copy import copy
 from dataclasses import dataclass, replace
+from itertools import chain, groupby
 
 import numpy as np
 
@@ -27,6 +29,7 @@ from qwen3_moe_jax.core.stages import (
     STAGES,
     StageKey,
 )
+from qwen3_moe_jax.machine.threads import Workers
 from qwen3_moe_jax.parity.expectations import Expectation, Expectations
 from qwen3_moe_jax.parity.metrics import nmse
 from qwen3_moe_jax.parity.noise import FLOAT32_MAX, MAX_SIGMAS, SMALLEST_NORMAL
@@ -91,6 +94,16 @@ class StageJudge(Expectations):
         """Judges every captured stage, in the order of the forward pass."""
         for key in self.keys():
             yield self.judge(key)
+
+    def side_by_side(self, count: int) -> list[Judgement]:
+        """The same with ``count`` layers at a time."""
+        groups = [list(keys) for _, keys in groupby(self.keys(), lambda key: key[1])]
+
+        def judged(keys: list[StageKey]) -> list[Judgement]:
+            own = copy(self)  # which keeps the weights of its layer
+            return [own.judge(key) for key in keys]
+
+        return list(chain.from_iterable(Workers(count).map(judged, groups)))
 
     def first_departure(self) -> Judgement | None:
         """The first stage that is wrong beyond rounding, or None."""

@@ -53,7 +53,7 @@ import numpy as np
 from qwen3_moe_jax.convert.formats import FORMATS
 from qwen3_moe_jax.convert.packed import PackedTensor
 from qwen3_moe_jax.convert.unpack import dequantize
-from qwen3_moe_jax.reference.model import silu
+from qwen3_moe_jax.reference.ops import silu
 
 FLUSHED_SIGMOID = float(np.exp(-80.0))
 """A sigmoid below this may be zero: float32's exponential ends at e^-87."""
@@ -101,7 +101,7 @@ def int15_steps(x: np.ndarray) -> np.ndarray:
 
 def _int15_variance(x: np.ndarray, w: np.ndarray) -> np.ndarray:
     """Variance [T, N] of ``x @ w.T`` from the rounding of x to int15."""
-    return (_DEPENDENT**2 / 12) * (int15_steps(x) ** 2 @ (w * w).T)
+    return (_DEPENDENT**2 / 12) * (int15_steps(x) ** 2 @ np.square(w, dtype=np.float64).T)
 
 
 def plain_sigma(x: np.ndarray, w: np.ndarray, operand: float) -> np.ndarray:
@@ -109,14 +109,14 @@ def plain_sigma(x: np.ndarray, w: np.ndarray, operand: float) -> np.ndarray:
 
     Args:
       x: float64 [T, K].
-      w: float64 [N, K].
+      w: float32 or float64 [N, K].
       operand: relative precision to which operands are rounded.
 
     Returns:
       float64 [T, N].
     """
     x_scale, w_scale = _scale(x), _scale(w)  # squares must stay within float32
-    x2, w2 = np.square(x / x_scale, dtype=np.float32), np.square(w / w_scale, dtype=np.float32)
+    x2, w2 = _squares(x, x_scale), _squares(w, w_scale)
     root = np.sqrt((x2 @ w2.T).astype(np.float64)) * (x_scale * w_scale)
     sigma = (operand_rounding(operand) + FLOAT32 * x.shape[-1] ** 0.5) * root
     return np.hypot(sigma, np.sqrt(_int15_variance(x, w))) if operand == INT15 else sigma
@@ -124,8 +124,15 @@ def plain_sigma(x: np.ndarray, w: np.ndarray, operand: float) -> np.ndarray:
 
 def _scale(values: np.ndarray) -> float:
     """A power of two that brings the largest of finite values near 1; 1 for ordinary ones."""
-    largest = float(np.abs(values).max(initial=0.0, where=np.isfinite(values)))
+    largest = float(max(values.max(initial=0.0), -values.min(initial=0.0)))
+    if not np.isfinite(largest):
+        largest = float(np.abs(values).max(initial=0.0, where=np.isfinite(values)))
     return 1.0 if 1e-6 < largest < 1e6 or not largest else 2.0 ** np.floor(np.log2(largest))
+
+
+def _squares(values: np.ndarray, scale: float) -> np.ndarray:
+    """Squares of ``values / scale`` in float32."""
+    return np.square(values if scale == 1.0 else values / values.dtype.type(scale), dtype=np.float32)
 
 
 def careful_sigma(x: np.ndarray, weight: PackedTensor, operand: float) -> np.ndarray:

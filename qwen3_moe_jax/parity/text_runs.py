@@ -8,18 +8,11 @@ import numpy as np
 
 from qwen3_moe_jax.convert.config import Qwen3MoeConfig
 from qwen3_moe_jax.core.runner import Forward
+from qwen3_moe_jax.machine.threads import ALONE, Workers
 from qwen3_moe_jax.parity import metrics
 
-ROWS_AT_A_TIME = 128
-
-
-def by_rows(function, *arrays: np.ndarray) -> np.ndarray:
-    """``function`` of a few rows at a time, so that float64 copies stay small."""
-    parts = [
-        function(*(a[start : start + ROWS_AT_A_TIME] for a in arrays))
-        for start in range(0, len(arrays[0]), ROWS_AT_A_TIME)
-    ]
-    return np.concatenate(parts)
+FLOAT64_BYTES = 2 << 20
+"""Of rows that are compared at a time: float64 copies stay in a processor's caches."""
 
 
 @dataclass(frozen=True)
@@ -41,16 +34,26 @@ class LogitDistance:
     largest: float
 
     @classmethod
-    def of(cls, expected: np.ndarray, actual: np.ndarray) -> "LogitDistance":
-        rows = min(len(expected), len(actual))
-        expected, actual = expected[:rows], actual[:rows]
+    def of(cls, expected: np.ndarray, actual: np.ndarray, workers: Workers = ALONE) -> "LogitDistance":
+        """That of two texts' logits [T, V], as far as both go; ``workers`` share the rows."""
+        count = min(len(expected), len(actual))
+        stride = max(1, FLOAT64_BYTES // (8 * expected.shape[-1]))
+
+        def part(start: int) -> LogitDistance:
+            rows = slice(start, min(start + stride, count))
+            return cls._of_rows(expected[rows], actual[rows])
+
+        return cls.joined(list(workers.map(part, range(0, count, stride))))
+
+    @classmethod
+    def _of_rows(cls, expected: np.ndarray, actual: np.ndarray) -> "LogitDistance":
         with np.errstate(invalid="ignore", over="ignore"):
             return cls(
-                by_rows(metrics.cosine, expected, actual),
-                by_rows(metrics.nmse, actual, expected),
-                by_rows(metrics.kl_divergence, expected, actual),
-                by_rows(metrics.top1_agrees, expected, actual),
-                float(by_rows(lambda a, b: np.abs(a - b).max(axis=-1), actual, expected).max()),
+                metrics.cosine(expected, actual),
+                metrics.nmse(actual, expected),
+                metrics.kl_divergence(expected, actual),
+                metrics.top1_agrees(expected, actual),
+                float(np.abs(actual - expected).max()),
             )
 
     @classmethod

@@ -6,10 +6,12 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
+from functools import partial
 from importlib import metadata
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -32,7 +34,7 @@ from qwen3_moe_jax.parity.clauses import (
     Finding,
 )
 from qwen3_moe_jax.parity.contract import Clause, load_contract
-from qwen3_moe_jax.parity.evidence import Evidence, Oracle
+from qwen3_moe_jax.parity.evidence import Evidence, Lazily, Oracle
 from qwen3_moe_jax.parity.receipt import RECEIPT_FORMAT, check_receipt
 from qwen3_moe_jax.parity.recorded import parity_text
 from qwen3_moe_jax.text.tokenizer import Tokenizer
@@ -47,9 +49,8 @@ JUDGE_BYTES = 500 << 20
 WORKER_BYTES = 100 << 20
 """What each further worker holds of a matrix that is judged, in float64."""
 
-RUNS_AT_A_TIME = 6
-"""Of a large model on a device. More would not end sooner: a third of a program's time is tracing, which is
-Python, one thread at a time."""
+RUNS_AT_A_TIME = 12
+"""Of a large model on a device. Most of them wait: for a program, or for the reference."""
 
 TEXT_RUNS = 3
 """Runs of the text, with its logits, that are made side by side: free, replayed and a second time."""
@@ -189,6 +190,9 @@ def verify(
 
     begins = begins or (lambda what, subject: None)
 
+    in_file = [id for id in wanted if id in FILE_CHECKS]
+    has_own_memory = all(isinstance(runner, Unloaded) and runner.has_own_memory for runner in runners)
+
     with ExitStack() as stack:
         stack.enter_context(one_thread_per_product())
         if oracle.is_small:
@@ -198,21 +202,43 @@ def verify(
             stack.enter_context(shares_the_lock())
             ahead = stack.enter_context(Ahead.open(RUNS_AT_A_TIME))
             subjects = _one_by_one(oracle, runners, ahead, wanted, begins)
-        for id in wanted:
-            if id in FILE_CHECKS:
-                begins(id, "file")
-                found(_checked(FILE_CHECKS[id], contract.clauses[id], oracle, "file"))
+        of_file = {
+            id: Lazily(partial(_checked, FILE_CHECKS[id], contract.clauses[id], oracle, "file"))
+            for id in in_file
+        }
+        if has_own_memory and not oracle.is_small:  # beside the load
+            ahead.start(of_file.values())
+            subjects = _after_the_first(subjects)
+
+        def tell(id: str, subject: str, check: Callable[[], Finding]) -> None:
+            begins(id, subject)
+            at = time.perf_counter()
+            if id in TIMED_CLAUSES:
+                ahead.wait()
+            finding = check()
+            found(dataclasses.replace(finding, seconds=round(time.perf_counter() - at, 3)))
+
+        for id, check in of_file.items():
+            tell(id, "file", check)
         for evidence in subjects:
-            backends.append({"label": evidence.label, **_plain(evidence.facts)})
+            facts = {"label": evidence.label, "load_seconds": round(evidence.load_seconds, 3)}
+            backends.append({**facts, **_plain(evidence.facts)})
             for id, check in BACKEND_CHECKS.items():
                 if id in wanted:
-                    begins(id, evidence.label)
-                    if id in TIMED_CLAUSES:
-                        ahead.wait()
-                    found(_checked(check, contract.clauses[id], evidence, evidence.label))
+                    tell(
+                        id,
+                        evidence.label,
+                        partial(_checked, check, contract.clauses[id], evidence, evidence.label),
+                    )
         begins("SHA-256", "file")
         facts = _facts(oracle, backends, contract.version, began)
     return Report(facts, tuple(findings))
+
+
+def _after_the_first(subjects: Iterable[Evidence]) -> Iterator[Evidence]:
+    """The same, the first of them made now."""
+    rest = iter(subjects)
+    return chain([next(rest)], rest)
 
 
 def _all_at_once(
@@ -225,8 +251,9 @@ def _all_at_once(
     """Every backend loaded, to be closed with ``stack``, and the runs begun of those that allow it."""
     subjects = []
     for runner in runners:
+        began = time.perf_counter()
         loaded = stack.enter_context(closing(runner.load())) if isinstance(runner, Unloaded) else runner
-        subjects.append(Evidence(oracle, loaded))
+        subjects.append(Evidence(oracle, loaded, load_seconds=time.perf_counter() - began))
     for evidence in subjects:
         if _takes_threads(evidence.runner):
             ahead.start(evidence.runs(wanted))
@@ -258,10 +285,11 @@ def _one_by_one(
             continue
         resident = ResidentPeak.start()
         begins("loading", "backend")
+        began = time.perf_counter()
         with closing(runner.load()) as loaded:
             if with_text:
                 check_room_for_logits(oracle, available_main_memory())
-            evidence = Evidence(oracle, loaded, resident)
+            evidence = Evidence(oracle, loaded, resident, time.perf_counter() - began)
             evidence.expect(wanted)
             free = available_main_memory()
             has_room = free is None or free >= needed_for_logits(oracle, TEXT_RUNS)

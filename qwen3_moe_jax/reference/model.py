@@ -1,8 +1,8 @@
 """Qwen3-MoE in NumPy: what every other backend is held against.
 
-Written to be read, in the order of the forward pass. Weights stay packed and
-are dequantized where they are used: a matrix in slices of rows, an expert when
-a token chose it. ``dtype`` float64 computes everything in double precision.
+Written to be read, in the order of the forward pass; its operations are in
+:mod:`ops`. Weights stay packed and are dequantized where they are used. ``dtype``
+float64 computes everything in double precision.
 
 Equations: Qwen3 technical report (arXiv 2505.09388) as implemented in Hugging
 Face Transformers' ``modeling_qwen3_moe.py`` and in llama.cpp at commit
@@ -10,11 +10,12 @@ Face Transformers' ``modeling_qwen3_moe.py`` and in llama.cpp at commit
 """
 
 from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Unpack
 
 import numpy as np
 
-from qwen3_moe_jax.convert.config import MIN_WEIGHT_SUM
 from qwen3_moe_jax.convert.packed import PackedTensor
 from qwen3_moe_jax.convert.source import ModelSource
 from qwen3_moe_jax.convert.unpack import dequantize
@@ -39,105 +40,49 @@ from qwen3_moe_jax.core.sampling import Sampling
 from qwen3_moe_jax.core.stages import StageKey
 from qwen3_moe_jax.machine.memory import cache_nbytes
 from qwen3_moe_jax.machine.threads import ALONE, Workers
+from qwen3_moe_jax.reference.ops import (
+    ChosenExperts,
+    apply_rope,
+    attention,
+    choose_experts,
+    fill_experts,
+    matmul,
+    rms_norm,
+)
 from qwen3_moe_jax.reference.sampling import Sampler
-
-ROWS_AT_A_TIME = 8192
-"""Rows of a matrix that are dequantized at a time, by all workers together."""
 
 SCORED_TOKENS = 256
 """Tokens whose logits are there at once where only log-likelihoods are asked for."""
 
-
-def rms_norm(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
-    """``x / sqrt(mean(x^2) + eps) * weight`` over the last axis."""
-    return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + x.dtype.type(eps)) * weight
+Cache = list[tuple[np.ndarray, np.ndarray]]
+"""Keys and values [S, K, H] of each layer."""
 
 
-def apply_rope(x: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
-    """Rotates pairs (j, j + H/2) of x [T, heads, H] by the angles of cos, sin [T, H/2] (NEOX order)."""
-    half = x.shape[-1] // 2
-    first, second = x[..., :half], x[..., half:]
-    cos, sin = cos[:, None, :], sin[:, None, :]
-    return np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+@dataclass
+class _Text:
+    """New tokens of one text on their way through the layers.
 
-
-def softmax(x: np.ndarray) -> np.ndarray:
-    """Over the last axis."""
-    e = np.exp(x - np.max(x, axis=-1, keepdims=True))
-    return e / np.sum(e, axis=-1, keepdims=True)
-
-
-def silu(x: np.ndarray) -> np.ndarray:
-    """``x * sigmoid(x)``; an exponential that overflows makes it the zero that it nearly is."""
-    with np.errstate(over="ignore"):
-        return x / (1.0 + np.exp(-x))
-
-
-def matmul(x: np.ndarray, weight: PackedTensor, workers: Workers = ALONE) -> np.ndarray:
-    """x [T, K] times the transpose of weight [N, K]: [T, N]."""
-    stride = ROWS_AT_A_TIME // workers.count
-
-    def part(start: int) -> np.ndarray:
-        return x @ dequantize(weight[start : start + stride], x.dtype).T
-
-    parts = list(workers.map(part, range(0, weight.shape[0], stride)))
-    return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=-1)
-
-
-def expert_matmul(
-    x: np.ndarray, weight: PackedTensor, expert_ids: np.ndarray, workers: Workers = ALONE
-) -> np.ndarray:
-    """x [T, X, K] times, for every (token, choice), the expert weight[expert_ids] [N, K]: [T, X, N]."""
-    out = np.empty((*expert_ids.shape, weight.shape[1]), x.dtype)
-
-    def fill(expert: int) -> None:
-        chosen = expert_ids == expert
-        out[chosen] = x[chosen] @ dequantize(weight[expert], x.dtype).T
-
-    list(workers.map(fill, np.unique(expert_ids)))
-    return out
-
-
-def choose_experts(
-    logits: np.ndarray, num_experts_per_tok: int, forced_ids: np.ndarray | None = None
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Softmax over all experts, the most probable ones, and their renormalized weights.
-
-    Args:
-      logits: [T, E].
-      num_experts_per_tok: X.
-      forced_ids: int32 [T, X], experts to take in place of the most probable.
-
-    Returns:
-      probs [T, E], expert_ids int32 [T, X] (lowest id first among equals), weights [T, X].
+    Attributes:
+      x: [T, D].
+      positions: [T].
+      cache: of the layers that are run; replaced by the longer one.
+      forced: int32 [L, T, X], experts to take, or None.
+      stages: what has been captured, of the names in ``capture``.
+      chosen: int32 [T, X] of each layer so far.
     """
-    probs = softmax(logits)
-    expert_ids = forced_ids
-    if expert_ids is None:
-        expert_ids = np.argsort(-probs, axis=-1, kind="stable")[:, :num_experts_per_tok].astype(np.int32)
-    chosen = np.take_along_axis(probs, expert_ids, axis=-1)
-    return probs, expert_ids, chosen / np.maximum(chosen.sum(-1, keepdims=True), MIN_WEIGHT_SUM)
 
+    x: np.ndarray
+    positions: np.ndarray
+    cache: Cache
+    forced: np.ndarray | None = None
+    capture: Collection[str] = ()
+    stages: dict[StageKey, np.ndarray] = field(default_factory=dict)
+    chosen: list[np.ndarray] = field(default_factory=list)
 
-def attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, positions: np.ndarray) -> np.ndarray:
-    """Causal grouped-query attention.
-
-    Args:
-      q: [T, N, H] queries at ``positions`` [T].
-      k: [S, K, H] keys of positions 0..S-1.
-      v: [S, K, H] values.
-
-    Returns:
-      [T, N, H]; query head n uses KV head ``n // (N / K)``.
-    """
-    groups = q.shape[1] // k.shape[1]
-    scale = q.dtype.type(q.shape[-1] ** -0.5)
-    future = np.arange(k.shape[0])[None, :] > positions[:, None]
-    out = np.empty_like(q)
-    for head in range(q.shape[1]):
-        scores = (q[:, head] @ k[:, head // groups].T) * scale
-        out[:, head] = softmax(np.where(future, -np.inf, scores)) @ v[:, head // groups]
-    return out
+    def record(self, name: str, layer: int | None, value: np.ndarray) -> None:
+        """Keeps a stage that is asked for."""
+        if name in self.capture:
+            self.stages[name, layer] = value
 
 
 class TensorsOnDemand(Mapping[str, PackedTensor]):
@@ -216,24 +161,41 @@ class ReferenceRunner(OneAtATime):
         self.weights, self._rope = {}, None
 
     def forward(self, token_ids: TokenIds, **options: Unpack[ForwardOptions]) -> Forward:
-        r = checked_forward(self, token_ids, **options)
-        stages: dict[StageKey, list[np.ndarray]] = {}
+        return self.forwards([token_ids], **options)[0]
 
-        def record(name: str, layer: int | None, value: np.ndarray) -> None:
-            if name in r.capture:
-                stages.setdefault((name, layer), []).append(value)
+    def forwards(
+        self,
+        texts: Sequence[TokenIds],
+        out: Sequence[np.ndarray] | None = None,
+        **options: Unpack[ForwardOptions],
+    ) -> list[Forward]:
+        """As ``forward`` of each text, bit for bit; a matrix is dequantized once for all of them.
 
-        cache, logits, chosen = self._empty_cache(), [], []
-        chunk = max(r.chunk_sizes, default=len(r.token_ids))
-        for start in range(0, len(r.token_ids), chunk):
+        Args:
+          texts: none sees another.
+          out: float32 [T, V] for each, where its logits are written.
+          options: of all.
+        """
+        requests = [checked_forward(self, token_ids, **options) for token_ids in texts]
+        shapes = [(len(r.token_ids), self.config.vocab_size) for r in requests]
+        logits = [np.empty(shape, np.float32) for shape in shapes] if out is None else out
+        caches = [self._empty_cache() for _ in requests]
+        parts: list[list[_Text]] = [[] for _ in requests]
+        longest = max(len(r.token_ids) for r in requests)
+        chunk = max(requests[0].chunk_sizes, default=longest)
+        for start in range(0, longest, chunk):
             part = slice(start, start + chunk)
-            forced = None if r.expert_ids is None else r.expert_ids[:, part]
             with open_throughout(self):
-                hidden, ids, cache = self._layers(r.token_ids[part], cache, record, forced, r.layers)
-                logits.append(self._logits(hidden, record).astype(np.float32))
-            chosen.append(ids)
-        joined = {key: np.concatenate(values) for key, values in stages.items()}
-        return Forward(np.concatenate(logits), np.concatenate(chosen, axis=1), joined)
+                running = [i for i, r in enumerate(requests) if start < len(r.token_ids)]
+                for i in running:
+                    r = requests[i]
+                    forced = None if r.expert_ids is None else r.expert_ids[:, part]
+                    parts[i].append(self._begun(r.token_ids[part], caches[i], forced, r.capture))
+                self._layers([parts[i][-1] for i in running], requests[0].layers)
+                for i in running:
+                    caches[i] = parts[i][-1].cache
+                    logits[i][part] = self._logits(parts[i][-1])
+        return [_joined(*found) for found in zip(logits, parts, strict=True)]
 
     def log_likelihoods(self, token_ids: TokenIds, *, first: int = 1) -> np.ndarray:
         tokens = checked_text(self, token_ids, first)
@@ -244,8 +206,10 @@ class ReferenceRunner(OneAtATime):
             every_layer = range(self.config.num_hidden_layers)
             skip = max(0, first - 1 - start)
             with open_throughout(self):
-                hidden, _, cache = self._layers(inputs[part], cache, _ignore, None, every_layer)
-                logits = self._logits(hidden[skip:], _ignore)
+                text = self._begun(inputs[part], cache)
+                self._layers([text], every_layer)
+                cache, text.x = text.cache, text.x[skip:]
+                logits = self._logits(text)
             if len(logits):
                 found.append(target_log_likelihoods(logits, targets[part][skip:]))
         return np.concatenate(found)
@@ -269,8 +233,10 @@ class ReferenceRunner(OneAtATime):
         every_layer = range(self.config.num_hidden_layers)
         for _ in range(min(max_tokens, self.max_context - len(token_ids))):
             with open_throughout(self):
-                hidden, _, cache = self._layers(new_ids, cache, _ignore, None, every_layer)
-                logits = self._logits(hidden[-1:], _ignore)[0]
+                text = self._begun(new_ids, cache)
+                self._layers([text], every_layer)
+                cache, text.x = text.cache, text.x[-1:]
+                logits = self._logits(text)[0]
             if not np.isfinite(logits).all():
                 raise NumericalError(
                     f"the reference backend's logits are not finite at position {cache[0][0].shape[0] - 1}: "
@@ -282,15 +248,16 @@ class ReferenceRunner(OneAtATime):
             yield token
             new_ids = np.asarray([token])
 
-    def _empty_cache(self) -> list[tuple[np.ndarray, np.ndarray]]:
+    def _empty_cache(self) -> Cache:
         c = self.config
         empty = np.zeros((0, c.num_key_value_heads, c.head_dim), self.dtype)
         return [(empty, empty)] * c.num_hidden_layers
 
     def _rope_at(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        if self._rope is None or self._rope[0].shape[0] <= positions[-1]:
-            self._rope = rope_tables(self.config, int(positions[-1]) + 256)
-        cos, sin = self._rope
+        tables = self._rope  # other threads may put shorter ones there
+        if tables is None or tables[0].shape[0] <= positions[-1]:
+            tables = self._rope = rope_tables(self.config, int(positions[-1]) + 256)
+        cos, sin = tables
         return cos[positions].astype(self.dtype), sin[positions].astype(self.dtype)
 
     def _norm_weight(self, path: str) -> np.ndarray:
@@ -299,27 +266,33 @@ class ReferenceRunner(OneAtATime):
     def _matmul(self, x: np.ndarray, weight: PackedTensor) -> np.ndarray:
         return matmul(x, weight, self.workers)
 
-    def _layers(self, token_ids, cache, record, expert_ids, layers):
-        """These decoder layers; returns hidden [T, D], the chosen experts [L, T, X] and the longer cache."""
+    def _begun(
+        self,
+        token_ids: np.ndarray,
+        cache: Cache,
+        forced: np.ndarray | None = None,
+        capture: Collection[str] = (),
+    ) -> _Text:
+        """New tokens after those of a cache, embedded."""
         start = cache[0][0].shape[0]
         if start + len(token_ids) > self.max_context:
             raise ContextOverflowError(start + len(token_ids), self.max_context)
-        positions = np.arange(start, start + len(token_ids))
         x = dequantize(self.weights["embed_tokens"][token_ids], self.dtype)
-        record("inp_embd", None, x)
-        chosen, new_cache = [], []
-        for index, layer in enumerate(layers):
-            forced = None if expert_ids is None else expert_ids[index]
-            x, layer_cache = self._attention_block(layer, x, cache[index], positions, record)
-            x, ids = self._moe_block(layer, x, record, forced)
-            chosen.append(ids)
-            new_cache.append(layer_cache)
-        return x, np.stack(chosen), new_cache
+        text = _Text(x, np.arange(start, start + len(token_ids)), list(cache), forced, capture)
+        text.record("inp_embd", None, x)
+        return text
 
-    def _attention_block(self, layer, x, cache, positions, record):
+    def _layers(self, texts: Sequence[_Text], layers: Sequence[int]) -> None:
+        """Takes texts through these decoder layers, side by side."""
+        beside = ALONE if self.workers.count == 1 else Workers(len(texts))
+        for index, layer in enumerate(layers):
+            list(beside.map(partial(self._attention_block, layer, index), texts))
+            self._moe_block(layer, index, texts)
+
+    def _attention_block(self, layer: int, index: int, text: _Text) -> None:
         config, eps = self.config, self.config.rms_norm_eps
-        prefix = f"layers.{layer}"
-        heads = (len(positions), -1, config.head_dim)
+        prefix, x, record = f"layers.{layer}", text.x, text.record
+        heads = (len(text.positions), -1, config.head_dim)
 
         h = rms_norm(x, self._norm_weight(f"{prefix}.input_layernorm"), eps)
         record("attn_norm", layer, h)
@@ -333,58 +306,64 @@ class ReferenceRunner(OneAtATime):
         k = rms_norm(k, self._norm_weight(f"{prefix}.self_attn.k_norm"), eps)
         record("Qcur_normed", layer, q)
         record("Kcur_normed", layer, k)
-        cos, sin = self._rope_at(positions)
+        cos, sin = self._rope_at(text.positions)
         q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
         record("Qcur_rope", layer, q)
         record("Kcur_rope", layer, k)
 
-        keys, values = np.concatenate([cache[0], k]), np.concatenate([cache[1], v])
-        out = attention(q, keys, values, positions)
+        before = text.cache[index]
+        keys, values = np.concatenate([before[0], k]), np.concatenate([before[1], v])
+        text.cache[index] = keys, values
+        out = attention(q, keys, values, text.positions, self.workers)
         record("kqv_out", layer, out)
-        out = self._matmul(out.reshape(len(positions), -1), self.weights[f"{prefix}.self_attn.o_proj"])
+        out = self._matmul(out.reshape(len(x), -1), self.weights[f"{prefix}.self_attn.o_proj"])
         record("attn_out", layer, out)
-        x = x + out
-        record("ffn_inp", layer, x)
-        return x, (keys, values)
+        text.x = x + out
+        record("ffn_inp", layer, text.x)
 
-    def _moe_block(self, layer, x, record, forced_ids):
-        prefix = f"layers.{layer}.mlp"
-        h = rms_norm(
-            x, self._norm_weight(f"layers.{layer}.post_attention_layernorm"), self.config.rms_norm_eps
-        )
-        record("ffn_norm", layer, h)
-        logits = self._matmul(h, self.weights[f"{prefix}.router"])
-        probs, ids, weights = choose_experts(logits, self.config.num_experts_per_tok, forced_ids)
-        record("ffn_moe_logits", layer, logits)
-        record("ffn_moe_probs", layer, probs)
-        record("ffn_moe_topk", layer, ids)
-        record("ffn_moe_weights_norm", layer, weights)
+    def _moe_block(self, layer: int, index: int, texts: Sequence[_Text]) -> None:
+        prefix, width = f"layers.{layer}.mlp", self.config.moe_intermediate_size
+        routed = [self._routed(layer, index, text) for text in texts]
+        found = [ChosenExperts(h, ids, width) for h, ids, _ in routed]
+        names = ("gate_proj", "up_proj", "down_proj")
+        fill_experts(found, [self.weights[f"{prefix}.experts.{name}"] for name in names], self.workers)
+        for text, experts, (_, ids, weights) in zip(texts, found, routed, strict=True):
+            record = text.record
+            record("ffn_moe_gate", layer, experts.gate)
+            record("ffn_moe_up", layer, experts.up)
+            record("ffn_moe_swiglu", layer, experts.act)
+            record("ffn_moe_down", layer, experts.down)
+            out = experts.weighted_sum(weights, self.workers)
+            record("ffn_moe_out", layer, out)
+            text.x = text.x + out
+            record("l_out", layer, text.x)
+            text.chosen.append(ids)
 
-        inputs = np.repeat(h[:, None, :], ids.shape[1], axis=1)
-        gate = expert_matmul(inputs, self.weights[f"{prefix}.experts.gate_proj"], ids, self.workers)
-        up = expert_matmul(inputs, self.weights[f"{prefix}.experts.up_proj"], ids, self.workers)
-        act = silu(gate) * up
-        down = expert_matmul(act, self.weights[f"{prefix}.experts.down_proj"], ids, self.workers)
-        record("ffn_moe_gate", layer, gate)
-        record("ffn_moe_up", layer, up)
-        record("ffn_moe_swiglu", layer, act)
-        record("ffn_moe_down", layer, down)
+    def _routed(self, layer: int, index: int, text: _Text) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The normed input of a text's experts, their ids and their weights."""
+        weight = self._norm_weight(f"layers.{layer}.post_attention_layernorm")
+        h = rms_norm(text.x, weight, self.config.rms_norm_eps)
+        text.record("ffn_norm", layer, h)
+        logits = self._matmul(h, self.weights[f"layers.{layer}.mlp.router"])
+        forced = None if text.forced is None else text.forced[index]
+        probs, ids, weights = choose_experts(logits, self.config.num_experts_per_tok, forced)
+        text.record("ffn_moe_logits", layer, logits)
+        text.record("ffn_moe_probs", layer, probs)
+        text.record("ffn_moe_topk", layer, ids)
+        text.record("ffn_moe_weights_norm", layer, weights)
+        return h, ids, weights
 
-        out = np.zeros_like(h)
-        for choice in range(ids.shape[1]):  # the order of the sum is part of the definition
-            out = out + down[:, choice] * weights[:, choice, None]
-        record("ffn_moe_out", layer, out)
-        x = x + out
-        record("l_out", layer, x)
-        return x, ids
-
-    def _logits(self, hidden, record):
-        h = rms_norm(hidden, self._norm_weight("norm"), self.config.rms_norm_eps)
-        record("result_norm", None, h)
-        logits = self._matmul(h, self.weights["lm_head" if "lm_head" in self.weights else "embed_tokens"])
-        record("result_output", None, logits)
+    def _logits(self, text: _Text) -> np.ndarray:
+        h = rms_norm(text.x, self._norm_weight("norm"), self.config.rms_norm_eps)
+        text.record("result_norm", None, h)
+        weight = self.weights["lm_head" if "lm_head" in self.weights else "embed_tokens"]
+        logits = self._matmul(h, weight)
+        text.record("result_output", None, logits)
         return logits
 
 
-def _ignore(name: str, layer: int | None, value: np.ndarray) -> None:
-    """A recorder for runs that capture nothing."""
+def _joined(logits: np.ndarray, parts: Sequence[_Text]) -> Forward:
+    """What was found of one text, whose parts were run one after the other."""
+    stages = {key: np.concatenate([part.stages[key] for part in parts]) for key in parts[0].stages}
+    chosen = np.concatenate([np.stack(part.chosen) for part in parts], axis=1)
+    return Forward(logits, chosen, stages)

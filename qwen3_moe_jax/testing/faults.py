@@ -192,7 +192,7 @@ def _without_last_chunk(length: int) -> int:
 
 
 def _patch_reference(fault: Fault, runner: Runner) -> Any:
-    from qwen3_moe_jax.reference import model
+    from qwen3_moe_jax.reference import model, ops
 
     heads = runner.config.num_attention_heads
 
@@ -202,7 +202,7 @@ def _patch_reference(fault: Fault, runner: Runner) -> Any:
     def late_softmax(logits, count, forced=None, true=model.choose_experts):
         _, ids, weights = true(logits, count, forced)
         probs = np.zeros_like(logits)
-        chosen = model.softmax(np.take_along_axis(logits, ids, axis=-1))
+        chosen = ops.softmax(np.take_along_axis(logits, ids, axis=-1))
         np.put_along_axis(probs, ids, chosen, axis=-1)
         return probs, ids, weights
 
@@ -210,10 +210,10 @@ def _patch_reference(fault: Fault, runner: Runner) -> Any:
         probs, ids, _ = true(logits, count, forced)
         return probs, ids, np.take_along_axis(probs, ids, axis=-1)
 
-    def attention(q, k, v, positions, true=model.attention):
+    def attention(q, k, v, positions, workers, true=model.attention):
         order = _modulo_order(q.shape[1], k.shape[1])
         out = np.empty_like(q)
-        out[:, order] = true(q[:, order], k, v, positions)
+        out[:, order] = true(q[:, order], k, v, positions, workers)
         return out
 
     def rope_tables(config, count, true=model.rope_tables):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from qwen3_moe_jax.kernels_pallas.expert_matmul.routing import ROW_TILE
-from qwen3_moe_jax.reference import model
+from qwen3_moe_jax.reference import ops
 from tests.kernels.op_cases import OpCases
 from tests.kernels.op_inputs import EXPERT_SHAPES, QUANTIZED, rng, routing_patterns, seed_of
 from tests.kernels.op_oracles import CANARY, check_canaries
@@ -25,15 +25,15 @@ class TestReference(OpCases):
         return w
 
     def matmul(self, x, w, dtype):
-        return model.matmul(np.asarray(x, np.float32), w)
+        return ops.matmul(np.asarray(x, np.float32), w)
 
     def expert_matmul(self, x, w, ids, dtype):
         x = np.asarray(x, np.float32)
         inputs = x if x.ndim == 3 else np.repeat(x[:, None], ids.shape[1], axis=1)
-        return model.expert_matmul(inputs, w, ids)
+        return ops.expert_matmul(inputs, w, ids)
 
     def moe(self, x, gate, up, down, ids, weights, dtype=jnp.float32):
-        act = model.silu(self.expert_matmul(x, gate, ids, dtype)) * self.expert_matmul(x, up, ids, dtype)
+        act = ops.silu(self.expert_matmul(x, gate, ids, dtype)) * self.expert_matmul(x, up, ids, dtype)
         return np.einsum("txd,tx->td", self.expert_matmul(act, down, ids, dtype), weights)
 
     @pytest.mark.parametrize("dtype", dtypes, ids=lambda d: d.__name__)

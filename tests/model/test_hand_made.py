@@ -7,7 +7,7 @@ import pytest
 import qwen3_moe_jax.kernels_pallas as ops
 from qwen3_moe_jax.convert.ggml_types import GGMLType
 from qwen3_moe_jax.convert.packed import PackedTensor
-from qwen3_moe_jax.reference import model as reference
+from qwen3_moe_jax.reference import ops as reference
 
 HIDDEN = 4
 

@@ -10,7 +10,7 @@ import pytest
 import qwen3_moe_jax.kernels_pallas as ops
 from qwen3_moe_jax.convert.config import PRESETS, RopeScaling
 from qwen3_moe_jax.core.rope import rope_tables
-from qwen3_moe_jax.reference.model import apply_rope
+from qwen3_moe_jax.reference.ops import apply_rope
 from tests import tolerances
 
 CONFIG = PRESETS["Qwen3-Coder-30B-A3B"]

@@ -12,11 +12,12 @@ from qwen3_moe_jax.core.errors import MemoryPlanError
 from qwen3_moe_jax.jax_backend.runner import JaxRunner
 from qwen3_moe_jax.machine import headroom, threads
 from qwen3_moe_jax.machine.threads import ALONE, Workers
-from qwen3_moe_jax.parity import evidence
+from qwen3_moe_jax.parity import evidence, text_runs
 from qwen3_moe_jax.parity import verify as verify_function
 from qwen3_moe_jax.parity.ahead import Ahead
 from qwen3_moe_jax.parity.evidence import Evidence, Oracle
 from qwen3_moe_jax.parity.judge import FUSED_STAGES, StageJudge
+from qwen3_moe_jax.parity.text_runs import LogitDistance
 from qwen3_moe_jax.parity.verify import Unloaded, check_room_for_logits
 from qwen3_moe_jax.reference import ReferenceRunner
 from qwen3_moe_jax.reference.model import TensorsOnDemand
@@ -229,3 +230,45 @@ def test_workers_find_the_same(workers, source, text_ids):
     alone, shared = found[0][1], found[1][1]
     assert [j.where for j in alone] == [j.where for j in shared]
     assert [j.nmse for j in alone] == pytest.approx([j.nmse for j in shared], rel=1e-3)
+
+
+def test_texts_side_by_side_have_the_bits_that_each_has_alone(source, text_ids):
+    """In several chunks, with stages; matrices are dequantized once for both."""
+    runner = ReferenceRunner(source, max_context=512, workers=Workers(2))
+    texts, options = [text_ids[:20], text_ids[30:63]], {"capture": FUSED_STAGES, "chunk_sizes": (16,)}
+    rooms = [np.full((len(ids), source.config.vocab_size), np.nan, np.float32) for ids in texts]
+    for ids, room, found in zip(texts, rooms, runner.forwards(texts, rooms, **options), strict=True):
+        alone = runner.forward(ids, **options)
+        assert found.logits is room
+        np.testing.assert_array_equal(room, alone.logits)
+        np.testing.assert_array_equal(found.expert_ids, alone.expert_ids)
+        assert found.stages.keys() == alone.stages.keys()
+        for key, value in alone.stages.items():
+            np.testing.assert_array_equal(found.stages[key], value, err_msg=str(key))
+
+
+def test_layers_judged_side_by_side_have_the_verdicts_of_one_after_the_other(source, text_ids):
+    forward = ReferenceRunner(source).forward(text_ids[:20], capture=FUSED_STAGES)
+    forward.stages["attn_out", 1][3, 5] += 1
+    facts = {"compute_dtype": "bfloat16", "cache_dtype": "float16"}
+    judge = StageJudge(source, facts, text_ids[:20], forward)
+    alone = list(judge.judgements())
+    assert next(j.where for j in alone if j.departs) == "attn_out-1"
+    assert judge.side_by_side(3) == alone
+
+
+def test_the_distance_of_logits_is_that_of_all_rows(monkeypatch):
+    """Bit for bit, in pieces of any size and by any number of workers; a NaN is not lost in a piece."""
+    rng = np.random.default_rng(0)
+    expected = rng.standard_normal((9, 300)).astype(np.float32)
+    actual = expected + rng.standard_normal((9, 300)).astype(np.float32) * np.float32(1e-3)
+    whole = LogitDistance.of(expected, actual)
+    monkeypatch.setattr(text_runs, "FLOAT64_BYTES", 2 * 8 * 300)
+    pieces = LogitDistance.of(expected, actual, Workers(2))
+    for name, value in vars(whole).items():
+        np.testing.assert_array_equal(getattr(pieces, name), value, err_msg=name)
+    actual[8, 7] = np.nan
+    broken = LogitDistance.of(expected, actual, Workers(2))
+    assert broken.cosine[8] == -1
+    assert np.isnan(broken.largest)
+    np.testing.assert_array_equal(broken.cosine[:8], whole.cosine[:8])

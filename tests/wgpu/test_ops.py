@@ -12,7 +12,7 @@ from qwen3_moe_jax.convert.config import PRESETS
 from qwen3_moe_jax.convert.ggml_types import SUPPORTED_TYPES, GGMLType
 from qwen3_moe_jax.convert.unpack import dequantize
 from qwen3_moe_jax.core.rope import rope_tables
-from qwen3_moe_jax.reference.model import apply_rope, attention, choose_experts, rms_norm
+from qwen3_moe_jax.reference.ops import apply_rope, attention, choose_experts, rms_norm
 from tests.tolerances import WGPU_ATTENTION_NMSE, WGPU_FLOAT16_CACHE_NMSE, WGPU_NMSE, WGPU_ROUTER_WEIGHTS
 from tests.wgpu import gpu_work
 from tests.wgpu.cases import (
