@@ -111,7 +111,7 @@ def alone(args: argparse.Namespace) -> dict[str, float]:
             started: set[int] = set()
             while done < args.clients:
                 tokens = 1 if batch.waiting else 8
-                for p in batch.step(tokens, ahead=0 if batch.waiting else 8):
+                for p in batch.step(tokens, ahead=tokens):
                     if p.slot not in started:
                         started.add(p.slot)
                         first.append(time.perf_counter() - began)

@@ -67,6 +67,11 @@ class Batch(Protocol):
         """How many sequences have not ended."""
         ...
 
+    @property
+    def read_tokens(self) -> int:
+        """Of prompts, in the last step; what a chunk lacks counts."""
+        ...
+
     def room(self, slot: int) -> int:
         """Tokens that a sequence in this slot may have: ``capacity``, or fewer where rows differ."""
         ...

@@ -5,16 +5,17 @@ again, and frees them; which request comes first, and how long it may wait, is t
 business.
 """
 
+from collections import deque
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
 
 import jax
 import numpy as np
 
-from qwen3_moe_jax.core.batch import FinishReason, Progress, TokenScore
+from qwen3_moe_jax.core.batch import Progress
 from qwen3_moe_jax.core.errors import BatchFullError, ContextOverflowError, ModelClosedError
 from qwen3_moe_jax.core.sampling import Sampling
 from qwen3_moe_jax.jax_backend import generate, rows, slots
+from qwen3_moe_jax.jax_backend.asked import Asked, Written, merged, scores_of
 from qwen3_moe_jax.jax_backend.decode_path import Decoder
 from qwen3_moe_jax.jax_backend.generate import (
     MAX_STEPS,
@@ -31,44 +32,9 @@ from qwen3_moe_jax.jax_backend.params import Params
 from qwen3_moe_jax.jax_backend.preparation import Preparation
 from qwen3_moe_jax.jax_backend.settings import own_settings
 from qwen3_moe_jax.jax_backend.token_choice import SamplingArrays, is_wide
-from qwen3_moe_jax.jax_backend.token_scores import TokenScores, host_scores
 
 TOKENS_PER_DISPATCH = 8
 """Tokens per dispatch of ``run_all`` when nobody waits for a slot."""
-
-
-@dataclass
-class _Sequence:
-    """What the host knows of a slot's sequence: tokens, at most, those in the cache, how it is sampled
-    (``token_choice.is_wide``), how many rivals of each token are wanted, and how it ended."""
-
-    length: int
-    limit: int
-    stop_ids: frozenset[int]
-    is_wide: bool
-    filled: int = 0
-    is_masked: bool = False
-    top: int | None = None
-    is_held: bool = False
-    finish_reason: FinishReason | None = None
-
-    @property
-    def is_waiting(self) -> bool:
-        """Whether some of its prompt has to be read before it can be written."""
-        return self.finish_reason is None and self.filled < self.length - 1
-
-    @property
-    def is_ready(self) -> bool:
-        return self.finish_reason is None and not self.is_waiting and not self.is_held
-
-
-@dataclass(frozen=True)
-class PendingStep:
-    """A step that the device has been asked for: its result, its sequences, and how many tokens of each."""
-
-    result: StepResult
-    sequences: dict[int, _Sequence]
-    tokens: int
 
 
 class Batch:
@@ -80,6 +46,7 @@ class Batch:
     Attributes:
       slots: how many.
       capacity: tokens that a sequence may have, prompt and output.
+      read_tokens: of prompts, in the last step.
     """
 
     @own_settings()
@@ -101,16 +68,18 @@ class Batch:
         self.slots, self.capacity = state.cache.k.shape[1], state.capacity
         self._decoder, self._params, self._state = decoder, params, state
         self.preparation = preparation or Preparation([])
-        self._runs_ahead = decoder.path(params, 1, state.cache).is_one_launch
-        self._sequences: dict[int, _Sequence] = {}
-        self._pending: PendingStep | None = None
+        self._has_kernel = decoder.has_kernel
+        self._sequences: dict[int, Written] = {}
+        self._asked: deque[Asked] = deque()
+        self.read_tokens = 0
         self._closed = False
 
     def close(self) -> None:
         """Deletes the cache and all else on the device; later calls raise ModelClosedError."""
         self._closed = True
         self.preparation.close()
-        self._sequences, self._pending, self._params = {}, None, {}
+        self._sequences, self._params = {}, {}
+        self._asked.clear()
         for array in jax.tree.leaves(self._state):
             if not array.is_deleted():
                 array.delete()
@@ -200,7 +169,7 @@ class Batch:
         )
         self._state = slots.admit(self._state, np.int32(slot), tokens, *numbers, is_stop, settings, *reused)
         stops, is_masked = frozenset(stop_ids), mask is not None
-        self._sequences[slot] = _Sequence(
+        self._sequences[slot] = Written(
             len(token_ids),
             limit,
             stops,
@@ -241,7 +210,7 @@ class Batch:
     def is_held(self) -> bool:
         """Whether a step would do nothing until ``allow`` is called."""
         running = [s for s in self._sequences.values() if s.finish_reason is None]
-        return bool(running) and self._pending is None and all(s.is_held for s in running)
+        return bool(running) and not self._asked and all(s.is_held for s in running)
 
     def room(self, slot: int) -> int:
         """Tokens that a sequence in this slot may have."""
@@ -338,17 +307,19 @@ class Batch:
     def step(self, tokens: int = 1, *, prompt_tokens: int = PREFILL_TOKENS, ahead: int = 0) -> list[Progress]:
         """Goes on with every sequence that has not ended.
 
-        While prompts are waiting, one forward pass reads a chunk of the oldest ones and writes a
-        token for every sequence that is ready. Otherwise those write ``tokens`` tokens each, in
+        While prompts are waiting, a chunk of the oldest ones is read and every sequence that is ready gets a
+        token: in one forward pass, or on a GPU whose decode kernel runs in two programs one after the other,
+        so that company changes no bit of what is written. Otherwise those write ``tokens`` tokens each, in
         one dispatch.
 
         Args:
           tokens: 1 to ``generate.MAX_STEPS``.
           prompt_tokens: about how much is read in this step, which the sequences that are written
             wait for; the shortest chunk of one prompt at least; 0 reads none.
-          ahead: 0 to ``generate.MAX_STEPS``. If this is not 0 and a GPU's decode kernel runs, the device is
-            asked for the next step, of so many tokens, before this one's results are waited for. The next
-            call gives that step's results; what is admitted meanwhile comes after it.
+          ahead: 0 to ``generate.MAX_STEPS``. If this is not 0 and a GPU's decode kernel runs, the device has
+            always work: it is asked for the next step, of so many tokens, before this one's results are
+            waited for, and what it writes after prompts is waited for in the next call. What is admitted
+            meanwhile comes after it.
 
         Returns:
           One entry for each sequence that has new tokens or has ended, by slot.
@@ -358,70 +329,90 @@ class Batch:
             if not minimum <= count <= MAX_STEPS:
                 raise ValueError(f"a step writes {minimum} to {MAX_STEPS} tokens, not {count}")
         with self.preparation.working():
-            pending = self._pending or self._begin(tokens, prompt_tokens)
-            self._pending = None
-            if pending is None:
-                return []
-            if ahead and self._runs_ahead and self._continues(pending):
-                self._pending = self._decode(ahead)
-            progress = self._take(pending)
+            asked = self._ask(tokens, prompt_tokens, ahead)
+            progress = merged([p for program in asked for p in self._take(program)])
         if progress:
             self.preparation.go_on()
         return progress
 
-    def _continues(self, pending: PendingStep) -> bool:
-        """Whether no prompt is waiting, some sequence has tokens to write after this step, and asking for
-        more does not wait for it: sampling of the whole vocabulary does (``generate.decode``)."""
-        ready = [s for s in self._sequences.values() if s.is_ready]
-        if self.waiting or any(s.is_wide or s.is_masked for s in self._sequences.values()):
-            return False
-        return any(s.length + pending.tokens < s.limit for s in ready)
-
-    def _begin(self, tokens: int, prompt_tokens: int) -> PendingStep | None:
+    def _ask(self, tokens: int, prompt_tokens: int, ahead: int) -> list[Asked]:
+        """Asks the device for a step; gives what is to be waited for now, not what runs beside the host."""
+        may_wait = bool(ahead) and self._may_wait
+        self.read_tokens = 0
         waiting = [slot for slot, sequence in self._sequences.items() if sequence.is_waiting]
-        ready = [slot for slot, sequence in self._sequences.items() if sequence.is_ready]
         if waiting and prompt_tokens:
-            return self._read_prompts(waiting, self.slots if ready else 0, prompt_tokens)
-        return self._decode(tokens) if ready else None
+            self._read_prompts(waiting, prompt_tokens)
+            is_left = may_wait and self._asked[-1].is_decode
+        else:
+            if not self._asked:
+                self._decode(tokens)
+            is_left = may_wait and bool(self._asked) and self._decode(ahead)
+        return [self._asked.popleft() for _ in range(len(self._asked) - is_left)]
 
-    def _decode(self, tokens: int) -> PendingStep:
-        ready = [slot for slot, sequence in self._sequences.items() if sequence.is_ready]
-        rows = next(n for n in row_counts(self.slots) if n > max(ready))
+    @property
+    def _may_wait(self) -> bool:
+        """Whether the device may be asked for tokens before the last ones are known: not where a mask must
+        come first, or asking waits for them: sampling of the whole vocabulary does (``generate.decode``)."""
+        sequences = self._sequences.values()
+        return self._has_kernel and not any(s.is_wide or s.is_masked for s in sequences)
+
+    def _decode(self, tokens: int) -> bool:
+        """Asks for tokens of all that have room for one, if there are any."""
+        writers = [slot for slot, sequence in self._sequences.items() if sequence.is_writable]
+        if not writers:
+            return False
+        rows = next(n for n in row_counts(self.slots) if n > max(writers))
         self._state, result = generate.decode(
             self._decoder, self._params, self._state, np.int32(tokens), rows=rows, scored=self._is_scored
         )
-        return PendingStep(result, dict(self._sequences), tokens)
+        self._note(result, dict.fromkeys(writers, tokens), is_decode=True)
+        return True
 
-    def _read_prompts(self, waiting: list[int], rows: int, maximum: int) -> PendingStep:
+    def _read_prompts(self, waiting: list[int], maximum: int) -> None:
+        """Asks for a chunk of the oldest prompts, and a token of the sequences that are ready."""
         remaining = {slot: self._sequences[slot].length - self._sequences[slot].filled for slot in waiting}
         sizes = [size for size in PREFILL_CHUNKS if size <= maximum] or PREFILL_CHUNKS[:1]
         chunk = chunk_lengths(remaining[waiting[0]], sizes)[0]
         slots = waiting[: prompt_counts(min(len(waiting), self.slots), chunk, maximum)[-1]]
+        beside = [] if self._has_kernel else [n for n, s in self._sequences.items() if s.is_ready]
         self._state, result = generate.prefill(
             self._decoder,
             self._params,
             self._state,
             np.asarray(slots, np.int32),
             chunk=chunk,
-            rows=rows,
+            rows=self.slots if beside else 0,
             scored=self._is_scored,
         )
+        self.read_tokens = chunk * len(slots)
         for slot in slots:
             self._sequences[slot].filled += min(chunk, remaining[slot])
-        return PendingStep(result, dict(self._sequences), 1)
+        ended = [slot for slot in slots if remaining[slot] <= chunk]
+        self._note(result, dict.fromkeys([*beside, *ended], 1))
+        for slot in ended:  # as on the device: until its next mask
+            self._sequences[slot].is_held = self._sequences[slot].is_masked
+        if self._has_kernel:
+            self._decode(1)
+
+    def _note(self, result: StepResult, tokens: dict[int, int], *, is_decode: bool = False) -> None:
+        for slot, count in tokens.items():
+            self._sequences[slot].asked += count
+        self._asked.append(Asked(result, dict(self._sequences), tokens, is_decode))
 
     @property
     def _is_scored(self) -> bool:
         """Whether some sequence that has not ended wants scores."""
         return any(s.top is not None for s in self._sequences.values() if s.finish_reason is None)
 
-    def _take(self, pending: PendingStep) -> list[Progress]:
-        """Notes what a step has done, and says it."""
-        result = jax.device_get(pending.result)
+    def _take(self, asked: Asked) -> list[Progress]:
+        """Notes what a program has done, and says it."""
+        result = jax.device_get(asked.result)
+        for slot, count in asked.tokens.items():
+            asked.sequences[slot].asked -= count
         progress = []
-        for slot, sequence in sorted(pending.sequences.items()):
+        for slot, sequence in sorted(asked.sequences.items()):
             if sequence.finish_reason or self._sequences.get(slot) is not sequence:
-                continue  # it ended in the step before, or was given up, when this one had begun
+                continue  # it ended in the program before, or was given up, when this one had begun
             added = int(result.length[slot]) - sequence.length
             if not (added or result.finished[slot]):
                 continue
@@ -435,14 +426,6 @@ class Batch:
                 is_stopped = tokens[-1] in sequence.stop_ids
                 sequence.finish_reason = "stop" if is_stopped else "length"
                 tokens = tokens[:-1] if is_stopped else tokens
-            scores = _scores_of(result.scores, slot, len(tokens), sequence.top)
+            scores = scores_of(result.scores, slot, len(tokens), sequence.top)
             progress.append(Progress(slot, tokens, sequence.finish_reason, scores))
         return progress
-
-
-def _scores_of(found: TokenScores | None, slot: int, count: int, top: int | None) -> list[TokenScore] | None:
-    """The first ``count`` scores of a slot with ``top`` rivals each, for the host."""
-    if found is None or top is None:
-        return None
-    arrays = (found.own[slot, :count], found.ids[slot, :count, :top], found.values[slot, :count, :top])
-    return host_scores(*(np.asarray(x) for x in arrays))

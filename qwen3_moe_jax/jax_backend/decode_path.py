@@ -352,9 +352,14 @@ class Decoder:
         return self.model.shards
 
     @property
+    def has_kernel(self) -> bool:
+        """Whether few sequences are written by one kernel: a GPU's."""
+        return self.paths[0].is_one_launch
+
+    @property
     def is_batch_invariant(self) -> bool:
         """Whether few sequences at a time give the bits of each alone."""
-        return self.paths[0].is_one_launch
+        return self.has_kernel
 
     def clone(self, **settings: Any) -> "Decoder":
         """The same with other settings of the network."""

@@ -366,6 +366,13 @@ def decode(
         work = jnp.where(jnp.any(state.masked[:rows]), WIDE, work)
         way = jnp.where(work == WIDE, len(ways), work * len(LAUNCHES) + size)
         now = jax.lax.switch(way, [*ways, partial(write, work=WIDE)], now)
+    elif decoder.has_kernel:
+        # One token of more sequences than the kernel takes: no condition after it either, so that the
+        # device has it while the host reads the token before.
+        once = [partial(write, work=work, launches=1) for work in (GREEDY, NARROW)]
+        work = work_of(jax.tree.map(lambda x: x[:rows], state.sampling))
+        is_loop = jnp.any(state.masked[:rows]) | (steps > 1)
+        now = jax.lax.switch(jnp.where(is_loop, WIDE, work), [*once, write], now)
     else:
         now = write(now)
 

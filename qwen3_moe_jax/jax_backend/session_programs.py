@@ -11,8 +11,8 @@ program                one for each of                                 with B sl
 ``admit``, ``release``                                                 2
 ``clear``              after logits that are not finite                1
 ``decode``             numbers of rows: 1, 2, 4, ... B                 1 + log2 B
-``prefill``            PREFILL_CHUNKS, prompts 1, 2, 4, ... together,  3 for 1 slot, up
-                       with and without tokens of the other slots      to 26 for 16
+``prefill``            PREFILL_CHUNKS, prompts 1, 2, 4, ... together;  3 for 1 slot, 13
+                       on a CPU also with tokens of the other slots    for 16; a CPU's 26
 =====================  ==============================================  ==================
 
 ``rows`` (copies of a row, for serve's prefixes) are small and made as they are asked for.
@@ -212,7 +212,7 @@ class Session:
     def _prompts_together(self) -> Iterator[Wanted]:
         if self.slots == 1:
             return
-        for rows in (self.slots, 0):
+        for rows in (0,) if self.decoder.has_kernel else (self.slots, 0):
             for chunk in PREFILL_CHUNKS:
                 for count in prompt_counts(self.slots, chunk):
                     if rows or count > 1:

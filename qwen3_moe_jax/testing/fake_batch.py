@@ -38,6 +38,7 @@ class FakeBatch:
       says: what every sequence writes before it stops; empty: ``next_token``, to its limit.
       chunk: tokens of a prompt that a step reads.
       rooms: of each slot, the tokens that it holds, where rows have several lengths.
+      read_tokens, read_in_all: of prompts, in the last step and since the start.
       fails_at: numbers of steps that raise; ``breaks`` says whether they take the state with them.
     """
 
@@ -53,6 +54,7 @@ class FakeBatch:
     rows: dict[int, list[int]] = field(default_factory=dict)
     sequences: dict[int, _Sequence] = field(default_factory=dict)
     read_tokens: int = 0
+    read_in_all: int = 0
 
     def __post_init__(self):
         self.rooms = self.rooms or (self.capacity,) * self.slots
@@ -144,6 +146,7 @@ class FakeBatch:
             raise RuntimeError("a step that fails")
         waiting = [slot for slot, s in self.sequences.items() if s.is_waiting]
         ready = [slot for slot, s in self.sequences.items() if not s.is_waiting and not s.is_held]
+        self.read_tokens = 0
         if waiting:
             self._read(waiting[0], prompt_tokens)
         count = 1 if waiting else tokens
@@ -153,7 +156,8 @@ class FakeBatch:
     def _read(self, slot: int, maximum: int) -> None:
         s = self.sequences[slot]
         end = min(s.filled + min(maximum, self.chunk), len(s.tokens) - 1)
-        self.read_tokens += end - s.filled
+        self.read_tokens = end - s.filled
+        self.read_in_all += self.read_tokens
         self.rows[slot] += s.tokens[s.filled : end]
         s.filled = end
 

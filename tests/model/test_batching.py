@@ -328,6 +328,7 @@ def test_decoding_takes_the_fused_step_with_few_rows_of_the_cache(
     assert texts[1] == greedy[0][:9]
     assert fused_steps == [(1, SLOTS), (2, SLOTS)]
     check_ahead(batch, golden, greedy)
+    check_company(batch, golden, greedy, monkeypatch)
     batch.free_all()
     monkeypatch.setattr(jax_runner, "_take_spare", lambda: batch)
     monkeypatch.setattr("qwen3_moe_jax.jax_backend.runner.SECONDS_PER_DISPATCH", 0.0)  # dispatches never grow
@@ -353,7 +354,7 @@ def check_ahead(batch, golden, greedy):
 
     while len(texts[second]) < 15:
         step()
-    assert batch._pending is not None
+    assert batch._asked
     assert texts[first] == greedy[0][: greedy[0].index(stop)]
     assert reasons[first] == "stop"
     batch.free(first)
@@ -364,6 +365,34 @@ def check_ahead(batch, golden, greedy):
     assert texts[second] == greedy[1][:30]
     assert len(texts[first]) == 4
     assert batch.step(3, ahead=3) == []
+
+
+def check_company(batch, golden, greedy, monkeypatch):
+    """Prompts come while others are written: the kernel alone writes, and its last token is waited for while
+    the next chunk is read."""
+    asked, real = [], generate.prefill
+    monkeypatch.setattr(generate, "prefill", lambda *a, **o: asked.append(o["rows"]) or real(*a, **o))
+    batch.free_all()
+    texts = {admit(batch, golden, number): [] for number in (2, 0)}
+    while any(len(text) < 3 for text in texts.values()):
+        found = batch.step(1, ahead=1)
+        assert len({p.slot for p in found}) == len(found)
+        for p in found:
+            texts[p.slot] += p.tokens
+    texts[admit(batch, golden, 1)] = []
+    before = {slot: len(text) for slot, text in texts.items()}
+    steps = 0
+    while batch.waiting:
+        for p in batch.step(1, ahead=1):
+            texts[p.slot] += p.tokens
+        steps += 1
+        assert batch.read_tokens == 16
+        assert [asked.is_decode for asked in batch._asked] == [True]
+    assert steps >= 2
+    assert {slot: len(texts[slot]) - n for slot, n in before.items()} == {0: steps, 1: steps, 2: 1}
+    texts, _ = finish(batch, texts)
+    assert [texts[slot] for slot in range(3)] == [greedy[2], greedy[0], greedy[1]]
+    assert set(asked) == {0}
 
 
 # What it says when it cannot

@@ -238,7 +238,7 @@ def test_a_shared_prefix_is_read_once():
     cached = [e.cached for n in range(8) for e in seen[n] if isinstance(e, Began)]
     assert cached[0] == 0
     assert min(cached[1:]) >= 96  # whole steps of the kernels' tiles
-    assert batch.read_tokens < 150
+    assert batch.read_in_all < 150
 
 
 def test_also_from_a_row_that_is_running():

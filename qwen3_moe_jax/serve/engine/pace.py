@@ -6,15 +6,26 @@ import math
 PROMPT_TOKENS = (16, 32, 64, 128, 256, 512, 1024, 2048)
 """What a step may read of prompts: powers of two, so that few shapes are compiled."""
 
+CHUNKS = (16, 128, 512)
+"""What a step may read of one prompt (``generate.PREFILL_CHUNKS``, which needs no import of JAX here)."""
+
 FIRST = 128
 """Of a first step, of which nothing is known."""
 
 FIRST_TOKENS = 2
 """Of a first dispatch, of which nothing is known."""
 
+CROWD = 1.5
+"""The share of its time that a step may take where prompts wait for one another."""
+
 FORGETS = 100
 """Steps after which an amount that was not chosen any more is forgotten: what made it slow may have been
 something else (a program was compiled)."""
+
+
+def _next(tokens: int) -> int:
+    """The most that may be tried after an amount: twice as much, or as one prompt can read at a time."""
+    return max(2 * tokens, *(n for n in CHUNKS if n <= 8 * tokens))
 
 
 class Pace:
@@ -26,25 +37,31 @@ class Pace:
     """
 
     def __init__(self, seconds: float):
-        """``seconds``: how long a mixed step may take."""
+        """``seconds``: how long running answers may wait for a step that reads prompts."""
         self._limit = seconds
         self._seconds: dict[int, float] = {}
         self._ages: dict[int, int] = {}  # steps since an amount was chosen
+        self._alone: dict[int, float] = {}  # of steps beside which nothing was written: a beginning
 
-    def prompt_tokens(self, *, is_decoding: bool) -> int:
-        """For the next step; with nobody to hold up, or no limit, the most."""
+    def prompt_tokens(self, *, is_decoding: bool, waiting: int = 1) -> int:
+        """For the next step; with nobody to hold up, or no limit, the most.
+
+        Args:
+          is_decoding: whether answers are being written.
+          waiting: prompts that are to be read.
+        """
         if not is_decoding or math.isinf(self._limit):
             return PROMPT_TOKENS[-1]
-        if not self._seconds:
+        known = self._alone | self._seconds
+        if not known:
             return FIRST
-        fitting = [
-            n for n in PROMPT_TOKENS if n <= 2 * max(self._seconds) and self._expected(n) <= self._limit
-        ]
+        limit, maximum = self._limit * (CROWD if waiting > 1 else 1), _next(max(known))
+        fitting = [n for n in PROMPT_TOKENS if n <= maximum and self._expected(n) <= limit]
         return fitting[-1] if fitting else PROMPT_TOKENS[0]
 
     def _expected(self, tokens: int) -> float:
         """Seconds of a step; of an amount without an average, by those of its neighbours."""
-        known = self._seconds
+        known = self._alone | self._seconds
         if tokens in known:
             return known[tokens]
         less, more = sorted(n for n in known if n < tokens), [n for n in known if n > tokens]
@@ -53,12 +70,15 @@ class Pace:
         last = less[-1]
         if len(less) == 1:  # half of it is thought to be the step's own
             return known[last] * (0.5 + 0.5 * tokens / last)
-        per_token = max(0.0, known[last] - known[less[-2]]) / (last - less[-2])
+        per_token = max((known[last] - known[less[-2]]) / (last - less[-2]), known[last] / last / 4)
         return known[last] + per_token * (tokens - last)
 
-    def took(self, tokens: int, seconds: float) -> None:
-        """After a step that was to read ``tokens`` of prompts."""
-        if self._seconds:
+    def took(self, tokens: int, seconds: float, *, is_decoding: bool = True) -> None:
+        """After a step that read ``tokens`` of prompts, which may be fewer than it was to read."""
+        if not is_decoding:
+            self._alone[tokens] = 0.5 * self._alone.get(tokens, seconds) + 0.5 * seconds
+            return
+        if self._alone or self._seconds:
             seconds = min(seconds, 4 * max(self._expected(tokens), self._limit))
         old = self._seconds.get(tokens)  # a first one that was slow is tried again: it may have been chance
         now = min(seconds, self._limit) if old is None else 0.8 * old + 0.2 * seconds

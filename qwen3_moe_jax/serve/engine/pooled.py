@@ -20,6 +20,7 @@ class PooledBatch:
       batches: one for each length, that of the shortest rows first.
       slots: how many, in all batches.
       capacity: tokens that a sequence in the longest row may have.
+      read_tokens: of prompts, in the last step.
     """
 
     def __init__(self, batches: Sequence[RowBatch]):
@@ -31,7 +32,7 @@ class PooledBatch:
             self._first.append(self.slots)
             self.slots += batch.slots
         self.capacity = self.batches[-1].capacity
-        self._reader = 0
+        self._reader = self.read_tokens = 0
 
     def _row_of(self, slot: int) -> tuple[RowBatch, int]:
         """The batch of a slot and its number there."""
@@ -97,6 +98,7 @@ class PooledBatch:
             if batch.running:
                 maximum = prompt_tokens if number == reader else 0
                 found += self._numbered(number, batch.step(tokens, prompt_tokens=maximum, ahead=ahead))
+        self.read_tokens = 0 if reader is None else self.batches[reader].read_tokens
         return found
 
     def _next_reader(self) -> int | None:

@@ -91,9 +91,9 @@ class Scheduler:
         return False
 
     @property
-    def has_waiting_prompts(self) -> bool:
-        """Whether a step is going to read a prompt."""
-        return bool(self.queue and self.batch.free_slots) or bool(self.batch.waiting)
+    def waiting_prompts(self) -> int:
+        """How many prompts the next step chooses from."""
+        return self.batch.waiting + min(len(self.queue), self.batch.free_slots)
 
     @property
     def is_decoding(self) -> bool:
@@ -153,9 +153,9 @@ class Scheduler:
     def _step_size(self, maximum: int) -> tuple[int, int]:
         """Tokens for each sequence of this step, and of the one after it: few while others wait for them."""
         if self.batch.waiting:
-            return 1, 0
-        if self.queue:  # a slot that gets free in the middle of a step is taken after it
-            return max(1, maximum // 2), 0
+            maximum = 1
+        elif self.queue:  # a slot that gets free in the middle of a step is taken after it
+            maximum = max(1, maximum // 2)
         return maximum, maximum
 
     def _admit_all(self) -> list[Event]:

@@ -20,6 +20,7 @@ class SingleBatch:
     slots = 1
     is_whole = True
     is_held = False
+    read_tokens = 0
 
     def __init__(self, runner: Runner, context: int):
         """``context``: tokens that a sequence may have; the runner's own, if that is less."""

@@ -4,7 +4,6 @@ A thread reads the socket, so that a front that goes away ends this process at o
 is doing. Everything else happens in the main thread: commands between two steps, then a step.
 """
 
-import math
 import os
 import queue
 import signal
@@ -37,16 +36,21 @@ kernel, in which company does not change a sequence's bits."""
 MAX_STEP = {"gpu": 8, "cpu": 16}
 """Tokens that a dispatch writes for each sequence, at most, while nobody waits."""
 
-STEP_SHARE = {"gpu": math.inf, "cpu": 0.5}
-"""Of the time of a mixed step, what a dispatch that only writes may take. A GPU is asked for the next one
-before this one ends: how long one takes is not seen, and its number of tokens is fixed."""
+STEP_SHARE = {"gpu": 0.3, "cpu": 0.5}
+"""Of the time of a mixed step, what a dispatch that only writes may take. A prompt that comes waits for its
+end. A GPU is asked for the next one before this one ends, so running answers wait for that and for the
+prompt's first chunk; there a short one costs the device nothing."""
 
 CPU_SHARE = 0.5
 """Of the main memory that is free, what slots may take unless asked for more."""
 
 
 class Engine:
-    """A loaded model with its scheduler."""
+    """A loaded model with its scheduler.
+
+    Attributes:
+      reading: seconds of a step that reads so many tokens of prompts, on a GPU.
+    """
 
     def __init__(self, start: frames.Start):
         """Loads the model and opens its slots.
@@ -68,6 +72,7 @@ class Engine:
         )
         self._start = start
         self.programs, self._has_compiled = 0, False
+        self.reading: dict[int, float] = {}
         runner = self.model.runner
         self.rows = self._plan(start)
         self.context = max(row.context for row in self.rows)
@@ -146,6 +151,8 @@ class Engine:
                 one.preparation.make_all()
         for row in self.rows:
             _warm_up_rows(batch, range(first, first + row.slots), row.context - 8)
+            if self.device_kind == "gpu":
+                self.reading |= _reading_times(batch, range(first, first + row.slots), row.context - 8)
             first += row.slots
 
     def ready(self) -> frames.Ready:
@@ -225,29 +232,53 @@ def _warm_up_rows(batch: Any, slots: range, room: int) -> None:
         batch.free(slot)
 
 
+def _reading_times(batch: Any, slots: range, room: int) -> dict[int, float]:
+    """Seconds of steps that read 1, 2 and 4 prompts of up to 500 tokens, by tokens: each the second time."""
+    found: dict[int, float] = {}
+    for count in (1, 1, 2, 2, 4, 4):
+        taken = [batch.admit([0] * min(500, room), max_tokens=1, slot=slot) for slot in slots[:count]]
+        began = time.perf_counter()
+        batch.step(1, prompt_tokens=2048)
+        found[batch.read_tokens] = time.perf_counter() - began
+        for slot in taken:
+            batch.free(slot)
+    return found
+
+
 class Loop:
     """Commands and turns."""
 
     def __init__(self, engine: Engine, connection: socket.socket, inbox: "queue.SimpleQueue", step_ms: float):
         self._engine, self._connection, self._inbox = engine, connection, inbox
         self._pace = Pace(step_ms / 1000)
+        for tokens, seconds in engine.reading.items():
+            self._pace.took(tokens, seconds, is_decoding=False)
         kind = engine.device_kind
         self._stride = Stride(step_ms / 1000 * STEP_SHARE[kind], MAX_STEP[kind])
         self._events: list[Event] = []
         self._asides: list[frames.Score | frames.Experts] = []
         self._last = (0, 0)
+        self._since = 0.0  # when the turn before ended, or this loop had nothing to do
 
     def run(self) -> None:
         """Until the process ends."""
-        scheduler = self._engine.scheduler
         while True:
-            can_turn = scheduler.has_work and not scheduler.is_held
-            self._drain(wait=not (can_turn or self._asides or self._events))
-            if self._asides:  # one between two steps
-                self._aside(self._asides.pop(0))
-            if scheduler.has_work and not scheduler.is_held:
-                self._turn(scheduler)
-            self._report()
+            self.go_on()
+
+    def go_on(self) -> None:
+        """Commands, for which it waits if there is nothing else, and a turn."""
+        scheduler = self._engine.scheduler
+        can_turn = scheduler.has_work and not scheduler.is_held
+        is_idle = not (can_turn or self._asides or self._events)
+        self._drain(wait=is_idle)
+        if self._asides:  # one between two steps
+            self._aside(self._asides.pop(0))
+            is_idle = True
+        if is_idle:
+            self._since = time.perf_counter()
+        if scheduler.has_work and not scheduler.is_held:
+            self._turn(scheduler)
+        self._report()
 
     def _drain(self, *, wait: bool) -> None:
         while True:
@@ -274,17 +305,19 @@ class Loop:
         frames.send(self._connection, answer)
 
     def _turn(self, scheduler: Scheduler) -> None:
-        reads, mixed, programs = scheduler.has_waiting_prompts, scheduler.is_decoding, self._engine.programs
-        count, running = self._pace.prompt_tokens(is_decoding=mixed), len(scheduler.running)
-        began = time.perf_counter()
+        """Takes a turn, and tells the pace how long running answers waited for it: since the turn before, for
+        a GPU may end what that one had begun."""
+        mixed, programs, running = scheduler.is_decoding, self._engine.programs, len(scheduler.running)
+        count = self._pace.prompt_tokens(is_decoding=mixed, waiting=scheduler.waiting_prompts)
         events = scheduler.turn(prompt_tokens=count, max_step=self._stride.tokens(running))
-        seconds = time.perf_counter() - began
+        began, self._since = self._since, time.perf_counter()
+        seconds, read = self._since - began, scheduler.batch.read_tokens
         self._events += events
         if self._engine.programs != programs:
             self._engine.tidy()  # and what it took to make a program says nothing of the next step
-        elif reads and mixed:
-            self._pace.took(count, seconds)
-        elif not reads and (wrote := [len(e.tokens) for e in events if isinstance(e, Wrote)]):
+        elif read:
+            self._pace.took(read, seconds, is_decoding=mixed)
+        elif wrote := [len(e.tokens) for e in events if isinstance(e, Wrote)]:
             self._stride.took(running, max(1, *wrote), seconds)
 
     def _report(self) -> None:

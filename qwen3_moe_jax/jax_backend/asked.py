@@ -1,0 +1,73 @@
+"""What the host knows of a batch's sequences, and of the programs that its device has been asked to run."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from qwen3_moe_jax.core.batch import FinishReason, Progress, TokenScore
+from qwen3_moe_jax.jax_backend.generate import StepResult
+from qwen3_moe_jax.jax_backend.token_scores import TokenScores, host_scores
+
+
+@dataclass
+class Written:
+    """What the host knows of a slot's sequence: tokens, at most, those in the cache, how it is sampled
+    (``token_choice.is_wide``), how many rivals of each token are wanted, how it ended, and how many tokens
+    the device has been asked for beyond ``length``."""
+
+    length: int
+    limit: int
+    stop_ids: frozenset[int]
+    is_wide: bool
+    filled: int = 0
+    is_masked: bool = False
+    top: int | None = None
+    is_held: bool = False
+    finish_reason: FinishReason | None = None
+    asked: int = 0
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether some of its prompt has to be read before it can be written."""
+        return self.finish_reason is None and self.filled < self.length - 1
+
+    @property
+    def is_ready(self) -> bool:
+        return self.finish_reason is None and not self.is_waiting and not self.is_held
+
+    @property
+    def is_writable(self) -> bool:
+        """Whether it is going to have room for a token after all that the device has been asked for."""
+        return self.is_ready and self.length + self.asked < self.limit
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A program that the device has been asked to run: its result, the sequences that there were, how many
+    tokens some of them may get, and whether it writes alone and so may be waited for later."""
+
+    result: StepResult
+    sequences: dict[int, Written]
+    tokens: dict[int, int]
+    is_decode: bool
+
+
+def merged(progress: Sequence[Progress]) -> list[Progress]:
+    """One entry for each slot, in order."""
+    found: dict[int, Progress] = {}
+    for p in progress:
+        if (old := found.get(p.slot)) is not None:
+            scores = None if old.scores is None or p.scores is None else old.scores + p.scores
+            found[p.slot] = Progress(p.slot, old.tokens + p.tokens, p.finish_reason, scores)
+        else:
+            found[p.slot] = p
+    return [found[slot] for slot in sorted(found)]
+
+
+def scores_of(found: TokenScores | None, slot: int, count: int, top: int | None) -> list[TokenScore] | None:
+    """The first ``count`` scores of a slot with ``top`` rivals each, for the host."""
+    if found is None or top is None:
+        return None
+    arrays = (found.own[slot, :count], found.ids[slot, :count, :top], found.values[slot, :count, :top])
+    return host_scores(*(np.asarray(x) for x in arrays))
