@@ -338,6 +338,24 @@ def test_decoding_takes_the_fused_step_with_few_rows_of_the_cache(
     assert list(stream(max_tokens=12, stop_ids={stop})) == greedy[1][: greedy[1].index(stop)]
 
 
+def test_one_token_of_more_sequences_than_the_kernel_takes(jax_runner, golden, fused_steps, monkeypatch):
+    """It is written without a loop, several are in one: the same tokens, chosen or drawn."""
+    few = lambda self, model, params, batch, cache, is_forced=False: None if batch == 1 else "too many"
+    monkeypatch.setattr(type(jax_runner.decoder.paths[0]), "reason_against", few)
+    batch = jax_runner.open_batch(2, context=64)
+    found = []
+    for sampling in (Sampling(), Sampling(temperature=0.8, top_k=20, seed=5)):
+        for tokens in (1, 5):
+            for number in (0, 1):
+                batch.admit(golden[f"ids{number}"][:12], max_tokens=9, sampling=sampling)
+            found.append(finish(batch, tokens=tokens)[0])
+            batch.free_all()
+    assert fused_steps == []
+    assert found[0] == found[1]
+    assert found[2] == found[3]
+    assert found[0] != found[2]
+
+
 def check_ahead(batch, golden, greedy):
     """Steps that are begun ahead: the same texts, whoever ends, goes and comes meanwhile."""
     batch.free_all()
