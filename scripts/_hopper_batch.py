@@ -19,8 +19,10 @@ from qwen3_moe_jax.jax_backend import generate
 from qwen3_moe_jax.jax_backend.decode_path import PATHS, Decoder
 from qwen3_moe_jax.jax_backend.generate import PREFILL_CHUNKS, DecodeState
 from qwen3_moe_jax.jax_backend.kv_cache import KVCache
+from qwen3_moe_jax.jax_backend.one_token import decode_one
 from qwen3_moe_jax.jax_backend.params import GPU_ROLES
 from qwen3_moe_jax.jax_backend.qwen3_moe import Qwen3Moe
+from qwen3_moe_jax.jax_backend.token_choice import GREEDY
 from qwen3_moe_jax.loader import KV_CACHES
 from scripts.bench_prefill import random_params
 
@@ -51,6 +53,7 @@ def programs(
     found = {
         f"decode {slots}": lambda: generate.decode.trace(decoder, *arguments, steps, rows=slots),
         f"decode 1 of {slots}": lambda: generate.decode.trace(decoder, *arguments, steps, rows=1),
+        f"one token of {slots}": lambda: decode_one.trace(decoder, *arguments, rows=slots, work=GREEDY),
     }
     for count, chunk, rows in itertools.product({prompts: 0, 1: 0}, PREFILL_CHUNKS, (slots, 0)):
         name = f"prefill {count} x {chunk}, decode {rows}"

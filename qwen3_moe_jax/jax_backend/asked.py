@@ -13,13 +13,13 @@ from qwen3_moe_jax.jax_backend.token_scores import TokenScores, host_scores
 @dataclass
 class Written:
     """What the host knows of a slot's sequence: tokens, at most, those in the cache, how it is sampled
-    (``token_choice.is_wide``), how many rivals of each token are wanted, how it ended, and how many tokens
+    (``token_choice.work_for``), how many rivals of each token are wanted, how it ended, and how many tokens
     the device has been asked for beyond ``length``."""
 
     length: int
     limit: int
     stop_ids: frozenset[int]
-    is_wide: bool
+    work: int
     filled: int = 0
     is_masked: bool = False
     top: int | None = None

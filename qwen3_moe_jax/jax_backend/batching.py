@@ -14,7 +14,7 @@ import numpy as np
 from qwen3_moe_jax.core.batch import Progress
 from qwen3_moe_jax.core.errors import BatchFullError, ContextOverflowError, ModelClosedError
 from qwen3_moe_jax.core.sampling import Sampling
-from qwen3_moe_jax.jax_backend import generate, rows, slots
+from qwen3_moe_jax.jax_backend import generate, one_token, rows, slots
 from qwen3_moe_jax.jax_backend.asked import Asked, Written, merged, scores_of
 from qwen3_moe_jax.jax_backend.decode_path import Decoder
 from qwen3_moe_jax.jax_backend.generate import (
@@ -31,7 +31,7 @@ from qwen3_moe_jax.jax_backend.kv_cache import KVCache
 from qwen3_moe_jax.jax_backend.params import Params
 from qwen3_moe_jax.jax_backend.preparation import Preparation
 from qwen3_moe_jax.jax_backend.settings import own_settings
-from qwen3_moe_jax.jax_backend.token_choice import SamplingArrays, is_wide
+from qwen3_moe_jax.jax_backend.token_choice import WIDE, SamplingArrays, work_for
 
 TOKENS_PER_DISPATCH = 8
 """Tokens per dispatch of ``run_all`` when nobody waits for a slot."""
@@ -70,6 +70,7 @@ class Batch:
         self.preparation = preparation or Preparation([])
         self._has_kernel = decoder.has_kernel
         self._sequences: dict[int, Written] = {}
+        self._launches: dict[int, bool] = {}
         self._asked: deque[Asked] = deque()
         self.read_tokens = 0
         self._closed = False
@@ -173,7 +174,7 @@ class Batch:
             len(token_ids),
             limit,
             stops,
-            bool(is_wide(sampling)),
+            work_for(sampling),
             filled=filled,
             is_masked=is_masked,
             top=top_logprobs,
@@ -354,7 +355,7 @@ class Batch:
         """Whether the device may be asked for tokens before the last ones are known: not where a mask must
         come first, or asking waits for them: sampling of the whole vocabulary does (``generate.decode``)."""
         sequences = self._sequences.values()
-        return self._has_kernel and not any(s.is_wide or s.is_masked for s in sequences)
+        return self._has_kernel and not any(s.work == WIDE or s.is_masked for s in sequences)
 
     def _decode(self, tokens: int) -> bool:
         """Asks for tokens of all that have room for one, if there are any."""
@@ -362,11 +363,21 @@ class Batch:
         if not writers:
             return False
         rows = next(n for n in row_counts(self.slots) if n > max(writers))
-        self._state, result = generate.decode(
-            self._decoder, self._params, self._state, np.int32(tokens), rows=rows, scored=self._is_scored
-        )
+        given = self._decoder, self._params, self._state
+        if tokens == 1 and self._may_wait and not self._is_scored and not self._is_one_launch(rows):
+            work = max(self._sequences[slot].work for slot in writers)
+            self._state, result = one_token.decode_one(*given, rows=rows, work=work)
+        else:
+            self._state, result = generate.decode(*given, np.int32(tokens), rows=rows, scored=self._is_scored)
         self._note(result, dict.fromkeys(writers, tokens), is_decode=True)
         return True
+
+    def _is_one_launch(self, rows: int) -> bool:
+        """Whether the decode kernel takes so many rows."""
+        if rows not in self._launches:
+            path = self._decoder.path(self._params, rows, self._state.cache)
+            self._launches[rows] = path.is_one_launch
+        return self._launches[rows]
 
     def _read_prompts(self, waiting: list[int], maximum: int) -> None:
         """Asks for a chunk of the oldest prompts, and a token of the sequences that are ready."""

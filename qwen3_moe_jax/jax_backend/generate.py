@@ -272,7 +272,7 @@ def _decode_logits(
     return step.logits[:, 0], step.cache
 
 
-def _write_tokens(
+def write_tokens(
     decoder: Decoder,
     params: Params,
     state: DecodeState,
@@ -322,10 +322,45 @@ def _write_tokens(
     return jax.lax.while_loop(lambda now: jnp.any(now.active), step, now)
 
 
-_long = partial(Program, donate_argnames=("state",), compiler_options=COMPILER_OPTIONS, is_long=True)
+def begin(state: DecodeState, rows: int, steps: jax.Array, *, scored: bool = False) -> LoopState:
+    """What changes while tokens of the first ``rows`` slots are written, before the first."""
+    return LoopState(
+        cache=state.cache,
+        in_output=state.in_output,
+        step=jnp.int32(0),
+        written=jnp.zeros((MAX_STEPS, rows), jnp.int32),
+        last=last_tokens(state, rows)[:, 0],
+        count=jnp.zeros((rows,), jnp.int32),
+        active=state.ready[:rows] & (steps > 0),
+        finished=jnp.zeros((rows,), bool),
+        nonfinite=jnp.zeros((rows,), bool),
+        scores=TokenScores.empty(MAX_STEPS, rows, top=_top(state)) if scored else None,
+    )
 
 
-@partial(_long, static_argnames=("decoder", "rows", "scored"))
+def end(state: DecodeState, now: LoopState) -> tuple[DecodeState, StepResult]:
+    """The state with what was written."""
+    before, rows, order = state.length, len(now.last), jnp.arange(MAX_STEPS)
+    real = order < now.count[:, None]
+    where = jnp.where(real, before[:rows, None] + order, state.capacity)  # an index past the end is dropped
+    state = replace(
+        state,
+        cache=now.cache,
+        tokens=state.tokens.at[jnp.arange(rows)[:, None], where].set(now.written.T, mode="drop"),
+        length=state.length.at[:rows].add(now.count),
+        filled=state.filled.at[:rows].add(now.count + now.nonfinite),
+        finished=state.finished.at[:rows].max(now.finished),
+        nonfinite=state.nonfinite.at[:rows].max(now.nonfinite),
+        in_output=now.in_output.at[jnp.arange(rows)[:, None], now.written.T].max(real),
+        held=state.held.at[:rows].max((now.count > 0) & state.masked[:rows]),
+    )
+    return state, StepResult.of(state, before, MAX_STEPS, now.scores and now.scores.moved())
+
+
+long_program = partial(Program, donate_argnames=("state",), compiler_options=COMPILER_OPTIONS, is_long=True)
+
+
+@partial(long_program, static_argnames=("decoder", "rows", "scored"))
 def decode(
     decoder: Decoder,
     params: Params,
@@ -342,21 +377,8 @@ def decode(
       rows: only the first ``rows`` slots take part; all that are ready must be among them.
       scored: the result has ``scores``; another program, so that the others stay what they are.
     """
-    before, slots = state.length, jnp.arange(rows)
-    no = lambda: jnp.zeros((rows,), bool)
-    now = LoopState(
-        cache=state.cache,
-        in_output=state.in_output,
-        step=jnp.int32(0),
-        written=jnp.zeros((MAX_STEPS, rows), jnp.int32),
-        last=last_tokens(state, rows)[:, 0],
-        count=jnp.zeros((rows,), jnp.int32),
-        active=state.ready[:rows] & (steps > 0),
-        finished=no(),
-        nonfinite=no(),
-        scores=TokenScores.empty(MAX_STEPS, rows, top=_top(state)) if scored else None,
-    )
-    write = partial(_write_tokens, decoder, params, state, steps)
+    now = begin(state, rows, steps, scored=scored)
+    write = partial(write_tokens, decoder, params, state, steps)
     if decoder.path(params, rows, state.cache).is_one_launch:
         # Loops without a branch or a condition, at which a GPU waits for the host at each token, for
         # all but the sampling that takes long itself. All call one compiled kernel.
@@ -366,31 +388,9 @@ def decode(
         work = jnp.where(jnp.any(state.masked[:rows]), WIDE, work)
         way = jnp.where(work == WIDE, len(ways), work * len(LAUNCHES) + size)
         now = jax.lax.switch(way, [*ways, partial(write, work=WIDE)], now)
-    elif decoder.has_kernel:
-        # One token of more sequences than the kernel takes: no condition after it either, so that the
-        # device has it while the host reads the token before.
-        once = [partial(write, work=work, launches=1) for work in (GREEDY, NARROW)]
-        work = work_of(jax.tree.map(lambda x: x[:rows], state.sampling))
-        is_loop = jnp.any(state.masked[:rows]) | (steps > 1)
-        now = jax.lax.switch(jnp.where(is_loop, WIDE, work), [*once, write], now)
     else:
         now = write(now)
-
-    order = jnp.arange(MAX_STEPS)
-    real = order < now.count[:, None]
-    where = jnp.where(real, before[:rows, None] + order, state.capacity)  # an index past the end is dropped
-    state = replace(
-        state,
-        cache=now.cache,
-        tokens=state.tokens.at[slots[:, None], where].set(now.written.T, mode="drop"),
-        length=state.length.at[:rows].add(now.count),
-        filled=state.filled.at[:rows].add(now.count + now.nonfinite),
-        finished=state.finished.at[:rows].max(now.finished),
-        nonfinite=state.nonfinite.at[:rows].max(now.nonfinite),
-        in_output=now.in_output.at[slots[:, None], now.written.T].max(real),
-        held=state.held.at[:rows].max((now.count > 0) & state.masked[:rows]),
-    )
-    return state, StepResult.of(state, before, MAX_STEPS, now.scores and now.scores.moved())
+    return end(state, now)
 
 
 def _top(state: DecodeState) -> int:
@@ -398,7 +398,7 @@ def _top(state: DecodeState) -> int:
     return min(MAX_TOP, state.is_stop.shape[1])
 
 
-@partial(_long, static_argnames=("decoder", "chunk", "rows", "scored"))
+@partial(long_program, static_argnames=("decoder", "chunk", "rows", "scored"))
 def prefill(
     decoder: Decoder,
     params: Params,

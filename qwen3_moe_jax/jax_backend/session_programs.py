@@ -11,6 +11,8 @@ program                one for each of                                 with B sl
 ``admit``, ``release``                                                 2
 ``clear``              after logits that are not finite                1
 ``decode``             numbers of rows: 1, 2, 4, ... B                 1 + log2 B
+``decode_one``         numbers of rows that a GPU's kernel does not    4 for 64 slots
+                       take, greedy and sampled
 ``prefill``            PREFILL_CHUNKS, prompts 1, 2, 4, ... together;  3 for 1 slot, 13
                        on a CPU also with tokens of the other slots    for 16; a CPU's 26
 =====================  ==============================================  ==================
@@ -28,7 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qwen3_moe_jax.core.sampling import Sampling
-from qwen3_moe_jax.jax_backend import generate
+from qwen3_moe_jax.jax_backend import generate, one_token
 from qwen3_moe_jax.jax_backend import slots as slot_programs
 from qwen3_moe_jax.jax_backend.decode_path import Decoder, choose
 from qwen3_moe_jax.jax_backend.device import Device
@@ -111,6 +113,7 @@ class Session:
             release,
             *(self.prompt(chunk) for chunk in PREFILL_CHUNKS[:0:-1]),
             *(self.tokens(rows) for rows in row_counts(self.slots)[1:]),
+            *self._one_token(),
             *self._prompts_together(),
             clear,
         ]
@@ -208,6 +211,14 @@ class Session:
     def _wanted(self, program: Program, more: dict[str, Any], label: str, cost: float) -> Wanted:
         arguments = {"decoder": self.decoder, "params": self.params, "state": self.state, **more}
         return Wanted(program, arguments, label, cost)
+
+    def _one_token(self) -> Iterator[Wanted]:
+        """Of more sequences than the decode kernel takes, on a GPU that has it."""
+        for rows in row_counts(self.slots) if self.decoder.has_kernel else ():
+            if not self.decoder.path(self.params, rows, self.state.cache).is_one_launch:
+                for work in one_token.WORKS:
+                    more = {"rows": rows, "work": work}
+                    yield self._wanted(one_token.decode_one, more, f"a token of {rows} sequences", 1.0)
 
     def _prompts_together(self) -> Iterator[Wanted]:
         if self.slots == 1:

@@ -106,6 +106,14 @@ def work_of(sampling: SamplingArrays) -> jax.Array:
     )
 
 
+def work_for(sampling: Sampling) -> int:
+    """As ``work_of``, of one sequence, for the host."""
+    if is_wide(sampling):
+        return WIDE
+    is_penalized = sampling.repetition_penalty != 1 or sampling.presence_penalty != 0
+    return NARROW if sampling.temperature > 0 or is_penalized else GREEDY
+
+
 def choose_tokens(
     logits: jax.Array,
     sampling: SamplingArrays,

@@ -5,13 +5,14 @@ Tokens have no meaning. What counts is when programs are asked for, when they ru
 
 - the device runs one program after the other, in the order in which the host asked for them;
 - asking costs the host time, and a program with a condition lets the host wait: one that reads prompts until
-  its layers have run, one that writes until those before it have run, a loop of several tokens of more
-  sequences than the decode kernel takes until its end.
+  its layers have run, one of the decode kernel until those before it have run, a loop of tokens of more
+  sequences than that takes until its end.
 """
 
+import math
 import queue
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
@@ -20,7 +21,7 @@ import jax
 import numpy as np
 
 from qwen3_moe_jax.core.sampling import Sampling
-from qwen3_moe_jax.jax_backend import batching, generate, slots
+from qwen3_moe_jax.jax_backend import batching, generate, one_token, slots
 from qwen3_moe_jax.jax_backend.generate import MAX_STEPS, StepResult
 from qwen3_moe_jax.serve.engine import frames, worker
 from qwen3_moe_jax.serve.engine.scheduler import Scheduler
@@ -92,6 +93,7 @@ class Card:
         """Puts itself in the place of the programs; ``patch`` is pytest's monkeypatch."""
         patch.setattr(generate, "prefill", self.prefill)
         patch.setattr(generate, "decode", self.decode)
+        patch.setattr(one_token, "decode_one", self.decode_one)
         patch.setattr(slots, "admit", self.admit)
         patch.setattr(slots, "release", self.release)
         patch.setattr(batching, "jax", SimpleNamespace(device_get=self.get, tree=jax.tree))
@@ -110,8 +112,8 @@ class Card:
             finished=np.ones(count, bool),
         )
         model = SimpleNamespace(config=SimpleNamespace(vocab_size=1000))
-        path = SimpleNamespace(is_one_launch=True)
-        decoder: Any = SimpleNamespace(has_kernel=True, model=model, path=lambda *_: path)
+        path = lambda params, rows, cache: SimpleNamespace(is_one_launch=rows <= 16)
+        decoder: Any = SimpleNamespace(has_kernel=True, model=model, path=path)
         return batching.Batch(decoder, {}, state)  # type: ignore[arg-type]
 
     def admit(self, state: State, slot: int, tokens: Any, length: int, limit: int, *rest: Any) -> State:
@@ -127,14 +129,21 @@ class Card:
         return state
 
     def decode(self, decoder: Any, params: Any, state: State, steps: int, *, rows: int, **_: Any) -> Any:
+        if rows > 16:
+            return self._write(state, rows, steps, lambda seconds: 0.0)
+        return self._write(state, rows, steps, lambda seconds: seconds)
+
+    def decode_one(self, decoder: Any, params: Any, state: State, *, rows: int, **_: Any) -> Any:
+        return self._write(state, rows, 1, lambda seconds: math.inf)
+
+    def _write(self, state: State, rows: int, steps: int, blocks: Callable[[float], float]) -> Any:
+        """``blocks``: of its seconds, how long before its end the host goes on."""
         before, state = state.length, state.copy()
         ready = ~state.finished & (state.filled == state.length - 1)
         ready[rows:] = False
         added = np.where(ready, np.minimum(steps, state.limit - state.length), 0)
         seconds = DECODE[rows] * int(added.max(initial=1))
-        is_loop = rows > 16 and steps > 1
-        end = self.run(seconds, blocks=0.0 if is_loop else seconds)
-        return self._after(state, before, added, added, end)
+        return self._after(state, before, added, added, self.run(seconds, blocks=blocks(seconds)))
 
     def prefill(
         self, decoder: Any, params: Any, state: State, slots: np.ndarray, *, chunk: int, rows: int, **_: Any
