@@ -1,4 +1,4 @@
-"""Batches where a GPU's decode kernel runs: what is asked for ahead, and apart from prompts, changes no text."""
+"""Batches where a GPU's decode kernel runs: what is asked for ahead or apart from prompts changes no text."""
 
 from dataclasses import replace
 from functools import partial
