@@ -3,6 +3,7 @@
 import math
 import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from importlib.resources import files
 from pathlib import Path
@@ -24,7 +25,7 @@ from qwen3_moe_jax.machine.headroom import MAIN_MEMORY, Headroom, available_memo
 from qwen3_moe_jax.machine.jax_devices import import_jax, jax_devices, simulate_devices
 from qwen3_moe_jax.machine.kernels import AUTO, CHOICES, capability_of, is_before_ampere
 from qwen3_moe_jax.machine.memory import MIN_CONTEXT, MemoryPlan
-from qwen3_moe_jax.machine.nvidia import nvidia_gpus
+from qwen3_moe_jax.machine.nvidia import may_have_cards, nvidia_gpus
 from qwen3_moe_jax.machine.probe import cards_are_hidden_by
 from qwen3_moe_jax.wgpu_backend.adapter import list_adapters, may_have_hardware
 
@@ -168,7 +169,12 @@ def start_gpu() -> None:
 
     Failures are left to whoever asks for the devices.
     """
-    if nvidia_gpus() and not cards_are_hidden_by():
+    if not may_have_cards():
+        return
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(nvidia_gpus)  # a process of 0.2 s
+        is_hidden = cards_are_hidden_by()  # imports JAX
+    if asked.result() and not is_hidden:
         if (folder := programs_folder()) is not None:
             spare_workers.begin(folder)
         jax_sees_gpu()

@@ -32,7 +32,10 @@ from qwen3_moe_jax.machine.environment import COMPILERS_VARIABLE as VARIABLE
 from qwen3_moe_jax.machine.headroom import available_main_memory
 from qwen3_moe_jax.machine.threads import processors
 
-MAX_WORKERS = 8
+MAX_WORKERS = 14
+
+PROCESSORS_LEFT = 2
+"""For this process, and for the libraries' own threads."""
 
 HOST_BYTES = 1500 << 20
 """Main memory of a worker: JAX, CUDA's libraries and a compiler at work."""
@@ -319,4 +322,4 @@ def workers_for(device: Device, missing: int, needed: int = 0, here: int = 1) ->
     needed = max(0, needed - max(0, stats.get("pool_bytes", 0) - stats.get("bytes_in_use", 0)))
     by_host = MAX_WORKERS if host is None else host // 2 // HOST_BYTES
     by_card = 0 if card is None else (card - needed) // DEVICE_BYTES
-    return max(0, min(missing - here, MAX_WORKERS, processors() // 2, by_host, by_card))
+    return max(0, min(missing - here, MAX_WORKERS, processors() - PROCESSORS_LEFT, by_host, by_card))

@@ -10,6 +10,8 @@ import shutil
 import subprocess
 from dataclasses import dataclass
 
+PROGRAM = "nvidia-smi"
+
 TIMEOUT_SECONDS = 20.0
 
 FIELDS = ("driver_version", "compute_cap", "memory.total", "memory.free", "mig.mode.current", "name")
@@ -61,6 +63,11 @@ class NvidiaReport:
     fault: str = ""
 
 
+def may_have_cards() -> bool:
+    """Whether there is something to ask for cards."""
+    return shutil.which(PROGRAM) is not None
+
+
 def nvidia_gpus() -> tuple[NvidiaGpu, ...]:
     """The cards that ``nvidia-smi`` lists; none where there is no driver."""
     return nvidia_report().gpus
@@ -68,7 +75,7 @@ def nvidia_gpus() -> tuple[NvidiaGpu, ...]:
 
 def nvidia_report() -> NvidiaReport:
     """Asks ``nvidia-smi``, once per process; never raises."""
-    program = shutil.which("nvidia-smi")
+    program = shutil.which(PROGRAM)
     return NvidiaReport() if program is None else _ask(program)
 
 

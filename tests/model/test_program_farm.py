@@ -14,6 +14,7 @@ import numpy as np
 import psutil
 import pytest
 
+from qwen3_moe_jax import loader
 from qwen3_moe_jax.convert.open_model import open_model
 from qwen3_moe_jax.core.sampling import Sampling
 from qwen3_moe_jax.jax_backend import forward, program_farm, programs, spare_workers
@@ -23,6 +24,7 @@ from qwen3_moe_jax.jax_backend.program_farm import Abandoned, Farm, asking, work
 from qwen3_moe_jax.jax_backend.program_request import decode, encode
 from qwen3_moe_jax.jax_backend.program_store import ProgramStore
 from qwen3_moe_jax.jax_backend.runner import JaxRunner
+from qwen3_moe_jax.jax_backend.session_programs import Session
 from qwen3_moe_jax.jax_backend.settings import own_settings
 from qwen3_moe_jax.parity.evidence import BATCHES, DECODED_TOKENS, RUNS, STAGE_CHUNK, Evidence, Oracle
 from qwen3_moe_jax.parity.gate import TOKENS, first_forward, layers_option
@@ -91,6 +93,8 @@ def test_arguments_that_were_sent_have_the_same_key(f16_file, store):
         {"object": ["qwen3_moe_jax.jax_backend.programs:os.system", {}]},
         {"object": ["qwen3_moe_jax.jax_backend.programs:pickle.loads", {}]},
         {"object": ["qwen3_moe_jax.jax_backend.kv_cache:KVCache", {"no_such_field": 1}]},
+        {"object": ["qwen3_moe_jax.jax_backend.programs:forget", {}]},  # a function, which would be called
+        {"object": ["this:d", {}]},  # which prints when it is imported
         {"enum": ["qwen3_moe_jax.convert.ggml_types:GGMLType", "NO_SUCH"]},
         {"call": "true"},
         {"map": [], "list": []},
@@ -100,6 +104,7 @@ def test_arguments_that_were_sent_have_the_same_key(f16_file, store):
 def test_what_names_another_package_is_refused(value):
     with pytest.raises(ValueError, match="request|package|there is no|dataclass"):
         decode(value)
+    assert "this" not in sys.modules
 
 
 def test_what_no_other_process_can_make_is_not_sent():
@@ -257,6 +262,33 @@ def test_a_worker_ends_with_its_parent():
     worker.wait(60)  # or psutil.TimeoutExpired
 
 
+@pytest.mark.parametrize("follow", [True, False])
+def test_with_spares_this_process_compiles_nothing(f16_file, store, farm, monkeypatch, follow):
+    """They start before the network is planned; programs of other sizes are asked for after the load."""
+    order: list[Any] = []
+    of = Session.of
+    monkeypatch.setenv(program_farm.VARIABLE, "5")
+    monkeypatch.setattr(spare_workers, "count", lambda: 5)
+    monkeypatch.setattr(Farm, "start", lambda self, count, hello: order.append(f"start {count}"))
+    monkeypatch.setattr(Farm, "count", 5)
+    monkeypatch.setattr(Session, "of", lambda *arguments: order.append("plan") or of(*arguments))
+    begin = lambda self, first, *, compiles, may_be_here=True: order.append((compiles, may_be_here))
+    monkeypatch.setattr(Preparation, "begin", begin)
+    monkeypatch.setattr(
+        Preparation, "begin_elsewhere", lambda self, more: order.append({w.label for w in more})
+    )
+    with open_model(f16_file) as source, own_settings():
+        weights = lambda done, total: order.append("weights")
+        runner = JaxRunner(
+            source, max_context=CONTEXT, kernels="xla", first_prompt=5, progress=weights, others_follow=follow
+        )
+        assert runner.preparation.goes_on is follow
+        runner.close()
+    order = [what for i, what in enumerate(order) if what != "weights" or order[i - 1] != what]
+    rest = [{"tokens", *(f"prompts of {n} tokens" for n in (16, 128, 512))}] if follow else []
+    assert order == ["start 5", "plan", (True, False), (False, True), "weights", *rest]
+
+
 def test_spares_wait_for_a_store_without_programs_alone(store, farm, monkeypatch):
     monkeypatch.setenv(spare_workers.VARIABLE, "2")
     spare_workers.begin(store.folder)
@@ -280,6 +312,28 @@ def test_spares_wait_for_a_store_without_programs_alone(store, farm, monkeypatch
     monkeypatch.setattr(spare_workers, "processors", lambda: 3)
     spare_workers.begin(store.folder.parent / "empty")
     assert spare_workers._spares == []
+
+
+@pytest.mark.parametrize(
+    ("has_driver", "cards", "hidden", "expected"),
+    [
+        (True, ("a card",), "", ["spares", "device"]),
+        (True, ("a card",), "JAX_PLATFORMS=cpu", []),
+        (True, (), "", []),
+        (False, (), "", []),
+    ],
+)
+def test_spares_come_before_the_start_of_a_gpu(tmp_path, monkeypatch, has_driver, cards, hidden, expected):
+    done, asked = [], []
+    monkeypatch.setattr(loader, "may_have_cards", lambda: has_driver)
+    monkeypatch.setattr(loader, "nvidia_gpus", lambda: cards)
+    monkeypatch.setattr(loader, "cards_are_hidden_by", lambda: asked.append("JAX") or hidden)
+    monkeypatch.setattr(loader, "programs_folder", lambda: tmp_path)
+    monkeypatch.setattr(spare_workers, "begin", lambda folder: done.append("spares"))
+    monkeypatch.setattr(loader, "jax_sees_gpu", lambda: done.append("device"))
+    loader.start_gpu()
+    assert done == expected
+    assert asked == (["JAX"] if has_driver else []), "JAX is imported where there is no driver"
 
 
 def test_nothing_is_started_where_it_is_of_no_use(store, farm, monkeypatch):
@@ -357,8 +411,9 @@ class Card:
     ("missing", "processors", "host", "card", "needed", "expected"),
     [
         (3, 16, 100, 80, 20, 2),
-        (40, 16, 100, 80, 20, 8),
-        (40, 8, 100, 80, 20, 4),
+        (40, 16, 100, 80, 20, 14),
+        (40, 64, 100, 80, 20, 14),
+        (40, 8, 100, 80, 20, 6),
         (40, 3, 100, 80, 20, 0),
         (40, 16, 8, 80, 20, 2),
         (40, 16, 100, 24, 21, 3),
@@ -378,6 +433,8 @@ def test_workers_fit_the_machine(monkeypatch, missing, processors, host, card, n
         left = max(0, card - needed)
         monkeypatch.setattr(program_farm, "free_on_card", lambda _: left * gib)
         assert workers_for(Card(pool=needed * gib), missing, needed * gib) == expected
+    assert workers_for(Card(), missing + 1, needed * gib) <= workers_for(Card(), missing + 1, needed * gib, 0)
+    assert workers_for(Card(), missing, needed * gib, here=0) <= missing
     monkeypatch.setenv(program_farm.VARIABLE, "0")
     assert workers_for(Card(), missing, needed * gib) == 0
 
