@@ -75,7 +75,7 @@ class FakeEngine(EngineClient):
                 counters: dict[str, float] = {"running": running, "queued": queued}
                 self._progress(reports.progress_of(self._events, counters))
                 self._events = []
-                self.on_news()
+                self.on_report()
             await asyncio.sleep(0.002 if is_idle else 0)
 
     def _send(self, message: msgspec.Struct) -> None:

@@ -111,7 +111,7 @@ class EngineClient:
       last_token: ``time.monotonic()`` of the latest progress.
       reruns: how often a request of which nobody has seen a part may begin again elsewhere.
       say: told in one line when it is ready, and when it dies.
-      on_news: called after each report, and when the engine comes or goes.
+      on_news: called when the engine comes or goes; ``on_report`` after each of its reports.
       rescue: given the sequences of an engine that died; gives back those that end with an error.
     """
 
@@ -141,6 +141,7 @@ class EngineClient:
         self.start = start
         self.say: Callable[[str], None] = lambda text: None
         self.on_news: Callable[[], None] = lambda: None
+        self.on_report: Callable[[], None] = lambda: None
         self.rescue: Callable[[Sequence[Stream]], Sequence[Stream]] = lambda streams: streams
         self._variables = dict(variables or {})
         self._ids = itertools.count(1) if ids is None else ids
@@ -237,7 +238,7 @@ class EngineClient:
     def _route(self, message: frames.ToFront) -> None:
         if isinstance(message, frames.Progress):
             self._progress(message)
-            self.on_news()
+            self.on_report()
         elif isinstance(message, frames.Ready):
             self.ready = message
             self.first_ready.set()

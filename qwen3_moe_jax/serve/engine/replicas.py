@@ -56,7 +56,7 @@ class Replicas:
         self._sent = {engine: SentBlocks() for engine in self.engines}
         self._not_launched = list(self.engines)
         for engine in self.engines:
-            engine.on_news = self._on_news
+            engine.on_news, engine.on_report = self._on_news, self._dispatch
             engine.rescue = lambda streams, engine=engine: self._rescue(engine, streams)
 
     # -- what they are together
@@ -217,7 +217,9 @@ class Replicas:
 
     def _dispatch(self) -> None:
         """Gives engines what they have room for, in the queue's order."""
-        while (able := [e for e in self._sound if _has_room(e)]) and (job := self._queue.pop()) is not None:
+        while self._queue and (able := [e for e in self._sound if _has_room(e)]):
+            job = self._queue.pop()
+            assert job is not None  # the queue is not empty
             blocks = blocks_of(job.token_ids, job.scope)
             engine = self._best(able, blocks)
             try:
