@@ -5,8 +5,12 @@ from scripts._receipts import receipt, table
 NAMES = {
     "decode_step hopper": "decode, Hopper's",
     "decode_step portable": "decode, portable",
-    "grouped_matmul portable Q4_K swiglu": "product, Q4_K, SwiGLU",
-    "grouped_matmul portable Q6_K": "product, Q6_K",
+    "grouped_matmul hopper Q4_K swiglu": "product with SwiGLU, Q4_K, Hopper's",
+    "grouped_matmul portable Q4_K swiglu": "product with SwiGLU, Q4_K, portable",
+    "grouped_matmul hopper Q6_K": "product, Q6_K, Hopper's",
+    "grouped_matmul portable Q6_K": "product, Q6_K, portable",
+    "attention hopper": "attention, Hopper's",
+    "attention portable": "attention, portable",
 }
 
 

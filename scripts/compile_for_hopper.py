@@ -38,7 +38,6 @@ from qwen3_moe_jax.jax_backend.params import GPU_ROLES
 from qwen3_moe_jax.jax_backend.qwen3_moe import Qwen3Moe
 from qwen3_moe_jax.kernels_pallas.attention import kernel_sm90 as attention
 from qwen3_moe_jax.kernels_pallas.decode_layers import api as decode_layers_api
-from qwen3_moe_jax.kernels_pallas.decode_layers import kernel_sm90 as decode_layers
 from qwen3_moe_jax.kernels_pallas.gpu import cards, device
 from qwen3_moe_jax.kernels_pallas.gpu.grouped_matmul_config import (
     REGISTERS,
@@ -75,11 +74,11 @@ def as_on_h100() -> Iterator[None]:
     with contextlib.ExitStack() as patches:
         for module in (
             attention,
-            decode_layers,
             decode_layers_api,
             device,
         ):
             patches.enter_context(mock.patch.object(module, "require_hopper", return_value=None))
+        patches.enter_context(mock.patch.object(device, "require_ampere", return_value=None))
         patches.enter_context(use_abstract_mesh(AbstractMesh((), (), abstract_device=named)))
         yield
 

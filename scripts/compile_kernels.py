@@ -9,7 +9,7 @@ says SKIPPED and ends with 0. Each target is a process of its own, two run at a 
 remembered by the kernels' sources, so that an unchanged tree takes seconds.
 
 It prints registers, spilled bytes and shared memory of each kernel, and ends with an error where a kernel
-spills more than a few words, does not fit the card, could have two blocks on one multiprocessor, or takes
+spills more than 32 words, does not fit the card, could have two blocks on one multiprocessor, or takes
 more of anything than ``docs/receipts/compiled_kernels.json`` says. The last line is JSON.
 """
 
@@ -35,19 +35,20 @@ from qwen3_moe_jax.kernels_pallas.decode_step.config import shared_memory_budget
 from qwen3_moe_jax.kernels_pallas.gpu import cards
 from qwen3_moe_jax.machine.folders import writable_cache
 from qwen3_moe_jax.testing.decode_kernel import trace_step
-from scripts import ROOT, _absent_gpu, _matmul_cases
+from scripts import ROOT, _absent_gpu, _prompt_kernels
 from scripts._captured import captured_output
 
 LIMITS = ROOT / "docs" / "receipts" / "compiled_kernels.json"
 THREADS = 256
 """Of a block of the decode kernel."""
-MAX_SPILLED = 64
-"""Bytes, which is a few words per thread."""
+MAX_SPILLED = 128
+"""Bytes per thread that a new limit may have: 32 words (``docs/reference/hardware.md``: what they cost)."""
 AT_A_TIME = 2
 SOURCES = (
     "kernels_pallas",
     "convert",
     "scripts/compile_kernels.py",
+    "scripts/_prompt_kernels.py",
     "qwen3_moe_jax/testing/decode_kernel.py",
 )
 """What a compiled kernel depends on."""
@@ -56,23 +57,22 @@ SIZES = ("registers", "spilled", "shared_memory")
 
 
 def wanted(
-    target: cards.Capability, presets: list[str], batches: list[int], *, products: bool = False
+    target: cards.Capability, presets: list[str], batches: list[int], *, prompts: bool = True
 ) -> Iterator[dict]:
-    """The rows of one target, without their figures; with ``products`` those of the grouped product too."""
+    """The rows of one target, without their figures; with ``prompts`` those of ``_prompt_kernels`` too."""
     start = {"target": target.target, "card": _absent_gpu.first_card(target)[0]}
     for preset in presets:
         for kernels in ("hopper", "portable") if target.version == "9.0" else ("portable",):
             for batch in batches:
                 yield start | {"kernel": f"decode_step {kernels}", "preset": preset, "batch": batch}
-        for kernel in _matmul_cases.CASES if products else ():
-            for config in _matmul_cases.TILES.values():
-                yield start | {"kernel": kernel, "preset": preset, "batch": config.tile}
+            for kernel, tile in _prompt_kernels.names(kernels) if prompts else ():
+                yield start | {"kernel": kernel, "preset": preset, "batch": tile}
 
 
 def compiled(target: cards.Capability, row: dict) -> dict:
     """The row with its figures, or with why there are none."""
-    if row["kernel"] in _matmul_cases.CASES:
-        return _matmul_cases.compiled(target, row)
+    if not row["kernel"].startswith("decode_step"):
+        return _prompt_kernels.compiled(target, row)
     cores = _absent_gpu.first_card(target)[1]
     kernels = row["kernel"].split()[1]
     device = api.Device.of_cores(cores, kernels=kernels, shared_memory=target.shared_memory)
@@ -184,7 +184,7 @@ def compile_target(args: argparse.Namespace) -> list[dict]:
     """All kernels of one target, in this process."""
     target = cards.capabilities()[args.targets[0]]
     version, rows = sources_hash(), []
-    for row in wanted(target, args.preset, args.sequences, products=args.products):
+    for row in wanted(target, args.preset, args.sequences, prompts=not args.decode_only):
         rows.append(remembered(target, row, version))
         show(rows[-1])
     return rows
@@ -196,7 +196,7 @@ def compile_apart(args: argparse.Namespace, environment: dict[str, str]) -> list
     def run(version: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "scripts.compile_kernels", "--child", "--targets", version]
         command += ["--preset", *args.preset, "--sequences", *map(str, args.sequences)]
-        command += ["--products"] if args.products else []
+        command += ["--decode-only"] if args.decode_only else []
         return subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
 
     rows = []
@@ -215,7 +215,7 @@ def main() -> None:
     parser.add_argument("--preset", nargs="+", default=["Qwen3-30B-A3B"], choices=sorted(PRESETS))
     parser.add_argument("--targets", nargs="+", default=sorted(cards.capabilities()), metavar="CAPABILITY")
     parser.add_argument("--sequences", type=int, nargs="+", default=[1, 4], metavar="BATCH")
-    parser.add_argument("--products", action="store_true", help="also the portable grouped product")
+    parser.add_argument("--decode-only", action="store_true", help="leave out the kernels of prompts")
     parser.add_argument("--install", action="store_true", help="get what is missing with pip")
     parser.add_argument("--limits", type=Path, default=LIMITS, help="JSON that no kernel may exceed")
     parser.add_argument("--write", action="store_true", help="make what is found the limits")

@@ -30,6 +30,8 @@ from qwen3_moe_jax.kernels_pallas.gpu.device import require_ampere
 
 SIZES = AttentionConfig(keys=64, stages=2, warpgroups=2)
 """Keys and values of 128 dimensions take 70 KB of shared memory, of the 99 KB that every card gives."""
+ONE_QUERY = AttentionConfig(keys=64, stages=2, warpgroups=1)
+"""As ``kernel_sm90.ONE_QUERY``."""
 MAX_HEAD_DIM = 128
 _PADDING = 8
 """Elements after a row in shared memory: the rows of an operand then lie in different banks."""
@@ -56,22 +58,26 @@ def attention(
     require_ampere(interpret)
     if q.shape[-1] > MAX_HEAD_DIM:
         raise NotImplementedError(f"the portable kernel takes a head_dim of up to 128, not {q.shape[-1]}")
-    return attention_with(_kernel, SIZES, q, k_cache, v_cache, positions, layer, slots, scales, interpret)
+    return attention_with(make_kernel, SIZES, q, k_cache, v_cache, positions, layer, slots, scales, interpret)
 
 
-def _kernel(config: AttentionConfig, interpret: Any, **shape: Any) -> Any:
-    """As ``kernel_sm90._kernel``."""
-    cached = plgpu.SMEM((config.stages, config.keys, shape["head_dim"] + _PADDING), shape["dtype"])
-    scratch = _Scratch(cached, cached, plgpu.Barrier(num_arrivals=config.warpgroups))
+def make_kernel(config: AttentionConfig, interpret: Any, **shape: Any) -> Any:
+    """As ``kernel_sm90.make_kernel``."""
     return launch(
         _Block,
         config,
         interpret,
-        scratch=scratch,
+        scratch=scratch_of(config, shape["head_dim"], shape["dtype"]),
         warpgroups=config.warpgroups,
         name="prefill_attention_portable",
         **shape,
     )
+
+
+def scratch_of(config: AttentionConfig, head_dim: int, dtype: Any) -> "_Scratch":
+    """A block's shared memory."""
+    cached = plgpu.SMEM((config.stages, config.keys, head_dim + _PADDING), dtype)
+    return _Scratch(cached, cached, plgpu.Barrier(num_arrivals=config.warpgroups))
 
 
 class _Scratch(NamedTuple):

@@ -77,7 +77,16 @@ def attention(
     """
     require_hopper(interpret)
     return attention_with(
-        _kernel, config or AttentionConfig(), q, k_cache, v_cache, positions, layer, slots, scales, interpret
+        make_kernel,
+        config or AttentionConfig(),
+        q,
+        k_cache,
+        v_cache,
+        positions,
+        layer,
+        slots,
+        scales,
+        interpret,
     )
 
 
@@ -93,7 +102,7 @@ def attention_with(
     scales: Any,
     interpret: Any,
 ) -> jax.Array:
-    """As :func:`attention`, by a kernel that ``make`` makes (as :func:`_kernel`)."""
+    """As :func:`attention`, by a kernel that ``make`` makes (as :func:`make_kernel`)."""
     if scales is not None or k_cache.dtype not in _DTYPES or v_cache.dtype != k_cache.dtype:
         raise NotImplementedError(f"the Hopper kernel reads 16-bit caches, not {k_cache.dtype}")
     if q.shape[-1] % 64:
@@ -135,18 +144,21 @@ def _bounds(minimum: jax.Array, maximum: jax.Array, length: int, config: Attenti
     return jnp.stack([read, jnp.clip(minimum + 1, 0, length) // config.keys], axis=-1).astype(jnp.int32)
 
 
-def one_query_rows(positions: jax.Array, length: int) -> tuple[jax.Array, jax.Array]:
+def one_query_rows(
+    positions: jax.Array, length: int, config: AttentionConfig = ONE_QUERY
+) -> tuple[jax.Array, jax.Array]:
     """What :func:`attend_rows` wants for one query of each sequence, the same for all layers.
 
     Args:
       positions: int32 [B].
       length: S.
+      config: of one tile of rows per sequence.
 
     Returns:
-      Positions [B, rows] and bounds [B, 1, 2], for ``ONE_QUERY``.
+      Positions [B, rows] and bounds [B, 1, 2].
     """
-    rows = jnp.broadcast_to(positions[:, None], (len(positions), ONE_QUERY.tile)).astype(jnp.int32)
-    return rows, _bounds(positions[:, None], positions[:, None], length, ONE_QUERY)
+    rows = jnp.broadcast_to(positions[:, None], (len(positions), config.tile)).astype(jnp.int32)
+    return rows, _bounds(positions[:, None], positions[:, None], length, config)
 
 
 def attend_rows(
@@ -179,18 +191,30 @@ def attend_rows(
     L, C, S, K, H = k_cache.shape
     shape = {"batch": len(slots), "kv_heads": K, "rows": q.shape[1], "head_dim": H, "capacity": C}
     caches = (c.reshape(L * C, S, K * H) for c in (k_cache, v_cache))
-    return (make or _kernel)(config, interpret, dtype=q.dtype, **shape)(
+    return (make or make_kernel)(config, interpret, dtype=q.dtype, **shape)(
         layer, slots, bounds, positions, q, *caches
     )
 
 
-def _kernel(config: AttentionConfig, interpret: Any, **shape: Any) -> Any:
+def make_kernel(config: AttentionConfig, interpret: Any, **shape: Any) -> Any:
     """See ``block.launch``; ``shape`` is of the arrays."""
-    head_dim = shape["head_dim"]
-    one = lambda *axes: plgpu.SMEM(axes, shape["dtype"], transforms=_SWIZZLED)
+    return launch(
+        _Block,
+        config,
+        interpret,
+        scratch=scratch_of(config, shape["head_dim"], shape["dtype"]),
+        warpgroups=config.warpgroups + 1,
+        name="prefill_attention",
+        **shape,
+    )
+
+
+def scratch_of(config: AttentionConfig, head_dim: int, dtype: Any) -> "_Scratch":
+    """A block's shared memory and barriers."""
+    one = lambda *axes: plgpu.SMEM(axes, dtype, transforms=_SWIZZLED)
     used = plgpu.Barrier(num_barriers=config.stages, num_arrivals=config.warpgroups)
     full = plgpu.Barrier(num_barriers=config.stages)
-    scratch = _Scratch(
+    return _Scratch(
         q_tile=one(config.warpgroups, ROWS, head_dim),
         k_tile=one(config.stages, config.keys, head_dim),
         v_tile=one(config.stages, config.keys, head_dim),
@@ -199,15 +223,6 @@ def _kernel(config: AttentionConfig, interpret: Any, **shape: Any) -> Any:
         v_full=full,
         k_used=used,
         v_used=used,
-    )
-    return launch(
-        _Block,
-        config,
-        interpret,
-        scratch=scratch,
-        warpgroups=config.warpgroups + 1,
-        name="prefill_attention",
-        **shape,
     )
 
 

@@ -10,17 +10,37 @@ from collections.abc import Callable
 import jax
 
 from qwen3_moe_jax.kernels_pallas import implementations
-from qwen3_moe_jax.kernels_pallas.gpu.device import import_kernels, require_hopper
+from qwen3_moe_jax.kernels_pallas.gpu.device import import_kernels, require_ampere, require_hopper
 from qwen3_moe_jax.kernels_pallas.packed.stacks import LayerTable
 
 _KERNELS = "decode_layers.kernel_sm90"
 
 
-def reason_against(table: LayerTable, batch: int, cache: jax.Array) -> str | None:
-    """Why :func:`decode_layers` does not take these weights, this many sequences or this cache; or None."""
+def _chosen(kernels: str | None) -> str:
+    """The set that is named and runs on this device, or else the fastest that does.
+
+    Raises:
+      NotImplementedError: there is none.
+    """
+    if kernels == "portable":
+        require_ampere()
+        return kernels
     try:
         require_hopper()
-        import_kernels(_KERNELS).check(table, batch, cache)
+        return "hopper"
+    except NotImplementedError:
+        if kernels is not None:
+            raise
+    require_ampere()
+    return "portable"
+
+
+def reason_against(table: LayerTable, batch: int, cache: jax.Array, kernels: str | None = None) -> str | None:
+    """Why :func:`decode_layers` does not take these weights, this many sequences or this cache; or None."""
+    try:
+        name = _chosen(kernels)
+        module = import_kernels(_KERNELS)
+        module.check(table, batch, cache, kernels=module.BY_NAME[name])
     except NotImplementedError as error:
         return str(error)
     return None
@@ -38,6 +58,7 @@ def decode_layers(
     num_experts_per_tok: int,
     eps: float,
     on_logits: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
+    kernels: str | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """Runs one token of each sequence through the layers. bfloat16 precision or better throughout.
 
@@ -52,6 +73,7 @@ def decode_layers(
       num_experts_per_tok: X.
       eps: of the norms.
       on_logits: changes the router's logits, float32 [B, E], of the layer, an int32 scalar.
+      kernels: "hopper" or "portable"; None is the fastest that the device runs.
 
     Returns:
       x after the last layer, both caches, and the chosen experts int32 [L, B, X].
@@ -59,9 +81,10 @@ def decode_layers(
     Raises:
       NotImplementedError: :func:`reason_against` says why.
     """
-    require_hopper()
-    implementations.note("decode_layers", "hopper", table.stacks.values())
-    return import_kernels(_KERNELS).decode_layers(
+    name = _chosen(kernels)
+    implementations.note("decode_layers", name, table.stacks.values())
+    module = import_kernels(_KERNELS)
+    return module.decode_layers(
         x,
         table,
         cache_k,
@@ -72,4 +95,5 @@ def decode_layers(
         num_experts_per_tok=num_experts_per_tok,
         eps=eps,
         on_logits=on_logits,
+        kernels=module.BY_NAME[name],
     )

@@ -1,9 +1,9 @@
-"""decode_layers on Hopper GPUs: products and attention in kernels, what stands between them in XLA.
+"""decode_layers on NVIDIA GPUs: products and attention in kernels, what stands between them in XLA.
 
-Queries, keys and values are one product of the matrices that lie together in their stack. Between
-the products of ``gpu.grouped_matmul_sm90`` and the kernel of ``attention.kernel_sm90`` stand
-the steps of ``row_steps``. The kernels find the layer's weights by its number, on the device, in one
-table. What experts add to a row is summed by the next layer first.
+Queries, keys and values are one product of the matrices that lie together in their stack. Between the
+products of ``gpu.grouped_matmul_sm90`` and the kernel of ``attention.kernel_sm90``, or from Ampere on those
+of the modules that end in ``sm80``, stand the steps of ``row_steps``. The kernels find the layer's weights by
+its number, on the device, in one table. What experts add to a row is summed by the next layer first.
 """
 
 import functools
@@ -18,18 +18,16 @@ from jax import lax
 
 from qwen3_moe_jax.convert.ggml_types import GGMLType
 from qwen3_moe_jax.convert.packed import ROWS
+from qwen3_moe_jax.kernels_pallas.attention import kernel_sm80 as attention_sm80
 from qwen3_moe_jax.kernels_pallas.attention import kernel_sm90 as attention
 from qwen3_moe_jax.kernels_pallas.decode_layers import row_steps as steps
-from qwen3_moe_jax.kernels_pallas.gpu.device import require_hopper
+from qwen3_moe_jax.kernels_pallas.gpu import products
 from qwen3_moe_jax.kernels_pallas.gpu.grouped_matmul_config import (
     MAX_FEW_ROWS,
     OfLayer,
     check_supported,
     dense_config,
     few_config,
-)
-from qwen3_moe_jax.kernels_pallas.gpu.grouped_matmul_sm90 import (
-    grouped_matmul,
 )
 from qwen3_moe_jax.kernels_pallas.gpu.sorting import dense_tiles
 from qwen3_moe_jax.kernels_pallas.packed.stacks import LayerTable, LayerTensor, Matrices
@@ -41,19 +39,53 @@ _MIN_ROWS = 17
 """Fewer sequences are for ``decode_step``, or go layer by layer."""
 
 
-def check(table: LayerTable, batch: int, cache: jax.Array, interpret: Any = None) -> None:
+class Kernels(NamedTuple):
+    """A set of kernels that layers are made of.
+
+    Attributes:
+      product: the grouped product.
+      attention: sizes, for one query of each sequence.
+      make: makes the attention kernel.
+      max_head_dim: that it takes.
+      may_read_beyond: copies give zeros beyond the end of an array, as TMA's do. Queries, keys and values
+        are one matrix then in layers, too, whose values are of another type: the rows after their keys are
+        the next layer's, and after the last layer's there are none.
+    """
+
+    product: products.Product
+    attention: attention.AttentionConfig
+    make: Callable[..., Any]
+    max_head_dim: int
+    may_read_beyond: bool
+
+
+HOPPER = Kernels(products.HOPPER, attention.ONE_QUERY, attention.make_kernel, 256, may_read_beyond=True)
+PORTABLE = Kernels(
+    products.PORTABLE,
+    attention_sm80.ONE_QUERY,
+    attention_sm80.make_kernel,
+    attention_sm80.MAX_HEAD_DIM,
+    may_read_beyond=False,
+)
+BY_NAME = {"hopper": HOPPER, "portable": PORTABLE}
+
+
+def check(
+    table: LayerTable, batch: int, cache: jax.Array, interpret: Any = None, kernels: Kernels = HOPPER
+) -> None:
     """Raises NotImplementedError, with the reason, for what :func:`decode_layers` does not take."""
-    require_hopper(interpret)
+    kernels.product.require(interpret)
     if not _MIN_ROWS <= batch <= MAX_FEW_ROWS:
         raise NotImplementedError(
             f"few launches are for {_MIN_ROWS} to {MAX_FEW_ROWS} sequences, not {batch}"
         )
     if cache.dtype not in (jnp.bfloat16, jnp.float16):
-        raise NotImplementedError(f"the Hopper kernels read 16-bit caches, not {cache.dtype}")
-    w = _Weights.of(table)
+        raise NotImplementedError(f"the kernels read 16-bit caches, not {cache.dtype}")
+    w = _Weights.of(table, kernels)
     kv_heads, head_dim = cache.shape[3:]
     heads = w.q_proj.shape[0] // head_dim
-    if head_dim % 64 or heads // kv_heads > attention.ONE_QUERY.tile:
+    fits = head_dim % 64 == 0 and head_dim <= kernels.max_head_dim
+    if not fits or heads // kv_heads > kernels.attention.tile:
         raise NotImplementedError(f"{heads // kv_heads} heads of {head_dim} per KV head do not fit")
     router = w.router.options
     if len(router) != 1 or router[0].type not in _ROUTER_TYPES or router[0].layout != ROWS:
@@ -92,11 +124,11 @@ class _Weights(NamedTuple):
     post_attention_layernorm: jax.Array
 
     @classmethod
-    def of(cls, table: LayerTable) -> "_Weights":
+    def of(cls, table: LayerTable, kernels: Kernels) -> "_Weights":
         """Raises NotImplementedError: queries, keys and values do not lie one after the other."""
         norm = lambda name: table[name].options[0]
         return cls(
-            *_qkv_as_one(table),
+            *_qkv_as_one(table, may_read_beyond=kernels.may_read_beyond),
             table["self_attn.q_proj"],
             table["self_attn.v_proj"],
             table["self_attn.o_proj"],
@@ -109,12 +141,16 @@ class _Weights(NamedTuple):
         )
 
 
-def _qkv_as_one(table: LayerTable) -> tuple[LayerTensor, tuple[int, ...], tuple[int, ...]]:
+def _qkv_as_one(
+    table: LayerTable, *, may_read_beyond: bool
+) -> tuple[LayerTensor, tuple[int, ...], tuple[int, ...]]:
     """The first three of :class:`_Weights`."""
     q, k, v = (table[f"self_attn.{name}_proj"] for name in "qkv")
     if len(q.stacks) != 1 or q.stacks != k.stacks:
         raise NotImplementedError("q_proj and k_proj are not of one type, in one stack")
     inside = [i for i, stack in enumerate(v.stacks) if stack == q.stacks[0]]
+    if len(v.stacks) > 1 and not may_read_beyond:
+        inside = []
     others = tuple(i for i in range(len(v.stacks)) if i not in inside)
     which = tuple(0 if w in inside else 1 + others.index(w) for w in v.which)
     for layer, first in enumerate(q.first):
@@ -137,17 +173,19 @@ def decode_layers(
     num_experts_per_tok: int,
     eps: float,
     on_logits: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
+    kernels: Kernels = HOPPER,
     interpret: Any = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """See ``api.decode_layers``."""
-    check(table, len(x), cache_k, interpret)
-    weights = _Weights.of(table)
+    check(table, len(x), cache_k, interpret, kernels)
+    weights = _Weights.of(table, kernels)
     rows, layers = len(x), cache_k.shape[0]
     tile = next(t for t in _TILES if rows <= t)
     positions = positions.astype(jnp.int32)
     slots = (jnp.arange(rows) if slots is None else slots).astype(jnp.int32)
-    tokens = _Tokens(positions, slots, rope, *attention.one_query_rows(positions, cache_k.shape[2]))
-    run = _OneLayer(table, weights, tokens, rows, tile, eps, on_logits, interpret)
+    bounds = attention.one_query_rows(positions, cache_k.shape[2], kernels.attention)
+    tokens = _Tokens(positions, slots, rope, *bounds)
+    run = _OneLayer(table, weights, tokens, rows, tile, eps, on_logits, kernels, interpret)
     shape = (rows, num_experts_per_tok, x.shape[1])
     first = _State(
         x=x.astype(jnp.float32),
@@ -206,10 +244,12 @@ class _OneLayer:
         tile: int,
         eps: float,
         on_logits: Callable[[jax.Array, jax.Array], jax.Array] | None,
+        kernels: Kernels,
         interpret: Any,
     ):
         self.weights, self.tokens, self.rows, self.tile = weights, tokens, rows, tile
-        self.eps, self.on_logits, self.interpret = eps, on_logits, interpret
+        self.eps, self.on_logits = eps, on_logits
+        self.kernels, self.interpret = kernels, interpret
         w = weights
         self.order: list[tuple[int, ...]] = []
         self.v_at, self.down_at = self.column(w.v_which), self.column(w.down_proj.which)
@@ -238,8 +278,9 @@ class _OneLayer:
             self.tokens.bounds,
             layer,
             self.tokens.slots,
-            attention.ONE_QUERY,
+            self.kernels.attention,
             self.interpret,
+            self.kernels.make,
         )
         heads = w.q_proj.shape[0] // out.shape[2]
         operand, scale = steps.attention_operand(out, self.rows, heads, self.tile)
@@ -272,7 +313,7 @@ class _OneLayer:
         which = self.table[self.v_at + at] - min(values)
         v = steps.pick([values[number] for number in sorted(values)], which)
         write = partial(steps.write, layer=at, slots=tokens.slots, positions=tokens.positions)
-        rows, dtype = attention.ONE_QUERY.tile, state.cache_k.dtype
+        rows, dtype = self.kernels.attention.tile, state.cache_k.dtype
         q = steps.query_operand(q, kv_heads, rows, dtype)
         return q, write(state.cache_k, k), write(state.cache_v, v)
 
@@ -292,7 +333,7 @@ class _OneLayer:
     ) -> jax.Array:
         """Parts of the product [P, tile, N]; undefined in layers where the weights have another type."""
         config, splits = dense_config(self.tile, *w.shape)
-        out = grouped_matmul(
+        out = self.kernels.product.multiply(
             operand,
             scale,
             dense_tiles(self.tile, self.tile),
@@ -311,7 +352,7 @@ class _OneLayer:
         used = routes.used
         gate, up, down = self.weights.gate_proj, self.weights.up_proj, self.weights.down_proj
         config = few_config(self.tile, gate.options[0].type)
-        run = partial(grouped_matmul, config=config, interpret=self.interpret)
+        run = partial(self.kernels.product.multiply, config=config, interpret=self.interpret)
         both = (_matrices(gate, 0), _matrices(up, 0))
         inner = run(x.operand, x.scale, used, both, of_layer=self.of_layer(layer, (gate, up), 0))
         out = [

@@ -170,9 +170,9 @@ class FewLaunches:
     def reason_on(self, device: Device, model: Qwen3Moe, params: Params) -> str | None:
         if model.shards is not None:
             return model.shards.reason_against_one_launch
-        if model.kernels not in ("hopper", ANY):
-            return f"it is made of the Hopper kernels, and {model.kernels} is chosen"
-        return _refusal(gpu.require_hopper)
+        if model.kernels not in ("hopper", "portable", ANY):
+            return f"it is made of GPU kernels, and {model.kernels} is chosen"
+        return _refusal(gpu.require_ampere)
 
     def reason_against(
         self, model: Qwen3Moe, params: Params, batch: int, cache: KVCache, is_forced: bool = False
@@ -185,7 +185,7 @@ class FewLaunches:
             return f"it multiplies operands of 16 bits, and compute_dtype is {jnp.dtype(model.compute_dtype)}"
         if cache.scales is not None:
             return "it reads a KV cache of 16 bits, and it is int8"
-        return decode_layers.reason_against(params["layers"], batch, cache.k)
+        return decode_layers.reason_against(params["layers"], batch, cache.k, _named(model))
 
     def step(
         self,
@@ -217,6 +217,7 @@ def few_launches(network: "Network", token_ids: jax.Array, cache: KVCache, span:
         num_experts_per_tok=model.config.num_experts_per_tok,
         eps=model.config.rms_norm_eps,
         on_logits=change if "ffn_moe_logits" in _changed_stages(model) else None,
+        kernels=_named(model),
     )
     return Output(hidden[:, None], replace(cache, k=k, v=v), chosen[:, :, None])
 

@@ -99,7 +99,12 @@ def skew(logits: jax.Array) -> jax.Array:
 
 
 def compare(
-    kinds: list[str], sequences: int, *, is_skewed: bool = False, is_interpreted: bool = False
+    kinds: list[str],
+    sequences: int,
+    *,
+    kernels: str = "hopper",
+    is_skewed: bool = False,
+    is_interpreted: bool = False,
 ) -> None:
     """The kernels against float32 operations of XLA with the kernels' experts, slots in any order.
 
@@ -109,6 +114,7 @@ def compare(
     types = types_of(tuple(GGMLType[kind] for kind in kinds))
     interventions = (Intervention("ffn_moe_logits", skew),) if is_skewed else ()
     model = Qwen3Moe(CONFIG, jnp.float32, interventions=interventions)
+    forced = model.clone(compute_dtype=jnp.bfloat16, kernels=kernels)
     params, cache = random_params(rng, types), random_cache(rng, sequences + 1)
     tokens = jnp.asarray(rng.integers(0, CONFIG.vocab_size, (sequences, 1)), jnp.int32)
     starts = np.resize([0, LENGTH - 1, 127, 128, 60], sequences)
@@ -119,7 +125,7 @@ def compare(
             run = partial(kernel_sm90.decode_layers, interpret=interpreter(detect_races=True))
             for where, name, value in (
                 (api, "require_hopper", lambda: None),
-                (kernel_sm90, "require_hopper", lambda interpret: None),
+                (api, "require_ampere", lambda: None),
                 (kernel_sm90, "decode_layers", run),
                 (kernel_sm90, "_MIN_ROWS", 1),
                 (matmul_sm90, "multiprocessors", lambda: 3),
@@ -129,8 +135,8 @@ def compare(
         ran = patches.enter_context(
             mock.patch.object(kernel_sm90, "decode_layers", wraps=kernel_sm90.decode_layers)
         )
-        actual = few_launches(model.clone(compute_dtype=jnp.bfloat16).bind(params), tokens, cache, span)
-        assert ran.called
+        actual = few_launches(forced.bind(params), tokens, cache, span)
+        assert ran.call_args.kwargs["kernels"] is kernel_sm90.BY_NAME[kernels]
     ids = actual.expert_ids
     recorder = model.clone(capture=frozenset({"ffn_moe_logits"}))
     with jax.default_matmul_precision("highest"):
@@ -146,16 +152,36 @@ def compare(
         check(getattr(actual.cache, name), np.asarray(getattr(expected.cache, name), np.float64), bound, name)
 
 
+SETS = pytest.mark.parametrize("kernels", kernel_sm90.BY_NAME)
+
+
 @needs_hopper_gpu
+@SETS
 @pytest.mark.parametrize("sequences", [17, 32, 64])
 @pytest.mark.parametrize("kinds", [["Q4_K", "Q6_K"], ["Q6_K", "Q6_K"], ["Q4_K", "Q4_K"]], ids="-".join)
-def test_layers_equal_the_model_on_a_gpu(kinds, sequences):
-    compare(kinds, sequences)
+def test_layers_equal_the_model_on_a_gpu(kinds, sequences, kernels):
+    compare(kinds, sequences, kernels=kernels)
 
 
-def test_layers_equal_the_model():
+@SETS
+def test_layers_equal_the_model(kernels):
     """Layers of two types."""
-    compare(["Q4_K", "Q6_K"], 4, is_skewed=True, is_interpreted=True)
+    compare(["Q4_K", "Q6_K"], 4, kernels=kernels, is_skewed=True, is_interpreted=True)
+
+
+def test_which_kernels_layers_are_made_of(monkeypatch):
+    """Those that are named, else Hopper's where they run."""
+
+    def refuse():
+        raise NotImplementedError("another card")
+
+    monkeypatch.setattr(api, "require_ampere", lambda: None)
+    monkeypatch.setattr(api, "require_hopper", lambda: None)
+    assert [api._chosen(name) for name in (None, "hopper", "portable")] == ["hopper", "hopper", "portable"]
+    monkeypatch.setattr(api, "require_hopper", refuse)
+    assert [api._chosen(name) for name in (None, "portable")] == ["portable"] * 2
+    with pytest.raises(NotImplementedError, match="another card"):
+        api._chosen("hopper")
 
 
 def test_choice_is_the_routers(rng):
@@ -223,22 +249,28 @@ def table_of(**types: str) -> LayerTable:
     return LayerTable.plan(shapes, layers, GPU_ROLES)
 
 
+def as_one(table, *, may_read_beyond=True):
+    return kernel_sm90._qkv_as_one(table, may_read_beyond=may_read_beyond)
+
+
 def test_which_queries_keys_and_values_are_one_product():
     table = table_of(q_proj="Q4_K Q4_K", k_proj="Q4_K Q4_K", v_proj="Q4_K Q4_K")
-    assert kernel_sm90._qkv_as_one(table)[0].shape == (192, 256)
+    assert as_one(table)[0].shape == (192, 256)
     table = table_of(q_proj="Q4_K Q4_K", k_proj="Q4_K Q4_K", v_proj="Q6_K Q6_K")
-    whole, others, which = kernel_sm90._qkv_as_one(table)
+    whole, others, which = as_one(table)
     assert (whole.shape, others, which) == ((128, 256), (0,), (1, 1))
     table = table_of(q_proj="Q4_K Q4_K", k_proj="Q4_K Q4_K", v_proj="Q4_K Q6_K")
-    whole, others, which = kernel_sm90._qkv_as_one(table)
+    whole, others, which = as_one(table)
     assert (whole.shape, others, which) == ((192, 256), (1,), (0, 1))
+    whole, others, which = as_one(table, may_read_beyond=False)
+    assert (whole.shape, others, which) == ((128, 256), (0, 1), (1, 2))
     other_order = table_of(q_proj="Q4_K Q4_K", v_proj="Q4_K Q4_K", k_proj="Q4_K Q4_K")
     with pytest.raises(NotImplementedError, match="one after the other"):
-        kernel_sm90._qkv_as_one(other_order)
+        as_one(other_order)
     for mixed in ("Q6_K Q6_K", "Q4_K Q6_K"):
         with pytest.raises(NotImplementedError, match="one type"):
-            kernel_sm90._qkv_as_one(table_of(q_proj="Q4_K Q4_K", k_proj=mixed, v_proj="Q4_K Q4_K"))
+            as_one(table_of(q_proj="Q4_K Q4_K", k_proj=mixed, v_proj="Q4_K Q4_K"))
     alone = {f"self_attn.{name}_proj": (64, 256) for name in "qkv"}
     apart = LayerTable.plan(alone, [dict.fromkeys(alone, GGMLType.Q4_K)], {})
     with pytest.raises(NotImplementedError, match="in one stack"):
-        kernel_sm90._qkv_as_one(apart)
+        as_one(apart)

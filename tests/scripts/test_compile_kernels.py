@@ -61,12 +61,13 @@ def test_what_was_compiled_is_remembered_until_a_source_changes(monkeypatch, tmp
     assert len(calls) == 2
 
 
-def test_the_grouped_product_is_compiled_where_it_is_asked_for(monkeypatch):
-    target = cards.capabilities()["8.9"]
-    rows = list(compile_kernels.wanted(target, ["Qwen3-30B-A3B"], [1], products=True))
-    assert [row["kernel"].split()[0] for row in rows] == ["decode_step"] + ["grouped_matmul"] * 4
-    monkeypatch.setattr(compile_kernels._matmul_cases, "compiled", lambda target, row: row | {"blocks": 1})
-    assert compile_kernels.compiled(target, rows[1])["blocks"] == 1
+def test_every_kernel_of_a_set_is_compiled(monkeypatch):
+    rows = list(compile_kernels.wanted(cards.capabilities()["9.0"], ["Qwen3-30B-A3B"], [1]))
+    for kernels in ("hopper", "portable"):
+        mine = [row["kernel"].split()[0] for row in rows if kernels in row["kernel"]]
+        assert mine == ["decode_step"] + ["grouped_matmul"] * 4 + ["attention"] * 2
+    monkeypatch.setattr(compile_kernels._prompt_kernels, "compiled", lambda target, row: row | {"blocks": 1})
+    assert compile_kernels.compiled(cards.capabilities()["8.9"], rows[1])["blocks"] == 1
 
 
 def test_without_a_compiler_it_says_so(monkeypatch, capsys, tmp_path):
