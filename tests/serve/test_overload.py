@@ -12,7 +12,8 @@ import pytest
 
 httpx = pytest.importorskip("httpx")
 
-from qwen3_moe_jax.serve.http import completions, streams  # noqa: E402
+from qwen3_moe_jax.serve.http import completions, json_body, streams  # noqa: E402
+from qwen3_moe_jax.serve.http.errors import ApiError  # noqa: E402
 from qwen3_moe_jax.serve.settings import Settings  # noqa: E402
 from qwen3_moe_jax.testing.fake_engine import FakeEngine  # noqa: E402
 from qwen3_moe_jax.testing.http_server import quick_start, running  # noqa: E402
@@ -109,6 +110,8 @@ def test_a_full_queue_is_found_before_a_prompt_is_read(serve, monkeypatch):
     monkeypatch.setattr(server.service.model, "raw", lambda text: read.append(text) or raw(text))
     assert ask(server, prompt="not read").status_code == 429
     assert "not read" not in read
+    assert ask(server, prompt=None).status_code == 429, "nor is the body looked at"
+    assert ask(server, prompt="a", echo=True, max_tokens=0).status_code == 200, "which takes no slot"
     for connection in held:
         connection.close()
     until(lambda: is_idle(server))
@@ -317,6 +320,15 @@ def test_no_number_is_too_wrong(serve):
             memory = memory or psutil.Process().memory_info().rss
         assert psutil.Process().memory_info().rss - memory < 20 << 20
     assert is_idle(server)
+
+
+def test_numbers_have_few_digits_and_texts_many():
+    settings, twenty = Settings(), "9" * 20
+    long = json_body.parse(f'{{"a": {twenty}, "b": "{twenty * 3}", "c": [1, -2]}}'.encode(), settings)
+    assert long == {"a": int(twenty), "b": twenty * 3, "c": [1, -2]}
+    for text in (f"-{twenty}", f"{twenty}1", "9" * 5000):
+        with pytest.raises(ApiError, match="too many digits"):
+            json_body.parse(f'{{"a": {text}}}'.encode(), settings)
 
 
 def test_an_error_of_ours_says_nothing(serve, monkeypatch, capfd):

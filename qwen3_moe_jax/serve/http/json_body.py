@@ -25,8 +25,15 @@ def parse(body: bytes, settings: Settings) -> dict[str, Any]:
             raise ValueError("a number has too many digits")
         return int(text)
 
+    # a call for each number of a prompt of token ids takes longer than all else: only where one is long
+    is_long = re.search(rb"[0-9]{%d}" % settings.max_int_digits, body)
     try:
-        value = json.loads(body, object_pairs_hook=_unique, parse_constant=_refuse, parse_int=integer)
+        value = json.loads(
+            body,
+            object_pairs_hook=_unique,
+            parse_constant=_refuse,
+            parse_int=integer if is_long else None,
+        )
         if _SURROGATE.search(body):
             json.dumps(value, ensure_ascii=False).encode()
     except UnicodeError:

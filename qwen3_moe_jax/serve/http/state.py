@@ -14,7 +14,7 @@ from qwen3_moe_jax.serve.grammar import Grammars
 from qwen3_moe_jax.serve.http import json_body
 from qwen3_moe_jax.serve.http.errors import ApiError, full
 from qwen3_moe_jax.serve.http.metrics import Metrics
-from qwen3_moe_jax.serve.http.schemas import Body
+from qwen3_moe_jax.serve.http.schemas import Body, Common
 from qwen3_moe_jax.serve.settings import Settings
 from qwen3_moe_jax.serve.text_model import TextModel
 
@@ -48,8 +48,12 @@ class Service:
         """The checked body of a request.
 
         Raises:
-          ApiError, pydantic.ValidationError: it is not what it should be.
+          ApiError, pydantic.ValidationError: it is not what it should be, or wants an answer and there is no
+            room: who is refused costs those who are served little. Scores alone (``echo``) need none.
         """
+        is_loaded = self.engine.ready is not None
+        if is_loaded and issubclass(kind, Common) and b'"echo"' not in request.state.body:
+            self._check_room(1)
         body = kind.model_validate(json_body.parse(request.state.body, self.settings))
         if body.unknown:
             self.metrics.unknown_fields.inc(len(body.unknown))
@@ -69,14 +73,17 @@ class Service:
           EngineError: the engine takes nothing now.
         """
         self.engine.check()
-        room = self.engine.loaded().slots + self.settings.max_queue
-        if self.engine.active + self.preparing + count > room:
-            raise full()
+        self._check_room(count)
         place = Place(self, count)
         try:
             yield place
         finally:
             place.give_back()
+
+    def _check_room(self, count: int) -> None:
+        room = self.engine.loaded().slots + self.settings.max_queue
+        if self.engine.active + self.preparing + count > room:
+            raise full()
 
     async def close(self) -> None:
         """Ends the processes that belong to it."""
