@@ -394,11 +394,12 @@ class Evidence:
         for path, spec in self.source.specs.items():
             if len(spec.shape) == 1:
                 continue
-            weight = self.source.tensor(path)
-            expert = spec.shape[0] - 1 if len(spec.shape) == 3 else None
-            matrix = weight if expert is None else weight[expert]
-            for tile in {0, (spec.shape[-2] - 1) // LANES}:
-                expected = dequantize(matrix[LANES * tile : LANES * (tile + 1)])
+            *experts, rows, columns = spec.shape
+            expert = experts[0] - 1 if experts else None
+            for tile in {0, (rows - 1) // LANES}:
+                part = (LANES * tile, min(LANES * (tile + 1), rows)), (0, columns)
+                box = part if expert is None else ((expert, expert + 1), *part)
+                expected = dequantize(self.source.part(path, box)).reshape(-1, columns)
                 actual = self.runner.dequantized(path, tile, expert)
                 different += differing_bits(actual, expected)
                 count += expected.size

@@ -9,10 +9,10 @@ Face Transformers' ``modeling_qwen3_moe.py`` and in llama.cpp at commit
 0c1e57098, ``src/models/qwen3moe.cpp``; stage names are the latter's.
 """
 
-from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Unpack
+from typing import Any, Unpack
 
 import numpy as np
 
@@ -284,10 +284,17 @@ class ReferenceRunner(OneAtATime):
 
     def _layers(self, texts: Sequence[_Text], layers: Sequence[int]) -> None:
         """Takes texts through these decoder layers, side by side."""
-        beside = ALONE if self.workers.count == 1 else Workers(len(texts))
+        beside = ALONE if self.workers.count == 1 else Workers(len(texts) + 1)
         for index, layer in enumerate(layers):
-            list(beside.map(partial(self._attention_block, layer, index), texts))
-            self._moe_block(layer, index, texts)
+            attention = [partial(self._attention_block, layer, index, text) for text in texts]
+            calls: list[Callable[[], Any]] = [partial(self._projections, layer), *attention]
+            projections, *_ = beside.map(lambda call: call(), calls)
+            self._moe_block(layer, index, texts, projections)
+
+    def _projections(self, layer: int) -> list[PackedTensor]:
+        """The experts' gate, up and down, which may have to be read."""
+        names = ("gate_proj", "up_proj", "down_proj")
+        return [self.weights[f"layers.{layer}.mlp.experts.{name}"] for name in names]
 
     def _attention_block(self, layer: int, index: int, text: _Text) -> None:
         config, eps = self.config, self.config.rms_norm_eps
@@ -321,12 +328,13 @@ class ReferenceRunner(OneAtATime):
         text.x = x + out
         record("ffn_inp", layer, text.x)
 
-    def _moe_block(self, layer: int, index: int, texts: Sequence[_Text]) -> None:
-        prefix, width = f"layers.{layer}.mlp", self.config.moe_intermediate_size
+    def _moe_block(
+        self, layer: int, index: int, texts: Sequence[_Text], projections: Sequence[PackedTensor]
+    ) -> None:
+        width = self.config.moe_intermediate_size
         routed = [self._routed(layer, index, text) for text in texts]
         found = [ChosenExperts(h, ids, width) for h, ids, _ in routed]
-        names = ("gate_proj", "up_proj", "down_proj")
-        fill_experts(found, [self.weights[f"{prefix}.experts.{name}"] for name in names], self.workers)
+        fill_experts(found, projections, self.workers)
         for text, experts, (_, ids, weights) in zip(texts, found, routed, strict=True):
             record = text.record
             record("ffn_moe_gate", layer, experts.gate)

@@ -236,7 +236,12 @@ def test_idle_workers_end(farm, monkeypatch):
     [worker] = farm._workers
     while worker.is_busy:  # until its thread has heard that it is ready
         threading.Event().wait(0.01)
+    ended, end = [], program_farm._Worker.end
+    monkeypatch.setattr(
+        program_farm._Worker, "end", lambda self: ended.append(threading.current_thread()) or end(self)
+    )
     farm.end_idle()
+    assert threading.current_thread() in ended, "it is gone when this returns, whenever its thread ends"
     assert farm.count == 0
     assert worker._process.poll() is not None
 

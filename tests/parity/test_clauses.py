@@ -10,7 +10,7 @@ from qwen3_moe_jax.convert.packed import PackedTensor
 from qwen3_moe_jax.convert.unpack import dequantize
 from qwen3_moe_jax.core.errors import ParityError
 from qwen3_moe_jax.core.runner import Capabilities, Forward
-from qwen3_moe_jax.parity import clauses, gate, text_runs
+from qwen3_moe_jax.parity import clauses, gate
 from qwen3_moe_jax.parity.clauses import BACKEND_CHECKS, FAILED, FILE_CHECKS, PASSED
 from qwen3_moe_jax.parity.contract import load_contract
 from qwen3_moe_jax.parity.evidence import Evidence, Oracle
@@ -317,11 +317,6 @@ def test_a_flip_explains_later_ones_only():
     flipped[1, 2] = True
     after = clauses._after_a_flip(flipped)
     assert after.tolist() == [[False] * 4, [False] * 4, [False, False, True, True]]
-
-
-def test_by_rows_covers_every_row():
-    rows = np.arange(300.0)[:, None]
-    assert text_runs.by_rows(lambda a, b: (a - b)[:, 0], rows, rows * 0).tolist() == list(range(300))
 
 
 @pytest.mark.parametrize("experts", [3, 8, 24])
