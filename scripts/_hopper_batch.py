@@ -24,7 +24,7 @@ from qwen3_moe_jax.jax_backend.params import GPU_ROLES
 from qwen3_moe_jax.jax_backend.qwen3_moe import Qwen3Moe
 from qwen3_moe_jax.jax_backend.token_choice import GREEDY
 from qwen3_moe_jax.loader import KV_CACHES
-from scripts.bench_prefill import random_params
+from scripts._random_params import random_params
 
 
 def programs(

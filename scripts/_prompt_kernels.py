@@ -22,7 +22,7 @@ from qwen3_moe_jax.kernels_pallas.gpu.sorting import Tiles
 from qwen3_moe_jax.kernels_pallas.packed.stacks import Matrices
 from scripts import _absent_gpu
 from scripts._captured import captured_output
-from scripts.bench_prefill import random_tiles
+from scripts._random_params import random_tiles
 
 
 class Set(NamedTuple):

@@ -4,6 +4,7 @@
     python -m scripts.bench_batch -m embedded --sequences 4 --prompt 64   # or a file
     python -m scripts.bench_batch --preset small --sequences 4 --prompt 32
     python -m scripts.bench_batch --work decode --random-cache   # one program for each number of sequences
+    python -m scripts.bench_batch --preset Qwen3-235B-A22B --mesh tp=2,ep=1 --kernels hopper --sequences 1 64
 
 For each number of sequences, what --work names:
   prefill   prompts together, until each has its first token
@@ -17,7 +18,8 @@ For each number of sequences, what --work names:
 Every token is sampled (temperature 1, top_k 20, one seed each): greedy sequences of random weights fall into
 loops and share their experts. The best of --repeats counts; the first run compiles and does not. Limits:
 for prompts --tflops; for decoding the bytes of the weights that a step reads, experts in the number that
-even routing is expected to choose, and the cache's, over --bandwidth. The last line is JSON.
+even routing is expected to choose, and the cache's, over --bandwidth; on a mesh, of all its devices. The
+last line is JSON.
 """
 
 import argparse
@@ -44,11 +46,13 @@ from qwen3_moe_jax.jax_backend.params import GPU_ROLES
 from qwen3_moe_jax.jax_backend.qwen3_moe import Intervention, Qwen3Moe
 from qwen3_moe_jax.jax_backend.runner import JaxRunner
 from qwen3_moe_jax.jax_backend.session_programs import cache_length
+from qwen3_moe_jax.jax_backend.sharding import MeshShape, Shards
 from qwen3_moe_jax.loader import KV_CACHES, embedded_model
+from qwen3_moe_jax.machine.jax_devices import jax_devices, simulate_devices
 from qwen3_moe_jax.machine.kernels import AUTO, CHOICES, capability_of, choose_kernels
 from qwen3_moe_jax.machine.limits import prefill_operations
 from qwen3_moe_jax.machine.memory import cache_nbytes
-from scripts.bench_prefill import random_params
+from scripts._random_params import random_params, sharded_random_params
 
 SEED = 11
 WORK = ("prefill", "decode", "mixed", "skewed")
@@ -74,25 +78,34 @@ class Subject:
         return Batch(
             self.decoder,
             self.params,
-            empty_state(self.config, slots, cache_length(capacity), capacity, dtype),
+            empty_state(self.config, slots, cache_length(capacity), capacity, dtype, self.decoder.shards),
         )
 
 
-def of_preset(name: str, cache_dtype: str | None, kernels: str) -> Subject:
-    """Random weights in the types of a Q4_K_M file, made on the device."""
-    chosen = choose_kernels(kernels, capability_of(jax.devices()[0]), jax.__version_info__).name
-    config = replace(PRESETS["Qwen3-30B-A3B"], **SMALL) if name == "small" else PRESETS[name]
-    types = q4_k_m_types(config)
-    params = jax.block_until_ready(random_params(config, types, GPU_ROLES))
-    dtype = jnp.dtype(cache_dtype or "float16")
-    model = Qwen3Moe(config, jnp.bfloat16, kernels=chosen)
-    decoder = choose(model, params, jax.devices()[0], dtype)
-    return Subject(decoder, params, dtype)
+def of_preset(args: argparse.Namespace) -> Subject:
+    """Random weights in the types of a Q4_K_M file, made on the devices."""
+    config = PRESETS["Qwen3-30B-A3B" if args.preset == "small" else args.preset]
+    if args.preset == "small":
+        config = replace(config, **SMALL)
+    if args.layers:
+        config = replace(config, num_hidden_layers=args.layers)
+    types, device = q4_k_m_types(config), jax_devices()[0]
+    shards = None
+    if args.mesh:
+        shape = MeshShape.parse(args.mesh)
+        shape.check(config, types)
+        shards = Shards.of(shape, config, jax_devices())
+    kernels = choose_kernels(args.kernels, capability_of(device), jax.__version_info__)
+    params = sharded_random_params(shards, types) if shards else random_params(config, types, GPU_ROLES)
+    dtype = jnp.dtype(args.kv_cache or "float16")
+    model = Qwen3Moe(config, jnp.bfloat16, kernels=kernels.name, shards=shards)
+    return Subject(choose(model, jax.block_until_ready(params), device, dtype), params, dtype)
 
 
-def of_file(path: str, cache_dtype: str | None, kernels: str) -> Subject:
-    with open_model(embedded_model() if path == "embedded" else path) as source:
-        runner = JaxRunner(source, max_context=64, cache_dtype=cache_dtype, kernels=kernels)
+def of_file(args: argparse.Namespace) -> Subject:
+    with open_model(embedded_model() if args.model == "embedded" else args.model) as source:
+        mesh = MeshShape.parse(args.mesh) if args.mesh else None
+        runner = JaxRunner(source, max_context=64, cache_dtype=args.kv_cache, kernels=args.kernels, mesh=mesh)
     return Subject(runner.decoder, runner.params, runner.cache_dtype)
 
 
@@ -285,7 +298,9 @@ def measure(subject: Subject, sequences: int, args: argparse.Namespace) -> list[
         if "decode" in args.work:
             add("decode, skewed", timings.decode)
     operations = prefill_operations(subject.config, sequences, args.prompt)
-    floor = step_nbytes(subject, sequences, args.prompt) / (args.bandwidth * 1e12)
+    devices = len(jax.tree.leaves(subject.params)[0].sharding.device_set)
+    floor = step_nbytes(subject, sequences, args.prompt) / (devices * args.bandwidth * 1e12)
+    operations /= devices
     for row in rows:
         if row["work"].startswith("prefill") and "seconds" in row:
             row["share_of_limit"] = round(operations / row["seconds"] / (args.tflops * 1e12), 4)
@@ -305,19 +320,27 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=16, help=f"tokens per dispatch, at most {MAX_STEPS}")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--kv-cache", choices=KV_CACHES, help="default: float16 (a file: by the device)")
-    parser.add_argument("--kernels", choices=CHOICES, default=AUTO, help="forces a set of kernels")
     parser.add_argument("--work", nargs="+", choices=WORK, default=WORK)
     parser.add_argument("--random-cache", action="store_true", help="decode without reading prompts first")
     parser.add_argument("--bandwidth", type=float, default=3.0, help="TB/s that a copy on the card reaches")
     parser.add_argument("--tflops", type=float, default=798.0, help="what the card's matrix product reaches")
+    parser.add_argument("--kernels", choices=CHOICES, default=AUTO, help="forces a set of kernels")
+    parser.add_argument("--mesh", help="splits the model over devices, such as tp=2,ep=1")
+    parser.add_argument("--layers", type=int, help="so many in place of the preset's")
     args = parser.parse_args()
+    if args.mesh:
+        simulate_devices(MeshShape.parse(args.mesh).size)  # before JAX starts; GPUs stay what they are
     began = time.perf_counter()
-    subject_of = partial(of_file, args.model) if args.model else partial(of_preset, args.preset)
-    subject = subject_of(args.kv_cache, args.kernels)
+    subject = of_file(args) if args.model else of_preset(args)
     device = jax.devices()[0].device_kind
     print(f"{device}: weights ready in {time.perf_counter() - began:.1f} s", flush=True)
     rows = [row for count in args.sequences for row in measure(subject, count, args)]
-    facts = {"device": device, "model": args.model or args.preset, "kv_cache": subject.cache_dtype.name}
+    facts = {
+        "device": device,
+        "mesh": args.mesh,
+        "model": args.model or args.preset,
+        "kv_cache": subject.cache_dtype.name,
+    }
     print(json.dumps({**facts, "decode": subject.decoder.describe(), "batches": rows}))
 
 

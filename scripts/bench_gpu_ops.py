@@ -46,7 +46,7 @@ from qwen3_moe_jax.kernels_pallas.moe_mlp import kernel_sm90 as moe_sm90
 from qwen3_moe_jax.kernels_pallas.packed.gpu_tiles import dequantize_tiles
 from qwen3_moe_jax.kernels_pallas.packed.stacks import Matrices
 from qwen3_moe_jax.kernels_pallas.quantized_matmul import kernel_sm90 as matmul_sm90
-from scripts.bench_prefill import random_tiles
+from scripts._random_params import random_tiles
 
 SEED = 20261123
 MATMUL_NMSE = 1e-6

@@ -66,7 +66,7 @@ def child(args: argparse.Namespace) -> None:
     from qwen3_moe_jax.kernels_pallas.decode_step import api
     from qwen3_moe_jax.machine.jax_devices import jax_devices
     from scripts import profile_decode  # before any device: it turns off tuning of products
-    from scripts.bench_prefill import random_params
+    from scripts._random_params import random_params
 
     kind = jax_devices()[0].device_kind
     config = PRESETS[PRESET]

@@ -53,7 +53,7 @@ from qwen3_moe_jax.kernels_pallas.gpu.grouped_matmul_sm90 import (
 )
 from qwen3_moe_jax.kernels_pallas.gpu.sorting import Tiles, UsedExperts
 from qwen3_moe_jax.kernels_pallas.packed.stacks import Matrices
-from scripts import _hopper_batch, bench_prefill
+from scripts import _hopper_batch, _random_params, bench_prefill
 from scripts._absent_gpu import first_card, ptxas_report, sharding_of
 from scripts._captured import captured_output
 
@@ -128,7 +128,7 @@ def compile_case(case: Case, sharding: SingleDeviceSharding) -> tuple[int, int]:
     if case.kind == "dense":
         rows, columns = 4096, 2048
     shape = (rows, columns) if case.kind == "dense" else (experts, rows, columns)
-    stack = jax.eval_shape(lambda: bench_prefill.random_tiles(0, case.type, experts * rows, columns))
+    stack = jax.eval_shape(lambda: _random_params.random_tiles(0, case.type, experts * rows, columns))
     w = Matrices(stack, jax.ShapeDtypeStruct((), jnp.int32), shape)
     tile = case.config.tile
     kernel = Kernel(w, case.fused, case.config, case.splits, None)
@@ -213,7 +213,7 @@ def compile_step(args: argparse.Namespace) -> None:
     model = Qwen3Moe(config, jnp.bfloat16)
     arguments = jax.eval_shape(
         lambda: (
-            bench_prefill.random_params(config, types, GPU_ROLES),
+            _random_params.random_params(config, types, GPU_ROLES),
             KVCache.create(config, args.sequences, args.length, jnp.bfloat16),
             jnp.zeros((args.sequences, args.tokens), jnp.int32),
             jnp.zeros(args.sequences, jnp.int32),

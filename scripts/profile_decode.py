@@ -59,7 +59,7 @@ from qwen3_moe_jax.kernels_pallas.gpu.device import multiprocessors
 from qwen3_moe_jax.kernels_pallas.gpu.interpreter import interpreter
 from qwen3_moe_jax.kernels_pallas.norm_rope.api import rope, rope_tables
 from qwen3_moe_jax.kernels_pallas.packed.dequantize import dequantize
-from scripts.bench_prefill import random_params
+from scripts._random_params import random_params
 
 
 def mixed(config) -> dict[str, GGMLType]:
