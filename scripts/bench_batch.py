@@ -174,7 +174,7 @@ def pretend_read(batch: Batch) -> None:
 
     leaves, shape = jax.tree.flatten(cache)
     cache = jax.tree.unflatten(shape, [fill(a, jnp.uint32(i + 1)) for i, a in enumerate(leaves)])
-    batch._state = batch._state.replace(cache=cache, filled=batch._state.length - 1)
+    batch._state = replace(batch._state, cache=cache, filled=batch._state.length - 1)
     for sequence in batch._sequences.values():
         sequence.filled = sequence.length - 1
 
