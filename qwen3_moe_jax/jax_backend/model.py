@@ -71,13 +71,18 @@ class _Part(nnx.Module):
                 setattr(self, name, nnx.data(value))
 
     def stage(self, name: str, value: jax.Array, layer: jax.Array | None = None) -> jax.Array:
-        """Names a value of the forward pass: applies interventions, then shows it to a trace."""
+        """Names a value of the forward pass: applies interventions, then shows it to a trace.
+
+        What is shown is what goes on: without the barrier XLA may compute a value once to show it and again,
+        in another order of sums, inside the next fusion. A GPU did so with products of few rows.
+        """
         for intervention in self.settings.interventions:
             if intervention.stage == name:
                 changed = intervention.change(value)
                 everywhere = layer is None or intervention.layer is None
                 value = changed if everywhere else jnp.where(layer == intervention.layer, changed, value)
         if name in self.settings.capture:
+            value = jax.lax.optimization_barrier(value)
             self.show(name, value)
         return value
 

@@ -116,3 +116,21 @@ def test_stages_are_captured_as_flax_says():
     assert set(step.stages) == set(STAGES)
     for name, value in step.stages.items():
         assert value.shape[: 1 + (name in of_layers)] == ((3, 2) if name in of_layers else (2,)), name
+
+
+def test_what_is_shown_is_what_goes_on():
+    """XLA may compute a value twice, with other sums each time: a barrier is before each that is shown."""
+    config = replace(PRESETS["Qwen3-30B-A3B"], num_hidden_layers=1)
+    cache = jax.eval_shape(lambda: KVCache.create(config, 1, 64))
+    tokens, start = jnp.zeros((1, 3), jnp.int32), jnp.zeros((1,), jnp.int32)
+    params = abstract_params(config, q4_k_m_types(config), {})
+
+    def barriers(*stages: str) -> int:
+        model = Qwen3Moe(config, capture=frozenset(stages))
+        return str(jax.make_jaxpr(lambda p, c: read(model, p, tokens, start, c))(params, cache)).count(
+            "optimization_barrier"
+        )
+
+    none = barriers()
+    assert barriers("Kcur") == none + 1
+    assert barriers("Qcur", "Kcur", "Kcur_normed") == none + 3
