@@ -26,7 +26,7 @@ def test_the_bytes_of_a_step_grow_with_the_experts_in_use(jax_runner):
 def test_a_large_array_repeats_its_words(monkeypatch):
     small = np.asarray(random_array(3, (5, 4), 0xFF, 0.0))
     assert 0 <= small.min() <= small.max() < 256
-    assert MAX_WORDS >= small.size
+    assert small.size <= MAX_WORDS
     monkeypatch.setattr("scripts._random_params.MAX_WORDS", 8)
     random_array.clear_cache()
     again = np.asarray(random_array(3, (5, 4), 0xFF, 0.0))
