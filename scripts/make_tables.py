@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 from scripts import ROOT
 from scripts._compiled_table import compiled_kernels
-from scripts._paths_table import paths
+from scripts._paths_table import card_limit, mixes, paths
 from scripts._receipts import (
     batch_rows,
     below_one,
@@ -401,6 +401,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "wgpu": wgpu,
     "gate": gate,
     "memory-16g": memory_16g,
+    "mixes": mixes,
+    "card-limit": card_limit,
     "quantization-loss": quantization_loss,
     "receipts": receipts,
     "types": types,
