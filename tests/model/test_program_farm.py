@@ -355,7 +355,9 @@ def test_nothing_is_started_where_it_is_of_no_use(store, farm, monkeypatch):
     monkeypatch.setenv(program_farm.VARIABLE, "0")
     programs.start_compilers(5)
     monkeypatch.delenv(program_farm.VARIABLE)
-    programs.start_compilers(5)  # a CPU compiles side by side in threads
+    monkeypatch.setattr(program_farm, "processors", lambda: 16)
+    monkeypatch.setattr(program_farm, "free_on_card", lambda _: 80 << 30)
+    programs.start_compilers(5)  # a CPU compiles side by side in threads, also beside a card
     assert started == []
 
 
