@@ -49,6 +49,8 @@ class Batch:
       read_tokens: of prompts, in the last step.
     """
 
+    read_tokens = 0
+
     @own_settings()
     def __init__(
         self,
@@ -72,7 +74,6 @@ class Batch:
         self._sequences: dict[int, Written] = {}
         self._launches: dict[int, bool] = {}
         self._asked: deque[Asked] = deque()
-        self.read_tokens = 0
         self._closed = False
 
     def close(self) -> None:
