@@ -178,9 +178,7 @@ class JaxRunner:
         programs.start_compilers(count := spare_workers.count(), self.plan.total, here=0)
         return count > 0 and farm().count > 0
 
-    def _begin_preparation(
-        self, prompt: int | None, check: FirstForward | None, has_spares: bool
-    ) -> list[Wanted]:
+    def _begin_preparation(self, prompt: int | None, check: FirstForward | None, aided: bool) -> list[Wanted]:
         """Compiles what the first tokens and the check of a file need; returns what is on disk already."""
         first = self._session.first(prompt or 1)
         begun = [] if prompt is None else list(first)
@@ -188,7 +186,7 @@ class JaxRunner:
             begun.insert(0, self._session.forward(*check))  # lowered soonest; its kernels are a prompt's
         missing = [wanted for wanted in begun if not wanted.is_stored]
         count = sum(wanted.program.is_long for wanted in missing)
-        if not has_spares:
+        if not aided:
             programs.start_compilers(count, self.plan.total)
         spare_workers.end()
         if farm().count:  # what takes longest first; ``describe`` traces it here, too

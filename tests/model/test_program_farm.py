@@ -4,7 +4,6 @@ import json
 import subprocess
 import sys
 import threading
-import uuid
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -61,8 +60,11 @@ def test_programs_of_workers_are_found_and_give_the_same_bits(f16_file, store, f
         for path in store.folder.iterdir():
             path.unlink()
 
-        asked = []
-        make = Farm.make
+        asked, taken = [], []
+        make, take = Farm.make, programs.Program._is_made_elsewhere
+        monkeypatch.setattr(
+            programs.Program, "_is_made_elsewhere", lambda *args: taken.append(take(*args)) or taken[-1]
+        )
         monkeypatch.setattr(Farm, "make", lambda *args: asked.append(make(*args)) or asked[-1])
         monkeypatch.setenv(program_farm.VARIABLE, "1")
         runner = JaxRunner(source, max_context=CONTEXT, kernels="xla", first_prompt=5)
@@ -70,6 +72,7 @@ def test_programs_of_workers_are_found_and_give_the_same_bits(f16_file, store, f
         np.testing.assert_array_equal(runner.forward([3, 1, 4, 1, 5]).logits, logits)
         runner.close()
     assert True in asked
+    assert sum(taken) >= sum(asked), "what another process has made was compiled once more"
     assert programs.trouble() == []
 
 
@@ -83,35 +86,6 @@ def test_arguments_that_were_sent_have_the_same_key(f16_file, store):
             again = [decode(one) for one in sent]
             assert wanted.program.disk_key(*again) == wanted.program.disk_key(static, dynamic), wanted.label
         runner.close()
-
-
-@pytest.mark.parametrize(
-    "value",
-    [
-        {"object": ["os:system", {}]},
-        {"object": ["subprocess:Popen", {"args": "true"}]},
-        {"object": ["qwen3_moe_jax.jax_backend.programs:os.system", {}]},
-        {"object": ["qwen3_moe_jax.jax_backend.programs:pickle.loads", {}]},
-        {"object": ["qwen3_moe_jax.jax_backend.kv_cache:KVCache", {"no_such_field": 1}]},
-        {"object": ["qwen3_moe_jax.jax_backend.programs:forget", {}]},  # a function, which would be called
-        {"object": ["this:d", {}]},  # which prints when it is imported
-        {"enum": ["qwen3_moe_jax.convert.ggml_types:GGMLType", "NO_SUCH"]},
-        {"call": "true"},
-        {"map": [], "list": []},
-        [1],
-    ],
-)
-def test_what_names_another_package_is_refused(value):
-    with pytest.raises(ValueError, match="request|package|there is no|dataclass"):
-        decode(value)
-    assert "this" not in sys.modules
-
-
-def test_what_no_other_process_can_make_is_not_sent():
-    with pytest.raises(TypeError, match="cannot be sent"):
-        encode({"change": lambda x: x})
-    with pytest.raises(TypeError, match="not of this package"):
-        encode(uuid.SafeUUID.safe)
 
 
 def request_for(n: int) -> dict[str, Any]:
@@ -440,8 +414,8 @@ def test_workers_fit_the_machine(monkeypatch, missing, processors, host, card, n
         left = max(0, card - needed)
         monkeypatch.setattr(program_farm, "free_on_card", lambda _: left * gib)
         assert workers_for(Card(pool=needed * gib), missing, needed * gib) == expected
-    assert workers_for(Card(), missing + 1, needed * gib) <= workers_for(Card(), missing + 1, needed * gib, 0)
-    assert workers_for(Card(), missing, needed * gib, here=0) <= missing
+    if expected == missing - 1:
+        assert workers_for(Card(), missing, needed * gib, here=0) == missing
     monkeypatch.setenv(program_farm.VARIABLE, "0")
     assert workers_for(Card(), missing, needed * gib) == 0
 
