@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from qwen3_moe_jax.core.errors import SettingError
 from qwen3_moe_jax.machine.folders import STORE_VARIABLE
 from qwen3_moe_jax.machine.jax_devices import OLD_SHARE_VARIABLE, PREALLOCATE_VARIABLE, SHARE_VARIABLE
+from qwen3_moe_jax.machine.threads import VARIABLE as CORES_VARIABLE
 from qwen3_moe_jax.machine.xla_flags import check_xla_flags
 
 COMPILERS_VARIABLE = "QWEN3_MOE_COMPILERS"
@@ -102,6 +103,7 @@ def _form(value: str) -> str:
 
 _CHECKS: dict[str, Callable[[str], str]] = {
     COMPILERS_VARIABLE: _count(0, 999),
+    CORES_VARIABLE: _count(1, MAX_THREADS),
     MEMORY_VARIABLE: _size,
     NATIVE_VARIABLE: _form,
     STORE_VARIABLE: _one_of("on", "off"),

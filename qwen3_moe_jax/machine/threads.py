@@ -49,7 +49,7 @@ def processors() -> int:
 
 def _asked() -> float:
     """What ``QWEN3_MOE_CORES`` allows; infinity where it is no number above 0."""
-    text = os.environ.get(VARIABLE, "")
+    text = os.environ.get(VARIABLE, "").strip()
     return int(text) if text.isdecimal() and int(text) else math.inf
 
 

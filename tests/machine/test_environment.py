@@ -28,6 +28,7 @@ ANY_TEXT = {
 
 GOOD = {
     "QWEN3_MOE_COMPILERS": ["0", "3", " 8 "],
+    "QWEN3_MOE_CORES": ["1", " 8 ", "4096"],
     "QWEN3_MOE_WGPU_MEMORY": ["12GiB", "500 MB", "1000"],
     "QWEN3_MOE_NATIVE": ["off", "OFF", "avx2", "neon"],
     "QWEN3_MOE_PROGRAMS": ["on", "off"],
@@ -38,6 +39,7 @@ GOOD = {
 }
 BAD = {
     "QWEN3_MOE_COMPILERS": ["-1", "two", "1.5", "1" * 5000, "\u0663"],
+    "QWEN3_MOE_CORES": ["0", "-1", "two", "1.5", "4097"],
     "QWEN3_MOE_WGPU_MEMORY": ["abc", "0", "-1G", "1" * 5000],
     "QWEN3_MOE_NATIVE": ["nonsense", "avx 2"],
     "QWEN3_MOE_PROGRAMS": ["/tmp/programs", "no"],

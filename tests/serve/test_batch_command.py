@@ -92,7 +92,7 @@ def start(path, out, model, *options, **streams) -> subprocess.Popen:
 def test_kill_9_at_any_byte_leaves_each_line_once(model_files, tmp_path):
     """Killed after the first results, with a torn line put after them; then run to its end."""
     path, out = tmp_path / "requests.jsonl", tmp_path / "results.jsonl"
-    names = [str(i) for i in range(12)]
+    names = [str(i) for i in range(60)]  # more than are written between a look at the file and the kill
     path.write_text("\n".join(completion(name, f"{name} x", 2) for name in names))
     process = start(path, out, model_files["hermes"])
     while not out.exists() or out.read_bytes().count(b"\n") < 3:
