@@ -76,7 +76,7 @@ def model_path(path: str | os.PathLike[str] | None, *, quiet: bool = False) -> P
     if not text:
         raise ValueError("the model's path is empty (a variable that is not set?): name a .gguf file")
     found = Path(os.path.expanduser(text))
-    if os.path.exists(found):  # False, too, for a name that no file can have: whoever opens it says so
+    if found.exists():
         return _in_folder(found)
     if (name := names.parse(text)) is not None:
         from qwen3_moe_jax.hub.pull import pull
