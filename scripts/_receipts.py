@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterable
 from functools import cache
+from pathlib import Path
 
 from scripts import ROOT
 
@@ -14,6 +15,13 @@ Rows = Iterable[tuple[object, ...]]
 def receipt(name: str) -> dict:
     """One receipt."""
     return json.loads((RECEIPTS / f"{name}.json").read_text())
+
+
+def write_rows(path: Path, facts: dict, name: str, rows: Iterable[dict]) -> None:
+    """A receipt of ``facts`` with a line for each row, under ``name``."""
+    head = json.dumps(facts, indent=1).removesuffix("\n}")
+    lines = ",\n  ".join(json.dumps(row) for row in rows)
+    path.write_text(f'{head},\n "{name}": [\n  {lines}\n ]\n}}\n')
 
 
 def table(head: str, rows: Rows) -> str:

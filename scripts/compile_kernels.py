@@ -37,6 +37,7 @@ from qwen3_moe_jax.machine.folders import writable_cache
 from qwen3_moe_jax.testing.decode_kernel import trace_step
 from scripts import ROOT, _absent_gpu, _prompt_kernels
 from scripts._captured import captured_output
+from scripts._receipts import write_rows
 
 LIMITS = ROOT / "docs" / "receipts" / "compiled_kernels.json"
 THREADS = 256
@@ -250,9 +251,7 @@ def write(rows: list[dict], path: Path) -> None:
         "command": "python -m scripts.compile_kernels --install --write",
         "versions": {"jax": jax.__version__, "ptxas": _absent_gpu.CUDA},
     }
-    lines = ",\n  ".join(json.dumps(merged[key]) for key in sorted(merged))
-    head = json.dumps(facts, indent=1).removesuffix("\n}")
-    path.write_text(f'{head},\n "kernels": [\n  {lines}\n ]\n}}\n')
+    write_rows(path, facts, "kernels", (merged[key] for key in sorted(merged)))
 
 
 if __name__ == "__main__":

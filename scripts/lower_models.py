@@ -41,6 +41,7 @@ from qwen3_moe_jax.kernels_pallas.gpu import cards, device
 from qwen3_moe_jax.kernels_pallas.implementations import recording
 from qwen3_moe_jax.machine.child_environment import child_environment
 from scripts import ROOT
+from scripts._receipts import write_rows
 
 MODELS = ("Qwen3-30B-A3B", "Qwen3-235B-A22B", "Qwen3-Coder-480B-A35B")
 CACHE_TOKENS = 1024
@@ -114,9 +115,7 @@ def write(rows: list[dict], path: Path) -> None:
         "command": "python -m scripts.lower_models --receipt docs/receipts/lowered_models.json",
         "versions": {"jax": jax.__version__},
     }
-    head = json.dumps(facts, indent=1).removesuffix("\n}")
-    lines = ",\n  ".join(json.dumps(row) for row in rows)
-    path.write_text(f'{head},\n "programs": [\n  {lines}\n ]\n}}\n')
+    write_rows(path, facts, "programs", rows)
 
 
 def main() -> None:

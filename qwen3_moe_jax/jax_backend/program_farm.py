@@ -28,7 +28,6 @@ from qwen3_moe_jax.jax_backend.program_key import changes_programs
 from qwen3_moe_jax.jax_backend.program_store import ProgramStore
 from qwen3_moe_jax.jax_backend.spare_workers import MIN_PROCESSORS
 from qwen3_moe_jax.machine.cuda import free_on_card
-from qwen3_moe_jax.machine.environment import COMPILERS_VARIABLE as VARIABLE
 from qwen3_moe_jax.machine.headroom import available_main_memory
 from qwen3_moe_jax.machine.threads import processors
 
@@ -309,11 +308,10 @@ def workers_for(device: Device, missing: int, needed: int = 0, here: int = 1) ->
       needed: bytes of the device's memory that this process is going to take.
       here: how many of them this process makes itself.
     """
-    asked = os.environ.get(VARIABLE, "").strip()
     if os.name != "posix":
         return 0
-    if asked.isdigit():
-        return min(int(asked), missing)
+    if (asked := spare_workers.workers_asked()) is not None:
+        return min(asked, missing)
     if device.platform != "gpu" or processors() < MIN_PROCESSORS:
         return 0
     host = available_main_memory()

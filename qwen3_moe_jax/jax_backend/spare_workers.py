@@ -25,14 +25,19 @@ _lock = threading.Lock()
 _spares: list[subprocess.Popen[bytes]] = []
 
 
+def workers_asked() -> int | None:
+    """How many workers the user allows (``QWEN3_MOE_COMPILERS``); None leaves it to the machine."""
+    text = os.environ.get(VARIABLE, "").strip()
+    return int(text) if text.isdigit() else None
+
+
 def begin(folder: Path) -> None:
     """Starts spares for a store in ``folder``, if that has no program.
 
     Failures are left to whoever takes one.
     """
-    asked = os.environ.get(VARIABLE, "").strip()
     few = processors() // 2 if processors() >= MIN_PROCESSORS else 0
-    count = int(asked) if asked.isdigit() else few
+    count = few if (asked := workers_asked()) is None else asked
     if os.name != "posix" or next(folder.glob("*.program"), None) is not None:
         return
     with _lock:

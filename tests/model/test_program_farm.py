@@ -66,7 +66,7 @@ def test_programs_of_workers_are_found_and_give_the_same_bits(f16_file, store, f
             programs.Program, "_is_made_elsewhere", lambda *args: taken.append(take(*args)) or taken[-1]
         )
         monkeypatch.setattr(Farm, "make", lambda *args: asked.append(make(*args)) or asked[-1])
-        monkeypatch.setenv(program_farm.VARIABLE, "1")
+        monkeypatch.setenv(spare_workers.VARIABLE, "1")
         runner = JaxRunner(source, max_context=CONTEXT, kernels="xla", first_prompt=5)
         assert written(runner) == expected
         np.testing.assert_array_equal(runner.forward([3, 1, 4, 1, 5]).logits, logits)
@@ -246,7 +246,7 @@ def test_with_spares_this_process_compiles_nothing(f16_file, store, farm, monkey
     """They start before the network is planned; programs of other sizes are asked for after the load."""
     order: list[Any] = []
     of = Session.of
-    monkeypatch.setenv(program_farm.VARIABLE, "5")
+    monkeypatch.setenv(spare_workers.VARIABLE, "5")
     monkeypatch.setattr(spare_workers, "count", lambda: 5)
     monkeypatch.setattr(Farm, "start", lambda self, count, hello: order.append(f"start {count}"))
     monkeypatch.setattr(Farm, "count", 5)
@@ -318,7 +318,7 @@ def test_spares_come_before_the_start_of_a_gpu(tmp_path, monkeypatch, has_driver
 def test_nothing_is_started_where_it_is_of_no_use(store, farm, monkeypatch):
     started = []
     monkeypatch.setattr(Farm, "start", lambda self, count, hello: started.append(count))
-    monkeypatch.setenv(program_farm.VARIABLE, "3")
+    monkeypatch.setenv(spare_workers.VARIABLE, "3")
     programs.start_compilers(0)  # all are on disk
     store.is_read_only = True
     programs.start_compilers(5)
@@ -326,9 +326,9 @@ def test_nothing_is_started_where_it_is_of_no_use(store, farm, monkeypatch):
     programs.start_compilers(5)
     programs.use_store(store)
     store.is_read_only = False
-    monkeypatch.setenv(program_farm.VARIABLE, "0")
+    monkeypatch.setenv(spare_workers.VARIABLE, "0")
     programs.start_compilers(5)
-    monkeypatch.delenv(program_farm.VARIABLE)
+    monkeypatch.delenv(spare_workers.VARIABLE)
     monkeypatch.setattr(program_farm, "processors", lambda: 16)
     monkeypatch.setattr(program_farm, "free_on_card", lambda _: 80 << 30)
     programs.start_compilers(5)  # a CPU compiles side by side in threads, also beside a card
@@ -405,7 +405,7 @@ class Card:
 )
 def test_workers_fit_the_machine(monkeypatch, missing, processors, host, card, needed, expected):
     gib = 1 << 30
-    monkeypatch.delenv(program_farm.VARIABLE, raising=False)
+    monkeypatch.delenv(spare_workers.VARIABLE, raising=False)
     monkeypatch.setattr(program_farm, "processors", lambda: processors)
     monkeypatch.setattr(program_farm, "available_main_memory", lambda: host * gib)
     monkeypatch.setattr(program_farm, "free_on_card", lambda _: card and card * gib)
@@ -416,7 +416,7 @@ def test_workers_fit_the_machine(monkeypatch, missing, processors, host, card, n
         assert workers_for(Card(pool=needed * gib), missing, needed * gib) == expected
     if expected == missing - 1:
         assert workers_for(Card(), missing, needed * gib, here=0) == missing
-    monkeypatch.setenv(program_farm.VARIABLE, "0")
+    monkeypatch.setenv(spare_workers.VARIABLE, "0")
     assert workers_for(Card(), missing, needed * gib) == 0
 
 

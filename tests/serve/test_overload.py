@@ -17,6 +17,7 @@ from qwen3_moe_jax.serve.http.errors import ApiError  # noqa: E402
 from qwen3_moe_jax.serve.settings import Settings  # noqa: E402
 from qwen3_moe_jax.testing.fake_engine import FakeEngine  # noqa: E402
 from qwen3_moe_jax.testing.http_server import quick_start, running  # noqa: E402
+from tests.serve.waits import until  # noqa: E402
 
 KEYS = ("sk-one", "sk-two")
 SLOTS, QUEUE = 2, 4
@@ -36,14 +37,6 @@ def serve(model_files):
             return stack.enter_context(running(Settings(**settings), start, engine=engine))
 
         yield make
-
-
-def until(condition):
-    """Waits for what must become true; a limit for hangs alone."""
-    end = time.monotonic() + 120
-    while not condition():
-        assert time.monotonic() < end, "it does not become true"
-        time.sleep(0.01)
 
 
 def headers(key=KEYS[0]):

@@ -6,7 +6,6 @@ import os
 import re
 import signal
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -18,6 +17,7 @@ from qwen3_moe_jax.serve.settings import Settings  # noqa: E402
 from qwen3_moe_jax.testing.fake_engine import FAKE_SLOTS as SLOTS  # noqa: E402
 from qwen3_moe_jax.testing.fake_engine import fake_replicas  # noqa: E402
 from qwen3_moe_jax.testing.http_server import quick_start, running  # noqa: E402
+from tests.serve.waits import until  # noqa: E402
 
 
 @pytest.fixture
@@ -31,14 +31,6 @@ def serve(model_files):
             return stack.enter_context(running(settings, start, engine=fake_replicas(start, **options)))
 
         yield make
-
-
-def until(condition):
-    """Waits for what must become true; a limit for hangs alone."""
-    end = time.monotonic() + 120
-    while not condition():
-        assert time.monotonic() < end, "it does not become true"
-        time.sleep(0.005)
 
 
 def after_progress(engine, call):

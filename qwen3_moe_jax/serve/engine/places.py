@@ -14,6 +14,7 @@ from qwen3_moe_jax.convert.open_model import open_model
 from qwen3_moe_jax.core.errors import MemoryPlanError, OptionError
 from qwen3_moe_jax.core.mesh import AUTO_MESH, mesh_sizes
 from qwen3_moe_jax.machine import threads
+from qwen3_moe_jax.machine.environment import THREADS_VARIABLE
 from qwen3_moe_jax.machine.headroom import Headroom, main_memory
 from qwen3_moe_jax.machine.jax_devices import CARDS_VARIABLE
 from qwen3_moe_jax.machine.memory import MIN_POSITIONS, MemoryPlan
@@ -23,9 +24,6 @@ from qwen3_moe_jax.serve.engine.frames import Start
 
 SLOT_SHARE = 0.5
 """Of the main memory that all models leave, what all slots may take."""
-
-XLA_THREADS_VARIABLE = "NPROC"
-"""Threads of XLA's CPU client."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +87,7 @@ def _devices(mesh: str | None) -> int:
 def _on_cpu(start: Start, count: int) -> list[Place]:
     """The same threads and the same memory for each, so that all answer alike."""
     cores = max(1, threads.cores() // count)
-    own = {threads.VARIABLE: str(cores), XLA_THREADS_VARIABLE: str(max(cores, _devices(start.mesh)))}
+    own = {threads.VARIABLE: str(cores), THREADS_VARIABLE: str(max(cores, _devices(start.mesh)))}
     variables = {name: os.environ.get(name, value) for name, value in own.items()}
     return [Place(variables, _slot_bytes(start, count, main_memory()))] * count
 
