@@ -35,6 +35,9 @@ WORKER_BYTES = 5 * 2**30
 
 NATIVE_FOLDER = Path(tempfile.gettempdir()) / f"qwen3-moe-tests-{os.getuid()}" / "native"
 
+MAY_BE_SKIPPED = {"gpu", "browser"}
+"""Markers of tests that need what not every machine can have; others must run where all is installed."""
+
 SKIPPED: list[str] = []
 STDERR = pytest.StashKey[int]()
 
@@ -58,7 +61,8 @@ def pytest_configure(config: pytest.Config) -> None:
     _share_programs()
     config.stash[STDERR] = os.dup(2)  # pytest captures no output yet
     config.addinivalue_line("markers", "smoke: the small set that also runs on the oldest supported Python")
-    config.addinivalue_line("markers", "gpu: needs an NVIDIA GPU, and alone may be skipped without one")
+    config.addinivalue_line("markers", "gpu: needs an NVIDIA GPU, and may be skipped without one")
+    config.addinivalue_line("markers", "browser: needs a Chromium, and may be skipped without one")
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -91,7 +95,7 @@ def memory_limit() -> int:
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    if report.skipped and "gpu" not in report.keywords and not hasattr(report, "wasxfail"):
+    if report.skipped and not MAY_BE_SKIPPED & set(report.keywords) and not hasattr(report, "wasxfail"):
         SKIPPED.append(report.nodeid)
 
 

@@ -14,6 +14,7 @@ plain text that ends in a small letter goes on with the alphabet.
 import itertools
 import math
 import random
+import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -170,17 +171,29 @@ def _tensor(spec: TensorSpec, v: _Vocabulary) -> Tensor:
         return Tensor(spec.gguf_name, spec.shape, GGMLType.F32, _output_matrix(v).tobytes())
     if len(spec.shape) == 1:
         return Tensor(spec.gguf_name, spec.shape, GGMLType.F32, np.ones(spec.shape, np.float32).tobytes())
-    is_router = spec.gguf_name.endswith("ffn_gate_inp.weight")
-    return Tensor(spec.gguf_name, spec.shape, GGMLType.F32 if is_router else GGMLType.F16)
+    if spec.gguf_name.endswith("ffn_gate_inp.weight"):
+        return Tensor(spec.gguf_name, spec.shape, GGMLType.F32, _router(spec).tobytes())
+    return Tensor(spec.gguf_name, spec.shape, GGMLType.F16)
 
 
-def build_scripted_model(*, call_format: str = "hermes", seed: int = 0, context: int = 4096) -> bytes:
+def _router(spec: TensorSpec) -> np.ndarray:
+    """float32 [E, HIDDEN]: each token has favourites among the experts, which add nothing."""
+    if min(spec.shape) == 2:
+        return np.zeros(spec.shape, np.float32)
+    rng = np.random.default_rng(zlib.crc32(spec.gguf_name.encode()))
+    return rng.normal(size=spec.shape).astype(np.float32)
+
+
+def build_scripted_model(
+    *, call_format: str = "hermes", seed: int = 0, context: int = 4096, layers: int = 1, experts: int = 2
+) -> bytes:
     """A GGUF file that says ``scripts(call_format)``, about 12 MB.
 
     Args:
       call_format: "hermes" or "coder".
       seed: of the cuts between tokens.
       context: positions that the model is said to have.
+      layers, experts: how many; an eighth of the experts is chosen, by chance from more than two.
     """
     v = _vocabulary(call_format, seed)
     if len(v.tokens) > HIDDEN:
@@ -188,12 +201,12 @@ def build_scripted_model(*, call_format: str = "hermes", seed: int = 0, context:
     config = Qwen3MoeConfig(
         vocab_size=len(v.tokens),
         hidden_size=HIDDEN,
-        num_hidden_layers=1,
+        num_hidden_layers=layers,
         num_attention_heads=2,
         num_key_value_heads=1,
         head_dim=64,
-        num_experts=2,
-        num_experts_per_tok=1,
+        num_experts=experts,
+        num_experts_per_tok=max(1, experts // 8),
         moe_intermediate_size=256,
         rms_norm_eps=1e-6,
         rope_theta=1e6,
