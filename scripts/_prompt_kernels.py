@@ -22,7 +22,7 @@ from qwen3_moe_jax.kernels_pallas.gpu.sorting import Tiles
 from qwen3_moe_jax.kernels_pallas.packed.stacks import Matrices
 from scripts import _absent_gpu
 from scripts._captured import captured_output
-from scripts._random_params import random_tiles
+from scripts._random_params import random_matrices
 
 
 class Set(NamedTuple):
@@ -97,7 +97,7 @@ Case = tuple[Callable[..., jax.Array], tuple[Any, ...], list[Any]]
 def _product(chosen: Set, c: Qwen3MoeConfig, config: MatmulConfig, kind: GGMLType, fused: bool) -> Case:
     rows, columns = c.moe_intermediate_size, c.hidden_size
     rows, columns = (rows, columns) if fused else (columns, rows)
-    stack = jax.eval_shape(lambda: random_tiles(0, kind, c.num_experts * rows, columns))
+    stack = jax.eval_shape(lambda: random_matrices(0, kind, c.num_experts * rows, columns))
     w = Matrices(stack, jax.ShapeDtypeStruct((), jnp.int32), (c.num_experts, rows, columns))
     numbers = lambda n: jax.ShapeDtypeStruct((n,), jnp.int32)
     arguments = (

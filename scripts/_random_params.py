@@ -11,8 +11,8 @@ from jax.sharding import PartitionSpec
 
 from qwen3_moe_jax.convert.config import Qwen3MoeConfig
 from qwen3_moe_jax.convert.ggml_types import GGMLType
-from qwen3_moe_jax.convert.layouts.gpu_tiles import TILED_TYPES
-from qwen3_moe_jax.convert.packed import GPU_TILES, PackedTensor
+from qwen3_moe_jax.convert.layouts.gpu_tiles import TILED_TYPES, to_gpu_tiles
+from qwen3_moe_jax.convert.packed import PackedTensor
 from qwen3_moe_jax.convert.tensor_names import tensor_specs
 from qwen3_moe_jax.jax_backend.params import (
     GPU_ROLES,
@@ -27,24 +27,21 @@ from qwen3_moe_jax.jax_backend.sharding import Shards
 from qwen3_moe_jax.kernels_pallas import LayerTable
 from qwen3_moe_jax.kernels_pallas.packed.stacks import abstract_packed
 
-SCALES = {GGMLType.Q4_K: 1.4e-4, GGMLType.Q5_K: 0.7e-4, GGMLType.Q6_K: 1.5e-5, GGMLType.Q8_0: 2.7e-4}
-"""Superblock scales that give weights of about 0.02."""
-
-
-def tile_shapes(kind: GGMLType, rows: int, columns: int) -> dict[str, jax.ShapeDtypeStruct]:
-    """Arrays of layout "gpu_tiles" of a matrix."""
-    n = (rows // 8, columns // 256)
-    words = lambda *shape: jax.ShapeDtypeStruct((*n, *shape), jnp.int32)
-    halves = lambda *shape: jax.ShapeDtypeStruct((*n, *shape), jnp.float16)
-    match kind:
-        case GGMLType.Q8_0:
-            return {"q": words(4, 8, 4, 4), "d0": halves(8, 4), "d1": halves(8, 4)}
-        case GGMLType.Q6_K:
-            arrays = {"ql": words(2, 8, 4, 4), "qh": words(8, 4, 4)}
-            return {**arrays, "scales": words(8, 4), "d": halves(8)}
-        case _:
-            arrays = {"q": words(2, 8, 4, 4), "scales": words(8, 4), "d": halves(8), "dmin": halves(8)}
-            return arrays | ({"qh": words(2, 8, 4)} if kind is GGMLType.Q5_K else {})
+SCALES = {
+    GGMLType.Q4_0: {"d": 4.3e-3},
+    GGMLType.Q4_1: {"d": 4.3e-3, "m": -3.3e-2},
+    GGMLType.Q5_0: {"d": 2.2e-3},
+    GGMLType.Q5_1: {"d": 2.2e-3, "m": -3.4e-2},
+    GGMLType.Q8_0: {"d": 2.7e-4},
+    GGMLType.Q2_K: {"d": 2.2e-3, "dmin": 3.3e-3},
+    GGMLType.Q3_K: {"d": 2.4e-4},
+    GGMLType.Q4_K: {"d": 1.4e-4, "dmin": 1.05e-3},
+    GGMLType.Q5_K: {"d": 0.7e-4, "dmin": 1.085e-3},
+    GGMLType.Q6_K: {"d": 1.5e-5},
+    GGMLType.IQ4_NL: {"d": 3e-4},
+    GGMLType.IQ4_XS: {"d": 8e-6},
+}
+"""Mean of the float16 arrays that gives weights of about 0.02."""
 
 
 MAX_WORDS = 1 << 28
@@ -65,55 +62,41 @@ def random_array(seed: Any, shape: tuple[int, ...], mask: int, scale: float) -> 
     return lax.bitcast_convert_type(bits & jnp.uint32(mask), jnp.int32)
 
 
-def random_tiles(seed: int, kind: GGMLType, rows: int, columns: int) -> PackedTensor:
-    """Random weights in layout "gpu_tiles", made on the device."""
-    arrays = {}
-    for i, (name, like) in enumerate(tile_shapes(kind, rows, columns).items()):
-        six_bits = name == "scales" and kind in (GGMLType.Q4_K, GGMLType.Q5_K)
-        mean = 7.5 if kind is GGMLType.Q4_K else 15.5
-        scale = SCALES[kind] * (mean if name == "dmin" else 1) if like.dtype == jnp.float16 else 0.0
-        mask = 0x3F3F3F3F if six_bits else 0xFFFFFFFF
-        arrays[name] = random_array(seed * 16 + i, like.shape, mask, scale)
-    return PackedTensor(arrays, kind, GPU_TILES)
-
-
-ROW_SCALES = {
-    GGMLType.Q4_0: {"d": 4.3e-3},
-    GGMLType.Q4_1: {"d": 4.3e-3, "m": -3.3e-2},
-    GGMLType.Q5_0: {"d": 2.2e-3},
-    GGMLType.Q5_1: {"d": 2.2e-3, "m": -3.4e-2},
-    GGMLType.IQ4_NL: {"d": 3e-4},
-    GGMLType.IQ4_XS: {"d": 8e-6},
-    GGMLType.Q2_K: {"d": 2.2e-3, "dmin": 3.3e-3},
-    GGMLType.Q3_K: {"d": 2.4e-4},
-}
-"""Mean of the float16 arrays of weights that lie in rows."""
-
-
-def random_rows(seed: int, kind: GGMLType, rows: int, columns: int) -> PackedTensor:
-    """Random weights in layout "rows" of a type that tiles do not hold, made on the device."""
-    arrays = {}
-    for i, (name, like) in enumerate(abstract_packed(kind, (rows, columns)).arrays.items()):
+def random_packed(seed: int, rows: PackedTensor) -> PackedTensor:
+    """Random weights of the type, layout and shapes of ``rows``, made on the device."""
+    kind, arrays = rows.type, {}
+    for i, (name, like) in enumerate(rows.arrays.items()):
         key = seed * 16 + i
         if name == "w":
             w = (2e-2 * jax.random.normal(jax.random.key(key), like.shape)).astype(jnp.bfloat16)
             is_half = like.dtype == jnp.float16
             arrays[name] = w.astype(jnp.float16) if is_half else lax.bitcast_convert_type(w, jnp.uint16)
         elif like.dtype == jnp.float16:
-            arrays[name] = random_array(key, like.shape, 0, ROW_SCALES[kind][name])
+            arrays[name] = random_array(key, like.shape, 0, SCALES[kind][name.rstrip("01")])
         elif name == "e":
-            arrays[name] = jnp.full(like.shape, 120, jnp.uint8)
+            arrays[name] = jnp.full(like.shape, 120 if like.dtype == jnp.uint8 else 120 * 257, like.dtype)
         else:
+            six_bits = name == "scales" and kind in (GGMLType.Q4_K, GGMLType.Q5_K)
             *leading, last = like.shape
-            words = random_array(key, (*leading, last // 4), 0xFFFFFFFF, 0.0)
+            words = random_array(
+                key,
+                (*leading, last * like.dtype.itemsize // 4),
+                0x3F3F3F3F if six_bits else 0xFFFFFFFF,
+                0.0,
+            )
             arrays[name] = lax.bitcast_convert_type(words, like.dtype).reshape(like.shape)
-    return PackedTensor(arrays, kind)
+    return PackedTensor(arrays, kind, rows.layout)
+
+
+def packed_like(kind: GGMLType, rows: int, columns: int) -> PackedTensor:
+    """The shapes of weights as a GPU holds them."""
+    like = abstract_packed(kind, (rows, columns))
+    return jax.eval_shape(partial(to_gpu_tiles, xp=jnp), like) if kind in TILED_TYPES else like
 
 
 def random_matrices(seed: int, kind: GGMLType, rows: int, columns: int) -> PackedTensor:
     """Random weights as a GPU holds them."""
-    make = random_tiles if kind in TILED_TYPES else random_rows
-    return make(seed, kind, rows, columns)
+    return random_packed(seed, packed_like(kind, rows, columns))
 
 
 def random_params(

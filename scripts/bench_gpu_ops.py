@@ -46,7 +46,7 @@ from qwen3_moe_jax.kernels_pallas.moe_mlp import kernel_sm90 as moe_sm90
 from qwen3_moe_jax.kernels_pallas.packed.gpu_tiles import dequantize_tiles
 from qwen3_moe_jax.kernels_pallas.packed.stacks import Matrices
 from qwen3_moe_jax.kernels_pallas.quantized_matmul import kernel_sm90 as matmul_sm90
-from scripts._random_params import random_tiles
+from scripts._random_params import random_matrices
 
 SEED = 20261123
 MATMUL_NMSE = 1e-6
@@ -186,7 +186,7 @@ def moe_reference(x, ids, weights, gate: Matrices, up: Matrices, down: Matrices)
 def stack(seed: int, type: GGMLType, *shape: int) -> Matrices:
     """Random matrices [E, N, K] or [N, K] in tiles."""
     *experts, rows, columns = shape
-    return Matrices(random_tiles(seed, type, int(np.prod(experts)) * rows, columns), jnp.int32(0), shape)
+    return Matrices(random_matrices(seed, type, int(np.prod(experts)) * rows, columns), jnp.int32(0), shape)
 
 
 def packed_nbytes(w: Matrices) -> int:

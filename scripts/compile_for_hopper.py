@@ -52,6 +52,7 @@ from qwen3_moe_jax.kernels_pallas.gpu.grouped_matmul_sm90 import (
     grouped_matmul,
 )
 from qwen3_moe_jax.kernels_pallas.gpu.sorting import Tiles, UsedExperts
+from qwen3_moe_jax.kernels_pallas.gpu.unpack_sm90 import TILE_ARRAYS
 from qwen3_moe_jax.kernels_pallas.packed.stacks import Matrices
 from scripts import _hopper_batch, _random_params, bench_prefill
 from scripts._absent_gpu import first_card, ptxas_report, sharding_of
@@ -59,7 +60,7 @@ from scripts._captured import captured_output
 
 H100 = cards.capabilities()["9.0"]
 FILE_REGISTERS = 65536
-TYPES = (GGMLType.Q4_K, GGMLType.Q5_K, GGMLType.Q6_K, GGMLType.Q8_0)
+TYPES = tuple(TILE_ARRAYS)
 
 
 def h100() -> SingleDeviceSharding:
@@ -128,7 +129,7 @@ def compile_case(case: Case, sharding: SingleDeviceSharding) -> tuple[int, int]:
     if case.kind == "dense":
         rows, columns = 4096, 2048
     shape = (rows, columns) if case.kind == "dense" else (experts, rows, columns)
-    stack = jax.eval_shape(lambda: _random_params.random_tiles(0, case.type, experts * rows, columns))
+    stack = jax.eval_shape(lambda: _random_params.random_matrices(0, case.type, experts * rows, columns))
     w = Matrices(stack, jax.ShapeDtypeStruct((), jnp.int32), shape)
     tile = case.config.tile
     kernel = Kernel(w, case.fused, case.config, case.splits, None)

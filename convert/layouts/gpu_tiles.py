@@ -17,11 +17,23 @@ Q6_K    ``ql``: int32 [h, 8, 4, j], nibbles as Q4_K; ``qh``: int32 [8, 4, j], bi
         2 (2 h + s) of each byte; ``scales``: int32 [8, 4], int8 bytes 2 s + h;
         ``d``: float16 [8]
 Q8_0    ``q``: int32 [2 s + h, 8, 4, j]; ``d0``, ``d1``: float16 [8, 4], of s = 0 and 1
+Q2_K    ``q``: int32 [1, 8, 4, j], bits 2 (2 h + s) of each byte; ``scales``: int32 [8, 4],
+        bytes 2 s + h, low a scale, high a minimum; ``d``, ``dmin``: float16 [8]
+Q3_K    ``q`` as Q2_K; ``qh`` as Q5_K, the third bit; ``scales`` and ``d`` as Q6_K
+Q4_0    ``q``: int32 [s, 8, 4, j], low nibbles h = 0, high nibbles h = 1; ``d0``, ``d1``
+        as Q8_0
+Q4_1    as Q4_0, and ``m0``, ``m1``: float16 [8, 4]
+Q5_0    as Q4_0, and ``qh`` as Q5_K; Q5_1 as Q4_1, and ``qh``
+IQ4_NL  ``q``: int32 [s, 8, 4, 4], nibbles in the order of columns, lowest first; ``d0``,
+        ``d1`` as Q8_0
+IQ4_XS  ``q`` as IQ4_NL; ``scales``: int16 [8, 4], int8 bytes s; ``d``: float16 [8]
+MXFP4   ``q`` as IQ4_NL; ``e``: int16 [8, 4], bytes s
 ======  ==========================================================================
 
 Sizes are the same as those of ``rows``: 148 bytes per superblock for Q4_K (144 in the file),
-180 (176), 210 (210), 272 (272). The functions take any array module with NumPy's names
-(``numpy`` or ``jax.numpy``), so that the shuffle can run where the bytes are.
+180 (176), 210 (210), 272 (272), 84 (84) of Q2_K, 114 (110) of Q3_K, 138 (136) of IQ4_XS. The
+functions take any array module with NumPy's names (``numpy`` or ``jax.numpy``), so that the
+shuffle can run where the bytes are.
 """
 
 # Elements of untrusted lists and of NumPy functions have types that no declaration gives.
@@ -36,7 +48,21 @@ from qwen3_moe_jax.convert.ggml_types import SUPERBLOCK, GGMLType
 from qwen3_moe_jax.convert.packed import GPU_TILES, ROWS, PackedTensor
 
 TILE_ROWS = 8
-TILED_TYPES = (GGMLType.Q4_K, GGMLType.Q5_K, GGMLType.Q6_K, GGMLType.Q8_0)
+TILED_TYPES = (
+    GGMLType.Q4_0,
+    GGMLType.Q4_1,
+    GGMLType.Q5_0,
+    GGMLType.Q5_1,
+    GGMLType.Q8_0,
+    GGMLType.Q2_K,
+    GGMLType.Q3_K,
+    GGMLType.Q4_K,
+    GGMLType.Q5_K,
+    GGMLType.Q6_K,
+    GGMLType.IQ4_NL,
+    GGMLType.IQ4_XS,
+    GGMLType.MXFP4,
+)
 
 Array = Any
 
@@ -48,6 +74,14 @@ def _words(xp: Any, b: Array) -> Array:
     b = b.astype(xp.uint32)
     w = b[..., 0] | (b[..., 1] << 8) | (b[..., 2] << 16) | (b[..., 3] << 24)
     return w.view(xp.int32)
+
+
+def _shorts(xp: Any, b: Array) -> Array:
+    """uint8 [..., 2] to int16 [...], the first byte lowest."""
+    if xp is np:
+        return np.ascontiguousarray(b).view(np.int16)[..., 0]
+    b = b.astype(xp.uint16)
+    return (b[..., 0] | (b[..., 1] << 8)).view(xp.int16)
 
 
 def _split(a: Array, superblocks: int, *inner: int) -> Array:
@@ -126,6 +160,80 @@ def _tile_q8(xp: Any, arrays: Mapping[str, Array], superblocks: int) -> dict[str
     return {"q": _words(xp, _move(q, q.ndim - 3, q.ndim - 5)), "d0": d[..., 0], "d1": d[..., 1]}
 
 
+def _tile_two_bits(xp: Any, q: Array, superblocks: int) -> Array:
+    # Bits 2 i of 32 bytes are the i-th 32 weights of 128.
+    b = _split(q, superblocks, 2, 2, 4, 4)  # 8 rows, half of 256, half, word j, byte
+    groups = []
+    for group in range(4):
+        word = 0
+        for half in range(2):
+            for s in range(2):
+                bits = b[..., group // 2, half, :, :] >> (2 * (2 * (group % 2) + s)) & 3
+                word = word | (bits << (2 * (2 * half + s)))
+        groups.append(_words(xp, word))  # [..., 8 rows, j]
+    return xp.stack(groups, axis=-2)[..., None, :, :, :]
+
+
+def _tile_fifth_bits(xp: Any, qh: Array, superblocks: int) -> Array:
+    # Bit 16 half + 4 j + i of a word is the fifth bit of weight i of word j.
+    b = _split(qh, superblocks, 4, 2, 2, 2)  # 8 rows, group, s, half, byte
+    halves = []
+    for half in range(2):
+        word = []
+        for i in range(4):
+            byte = 0
+            for s in range(2):
+                for j in range(4):
+                    byte = byte | ((b[..., s, half, j // 2] >> (4 * (j % 2) + i) & 1) << (j + 4 * s))
+            word.append(byte)
+        halves.append(_words(xp, xp.stack(word, axis=-1)))  # [..., 8, 4]
+    return xp.stack(halves, axis=-3)
+
+
+def _tile_ordered(xp: Any, q: Array, superblocks: int) -> Array:
+    b = _split(q, superblocks, 4, 2, 16)  # 8 rows, group, s, byte
+    nibbles = xp.concatenate([b & 15, b >> 4], axis=-1)
+    pairs = nibbles[..., ::2] | (nibbles[..., 1::2] << 4)
+    words = _words(xp, pairs.reshape(*pairs.shape[:-1], 4, 4))  # [..., 8, 4, s, word]
+    return _move(words, words.ndim - 2, words.ndim - 4)
+
+
+def _tile_pairs(arrays: Mapping[str, Array], name: str, superblocks: int) -> dict[str, Array]:
+    """A number of each subblock, in two arrays."""
+    both = _split(arrays[name], superblocks, 4, 2)
+    return {f"{name}{s}": both[..., s] for s in range(2)}
+
+
+def _tile_legacy(xp: Any, arrays: Mapping[str, Array], superblocks: int) -> dict[str, Array]:
+    out = {"q": _tile_q4(xp, arrays["q"], superblocks)}
+    if "qh" in arrays:
+        out["qh"] = _tile_fifth_bits(xp, arrays["qh"], superblocks)
+    for name in ("d", "m"):
+        out |= _tile_pairs(arrays, name, superblocks) if name in arrays else {}
+    return out
+
+
+def _tile_of_table(xp: Any, arrays: Mapping[str, Array], superblocks: int) -> dict[str, Array]:
+    """IQ4_NL, IQ4_XS and MXFP4."""
+    out = {"q": _tile_ordered(xp, arrays["q"], superblocks)}
+    for name in ("scales", "e"):
+        if name in arrays:
+            bytes_of = _split(arrays[name].view(xp.uint8), superblocks, 4, 2)
+            out[name] = _shorts(xp, bytes_of)
+    if "scales" in arrays:
+        return out | {"d": _split(arrays["d"], superblocks)}
+    return out | (_tile_pairs(arrays, "d", superblocks) if "d" in arrays else {})
+
+
+def _tile_q2(xp: Any, arrays: Mapping[str, Array], superblocks: int) -> dict[str, Array]:
+    """Q2_K and Q3_K."""
+    out = {"q": _tile_two_bits(xp, arrays["q"], superblocks)}
+    if "qh" in arrays:
+        out["qh"] = _tile_q5_high(xp, arrays["qh"], superblocks)
+    out["scales"] = _words(xp, _split(arrays["scales"].view(xp.uint8), superblocks, 4, 4))
+    return out | {name: _split(arrays[name], superblocks) for name in ("d", "dmin") if name in arrays}
+
+
 def to_gpu_tiles(packed: PackedTensor, xp: Any = np) -> PackedTensor:
     """Rearranges a ``rows`` tensor [..., N, K] into tiles.
 
@@ -157,8 +265,14 @@ def to_gpu_tiles(packed: PackedTensor, xp: Any = np) -> PackedTensor:
             }
         case GGMLType.Q6_K:
             out = _tile_q6(xp, arrays, n)
-        case _:
+        case GGMLType.Q8_0:
             out = _tile_q8(xp, arrays, n)
+        case GGMLType.Q2_K | GGMLType.Q3_K:
+            out = _tile_q2(xp, arrays, n)
+        case GGMLType.IQ4_NL | GGMLType.IQ4_XS | GGMLType.MXFP4:
+            out = _tile_of_table(xp, arrays, n)
+        case _:
+            out = _tile_legacy(xp, arrays, n)
     if xp is np:
         out = {name: np.ascontiguousarray(a) for name, a in out.items()}
     return PackedTensor(out, packed.type, GPU_TILES)

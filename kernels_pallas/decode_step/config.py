@@ -14,8 +14,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from qwen3_moe_jax.convert.ggml_types import SUPERBLOCK, GGMLType
 from qwen3_moe_jax.kernels_pallas.decode_step import primitives
+from qwen3_moe_jax.kernels_pallas.decode_step.formats import format_of
 from qwen3_moe_jax.kernels_pallas.decode_step.primitives.names import Primitives
-from qwen3_moe_jax.kernels_pallas.decode_step.row_formats import format_of
 from qwen3_moe_jax.kernels_pallas.decode_step.weights import column_names
 
 WARPGROUPS = 2

@@ -18,7 +18,6 @@ from qwen3_moe_jax.kernels_pallas.decode_step.primitives.layouts import TILE_WOR
 from qwen3_moe_jax.kernels_pallas.decode_step.primitives.loads import RowBytes
 from qwen3_moe_jax.kernels_pallas.decode_step.tile_formats import (
     SHAPE,
-    TILE_FORMATS,
     LaneActivations,
     Place,
     signed_byte_of,
@@ -187,7 +186,7 @@ class IQ4NL(Q40):
 
     @classmethod
     def words(cls, weights: tuple, s: int, halves: tuple[int, ...], prim: Any) -> list:
-        return prim.look_up(weights[s], cls.table)
+        return prim.look_up(weights[s], cls.table, in_order=False)
 
 
 class MXFP4(IQ4NL):
@@ -211,7 +210,7 @@ class IQ4XS(IQ4NL):
 
     @classmethod
     def scale(cls, weights: tuple, s: int, half: int) -> Array:
-        return signed_byte_of(weights[2], s) * _float(weights[3])
+        return _float(signed_byte_of(weights[2], s)) * _float(weights[3])
 
 
 class Q2K(RowFormat):
@@ -254,7 +253,7 @@ class Q3K(Q2K):
 
     @classmethod
     def scale(cls, weights: tuple, s: int, half: int) -> Array:
-        return signed_byte_of(weights[2], 2 * s + half) * _float(weights[3])
+        return _float(signed_byte_of(weights[2], 2 * s + half)) * _float(weights[3])
 
 
 class Q4K(RowFormat):
@@ -315,7 +314,7 @@ class Q6K(RowFormat):
 
     @classmethod
     def scale(cls, weights: tuple, s: int, half: int) -> Array:
-        return signed_byte_of(weights[6], 2 * s + half) * _float(weights[7])
+        return _float(signed_byte_of(weights[6], 2 * s + half)) * _float(weights[7])
 
 
 class Q80(RowFormat):
@@ -375,12 +374,3 @@ ROW_FORMATS: dict[GGMLType, Any] = {
     GGMLType.IQ4_XS: IQ4XS,
     GGMLType.MXFP4: MXFP4,
 }
-
-
-def format_of(type: GGMLType, tiled: bool = True) -> Any:
-    """How weights of a type are read.
-
-    Args:
-      tiled: whether those lie in tiles whose type tiles hold.
-    """
-    return TILE_FORMATS[type] if tiled and type in TILE_FORMATS else ROW_FORMATS[type]

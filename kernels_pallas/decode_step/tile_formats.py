@@ -14,7 +14,6 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from qwen3_moe_jax.convert.ggml_types import GGMLType
 from qwen3_moe_jax.kernels_pallas.decode_step.primitives.layouts import (
     TILE_LANES,
     TILE_ROWS,
@@ -121,11 +120,22 @@ def unsigned_byte_of(word: Array, index: int) -> Array:
 
 
 def signed_byte_of(word: Array, index: int) -> Array:
-    """Byte ``index`` of each int32 as float32, signed."""
-    return ((word << (24 - 8 * index)) >> 24).astype(jnp.float32)
+    """Byte ``index`` of each int32, signed."""
+    return (word << (24 - 8 * index)) >> 24
 
 
-def _row_scale(value: Array) -> Array:
+def upper_bits(high: Array, subblock: int, place: int) -> Array:
+    """Bits j + 4 * subblock of the bytes of int32 [4, 8, 4], for word j at ``place``: int32 [4, 8, 4, 4]."""
+    left = place - 4 * subblock
+    high = high << left if left >= 0 else high >> -left
+    words = plgpu.layout_cast(lax.broadcast_in_dim(high, (*SHAPE, 4), (0, 1, 2)), TILE_WORDS)
+    word = plgpu.broadcasted_iota(jnp.int32, (*SHAPE, 4), 3, layout=TILE_WORDS)
+    mask = 0x01010101 << place
+    return (words >> word) & mask
+
+
+def row_scale(value: Array) -> Array:
+    """A number of each row, float16 [4, 8], as float32 [4, 8, 4]."""
     return plgpu.layout_cast(lax.broadcast_in_dim(value.astype(jnp.float32), SHAPE, (0, 1)), TILE_LANES)
 
 
@@ -157,7 +167,7 @@ class Q4K:
                 values[i] += dot.astype(jnp.float32) * (unsigned_byte_of(scales, s) * x.spread(x.scale[s]))
                 minima[i] += unsigned_byte_of(scales, 2 + s) * x.spread(x.sum32(s))
         return [
-            value * _row_scale(weights[-2]) - minimum * _row_scale(weights[-1])
+            value * row_scale(weights[-2]) - minimum * row_scale(weights[-1])
             for value, minimum, weights in zip(values, minima, tiles, strict=True)
         ]
 
@@ -174,13 +184,10 @@ class Q5K(Q4K):
 
     @staticmethod
     def words(weights: tuple, subblock: int) -> list:
-        shift = plgpu.broadcasted_iota(jnp.int32, (4, 8, 4, 4), 3, layout=TILE_WORDS) + 4 * subblock
-        out = []
-        for half in range(2):
-            high = lax.broadcast_in_dim(weights[half], (4, 8, 4, 4), (0, 1, 2))
-            high = plgpu.layout_cast(high, TILE_WORDS)
-            out.append(_nibbles(weights[2 + half], subblock) | (((high >> shift) & 0x01010101) << 4))
-        return out
+        return [
+            _nibbles(weights[2 + half], subblock) | upper_bits(weights[half], subblock, 4)
+            for half in range(2)
+        ]
 
 
 class Q6K:
@@ -215,11 +222,11 @@ class Q6K:
                 above = x.spread(x.sums[s][half]) * -32  # the stored weight is 32 above the true one
                 dots = x.dot(words, s, (half,), signed=False)
                 for i, (weights, dot) in enumerate(zip(tiles, dots, strict=True)):
-                    scale = signed_byte_of(weights[3], 2 * s + half)
+                    scale = signed_byte_of(weights[3], 2 * s + half).astype(jnp.float32)
                     subblocks[i] += (dot + above).astype(jnp.float32) * scale
             for i, subblock in enumerate(subblocks):
                 values[i] += subblock * x.spread(x.scale[s])
-        return [value * _row_scale(weights[4]) for value, weights in zip(values, tiles, strict=True)]
+        return [value * row_scale(weights[4]) for value, weights in zip(values, tiles, strict=True)]
 
 
 class Q80:
@@ -243,14 +250,6 @@ class Q80:
                 scale = weights[4 + s].astype(jnp.float32) * x.spread(x.scale[s])
                 values[i] += dot.astype(jnp.float32) * scale
         return values
-
-
-TILE_FORMATS: dict[GGMLType, Any] = {
-    GGMLType.Q4_K: Q4K,
-    GGMLType.Q5_K: Q5K,
-    GGMLType.Q6_K: Q6K,
-    GGMLType.Q8_0: Q80,
-}
 
 
 def weight_kinds(formats: list) -> list:

@@ -63,12 +63,20 @@ def _odd_halves(w: PackedTensor, scales: jax.Array, unit: float) -> jax.Array:
     return _superblock_scale(w, (0.5 + scales.astype(_F32)) * unit)
 
 
-def _fp4(w: PackedTensor) -> jax.Array:
-    """The scale in two factors, none of which is subnormal: a processor may take such a number for zero."""
-    e = w.arrays["e"].astype(jnp.uint32)
+def fp4_scale(e: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """2^(e - 128) of uint8, float32, in two factors.
+
+    None of these is subnormal: a processor may take such a number for zero.
+    """
+    e = e.astype(jnp.uint32)
     small = jnp.where(e < 2, (e + 125) << 23, 127 << 23)  # 2^(e - 2), else 1
     large = (jnp.maximum(e, 2) - 1) << 23  # 2^(e - 128)
-    small, large = (jax.lax.bitcast_convert_type(bits, _F32)[..., None] for bits in (small, large))
+    return jax.lax.bitcast_convert_type(small, _F32), jax.lax.bitcast_convert_type(large, _F32)
+
+
+def _fp4(w: PackedTensor) -> jax.Array:
+    e = w.arrays["e"]
+    small, large = (factor[..., None] for factor in fp4_scale(e))
     q = w.arrays["q"].reshape(*e.shape, 1, 16)
     nibbles = ((q >> jnp.array([[0], [4]], jnp.uint8)) & jnp.uint8(15)).reshape(*e.shape, 32)
     return (jnp.array(FP4_VALUES, _F32)[nibbles] * small * large).reshape(w.shape)

@@ -13,11 +13,11 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from qwen3_moe_jax.convert.layouts.gpu_tiles import to_gpu_tiles
 from qwen3_moe_jax.convert.unpack import dequantize
+from qwen3_moe_jax.kernels_pallas.decode_step.formats import TILE_FORMATS
 from qwen3_moe_jax.kernels_pallas.decode_step.primitives import emulated
 from qwen3_moe_jax.kernels_pallas.decode_step.row_formats import ROW_FORMATS
 from qwen3_moe_jax.kernels_pallas.decode_step.tile_formats import (
     SHAPE,
-    TILE_FORMATS,
     LaneActivations,
     Place,
 )

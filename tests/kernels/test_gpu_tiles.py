@@ -59,7 +59,7 @@ def lane_weights(tiles: PackedTensor) -> np.ndarray:
     return halves.reshape(*halves.shape[:-2], 2, 2, 16)
 
 
-@pytest.mark.parametrize("type", TILED_TYPES)
+@pytest.mark.parametrize("type", (GGMLType.Q4_K, GGMLType.Q5_K, GGMLType.Q6_K, GGMLType.Q8_0))
 def test_each_lane_holds_its_row_and_64_columns(type):
     rows = random_rows(type, SHAPE)
     tiles = to_gpu_tiles(rows)
@@ -84,7 +84,7 @@ def test_jax_makes_the_same_tiles(type):
 def test_size_is_within_four_percent_of_the_file(type):
     tiles = to_gpu_tiles(random_rows(type, SHAPE))
     block = BLOCK_FORMATS[type]
-    assert tiles.nbytes <= 1.04 * np.prod(SHAPE) // block.weights * block.nbytes
+    assert tiles.nbytes <= 1.04 * (np.prod(SHAPE) // block.weights * block.nbytes)
 
 
 @pytest.mark.parametrize(

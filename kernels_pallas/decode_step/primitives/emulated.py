@@ -61,10 +61,15 @@ def dot_floats(tiles: list, fragments: list, *, dtype) -> list:
     return out
 
 
-def look_up(words, table: tuple[int, ...]) -> list:
+def look_up(words, table: tuple[int, ...], *, in_order: bool) -> list:
     nibbles = (words[..., None] >> (4 * jnp.arange(8))) & 15
     values: Any = sum(jnp.where(nibbles == i, value & 0xFF, 0) for i, value in enumerate(table))
-    return [(values[..., i::2] << (8 * jnp.arange(4))).sum(-1).astype(jnp.int32) for i in range(2)]
+    if in_order:
+        values = values.reshape(*words.shape[:-1], 2, 4, 4)
+        parts = [values[..., i, :, :] for i in range(2)]
+    else:
+        parts = [values[..., i::2] for i in range(2)]
+    return [(part << (8 * jnp.arange(4))).sum(-1).astype(jnp.int32) for part in parts]
 
 
 def load_clamped(ref, first, count: int, layout):

@@ -173,15 +173,17 @@ def dot_floats(tiles: list, fragments: list, *, dtype) -> list:
     return dot(tiles, fragments)
 
 
-def look_up(words, table: tuple[int, ...]) -> list:
+def look_up(words, table: tuple[int, ...], *, in_order: bool) -> list:
     """The int8 values of a table that nibbles choose, by byte permutes.
 
     Args:
       words: int32 [4, 8, 4, 4] of layout ``TILE_WORDS``.
       table: 16 values.
+      in_order: the first two words' nibbles are the first result's, in their order.
 
     Returns:
-      int32 of that shape and layout, twice: four values of the low nibbles, and of the high ones.
+      int32 of that shape and layout, twice: four values of the low nibbles, and of the high ones; or of the
+      first two words, and of the others.
     """
     entries = [int(word) for word in np.array(table, np.int8).view(np.int32)]
     shape = plgpu.ShapeDtypeStruct((4, 8, 4, 4), jnp.int32, layout=TILE_WORDS)
@@ -194,25 +196,29 @@ def look_up(words, table: tuple[int, ...]) -> list:
             "prmt.b32 $0, $1, $2, $3;", a, b, by, result_types=i32, has_side_effects=False
         )
 
-        def values(word):
-            """Values of the low nibbles and of the high ones of one word."""
-            parts = []
-            for shift in (0, 16):
-                chosen = arith.shrui(word, const(shift)) if shift else word
-                place = arith.andi(chosen, const(0x7777))
-                lower = permute(const(entries[0]), const(entries[1]), place)
-                upper = permute(const(entries[2]), const(entries[3]), place)
-                is_upper = arith.shrui(arith.andi(chosen, const(0x8888)), const(1))
-                parts.append(permute(lower, upper, arith.ori(is_upper, const(0x3210))))
-            return [permute(*parts, const(by)) for by in (0x6420, 0x7531)]
+        def values(word) -> list:
+            """The values of the first four nibbles, and of the last."""
+            place = arith.andi(word, const(0x77777777))
+            is_upper = arith.andi(arith.shrui(word, const(1)), const(0x44444444))
+            which = arith.ori(is_upper, const(0x32103210))
+            found = []
+            for shift in (0, 16):  # a permute looks at 16 bits
+                at, upper = (arith.shrui(by, const(shift)) if shift else by for by in (place, which))
+                parts = [permute(const(entries[i]), const(entries[i + 1]), at) for i in (0, 2)]
+                found.append(permute(*parts, upper))
+            return found
 
         register = words.registers.flat[0]
-        out = [llvm.mlir_undef(register.type)] * 2
-        for i in range(4):
-            found = values(llvm.extractelement(register, const(i)))
-            out = [llvm.insertelement(o, v, const(i)) for o, v in zip(out, found, strict=True)]
+        found = [values(llvm.extractelement(register, const(i))) for i in range(4)]
+        if in_order:
+            results = [[*found[2 * half], *found[2 * half + 1]] for half in range(2)]
+        else:
+            results = [[permute(*of, const(by)) for of in found] for by in (0x6420, 0x7531)]
         arrays = []
-        for value in out:
+        for result in results:
+            value = llvm.mlir_undef(register.type)
+            for i, of in enumerate(result):
+                value = llvm.insertelement(value, of, const(i))
             registers = np.full(words.registers.shape, None, object)
             registers.flat[0] = value
             arrays.append(mgpu.FragmentedArray(_registers=registers, _layout=words.layout, _is_signed=True))
