@@ -48,7 +48,7 @@ def test_a_matrix_in_a_stack(rng, type, rows):
 @pytest.mark.parametrize("is_few", [False, True])
 def test_moe_mlp(rng, is_few):
     """Sorted rows, and all rows with every expert in use; experts that none chose are not read."""
-    types, tokens = ((GGMLType.Q5_K, GGMLType.Q8_0), 9) if is_few else ((GGMLType.Q8_0, GGMLType.Q4_K), 18)
+    types, tokens = ((GGMLType.Q2_K, GGMLType.IQ4_XS), 9) if is_few else ((GGMLType.Q8_0, GGMLType.Q4_K), 18)
     ids = np.stack([rng.permutation([0, 2])[:2] for _ in range(tokens)]).astype(np.int32)
     shapes = [(types[0], (3, 256, 256))] * 2 + [(types[1], (3, 256, 256))]
     gate, up, down = (poison(random_weights(rng, *shape), np.unique(ids)) for shape in shapes)
