@@ -52,7 +52,7 @@ from qwen3_moe_jax.kernels_pallas.gpu.grouped_matmul_sm90 import (
     grouped_matmul,
 )
 from qwen3_moe_jax.kernels_pallas.gpu.sorting import Tiles, UsedExperts
-from qwen3_moe_jax.kernels_pallas.gpu.unpack_sm90 import TILE_ARRAYS
+from qwen3_moe_jax.kernels_pallas.gpu.tile_arrays import TILE_ARRAYS
 from qwen3_moe_jax.kernels_pallas.packed.stacks import Matrices
 from scripts import _hopper_batch, _random_params, bench_prefill
 from scripts._absent_gpu import first_card, ptxas_report, sharding_of

@@ -21,7 +21,8 @@ from qwen3_moe_jax.kernels_pallas.gpu.grouped_matmul_stores import (
     swiglu_to_shared,
 )
 from qwen3_moe_jax.kernels_pallas.gpu.sorting import ROW_ALIGN, Tiles, UsedExperts
-from qwen3_moe_jax.kernels_pallas.gpu.unpack_sm90 import PIECE, PIECES, SLAB_ROWS, piece_operand
+from qwen3_moe_jax.kernels_pallas.gpu.tile_arrays import PIECE, PIECES, SLAB_ROWS
+from qwen3_moe_jax.kernels_pallas.gpu.unpack_sm90 import piece_operand
 
 _SLAB_TILES = SLAB_ROWS // TILE_ROWS
 

@@ -8,7 +8,7 @@ from qwen3_moe_jax.convert.ggml_types import SUPERBLOCK, GGMLType
 from qwen3_moe_jax.convert.layouts.gpu_tiles import GPU_TILES
 from qwen3_moe_jax.kernels_pallas.gpu.device import multiprocessors
 from qwen3_moe_jax.kernels_pallas.gpu.sorting import ROW_ALIGN
-from qwen3_moe_jax.kernels_pallas.gpu.unpack_sm90 import SLAB_ROWS, TILE_ARRAYS
+from qwen3_moe_jax.kernels_pallas.gpu.tile_arrays import SLAB_ROWS, TILE_ARRAYS
 from qwen3_moe_jax.kernels_pallas.packed.stacks import Matrices
 
 REGISTERS = {2: (240, 24), 4: (112, 32)}

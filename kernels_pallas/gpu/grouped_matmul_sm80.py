@@ -27,7 +27,8 @@ from qwen3_moe_jax.kernels_pallas.gpu.grouped_matmul_block import Body, Item
 from qwen3_moe_jax.kernels_pallas.gpu.grouped_matmul_config import MAX_FEW_ROWS, MatmulConfig
 from qwen3_moe_jax.kernels_pallas.gpu.grouped_matmul_stores import emulated_swiglu, store_swiglu
 from qwen3_moe_jax.kernels_pallas.gpu.sorting import ROW_ALIGN, Tiles, UsedExperts
-from qwen3_moe_jax.kernels_pallas.gpu.unpack_sm90 import PIECE, PIECES, SLAB_ROWS, piece_operand
+from qwen3_moe_jax.kernels_pallas.gpu.tile_arrays import PIECE, PIECES, SLAB_ROWS
+from qwen3_moe_jax.kernels_pallas.gpu.unpack_sm90 import piece_operand
 from qwen3_moe_jax.kernels_pallas.packed.stacks import Matrices
 
 SHARED_BYTES = 99 * 1024

@@ -36,7 +36,7 @@ from qwen3_moe_jax.kernels_pallas.gpu.grouped_matmul_block import Body, Referenc
 from qwen3_moe_jax.kernels_pallas.gpu.grouped_matmul_config import MatmulConfig, OfLayer, check_supported
 from qwen3_moe_jax.kernels_pallas.gpu.interpreter import interpreter_option
 from qwen3_moe_jax.kernels_pallas.gpu.sorting import Tiles, UsedExperts
-from qwen3_moe_jax.kernels_pallas.gpu.unpack_sm90 import PIECE, PIECES, SLAB_ROWS, TILE_ARRAYS, WarpTiles
+from qwen3_moe_jax.kernels_pallas.gpu.tile_arrays import PIECE, PIECES, SLAB_ROWS, TILE_ARRAYS, WarpTiles
 from qwen3_moe_jax.kernels_pallas.packed.stacks import Matrices
 
 SHARED_BYTES = 227 * 1024

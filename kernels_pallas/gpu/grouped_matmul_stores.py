@@ -10,7 +10,7 @@ from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from qwen3_moe_jax.kernels_pallas.gpu.activations import SWIGLU_SCALE
-from qwen3_moe_jax.kernels_pallas.gpu.unpack_sm90 import SLAB_ROWS
+from qwen3_moe_jax.kernels_pallas.gpu.tile_arrays import SLAB_ROWS
 
 _FLOAT16_MAX = 65504.0
 

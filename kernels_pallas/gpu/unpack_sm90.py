@@ -10,92 +10,27 @@ float16 integers by a mask and one fused multiply-add per pair. See
 same roundings, which Pallas' interpreter runs on a CPU.
 """
 
-from dataclasses import dataclass
-from typing import Any
-
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from qwen3_moe_jax.convert.formats.iq4 import VALUES
-from qwen3_moe_jax.convert.formats.mxfp4 import FP4_VALUES
 from qwen3_moe_jax.convert.ggml_types import GGMLType
 from qwen3_moe_jax.kernels_pallas.gpu.activations import WEIGHT_SCALE
-
-SLAB_ROWS = 64
-"""Rows of one wgmma operand: eight tiles, two per warp."""
-PIECE = 64
-"""Columns of one operand, and of one piece of x: a quarter of a superblock, four wgmma instructions."""
-PIECES = 4
-LANES = 32
-
-
-@dataclass(frozen=True)
-class TileArray:
-    """One array of a tile in shared memory: ``parts`` x ``inner`` elements of ``dtype``."""
-
-    dtype: str
-    parts: int
-    inner: int
-
-
-def _pair(name: str) -> dict[str, TileArray]:
-    """A float16 of each subblock of a lane."""
-    return {f"{name}{s}": TileArray("float16", 1, 32) for s in range(2)}
-
-
-_SCALED = {"scales": TileArray("int32", 1, 32), "d": TileArray("float16", 1, 8)}
-TILE_ARRAYS: dict[GGMLType, dict[str, TileArray]] = {
-    GGMLType.Q4_K: {"q": TileArray("int32", 1, 256), **_SCALED, "dmin": TileArray("float16", 1, 8)},
-    GGMLType.Q5_K: {
-        "q": TileArray("int32", 1, 256),
-        "qh": TileArray("int32", 1, 64),
-        **_SCALED,
-        "dmin": TileArray("float16", 1, 8),
-    },
-    GGMLType.Q6_K: {"ql": TileArray("int32", 1, 256), "qh": TileArray("int32", 1, 128), **_SCALED},
-    GGMLType.Q8_0: {"q": TileArray("int32", 2, 256), **_pair("d")},
-    GGMLType.Q2_K: {"q": TileArray("int32", 1, 128), **_SCALED, "dmin": TileArray("float16", 1, 8)},
-    GGMLType.Q3_K: {"q": TileArray("int32", 1, 128), "qh": TileArray("int32", 1, 64), **_SCALED},
-    GGMLType.Q4_0: {"q": TileArray("int32", 1, 256), **_pair("d")},
-    GGMLType.Q4_1: {"q": TileArray("int32", 1, 256), **_pair("d"), **_pair("m")},
-    GGMLType.Q5_0: {"q": TileArray("int32", 1, 256), "qh": TileArray("int32", 1, 64), **_pair("d")},
-    GGMLType.Q5_1: {
-        "q": TileArray("int32", 1, 256),
-        "qh": TileArray("int32", 1, 64),
-        **_pair("d"),
-        **_pair("m"),
-    },
-    GGMLType.IQ4_NL: {"q": TileArray("int32", 1, 256), **_pair("d")},
-    GGMLType.IQ4_XS: {
-        "q": TileArray("int32", 1, 256),
-        "scales": TileArray("int16", 1, 32),
-        "d": TileArray("float16", 1, 8),
-    },
-    GGMLType.MXFP4: {"q": TileArray("int32", 1, 256), "e": TileArray("int16", 1, 32)},
-}
-"""Arrays of a tile by type; a copy's innermost axis has at most 256 elements."""
-_TWO_BITS = (GGMLType.Q2_K, GGMLType.Q3_K)
-_NIBBLE_OF_HALF = (GGMLType.Q4_0, GGMLType.Q4_1, GGMLType.Q5_0, GGMLType.Q5_1)
-"""Types whose vectors are subblocks and nibbles halves, not the other way round."""
-_CENTERS = {GGMLType.Q3_K: 4, GGMLType.Q4_0: 8, GGMLType.Q5_0: 16, GGMLType.Q6_K: 32}
-_TABLES = {GGMLType.IQ4_NL: VALUES, GGMLType.IQ4_XS: VALUES, GGMLType.MXFP4: FP4_VALUES}
-_EXPONENT = 127 - 128 + 4
-"""What is added to MXFP4's exponent for the bits of float32 2^(e - 128) * ``WEIGHT_SCALE``."""
-_MAX_EXPONENT = 255 - _EXPONENT
-"""From here on that is infinite."""
-
-
-@dataclass(frozen=True)
-class WarpTiles:
-    """Which tiles a warp reads: tile ``base + warpgroup * by_group + warp * by_warp + half * by_half``."""
-
-    base: int
-    by_group: int
-    by_warp: int
-    by_half: int
+from qwen3_moe_jax.kernels_pallas.gpu.tile_arrays import (
+    CENTERS,
+    EXPONENT,
+    LANES,
+    MAX_EXPONENT,
+    NIBBLE_OF_HALF,
+    PIECE,
+    SLAB_ROWS,
+    TABLES,
+    TILE_ARRAYS,
+    TWO_BITS,
+    WarpTiles,
+)
+from qwen3_moe_jax.kernels_pallas.gpu.unpack_emulated import emulated_operand
 
 
 def piece_operand(type: GGMLType, refs: dict, tiles: WarpTiles, quarter: int, group, *, emulate: bool):
@@ -109,7 +44,7 @@ def piece_operand(type: GGMLType, refs: dict, tiles: WarpTiles, quarter: int, gr
       group: index of the warpgroup (used when emulated).
     """
     if emulate:
-        return _emulated(type, refs, tiles, quarter, group)
+        return emulated_operand(type, refs, tiles, quarter, group)
     names = tuple(TILE_ARRAYS[type])
 
     @plgpu.inline_mgpu(
@@ -258,10 +193,10 @@ class _Lane:
         """``[word j][byte parity c]`` pairs (bytes c and c + 2) as whole float16 numbers."""
         if self.type is GGMLType.Q8_0:
             return self.signed_bytes(self.words("q", tile, self.quarter))
-        if self.type in _TABLES:
+        if self.type in TABLES:
             return self.chosen(self.words("q", tile, self.subblock))
         place, words = self.lower_bits(tile)
-        width = 2 if self.type in _TWO_BITS else 4
+        width = 2 if self.type in TWO_BITS else 4
         upper = self.upper_bits(tile, place + width)
         out = []
         for j, word in enumerate(words):
@@ -272,17 +207,17 @@ class _Lane:
                     mask, of_word = upper
                     above, left = of_word[j]
                     value = self.masked_or(value, self.shifted(above, left - 8 * c), mask)
-                factor, offset = 2.0**-place, -1024 * 2.0**-place - _CENTERS.get(self.type, 0)
+                factor, offset = 2.0**-place, -1024 * 2.0**-place - CENTERS.get(self.type, 0)
                 pairs.append(self.multiply_add(value, self.pair(factor), self.pair(offset)))
             out.append(pairs)
         return out
 
     def lower_bits(self, tile) -> tuple:
         """Where in a byte, and the four words, of the lower bits."""
-        if self.type in _TWO_BITS:
+        if self.type in TWO_BITS:
             return 2 * (2 * self.half + self.subblock), self.words("q", tile, 0)
         name = "ql" if self.type is GGMLType.Q6_K else "q"
-        of_half = self.type in _NIBBLE_OF_HALF
+        of_half = self.type in NIBBLE_OF_HALF
         vector, nibble = (self.subblock, self.half) if of_half else (self.half, self.subblock)
         return 4 * nibble, self.words(name, tile, vector)
 
@@ -305,7 +240,7 @@ class _Lane:
         """The table's values of the half's 16 nibbles, which lie in the order of columns in two words."""
         from jaxlib.mlir.dialects import arith
 
-        raised = (np.array(_TABLES[self.type], np.int32) + 128).astype(np.uint8)
+        raised = (np.array(TABLES[self.type], np.int32) + 128).astype(np.uint8)
         entries = [self.const(int(word)) for word in raised.view(np.uint32)]
         permute = lambda *args: self.ptx("prmt.b32 $0, $1, $2, $3;", *args)
         magic, out = self.const(0x64646464), []
@@ -357,8 +292,8 @@ class _Lane:
         from jaxlib.mlir.dialects import arith
 
         e = self.shifted(self.half_float("e", tile, each_lane=True), -8 * self.subblock)
-        e = arith.minui(arith.andi(e, self.const(0xFF)), self.const(_MAX_EXPONENT))
-        bits = arith.shli(arith.addi(e, self.const(_EXPONENT)), self.const(23))
+        e = arith.minui(arith.andi(e, self.const(0xFF)), self.const(MAX_EXPONENT))
+        bits = arith.shli(arith.addi(e, self.const(EXPONENT)), self.const(23))
         convert = "{ .reg .b16 h; cvt.rn.f16.f32 h, $1; mov.b32 $0, {h, h}; }"
         return self.ptx(convert, bits)
 
@@ -383,81 +318,3 @@ class _Lane:
                 for c, value in enumerate(pairs):
                     by_tile[2 * j + c, half] = vector.bitcast(pair, vector.broadcast(one, value))
         return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
-
-
-# The same in jnp
-
-
-def _emulated(type: GGMLType, refs: dict, tiles: WarpTiles, quarter: int, group):
-    subblock, half = divmod(quarter, 2)
-    tile = lax.iota(jnp.int32, 8)  # in the order of rows: warp, half
-    index = tiles.base + group * tiles.by_group + tile // 2 * tiles.by_warp + tile % 2 * tiles.by_half
-    arrays = {}
-    for name, array in TILE_ARRAYS[type].items():
-        whole = refs[name][...]
-        arrays[name] = whole.reshape(-1, array.parts * array.inner)[index]  # [8 tiles, elements]
-    f16, f32 = jnp.float16, jnp.float32
-    byte = lambda words, i: (words >> (8 * i)) & 0xFF
-
-    def row(name: str):
-        """float16 [8, 8 rows, 1 group]."""
-        return arrays[name].astype(f16)[:, :, None]
-
-    def lane(name: str):
-        """[8, 8 rows, 4 groups]."""
-        return arrays[name].reshape(8, 8, 4)
-
-    def word_bytes(name: str, vector: int):
-        """int32 [8, 8 rows, 4 groups, 4 words, 4 bytes]."""
-        words = arrays[name].reshape(8, -1, 8, 4, 4)[:, vector]
-        return jnp.stack([byte(words, i) for i in range(4)], axis=-1)
-
-    def signed(value):
-        return jnp.where(value > 127, value - 256, value)
-
-    def quants():
-        if type is GGMLType.Q8_0:
-            return signed(word_bytes("q", quarter))
-        if type in _TABLES:
-            words = arrays["q"].reshape(8, 2, 8, 4, 2, 2)[:, subblock, :, :, half]
-            nibbles = words[..., None] >> (4 * jnp.arange(8)) & 15
-            values: Any = sum(jnp.where(nibbles == i, v, 0) for i, v in enumerate(_TABLES[type]))
-            return values.reshape(8, 8, 4, 4, 4)
-        if type in _TWO_BITS:
-            q, width = word_bytes("q", 0) >> (2 * (2 * half + subblock)) & 3, 2
-        else:
-            of_half = type in _NIBBLE_OF_HALF
-            vector, nibble = (subblock, half) if of_half else (half, subblock)
-            q, width = word_bytes("ql" if type is GGMLType.Q6_K else "q", vector) >> (4 * nibble) & 15, 4
-        if type is GGMLType.Q6_K:
-            q = q | (word_bytes("qh", 0) >> (2 * (2 * half + subblock)) & 3) << 4
-        elif "qh" in arrays:
-            word = arrays["qh"].reshape(8, 2, 8, 4)[:, half]
-            bits = jnp.stack([byte(word, i) for i in range(4)], axis=-1)[:, :, :, None]
-            q = q | (bits >> (jnp.arange(4)[:, None] + 4 * subblock) & 1) << width
-        return q - _CENTERS.get(type, 0)
-
-    def scale_and_minimum() -> tuple:
-        if "e" in arrays:
-            e = jnp.minimum(byte(lane("e").astype(jnp.int32), subblock), _MAX_EXPONENT)
-            return lax.bitcast_convert_type((e + _EXPONENT) << 23, f32).astype(f16), None
-        if "d0" in arrays:
-            minimum = -lane(f"m{subblock}") * f16(WEIGHT_SCALE) if "m0" in arrays else None
-            return lane(f"d{subblock}") * f16(WEIGHT_SCALE), minimum
-        whole, scales = row("d") * f16(WEIGHT_SCALE), lane("scales").astype(jnp.int32)
-        if "dmin" not in arrays:
-            number = subblock if type is GGMLType.IQ4_XS else 2 * subblock + half
-            return signed(byte(scales, number)).astype(f16) * whole, None
-        if type is GGMLType.Q2_K:
-            both = byte(scales, 2 * subblock + half)
-            scale, minimum = both & 15, both >> 4
-        else:
-            scale, minimum = byte(scales, subblock), byte(scales, 2 + subblock)
-        return scale.astype(f16) * whole, minimum.astype(f16) * (row("dmin") * f16(WEIGHT_SCALE))
-
-    scale, minimum = scale_and_minimum()
-    w = quants().astype(f32) * scale.astype(f32)[..., None, None]
-    if minimum is not None:
-        w = w - minimum.astype(f32)[..., None, None]
-    w = w.astype(f16).reshape(8, 8, 4, 4, 2, 2)  # tile, row, group, word, b, c
-    return w.transpose(0, 1, 3, 5, 2, 4).reshape(SLAB_ROWS, PIECE)

@@ -59,7 +59,7 @@ def lane_weights(tiles: PackedTensor) -> np.ndarray:
     return halves.reshape(*halves.shape[:-2], 2, 2, 16)
 
 
-@pytest.mark.parametrize("type", (GGMLType.Q4_K, GGMLType.Q5_K, GGMLType.Q6_K, GGMLType.Q8_0))
+@pytest.mark.parametrize("type", [GGMLType.Q4_K, GGMLType.Q5_K, GGMLType.Q6_K, GGMLType.Q8_0])
 def test_each_lane_holds_its_row_and_64_columns(type):
     rows = random_rows(type, SHAPE)
     tiles = to_gpu_tiles(rows)

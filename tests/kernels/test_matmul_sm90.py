@@ -43,7 +43,7 @@ def interpret():
     return interpreter(detect_races=True)
 
 
-@pytest.mark.parametrize("type", (*QUANTIZED, GGMLType.Q2_K, GGMLType.IQ4_XS), ids=lambda t: t.name)
+@pytest.mark.parametrize("type", [*QUANTIZED, GGMLType.Q2_K, GGMLType.IQ4_XS], ids=lambda t: t.name)
 def test_matmul_of_a_matrix_in_a_stack(rng, type):
     """Rows that do not fill the last block, tokens that do not fill the last tile, NaN in other matrices."""
     w = poison(random_weights(rng, type, (2, 320, 512)), np.array([1]))

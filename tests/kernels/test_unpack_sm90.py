@@ -16,7 +16,7 @@ from qwen3_moe_jax.convert.layouts.gpu_tiles import to_gpu_tiles
 from qwen3_moe_jax.convert.unpack import dequantize
 from qwen3_moe_jax.kernels_pallas.gpu import unpack_sm90
 from qwen3_moe_jax.kernels_pallas.gpu.activations import WEIGHT_SCALE, operand_order
-from qwen3_moe_jax.kernels_pallas.gpu.unpack_sm90 import PIECE, PIECES, SLAB_ROWS, TILE_ARRAYS, WarpTiles
+from qwen3_moe_jax.kernels_pallas.gpu.tile_arrays import PIECE, PIECES, SLAB_ROWS, TILE_ARRAYS, WarpTiles
 from tests.kernels.op_inputs import random_weights, rng
 
 __all__ = ["rng"]
