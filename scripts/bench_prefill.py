@@ -1,4 +1,4 @@
-"""Speed of prompts on a GPU: the whole model of random weights, in the types of a Q4_K_M file.
+"""Speed of prompts on a GPU: the whole model of random weights, in the types of a published mixture.
 
 Every figure is the time until the device is done, the best of several runs, over different
 tokens each; the last line is JSON. The limit is that of the tensor cores: the operations of
@@ -19,12 +19,12 @@ import jax
 import jax.numpy as jnp
 
 from qwen3_moe_jax.convert.config import PRESETS
-from qwen3_moe_jax.convert.tensor_names import q4_k_m_types
 from qwen3_moe_jax.jax_backend.kv_cache import KVCache
 from qwen3_moe_jax.jax_backend.qwen3_moe import Qwen3Moe
 from qwen3_moe_jax.machine.kernels import AUTO, CHOICES, capability_of, choose_kernels
 from qwen3_moe_jax.machine.limits import prefill_operations
 from qwen3_moe_jax.measure.benchmark import random_prompts, repeated
+from qwen3_moe_jax.testing.mixes import mix_types
 from scripts._random_params import random_params
 
 
@@ -69,9 +69,10 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--tflops", type=float, default=798.0, help="what the card's matrix product reaches")
     parser.add_argument("--kernels", choices=CHOICES, default=AUTO, help="forces a set of kernels")
+    parser.add_argument("--mix", default="Q4_K_M", help="the mixture whose types the tensors have")
     args = parser.parse_args()
     config = PRESETS[args.preset]
-    types = q4_k_m_types(config)
+    types = mix_types(args.mix, config)
     began = time.perf_counter()
     params = jax.block_until_ready(random_params(config, types))
     print(f"{jax.devices()[0].device_kind}: weights made in {time.perf_counter() - began:.1f} s", flush=True)
@@ -94,7 +95,11 @@ def main() -> None:
             }
         )
         print(results[-1], flush=True)
-    print(json.dumps({"device": jax.devices()[0].device_kind, "kernels": kernels, "prefill": results}))
+    print(
+        json.dumps(
+            {"device": jax.devices()[0].device_kind, "mix": args.mix, "kernels": kernels, "prefill": results}
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -48,11 +48,10 @@ from qwen3_moe_jax.jax_backend.params import GPU_ROLES
 from qwen3_moe_jax.kernels_pallas.decode_step import api
 from qwen3_moe_jax.kernels_pallas.decode_step.activations import Activations
 from qwen3_moe_jax.kernels_pallas.decode_step.experts import Experts
-from qwen3_moe_jax.kernels_pallas.decode_step.formats import TILE_FORMATS
+from qwen3_moe_jax.kernels_pallas.decode_step.formats import ROW_FORMATS, TILE_FORMATS
 from qwen3_moe_jax.kernels_pallas.decode_step.primitives.layouts import TILE_LANES, full
 from qwen3_moe_jax.kernels_pallas.decode_step.projections import Products
 from qwen3_moe_jax.kernels_pallas.decode_step.router import Router
-from qwen3_moe_jax.kernels_pallas.decode_step.row_formats import ROW_FORMATS
 from qwen3_moe_jax.kernels_pallas.decode_step.tile_formats import SHAPE
 from qwen3_moe_jax.kernels_pallas.decode_step.weights import ROUTER, StepWeights, column_names
 from qwen3_moe_jax.kernels_pallas.embedding_lookup.api import embedding_lookup
