@@ -20,9 +20,10 @@ from qwen3_moe_jax.core.runner import Runner
 from qwen3_moe_jax.hub import names
 from qwen3_moe_jax.hub.listing import files_in
 from qwen3_moe_jax.jax_backend import spare_workers
+from qwen3_moe_jax.machine.cuda import start_driver
 from qwen3_moe_jax.machine.folders import programs_folder
 from qwen3_moe_jax.machine.headroom import MAIN_MEMORY, Headroom, available_memory, main_memory
-from qwen3_moe_jax.machine.jax_devices import import_jax, jax_devices, simulate_devices
+from qwen3_moe_jax.machine.jax_devices import PLATFORMS_VARIABLE, import_jax, jax_devices, simulate_devices
 from qwen3_moe_jax.machine.kernels import AUTO, CHOICES, capability_of, is_before_ampere
 from qwen3_moe_jax.machine.memory import MIN_CONTEXT, MemoryPlan
 from qwen3_moe_jax.machine.nvidia import may_have_cards, nvidia_gpus
@@ -171,8 +172,10 @@ def start_gpu() -> None:
     """
     if not may_have_cards():
         return
-    with ThreadPoolExecutor(1) as pool:
+    with ThreadPoolExecutor(2) as pool:
         asked = pool.submit(nvidia_gpus)  # a process of 0.2 s
+        if os.environ.get(PLATFORMS_VARIABLE) != "cpu":
+            pool.submit(start_driver)
         is_hidden = cards_are_hidden_by()  # imports JAX
     if asked.result() and not is_hidden:
         if (folder := programs_folder()) is not None:

@@ -3,15 +3,27 @@
 import json
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from qwen3_moe_jax.machine.child_environment import child_environment
 from scripts import ROOT
 
 _RESULT = "RESULT "
+
+
+@contextmanager
+def programs_in(folder: str | None) -> Generator[str]:
+    """A folder for a child's programs, to be kept for another script; None is one that is deleted."""
+    if folder is not None:
+        yield folder
+        return
+    with tempfile.TemporaryDirectory() as found:
+        yield found
 
 
 def say(**result: object) -> None:

@@ -22,7 +22,6 @@ import platform
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -31,7 +30,7 @@ from typing import Any
 
 from qwen3_moe_jax.machine.kernels import AUTO, CHOICES
 from scripts import ROOT
-from scripts._children import results_of, say
+from scripts._children import programs_in, results_of, say
 
 OTHER_PROMPTS = (100, 512, 2048)
 """cold: after the first two tokens, a prompt of each other size: how long until its first token."""
@@ -303,6 +302,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--gate", action="store_true", help="cold: with the check of a file's first load")
     parser.add_argument("--stage-limit", type=float, default=150, help="seconds")
     parser.add_argument("--row-limit", type=float, default=90, help="seconds of a row after loading")
+    parser.add_argument("--cache", metavar="FOLDER", help="programs are kept there (default: nowhere)")
     parser.add_argument("--sha256", action="store_true", help="hash the whole file, at the end")
     return parser.parse_args()
 
@@ -322,7 +322,7 @@ def main() -> None:
         "file": path.name, "commit": commit(), "python": platform.python_version(),
         "read_s": read_once(path) if path.is_file() else None,
     }  # fmt: skip
-    with tempfile.TemporaryDirectory() as cache:
+    with programs_in(args.cache) as cache:
         for stage in args.stages:
             began = time.perf_counter()
             if stage == "cold":

@@ -16,14 +16,13 @@ import io
 import json
 import pstats
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from scripts._children import results_of, say
+from scripts._children import programs_in, results_of, say
 
 SWEEP = ((4, 16), (6, 16), (8, 16), (12, 16), (6, 32), (8, 32), (8, 8), (12, 8))
 """Readers, and MiB of a piece."""
@@ -58,6 +57,8 @@ def start(options: dict[str, Any]) -> None:
     with step("import api"):
         from qwen3_moe_jax import api, loader
         from qwen3_moe_jax.core.sampling import Sampling
+        from qwen3_moe_jax.machine import nvidia
+    timed(nvidia, "nvidia_report", "nvidia-smi"), timed(loader, "start_driver", "cuInit")
     timed(loader, "start_gpu"), timed(loader, "jax_devices")
     with step("import JAX and the backend"):  # a load does it beside the start of a GPU
         import jax
@@ -73,6 +74,7 @@ def start(options: dict[str, Any]) -> None:
     )
     timed(placement, "load_params"), timed(params, "allocate"), timed(params, "device_plan")
     timed(params, "wanted_programs"), timed(params, "_vectors"), timed(device_load.Checks, "raise_first")
+    timed(loader, "_import_kernels"), timed(loader, "import_jax")
     timed(Session, "of"), timed(runner.Native, "kernels"), timed(runner.Placement, "plan")
     profile = cProfile.Profile()
     if options["profile"]:
@@ -206,9 +208,10 @@ def main() -> None:
     parser.add_argument("--profile", action="store_true", help="first, warm: the main thread's, by cProfile")
     parser.add_argument("--readers", type=int, default=6, help="sweep: the first to be tried")
     parser.add_argument("--mib", type=int, default=16)
+    parser.add_argument("--cache", metavar="FOLDER", help="programs are kept there (default: nowhere)")
     parser.add_argument("--stage-limit", type=float, default=180, help="seconds")
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as cache:
+    with programs_in(args.cache) as cache:
         run = lambda stage: results_of("profile_start", stage, vars(args), cache, args.stage_limit)
         results = {stage: [found for _, found in run(stage)] for stage in args.stages}
     print(json.dumps(results))

@@ -135,20 +135,29 @@ class Checks:
 
     def __init__(self, source: ModelSource):
         self._source = source
-        self._found: list[tuple[Target, int, jax.Array]] = []
+        self._found: list[tuple[Target, int, np.ndarray]] = []
+        self._under_way: deque[tuple[Target, int, jax.Array]] = deque()
 
     def add(self, target: Target, first_row: int, bad: jax.Array) -> None:
-        """Notes what a piece's program says, which is not waited for."""
+        """Notes what a piece's program says; waits for the one that was noted ``AHEAD`` pieces before."""
         bad.copy_to_host_async()
-        self._found.append((target, first_row, bad))
+        self._under_way.append((target, first_row, bad))
+        if len(self._under_way) > AHEAD:
+            self._wait_for_one()
+
+    def _wait_for_one(self) -> None:
+        target, first_row, bad = self._under_way.popleft()
+        self._found.append((target, first_row, np.asarray(bad)))
 
     def raise_first(self) -> None:
         """Raises:
         ModelFileError: ``E_NONFINITE``, with the words of the host's own check.
         """
+        while self._under_way:
+            self._wait_for_one()
         found, self._found = self._found, []
         by_tensor: dict[str, list[Nonfinite]] = {}
-        for (target, first_row, _), bad in zip(found, jax.device_get([f[2] for f in found]), strict=True):
+        for target, first_row, bad in found:
             names = [name for name in ARRAY_FORMATS[target.type] if name in SCALE_NAMES]
             before = first_row * target.columns // BLOCK_FORMATS[target.type].weights
             hits = [Nonfinite(n, before + int(b)) for n, b in zip(names, bad, strict=True) if b >= 0]
@@ -218,7 +227,6 @@ def _from_blocks(
 ) -> Iterator[int]:
     pieces = [(t, row) for t in targets for row in range(0, t.rows, t.piece_rows)]
     local = threading.local()
-    under_way: deque[jax.Array] = deque()
 
     def read(target: Target, row: int) -> jax.Array:
         nbytes = target.piece_rows * target.row_nbytes
@@ -252,9 +260,6 @@ def _from_blocks(
                     tiled=target.tiled,
                 )
                 checks.add(target, row, bad)
-                under_way.append(bad)
-                if len(under_way) > AHEAD:
-                    under_way.popleft().block_until_ready()
                 yield blocks.nbytes
         finally:
             for _, _, future in waiting:

@@ -5,12 +5,13 @@ import time
 import weakref
 from collections.abc import Callable, Collection, Generator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal, Unpack
 
 import jax
 import numpy as np
 
-from qwen3_moe_jax.convert.progress import ProgressCallback, at_first
+from qwen3_moe_jax.convert.progress import ProgressCallback
 from qwen3_moe_jax.convert.source import ModelSource
 from qwen3_moe_jax.core.batch import TokenScore
 from qwen3_moe_jax.core.errors import NumericalError
@@ -36,6 +37,7 @@ from qwen3_moe_jax.core.runner_arguments import (
 from qwen3_moe_jax.core.sampling import Sampling
 from qwen3_moe_jax.jax_backend import generate, programs, spare_workers
 from qwen3_moe_jax.jax_backend.batching import Batch
+from qwen3_moe_jax.jax_backend.beside_load import load_beside
 from qwen3_moe_jax.jax_backend.compile_clock import compile_clock
 from qwen3_moe_jax.jax_backend.decode_path import PATHS
 from qwen3_moe_jax.jax_backend.forward import forward
@@ -142,31 +144,23 @@ class JaxRunner:
         self.device = place.device
         self.kernels = place.kernels(kernels)
         self.compute_dtype, self.cache_dtype = dtypes_on(self.device, compute_dtype, cache_dtype)
-        self._types = dict(source.types)
-        self._mesh = place.describe(source)
+        self._types, self._mesh = dict(source.types), place.describe(source)
         self.plan = place.plan(source, cache_length(self.max_context), self.cache_dtype.itemsize)
         has_spares = first_prompt is not None and self._take_spare_workers()
-        native = Native.begin(
-            self.device, kernels, compute_dtype is not None, is_split=place.shards is not None
-        )
-        self.is_closed = False
-        self._batches: weakref.WeakSet[Batch] = weakref.WeakSet()
+        is_split = place.shards is not None
+        native = Native.begin(self.device, kernels, compute_dtype is not None, is_split=is_split)
+        self.is_closed, self._batches = False, weakref.WeakSet[Batch]()
         if place.is_gpu:
             ask_ptxas_once()
         self.kernels = native.kernels(self.kernels)
-        model = Qwen3Moe(source.config, self.compute_dtype, kernels=self.kernels.name, shards=place.shards)
-        self._session = Session.of(model, source.types, self.device, self.max_context, self.cache_dtype)
-        self.decoder = self._session.decoder
-        self.preparation = self._preparation_of(self._session)
-        self.preparation.goes_on = others_follow
-        stored = self._begin_preparation(first_prompt, first_forward, has_spares)
-        # a device takes in one program at a time, and those of the load go first
-        progress = at_first(lambda: self.preparation.begin(stored, compiles=False), progress)
-        try:
-            self.params = place.load(source, progress)
-        except BaseException:
-            self.preparation.close()
-            raise
+        self.params = load_beside(
+            partial(self._get_ready, first_prompt, first_forward, has_spares, others_follow),
+            lambda stored: self.preparation.begin(stored, compiles=False),
+            partial(place.load, source),
+            progress,
+            undo=lambda: self.preparation.close(),
+            is_beside=place.is_gpu,
+        )
         if has_spares and others_follow:
             self.preparation.begin_elsewhere([w for w in self.preparation.wanted if w.is_missing])
         self._spare: Batch | None = None
@@ -178,8 +172,17 @@ class JaxRunner:
         programs.start_compilers(count := spare_workers.count(), self.plan.total, here=0)
         return count > 0 and farm().count > 0
 
-    def _begin_preparation(self, prompt: int | None, check: FirstForward | None, aided: bool) -> list[Wanted]:
+    @own_settings()
+    def _get_ready(
+        self, prompt: int | None, check: FirstForward | None, aided: bool, others_follow: bool
+    ) -> list[Wanted]:
         """Compiles what the first tokens and the check of a file need; returns what is on disk already."""
+        kernels, shards = self.kernels.name, self.placement.shards
+        model = Qwen3Moe(self.config, self.compute_dtype, kernels=kernels, shards=shards)
+        self._session = Session.of(model, self._types, self.device, self.max_context, self.cache_dtype)
+        self.decoder = self._session.decoder
+        self.preparation = self._preparation_of(self._session)
+        self.preparation.goes_on = others_follow
         first = self._session.first(prompt or 1)
         begun = [] if prompt is None else list(first)
         if check is not None and programs.keeps_on_disk():
@@ -222,7 +225,6 @@ class JaxRunner:
 
     @property
     def model(self) -> Qwen3Moe:
-        """The Flax module."""
         return self.decoder.model
 
     def describe(self) -> dict[str, object]:
@@ -286,8 +288,7 @@ class JaxRunner:
 
     def memory(self) -> dict[str, int] | None:
         check_open(self)
-        stats = self.device.memory_stats()
-        if not stats:
+        if not (stats := self.device.memory_stats()):
             return None
         return {"peak": stats["peak_bytes_in_use"], "planned": self.plan.total, "cache": self.plan.cache}
 

@@ -11,6 +11,18 @@ from typing import Any
 LIBRARY = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
 
 
+def start_driver(library: Any = None) -> bool:
+    """Initializes NVIDIA's driver in this process; says whether it could.
+
+    JAX does it, too, and then finds it done. It takes some tenths of a second without the interpreter's
+    lock: time to import JAX in.
+    """
+    try:
+        return not (library or ctypes.CDLL(LIBRARY)).cuInit(0)
+    except (OSError, AttributeError):
+        return False
+
+
 def free_on_card(ordinal: int | None, library: Any = None) -> int | None:
     """Bytes of a card that no program holds; of a MIG slice, if the ordinal is one.
 

@@ -10,11 +10,11 @@ import ctypes
 import math
 import os
 import sys
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -121,6 +121,27 @@ class Workers:
     def map(self, function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
         """Results in the order of ``items``."""
         return map(function, items) if self._pool is None else self._pool.map(function, items)
+
+    def each(self, function: Callable[[T], object], items: Iterable[T]) -> None:
+        """Calls a function that writes what it finds into arrays of ``empty``."""
+        for _ in self.map(function, items):
+            pass
+
+    def empty(self, shape: Sequence[int], dtype: Any) -> np.ndarray:
+        """An array that ``each`` fills."""
+        return np.empty(shape, dtype)
+
+    def parts(self, count: int) -> list[slice]:
+        """Of so many rows those that one of them takes at a time, where a row's work is small."""
+        return [slice(0, count)]
+
+    def beside(self, count: int) -> "Workers":
+        """Workers for so many calls that themselves ask for these."""
+        return ALONE if self.count == 1 else Workers(count)
+
+    def kept(self, array: np.ndarray) -> np.ndarray:
+        """The array, or a copy where memory of ``empty`` is used again."""
+        return array
 
 
 ALONE = Workers(1)

@@ -7,10 +7,6 @@ from typing import Any
 
 import numpy as np
 
-from qwen3_moe_jax.convert.fused import with_parts
-from qwen3_moe_jax.convert.ggml_types import BLOCK_FORMATS
-from qwen3_moe_jax.convert.gguf_file import GGUFFile
-from qwen3_moe_jax.convert.unpack import dequantize
 from qwen3_moe_jax.core.sampling import Sampling
 from qwen3_moe_jax.machine.datasheets import peak_bandwidth
 from qwen3_moe_jax.machine.limits import bytes_per_token, is_cpu, read_bandwidth
@@ -18,13 +14,11 @@ from qwen3_moe_jax.parity import metrics
 from qwen3_moe_jax.parity.contract import CPU, NVIDIA, Clause
 from qwen3_moe_jax.parity.evidence import BATCH_TOKENS, BATCHES, STAGE_CHUNK, STAGE_TOKENS, Evidence, Oracle
 from qwen3_moe_jax.parity.judge import FUSED_STAGES
-from qwen3_moe_jax.parity.second_reading import read_blocks
-from qwen3_moe_jax.parity.text_runs import LogitDistance, broken_invariants, differing_bits
+from qwen3_moe_jax.parity.text_runs import LogitDistance, broken_invariants
 
 PASSED, FAILED, NOT_APPLICABLE = "passed", "failed", "not applicable"
 
 MIN_TEXT_TOKENS = 2000
-ROWS_READ = 32
 CAUSAL_TOLERANCE = 1e-3
 """Logits of a position may differ this much with what comes after it (another order of sums)."""
 
@@ -100,22 +94,7 @@ def check_file_weights(clause: Clause, oracle: Oracle) -> Finding:
         return not_applicable(
             clause, "file", "a packed checkpoint has no blocks; its SHA-256 is checked when it is read"
         )
-    different = count = 0
-    with GGUFFile.open(source.path) as file:
-        infos = with_parts(file.tensors, source.config)
-        for path, spec in source.specs.items():
-            info, packed = infos[spec.gguf_name], source.tensor(path)
-            block = BLOCK_FORMATS[info.type]
-            columns = spec.shape[-1]
-            flat = {k: a.reshape(-1, a.shape[-1]) for k, a in packed.arrays.items()}
-            rows = int(np.prod(spec.shape[:-1]))
-            raw = np.empty(block.row_nbytes(columns), np.uint8)
-            for row in np.unique(np.linspace(0, rows - 1, ROWS_READ).astype(int)):
-                file.read_into(info, int(row) * raw.nbytes, raw)
-                one = type(packed)({k: a[row : row + 1] for k, a in flat.items()}, packed.type)
-                expected = read_blocks(raw, info.type).reshape(-1)
-                different += differing_bits(dequantize(one).reshape(-1), expected)
-                count += columns
+    different, count = oracle.file_rows
     note = f"{count:,} weights of {len(source.specs)} tensors read twice"
     return conclude(clause, "file", different, note, weights=count)
 

@@ -17,6 +17,8 @@ from qwen3_moe_jax.core.stages import INSIDE_EXPERTS, STAGES
 from qwen3_moe_jax.machine.folders import writable_cache
 from qwen3_moe_jax.machine.resident import ResidentPeak
 from qwen3_moe_jax.machine.threads import ALONE, Workers
+from qwen3_moe_jax.parity.crew import Crew
+from qwen3_moe_jax.parity.file_check import rows_that_differ
 from qwen3_moe_jax.parity.gate import GateResult, first_forward, inspect, layers_option
 from qwen3_moe_jax.parity.judge import FUSED_STAGES, Judgement, StageJudge
 from qwen3_moe_jax.parity.recorded import RecordedLogits, recorded_logits
@@ -105,6 +107,11 @@ class once:
         return instance.__dict__[self._name]
 
 
+def is_small(source: ModelSource) -> bool:
+    """Whether the reference keeps the model in memory."""
+    return source.nbytes <= SMALL_MODEL_BYTES
+
+
 class Oracle:
     """The reference on this file: the truth that backends are held against.
 
@@ -113,12 +120,13 @@ class Oracle:
       text_ids: token ids of the text.
       windows: parts of the text that are run one after the other; the whole of it where its logits fit.
       workers: share the work on the matrices of a large model.
+      crew: processes that do so in place of these, where there are any.
     """
 
-    def __init__(self, source: ModelSource, text_ids: Sequence[int]):
-        self.source = source
+    def __init__(self, source: ModelSource, text_ids: Sequence[int], crew: Crew | None = None):
+        self.source, self.crew = source, crew
         self.text_ids = np.asarray(text_ids, np.int32)
-        self.is_small = source.nbytes <= SMALL_MODEL_BYTES
+        self.is_small = is_small(source)
         self.dtype = np.float64 if self.is_small else np.float32
         self.workers = ALONE if self.is_small else Workers.one_a_processor()
         row = 4 * source.config.vocab_size
@@ -135,9 +143,13 @@ class Oracle:
     @once
     def text(self) -> Forward:
         """The text, with router logits; logits that take much lie in a file, not in memory."""
-        logits = self._room_for_logits()
-        texts, rooms = ([array[window] for window in self.windows] for array in (self.text_ids, logits))
-        runs = self.runner.forwards(texts, rooms, capture=("ffn_moe_logits",))
+        texts = [self.text_ids[window] for window in self.windows]
+        if self.crew is not None:
+            logits, runs = self.crew.forwards(texts, self.dtype, ("ffn_moe_logits",))
+        else:
+            logits = self._room_for_logits()
+            rooms = [logits[window] for window in self.windows]
+            runs = self.runner.forwards(texts, rooms, capture=("ffn_moe_logits",))
         stages = {key: np.concatenate([run.stages[key] for run in runs]) for key in runs[0].stages}
         return Forward(logits, np.concatenate([run.expert_ids for run in runs], axis=1), stages)
 
@@ -152,6 +164,17 @@ class Oracle:
     def router_logits(self) -> np.ndarray:
         """[L, T, E]."""
         return stacked(self.text, "ffn_moe_logits")
+
+    def logits(self, token_ids: np.ndarray) -> np.ndarray:
+        """Of a short text: [T, V]."""
+        run, crew = self.runner.forward, self.crew
+        return run(token_ids).logits if crew is None else crew.forwards([token_ids], self.dtype)[0]
+
+    @once
+    def file_rows(self) -> tuple[int, int]:
+        """As ``rows_that_differ``, of every tensor."""
+        crew, source = self.crew, self.source
+        return rows_that_differ(source, source.specs) if crew is None else crew.check_file()
 
     @once
     def sha256(self) -> str:
@@ -361,8 +384,10 @@ class Evidence:
             found += [("token by token", j) for j in self._judge(ids, self.single, **self.few)]
         return found
 
-    def _judge(self, ids: np.ndarray, forward: Forward, **options) -> list[Judgement]:
-        judge = StageJudge(self.source, self.facts, ids, forward, workers=self.oracle.workers, **options)
+    def _judge(self, ids: np.ndarray, forward: Forward, layers: Sequence[int] = ()) -> list[Judgement]:
+        if self.oracle.crew is not None:
+            return self.oracle.crew.judge(self.facts, ids, forward, layers)
+        judge = StageJudge(self.source, self.facts, ids, forward, layers, workers=self.oracle.workers)
         return judge.side_by_side(LAYERS_AT_A_TIME if self.oracle.workers.count > LAYERS_AT_A_TIME else 1)
 
     @once
@@ -380,7 +405,7 @@ class Evidence:
         """The reference's logits at every token of ``written``, which it chose from: float64 [n, V]."""
         prompt = self.oracle.text_ids[:PROMPT_TOKENS]
         ids = np.concatenate([prompt, self.written])
-        return self.oracle.runner.forward(ids).logits[len(prompt) - 1 : -1].astype(np.float64)
+        return self.oracle.logits(ids)[len(prompt) - 1 : -1].astype(np.float64)
 
     @once
     def device_weights(self) -> tuple[int, int] | None:

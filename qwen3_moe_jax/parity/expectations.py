@@ -67,6 +67,7 @@ class Expectations:
       max_tokens: positions of the prompt to judge; None judges all.
       workers: share the work on a matrix.
       careful: allow what ``noise.careful_sigma`` does, which takes longer.
+      tensors: what gives the tensors, if not the source.
     """
 
     source: ModelSource
@@ -78,6 +79,7 @@ class Expectations:
     max_tokens: int | None = None
     workers: Workers = ALONE
     careful: bool = False
+    tensors: Mapping[str, PackedTensor] | None = None
     _tensors: dict[str, PackedTensor] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
@@ -126,7 +128,7 @@ class Expectations:
         if path not in self._tensors:
             layer = path.split(".")[:2]
             self._tensors = {p: t for p, t in self._tensors.items() if p.split(".")[:2] == layer}
-            self._tensors[path] = self.source.tensor(path)
+            self._tensors[path] = self.source.tensor(path) if self.tensors is None else self.tensors[path]
         return self._tensors[path]
 
     def norm(self, x: np.ndarray, path: str) -> Expectation:

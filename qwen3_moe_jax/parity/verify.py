@@ -34,7 +34,8 @@ from qwen3_moe_jax.parity.clauses import (
     Finding,
 )
 from qwen3_moe_jax.parity.contract import Clause, load_contract
-from qwen3_moe_jax.parity.evidence import Evidence, Lazily, Oracle
+from qwen3_moe_jax.parity.crew import Crew
+from qwen3_moe_jax.parity.evidence import Evidence, Lazily, Oracle, is_small
 from qwen3_moe_jax.parity.receipt import RECEIPT_FORMAT, check_receipt
 from qwen3_moe_jax.parity.recorded import parity_text
 from qwen3_moe_jax.text.tokenizer import Tokenizer
@@ -179,7 +180,6 @@ def verify(
         raise ValueError(f"a context of {room} tokens is too short to verify: give at least {MIN_TOKENS}")
     if text_tokens < MIN_TOKENS:
         raise ValueError(f"a text of {text_tokens} tokens is too short to verify: give at least {MIN_TOKENS}")
-    oracle = Oracle(source, _text_ids(source, min(text_tokens, room)))
     findings: list[Finding] = []
     backends: list[dict] = []
 
@@ -194,6 +194,10 @@ def verify(
     has_own_memory = all(isinstance(runner, Unloaded) and runner.has_own_memory for runner in runners)
 
     with ExitStack() as stack:
+        crew = Crew.of(source) if has_own_memory and not is_small(source) else None
+        if crew is not None:
+            stack.callback(crew.close)
+        oracle = Oracle(source, _text_ids(source, min(text_tokens, room)), crew)
         stack.enter_context(one_thread_per_product())
         if oracle.is_small:
             ahead = stack.enter_context(Ahead.open(os.cpu_count() or 1))

@@ -44,9 +44,11 @@ from qwen3_moe_jax.reference.ops import (
     ChosenExperts,
     apply_rope,
     attention,
+    by_rows,
     choose_experts,
     fill_experts,
     matmul,
+    matmuls,
     rms_norm,
 )
 from qwen3_moe_jax.reference.sampling import Sampler
@@ -67,6 +69,8 @@ class _Text:
       positions: [T].
       cache: of the layers that are run; replaced by the longer one.
       forced: int32 [L, T, X], experts to take, or None.
+      kept: makes a stage last that lies in memory of the workers.
+      is_last: whether no token follows, so that keys and values need not be kept.
       stages: what has been captured, of the names in ``capture``.
       chosen: int32 [T, X] of each layer so far.
     """
@@ -76,13 +80,15 @@ class _Text:
     cache: Cache
     forced: np.ndarray | None = None
     capture: Collection[str] = ()
+    kept: Callable[[np.ndarray], np.ndarray] = lambda array: array
+    is_last: bool = False
     stages: dict[StageKey, np.ndarray] = field(default_factory=dict)
     chosen: list[np.ndarray] = field(default_factory=list)
 
     def record(self, name: str, layer: int | None, value: np.ndarray) -> None:
         """Keeps a stage that is asked for."""
         if name in self.capture:
-            self.stages[name, layer] = value
+            self.stages[name, layer] = self.kept(value)
 
 
 class TensorsOnDemand(Mapping[str, PackedTensor]):
@@ -106,6 +112,34 @@ class TensorsOnDemand(Mapping[str, PackedTensor]):
         return len(self._source.types)
 
 
+class PartOfTensor:
+    """A matrix [N, K], or those of experts [E, N, K], of which rows or one expert are read at a time."""
+
+    def __init__(self, source: ModelSource, path: str):
+        self._source, self._path = source, path
+        self.shape = source.specs[path].shape
+
+    def __getitem__(self, index: int | slice | np.ndarray) -> PackedTensor:
+        whole = [(0, size) for size in self.shape]
+        if isinstance(index, np.ndarray):
+            rows = {int(row): self[int(row) : int(row) + 1] for row in np.unique(index)}
+            first = next(iter(rows.values()))
+            arrays = {n: np.stack([rows[int(r)].arrays[n][0] for r in index]) for n in first.arrays}
+            return PackedTensor(arrays, first.type)
+        if isinstance(index, slice):
+            start, stop, _ = index.indices(self.shape[0])
+            return self._source.part(self._path, ((start, stop), *whole[1:]))
+        return self._source.part(self._path, ((index, index + 1), *whole[1:]))[0]
+
+
+class PartsOnDemand(TensorsOnDemand):
+    """As those, of each matrix what is used of it: for several processes that share the work on it."""
+
+    def __getitem__(self, path: str) -> Any:
+        whole = path not in self or len(self._source.specs[path].shape) == 1
+        return super().__getitem__(path) if whole else PartOfTensor(self._source, path)
+
+
 class ReferenceRunner(OneAtATime):
     """The model on the CPU in NumPy; see ``runner.Runner`` for the protocol."""
 
@@ -117,7 +151,7 @@ class ReferenceRunner(OneAtATime):
         *,
         max_context: int | None = None,
         dtype: type = np.float32,
-        resident: bool = True,
+        resident: bool | Mapping[str, PackedTensor] = True,
         workers: Workers = ALONE,
     ):
         """Loads the weights.
@@ -127,15 +161,17 @@ class ReferenceRunner(OneAtATime):
           max_context: tokens of a prompt and what is written after it; None is the model's own limit.
           dtype: np.float32 or np.float64.
           resident: keep every packed tensor in memory; False reads each from ``source`` when it is used.
+            A mapping is what gives them.
           workers: share the work on a matrix.
         """
         self.config = source.config
         self.max_context = source.config.max_position_embeddings if max_context is None else max_context
         self.dtype = np.dtype(dtype)
         self.workers = workers
-        self.weights: Mapping[str, PackedTensor] = TensorsOnDemand(source)
-        if resident:
-            self.weights = {path: source.tensor(path) for path in source.paths()}
+        if isinstance(resident, bool):
+            on_demand = TensorsOnDemand(source)
+            resident = {path: on_demand[path] for path in source.paths()} if resident else on_demand
+        self.weights = resident
         self._types = sorted({t.name for t in source.types.values()})
         self._rope: tuple[np.ndarray, np.ndarray] | None = None
         self.is_closed = False
@@ -190,11 +226,13 @@ class ReferenceRunner(OneAtATime):
                 for i in running:
                     r = requests[i]
                     forced = None if r.expert_ids is None else r.expert_ids[:, part]
-                    parts[i].append(self._begun(r.token_ids[part], caches[i], forced, r.capture))
+                    text = self._begun(r.token_ids[part], caches[i], forced, r.capture)
+                    text.is_last = part.stop >= len(r.token_ids)
+                    parts[i].append(text)
                 self._layers([parts[i][-1] for i in running], requests[0].layers)
                 for i in running:
                     caches[i] = parts[i][-1].cache
-                    logits[i][part] = self._logits(parts[i][-1])
+                    self._logits(parts[i][-1], logits[i][part])
         return [_joined(*found) for found in zip(logits, parts, strict=True)]
 
     def log_likelihoods(self, token_ids: TokenIds, *, first: int = 1) -> np.ndarray:
@@ -263,8 +301,12 @@ class ReferenceRunner(OneAtATime):
     def _norm_weight(self, path: str) -> np.ndarray:
         return dequantize(self.weights[path], self.dtype)
 
-    def _matmul(self, x: np.ndarray, weight: PackedTensor) -> np.ndarray:
-        return matmul(x, weight, self.workers)
+    def _matmul(self, x: np.ndarray, weight: PackedTensor, out: np.ndarray | None = None) -> np.ndarray:
+        return matmul(x, weight, self.workers, out)
+
+    def _normed(self, x: np.ndarray, path: str) -> np.ndarray:
+        weight, eps = self._norm_weight(path), self.config.rms_norm_eps
+        return by_rows(lambda rows: rms_norm(rows, weight, eps), x, workers=self.workers)
 
     def _begun(
         self,
@@ -278,13 +320,14 @@ class ReferenceRunner(OneAtATime):
         if start + len(token_ids) > self.max_context:
             raise ContextOverflowError(start + len(token_ids), self.max_context)
         x = dequantize(self.weights["embed_tokens"][token_ids], self.dtype)
-        text = _Text(x, np.arange(start, start + len(token_ids)), list(cache), forced, capture)
+        positions = np.arange(start, start + len(token_ids))
+        text = _Text(x, positions, list(cache), forced, capture, self.workers.kept)
         text.record("inp_embd", None, x)
         return text
 
     def _layers(self, texts: Sequence[_Text], layers: Sequence[int]) -> None:
         """Takes texts through these decoder layers, side by side."""
-        beside = ALONE if self.workers.count == 1 else Workers(len(texts) + 1)
+        beside = self.workers.beside(len(texts) + 1)
         for index, layer in enumerate(layers):
             attention = [partial(self._attention_block, layer, index, text) for text in texts]
             calls: list[Callable[[], Any]] = [partial(self._projections, layer), *attention]
@@ -297,30 +340,28 @@ class ReferenceRunner(OneAtATime):
         return [self.weights[f"layers.{layer}.mlp.experts.{name}"] for name in names]
 
     def _attention_block(self, layer: int, index: int, text: _Text) -> None:
-        config, eps = self.config, self.config.rms_norm_eps
         prefix, x, record = f"layers.{layer}", text.x, text.record
-        heads = (len(text.positions), -1, config.head_dim)
+        heads = (len(text.positions), -1, self.config.head_dim)
 
-        h = rms_norm(x, self._norm_weight(f"{prefix}.input_layernorm"), eps)
+        h = self._normed(x, f"{prefix}.input_layernorm")
         record("attn_norm", layer, h)
-        q = self._matmul(h, self.weights[f"{prefix}.self_attn.q_proj"]).reshape(heads)
-        k = self._matmul(h, self.weights[f"{prefix}.self_attn.k_proj"]).reshape(heads)
-        v = self._matmul(h, self.weights[f"{prefix}.self_attn.v_proj"]).reshape(heads)
+        projections = [self.weights[f"{prefix}.self_attn.{name}_proj"] for name in "qkv"]
+        q, k, v = (found.reshape(heads) for found in matmuls(h, projections, self.workers))
         record("Qcur", layer, q)
         record("Kcur", layer, k)
         record("Vcur", layer, v)
-        q = rms_norm(q, self._norm_weight(f"{prefix}.self_attn.q_norm"), eps)
-        k = rms_norm(k, self._norm_weight(f"{prefix}.self_attn.k_norm"), eps)
+        q, k = self._normed(q, f"{prefix}.self_attn.q_norm"), self._normed(k, f"{prefix}.self_attn.k_norm")
         record("Qcur_normed", layer, q)
         record("Kcur_normed", layer, k)
         cos, sin = self._rope_at(text.positions)
-        q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+        q, k = (by_rows(apply_rope, part, cos, sin, workers=self.workers) for part in (q, k))
         record("Qcur_rope", layer, q)
         record("Kcur_rope", layer, k)
 
         before = text.cache[index]
         keys, values = np.concatenate([before[0], k]), np.concatenate([before[1], v])
-        text.cache[index] = keys, values
+        if not text.is_last:
+            text.cache[index] = keys, values
         out = attention(q, keys, values, text.positions, self.workers)
         record("kqv_out", layer, out)
         out = self._matmul(out.reshape(len(x), -1), self.weights[f"{prefix}.self_attn.o_proj"])
@@ -333,7 +374,7 @@ class ReferenceRunner(OneAtATime):
     ) -> None:
         width = self.config.moe_intermediate_size
         routed = [self._routed(layer, index, text) for text in texts]
-        found = [ChosenExperts(h, ids, width) for h, ids, _ in routed]
+        found = [ChosenExperts(h, ids, width, self.workers) for h, ids, _ in routed]
         fill_experts(found, projections, self.workers)
         for text, experts, (_, ids, weights) in zip(texts, found, routed, strict=True):
             record = text.record
@@ -349,8 +390,7 @@ class ReferenceRunner(OneAtATime):
 
     def _routed(self, layer: int, index: int, text: _Text) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The normed input of a text's experts, their ids and their weights."""
-        weight = self._norm_weight(f"layers.{layer}.post_attention_layernorm")
-        h = rms_norm(text.x, weight, self.config.rms_norm_eps)
+        h = self._normed(text.x, f"layers.{layer}.post_attention_layernorm")
         text.record("ffn_norm", layer, h)
         logits = self._matmul(h, self.weights[f"layers.{layer}.mlp.router"])
         forced = None if text.forced is None else text.forced[index]
@@ -361,12 +401,15 @@ class ReferenceRunner(OneAtATime):
         text.record("ffn_moe_weights_norm", layer, weights)
         return h, ids, weights
 
-    def _logits(self, text: _Text) -> np.ndarray:
-        h = rms_norm(text.x, self._norm_weight("norm"), self.config.rms_norm_eps)
+    def _logits(self, text: _Text, out: np.ndarray | None = None) -> np.ndarray:
+        """Logits [T, V], written to ``out`` too, if that is given."""
+        h = self._normed(text.x, "norm")
         text.record("result_norm", None, h)
         weight = self.weights["lm_head" if "lm_head" in self.weights else "embed_tokens"]
-        logits = self._matmul(h, weight)
+        logits = self._matmul(h, weight, out if out is not None and out.dtype == self.dtype else None)
         text.record("result_output", None, logits)
+        if out is not None and logits is not out:
+            out[:] = logits
         return logits
 
 

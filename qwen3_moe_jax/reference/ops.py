@@ -4,7 +4,8 @@ Weights are packed and are dequantized where they are used: a matrix in slices o
 chose it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import numpy as np
 
@@ -18,6 +19,15 @@ ROWS_AT_A_TIME = 8192
 
 TOKENS_AT_A_TIME = 64
 """Tokens whose experts' outputs are summed at a time, by one worker."""
+
+
+class Rows(Protocol):
+    """A packed matrix [N, K], or those of experts [E, N, K], whose parts may have to be read."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    def __getitem__(self, index: int | slice, /) -> PackedTensor: ...
 
 
 def rms_norm(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
@@ -45,16 +55,40 @@ def silu(x: np.ndarray) -> np.ndarray:
         return x / (1.0 + np.exp(-x))
 
 
-def matmul(x: np.ndarray, weight: PackedTensor, workers: Workers = ALONE) -> np.ndarray:
-    """x [T, K] times the transpose of weight [N, K]: [T, N]."""
-    out = np.empty((len(x), weight.shape[0]), x.dtype)
+def matmul(
+    x: np.ndarray, weight: Rows, workers: Workers = ALONE, out: np.ndarray | None = None
+) -> np.ndarray:
+    """x [T, K] times the transpose of weight [N, K]: [T, N]; in ``out``, if one is given."""
+    return matmuls(x, [weight], workers, out)[0]
+
+
+def matmuls(
+    x: np.ndarray, weights: Sequence[Rows], workers: Workers = ALONE, out: np.ndarray | None = None
+) -> list[np.ndarray]:
+    """As ``matmul`` of each."""
+    found = [workers.empty((len(x), w.shape[0]), x.dtype) if out is None else out for w in weights]
     stride = ROWS_AT_A_TIME // workers.count
 
-    def fill(start: int) -> None:
+    def fill(item: tuple[int, int]) -> None:
+        which, start = item
         rows = slice(start, start + stride)
-        out[:, rows] = x @ dequantize(weight[rows], x.dtype).T
+        found[which][:, rows] = x @ dequantize(weights[which][rows], x.dtype).T
 
-    list(workers.map(fill, range(0, weight.shape[0], stride)))
+    workers.each(fill, [(i, start) for i, w in enumerate(weights) for start in range(0, w.shape[0], stride)])
+    return found
+
+
+def by_rows(function: Callable[..., np.ndarray], *arrays: np.ndarray, workers: Workers = ALONE) -> np.ndarray:
+    """``function`` of arrays whose first axis is the same, where each row of the result needs that row alone.
+
+    The result has the shape and the dtype of the first of them.
+    """
+    out = workers.empty(arrays[0].shape, arrays[0].dtype)
+
+    def fill(rows: slice) -> None:
+        out[rows] = function(*(array[rows] for array in arrays))
+
+    workers.each(fill, workers.parts(len(out)))
     return out
 
 
@@ -77,10 +111,10 @@ class ChosenExperts:
       down: [T, X, D].
     """
 
-    def __init__(self, h: np.ndarray, ids: np.ndarray, width: int):
+    def __init__(self, h: np.ndarray, ids: np.ndarray, width: int, workers: Workers = ALONE):
         self.h, self.ids = h, ids
-        self.gate, self.up, self.act = (np.empty((*ids.shape, width), h.dtype) for _ in range(3))
-        self.down = np.empty((*ids.shape, h.shape[-1]), h.dtype)
+        self.gate, self.up, self.act = (workers.empty((*ids.shape, width), h.dtype) for _ in range(3))
+        self.down = workers.empty((*ids.shape, h.shape[-1]), h.dtype)
 
     def fill(self, expert: int, gate_proj: np.ndarray, up_proj: np.ndarray, down_proj: np.ndarray) -> None:
         """One expert's part, from its dequantized matrices [F, D], [F, D] and [D, F]."""
@@ -95,19 +129,20 @@ class ChosenExperts:
 
     def weighted_sum(self, weights: np.ndarray, workers: Workers = ALONE) -> np.ndarray:
         """``down`` times weights [T, X], summed over the choices: [T, D]."""
-        out = np.zeros_like(self.h)
+        out = workers.empty(self.h.shape, self.h.dtype)
 
         def add(start: int) -> None:
             rows = slice(start, start + TOKENS_AT_A_TIME)
+            out[rows] = 0
             for choice in range(weights.shape[1]):  # the order of the sum is part of the definition
                 out[rows] += self.down[rows, choice] * weights[rows, choice, None]
 
-        list(workers.map(add, range(0, len(out), TOKENS_AT_A_TIME)))
+        workers.each(add, range(0, len(out), TOKENS_AT_A_TIME))
         return out
 
 
 def fill_experts(
-    texts: Sequence[ChosenExperts], projections: Sequence[PackedTensor], workers: Workers = ALONE
+    texts: Sequence[ChosenExperts], projections: Sequence[Rows], workers: Workers = ALONE
 ) -> None:
     """Fills all ``texts``; the matrices [E, N, K] of an expert are dequantized once for all of them."""
 
@@ -116,7 +151,8 @@ def fill_experts(
         for text in texts:
             text.fill(expert, *matrices)
 
-    list(workers.map(fill, np.unique(np.concatenate([text.ids for text in texts]))))
+    chosen, counts = np.unique(np.concatenate([text.ids for text in texts]), return_counts=True)
+    workers.each(fill, chosen[np.argsort(-counts, kind="stable")])  # the shares of a team are alike then
 
 
 def choose_experts(
@@ -157,11 +193,11 @@ def attention(
     groups = q.shape[1] // k.shape[1]
     scale = q.dtype.type(q.shape[-1] ** -0.5)
     future = np.arange(k.shape[0])[None, :] > positions[:, None]
-    out = np.empty_like(q)
+    out = workers.empty(q.shape, q.dtype)
 
     def fill(head: int) -> None:
         scores = (q[:, head] @ k[:, head // groups].T) * scale
         out[:, head] = softmax(np.where(future, -np.inf, scores)) @ v[:, head // groups]
 
-    list(workers.map(fill, range(q.shape[1])))
+    workers.each(fill, range(q.shape[1]))
     return out

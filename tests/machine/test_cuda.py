@@ -4,7 +4,7 @@ import ctypes
 
 import pytest
 
-from qwen3_moe_jax.machine.cuda import free_on_card
+from qwen3_moe_jax.machine.cuda import free_on_card, start_driver
 
 CALLS = ["cuInit", "cuDeviceGet", "cuDevicePrimaryCtxRetain", "cuCtxPushCurrent_v2", "cuMemGetInfo_v2"]
 
@@ -39,6 +39,14 @@ def test_a_driver_that_does_not_answer(call):
     assert free_on_card(1, driver) is None
     retained = "cuCtxPushCurrent_v2" in driver.calls
     assert ("cuDevicePrimaryCtxRelease_v2" in driver.calls) == retained
+
+
+def test_the_driver_is_started():
+    driver = Driver()
+    assert start_driver(driver)
+    assert driver.calls == ["cuInit"]  # and no context of it made
+    assert not start_driver(Driver("cuInit"))
+    assert not start_driver(object())
 
 
 def test_no_such_device_no_number_no_driver(monkeypatch):

@@ -12,9 +12,10 @@ from qwen3_moe_jax.core.errors import MemoryPlanError
 from qwen3_moe_jax.jax_backend.runner import JaxRunner
 from qwen3_moe_jax.machine import headroom, threads
 from qwen3_moe_jax.machine.threads import ALONE, Workers
-from qwen3_moe_jax.parity import evidence, text_runs
+from qwen3_moe_jax.parity import crew, evidence, text_runs
 from qwen3_moe_jax.parity import verify as verify_function
 from qwen3_moe_jax.parity.ahead import Ahead
+from qwen3_moe_jax.parity.crew import Crew
 from qwen3_moe_jax.parity.evidence import Evidence, Oracle
 from qwen3_moe_jax.parity.judge import FUSED_STAGES, StageJudge
 from qwen3_moe_jax.parity.text_runs import LogitDistance
@@ -161,6 +162,14 @@ def test_a_backend_in_a_devices_memory_is_run_ahead_of_the_clauses(is_large, sou
         return {"peak": 1, "cache": 0}
 
     monkeypatch.setattr(runner, "memory", memory)
+    asked, ask = [], Crew.ask
+
+    def asking(crew, name, **arguments):
+        asked.append(name)
+        return ask(crew, name, **arguments)
+
+    monkeypatch.setattr(crew, "processors", lambda: crew.MIN_PROCESSORS)
+    monkeypatch.setattr(Crew, "ask", asking)
     waited, true = [], Ahead.wait
 
     def wait(ahead):
@@ -184,6 +193,8 @@ def test_a_backend_in_a_devices_memory_is_run_ahead_of_the_clauses(is_large, sou
     assert min(waited) <= timed  # not luck: it was waited for
     assert begun[-2:] == ["SPEED-001", "SHA-256"]
     assert {f.clause for f in report.findings} <= set(begun)
+    # the text and what was written; stages of a prompt, and token by token
+    assert sorted(asked) == ["check_file", "judge_stages", "judge_stages", "run_texts", "run_texts"]
 
 
 def test_a_run_that_fails_ahead_is_reported_by_its_clause(is_large, source, text_ids, monkeypatch):
