@@ -23,11 +23,11 @@ from qwen3_moe_jax.jax_backend import spare_workers
 from qwen3_moe_jax.machine.cuda import start_driver
 from qwen3_moe_jax.machine.folders import programs_folder
 from qwen3_moe_jax.machine.headroom import MAIN_MEMORY, Headroom, available_memory, main_memory
-from qwen3_moe_jax.machine.jax_devices import PLATFORMS_VARIABLE, import_jax, jax_devices, simulate_devices
+from qwen3_moe_jax.machine.jax_devices import import_jax, jax_devices, simulate_devices
 from qwen3_moe_jax.machine.kernels import AUTO, CHOICES, capability_of, is_before_ampere
 from qwen3_moe_jax.machine.memory import MIN_CONTEXT, MemoryPlan
 from qwen3_moe_jax.machine.nvidia import may_have_cards, nvidia_gpus
-from qwen3_moe_jax.machine.probe import cards_are_hidden_by
+from qwen3_moe_jax.machine.probe import cards_are_hidden_by, environment_hides_cards
 from qwen3_moe_jax.wgpu_backend.adapter import list_adapters, may_have_hardware
 
 BACKENDS = ("jax", "wgpu", "reference")
@@ -173,14 +173,23 @@ def start_gpu() -> None:
     if not may_have_cards():
         return
     with ThreadPoolExecutor(2) as pool:
-        asked = pool.submit(nvidia_gpus)  # a process of 0.2 s
-        if os.environ.get(PLATFORMS_VARIABLE) != "cpu":
+        if not environment_hides_cards():
             pool.submit(start_driver)
+        asked = pool.submit(_start_spares)
         is_hidden = cards_are_hidden_by()  # imports JAX
     if asked.result() and not is_hidden:
-        if (folder := programs_folder()) is not None:
-            spare_workers.begin(folder)
         jax_sees_gpu()
+    else:
+        spare_workers.end()
+
+
+def _start_spares() -> bool:
+    """Starts spare compilers where there is a card, while JAX is imported; says whether there is one."""
+    if not nvidia_gpus():  # a process of 0.2 s
+        return False
+    if not environment_hides_cards() and (folder := programs_folder()) is not None:
+        spare_workers.begin(folder)
+    return True
 
 
 def native_kernels_against() -> str | None:

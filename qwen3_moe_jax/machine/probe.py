@@ -11,7 +11,12 @@ from typing import Protocol
 from qwen3_moe_jax.core.errors import BackendUnavailableError, MemoryPlanError
 from qwen3_moe_jax.machine import environment
 from qwen3_moe_jax.machine.headroom import Headroom, available_memory, main_memory
-from qwen3_moe_jax.machine.jax_devices import CARDS_VARIABLE, jax_devices, platforms_wanted
+from qwen3_moe_jax.machine.jax_devices import (
+    CARDS_VARIABLE,
+    PLATFORMS_VARIABLE,
+    jax_devices,
+    platforms_wanted,
+)
 from qwen3_moe_jax.machine.kernels import AUTO, KERNEL_JAX, choose_kernels
 from qwen3_moe_jax.machine.memory import MemoryPlan
 from qwen3_moe_jax.machine.nvidia import NvidiaGpu, nvidia_report
@@ -124,7 +129,15 @@ _CARD = re.compile(r"\d|GPU-|MIG-")
 
 def cards_are_hidden_by() -> str:
     """The user's setting that keeps JAX from NVIDIA cards, such as ``JAX_PLATFORMS=cpu``; "" for none."""
-    wanted, origin = platforms_wanted()
+    return _hidden_by(*platforms_wanted())
+
+
+def environment_hides_cards() -> bool:
+    """As ``cards_are_hidden_by``, by environment variables alone: JAX is not imported."""
+    return bool(_hidden_by(os.environ.get(PLATFORMS_VARIABLE, ""), PLATFORMS_VARIABLE))
+
+
+def _hidden_by(wanted: str, origin: str) -> str:
     if wanted and not {"cuda", "gpu"} & set(wanted.split(",")):
         return f"{origin}={wanted}"
     visible = os.environ.get(CARDS_VARIABLE)

@@ -296,23 +296,38 @@ def test_spares_wait_for_a_store_without_programs_alone(store, farm, monkeypatch
 @pytest.mark.parametrize(
     ("has_driver", "cards", "hidden", "expected"),
     [
-        (True, ("a card",), "", ["spares", "device"]),
-        (True, ("a card",), "JAX_PLATFORMS=cpu", []),
-        (True, (), "", []),
+        (True, ("a card",), "", ["spares", "JAX", "device"]),
+        (True, ("a card",), "JAX_PLATFORMS=cpu", ["JAX", "ended"]),
+        (True, ("a card",), "jax.config.jax_platforms=cpu", ["spares", "JAX", "ended"]),
+        (True, (), "", ["JAX", "ended"]),
         (False, (), "", []),
     ],
 )
 def test_spares_come_before_the_start_of_a_gpu(tmp_path, monkeypatch, has_driver, cards, hidden, expected):
-    done, asked = [], []
+    """While JAX is imported; they end where it turns out that cards are hidden."""
+    done, begun = [], threading.Event()
+    monkeypatch.setattr(loader, "start_driver", lambda: None)
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu" if hidden.startswith("JAX_PLATFORMS") else "")
     monkeypatch.setattr(loader, "may_have_cards", lambda: has_driver)
     monkeypatch.setattr(loader, "nvidia_gpus", lambda: cards)
-    monkeypatch.setattr(loader, "cards_are_hidden_by", lambda: asked.append("JAX") or hidden)
+
+    def import_jax():
+        if "spares" in expected:
+            assert begun.wait(60)
+        done.append("JAX")
+        return hidden
+
+    def begin(folder):
+        done.append("spares")
+        begun.set()
+
+    monkeypatch.setattr(loader, "cards_are_hidden_by", import_jax)
     monkeypatch.setattr(loader, "programs_folder", lambda: tmp_path)
-    monkeypatch.setattr(spare_workers, "begin", lambda folder: done.append("spares"))
+    monkeypatch.setattr(spare_workers, "begin", begin)
+    monkeypatch.setattr(spare_workers, "end", lambda: done.append("ended"))
     monkeypatch.setattr(loader, "jax_sees_gpu", lambda: done.append("device"))
     loader.start_gpu()
-    assert done == expected
-    assert asked == (["JAX"] if has_driver else []), "JAX is imported where there is no driver"
+    assert done == expected  # JAX is not imported where there is no driver
 
 
 def test_nothing_is_started_where_it_is_of_no_use(store, farm, monkeypatch):
