@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import TextIO
 
 from qwen3_moe_jax.machine.child_environment import child_environment
+from qwen3_moe_jax.machine.jax_devices import PLATFORMS_VARIABLE, PREALLOCATE_VARIABLE
 from scripts import ROOT
 
 MODEL = "{model}"
@@ -189,7 +190,7 @@ def run(stage: Stage, model: str, out: Path, seconds: float) -> tuple[str, float
     arguments = [places.get(part, part) for part in stage.command]
     command = [sys.executable, "-X", "faulthandler", "-u", *arguments]
     # Stages of several processes share the card's memory.
-    defaults = {"JAX_PLATFORMS": "cuda,cpu", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    defaults = {PLATFORMS_VARIABLE: "cuda,cpu", PREALLOCATE_VARIABLE: "false"}
     began = time.monotonic()
     lines: list[str] = []
     process = subprocess.Popen(

@@ -23,6 +23,7 @@ from pathlib import Path
 
 from qwen3_moe_jax.loader import embedded_model
 from qwen3_moe_jax.machine.child_environment import child_environment
+from qwen3_moe_jax.machine.jax_devices import PLATFORMS_VARIABLE
 from qwen3_moe_jax.testing.terminal import Terminal
 from scripts import ROOT
 from scripts._screen import svg_of
@@ -289,7 +290,7 @@ def main() -> int:
             "HF_ENDPOINT": hub.url,
             "HF_HUB_DISABLE_XET": "1",
             "COLUMNS": "100",
-            "JAX_PLATFORMS": "cpu",
+            PLATFORMS_VARIABLE: "cpu",
         }
         recorder = Recorder(folder, {**os.environ, **child_environment(), **caches, **settings})
         recorder.options = f" --backend {args.backend}" if args.backend else ""

@@ -197,7 +197,7 @@ class MXFP4(IQ4NL):
 
     @classmethod
     def scale(cls, weights: tuple, s: int, half: int) -> Array:
-        """2^(e - 128): the least two are subnormal."""
+        """2^(e - 128): the two smallest are subnormal."""
         e = (weights[2] >> (8 * s)) & 0xFF
         bits = jnp.where(e < 2, (e + 1) << 21, (e - 1) << 23)
         return lax.bitcast_convert_type(bits, jnp.float32)

@@ -15,6 +15,7 @@ from qwen3_moe_jax.convert.output_folder import OutputError
 from qwen3_moe_jax.convert.progress import format_bytes
 from qwen3_moe_jax.core import terminal
 from qwen3_moe_jax.core.exit_codes import ExitCode
+from qwen3_moe_jax.machine.jax_devices import PLATFORMS_VARIABLE
 
 EXIT_CODES = {"E_EXISTS": ExitCode.NOT_EMPTY, "E_BUSY": ExitCode.BUSY}
 """Of the errors of the output folder; the others are ExitCode.OUTPUT."""
@@ -53,7 +54,7 @@ def convert_model(model: str | os.PathLike, out: str | os.PathLike, *, quiet: bo
       OutputError: the folder cannot be written.
     """
     # Orbax asks JAX for its devices; converting needs none, and a GPU's memory is not to be taken for it.
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    os.environ.setdefault(PLATFORMS_VARIABLE, "cpu")
     silence_orbax()
     from qwen3_moe_jax.convert.checkpoint_writer import write_checkpoint
 

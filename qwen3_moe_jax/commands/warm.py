@@ -108,13 +108,14 @@ def make(wanted: Iterable, *, quiet: bool) -> int:
     """
     from qwen3_moe_jax.jax_backend import programs
     from qwen3_moe_jax.jax_backend.settings import own_settings
+    from qwen3_moe_jax.jax_backend.wanted import long_of
 
     wanted = list(wanted)
     with own_settings():
         missing = [w for w in wanted if not w.is_stored]
         if missing and not programs.keeps_on_disk():
             raise BackendUnavailableError(CANNOT_WRITE)
-        programs.start_compilers(sum(w.program.is_long for w in missing))
+        programs.start_compilers(len(long_of(missing)))
         estimate = Estimate(sum(w.cost for w in missing))
         numbers = itertools.count(len(wanted) - len(missing) + 1)
         for one in made_of(

@@ -25,7 +25,7 @@ from qwen3_moe_jax.jax_backend import programs
 from qwen3_moe_jax.jax_backend.compile_clock import in_background
 from qwen3_moe_jax.jax_backend.program_farm import MAX_WORKERS, asking, farm
 from qwen3_moe_jax.jax_backend.settings import own_settings
-from qwen3_moe_jax.jax_backend.wanted import Wanted
+from qwen3_moe_jax.jax_backend.wanted import Wanted, long_of, missing_of
 from qwen3_moe_jax.machine.threads import SHORT_TURN, shares_the_lock
 
 IDLE_SECONDS = 1.0
@@ -98,7 +98,7 @@ class Preparation:
 
     def begin_elsewhere(self, more: Sequence[Wanted]) -> None:
         """Lets other processes make programs, where there are any; this one goes on with its work."""
-        programs.start_compilers(sum(wanted.is_missing for wanted in more), here=0)
+        programs.start_compilers(len(long_of(missing_of(more))), here=0)
         if farm().count:
             self._others = self._others or ThreadPoolExecutor(MAX_WORKERS, thread_name_prefix="programs")
             for wanted in more:
@@ -114,7 +114,7 @@ class Preparation:
 
     def make_all(self) -> None:
         """Makes all programs, side by side, and returns when they are there or have failed."""
-        programs.start_compilers(sum(wanted.is_missing for wanted in self.wanted))
+        programs.start_compilers(len(long_of(missing_of(self.wanted))))
         with suppress(RuntimeError):  # closed
             begun = [self._lowering.submit(self._begin, wanted, True) for wanted in self.wanted]
             wait([made for made in (b.result() for b in begun) if made is not None])
@@ -169,7 +169,7 @@ class Preparation:
         for wanted in self.wanted:
             self._make_one_of_the_rest(wanted, compiles=False)
         if self._may_go_on():
-            programs.start_compilers(sum(wanted.is_missing for wanted in self.wanted))
+            programs.start_compilers(len(long_of(missing_of(self.wanted))))
         make = partial(self._make_one_of_the_rest, compiles=True)
         if farm().count:
             with ThreadPoolExecutor(farm().count, thread_name_prefix="programs") as pool:

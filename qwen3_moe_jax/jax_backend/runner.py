@@ -60,7 +60,7 @@ from qwen3_moe_jax.jax_backend.session_programs import (
 from qwen3_moe_jax.jax_backend.settings import own_settings
 from qwen3_moe_jax.jax_backend.sharding import MeshShape
 from qwen3_moe_jax.jax_backend.token_scores import MAX_TOP, host_scores
-from qwen3_moe_jax.jax_backend.wanted import Wanted
+from qwen3_moe_jax.jax_backend.wanted import Wanted, long_of, missing_of
 from qwen3_moe_jax.kernels_pallas.gpu.device import ask_ptxas_once
 from qwen3_moe_jax.kernels_pallas.implementations import NATIVE, Record, recording
 from qwen3_moe_jax.machine.headroom import available_memory
@@ -162,7 +162,7 @@ class JaxRunner:
             is_beside=place.is_gpu,
         )
         if has_spares and others_follow:
-            self.preparation.begin_elsewhere([w for w in self.preparation.wanted if w.is_missing])
+            self.preparation.begin_elsewhere(long_of(missing_of(self.preparation.wanted)))
         self._spare: Batch | None = None
         self._spare_tokens: list[int] = []  # whose keys and values its row holds
         self._record = Record()
@@ -187,8 +187,8 @@ class JaxRunner:
         begun = [] if prompt is None else list(first)
         if check is not None and programs.keeps_on_disk():
             begun.insert(0, self._session.forward(*check))  # lowered soonest; its kernels are a prompt's
-        missing = [wanted for wanted in begun if not wanted.is_stored]
-        count = sum(wanted.program.is_long for wanted in missing)
+        missing = missing_of(begun)
+        count = len(long_of(missing))
         if not aided:
             programs.start_compilers(count, self.plan.total)
         spare_workers.end()

@@ -1,6 +1,7 @@
 """A program that is going to be needed, with the shapes of its arguments: what lists of programs hold."""
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Any
 
 from qwen3_moe_jax.jax_backend.programs import Program
@@ -31,11 +32,6 @@ class Wanted:
         """Whether it is on disk."""
         return self.program.is_stored(**self.arguments)
 
-    @property
-    def is_missing(self) -> bool:
-        """Whether it takes seconds to compile, and is not there."""
-        return self.program.is_long and not self.is_ready and not self.is_stored
-
     def load(self) -> bool:
         """Takes it from disk if it is there; returns whether it is in memory then."""
         return self.program.load(**self.arguments)
@@ -47,3 +43,13 @@ class Wanted:
     def make(self) -> None:
         """Loads or compiles it."""
         self.program.prepare(**self.arguments)
+
+
+def missing_of(wanted: Iterable[Wanted]) -> list[Wanted]:
+    """Those that neither memory nor the disk has."""
+    return [one for one in wanted if not one.is_ready and not one.is_stored]
+
+
+def long_of(wanted: Iterable[Wanted]) -> list[Wanted]:
+    """Those that take seconds to compile: other processes may do it (``programs.start_compilers``)."""
+    return [one for one in wanted if one.program.is_long]

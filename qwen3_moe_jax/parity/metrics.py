@@ -1,6 +1,6 @@
 """How far two results are apart, in float64, with numbers that are not finite counted as wrong.
 
-Every function takes rows of logits or vectors and gives one figure a row. A
+Every function takes rows of logits or vectors and gives one figure per row. A
 NaN or an infinity anywhere in a row makes that row's figure the worst there
 is, never a NaN that compares false with every bound.
 """

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -21,6 +22,7 @@ from qwen3_moe_jax.jax_backend.params import device_params
 from qwen3_moe_jax.jax_backend.preparation import Preparation
 from qwen3_moe_jax.jax_backend.runner import JaxRunner
 from qwen3_moe_jax.jax_backend.session_programs import Session
+from qwen3_moe_jax.jax_backend.wanted import long_of, missing_of
 from qwen3_moe_jax.machine.threads import SHORT_TURN
 from qwen3_moe_jax.testing.random_models import SMALL
 
@@ -77,7 +79,7 @@ class Fake:
 
     def __init__(self, log, name, stored=False, held=None):
         self.log, self.name, self.stored, self.held = log, name, stored, held
-        self.is_ready = self.is_missing = False
+        self.is_ready, self.program = False, SimpleNamespace(is_long=True)
 
     @property
     def is_stored(self):
@@ -101,6 +103,14 @@ class Fake:
 def kept(monkeypatch):
     monkeypatch.setattr(preparation_module, "IDLE_SECONDS", 0.0)
     monkeypatch.setattr(programs, "keeps_on_disk", lambda: True)
+
+
+def test_long_programs_that_are_nowhere_are_counted():
+    made, stored, short, long = Fake([], "a"), Fake([], "b", stored=True), Fake([], "c"), Fake([], "d")
+    made.is_ready, short.program.is_long = True, False
+    missing = missing_of([made, stored, short, long])
+    assert missing == [short, long]
+    assert long_of(missing) == [long]
 
 
 def test_what_is_on_disk_comes_before_what_is_compiled(kept):

@@ -77,7 +77,7 @@ def break_invariants(oracle, reference, plant):
 
 
 def break_routing(oracle, reference, plant):
-    """The least probable of the chosen experts gives way to one that was not chosen, at one token."""
+    """The chosen expert of the smallest probability gives way to one that was not chosen, at one token."""
 
     def forward(token_ids, **options):
         found = reference.forward(token_ids, **options)

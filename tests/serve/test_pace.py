@@ -89,7 +89,7 @@ def test_an_amount_that_was_slow_once_is_tried_again():
 
 
 def test_a_dispatch_is_as_long_as_fits():
-    """16 sequences at 4 ms a token, then one at 1 ms: 25 ms hold 6 and, not more than the maximum, 16."""
+    """16 sequences at 4 ms per token, then one at 1 ms: 25 ms hold 6 and, not more than the maximum, 16."""
     stride = Stride(0.025, 16)
     for sequences, cost, tokens in ((16, 0.004, 6), (1, 0.001, 16), (8, 0.3, 1)):
         for _ in range(8):

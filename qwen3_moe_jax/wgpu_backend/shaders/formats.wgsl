@@ -4,7 +4,7 @@
 //# K-quant, 32 of IQ1 to IQ4, of ternary types and of those of 32-weight blocks but 16 of Q8_0, 8 of F16 and
 //# BF16, 4 of F32. A macro unrolls the reading
 //# of unit `u` for several rows at once and hands its caller, four weights at a
-//# time, `w0`, `w1`, ... (one vec4 a row) with the index of the matching vec4 of x.
+//# time, `w0`, `w1`, ... (one vec4 per row) with the index of the matching vec4 of x.
 //# `rows` is a list of (storage array, first vec4, first superblock or block of the row).
 //#
 //# Bit layouts: ggml-common.h and ggml-quants.c (dequantize_row_*) of llama.cpp at

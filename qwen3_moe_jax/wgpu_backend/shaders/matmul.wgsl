@@ -25,7 +25,7 @@ struct Segment {
 }
 
 struct Params {
-  x_stride: u32,      // vec4 a row of x
+  x_stride: u32,      // vec4 per row of x
   y_stride: u32,
   x_head: u32,        // 1: x starts at row step.head_row
   x_div: u32,         // pairs a row of x
