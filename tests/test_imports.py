@@ -6,6 +6,7 @@ package in a clone, so the order is held here.
 
 import ast
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -95,6 +96,17 @@ def test_left_never_imports_right():
         for fault in faults(path, path.read_text())
     ]
     assert not wrong, "\n".join(wrong)
+
+
+ASKED = re.compile(r"\b(?:getattr|hasattr)\((?:\w+\.)*(?:runner|batch), .*")
+
+
+@pytest.mark.smoke
+def test_nobody_asks_a_runner_or_a_batch_what_it_has():
+    """What each can do is said by its protocol and by ``Capabilities``."""
+    texts = {path: path.read_text() for path in files()}
+    found = [f"{path.name}: {asked[0]}" for path, text in texts.items() for asked in ASKED.finditer(text)]
+    assert not found, "\n".join(found)
 
 
 def test_every_room_has_a_place():

@@ -115,6 +115,10 @@ class Batch(Protocol):
         """Lets a sequence that was admitted with a mask write its next token, one of the mask's."""
         ...
 
+    def make_programs(self) -> None:
+        """Makes all programs that steps can need, and returns when they are there."""
+        ...
+
     def row_length(self, slot: int) -> int:
         """Tokens of a slot's sequence that its row of the cache holds."""
         ...

@@ -13,6 +13,7 @@ from qwen3_moe_jax.core.errors import (
 from qwen3_moe_jax.core.runner import (
     Capabilities,
     Compilation,
+    ForwardShape,
     Generated,
     IsOver,
     Platform,
@@ -59,6 +60,9 @@ class OneAtATime:
     def compilation(self) -> Compilation | None:
         """None: programs were compiled when the model was loaded; see ``Runner.compilation``."""
         return None
+
+    def expect(self, shapes: Sequence[ForwardShape]) -> None:
+        """Does nothing, as there is nothing to compile; see ``Runner.expect``."""
 
     def token_scores(self: Runner, token_ids: TokenIds, *, top: int, first: int = 1) -> list[TokenScore]:
         """From the logits of all positions; see ``Runner.token_scores``."""

@@ -113,6 +113,26 @@ class ForwardOptions(TypedDict, total=False):
     interventions: Sequence[object]
 
 
+@dataclass(frozen=True)
+class ForwardShape:
+    """What the programs of ``Runner.forward`` depend on.
+
+    Attributes:
+      tokens: of the prompt.
+      capture, layers: as in ``ForwardOptions``; None is all layers.
+      chunk_sizes: as there; none is the backend's own.
+      rows: sequences of the batch.
+      is_forced: whether experts are given; of all layers then.
+    """
+
+    tokens: int
+    capture: frozenset[str] = frozenset()
+    layers: tuple[int, ...] | None = None
+    chunk_sizes: tuple[int, ...] = ()
+    rows: int = 1
+    is_forced: bool = False
+
+
 class Runner(Protocol):
     """A backend that holds one loaded model.
 
@@ -189,6 +209,10 @@ class Runner(Protocol):
 
     def compilation(self) -> Compilation | None:
         """Of programs that are compiled as they are needed; None if loading compiled them all."""
+        ...
+
+    def expect(self, shapes: Sequence[ForwardShape]) -> None:
+        """These forward passes will be asked for: a backend that compiles may begin with their programs."""
         ...
 
     def close(self) -> None:

@@ -1,8 +1,7 @@
 """Many sequences at once: the host's side of ``generate.DecodeState``.
 
-A ``Batch`` holds a fixed number of slots. A scheduler fills them, calls ``step`` again and
-again, and frees them; which request comes first, and how long it may wait, is the scheduler's
-business.
+A ``Batch`` holds a fixed number of slots. A scheduler fills them, calls ``step`` again and again, and frees
+them; it decides which request comes first, and how long it may wait.
 """
 
 from collections import deque
@@ -40,8 +39,7 @@ TOKENS_PER_DISPATCH = 8
 class Batch:
     """Slots for sequences that share every forward pass.
 
-    Not thread-safe: one thread at a time may call its methods. Different batches of one model may
-    be used from different threads.
+    One thread at a time may call its methods; different batches of one model may have different threads.
 
     Attributes:
       slots: how many.
@@ -85,6 +83,10 @@ class Batch:
         for array in jax.tree.leaves(self._state):
             if not array.is_deleted():
                 array.delete()
+
+    def make_programs(self) -> None:
+        """Makes all programs that steps can need, and returns when they are there."""
+        self.preparation.make_all()
 
     def _check_open(self) -> None:
         if self._closed:

@@ -20,6 +20,7 @@ from qwen3_moe_jax.core.runner import (
     Compilation,
     Forward,
     ForwardOptions,
+    ForwardShape,
     Generated,
     IsOver,
     Platform,
@@ -52,7 +53,6 @@ from qwen3_moe_jax.jax_backend.qwen3_moe import Qwen3Moe
 from qwen3_moe_jax.jax_backend.requests import Request, run_all, shared_tokens
 from qwen3_moe_jax.jax_backend.session_programs import (
     FirstForward,
-    ForwardShape,
     Session,
     cache_length,
     dtypes_on,
@@ -300,7 +300,7 @@ class JaxRunner:
 
     @own_settings()
     def expect(self, shapes: Sequence[ForwardShape]) -> None:
-        """These forward passes will be asked for: other processes make their programs, where that helps."""
+        """As ``Runner.expect``: other processes make the programs, where that helps."""
         wanted = [one for shape in shapes for one in self._session.forwards(shape)]
         self.preparation.begin_elsewhere(wanted)
 

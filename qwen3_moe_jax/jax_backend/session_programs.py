@@ -29,6 +29,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from qwen3_moe_jax.core.runner import ForwardShape
 from qwen3_moe_jax.core.sampling import Sampling
 from qwen3_moe_jax.jax_backend import generate, one_token
 from qwen3_moe_jax.jax_backend import slots as slot_programs
@@ -48,25 +49,6 @@ T = TypeVar("T")
 
 SMALL = 0.05
 """The cost of a program that compiles at once."""
-
-
-@dataclass(frozen=True)
-class ForwardShape:
-    """What the programs of ``Runner.forward`` depend on.
-
-    Attributes:
-      tokens: of the prompt.
-      capture, layers, chunk_sizes: as in ``core.runner.ForwardOptions``; None is all layers.
-      rows: sequences of the batch.
-      is_forced: whether experts are given; of all layers then.
-    """
-
-    tokens: int
-    capture: frozenset[str] = frozenset()
-    layers: tuple[int, ...] | None = None
-    chunk_sizes: tuple[int, ...] = PREFILL_CHUNKS
-    rows: int = 1
-    is_forced: bool = False
 
 
 @dataclass(frozen=True)
@@ -169,11 +151,11 @@ class Session:
         (wanted,) = self.forwards(ForwardShape(tokens, capture, None if layers is None else tuple(layers)))
         return wanted
 
-    def forwards(self, shape: "ForwardShape") -> list[Wanted]:
+    def forwards(self, shape: ForwardShape) -> list[Wanted]:
         """The programs of a forward pass, one for each length of its chunks."""
         decoder = self.decoder.clone(capture=shape.capture, interventions=(), layers=shape.layers)
         config, rows = self.decoder.model.config, shape.rows
-        chunks = generate.chunk_lengths(shape.tokens, shape.chunk_sizes)
+        chunks = generate.chunk_lengths(shape.tokens, shape.chunk_sizes or PREFILL_CHUNKS)
         layers, chosen = config.num_hidden_layers, config.num_experts_per_tok
         experts = lambda chunk: jax.ShapeDtypeStruct((layers, rows, chunk, chosen), np.int32)
         return [

@@ -11,7 +11,7 @@ import numpy as np
 from qwen3_moe_jax.convert.packed import LANES
 from qwen3_moe_jax.convert.source import ModelSource
 from qwen3_moe_jax.convert.unpack import dequantize
-from qwen3_moe_jax.core.runner import Forward, Runner
+from qwen3_moe_jax.core.runner import Forward, ForwardShape, Runner
 from qwen3_moe_jax.core.sampling import Sampling
 from qwen3_moe_jax.core.stages import INSIDE_EXPERTS, STAGES
 from qwen3_moe_jax.machine.folders import writable_cache
@@ -241,12 +241,7 @@ class Evidence:
         return runs
 
     def expect(self, clauses: Collection[str]) -> None:
-        """Tells a runner that compiles which forward passes these clauses are going to ask for."""
-        expect = getattr(self.runner, "expect", None)
-        if expect is None:
-            return
-        from qwen3_moe_jax.jax_backend.session_programs import ForwardShape  # imports JAX
-
+        """Tells the runner which forward passes these clauses are going to ask for."""
         names = {name for id in clauses for name in RUNS.get(id, ())}
         of_text = {len(self.oracle.text_ids[window]) for window in self.oracle.windows}
         fused, logits = frozenset(FUSED_STAGES), frozenset({"ffn_moe_logits"})
@@ -265,7 +260,7 @@ class Evidence:
         if "DETERMINISM-001" in clauses and self.is_batch_invariant:
             sizes = sorted(self.in_batches, reverse=True)
             wanted += [ForwardShape(BATCH_TOKENS, chunk_sizes=(1,), rows=size) for size in sizes]
-        expect(wanted)
+        self.runner.expect(wanted)
 
     @property
     def chunks(self) -> dict[str, Any]:

@@ -107,6 +107,9 @@ class FakeBatch:
         self.rows[slot] = list(token_ids[:filled])
         return slot
 
+    def make_programs(self) -> None:
+        """Does nothing: it has none."""
+
     def free(self, slot: int) -> None:
         """Gives a slot back; its row stays."""
         del self.sequences[slot]

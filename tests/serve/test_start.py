@@ -13,8 +13,10 @@ from qwen3_moe_jax.serve import run as serve_run
 from qwen3_moe_jax.serve.engine import worker
 from qwen3_moe_jax.serve.engine.client import MAX_RESTARTS, EngineClient
 from qwen3_moe_jax.serve.engine.frames import Start, send
+from qwen3_moe_jax.serve.engine.pooled import PooledBatch
 from qwen3_moe_jax.serve.run import ServeError
 from qwen3_moe_jax.serve.settings import Settings
+from qwen3_moe_jax.testing.fake_batch import FakeBatch
 
 pytest.importorskip("uvicorn")
 
@@ -93,13 +95,12 @@ def test_help_has_a_line_for_each_client(capsys):
 @pytest.mark.parametrize(("kind", "made"), [("gpu", ["short", "long"]), ("cpu", [])])
 def test_a_gpu_has_all_programs_before_it_is_ready(kind, made):
     """A running answer would wait for the compiler; a CPU compiles while it is idle."""
-    log, names = [], ("short", "long")
-    prepares = [SimpleNamespace(make_all=lambda n=n: log.append(n)) for n in names]
-    batches = [SimpleNamespace(preparation=p) for p in prepares]
+    log, batches = [], {"short": FakeBatch(capacity=64), "long": FakeBatch(capacity=256)}
+    for name, batch in batches.items():
+        batch.make_programs = lambda name=name: log.append(name)
     engine = object.__new__(worker.Engine)
-    runner = SimpleNamespace(platform=kind, capabilities=SimpleNamespace(open_batch=True))
-    engine.model = SimpleNamespace(runner=runner)
-    engine.scheduler = SimpleNamespace(batch=SimpleNamespace(batches=batches))
+    engine.model = SimpleNamespace(runner=SimpleNamespace(platform=kind))
+    engine.scheduler = SimpleNamespace(batch=PooledBatch(list(batches.values())))
     engine.rows = ()
     engine._warm_up()
     assert log == made

@@ -111,6 +111,11 @@ class PooledBatch:
     def _numbered(self, batch: int, progress: Sequence[Progress]) -> Iterator[Progress]:
         return (replace(p, slot=p.slot + self._first[batch]) for p in progress)
 
+    def make_programs(self) -> None:
+        """As ``Batch.make_programs``."""
+        for batch in self.batches:
+            batch.make_programs()
+
     # -- rows
 
     def row_length(self, slot: int) -> int:

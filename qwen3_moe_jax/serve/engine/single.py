@@ -46,6 +46,9 @@ class SingleBatch:
         """As ``Batch.room``."""
         return self.capacity
 
+    def make_programs(self) -> None:
+        """Does nothing: the runner has its programs; see ``Batch.make_programs``."""
+
     def admit(
         self,
         token_ids: Sequence[int],

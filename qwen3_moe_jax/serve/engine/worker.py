@@ -145,10 +145,8 @@ class Engine:
         running answers would wait for it.
         """
         batch, first = self.scheduler.batch, 0
-        if self.device_kind == "gpu" and self.model.runner.capabilities.open_batch:
-            batches: tuple[Any, ...] = getattr(batch, "batches", (batch,))
-            for one in batches:
-                one.preparation.make_all()
+        if self.device_kind == "gpu":
+            batch.make_programs()
         for row in self.rows:
             _warm_up_rows(batch, range(first, first + row.slots), row.context - 8)
             if self.device_kind == "gpu":
