@@ -275,11 +275,33 @@ def test_an_estimate_is_given_when_it_is_known(monkeypatch):
     monkeypatch.setattr(warm.time, "monotonic", lambda: now[0])
     estimate = warm.Estimate(4.0)
     assert estimate.in_words() == ""
+    estimate.begins(0.5)
     estimate.done(0.5)
     now[0] = 10.0
     assert estimate.in_words() == ""
+    estimate.begins(0.5)
     estimate.done(0.5)
     assert estimate.in_words() == "; about 30 s left"
+
+
+def test_an_estimate_takes_what_is_made_side_by_side_for_half_done(monkeypatch):
+    """Twelve programs of 10 s, four at a time: nothing is said before a round is over, then the truth."""
+    now = [0.0]
+    monkeypatch.setattr(warm.time, "monotonic", lambda: now[0])
+    estimate = warm.Estimate(12.0)
+    for _ in range(4):
+        assert estimate.in_words() == ""
+        estimate.begins(1.0)
+    now[0] = 10.0
+    estimate.done(1.0)
+    assert estimate.in_words() == ""  # and not 110 s
+    for _ in range(3):
+        estimate.done(1.0)
+    assert estimate.in_words() == "; about 20 s left"
+    for _ in range(4):
+        estimate.begins(1.0)
+    now[0] = 15.0
+    assert estimate.in_words() == "; about 15 s left"
 
 
 def test_a_gpu_starts_beside_the_opening_of_a_file(monkeypatch, tmp_path):
