@@ -18,10 +18,13 @@ The last line is JSON; a receipt keeps the parts of earlier runs.
 
 import argparse
 import contextlib
+import itertools
 import json
+import multiprocessing
 import os
 import platform
 import random
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -248,38 +251,78 @@ def schema_body(wanted: dict[str, Any], seed: int) -> dict[str, Any]:
 
 
 def soak(args: argparse.Namespace) -> dict[str, Any]:
-    """Memory of many requests; slots in the end.
+    """Memory of many requests; slots in the end. The clients are a process of their own.
 
-    An engine on a CPU compiles programs beside the first requests: each stays, and there is a fixed number.
-    Flat means: from the first sample in which all are there to the last one, less than 2 %.
+    An engine on a CPU compiles programs beside the first requests, each of which stays, and fills its store
+    of prefixes: ``--minutes`` begin when it is full and no program has come for two minutes. Flat means: less
+    than 2 % more between the first and the last quarter (medians) of the time in which no program came, or
+    the longest of such times.
     """
+    context = multiprocessing.get_context("spawn")
+    is_over, count, answers = context.Event(), context.Value("q", 0), context.Queue()
     with scripted_file() as path:
-        start = quick_start(path, slots=4, context=1024, prefix_bytes=32 << 20)
+        start = quick_start(path, slots=4, context=1024, prefix_bytes=STORE_BYTES)
         with running(Settings(port=0, max_queue=8), start) as server:
-            engine = server.service.engine
-            end = time.monotonic() + 60 * args.minutes
-            counts: dict[str, int] = {}
-            threads = [threading.Thread(target=soak_client, args=(server, n, end, counts)) for n in range(6)]
-            for thread in threads:
-                thread.start()
-            samples = []
-            while time.monotonic() < end:
-                time.sleep(1.5 * args.minutes)
-                samples.append({**memory_of(server), "programs": int(engine.counters.get("programs", 0))})
-                samples[-1]["requests"] = sum(counts.values())
-                print(json.dumps(samples[-1]), file=sys.stderr, flush=True)
-            for thread in threads:
-                thread.join()
+            clients = context.Process(target=soak_clients, args=(server.url, is_over, count, answers))
+            clients.start()
+            warm = sampled(server, count, WARM_MINUTES, every=10, until=is_warm)
+            samples = sampled(server, count, args.minutes, every=1.5 * args.minutes)
+            is_over.set()
+            counts = answers.get(timeout=600)
+            clients.join()
             time.sleep(5)
+            engine = server.service.engine
             leaked = engine.active + engine.counters.get("running", 0)
-    late = samples[-1]
-    flat = [s for s in samples if s["programs"] == late["programs"]]
-    drift = {name: late[name] / flat[0][name] - 1 for name in ("front", "engine")}
-    megabytes = {name: [round(s[name] / 1e6) for s in samples] for name in drift}
-    is_ok = not leaked and len(flat) > 4 and max(drift.values()) < 0.02
-    found = {"programs": [s["programs"] for s in samples], "requests": [s["requests"] for s in samples]}
-    found |= {"megabytes": megabytes, "drift": drift, "flat_samples": len(flat), "answers": counts}
-    return {"ok": is_ok, "minutes": args.minutes, **found}
+    same = [list(group) for _, group in itertools.groupby(samples, key=lambda s: s["programs"])]
+    flat = max(same, key=len)[1:]  # a compiler's own memory goes with it
+    drift = {name: growth([s[name] for s in flat]) for name in ("front", "engine")}
+    found: dict[str, Any] = {name: [s[name] for s in samples] for name in ("programs", "requests")}
+    found["megabytes"] = {n: [round(s[n] / 1e6, 1) for s in samples] for n in ("front", "engine", "store")}
+    found |= {"warm_seconds": 10 * len(warm), "flat_samples": len(flat), "drift": drift}
+    found |= {"answers": counts, "left": leaked}
+    is_ok = not leaked and len(flat) > 8 and max(drift.values()) < 0.02
+    return {"ok": is_ok and not any(" 5" in name for name in counts), "minutes": args.minutes, **found}
+
+
+def growth(values: list[int]) -> float:
+    """From the first quarter to the last, as a share."""
+    quarter = max(1, len(values) // 4)
+    return statistics.median(values[-quarter:]) / statistics.median(values[:quarter]) - 1
+
+
+STORE_BYTES = 1 << 20
+"""Of prefixes: some hundred requests of the scripted model fill it."""
+
+WARM_MINUTES, STILL = 30, 12
+"""What a soak waits for programs, and samples without a new one that end that."""
+
+
+def is_warm(samples: list[dict[str, int]]) -> bool:
+    """Whether the store is full and no program came lately."""
+    late = samples[-STILL:]
+    is_still = len(late) == STILL and late[0]["programs"] == late[-1]["programs"]
+    return is_still and late[-1]["store"] > 0.9 * STORE_BYTES
+
+
+def sampled(
+    server: Running,
+    count: Any,
+    minutes: float,
+    *,
+    every: float,
+    until: Callable[[list[dict[str, int]]], bool] = lambda samples: False,
+) -> list[dict[str, int]]:
+    """What a server holds, each so many seconds, for so long or until something holds of the samples."""
+    samples: list[dict[str, int]] = []
+    end = time.monotonic() + 60 * minutes
+    while time.monotonic() < end and not (samples and until(samples)):
+        time.sleep(every)
+        counters = server.service.engine.counters
+        known = {"programs": int(counters.get("programs", 0)), "requests": count.value}
+        known["store"] = int(counters.get("prefix_store_bytes", 0))
+        samples.append(memory_of(server) | known)
+        print(json.dumps(samples[-1]), file=sys.stderr, flush=True)
+    return samples
 
 
 def memory_of(server: Running) -> dict[str, int]:
@@ -288,13 +331,26 @@ def memory_of(server: Running) -> dict[str, int]:
     return {"front": resident(os.getpid()), "engine": resident(server.service.engine.process_id or 0)}
 
 
-def soak_client(server: Running, number: int, end: float, counts: dict[str, int]) -> None:
+def soak_clients(url: str, is_over: Any, count: Any, answers: Any) -> None:
+    """Six at a time until it is over; then how many answers there were of each kind and status."""
+    counts: dict[str, int] = {}
+    threads = [threading.Thread(target=soak_client, args=(url, n, is_over, count, counts)) for n in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    answers.put(counts)
+
+
+def soak_client(url: str, number: int, is_over: Any, count: Any, counts: dict[str, int]) -> None:
     rng = random.Random(number)
-    with httpx.Client(base_url=server.url, timeout=600) as client:
-        while time.monotonic() < end:
+    with httpx.Client(base_url=url, timeout=600) as client:
+        while not is_over.is_set():
             kind = rng.choice(["chat", "stream", "gone", "wrong", "schema", "tokens"])
             status = soak_request(client, rng, kind)
-            counts[f"{kind} {status}"] = counts.get(f"{kind} {status}", 0) + 1
+            with count.get_lock():
+                count.value += 1
+                counts[f"{kind} {status}"] = counts.get(f"{kind} {status}", 0) + 1
 
 
 def soak_request(client: httpx.Client, rng: random.Random, kind: str) -> int:
