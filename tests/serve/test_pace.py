@@ -88,6 +88,19 @@ def test_an_amount_that_was_slow_once_is_tried_again():
     assert pace.prompt_tokens(is_decoding=True) == 128
 
 
+def test_one_slow_step_among_many_changes_nothing_and_two_do():
+    pace = Pace(0.05)
+    for _ in range(9):
+        pace.took(2048, 0.06)
+    pace.took(2048, 0.2)
+    for _ in range(9):
+        pace.took(2048, 0.06)
+    pace.took(2048, 0.2)
+    assert pace.prompt_tokens(is_decoding=True, waiting=8) == 2048
+    pace.took(2048, 0.2)
+    assert pace.prompt_tokens(is_decoding=True, waiting=8) < 2048
+
+
 def test_a_dispatch_is_as_long_as_fits():
     """16 sequences at 4 ms per token, then one at 1 ms: 25 ms hold 6 and, not more than the maximum, 16."""
     stride = Stride(0.025, 16)

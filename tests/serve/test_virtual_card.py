@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 
+from qwen3_moe_jax.jax_backend import generate
 from qwen3_moe_jax.testing.virtual_card import Card, Server, request
 
 SLOTS, CONTEXT = 64, 4320
@@ -48,6 +49,21 @@ def test_waves_of_chats_keep_the_card_busy(server, monkeypatch):
         rates.append(seen.tokens / seen.seconds)
     assert rates[0] >= 0.98 * rates[1]
     assert rates[0] >= 0.9 * alone(monkeypatch)
+
+
+def test_one_slow_step_costs_the_next_wave_nothing(server, monkeypatch):
+    """The first wave's third step that reads prompts takes 0.15 s longer than it should."""
+    read, count = server.card.prefill, itertools.count(1)
+
+    def slow_once(*arguments, **options):
+        server.card.now += 0.15 if next(count) == 3 else 0.0
+        return read(*arguments, **options)
+
+    monkeypatch.setattr(generate, "prefill", slow_once)
+    waves = [[(ARRIVING * n, request(100 * w + n, PROMPT, NEW)) for n in range(CHATS)] for w in range(2)]
+    slow, after = (server.play(wave) for wave in waves)
+    assert quantile(after.first, 0.95) <= 1.0
+    assert after.seconds < slow.seconds
 
 
 @pytest.mark.parametrize("running", [1, 8, 16, 32, 63])

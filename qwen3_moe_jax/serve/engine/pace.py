@@ -22,6 +22,10 @@ FORGETS = 100
 """Steps after which an amount that was not chosen any more is forgotten: what made it slow may have been
 something else (a program was compiled)."""
 
+SURPRISE = 1.5
+"""A step that takes so many times its average may be chance, and the next ``FORGETS`` steps would pay for it:
+it counts when the next one of its amount does so too."""
+
 
 def _next(tokens: int) -> int:
     """The most that may be tried after an amount: twice as much, or as one prompt can read at a time."""
@@ -41,6 +45,7 @@ class Pace:
         self._limit = seconds
         self._seconds: dict[int, float] = {}
         self._ages: dict[int, int] = {}  # steps since an amount was chosen
+        self._surprised: set[int] = set()  # amounts whose last step was slow for once
         self._alone: dict[int, float] = {}  # of steps beside which nothing was written: a beginning
 
     def prompt_tokens(self, *, is_decoding: bool, waiting: int = 1) -> int:
@@ -80,6 +85,16 @@ class Pace:
             return
         if self._alone or self._seconds:
             seconds = min(seconds, 4 * max(self._expected(tokens), self._limit))
+        old = self._seconds.get(tokens, math.inf)
+        if seconds > SURPRISE * old and tokens not in self._surprised:
+            self._surprised.add(tokens)
+            seconds = old
+        else:
+            self._surprised.discard(tokens)
+        self._note(tokens, seconds)
+
+    def _note(self, tokens: int, seconds: float) -> None:
+        """Takes seconds into an amount's average."""
         old = self._seconds.get(tokens)  # a first one that was slow is tried again: it may have been chance
         now = min(seconds, self._limit) if old is None else 0.8 * old + 0.2 * seconds
         self._seconds[tokens] = now
