@@ -24,17 +24,17 @@ async def ask(
     port: int, ids: list[int], tokens: int, *, cache: bool = False, times: list[float] | None = None
 ) -> dict[str, Any]:
     """One streamed completion: when its events came (also in ``times``, as they come), how many tokens, or
-    the status of a refusal. Who cancels it goes away."""
+    the status of a refusal and the seconds to it from when all had been sent. Who cancels it goes away."""
     times = [] if times is None else times
     body = {"prompt": ids, "max_tokens": tokens, "temperature": 0, "stream": True, "cache_prompt": cache}
     content = json.dumps({**body, "stream_options": {"include_usage": True}}).encode()
     began = time.perf_counter()
     reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1 << 22)
     try:
-        status, usage = await _events(reader, writer, content, times)
+        status, usage, refused = await _events(reader, writer, content, times)
     finally:
         writer.close()
-    found: dict[str, Any] = {"status": status, "seconds": time.perf_counter() - began}
+    found: dict[str, Any] = {"status": status, "seconds": refused}
     if status == 200 and times:
         found |= {"first": times[0] - began, "tokens": usage.get("completion_tokens", 0), "times": times}
         found["cached"] = usage.get("prompt_tokens_details", {}).get("cached_tokens", 0)
@@ -43,13 +43,15 @@ async def ask(
 
 async def _events(
     reader: asyncio.StreamReader, writer: asyncio.StreamWriter, content: bytes, times: list[float]
-) -> tuple[int, dict[str, Any]]:
-    """The status and the usage of an answer."""
+) -> tuple[int, dict[str, Any], float]:
+    """The status, the usage of an answer, and the seconds to the status."""
     head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
     writer.write(
         head + b"Content-Type: application/json" + b"\r\nContent-Length: %d\r\n\r\n" % len(content) + content
     )
+    sent = time.perf_counter()
     status = int((await reader.readline()).split()[1])
+    seconds = time.perf_counter() - sent
     usage: dict[str, Any] = {}
     while line := await reader.readline():
         if line.startswith(b"data: {"):
@@ -57,7 +59,7 @@ async def _events(
                 usage = json.loads(line[6:])["usage"]
             else:
                 times.append(time.perf_counter())
-    return status, usage
+    return status, usage, seconds
 
 
 def quantile(values: list[float], share: float) -> float | None:
@@ -66,13 +68,23 @@ def quantile(values: list[float], share: float) -> float | None:
 
 
 def wave(
-    args: argparse.Namespace, port: int, work: list[list[int]], tokens: int, *, cache: bool = False
+    args: argparse.Namespace,
+    port: int,
+    work: list[list[int]],
+    tokens: int,
+    *,
+    cache: bool = False,
+    spread: float = 0.0,
 ) -> dict[str, Any]:
-    """All of these at once."""
+    """All of these at once, or one after the other within ``spread`` seconds."""
+
+    async def later(number: int, ids: list[int]) -> dict[str, Any]:
+        await asyncio.sleep(spread * number / len(work))
+        return await ask(port, ids, tokens, cache=cache)
 
     async def main() -> tuple[list[dict[str, Any]], float]:
         began = time.perf_counter()
-        found = await asyncio.gather(*(ask(port, ids, tokens, cache=cache) for ids in work))
+        found = await asyncio.gather(*(later(n, ids) for n, ids in enumerate(work)))
         return list(found), time.perf_counter() - began
 
     found, seconds = asyncio.run(within(args.part_seconds, main()))

@@ -10,7 +10,8 @@ child: clients of one event loop on sockets of their own. ``--h100`` asks for wh
 ratio     tokens per second over HTTP beside the batch alone, times to the first token
 front     events per second that the front streams without an engine
 mixed     gaps between tokens of running streams while a long prompt is read
-overload  ten times the capacity: statuses, times of the refusals, what is still written
+overload  ten times the capacity, over the time of a wave and at once: statuses, times of the refusals, what
+          is still written
 cold      one wave of all clients at once: the times of the first tokens
 shared    all clients share a long prefix, against prefixes of their own
 turn      the second turn of a long chat: the time to its first token
@@ -209,10 +210,13 @@ def ratio(args: argparse.Namespace, port: int) -> dict[str, Any]:
 
 
 def overload(args: argparse.Namespace, port: int) -> dict[str, Any]:
-    """Ten times what slots and queue hold."""
+    """Ten times as many as there are slots, in the time of one wave; then as many in one moment."""
     plain = wave(args, port, prompts(args, 1), args.tokens)
-    found = wave(args, port, prompts(args, 2, count=10 * args.clients), args.tokens)
-    return {**found, "share_of_plain": found["tokens_per_second"] / plain["tokens_per_second"]}
+    many = lambda seed: prompts(args, seed, count=10 * args.clients)
+    found = wave(args, port, many(2), args.tokens, spread=plain["seconds"])
+    at_once = wave(args, port, many(3), args.tokens)
+    share = found["tokens_per_second"] / plain["tokens_per_second"]
+    return {**found, "share_of_plain": share, "at_once": at_once}
 
 
 def mixed(args: argparse.Namespace, port: int) -> dict[str, Any]:

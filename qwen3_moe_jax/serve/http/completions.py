@@ -56,7 +56,7 @@ async def _prepare(service: Service, place: Place, r: CompletionRequest, key: st
     given = r.prompt if _count(r.prompt) > 1 or (r.prompt and isinstance(r.prompt[0], list)) else [r.prompt]
     if isinstance(r.prompt, list) and r.prompt and isinstance(r.prompt[0], str):
         given = r.prompt
-    prompts = [await in_thread(_prompt, service, p, r.suffix) for p in given]
+    prompts = [await _prompt(service, p, r.suffix) for p in given]
     stop = wishes.stops(r.stop, service.settings)
     make = lambda p: wishes.wish(
         r,
@@ -75,13 +75,15 @@ async def _prepare(service: Service, place: Place, r: CompletionRequest, key: st
     return Reply(service, r, prompts, answers)
 
 
-def _prompt(service: Service, given: Any, suffix: str | None) -> Prompt:
-    if isinstance(given, list):
+async def _prompt(service: Service, given: Any, suffix: str | None) -> Prompt:
+    if isinstance(given, list):  # tokens already: a thread would cost more than all else
         if suffix:
             raise ApiError(400, "suffix needs a text as prompt", param="suffix")
         return Prompt(given)
     try:
-        return service.model.fill_in_middle(given, suffix) if suffix else service.model.raw(given)
+        if suffix:
+            return await in_thread(service.model.fill_in_middle, given, suffix)
+        return await in_thread(service.model.raw, given)
     except ValueError as error:
         raise ApiError(400, str(error), param="prompt") from None
 
