@@ -63,7 +63,7 @@ KEYS: tuple[Key, ...] = (
     _refused(".general.type", "an adapter, a projector or a matrix of importances is no model", "model"),
     _number("block_count", "num_hidden_layers", 1, 512, "layers"),
     _number("embedding_length", "hidden_size", 1, 2**16, "size of the residual stream"),
-    _number("context_length", "max_position_embeddings", 1, 2**20, "positions"),
+    _number("context_length", "max_position_embeddings", 2, 2**20, "positions"),
     _number("expert_count", "num_experts", 1, 1024, "experts per layer"),
     _number("expert_used_count", "num_experts_per_tok", 1, 1024, "experts per token"),
     _number("attention.head_count", "num_attention_heads", 1, 1024, "query heads"),
@@ -217,7 +217,8 @@ def check_float(key: str, value: object, above: float, maximum: float) -> float:
     if not isinstance(value, float):
         raise hparam_error(key, f"must be one float, found {describe(value)}")
     if not above < value <= maximum:  # NaN is refused too
-        raise hparam_error(key, f"is {value:g}; it must be finite, above {above:g}, at most {maximum:g}")
+        ends = "" if math.isinf(above) else f", above {above:g}, at most {maximum:g}"
+        raise hparam_error(key, f"is {value:g}; it must be finite{ends}")
     return value
 
 

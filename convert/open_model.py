@@ -23,6 +23,6 @@ def open_model(
       ModelFileError: the file or folder cannot be used; the message says why.
     """
     path = Path(path)
-    if not path.is_dir():
+    if not os.path.isdir(path):  # False, too, for a name that no file can have: the opener says so
         return GGUFSource(path, check=check, threads=threads)
     return CheckpointSource(path, check=check, threads=threads)

@@ -6,6 +6,7 @@ error that names the file. Systems without it (Windows) seek and read under a
 lock, with the same errors.
 """
 
+import errno
 import os
 import stat
 import threading
@@ -16,6 +17,9 @@ from qwen3_moe_jax.convert.errors import ModelFileError, printable
 _OPTIONAL_FLAGS = ("O_CLOEXEC", "O_NONBLOCK", "O_NOCTTY", "O_BINARY", "O_NOINHERIT")
 """Flags that some systems have. Without O_NONBLOCK, opening a FIFO would wait for a writer; without
 O_BINARY, Windows ends a file at its first byte 26 and drops carriage returns."""
+
+_SHOWN = 300
+"""Characters of a path in a message."""
 
 MAX_READ_BYTES = 1 << 30
 """Of one call: Windows and macOS refuse, and Linux cuts, what is 2 GiB or more."""
@@ -47,6 +51,26 @@ class Descriptor:
             os.close(number)
 
 
+def check_file_name(path: Path) -> None:
+    """Refuses a name that no file can have: too long, with a NUL, or in a folder that may not be searched.
+
+    Raises:
+      ModelFileError: ``E_OPEN``, with both ends of a long name. A file that is only missing is no fault here.
+    """
+    try:
+        os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except (OSError, ValueError) as error:
+        raise _cannot_be_opened(path, error) from error
+
+
+def _cannot_be_opened(path: Path, error: OSError | ValueError) -> ModelFileError:
+    problem = getattr(error, "strerror", None) or str(error)  # ValueError: a NUL in the name
+    shown = printable(str(path), 80 if getattr(error, "errno", None) == errno.ENAMETOOLONG else _SHOWN)
+    return ModelFileError("E_OPEN", f"{shown}: cannot be opened: {problem}", name=str(path))
+
+
 class RegularFile:
     """An open regular file with the size and the time stamp that it had when opened.
 
@@ -59,10 +83,8 @@ class RegularFile:
         self._position = threading.Lock()
         try:
             self._descriptor = Descriptor(os.open(self.path, _open_flags()))
-        except OSError as error:
-            raise self.error("E_OPEN", f"cannot be opened: {error.strerror}") from error
-        except ValueError as error:  # a NUL byte in the path
-            raise self.error("E_OPEN", f"cannot be opened: {error}") from error
+        except (OSError, ValueError) as error:
+            raise _cannot_be_opened(self.path, error) from error
         found = os.fstat(self._descriptor.number)
         if not stat.S_ISREG(found.st_mode):
             self.close()
@@ -80,7 +102,7 @@ class RegularFile:
     ) -> ModelFileError:
         """An error whose message starts with this file's path, and whose name is the path by default."""
         path = str(self.path)
-        return ModelFileError(code, f"{printable(path, 300)}: {problem}", name=name or path, offset=offset)
+        return ModelFileError(code, f"{printable(path, _SHOWN)}: {problem}", name=name or path, offset=offset)
 
     def read_into(self, buffer: memoryview, offset: int) -> None:
         """Fill ``buffer`` (bytes) from the file, starting at byte ``offset``.

@@ -52,8 +52,7 @@ class RopeScaling:
     beta_slow: float = 1.0
 
     def __post_init__(self):
-        if self.type not in ("linear", "yarn"):
-            raise hparam_error(_SCALING + "type", f"is {describe(self.type)}; supported: none, linear, yarn")
+        _check_type(self.type)
         check_float(_SCALING + "factor", self.factor, 0.0, 4096.0)
         if self.type == "yarn" and self.factor < 1.0:
             raise hparam_error(_SCALING + "factor", f"is {self.factor:g}; YaRN needs at least 1")
@@ -73,6 +72,11 @@ class RopeScaling:
         if self.attention_factor is not None:
             return self.attention_factor
         return 1.0 + 0.1 * math.log(self.factor) if self.type == "yarn" and self.factor > 1 else 1.0
+
+
+def _check_type(kind: object) -> None:
+    if kind not in ("linear", "yarn"):
+        raise hparam_error(_SCALING + "type", f"is {describe(kind)}; supported: none, linear, yarn")
 
 
 def rope_frequencies(
@@ -122,6 +126,7 @@ def read_rope_scaling(read: KeyReader) -> RopeScaling | None:
         if attention_factor not in (None, 1.0):
             raise hparam_error(_SCALING + "attn_factor", "is set, but rope.scaling.type is not")
         return None
+    _check_type(kind)
     factor = read.number(factor_key)
     if kind == "linear" and factor == 1.0 and attention_factor in (None, 1.0):
         return None

@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple
 
 from qwen3_moe_jax.convert.manifest import MANIFEST_NAME
 from qwen3_moe_jax.convert.progress import ProgressCallback
+from qwen3_moe_jax.convert.regular_file import check_file_name
 from qwen3_moe_jax.convert.source import ModelSource
 from qwen3_moe_jax.core.arguments import check_number, check_text, wrong_kind
 from qwen3_moe_jax.core.errors import BackendUnavailableError, MemoryPlanError, OptionError
@@ -67,6 +68,7 @@ def model_path(path: str | os.PathLike[str] | None, *, quiet: bool = False) -> P
     Raises:
       KindError: the path is no text and no path.
       ValueError: it is empty, as a variable that is not set is, or names nothing.
+      ModelFileError: ``E_OPEN``, no file can have this name.
       HubError, MemoryPlanError, OutputFileError: as ``hub.pull.pull``.
     """
     if path is None:
@@ -77,12 +79,13 @@ def model_path(path: str | os.PathLike[str] | None, *, quiet: bool = False) -> P
     if not text:
         raise ValueError("the model's path is empty (a variable that is not set?): name a .gguf file")
     found = Path(os.path.expanduser(text))
-    if found.exists():
+    if os.path.exists(found):  # False, too, for a name that no file can have
         return _in_folder(found)
     if (name := names.parse(text)) is not None:
         from qwen3_moe_jax.hub.pull import pull
 
         return pull(name, quiet=quiet, refresh=False)
+    check_file_name(found)
     if guess := names.guess(text):
         raise OptionError(f"there is no file {text}; did you mean {guess}?")
     if near := _near(found):

@@ -1,7 +1,7 @@
 """``qwen3-moe bisect``: the first stage at which a backend, or a recorded trace, is wrong."""
 
 import argparse
-from pathlib import Path
+import os
 
 from qwen3_moe_jax import loader
 from qwen3_moe_jax.commands import options
@@ -71,7 +71,7 @@ def _recorded(side: str) -> Trace | None:
     """The trace that ``side`` names, or None for a backend."""
     if side in TARGETS:
         return None
-    if not Path(side).is_file():
+    if not os.path.isfile(side):  # False, too, for a name that no file can have
         raise OptionError(f"{side!r} is no backend ({', '.join(TARGETS)}) and no file")
     return Trace.load(side)
 

@@ -5,7 +5,7 @@ import dataclasses
 
 from qwen3_moe_jax import loader
 from qwen3_moe_jax.commands.common import add_context, add_mesh, add_model
-from qwen3_moe_jax.convert.errors import ModelFileError
+from qwen3_moe_jax.convert.errors import ModelFileError, printable
 from qwen3_moe_jax.convert.open_model import open_model
 from qwen3_moe_jax.convert.source import ModelSource
 from qwen3_moe_jax.core import terminal
@@ -60,7 +60,7 @@ def judge_model(path, context: int, facts: Machine) -> list[Diagnosis]:
             plan = MemoryPlan.of(source, min(context, source.config.max_position_embeddings), itemsize=4)
             return [Diagnosis("ok", "model", what), machine.judge_memory(facts, plan)]
     except ModelFileError as error:
-        return [Diagnosis("problem", "model", f"{path}: {error}", error.advice)]
+        return [Diagnosis("problem", "model", f"{printable(str(path), 120)}: {error}", error.advice)]
 
 
 def judge_mesh(path: str | None, context: int, mesh: str | None) -> list[Diagnosis]:

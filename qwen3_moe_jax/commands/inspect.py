@@ -1,7 +1,7 @@
 """``qwen3-moe inspect``: metadata, tensors and types of a model file, and what will run on them."""
 
 import argparse
-from pathlib import Path
+import os
 from typing import Any
 
 from qwen3_moe_jax import loader
@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
 def _report(model: str | None, args: argparse.Namespace) -> dict[str, Any]:
     """Of a file that is here, or of one that a hub has: then its header alone is read, not the model."""
     options = {"estimates": not args.no_estimates}
-    name = None if model is None or Path(model).exists() else names.parse(model)
+    name = None if model is None or os.path.exists(model) else names.parse(model)
     if name is None or is_cached(name):
         return report_on(loader.model_path(model), **options, sha256=args.sha256)
     if args.sha256:

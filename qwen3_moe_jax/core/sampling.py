@@ -53,7 +53,7 @@ class Sampling:
             self.temperature == 0 or MIN_TEMPERATURE <= self.temperature <= MAX_TEMPERATURE,
             f"0 (greedy) or between {MIN_TEMPERATURE:g} and {MAX_TEMPERATURE:g}",
         )
-        _check(self, "top_k", 0 <= self.top_k < 2**31, "0 (keep all) or a count of tokens")
+        _check(self, "top_k", 0 <= self.top_k < 2**31, "0 (keep all) or a count of tokens below 2**31")
         _check(self, "top_p", 0 < self.top_p <= 1, "above 0 and at most 1 (keep all)")
         _check(self, "min_p", 0 <= self.min_p <= 1, "between 0 and 1")
         _check(self, "seed", 0 <= self.seed < SEEDS, f"between 0 and {SEEDS - 1}")

@@ -8,7 +8,6 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 from qwen3_moe_jax import loader
@@ -52,7 +51,7 @@ def report_on(
         with open_model(path) as source:
             return _of_model(source, estimates, sha256)
     except ModelFileError as error:
-        if Path(path).is_dir():
+        if os.path.isdir(path):
             raise
         return _of_foreign(path, error)
 

@@ -13,6 +13,8 @@ import sys
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from contextvars import Context, copy_context
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -119,8 +121,16 @@ class Workers:
         return cls(min(maximum, processors()))
 
     def map(self, function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
-        """Results in the order of ``items``."""
-        return map(function, items) if self._pool is None else self._pool.map(function, items)
+        """Results in the order of ``items``; a call sees the context of who asks, as NumPy's ``errstate``."""
+        if self._pool is None:
+            return map(function, items)
+        return self._pool.map(partial(_run_in, function), [(copy_context(), item) for item in items])
+
+
+def _run_in(function: Callable[[T], R], call: tuple[Context, T]) -> R:
+    """Each call has a copy of the context: one cannot be entered twice at a time."""
+    context, item = call
+    return context.run(function, item)
 
     def each(self, function: Callable[[T], object], items: Iterable[T]) -> None:
         """Calls a function that writes what it finds into arrays of ``empty``."""

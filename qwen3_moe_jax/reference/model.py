@@ -10,6 +10,7 @@ Face Transformers' ``modeling_qwen3_moe.py`` and in llama.cpp at commit
 """
 
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Unpack
@@ -221,7 +222,7 @@ class ReferenceRunner(OneAtATime):
         chunk = max(requests[0].chunk_sizes, default=longest)
         for start in range(0, longest, chunk):
             part = slice(start, start + chunk)
-            with open_throughout(self):
+            with _computing(self):
                 running = [i for i, r in enumerate(requests) if start < len(r.token_ids)]
                 for i in running:
                     r = requests[i]
@@ -243,7 +244,7 @@ class ReferenceRunner(OneAtATime):
             part = slice(start, start + SCORED_TOKENS)
             every_layer = range(self.config.num_hidden_layers)
             skip = max(0, first - 1 - start)
-            with open_throughout(self):
+            with _computing(self):
                 text = self._begun(inputs[part], cache)
                 self._layers([text], every_layer)
                 cache, text.x = text.cache, text.x[skip:]
@@ -270,7 +271,7 @@ class ReferenceRunner(OneAtATime):
         cache, new_ids = self._empty_cache(), token_ids
         every_layer = range(self.config.num_hidden_layers)
         for _ in range(min(max_tokens, self.max_context - len(token_ids))):
-            with open_throughout(self):
+            with _computing(self):
                 text = self._begun(new_ids, cache)
                 self._layers([text], every_layer)
                 cache, text.x = text.cache, text.x[-1:]
@@ -411,6 +412,13 @@ class ReferenceRunner(OneAtATime):
         if out is not None and logits is not out:
             out[:] = logits
         return logits
+
+
+@contextmanager
+def _computing(runner: ReferenceRunner) -> Generator[None]:
+    """As ``open_throughout``; no warning of what overflows: logits that are not finite are refused."""
+    with open_throughout(runner), np.errstate(over="ignore", invalid="ignore"):
+        yield
 
 
 def _joined(logits: np.ndarray, parts: Sequence[_Text]) -> Forward:

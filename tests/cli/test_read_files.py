@@ -1,6 +1,7 @@
 """Files that an option names to be read: a pipe, a device or a folder is refused; long names are cut."""
 
 import os
+import re
 import sys
 
 import pytest
@@ -59,6 +60,33 @@ def test_what_is_no_trace_is_named(content, tmp_path):
 
 
 LONG = "n" * 5000
+
+
+@pytest.mark.parametrize("length", [300, 5000])
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("generate", "x", "-m"),
+        ("inspect",),
+        ("doctor", "-m"),
+        ("bisect",),
+        ("bisect", "--against"),
+        ("verify", "-m"),
+        ("serve",),
+        ("experts", "x", "-m"),
+        ("perplexity", __file__, "--against"),
+    ],
+    ids=" ".join,
+)
+@pytest.mark.usefixtures("no_load")
+def test_a_name_that_no_file_can_have_is_one_line_that_names_it_in_short(command, length, capsys):
+    assert main([*command, "n" * length]) in (1, 2)
+    shown = "".join(capsys.readouterr())
+    lines = [line for line in shown.splitlines() if "nnn" in line]
+    assert len(lines) == 1
+    assert len(lines[0]) < 400
+    assert "Errno" not in shown
+    assert re.search(r"nn: cannot be opened: File name too long|nn' is no backend ", lines[0])
 
 
 @pytest.mark.parametrize(

@@ -41,6 +41,7 @@ RELATIONS = (
     ("block_count", 513),
     ("expert_count", 1025),
     ("context_length", 2**20 + 1),
+    ("context_length", 1),  # a prompt of one token, and no place for another
     ("embedding_length", 2**16 + 1),
     ("attention.head_count", 1026),
     ("expert_feed_forward_length", 2**16 + 1),
@@ -170,6 +171,17 @@ def test_bad_rope_scaling_is_refused(values: dict[str, object]):
         read(scaling(values))
     assert caught.value.code == "E_HPARAM"
     assert caught.value.name.startswith("qwen3moe.rope.scaling.")
+
+
+@pytest.mark.parametrize("kind", ["longrope", "", 5])
+def test_an_unknown_kind_of_scaling_is_named_before_a_factor_that_is_missing(kind: object):
+    with pytest.raises(ModelFileError, match=r"rope\.scaling\.type is .*; supported: none, linear, yarn"):
+        read(scaling({"type": kind}))
+
+
+def test_a_number_that_is_not_finite_is_not_measured_by_infinite_ends():
+    with pytest.raises(ModelFileError, match=r"rope\.freq_base is nan; it must be finite$"):
+        read(model_metadata() | {"qwen3moe.rope.freq_base": NAN})
 
 
 @pytest.mark.parametrize("vocab_size", [0, -1, 2**20 + 1])

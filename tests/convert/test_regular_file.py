@@ -108,6 +108,15 @@ def test_a_model_opens_where_preadv_is_missing(system):
         assert source.tensor(path).shape
 
 
+@pytest.mark.parametrize("name", ["a" * 300, "a/" * 2500, "a\0b"], ids=["long", "deep", "NUL"])
+def test_a_name_that_no_file_can_have_is_refused_as_a_file_is(name):
+    from qwen3_moe_jax.loader import model_path
+
+    for refuse in (model_path, open_model):
+        with pytest.raises(ModelFileError, match=r"^E_OPEN: [^:]{3,90}: cannot be opened: [^:]{9,40}$"):
+            refuse(name)
+
+
 def test_a_packed_checkpoint_is_refused_in_one_line_there(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "supports_dir_fd", frozenset())
     with pytest.raises(ModelFileError, match=r"E_CHECKPOINT: .*on Linux and macOS; name the \.gguf file"):

@@ -76,9 +76,8 @@ def test_links_of_texts_outside_the_site_lead_somewhere():
 def test_every_test_that_the_reliability_page_names_exists():
     """As ``file.py::test``, or ``::test`` of the file that was named before it."""
     file = None
-    for name, test in re.findall(
-        r"`([\w/]*(?:\.py)?)::(test_\w+)`", (DOCS / "design" / "reliability.md").read_text()
-    ):
+    page = (DOCS / "reliability.md").read_text()
+    for name, test in re.findall(r"`([\w/]*(?:\.py)?)::(test_\w+)`", page):
         file = name or file
         assert f"def {test}(" in (ROOT / "tests" / file).read_text(), f"{file}::{test}"
 

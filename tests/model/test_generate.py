@@ -14,6 +14,7 @@ from qwen3_moe_jax.jax_backend import runner as jax_runner_module
 from qwen3_moe_jax.jax_backend.batching import Batch
 from qwen3_moe_jax.jax_backend.generate import PREFILL_CHUNKS, chunk_lengths
 from qwen3_moe_jax.jax_backend.runner import JaxRunner
+from qwen3_moe_jax.machine.threads import Workers
 from qwen3_moe_jax.reference import ReferenceRunner
 from tests import tolerances
 
@@ -82,6 +83,16 @@ def test_the_reference_says_so_too(source, golden):
     )
     with pytest.raises(NumericalError, match="reference backend.*not finite at position.*qwen3-moe trace"):
         list(runner.stream(golden["ids0"], max_tokens=4, sampling=GREEDY))
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.filterwarnings("error")
+def test_numpy_does_not_warn_of_what_overflows_in_any_thread(source, golden, threads):
+    runner = ReferenceRunner(source, workers=Workers(threads))
+    huge = np.full(source.config.hidden_size, np.finfo(np.float32).max)
+    runner.weights["norm"] = PackedTensor({"w": huge}, GGMLType.F32)
+    with pytest.raises(NumericalError):
+        list(runner.stream(golden["ids0"][:4], max_tokens=1, sampling=GREEDY))
 
 
 def test_decode_is_compiled_once_whatever_the_prompt_and_the_sampling(source, golden):
