@@ -5,6 +5,8 @@ from scripts._receipts import receipt, table
 NAMES = {
     "decode_step hopper": "decode, Hopper's",
     "decode_step portable": "decode, portable",
+    "grouped_matmul hopper IQ4_XS swiglu": "product with SwiGLU, IQ4_XS, Hopper's",
+    "grouped_matmul portable IQ4_XS swiglu": "product with SwiGLU, IQ4_XS, portable",
     "grouped_matmul hopper Q4_K swiglu": "product with SwiGLU, Q4_K, Hopper's",
     "grouped_matmul portable Q4_K swiglu": "product with SwiGLU, Q4_K, portable",
     "grouped_matmul hopper Q6_K": "product, Q6_K, Hopper's",

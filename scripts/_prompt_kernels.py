@@ -56,7 +56,11 @@ SETS = {
         kernel_sm80,
     ),
 }
-PRODUCTS = {"Q4_K swiglu": (GGMLType.Q4_K, True), "Q6_K": (GGMLType.Q6_K, False)}
+PRODUCTS = {
+    "IQ4_XS swiglu": (GGMLType.IQ4_XS, True),
+    "Q4_K swiglu": (GGMLType.Q4_K, True),
+    "Q6_K": (GGMLType.Q6_K, False),
+}
 """The type of the weights, and whether they are gate_proj and up_proj."""
 TILES = {config.tile: config for config in (few_config(32), pick_config(128))}
 """Sizes by the rows that a tile holds: few rows, and sorted ones."""

@@ -41,7 +41,7 @@ from jax import lax
 
 from qwen3_moe_jax.convert.config import PRESETS
 from qwen3_moe_jax.convert.ggml_types import GGMLType
-from qwen3_moe_jax.convert.packed import ROWS, PackedTensor
+from qwen3_moe_jax.convert.packed import PackedTensor
 from qwen3_moe_jax.convert.tensor_names import q4_k_m_types
 from qwen3_moe_jax.jax_backend.kv_cache import KVCache, whole_tiles
 from qwen3_moe_jax.jax_backend.params import GPU_ROLES
@@ -59,6 +59,7 @@ from qwen3_moe_jax.kernels_pallas.gpu.device import multiprocessors
 from qwen3_moe_jax.kernels_pallas.gpu.interpreter import interpreter
 from qwen3_moe_jax.kernels_pallas.norm_rope.api import rope, rope_tables
 from qwen3_moe_jax.kernels_pallas.packed.dequantize import dequantize
+from qwen3_moe_jax.kernels_pallas.packed.stacks import rows_per_unit
 from scripts._random_params import random_params
 
 
@@ -99,50 +100,15 @@ SHAPES = {
 """Sizes beside those of Qwen3-30B-A3B: the embedded model's, and columns and heads of no whole span."""
 
 
-# The reference: float32 dequantization of tiles, one matrix at a time.
-
-
-def _bytes(words):
-    b = lax.bitcast_convert_type(words, jnp.uint8)
-    return b.reshape(*words.shape[:-1], 16).astype(jnp.int32)
-
-
-def dequantize_tiles(type: GGMLType, a: dict) -> jax.Array:
-    """float32 [tiles * 8, K] of arrays [tiles, K / 256, ...]."""
-    halves = []
-    f32 = lambda v: v.astype(jnp.float32)
-    for s in range(2):
-        for h in range(2):
-            if type is GGMLType.Q8_0:
-                q = _bytes(a["q"][:, :, 2 * s + h])
-                q = jnp.where(q > 127, q - 256, q)
-                halves.append(f32(q) * f32(a[f"d{s}"])[..., None])
-                continue
-            q = _bytes(a["ql" if type is GGMLType.Q6_K else "q"][:, :, h]) >> (4 * s) & 15
-            scales = f32(a["d"])[..., None]
-            scale = a["scales"]
-            if type is GGMLType.Q6_K:
-                q = q | (_bytes(a["qh"]) >> (2 * (2 * h + s)) & 3) << 4
-                byte = (scale << (24 - 8 * (2 * s + h))) >> 24
-                halves.append(f32(q - 32) * (scales * f32(byte))[..., None])
-                continue
-            if type is GGMLType.Q5_K:
-                byte = lax.bitcast_convert_type(a["qh"][:, :, h], jnp.uint8).astype(jnp.int32)
-                q = q | jnp.stack([byte >> (j + 4 * s) & 1 for j in range(4)], -2).reshape(q.shape) << 4
-            low = f32(a["dmin"])[..., None] * f32(scale >> (16 + 8 * s) & 255)
-            halves.append(f32(q) * (scales * f32(scale >> (8 * s) & 255))[..., None] - low[..., None])
-    w = jnp.stack(halves, -2)  # [tiles, superblocks, 8, 4, 4 halves, 16]
-    w = w.reshape(*w.shape[:3], 256).transpose(0, 2, 1, 3)
-    return w.reshape(w.shape[0] * 8, -1)
+# The reference: float32 dequantization, one matrix at a time.
 
 
 def matvec(stack: PackedTensor, start, tiles, x):
     """Sums of products, no dot: XLA would try out ways to multiply at every shape."""
-    if stack.layout == ROWS:
-        part = {k: lax.dynamic_slice_in_dim(v, start * 8, tiles * 8) for k, v in stack.arrays.items()}
-        return jnp.sum(dequantize(PackedTensor(part, stack.type)) * x, axis=-1)
-    part = {k: lax.dynamic_slice_in_dim(v, start, tiles) for k, v in stack.arrays.items()}
-    return jnp.sum(dequantize_tiles(stack.type, part) * x, axis=-1)
+    unit = rows_per_unit(stack.layout)
+    first, count = start * 8 // unit, tiles * 8 // unit
+    part = {k: lax.dynamic_slice_in_dim(v, first, count) for k, v in stack.arrays.items()}
+    return jnp.sum(dequantize(PackedTensor(part, stack.type, stack.layout)) * x, axis=-1)
 
 
 def rms(x, w, eps):
