@@ -14,6 +14,7 @@ overload  ten times the capacity, over the time of a wave and at once: statuses,
           is still written
 cold      one wave of all clients at once: the times of the first tokens
 shared    all clients share a long prefix, against prefixes of their own
+bits      how many answers are the same in company and from the cache as alone
 turn      the second turn of a long chat: the time to its first token
 replicas  --replicas engines with as many times the clients, beside one engine
 
@@ -45,9 +46,10 @@ from qwen3_moe_jax.convert.open_model import open_model
 from qwen3_moe_jax.loader import embedded_model
 from scripts import ROOT
 from scripts._load_generator import ask, quantile, wave, within
+from scripts._serve_bits import COUNT, compare
 
-PARTS = ("ratio", "front", "mixed", "overload", "cold", "shared", "turn", "replicas")
-CPU_PARTS = ("ratio", "front", "mixed", "overload", "turn")
+PARTS = ("ratio", "front", "mixed", "overload", "cold", "shared", "bits", "turn", "replicas")
+CPU_PARTS = ("ratio", "front", "mixed", "overload", "bits", "turn")
 
 
 def parse() -> argparse.Namespace:
@@ -263,7 +265,12 @@ def shared(args: argparse.Namespace, port: int) -> dict[str, Any]:
     return {"prefix": args.long, "apart": apart, "together": together, "times": times}
 
 
-SHARING = {f.__name__: f for f in (cold, ratio, mixed, shared, overload)}
+def bits(args: argparse.Namespace, port: int) -> dict[str, Any]:
+    """Answers alone, in company and from the cache."""
+    return compare(args, port, prompts(args, 41, count=max(args.clients, COUNT)))
+
+
+SHARING = {f.__name__: f for f in (cold, ratio, mixed, shared, overload, bits)}
 """Parts that one server can take one after the other."""
 
 
