@@ -126,12 +126,6 @@ class Workers:
             return map(function, items)
         return self._pool.map(partial(_run_in, function), [(copy_context(), item) for item in items])
 
-
-def _run_in(function: Callable[[T], R], call: tuple[Context, T]) -> R:
-    """Each call has a copy of the context: one cannot be entered twice at a time."""
-    context, item = call
-    return context.run(function, item)
-
     def each(self, function: Callable[[T], object], items: Iterable[T]) -> None:
         """Calls a function that writes what it finds into arrays of ``empty``."""
         for _ in self.map(function, items):
@@ -152,6 +146,12 @@ def _run_in(function: Callable[[T], R], call: tuple[Context, T]) -> R:
     def kept(self, array: np.ndarray) -> np.ndarray:
         """The array, or a copy where memory of ``empty`` is used again."""
         return array
+
+
+def _run_in(function: Callable[[T], R], call: tuple[Context, T]) -> R:
+    """Each call has a copy of the context: one cannot be entered twice at a time."""
+    context, item = call
+    return context.run(function, item)
 
 
 ALONE = Workers(1)
