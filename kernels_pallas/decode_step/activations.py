@@ -33,7 +33,7 @@ def state_view(grid: Grid) -> Any:
     """The residual stream and the parts added to it, float32 [1 + parts, B, tiles, blocks, 8 rows]."""
     c = grid.c
     tiles = c.row_stride(padded(c.hidden_size)) // (8 * c.blocks)
-    shape = (1 + c.down_parts, c.batch, tiles, c.blocks, 8)
+    shape = (c.slots.number, c.batch, tiles, c.blocks, 8)
     return grid.prim.View(grid.inputs.state_gmem, shape, leading=2)
 
 
@@ -42,11 +42,11 @@ class Activations(Phases):
 
     # The residual stream and its norm
 
-    def residual(self, b: Array, piece: Array, parts: int) -> Array:
-        """float32 [32, 2, 4, 4]: 1,024 values of the residual stream, ``parts`` parts added to it."""
+    def residual(self, b: Array, piece: Array, slots: list) -> Array:
+        """float32 [32, 2, 4, 4]: 1,024 values of the residual stream, the sum of these slots of the state."""
         total: Any = None
-        for part in range(1 + parts):
-            ref = self.inputs.state_gmem.at[part, b, pl.ds(piece * 32, 32)]
+        for slot in slots:
+            ref = self.inputs.state_gmem.at[slot, b, pl.ds(piece * 32, 32)]
             value = load(ref, SUBBLOCKS)
             total = value if total is None else total + value
         if self.c.hidden_size % SPAN == 0:
@@ -66,9 +66,10 @@ class Activations(Phases):
         refs = [ref.at[pl.ds(i * 32, 32)] for i in self.own_pieces]
         return [load(ref, SUBBLOCKS) for ref in refs]
 
-    def normed(self, b: Array, norms: list, parts: int) -> list:
-        """This warpgroup's pieces of sequence b's normed residual stream."""
-        pieces = [self.residual(b, i, parts) for i in self.own_pieces]
+    def normed(self, b: Array, norms: list, layer: Array) -> list:
+        """This warpgroup's pieces of sequence b's normed residual stream, before a layer."""
+        slots = self.c.slots.before(layer)
+        pieces = [self.residual(b, i, slots) for i in self.own_pieces]
         (total,) = self.g.totals([sum(v * v for v in pieces)], SUBBLOCKS, "add", "norm", 0)
         self.shared.squares_smem[self.g.wg, b] = total
         self.g.sync_block()
@@ -123,16 +124,16 @@ class Activations(Phases):
 
     # From one block to all
 
-    def share_normed(self, norm_ref: Any, count: Array) -> None:
-        """The normed residual stream, quantized by the owners of sequences, with a signal for each.
+    def share_normed(self, norm_ref: Any, layer: Array, count: Array) -> None:
+        """The normed residual stream before a layer, quantized by the owners of sequences.
 
-        Waits for ``count``, the phase before; the owners signal once per sequence.
+        Waits for down (``count``); the owners signal once per sequence.
         """
 
         def one(b):
             norms = self.own_columns(norm_ref)
-            self.g.wait(count)
-            self.quantize_pieces(b, self.normed(b, norms, self.c.down_parts), self.outputs.hidden_gmem)
+            self.g.wait_for_down(layer, count)
+            self.quantize_pieces(b, self.normed(b, norms, layer), self.outputs.hidden_gmem)
             self.g.signal()
 
         self.g.for_own(0, self.c.batch, one)
@@ -194,8 +195,8 @@ class Activations(Phases):
             prim=self.prim,
         )
 
-    def prepare_normed(self, norm_ref: Any, count: Array) -> None:
-        """Has the last layer's output, normed and quantized, in shared memory.
+    def prepare_normed(self, norm_ref: Any, layer: Array, count: Array) -> None:
+        """Has what comes before a layer, normed and quantized, in shared memory.
 
         Where activations are shared, :meth:`share_normed` was called before weights were asked for: the
         owners' registers are free then, and the others wait for them anyway.
@@ -209,8 +210,8 @@ class Activations(Phases):
             self.fetched()
         else:
             norms = self.own_columns(norm_ref)
-            self.g.wait(count)
-            self.quantize_pieces(0, self.normed(0, norms, c.down_parts), self.shared.x_smem)
+            self.g.wait_for_down(layer, count)
+            self.quantize_pieces(0, self.normed(0, norms, layer), self.shared.x_smem)
             self.g.sync_warpgroup()
 
     def attended(self, b: Array, piece: Array) -> Array:

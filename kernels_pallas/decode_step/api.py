@@ -20,6 +20,7 @@ from qwen3_moe_jax.kernels_pallas import implementations
 from qwen3_moe_jax.kernels_pallas.attention.api import CACHE_TILE
 from qwen3_moe_jax.kernels_pallas.decode_step import config as kernel_config
 from qwen3_moe_jax.kernels_pallas.decode_step import kernel
+from qwen3_moe_jax.kernels_pallas.decode_step.exchange import DEVICE_AXES, ONE_DEVICE, Split
 from qwen3_moe_jax.kernels_pallas.decode_step.row_formats import ROW_FORMATS
 from qwen3_moe_jax.kernels_pallas.decode_step.weights import ROUTER, StepWeights
 from qwen3_moe_jax.kernels_pallas.embedding_lookup.api import embedding_lookup
@@ -78,6 +79,7 @@ class Device:
       shared_memory: bytes that a block can have.
       splits: parts that attention over one sequence and KV head is split into, at most; None takes as many as
         give every warpgroup one.
+      mesh: how the model is split over devices like this one, which decode together.
       trace_folder: where the begin and end of every phase in every block are written, or None.
     """
 
@@ -88,6 +90,7 @@ class Device:
     emulate: bool = False
     interpret: Any = None
     trace_folder: str | None = None
+    mesh: Split = ONE_DEVICE
 
     @classmethod
     def of_cores(cls, cores: int, **options: Any) -> "Device":
@@ -95,13 +98,16 @@ class Device:
         return cls(blocks=cores // BLOCKS_UNIT * BLOCKS_UNIT, **options)
 
     @classmethod
-    def of(cls, device: Any, kernels: str | None = None, cores: int | None = None) -> "Device":
+    def of(
+        cls, device: Any, kernels: str | None = None, cores: int | None = None, mesh: Split = ONE_DEVICE
+    ) -> "Device":
         """That of a GPU.
 
         Args:
           device: a ``jax.Device``.
           kernels: "hopper" or "portable"; None takes Hopper's where they run.
           cores: multiprocessors that are used; None takes all.
+          mesh: as the attribute.
         """
         version = str(getattr(device, "compute_capability", "9.0"))
         known = cards.capability(version)
@@ -110,6 +116,7 @@ class Device:
             cores or getattr(device, "core_count", 0) or multiprocessors(),
             kernels=kernels or ("hopper" if version == "9.0" else "portable"),
             shared_memory=getattr(device, "shared_memory_per_block_optin", None) or limit,
+            mesh=mesh,
         )
 
 
@@ -191,7 +198,12 @@ def _splits(config: Any, device: Device) -> int:
 
 
 def check(
-    config: Any, params: Mapping[str, Any], batch: int, device: Any = None, kernels: str | None = None
+    config: Any,
+    params: Mapping[str, Any],
+    batch: int,
+    device: Any = None,
+    kernels: str | None = None,
+    mesh: Split = ONE_DEVICE,
 ) -> None:
     """Raises NotImplementedError unless the kernel runs this model on this device, with weights that lie so.
 
@@ -200,13 +212,14 @@ def check(
       params: the model's parameters, or their shapes; see :func:`decode_step`.
       batch: sequences that are decoded together.
       device: a ``jax.Device``; None does not ask for one.
-      kernels: as ``Device.of``.
+      kernels, mesh: as ``Device.of``.
     """
     weights = StepWeights.of(params)
+    config = mesh.part_of(config, config.vocab_size)
     check_supported(config, weights.types, batch)
     if device is not None:
         check_device(device)
-        kernel_batch(config, Device.of(device, kernels))
+        kernel_batch(config, Device.of(device, kernels, mesh=mesh))
     for role, stacks in weights.stacks.items():
         for stack in stacks:
             layout = GPU_TILES if stack.type in TILED_TYPES and stack is not params["embed_tokens"] else ROWS
@@ -237,7 +250,11 @@ def step_config(
 
 
 def shape_config(config: Any, batch: int, device: Device) -> kernel_config.StepConfig:
-    """The static configuration of a Q4_K_M file with a float16 cache; memory depends on the model alone."""
+    """The static configuration of a Q4_K_M file with a float16 cache; memory depends on the model alone.
+
+    Args:
+      config: on a mesh, one device's part of it (``Split.part_of``).
+    """
     q4, q6 = GGMLType.Q4_K, GGMLType.Q6_K
     return kernel_config.StepConfig(
         batch=batch,
@@ -252,6 +269,7 @@ def shape_config(config: Any, batch: int, device: Device) -> kernel_config.StepC
         cache_dtype=jnp.dtype(jnp.float16),
         blocks=device.blocks,
         splits=_splits(config, device),
+        mesh=device.mesh,
         kernels=device.kernels,
         emulate=device.emulate,
         trace_folder=device.trace_folder,
@@ -270,8 +288,12 @@ def decode_step(
     active: jax.Array | None = None,
     device: Device | None = None,
     kernels: str | None = None,
+    mesh: Split = ONE_DEVICE,
 ) -> StepOutput:
     """Decodes one token of every sequence. Call inside ``jit``, with the cache donated.
+
+    On a mesh it is called inside ``jax.shard_map`` over the axes ``DEVICE_AXES``, with one device's part of
+    the parameters and of the cache; V is then the rows of the head that the device has.
 
     Args:
       params: the model's parameters, matrices in GPU tiles: "layers" (a ``LayerTable``), "embed_tokens",
@@ -286,15 +308,16 @@ def decode_step(
       active: bool [B], whose results are wanted; None for all. Where none of a kernel's sequences is, it
         ends at once: logits are then anything, and the cache is as it was.
       device: the grid; None takes the default device's multiprocessors.
-      kernels: without ``device``, as ``Device.of``.
+      kernels, mesh: without ``device``, as ``Device.of``.
 
     Raises:
       NotImplementedError: a shape or type that the kernel does not support.
     """
-    device = device or Device.of(jax.devices()[0], kernels, multiprocessors())
+    device = device or Device.of(jax.devices()[0], kernels, multiprocessors(), mesh)
     (batch,) = token_ids.shape
     replay = expert_ids is not None
     weights = StepWeights.of(params)
+    config = device.mesh.part_of(config, params.get("lm_head", params["embed_tokens"]).shape[0])
     whole = step_config(weights, config, batch, k, device, replay=replay)
     implementations.note(
         "decode_step", device.kernels, (s for stacks in weights.stacks.values() for s in stacks)
@@ -339,7 +362,8 @@ def _operands(
     state = jnp.zeros(shape, jnp.float32)
     state = lax.dynamic_update_slice(state, x.reshape(1, c.batch, -1, *shape[3:]), (0,) * len(shape))
     table = jnp.asarray(weights.table.reshape(-1))
-    scalars = jnp.concatenate([table, positions.astype(jnp.int32), wanted])
+    number = [lax.axis_index(DEVICE_AXES).reshape(1)] if c.devices > 1 else []
+    scalars = jnp.concatenate([table, positions.astype(jnp.int32), wanted, *number])
     scalars = jnp.pad(scalars, (0, kernel_config.scalar_count(c) - scalars.size))
     split = lambda a: a.reshape(*a.shape[:-1], -1, 2, 4, 4)
     return kernel_config.Operands(

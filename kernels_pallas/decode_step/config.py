@@ -14,6 +14,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from qwen3_moe_jax.convert.ggml_types import SUPERBLOCK, GGMLType
 from qwen3_moe_jax.kernels_pallas.decode_step import primitives
+from qwen3_moe_jax.kernels_pallas.decode_step.exchange import ONE_DEVICE, Slots, Split
 from qwen3_moe_jax.kernels_pallas.decode_step.formats import format_of
 from qwen3_moe_jax.kernels_pallas.decode_step.primitives.names import Primitives
 from qwen3_moe_jax.kernels_pallas.decode_step.weights import column_names
@@ -80,6 +81,8 @@ class StepConfig:
       emulate: the primitives are those of the interpreter.
       lm_head_tiled: whether the matrix of the logits lies in tiles; the embedding's does not.
       first_sequence: where in the cache's batch axis this kernel's sequences begin.
+      mesh: how the model is split over devices that decode together; heads, each expert's width and the
+        vocabulary are then those of one device, ``num_experts`` is that of all.
       trace_folder: where the times of each phase are written, or None.
     """
 
@@ -109,6 +112,7 @@ class StepConfig:
     emulate: bool = False
     first_sequence: int = 0
     lm_head_tiled: bool = True
+    mesh: Split = ONE_DEVICE
     trace_folder: str | None = None
 
     @cached_property
@@ -125,6 +129,16 @@ class StepConfig:
     def query_rows(self) -> int:
         """Rows of a KV head's queries in shared memory: ``wgmma`` reads 64, ``mma`` 16."""
         return 64 if self.kernels == "hopper" else ceil_div(self.group_heads, 16) * 16
+
+    @property
+    def devices(self) -> int:
+        """Devices that decode together."""
+        return self.mesh.devices
+
+    @property
+    def slots(self) -> Slots:
+        """Where the parts of the state lie."""
+        return Slots(self.devices, self.down_parts)
 
     @property
     def shares(self) -> bool:
@@ -187,13 +201,16 @@ class StepConfig:
 
 
 def scalar_count(c: StepConfig) -> int:
-    """Length of the table, the positions and the flags of active sequences, padded for one load per lane."""
-    return ceil_div(c.num_hidden_layers * len(c.columns()) + 2 * c.batch, 128) * 128
+    """Length of the table, the positions, the flags of active sequences and on a mesh the device's number.
+
+    Padded for one load per lane.
+    """
+    return ceil_div(c.num_hidden_layers * len(c.columns()) + 2 * c.batch + (c.devices > 1), 128) * 128
 
 
 def state_shape(c: StepConfig) -> tuple[int, ...]:
-    """Residual stream and the parts of the last down projection, as the kernel's state operand."""
-    return (1 + c.down_parts, c.batch, c.row_stride(padded(c.hidden_size)) // 32, 2, 4, 4)
+    """Residual stream and the parts that are added to it (:class:`Slots`), as the kernel's state operand."""
+    return (c.slots.number, c.batch, c.row_stride(padded(c.hidden_size)) // 32, 2, 4, 4)
 
 
 class ExpertTiles(NamedTuple):
@@ -248,7 +265,8 @@ class Operands(NamedTuple):
     """What the kernel reads, in global memory; state and cache are also written.
 
     Attributes:
-      scalars_gmem: int32 [:func:`scalar_count`], the table, positions and which sequences are active.
+      scalars_gmem: int32 [:func:`scalar_count`], the table, positions, which sequences are active, and on a
+        mesh the device's number.
       rope_gmem: float32 [B, 2, head_dim / 2], cos and sin.
       replay_ids_gmem: int32 [L, B, X] where experts are given.
       input_norm_gmem, post_norm_gmem: float32 [L, D / 32, 2, 4, 4]; final_norm_gmem without L.

@@ -71,12 +71,12 @@ class Experts(Products):
     def down(self, layer: Array, count: Array) -> None:
         """``parts = w * (quantize(s) @ W_down[ids])``: float32 state [1:], summed in the order of top-k.
 
-        Waits for gate_up (``count``); every block signals once.
+        Waits for gate_up (``count``); every block signals once, to all devices.
         """
         self.g.begin()
         selector = self.g.table(layer, "down_type")
         one_type(self.c.down_types, selector, lambda i: _Down(self, layer, i).run(count))
-        self.g.signal(by_first=self.c.batch == 1)
+        self.g.signal(by_first=self.c.batch == 1, to_all=True)
 
 
 class _GateUp:
@@ -121,7 +121,7 @@ class _GateUp:
     def load(self, nth: Array) -> list:
         """Tiles of gate and up, for each span."""
         b, k, tile = self.item_at(nth)
-        tile = self.offset + self.p.shared.ids_smem[b, k] * self.per_expert + tile
+        tile = self.offset + self.p.choice.expert(b, k) * self.per_expert + tile
         places = [self.p.place(tile, span, self.c.hidden_size) for span in range(self.spans)]
         return [[self.fmt.load(stack, place) for stack in self.stacks] for place in places]
 
@@ -239,7 +239,7 @@ class _Down:
         pair, s = item
         pair = jnp.minimum(pair, self.sequences * self.mine - 1)
         k = where.part * self.per_part + self.p.g.wg * self.mine + pair % self.mine
-        expert = self.p.shared.ids_smem[self.sequence(pair // self.mine, where.share), k]
+        expert = self.p.choice.expert(self.sequence(pair // self.mine, where.share), k)
         first = self.offset + expert * (self.c.hidden_size // 8)
         starts = [first + (where.tile * self.wide + t) * 4 for t in range(self.wide)]
         places = [Place(start, s, True, self.superblocks, self.p.prim) for start in starts]
@@ -316,7 +316,7 @@ class _Down:
         """The weighted sum over the part's experts of a sequence's rows."""
         c, sums = self.c, self.p.sums_smem
         b = self.sequence(i, where.share)
-        shape = (1 + c.down_parts, c.batch, c.row_stride(padded(c.hidden_size)) // 32, 4, 8)
+        shape = (c.slots.number, c.batch, c.row_stride(padded(c.hidden_size)) // 32, 4, 8)
         out = self.p.prim.View(self.p.inputs.state_gmem, shape, leading=2)
         for t in range(self.wide):
             total = None
@@ -324,6 +324,10 @@ class _Down:
                 at = (b, t * self.per_part + k)
                 refs = [sums.at[*at, pl.ds(s * 4, 4)] for s in range(self.superblocks)]
                 value = sum(load(ref, TILE_ROWS) for ref in refs)
-                value = value * self.p.shared.routing_smem[b, where.part * self.per_part + k]
+                value = value * self.p.choice.weight(b, where.part * self.per_part + k)
                 total = value if total is None else total + value
-            out.store((1 + where.part, b, where.tile * self.wide + t), total)
+            if c.devices == 1:
+                out.store((1 + where.part, b, where.tile * self.wide + t), total)
+            else:
+                slot = c.slots.down(self.p.g.device, where.part)
+                out.send((slot, b, where.tile * self.wide + t), total, c.devices)

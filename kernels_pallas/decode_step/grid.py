@@ -82,13 +82,16 @@ class Grid:
       inputs, outputs, shared: the kernel's references.
       block, wg: this block and warpgroup, int32, new in each phase (:meth:`begin`).
       semaphore: counts the signals since the kernel began; None with one block (the interpreter).
+      meeting: counts the signals of all devices; None with one device, or one block.
     """
 
     def __init__(self, config: StepConfig, inputs: Operands, outputs: Outputs, shared: Scratch):
         self.c, self.prim = config, config.prim
         self.inputs, self.outputs, self.shared = inputs, outputs, shared
         self.begin()
-        self.semaphore = pl.get_global(plgpu.SemaphoreType.REGULAR) if config.blocks > 1 else None
+        semaphore = lambda needed: pl.get_global(plgpu.SemaphoreType.REGULAR) if needed else None
+        self.semaphore = semaphore(config.blocks > 1)
+        self.meeting = semaphore(config.blocks > 1 and config.devices > 1)
 
     def begin(self) -> None:
         """Begins a phase: this block and warpgroup, as numbers that the compiler has to take as new.
@@ -97,6 +100,11 @@ class Grid:
         them in registers that the phases need, or in memory (docs/design/decode-kernel.md has the figures).
         """
         self.block, self.wg = (self.prim.as_new(lax.axis_index(name)) for name in ("sm", "wg"))
+
+    @property
+    def device(self) -> Array:
+        """This device's number among those that decode together, int32."""
+        return self.shared.scalars_smem[self.c.num_hidden_layers * len(self.c.columns()) + 2 * self.c.batch]
 
     # What the scalars say
 
@@ -115,14 +123,21 @@ class Grid:
 
     # Barriers
 
-    def signal(self, *, by_first: bool = False) -> None:
-        """Ends a phase: the block's results are written, ``by_first``: by the first warpgroup alone."""
+    def signal(self, *, by_first: bool = False, to_all: bool = False) -> None:
+        """Ends a phase: the block's results are written.
+
+        Args:
+          by_first: by the first warpgroup alone.
+          to_all: results are for all devices, and so is the signal.
+        """
         if not by_first:
             self.sync_block()
 
         @pl.when(self.wg == 0)
         def _():
-            if self.semaphore is not None:
+            if to_all and self.meeting is not None:
+                self.prim.signal_devices(self.meeting, self.c.devices)
+            elif self.semaphore is not None:
                 self.prim.grid_signal(self.semaphore)
 
     @jax.named_scope("wait")
@@ -132,6 +147,34 @@ class Grid:
             self.sync_block()
         else:
             self.prim.grid_wait(self.semaphore, count)
+
+    def wait_for_output(self, layer: Array, count: Array) -> None:
+        """Waits for the output projection of a layer: of all devices, or ``count`` on one device."""
+        if self.c.devices == 1:
+            self.wait(count)
+        else:
+            self.wait_for_devices(2 * layer + 1)
+
+    def wait_for_down(self, layer: Array, count: Array) -> None:
+        """Likewise for down of the layer before this one."""
+        if self.c.devices == 1:
+            self.wait(count)
+        else:
+            self.wait_for_devices(2 * layer)
+
+    @jax.named_scope("wait_for_devices")
+    def wait_for_devices(self, times: Array) -> None:
+        """Waits until every block of all devices has signalled so often to all."""
+        if self.meeting is not None:
+            self.prim.wait_devices(self.meeting, times * (self.c.devices * self.c.blocks))
+            return
+        self.sync_block()
+
+        @pl.when(self.wg == 0)
+        def _():
+            self.prim.exchange(self.inputs.state_gmem, self.device, self.c.slots)
+
+        self.sync_block()
 
     def sync_block(self) -> None:
         """Waits for both warpgroups."""

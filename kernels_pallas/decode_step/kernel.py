@@ -83,6 +83,7 @@ class Kernel:
         c = self.c
         is_split = (self.attention.plan_splits() > c.batch * c.num_key_value_heads).astype(jnp.int32)
         blocks, owners = c.blocks, c.batch if c.shares else 0
+        own = blocks if c.devices == 1 else 0  # signals to this device alone after output and after down
 
         def layer(i, count):
             self.projections.qkv(i, count)
@@ -92,10 +93,10 @@ class Kernel:
             pl.when(is_split > 0)(lambda: self.attention.join(count))
             count = count + is_split * blocks
             self.projections.output(i, count)
-            self.router.router(i, count + blocks)
-            self.experts.gate_up(i, count + 2 * blocks)
-            self.experts.down(i, count + 3 * blocks)
-            return count + 4 * blocks
+            self.router.router(i, count + own)
+            self.experts.gate_up(i, count + (own + blocks))
+            self.experts.down(i, count + (own + 2 * blocks))
+            return count + (2 * own + 2 * blocks)
 
         count = lax.fori_loop(0, c.num_hidden_layers, layer, jnp.int32(0))
         self.projections.logits(count)
@@ -109,6 +110,9 @@ class Kernel:
         @pl.when((self.g.block == 0) & (self.g.wg == 0))
         def _():
             plgpu.semaphore_wait(self.g.semaphore, count, memory_scope="gpu")
+            if self.g.meeting is not None:
+                meetings = 2 * self.c.num_hidden_layers * self.c.devices * self.c.blocks
+                plgpu.semaphore_wait(self.g.meeting, jnp.int32(meetings))
 
 
 def decode_step(config: StepConfig, operands: Operands, *, interpret: Any = None) -> Outputs:

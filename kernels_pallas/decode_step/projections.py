@@ -116,9 +116,9 @@ class Projections(Products):
         norm_ref = self.inputs.input_norm_gmem.at[layer]
         phase = _QKV(self, layer)
         if self.c.shares:
-            self.x.share_normed(norm_ref, count)
+            self.x.share_normed(norm_ref, layer, count)
         phase.load_ahead()
-        self.x.prepare_normed(norm_ref, count)
+        self.x.prepare_normed(norm_ref, layer, count)
         phase.multiply()
         self.g.signal(by_first=self.c.batch == 1)
 
@@ -175,10 +175,11 @@ class Projections(Products):
     def output(self, layer: Array, count: Array) -> None:
         """``x += attention @ W_o``, where x takes in the parts of the last down: float32 state [0].
 
-        Waits for attention, or for join where contexts are split (``count``); every block signals once.
+        On a mesh the product is a part of its own, for all devices. Waits for attention, or for join where
+        contexts are split (``count``); every block signals once, to all devices.
         """
         self.g.begin()
-        c, phase = self.c, _Output(self, count)
+        c, phase = self.c, _Output(self, layer, count)
 
         def run(i):
             matrix = DenseMatrix(
@@ -191,7 +192,7 @@ class Projections(Products):
             self.dense(matrix, phase.prepare, phase.store, ahead=4)
 
         one_type(c.o_types, self.g.table(layer, "o_type"), run)
-        self.g.signal(by_first=c.batch == 1)
+        self.g.signal(by_first=c.batch == 1, to_all=True)
 
     @jax.named_scope("logits")
     def logits(self, count: Array) -> None:
@@ -202,9 +203,9 @@ class Projections(Products):
         """
         self.g.begin()
         c, spans = self.c, spans_of(self.c.hidden_size)
-        norm_ref = self.inputs.final_norm_gmem
+        norm_ref, last = self.inputs.final_norm_gmem, self.c.num_hidden_layers
         if c.shares:
-            self.x.share_normed(norm_ref, count)
+            self.x.share_normed(norm_ref, last, count)
 
         def store(_, b, group):
             rows = self.result_rows(b, spans)
@@ -212,14 +213,15 @@ class Projections(Products):
 
         fmt, stack = c.format(c.lm_head_type, c.lm_head_tiled), self.inputs.weights_gmem["lm_head"][0]
         matrix = DenseMatrix(fmt, stack, 0, c.vocab_size // 8, c.hidden_size)
-        self.dense(matrix, lambda: self.x.prepare_normed(norm_ref, count), store, ahead=4)
+        self.dense(matrix, lambda: self.x.prepare_normed(norm_ref, last, count), store, ahead=4)
 
 
 class _Output:
     """Activations and results of the output projection."""
 
-    def __init__(self, projections: Projections, count: Array):
+    def __init__(self, projections: Projections, layer: Array, count: Array):
         self.p, self.c, self.x, self.count = projections, projections.c, projections.x, count
+        self.layer = layer
         self.state = state_view(projections.g)
         self.is_early = ceil_div(self.c.hidden_size // 8, self.c.blocks) <= STORE_GROUP
         self.before: dict[int, Array] = {}
@@ -248,13 +250,20 @@ class _Output:
     def rows(self, b: Array, group: Array) -> Array:
         """float32 [16, 8] of the residual stream with its parts."""
         at = (b, pl.ds(group * STORE_GROUP, STORE_GROUP), self.p.g.block)
-        return sum(self.state.load((part, *at), OUTPUT_ROWS) for part in range(1 + self.c.down_parts))
+        slots = self.c.slots.before(self.layer)
+        return sum(self.state.load((slot, *at), OUTPUT_ROWS) for slot in slots)
 
     def store(self, i: int, b: Array, group: Array) -> None:
-        """Adds the finished rows to the residual stream."""
+        """Adds the finished rows to the residual stream; on a mesh they are sent to all devices."""
+        c = self.c
         old = self.before[i] if self.is_early else self.rows(b, group)
         at = (b, pl.ds(group * STORE_GROUP, STORE_GROUP), self.p.g.block)
-        self.state.store((0, *at), self.p.result_rows(b, spans_of(self.c.attention_width)) + old)
+        rows = self.p.result_rows(b, spans_of(c.attention_width))
+        if c.devices == 1:
+            self.state.store((0, *at), rows + old)
+            return
+        self.state.send((c.slots.output(self.p.g.device, self.layer), *at), rows, c.devices)
+        self.state.store((0, *at), old)
 
 
 class _QKV:

@@ -35,7 +35,7 @@ class Router(Phases):
         self.g.begin()
         c = self.c
         phase = _RouterRows(self, layer)
-        self.g.wait(count)
+        self.g.wait_for_output(layer, count)
         self.g.for_groups(MAX_NORMED if c.hidden_size <= 4 * PIECE else 1, phase.group)
         self.g.signal()
         for b, pieces in phase.kept:  # no other block waits for this
@@ -68,6 +68,22 @@ class Router(Phases):
                 self.prim.sort_pairs(ids, self.shared.pair_order_smem)
 
             self.g.sync_block()
+
+    def here(self, b: Array, k: Array) -> tuple[Array, Array]:
+        """(which of this device's experts sequence b's k-th is, whether it has it); the first where not."""
+        each = self.c.num_experts // self.c.mesh.ep
+        local = self.shared.ids_smem[b, k] - self.g.device // self.c.mesh.tp * each
+        is_here = (local >= 0) & (local < each)
+        return jnp.where(is_here, local, 0), is_here
+
+    def expert(self, b: Array, k: Array) -> Array:
+        """Sequence b's k-th expert, as a number in this device's stacks."""
+        return self.shared.ids_smem[b, k] if self.c.mesh.ep == 1 else self.here(b, k)[0]
+
+    def weight(self, b: Array, k: Array) -> Array:
+        """The weight of that expert in this device's part of the sum: 0 where another device has it."""
+        weight = self.shared.routing_smem[b, k]
+        return weight if self.c.mesh.ep == 1 else jnp.where(self.here(b, k)[1], weight, 0.0)
 
     def choose_rows(self, rows: Any) -> None:
         """Top-k of four sequences, one per warp."""
@@ -120,7 +136,8 @@ class _RouterRows:
     def group(self, number: Array, first: Array, size: int) -> None:
         """The logits of ``size`` sequences from ``first`` on; their owners quantize the activations."""
         sequences = [first + i for i in range(size)]
-        x = [[self.x.residual(b, i, 0) for i in self.x.own_pieces] for b in sequences]
+        slots = self.c.slots.after_output(self.layer)
+        x = [[self.x.residual(b, i, slots) for i in self.x.own_pieces] for b in sequences]
         turn = number * self.rounds
         squares = [sum(v * v for v in pieces) for pieces in x]
         found = self.sums(turn, [*squares, *self.products(0, x)])

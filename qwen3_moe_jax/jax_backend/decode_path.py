@@ -24,6 +24,7 @@ from qwen3_moe_jax.jax_backend.qwen3_moe import OUTSIDE_LAYERS, Output, Qwen3Moe
 from qwen3_moe_jax.jax_backend.sharding import Shards
 from qwen3_moe_jax.jax_backend.trees import tree_dataclass
 from qwen3_moe_jax.kernels_pallas.decode_layers import api as decode_layers
+from qwen3_moe_jax.kernels_pallas.decode_step.exchange import ONE_DEVICE, Split
 from qwen3_moe_jax.kernels_pallas.gpu import device as gpu
 from qwen3_moe_jax.kernels_pallas.implementations import ANY
 
@@ -233,14 +234,14 @@ class OneKernel:
     is_one_launch: ClassVar[bool] = True
 
     def reason_on(self, device: Device, model: Qwen3Moe, params: Params) -> str | None:
-        if model.shards is not None:
-            return model.shards.reason_against_one_launch
+        if model.shards is not None and (reason := model.shards.reason_against_one_kernel):
+            return reason
         if model.kernels == "xla":
             return "it is a GPU kernel, and xla is chosen"
         if device.platform != "gpu":  # said without the import of Mosaic GPU, which takes half a second
             return f"it needs an NVIDIA GPU, and this is {device.platform}"
         return _refusal(lambda: _decode_step().check_device(device)) or _refusal(
-            lambda: _decode_step().check(model.config, params, 1, device, _named(model))
+            lambda: _decode_step().check(model.config, params, 1, device, _named(model), _split(model))
         )
 
     def reason_against(
@@ -254,7 +255,7 @@ class OneKernel:
             return f"it reads a KV cache of 16 bits, and it is {cache.k.dtype}"
         if batch not in self.batches:
             return f"it is for {self.batches[0]} to {self.batches[-1]} sequences, not {batch}"
-        return _refusal(lambda: _decode_step().check(model.config, params, batch))
+        return _refusal(lambda: _decode_step().check(model.config, params, batch, mesh=_split(model)))
 
     def step(
         self,
@@ -266,18 +267,21 @@ class OneKernel:
         expert_ids: jax.Array | None = None,
         active: jax.Array | None = None,
     ) -> Step:
-        out = _decode_step().decode_step(
-            params,
-            model.config,
-            token_ids[:, 0],
-            start,
-            cache.k,
-            cache.v,
-            expert_ids=None if expert_ids is None else expert_ids[:, :, 0],
-            active=active,
-            kernels=_named(model),
-        )
-        return Step(out.logits[:, None], replace(cache, k=out.k, v=out.v), out.expert_ids[:, :, None], {})
+        api, config = _decode_step(), model.config
+        run: Callable[..., Any] = partial(api.decode_step, kernels=_named(model), mesh=_split(model))
+        if model.shards is not None:
+            from qwen3_moe_jax.jax_backend.sharded_network import on_all_devices
+
+            run = partial(on_all_devices, run, model.shards)
+        forced = None if expert_ids is None else expert_ids[:, :, 0]
+        args = (params, config, token_ids[:, 0], start, cache.k, cache.v)
+        logits, k, v, chosen = run(*args, expert_ids=forced, active=active)
+        return Step(logits[:, None], replace(cache, k=k, v=v), chosen[:, :, None], {})
+
+
+def _split(model: Qwen3Moe) -> Split:
+    """How the model is split over devices."""
+    return ONE_DEVICE if model.shards is None else Split(model.shards.shape.ep, model.shards.shape.tp)
 
 
 def _named(model: Qwen3Moe) -> str | None:

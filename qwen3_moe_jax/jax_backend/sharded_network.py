@@ -11,12 +11,13 @@ from typing import Any, TypeVar
 import jax
 from jax.sharding import PartitionSpec as P
 
+from qwen3_moe_jax.convert.config import Qwen3MoeConfig
 from qwen3_moe_jax.core.errors import OptionError
 from qwen3_moe_jax.core.stages import LAYER_STAGES, OUTPUT_STAGES
 from qwen3_moe_jax.jax_backend.kv_cache import KVCache, Span
 from qwen3_moe_jax.jax_backend.model import Network
 from qwen3_moe_jax.jax_backend.qwen3_moe import Output, Qwen3Moe
-from qwen3_moe_jax.jax_backend.sharding import CACHE_SPEC, STAGE_AXES, Shards
+from qwen3_moe_jax.jax_backend.sharding import BOTH, CACHE_SPEC, STAGE_AXES, Shards
 
 R = TypeVar("R")
 
@@ -106,3 +107,39 @@ class ShardedNetwork:
             return value
         heads = self.settings.config.num_key_value_heads
         return value[..., :: self._shards.cache_heads // heads, :]
+
+
+def on_all_devices(
+    step: Callable[..., Any],
+    shards: Shards,
+    params: Mapping[str, Any],
+    config: Qwen3MoeConfig,
+    token_ids: jax.Array,
+    start: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    expert_ids: jax.Array | None,
+    active: jax.Array | None,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """``decode_step`` on each device's part of the parameters and of the cache: its results, whole logits.
+
+    Args:
+      step: ``decode_step.api.decode_step`` of the mesh; the other arguments are as its own.
+    """
+    has_rows = "lm_head" in params and shards.is_split("lm_head")
+
+    def on_device(params: Any, ids: Any, start: Any, k: Any, v: Any, experts: Any, active: Any) -> Any:
+        logits, *rest = step(params, config, ids, start, k, v, expert_ids=experts, active=active)
+        if has_rows:
+            logits = jax.lax.all_gather(logits, BOTH, axis=1, tiled=True)
+        return logits, *rest
+
+    run = jax.shard_map(
+        on_device,
+        mesh=shards.mesh,
+        in_specs=(shards.param_specs(params), P(), P(), CACHE_SPEC, CACHE_SPEC, P(), P()),
+        out_specs=(P(), CACHE_SPEC, CACHE_SPEC, P()),
+        check_vma=False,  # a kernel has no rule for it
+    )
+    return run(params, token_ids, start, k, v, expert_ids, active)

@@ -244,6 +244,13 @@ class Shards:
         return f"it runs on one device, and the model is split over {self.shape.size}"
 
     @property
+    def reason_against_one_kernel(self) -> str | None:
+        """Why the devices cannot decode in one kernel, or None: it writes into the memory of all of them."""
+        if len(self.own_indices) < self.shape.size:
+            return "it writes into the memory of all devices, and they belong to several processes"
+        return None
+
+    @property
     def collectives(self) -> int:
         """Collectives per step: the sums after attention and experts of each layer, and the head's gather."""
         gathers = self.is_head_split and not self.config.tie_word_embeddings

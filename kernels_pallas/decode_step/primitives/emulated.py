@@ -3,10 +3,15 @@
 The names and meanings are those of ``sm90`` and ``sm80``, whose docstrings hold here too.
 """
 
+import threading
+from functools import cache
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
+from jax.experimental import io_callback
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -118,6 +123,52 @@ def grid_wait(semaphore, target) -> None:
     raise NotImplementedError("the interpreter has no grid barrier: one block alone")
 
 
+def signal_devices(semaphore, devices: int) -> None:
+    raise NotImplementedError("the interpreter has no semaphores: see exchange")
+
+
+def wait_devices(semaphore, target) -> None:
+    raise NotImplementedError("the interpreter has no semaphores: see exchange")
+
+
+class _Meeting:
+    """Where the threads of simulated devices wait for one another, each with its state."""
+
+    def __init__(self, devices: int):
+        self.barrier, self.states = threading.Barrier(devices, timeout=MEETING_SECONDS), {}
+
+    def meet(self, device, state) -> np.ndarray:
+        """The states of all devices, when all are here."""
+        self.states[int(device)] = np.array(state)
+        self.barrier.wait()
+        found = np.stack([self.states[i] for i in range(self.barrier.parties)])
+        self.barrier.wait()  # nobody comes again before all have read
+        return found
+
+
+_meeting = cache(_Meeting)
+MEETING_SECONDS = 300
+"""Until a simulated device waits no longer for the others, which may still be compiled."""
+
+
+def exchange(state, device, slots) -> None:
+    """Waits for all devices, and takes from each what it has sent, in place of semaphores and remote stores.
+
+    The simulated devices of one process call it equally often (the GPU's kernel signals instead).
+
+    Args:
+      state: the kernel's state, whose slots every device has filled on its own side.
+      device: this device's number.
+    """
+    number = slots.devices
+    shape = jax.ShapeDtypeStruct((number, *state.shape), state.dtype)
+    states = io_callback(_meeting(number).meet, shape, device, state[...])
+    for other in range(number):
+        own = [slots.down(other, part) for part in range(slots.down_parts)]
+        for slot in (*own, *(slots.output(other, turn) for turn in range(2))):
+            state[slot] = states[other, slot]
+
+
 def top_experts(logits, scale, ids, routing, count: int) -> None:
     best, index = lax.top_k(logits * scale[:, None], count)
     p = jnp.exp2((best - best[:, :1]) * LOG2E)
@@ -174,6 +225,11 @@ class View:
         whole = lax.dynamic_update_slice(whole, value.reshape(sizes), starts)
         own = index[: self.leading] if self.leading else ...
         self.ref[own] = whole.reshape(self.ref.shape[self.leading :])
+
+    def send(self, index: tuple, value, devices: int) -> None:
+        """Into this device's own array: the others take it from there (:func:`exchange`)."""
+        del devices
+        self.store(index, value)
 
     def _window(self, index: tuple):
         """The addressed part of the array in the view's shape, and the window of it that index means."""

@@ -20,7 +20,10 @@ from qwen3_moe_jax.kernels_pallas.decode_step.primitives.products import (
 from qwen3_moe_jax.kernels_pallas.decode_step.primitives.sync import (
     block_barrier,
     copy_to_shared,
+    exchange,
     grid_signal,
+    signal_devices,
+    wait_devices,
     wait_for_copies,
     warpgroup_barrier,
 )

@@ -65,7 +65,32 @@ def grid_signal(semaphore) -> None:
     plgpu.semaphore_signal(semaphore, memory_scope="gpu")
 
 
-def grid_wait(semaphore, target, *, fence: str) -> None:
+def signal_devices(semaphore, devices: int) -> None:
+    """Says to all devices of the mesh that this block's writes to them are done; run by a whole warpgroup."""
+    warpgroup_barrier()
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
+    def signal(ctx, semaphore):
+        pointers = [mgpu.utils.memref_ptr(ctx.to_remote(semaphore, const(i))) for i in range(devices)]
+        with mgpu.utils.single_thread(scope=mgpu.utils.ThreadSubset.WARPGROUP):
+            mgpu.utils.inline_ptx("fence.acq_rel.sys;", has_side_effects=True)
+            for pointer in pointers:
+                code = "red.relaxed.sys.global.add.u32 [$0], $1;"
+                mgpu.utils.inline_ptx(code, pointer, const(1), has_side_effects=True)
+
+    signal(semaphore)
+
+
+def wait_devices(semaphore, target) -> None:
+    """As :func:`grid_wait`, for the signals of all devices."""
+    grid_wait(semaphore, target, fence="fence.acq_rel.sys;", scope="sys")
+
+
+def exchange(state, device, slots) -> None:
+    raise NotImplementedError("it is the interpreter's: a GPU's blocks send and signal")
+
+
+def grid_wait(semaphore, target, *, fence: str, scope: str = "gpu") -> None:
     """Waits until blocks have signalled ``target`` times since the kernel began.
 
     It ends the program with an error after ``MAX_POLLS``: a block that is not there (fewer
@@ -73,6 +98,7 @@ def grid_wait(semaphore, target, *, fence: str) -> None:
 
     Args:
       fence: the PTX instruction that acquires what the signals released.
+      scope: "gpu", or "sys" where other devices signal too.
     """
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), SCALAR))
@@ -91,7 +117,7 @@ def grid_wait(semaphore, target, *, fence: str) -> None:
             before = loop.before.blocks.append(i32)
             with ir.InsertionPoint(before):
                 (polls,) = before.arguments
-                seen = ptx("ld.relaxed.gpu.global.b32 $0, [$1];", pointer, result_types=i32)
+                seen = ptx(f"ld.relaxed.{scope}.global.b32 $0, [$1];", pointer, result_types=i32)
                 waits = arith.cmpi(below, seen, value)
                 waits = arith.andi(waits, arith.cmpi(below, polls, const(MAX_POLLS)))
                 scf.condition(waits, [polls])

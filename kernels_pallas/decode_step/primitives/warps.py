@@ -195,3 +195,9 @@ class View:
 
     def store(self, index: tuple, value: Any) -> None:
         self.ref[index] = value
+
+    def send(self, index: tuple, value: Any, devices: int) -> None:
+        """Stores into the same array of every device of the mesh, by number."""
+        for device in range(devices):
+            number = jnp.int32(device)
+            plgpu.remote_ref(self.ref, number, device_id_type=pl.DeviceIdType.LOGICAL)[index] = value

@@ -1,0 +1,114 @@
+"""One kernel's steps on the devices of a mesh against one device's: logits, tokens, and the same bits always.
+
+    python -m scripts.make_random_gguf l4.gguf --preset Qwen3-30B-A3B --layers 4
+    python -m scripts.check_mesh l4.gguf --mesh ep=2 --kernels hopper
+
+Both write the same tokens, those that one device thinks best, from an empty cache, each twice. The
+last line is JSON; the program fails where a step is not one kernel, bits differ, or logits depart.
+"""
+
+import argparse
+import json
+import sys
+import time
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qwen3_moe_jax.convert.open_model import open_model
+from qwen3_moe_jax.jax_backend.decode_path import OneKernel
+from qwen3_moe_jax.jax_backend.kv_cache import KVCache
+from qwen3_moe_jax.jax_backend.runner import JaxRunner
+from qwen3_moe_jax.jax_backend.sharding import MeshShape
+
+MIN_COSINE = 0.9999
+"""Of a position's logits: sums in another order, and int8 parts of activations that this moves by one."""
+LENGTH = 256
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run gave, of ``T`` tokens.
+
+    Attributes:
+      logits: float32 [T, V]; tokens: int32 [T + 1], each the best after those before it.
+      devices_agree: whether all devices had the same bits.
+      seconds: of all steps but the first.
+    """
+
+    logits: np.ndarray
+    tokens: list[int]
+    devices_agree: bool
+    seconds: float
+
+
+def run(runner: JaxRunner, count: int, given: list[int] | None = None) -> Run:
+    """Writes ``count`` tokens; ``given`` are taken in place of the best."""
+    decoder, shards = runner.decoder, runner.decoder.shards
+    place = (shards.of_cache, shards.cache_heads) if shards else (runner.device, None)
+    cache = KVCache.create(runner.config, 1, LENGTH, jnp.float16, *place)
+    if decoder.path(runner.params, 1, cache).name != OneKernel.name:
+        sys.exit(f"a step is not one kernel: {decoder.describe()}")
+    step: Any = jax.jit(partial(type(decoder).step, decoder), donate_argnums=3)
+    tokens, found, agree, began = [1], [], True, 0.0
+    for position in range(count):
+        if position == 1:
+            began = time.perf_counter()
+        ids = jnp.full((1, 1), (given or tokens)[position], jnp.int32)
+        out = step(runner.params, ids, jnp.full(1, position, jnp.int32), cache)
+        cache = out.cache
+        parts = [np.asarray(part.data) for part in out.logits.addressable_shards]
+        agree &= all(np.array_equal(parts[0], part) for part in parts)
+        found.append(parts[0][0, 0])
+        tokens.append(int(parts[0].argmax()))
+    return Run(np.stack(found), tokens, agree, time.perf_counter() - began)
+
+
+def cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Of each position's logits."""
+    a, b = a.astype(np.float64), b.astype(np.float64)
+    return (a * b).sum(-1) / np.sqrt((a * a).sum(-1) * (b * b).sum(-1))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model")
+    parser.add_argument("--mesh", required=True)
+    parser.add_argument("--kernels", default="hopper")
+    parser.add_argument("--tokens", type=int, default=32)
+    args = parser.parse_args()
+    runs = []
+    for mesh in (None, MeshShape.parse(args.mesh)):
+        with open_model(args.model) as source:
+            options = {"kernels": args.kernels, "mesh": mesh, "others_follow": False}
+            runner = JaxRunner(source, max_context=LENGTH, **options)
+        for _ in range(2):
+            runs.append(run(runner, args.tokens, runs[0].tokens if runs else None))
+        runner.close()
+        print(f"{mesh}: {runs[-1].seconds / (args.tokens - 1) * 1e3:.2f} ms per step, as calls", flush=True)
+    one, _, mesh, again = runs
+    cosine = cosines(one.logits, mesh.logits)
+    found = {
+        "device": jax.devices()[0].device_kind,
+        "model": args.model,
+        "mesh": args.mesh,
+        "kernels": args.kernels,
+        "tokens": args.tokens,
+        "min_cosine": float(cosine.min()),
+        "same_best": int((one.logits.argmax(-1) == mesh.logits.argmax(-1)).sum()),
+        "same_bits_twice": bool(np.array_equal(mesh.logits, again.logits)),
+        "same_bits_on_all_devices": mesh.devices_agree and again.devices_agree,
+    }
+    passed = cosine.min() > MIN_COSINE and found["same_bits_twice"] and found["same_bits_on_all_devices"]
+    print(json.dumps({**found, "passed": bool(passed)}))
+    sys.exit(not passed)
+
+
+if __name__ == "__main__":
+    main()
