@@ -201,10 +201,7 @@ class StepConfig:
 
 
 def scalar_count(c: StepConfig) -> int:
-    """Length of the table, the positions, the flags of active sequences and on a mesh the device's number.
-
-    Padded for one load per lane.
-    """
+    """Length of :attr:`Operands.scalars_gmem`, padded for one load per lane."""
     return ceil_div(c.num_hidden_layers * len(c.columns()) + 2 * c.batch + (c.devices > 1), 128) * 128
 
 

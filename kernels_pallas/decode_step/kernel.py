@@ -2,17 +2,18 @@
 
 A block of two warpgroups runs on every multiprocessor and walks through the layers. Blocks wait for one
 another at a counter in global memory: a phase waits until the phase before it has signalled. "blocks": every
-block signals once; "owners": the blocks that quantize a sequence for all, once per sequence (batches only).
+block signals once; "owners": the blocks that quantize a sequence for all, once per sequence (batches only);
+"all": every block once, on a mesh to all devices, whose blocks are then waited for (``exchange``).
 
     for layer:                                                                    waits for   signals
       norm        h = quantize(rms_norm(x + down parts)), in batches              down        owners
       qkv         qkv = h @ W_qkv                                                 norm        blocks
       attention   q, k = rope(norm(q, k)); cache <- k, v; a = softmax(q K) V      qkv         blocks
       join        a = join(splits), contexts over 128 tokens                      attention   blocks
-      output      x += quantize(a) @ W_o + down parts                             join        blocks
+      output      x += quantize(a) @ W_o + down parts                             join        all
       router      r = rms_norm(x) @ W_router                                      output      blocks
       gate_up     ids, w = top_k(softmax(r)); s = silu(h W_gate[ids]) * h W_up[ids]  router   blocks
-      down        down parts = w * (quantize(s) @ W_down[ids])                    gate_up     blocks
+      down        down parts = w * (quantize(s) @ W_down[ids])                    gate_up     all
     norm          h = quantize(rms_norm(x + down parts)), in batches              down        owners
     logits        logits = h @ W_lm_head                                          norm        -
 

@@ -227,15 +227,24 @@ def few_launches(network: "Network", token_ids: jax.Array, cache: KVCache, span:
 
 @dataclass(frozen=True)
 class OneKernel:
-    """A whole token as one kernel (``ops.decode_step``): a batch does not change a sequence's bits."""
+    """A whole token as one kernel (``ops.decode_step``): a batch does not change a sequence's bits.
+
+    Attributes:
+      tries_mesh: whether it may run over the devices of a mesh, which only measurements ask for.
+    """
+
+    tries_mesh: bool = False
 
     name: ClassVar[str] = "one kernel"
     batches: ClassVar[range] = range(1, 17)
     is_one_launch: ClassVar[bool] = True
 
     def reason_on(self, device: Device, model: Qwen3Moe, params: Params) -> str | None:
-        if model.shards is not None and (reason := model.shards.reason_against_one_kernel):
-            return reason
+        if model.shards is not None:
+            if reason := model.shards.reason_against_one_kernel:
+                return reason
+            if not self.tries_mesh:
+                return "its exchange over NVLink has not passed on GPUs yet"
         if model.kernels == "xla":
             return "it is a GPU kernel, and xla is chosen"
         if device.platform != "gpu":  # said without the import of Mosaic GPU, which takes half a second

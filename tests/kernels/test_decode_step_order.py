@@ -7,6 +7,7 @@ from unittest import mock
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 pytest.importorskip("jax.experimental.pallas.mosaic_gpu")
@@ -17,6 +18,7 @@ from qwen3_moe_jax.kernels_pallas.decode_step import kernel
 from qwen3_moe_jax.kernels_pallas.decode_step.activations import Activations
 from qwen3_moe_jax.kernels_pallas.decode_step.api import Device
 from qwen3_moe_jax.kernels_pallas.decode_step.attention import Attention
+from qwen3_moe_jax.kernels_pallas.decode_step.exchange import ONE_DEVICE, Slots, Split
 from qwen3_moe_jax.kernels_pallas.decode_step.experts import Experts
 from qwen3_moe_jax.kernels_pallas.decode_step.grid import Grid
 from qwen3_moe_jax.kernels_pallas.decode_step.projections import Projections
@@ -44,8 +46,11 @@ def table() -> list[tuple[str, str, str]]:
     return rows
 
 
-def recorded(batch: int) -> list[tuple[str, str]]:
-    """(phase, "wait" or "signal") in the order of the traced kernel, repetitions by types taken out."""
+def recorded(batch: int, mesh: Split) -> list[tuple[str, str]]:
+    """(phase, event) in the order of the traced kernel, repetitions by types taken out.
+
+    Events: "wait", "wait for devices", "signal", and "signal to all" where devices could be told.
+    """
     found, inside = [], ["kernel"]
 
     def phase(name, original):
@@ -58,18 +63,20 @@ def recorded(batch: int) -> list[tuple[str, str]]:
 
     def event(what, original):
         def run(*args, **kwargs):
-            if found[-1:] != [(inside[-1], what)]:
-                found.append((inside[-1], what))
+            here = f"{what} to all" if kwargs.get("to_all") else what.replace("_", " ")
+            if found[-1:] != [(inside[-1], here)]:
+                found.append((inside[-1], here))
             return original(*args, **kwargs)
 
         return run
 
     patches = [(owner, method, phase(n, getattr(owner, method))) for n, (owner, method) in PHASES.items()]
-    patches += [(Grid, what, event(what, getattr(Grid, what))) for what in ("wait", "signal")]
+    events = ("wait", "wait_for_devices", "signal")
+    patches += [(Grid, what, event(what, getattr(Grid, what))) for what in events]
     with ExitStack() as stack:
         for owner, name, value in patches:
             stack.enter_context(mock.patch.object(owner, name, value))
-        trace_step(batch=batch, device=Device.of_cores(114))
+        trace_step(batch=batch, device=Device.of_cores(114, mesh=mesh))
     return found
 
 
@@ -81,26 +88,33 @@ def test_each_row_of_the_docstring_waits_for_the_row_before_it():
     assert [norm[1], logits[1]] == [names[-1], "norm"]
 
 
-@pytest.mark.parametrize("batch", [1, 3])
-def test_phases_wait_and_signal_in_the_order_of_the_docstring(batch):
-    expected = []
-    for name, _, signals in table():
+@pytest.mark.parametrize(
+    ("batch", "mesh"), [(1, ONE_DEVICE), (3, ONE_DEVICE), (1, Split(2)), (3, Split(1, 2))]
+)
+def test_phases_wait_and_signal_in_the_order_of_the_docstring(batch, mesh):
+    expected, signalled = [], {name: signals for name, _, signals in table()}
+    for name, waited, signals in table():
         if name == "norm" and batch == 1:
             continue  # a single sequence is normed inside the phases
-        expected.append((name, "wait"))
+        waited = "down" if waited == "norm" and batch == 1 else waited
+        is_all = mesh.devices > 1 and signalled[waited] == "all"
+        expected.append((name, "wait for devices" if is_all else "wait"))
         if signals != "-":
-            expected.append((name, "signal"))
-    assert recorded(batch) == [*expected, ("kernel", "signal")]
+            expected.append((name, "signal to all" if signals == "all" else "signal"))
+    assert recorded(batch, mesh) == [*expected, ("kernel", "signal")]
 
 
-@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize(("batch", "devices"), [(1, 1), (3, 1), (1, 2), (3, 4)])
 @pytest.mark.parametrize("is_split", [False, True])
-def test_each_phase_waits_for_all_signals_before_it(batch, is_split):
+def test_each_phase_waits_for_all_signals_before_it(batch, devices, is_split):
     """Two layers, with the counts as numbers: none too few (a race) and none too many (a wait for ever)."""
     blocks, layers = 112, 2
     owners = batch if batch > 1 else 0
     c = SimpleNamespace(batch=batch, blocks=blocks, num_hidden_layers=layers, num_key_value_heads=4)
-    c.shares = batch > 1
+    c.shares, c.devices = batch > 1, devices
+    elsewhere = (
+        () if devices == 1 else ("output", "down")
+    )  # what is signalled to all has a counter of its own
     sent, called, left = 0, [], []
 
     def phase(name):
@@ -108,7 +122,7 @@ def test_each_phase_waits_for_all_signals_before_it(batch, is_split):
             nonlocal sent
             assert int(args[-1]) == sent, name
             called.append(name)
-            sent += blocks + (owners if name in ("qkv", "logits") else 0)
+            sent += 0 if name in elsewhere else blocks + (owners if name in ("qkv", "logits") else 0)
 
         return run
 
@@ -135,3 +149,42 @@ def test_each_phase_waits_for_all_signals_before_it(batch, is_split):
     names = [name for name, _, _ in table() if name != "norm" and (is_split or name != "join")]
     assert called == names[:-1] * layers + names[-1:]
     assert [int(count) for count in left] == [sent]
+
+
+@pytest.mark.parametrize("devices", [2, 4])
+def test_devices_wait_for_all_parts_before_they_add_them(devices):
+    """Every block signals to all after each output projection and after each down."""
+    waited = []
+    grid = SimpleNamespace(c=SimpleNamespace(devices=devices), wait_for_devices=waited.append)
+    for layer in range(3):
+        Grid.wait_for_down(grid, layer, None)
+        Grid.wait_for_output(grid, layer, None)
+    Grid.wait_for_down(grid, 3, None)
+    assert waited == list(range(7))
+
+
+@pytest.mark.parametrize(("devices", "parts"), [(1, 2), (2, 1), (2, 2), (4, 2)])
+def test_every_part_is_added_once_and_none_is_overwritten_before(devices, parts):
+    """The state with numbers for arrays; a device that is ahead writes before others have read."""
+    slots, rng = Slots(devices, parts), np.random.default_rng(3)
+    state, total = np.zeros(slots.number, int), 7
+    state[0] = total
+    add = lambda where: state[where].sum()
+    for layer in range(4):
+        assert add(slots.before(layer)) == total
+        output = rng.integers(1, 100, devices)
+        if devices == 1:
+            state[0] = add(slots.before(layer)) + output[0]
+        else:
+            for device, value in enumerate(
+                output
+            ):  # all at once, while the slowest still adds what was before
+                state[slots.output(device, layer)] = value
+            assert add(slots.before(layer)) == total
+            state[0] = add(slots.before(layer))
+        total += output.sum()
+        assert add(slots.after_output(layer)) == total
+        for device in range(devices):
+            for part in range(parts):
+                state[slots.down(device, part)] = value = rng.integers(1, 100)
+                total += value

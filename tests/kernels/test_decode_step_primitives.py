@@ -25,7 +25,7 @@ def test_a_body_has_every_primitive_and_no_other(body):
     module = importlib.import_module(f"{primitives.__name__}.{body}")
     own = {n for n, f in vars(module).items() if callable(f) and n[0] != "_" and n not in ("Any", "partial")}
     assert own == METHODS.keys() | {"View"}
-    for name in ("__init__", "load", "store"):
+    for name in ("__init__", "load", "store", "send"):
         wanted = arguments(getattr(importlib.import_module(f"{primitives.__name__}.sm90").View, name))
         assert arguments(getattr(module.View, name)) == wanted
 
@@ -36,4 +36,4 @@ def test_a_primitive_takes_what_the_protocol_says(body, name):
     given = arguments(getattr(importlib.import_module(f"{primitives.__name__}.{body}"), name))
     wanted = arguments(METHODS[name])[1:]
     assert given[: len(wanted)] == wanted
-    assert {n for n, _ in given[len(wanted) :]} <= {"fence"}, "which a body has set"
+    assert {n for n, _ in given[len(wanted) :]} <= {"fence", "scope"}, "which a body has set"

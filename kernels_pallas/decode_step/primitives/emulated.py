@@ -3,15 +3,14 @@
 The names and meanings are those of ``sm90`` and ``sm80``, whose docstrings hold here too.
 """
 
+import functools
 import threading
-from functools import cache
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
-from jax.experimental import io_callback
+from jax import experimental, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -146,7 +145,7 @@ class _Meeting:
         return found
 
 
-_meeting = cache(_Meeting)
+_meeting = functools.cache(_Meeting)
 MEETING_SECONDS = 300
 """Until a simulated device waits no longer for the others, which may still be compiled."""
 
@@ -162,7 +161,7 @@ def exchange(state, device, slots) -> None:
     """
     number = slots.devices
     shape = jax.ShapeDtypeStruct((number, *state.shape), state.dtype)
-    states = io_callback(_meeting(number).meet, shape, device, state[...])
+    states = experimental.io_callback(_meeting(number).meet, shape, device, state[...])
     for other in range(number):
         own = [slots.down(other, part) for part in range(slots.down_parts)]
         for slot in (*own, *(slots.output(other, turn) for turn in range(2))):
