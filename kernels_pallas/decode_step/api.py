@@ -293,7 +293,7 @@ def decode_step(
     """Decodes one token of every sequence. Call inside ``jit``, with the cache donated.
 
     On a mesh it is called inside ``jax.shard_map`` over the axes ``DEVICE_AXES``, with one device's part of
-    the parameters and of the cache; V is then the rows of the head that the device has.
+    the parameters and of the cache; all devices get the same logits.
 
     Args:
       params: the model's parameters, matrices in GPU tiles: "layers" (a ``LayerTable``), "embed_tokens",
@@ -317,8 +317,10 @@ def decode_step(
     (batch,) = token_ids.shape
     replay = expert_ids is not None
     weights = StepWeights.of(params)
-    config = device.mesh.part_of(config, params.get("lm_head", params["embed_tokens"]).shape[0])
+    vocab_size, own_rows = config.vocab_size, params.get("lm_head", params["embed_tokens"]).shape[0]
+    config = device.mesh.part_of(config, own_rows)
     whole = step_config(weights, config, batch, k, device, replay=replay)
+    whole = replace(whole, gathers=own_rows < vocab_size)
     implementations.note(
         "decode_step", device.kernels, (s for stacks in weights.stacks.values() for s in stacks)
     )
@@ -336,9 +338,15 @@ def decode_step(
         operands = operands._replace(k_cache_gmem=k_cache, v_cache_gmem=v_cache)
         outputs.append((c, kernel.decode_step(c, operands, interpret=device.interpret)))
     k, v = jax.freeze(k_cache), jax.freeze(v_cache)
-    logits = [out.logits_gmem.reshape(c.batch, -1)[:, : config.vocab_size] for c, out in outputs]
+    logits = [_rows_in_order(c, out.logits_gmem) for c, out in outputs]
     chosen = [out.expert_ids_gmem for _, out in outputs]
     return StepOutput(jnp.concatenate(logits), k, v, jnp.concatenate(chosen, axis=1))
+
+
+def _rows_in_order(c: kernel_config.StepConfig, logits: jax.Array) -> jax.Array:
+    """The kernel's logits as float32 [B, V]."""
+    rows = logits.reshape(*logits.shape[: 1 + c.gathers], -1)[..., : c.vocab_size]
+    return jnp.moveaxis(rows, 0, 1).reshape(c.batch, -1) if c.gathers else rows
 
 
 def _operands(

@@ -83,6 +83,7 @@ class StepConfig:
       first_sequence: where in the cache's batch axis this kernel's sequences begin.
       mesh: how the model is split over devices that decode together; heads, each expert's width and the
         vocabulary are then those of one device, ``num_experts`` is that of all.
+      gathers: devices have different rows of the head, and all get all logits.
       trace_folder: where the times of each phase are written, or None.
     """
 
@@ -113,6 +114,7 @@ class StepConfig:
     first_sequence: int = 0
     lm_head_tiled: bool = True
     mesh: Split = ONE_DEVICE
+    gathers: bool = False
     trace_folder: str | None = None
 
     @cached_property
@@ -293,7 +295,7 @@ class Outputs(NamedTuple):
     """Results and the buffers through which blocks hand over activations, in global memory.
 
     Attributes:
-      logits_gmem: float32 [B, tiles, blocks, 8]: row (i * blocks + block) * 8 + j.
+      logits_gmem: float32 [B, tiles, blocks, 8]: row (i * blocks + block) * 8 + j; if gathered, of all.
       expert_ids_gmem: int32 [L, B, X].
       qkv_gmem: float32 [B, heads, 2, head_dim / 2].
       attention_gmem: float32 [B, heads, head_dim], in whole spans.
@@ -321,9 +323,9 @@ class Outputs(NamedTuple):
 def output_types(c: StepConfig) -> Outputs:
     """The types of :class:`Outputs`."""
     f32 = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
-    heads = c.qkv_stride // c.head_dim
+    heads, tiles = c.qkv_stride // c.head_dim, c.row_stride(c.vocab_size) // (8 * c.blocks)
     out = Outputs(
-        logits_gmem=f32(c.batch, c.row_stride(c.vocab_size) // (8 * c.blocks), c.blocks, 8),
+        logits_gmem=f32(*[c.devices] * c.gathers, c.batch, tiles, c.blocks, 8),
         expert_ids_gmem=jax.ShapeDtypeStruct(
             (c.num_hidden_layers, c.batch, c.num_experts_per_tok), jnp.int32
         ),

@@ -74,6 +74,13 @@ class Slots(NamedTuple):
         """That of a device's part of a layer's output projection."""
         return 1 + self.devices * (self.down_parts + layer % 2) + device
 
+    @property
+    def sent(self) -> list[list[int]]:
+        """The places that each device fills."""
+        every = range(self.devices)
+        outputs = [[self.output(device, turn) for turn in range(2)] for device in every]
+        return [outputs[d] + [self.down(d, part) for part in range(self.down_parts)] for d in every]
+
     def after_output(self, layer: Any) -> list:
         """What the residual stream is the sum of, in this order, after a layer's output projection."""
         return [0, *(self.output(device, layer) for device in range(self.devices) if self.devices > 1)]

@@ -172,7 +172,10 @@ class Grid:
 
         @pl.when(self.wg == 0)
         def _():
-            self.prim.exchange(self.inputs.state_gmem, self.device, self.c.slots)
+            self.prim.exchange(self.inputs.state_gmem, self.device, self.c.slots.sent)
+            if self.c.gathers:
+                each = [[device] for device in range(self.c.devices)]
+                self.prim.exchange(self.outputs.logits_gmem, self.device, each)
 
         self.sync_block()
 

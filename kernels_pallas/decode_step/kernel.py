@@ -103,6 +103,8 @@ class Kernel:
         self.projections.logits(count)
         if self.g.semaphore is not None:
             self.leave_zero(count + owners + blocks)
+        elif c.gathers:
+            self.g.wait_for_devices(0)
 
     def leave_zero(self, count: Any) -> None:
         """The last signal; one warpgroup waits for all of them and leaves zero behind."""
@@ -112,8 +114,9 @@ class Kernel:
         def _():
             plgpu.semaphore_wait(self.g.semaphore, count, memory_scope="gpu")
             if self.g.meeting is not None:
-                meetings = 2 * self.c.num_hidden_layers * self.c.devices * self.c.blocks
-                plgpu.semaphore_wait(self.g.meeting, jnp.int32(meetings))
+                times = jnp.int32(2 * self.c.num_hidden_layers + self.c.gathers)
+                self.g.wait_for_devices(times)  # ends in time
+                plgpu.semaphore_wait(self.g.meeting, times * (self.c.devices * self.c.blocks))
 
 
 def decode_step(config: StepConfig, operands: Operands, *, interpret: Any = None) -> Outputs:

@@ -199,7 +199,7 @@ class Projections(Products):
         """``logits = rms_norm(x + down parts) @ W_lm_head``: float32 [B, tiles, blocks, 8].
 
         Waits for down of the last layer (``count``), in batches also for the owners, who signal once per
-        sequence.
+        sequence. Where devices have different rows each sends its own to all, and signals to all.
         """
         self.g.begin()
         c, spans = self.c, spans_of(self.c.hidden_size)
@@ -209,11 +209,22 @@ class Projections(Products):
 
         def store(_, b, group):
             rows = self.result_rows(b, spans)
-            self.outputs.logits_gmem[b, pl.ds(group * STORE_GROUP, STORE_GROUP), self.g.block] = rows
+            at = (b, pl.ds(group * STORE_GROUP, STORE_GROUP), self.g.block)
+            if c.gathers:
+                self.all_logits.send((self.g.device, *at), rows, c.devices)
+            else:
+                self.outputs.logits_gmem[at] = rows
 
         fmt, stack = c.format(c.lm_head_type, c.lm_head_tiled), self.inputs.weights_gmem["lm_head"][0]
         matrix = DenseMatrix(fmt, stack, 0, c.vocab_size // 8, c.hidden_size)
         self.dense(matrix, lambda: self.x.prepare_normed(norm_ref, last, count), store, ahead=4)
+        if c.gathers:
+            self.g.signal(to_all=True)
+
+    @property
+    def all_logits(self) -> Any:
+        """Those of all devices, float32 [devices, B, tiles, blocks, 8]."""
+        return self.prim.View(self.outputs.logits_gmem, self.outputs.logits_gmem.shape, leading=2)
 
 
 class _Output:

@@ -17,7 +17,7 @@ from qwen3_moe_jax.core.stages import LAYER_STAGES, OUTPUT_STAGES
 from qwen3_moe_jax.jax_backend.kv_cache import KVCache, Span
 from qwen3_moe_jax.jax_backend.model import Network
 from qwen3_moe_jax.jax_backend.qwen3_moe import Output, Qwen3Moe
-from qwen3_moe_jax.jax_backend.sharding import BOTH, CACHE_SPEC, STAGE_AXES, Shards
+from qwen3_moe_jax.jax_backend.sharding import CACHE_SPEC, STAGE_AXES, Shards
 
 R = TypeVar("R")
 
@@ -122,18 +122,13 @@ def on_all_devices(
     expert_ids: jax.Array | None,
     active: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """``decode_step`` on each device's part of the parameters and of the cache: its results, whole logits.
+    """``decode_step`` on each device's part of the parameters and of the cache: its results.
 
     Args:
       step: ``decode_step.api.decode_step`` of the mesh; the other arguments are as its own.
     """
-    has_rows = "lm_head" in params and shards.is_split("lm_head")
-
     def on_device(params: Any, ids: Any, start: Any, k: Any, v: Any, experts: Any, active: Any) -> Any:
-        logits, *rest = step(params, config, ids, start, k, v, expert_ids=experts, active=active)
-        if has_rows:
-            logits = jax.lax.all_gather(logits, BOTH, axis=1, tiled=True)
-        return logits, *rest
+        return tuple(step(params, config, ids, start, k, v, expert_ids=experts, active=active))
 
     run = jax.shard_map(
         on_device,

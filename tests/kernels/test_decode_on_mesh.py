@@ -25,7 +25,7 @@ from qwen3_moe_jax.testing.random_models import SMALL, write_random_gguf
 TOKEN = 3
 CONFIG = replace(
     SMALL,
-    vocab_size=64,
+    vocab_size=288,
     num_hidden_layers=1,
     num_attention_heads=4,
     num_key_value_heads=4,

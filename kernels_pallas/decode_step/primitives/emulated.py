@@ -131,16 +131,16 @@ def wait_devices(semaphore, target) -> None:
 
 
 class _Meeting:
-    """Where the threads of simulated devices wait for one another, each with its state."""
+    """Where the threads of simulated devices wait for one another, each with its array."""
 
     def __init__(self, devices: int):
-        self.barrier, self.states = threading.Barrier(devices, timeout=MEETING_SECONDS), {}
+        self.barrier, self.arrays = threading.Barrier(devices, timeout=MEETING_SECONDS), {}
 
-    def meet(self, device, state) -> np.ndarray:
-        """The states of all devices, when all are here."""
-        self.states[int(device)] = np.array(state)
+    def meet(self, device, array) -> np.ndarray:
+        """The arrays of all devices, when all are here."""
+        self.arrays[int(device)] = np.array(array)
         self.barrier.wait()
-        found = np.stack([self.states[i] for i in range(self.barrier.parties)])
+        found = np.stack([self.arrays[i] for i in range(self.barrier.parties)])
         self.barrier.wait()  # nobody comes again before all have read
         return found
 
@@ -150,22 +150,21 @@ MEETING_SECONDS = 300
 """Until a simulated device waits no longer for the others, which may still be compiled."""
 
 
-def exchange(state, device, slots) -> None:
+def exchange(ref, device, sent: list) -> None:
     """Waits for all devices, and takes from each what it has sent, in place of semaphores and remote stores.
 
     The simulated devices of one process call it equally often (the GPU's kernel signals instead).
 
     Args:
-      state: the kernel's state, whose slots every device has filled on its own side.
+      ref: an array of which every device has filled its places on its own side.
       device: this device's number.
+      sent: of each device, its places on the first axis.
     """
-    number = slots.devices
-    shape = jax.ShapeDtypeStruct((number, *state.shape), state.dtype)
-    states = experimental.io_callback(_meeting(number).meet, shape, device, state[...])
-    for other in range(number):
-        own = [slots.down(other, part) for part in range(slots.down_parts)]
-        for slot in (*own, *(slots.output(other, turn) for turn in range(2))):
-            state[slot] = states[other, slot]
+    shape = jax.ShapeDtypeStruct((len(sent), *ref.shape), ref.dtype)
+    found = experimental.io_callback(_meeting(len(sent)).meet, shape, device, ref[...])
+    for other, places in enumerate(sent):
+        for place in places:
+            ref[place] = found[other, place]
 
 
 def top_experts(logits, scale, ids, routing, count: int) -> None:

@@ -86,7 +86,7 @@ def wait_devices(semaphore, target) -> None:
     grid_wait(semaphore, target, fence="fence.acq_rel.sys;", scope="sys")
 
 
-def exchange(state, device, slots) -> None:
+def exchange(ref, device, sent: list) -> None:
     raise NotImplementedError("it is the interpreter's: a GPU's blocks send and signal")
 
 
