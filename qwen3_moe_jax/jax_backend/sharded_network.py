@@ -127,6 +127,7 @@ def on_all_devices(
     Args:
       step: ``decode_step.api.decode_step`` of the mesh; the other arguments are as its own.
     """
+
     def on_device(params: Any, ids: Any, start: Any, k: Any, v: Any, experts: Any, active: Any) -> Any:
         return tuple(step(params, config, ids, start, k, v, expert_ids=experts, active=active))
 
