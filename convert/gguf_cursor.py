@@ -70,11 +70,15 @@ class Cursor:
         self._fill(8 + length)
         window, at, end = self._window, self._at, len(self._window)
         strings: list[bytes] = []
-        while len(strings) < count and at + 8 <= end:
-            (length,) = _U64.unpack_from(window, at)
-            if length > limit or at + 8 + length > end:
+        append, unpack = strings.append, _U64.unpack_from  # 300,000 times for a vocabulary and its merges
+        for _ in range(count):
+            if at + 8 > end:
                 break
-            strings.append(window[at + 8 : at + 8 + length])
-            at += 8 + length
+            (length,) = unpack(window, at)
+            stop = at + 8 + length
+            if length > limit or stop > end:
+                break
+            append(window[at + 8 : stop])
+            at = stop
         self._at = at
         return strings

@@ -68,8 +68,8 @@ def _array(metadata: Mapping[str, object], key: str, element: type) -> list[Any]
     if not isinstance(values, list):
         raise _fail(key, "must be an array")
     # ``type``, not ``isinstance``: a boolean is no token type.
-    wrong = next((i for i, v in enumerate(values) if type(v) is not element), None)
-    if wrong is not None:
+    if set(map(type, values)) - {element}:
+        wrong = next(i for i, v in enumerate(values) if type(v) is not element)
         raise _fail(key, f"must hold {element.__name__} values; number {wrong} is another type")
     return values
 
@@ -81,16 +81,23 @@ def _check_tokens(metadata: Mapping[str, object], vocab_size: int | None) -> lis
         raise _fail(key, "is empty")
     if vocab_size is not None and len(tokens) > vocab_size:
         raise _fail(key, f"holds {len(tokens)} tokens, but the embedding has only {vocab_size} rows")
+    different = set(tokens)
+    if "" in different or len(different) != len(tokens):
+        _refuse_tokens(key, tokens)
+    missing = [c for c in BYTE_ALPHABET if c not in different]
+    if missing:
+        raise _fail(key, f"lacks {len(missing)} of the 256 byte tokens, the first is {quote(missing[0])}")
+    return tokens
+
+
+def _refuse_tokens(key: str, tokens: list[str]) -> None:
+    """Raises for the first token that is empty or was there before."""
     known: dict[str, int] = {}
     for i, token in enumerate(tokens):
         if not token:
             raise _fail(key, f"has an empty token, number {i}")
         if known.setdefault(token, i) != i:
             raise _fail(key, f"has {quote(token)} twice, as number {known[token]} and {i}")
-    missing = [c for c in BYTE_ALPHABET if c not in known]
-    if missing:
-        raise _fail(key, f"lacks {len(missing)} of the 256 byte tokens, the first is {quote(missing[0])}")
-    return tokens
 
 
 def _check_per_token(
@@ -107,9 +114,9 @@ def _check_per_token(
 def _check_token_types(metadata: Mapping[str, object]) -> None:
     key = _PREFIX + "token_type"
     kinds: Any = metadata[key]
-    for i, kind in enumerate(kinds):
-        if kind not in _TOKEN_TYPES:
-            raise _fail(key, f"gives token {i} the type {kind}; types go from 1 to 6")
+    if set(kinds) - set(_TOKEN_TYPES):
+        i, kind = next((i, kind) for i, kind in enumerate(kinds) if kind not in _TOKEN_TYPES)
+        raise _fail(key, f"gives token {i} the type {kind}; types go from 1 to 6")
 
 
 def _check_merges(metadata: Mapping[str, object], tokens: set[str]) -> None:

@@ -4,7 +4,6 @@ import math
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -359,8 +358,6 @@ def _make_jax(source, max_context, dtype, kv_cache, kernels, _adapter, progress,
 
     if "mesh" in first:
         first = {**first, "mesh": named_mesh(first["mesh"])}
-    if nvidia_gpus() and not cards_are_hidden_by():
-        _import_kernels()
     return JaxRunner(
         source,
         max_context=max_context,
@@ -370,14 +367,6 @@ def _make_jax(source, max_context, dtype, kv_cache, kernels, _adapter, progress,
         progress=progress,
         **first,
     )
-
-
-def _import_kernels() -> None:
-    """What takes long to import and a GPU's model needs, while its driver starts in another thread."""
-    from qwen3_moe_jax.kernels_pallas.gpu.device import import_kernels
-
-    with suppress(NotImplementedError):  # it is said where kernels are chosen
-        import_kernels("decode_step.api")
 
 
 def _make_wgpu(source, max_context, dtype, _kv_cache, _kernels, adapter, progress, _first) -> Runner:

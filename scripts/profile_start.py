@@ -65,6 +65,7 @@ def start(options: dict[str, Any]) -> None:
 
         from qwen3_moe_jax.jax_backend import device_load, params, placement, programs, runner
         from qwen3_moe_jax.jax_backend.session_programs import Session
+        from qwen3_moe_jax.kernels_pallas.gpu import device as gpu
     _note_programs(programs)
     (
         timed(api, "open_model"),
@@ -74,7 +75,7 @@ def start(options: dict[str, Any]) -> None:
     )
     timed(placement, "load_params"), timed(params, "allocate"), timed(params, "device_plan")
     timed(params, "wanted_programs"), timed(params, "_vectors"), timed(device_load.Checks, "raise_first")
-    timed(loader, "_import_kernels"), timed(loader, "import_jax")
+    timed(gpu, "import_kernels"), timed(loader, "import_jax")
     timed(Session, "of"), timed(runner.Native, "kernels"), timed(runner.Placement, "plan")
     profile = cProfile.Profile()
     if options["profile"]:

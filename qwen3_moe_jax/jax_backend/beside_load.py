@@ -1,7 +1,8 @@
 """What a session is made of, found out while its weights go up to a GPU.
 
-The shapes of all programs take most of a second of Python. A GPU's load is reading and copying, with the
-interpreter's lock free, so the two run side by side there; a CPU's load keeps the processors busy itself.
+Kernels to import and the shapes of all programs take more than half a second of Python. A GPU's load is
+reading and copying, with the interpreter's lock free, so the two run side by side there; a CPU's load keeps
+the processors busy itself.
 """
 
 from collections.abc import Callable

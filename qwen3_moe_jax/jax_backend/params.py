@@ -8,7 +8,7 @@ is on the host or on the device twice.
 import math
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -23,7 +23,7 @@ from qwen3_moe_jax.convert.packed import GPU_TILES, LANES, LANES16, PackedTensor
 from qwen3_moe_jax.convert.progress import ProgressCallback
 from qwen3_moe_jax.convert.source import ModelSource
 from qwen3_moe_jax.convert.tensor_names import TensorSpec, tensor_specs
-from qwen3_moe_jax.convert.unpack import dequantize
+from qwen3_moe_jax.convert.unpack import dequantize, empty_packed
 from qwen3_moe_jax.jax_backend import host_load
 from qwen3_moe_jax.jax_backend.device import Device
 from qwen3_moe_jax.jax_backend.device_load import Target, allocate, load_stacks, wanted_programs
@@ -102,9 +102,25 @@ def tiled_params(params: Params) -> Params:
 
     def tiles(name: str, value: Value, rows: int) -> Value:
         name = name.removesuffix(f".{value.type.name}") if isinstance(value, PackedTensor) else name
-        return jax.eval_shape(partial(_rearranged, tiled=_is_tiled(name, value, rows)), value)
+        return (
+            tiled_shape(value) if isinstance(value, PackedTensor) and _is_tiled(name, value, rows) else value
+        )
 
     return _each(tiles, params)
+
+
+def tiled_shape(value: PackedTensor) -> PackedTensor:
+    """The shapes of ``to_gpu_tiles`` of these, from those of one tile: no program is traced for them."""
+    *leading, rows, columns = value.shape
+    tiles = (*leading, rows // TILE_ROWS, columns // SUPERBLOCK)
+    arrays = {n: jax.ShapeDtypeStruct((*tiles, *a.shape[2:]), a.dtype) for n, a in _tile(value.type).items()}
+    return PackedTensor(arrays, value.type, GPU_TILES)
+
+
+@cache
+def _tile(type: GGMLType) -> Mapping[str, np.ndarray]:
+    """The arrays of one tile."""
+    return to_gpu_tiles(empty_packed(type, (TILE_ROWS, SUPERBLOCK))).arrays
 
 
 def laned_params(params: Params) -> Params:
@@ -259,7 +275,3 @@ def _is_tiled(name: str, value: Value, rows: int) -> bool:
     if name in ROWS_ALWAYS or not isinstance(value, PackedTensor) or value.type not in TILED_TYPES:
         return False
     return rows % TILE_ROWS == 0 and value.shape[-1] % SUPERBLOCK == 0
-
-
-def _rearranged(value: Value, tiled: bool) -> Value:
-    return to_gpu_tiles(value, jnp) if tiled and isinstance(value, PackedTensor) else value

@@ -150,8 +150,6 @@ class JaxRunner:
         is_split = place.shards is not None
         native = Native.begin(self.device, kernels, compute_dtype is not None, is_split=is_split)
         self.is_closed, self._batches = False, weakref.WeakSet[Batch]()
-        if place.is_gpu:
-            ask_ptxas_once()
         self.kernels = native.kernels(self.kernels)
         self.params = load_beside(
             partial(self._get_ready, first_prompt, first_forward, has_spares, others_follow),
@@ -177,6 +175,8 @@ class JaxRunner:
         self, prompt: int | None, check: FirstForward | None, aided: bool, others_follow: bool
     ) -> list[Wanted]:
         """Compiles what the first tokens and the check of a file need; returns what is on disk already."""
+        if self.placement.is_gpu:
+            ask_ptxas_once()
         kernels, shards = self.kernels.name, self.placement.shards
         model = Qwen3Moe(self.config, self.compute_dtype, kernels=kernels, shards=shards)
         self._session = Session.of(model, self._types, self.device, self.max_context, self.cache_dtype)

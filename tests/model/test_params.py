@@ -3,11 +3,12 @@
 from dataclasses import replace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from qwen3_moe_jax.convert.ggml_types import GGMLType
-from qwen3_moe_jax.convert.layouts.gpu_tiles import TILE_ROWS
+from qwen3_moe_jax.convert.layouts.gpu_tiles import TILE_ROWS, TILED_TYPES, to_gpu_tiles
 from qwen3_moe_jax.convert.open_model import open_model
 from qwen3_moe_jax.convert.packed import ROWS
 from qwen3_moe_jax.convert.tensor_names import tensor_specs
@@ -16,6 +17,7 @@ from qwen3_moe_jax.jax_backend import host_load
 from qwen3_moe_jax.jax_backend import params as loading
 from qwen3_moe_jax.jax_backend.runner import JaxRunner
 from qwen3_moe_jax.kernels_pallas import dequantize as dequantize_on_device
+from qwen3_moe_jax.kernels_pallas.packed.stacks import abstract_packed
 from qwen3_moe_jax.parity.metrics import cosine
 from qwen3_moe_jax.reference import ReferenceRunner
 from qwen3_moe_jax.testing.random_models import SMALL, write_random_gguf
@@ -29,6 +31,15 @@ LAYOUTS = pytest.mark.parametrize(
 
 
 CPU = jax.devices("cpu")[0]
+
+
+@pytest.mark.parametrize("type", TILED_TYPES, ids=lambda type: type.name)
+def test_shapes_of_tiles_are_those_that_the_shuffle_gives(type):
+    rows = abstract_packed(type, (3, 24, 512))
+    expected = jax.eval_shape(lambda packed: to_gpu_tiles(packed, jnp), rows)
+    found = loading.tiled_shape(rows)
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    assert jax.tree.leaves(found) == jax.tree.leaves(expected)
 
 
 @LAYOUTS
