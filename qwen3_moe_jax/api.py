@@ -287,6 +287,9 @@ class Model(Research):
         self._runner.close()
         self.source.close()
 
+    def __reduce_ex__(self, protocol: object) -> Any:
+        raise TypeError("a model cannot be copied or pickled: share it, or load it in each process")
+
     def __enter__(self) -> "Model":
         _ = self.runner
         return self

@@ -1,5 +1,8 @@
 """Values from Python of a wrong kind: refused in one line that names them, before any work."""
 
+import copy
+import pickle
+
 import numpy as np
 import pytest
 
@@ -38,6 +41,12 @@ def test_none_is_no_stop_and_an_integer_of_numpy_is_one(model):
 def test_one_text_is_no_list_of_prompts(model, prompts):
     with pytest.raises(ValueError, match="give a list of prompts"):
         model.generate_batch(prompts, max_tokens=1, sampling=GREEDY)
+
+
+@pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy, pickle.dumps], ids=lambda f: f.__name__)
+def test_a_model_that_is_copied_says_what_to_do(model, duplicate):
+    with pytest.raises(TypeError, match="cannot be copied or pickled: share it, or load it in each process"):
+        duplicate(model)
 
 
 def one_line(error: pytest.ExceptionInfo[Exception], words: str) -> None:
