@@ -61,7 +61,8 @@ class TiledQ2K:
         minima = [(weights[1] >> 4) & 0x0F0F0F0F for weights in tiles]
         values, below = [0.0] * len(tiles), [0.0] * len(tiles)
         for s in range(2):
-            of_scales, of_minima = [0] * len(tiles), [0] * len(tiles)
+            of_scales: list[Array] = [0] * len(tiles)
+            of_minima: list[Array] = [0] * len(tiles)
             for half in range(2):
                 words = [[_two_bits(weights[0], s, half)] for weights in tiles]
                 sums, right = x.spread(x.sums[s][half]), 8 * (2 * s + half)
@@ -92,7 +93,7 @@ class TiledQ3K:
     def multiply(cls, tiles: list, x: LaneActivations) -> list:
         values = [0.0] * len(tiles)
         for s in range(2):
-            totals = [0] * len(tiles)
+            totals: list[Array] = [0] * len(tiles)
             for half in range(2):
                 words = [[_two_bits(w[0], s, half) | upper_bits(w[1 + half], s, 2)] for w in tiles]
                 above = x.spread(x.sums[s][half]) * -4  # the stored weight is 4 above the true one
@@ -172,11 +173,14 @@ class TiledMXFP4(TiledIQ4NL):
 
     kinds = ("words", "words", "word")
     table = FP4_VALUES
-    scale = MXFP4.scale
 
     @classmethod
     def load(cls, stack: dict, place: Place) -> tuple:
         return (*_vectors(stack, place, 2), _two_bytes(stack, place, "e"))
+
+    @classmethod
+    def scale(cls, weights: tuple, s: int, half: int) -> Array:
+        return MXFP4.scale(weights, s, half)
 
 
 class TiledIQ4XS(TiledIQ4NL):
