@@ -35,7 +35,8 @@ for independent, their sum for a random walk, and a weight for one number.
 **int15** (a CPU's integer dots) rounds x alone: 256 columns have one scale, their largest magnitude over
 16,256, and each is off by at most half of it, evenly spread: a deviation of ``scale / sqrt(12)`` an element,
 whatever its own size. So a product has ``sqrt(sum scale^2 / 12 w^2)``, in both models; in the careful one
-the rounding of this very x counts as one deviation besides. The integers themselves are exact.
+the rounding of this very x counts as one deviation besides. The integers themselves are exact. 256 columns
+that are all below ``INT15_ZERO`` become zero: their scale times a weight's would leave float32's range.
 
 Numbers below ``2^-126`` may become zero in any operand and any product, which
 adds ``2^-126 (sum |x| + sum |w| + K)``. Sums above float32's largest number are
@@ -78,6 +79,9 @@ SUBBLOCK = 32
 
 SCALED = 256
 """Columns of activations that share the scale of their 15 bits."""
+
+INT15_ZERO = 1e-30
+"""A CPU's integer dots take columns of one scale for zero where all are below this (``native/csrc``)."""
 
 ROWS_AT_A_TIME = 512
 
@@ -194,7 +198,8 @@ def rounded(values: np.ndarray, operand: float) -> np.ndarray:
     """Rounds float64 values to the reduced dtype whose ``ROUNDING`` this is, in any range; ties to even."""
     if operand == INT15:
         steps = int15_steps(values)
-        return np.rint(values / np.where(steps == 0, 1.0, steps)) * steps
+        is_zero = steps < INT15_ZERO * (2 * INT15)
+        return np.where(is_zero, 0.0, np.rint(values / np.where(is_zero, 1.0, steps)) * steps)
     mantissa, exponent = np.frexp(values)
     steps = 0.5 / operand
     return np.ldexp(np.rint(mantissa * steps) / steps, exponent)

@@ -22,6 +22,7 @@ from qwen3_moe_jax.convert.packed import LANES16, PackedTensor
 from qwen3_moe_jax.kernels_pallas.implementations import NATIVE, recording, using
 from qwen3_moe_jax.kernels_pallas.native import compiler, forms, library
 from qwen3_moe_jax.kernels_pallas.native.operands import ARRAYS, FLOATS
+from qwen3_moe_jax.parity.noise import INT15_ZERO, ROUNDING, rounded
 from tests import tolerances
 from tests.conftest import NATIVE_FOLDER as FOLDER
 from tests.kernels.op_inputs import dense64, heavy_tailed, poison, random_weights, rng
@@ -123,6 +124,16 @@ def test_zeros_give_zeros(native, rng):
     assert not np.asarray(
         ops.quantized_matmul(np.zeros((2, 256), np.float32), w, implementation="native")
     ).any()
+
+
+def test_activations_that_are_all_tiny_are_zero_below_what_the_judge_of_stages_allows(native, rng):
+    w = arranged(random_weights(rng, GGMLType.Q8_0, (48, 256)))
+    ones = np.ones((2, 256), np.float32)
+    x = ones * np.array([[0.9], [1.1]], np.float32) * np.float32(INT15_ZERO)
+    below, above = np.asarray(ops.quantized_matmul(x, w, implementation="native"))
+    assert not below.any()
+    assert above.all()
+    assert [row.any() for row in rounded(x.astype(np.float64), ROUNDING["int15"])] == [False, True]
 
 
 def test_it_runs_where_it_is_asked_for_alone(native, rng):
