@@ -61,15 +61,9 @@ def button(page, name):
     )
 
 
-def test_an_answer_comes_while_it_is_written_and_says_what_it_took(page):
-    page.run(
-        "window.lengths = new Set(), new MutationObserver(() => lengths.add("
-        "document.querySelector('.assistant > .body')?.textContent.length))"
-        ".observe(document.getElementById('talk'), { childList: true, subtree: true })"
-    )
+def test_an_answer_says_what_it_took(page):
     say(page, "[[longer]]", 1)
     assert texts(page, ANSWERS) == [" ".join(f"word{i}" for i in range(60)) + "."]
-    assert page.run("[...lengths].filter((n) => n).length") > 2, "it came at once"
     assert "tokens/s" in page.run("document.getElementById('figures').textContent")
     assert "of 1024 tokens" in page.run("document.getElementById('figures').textContent")
     say(page, "[[hello]]", 2)
@@ -103,7 +97,7 @@ def test_stop_keeps_what_is_written_and_frees_the_slot(page, server):
     page.run("document.getElementById('text').focus()")
     page.write("[[forever]]")
     page.press("Enter")
-    page.until(SPOKEN)
+    page.until(SPOKEN)  # an answer comes while it is written: this one has no end
     click(page, "#stop")
     page.until(QUIET, 1)
     until(lambda: not server.service.engine.active)
