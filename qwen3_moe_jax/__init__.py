@@ -80,5 +80,5 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    """The public names, which are not here before they are used."""
-    return sorted({*__all__, *globals()})
+    """The public names, which are not here before they are used, and a module's own."""
+    return sorted({*__all__, *(name for name in globals() if name.startswith("__"))})

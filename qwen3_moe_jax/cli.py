@@ -175,6 +175,10 @@ def _explain(error: Exception) -> tuple[str | None, int]:
     if "can't start new thread" in text:
         advice = "raise the limit (ulimit -v, ulimit -u, or the container's number of processes)"
         return f"the system gives this process no more threads: {advice}", ExitCode.MEMORY
+    if "Disallowed" in text and "transfer" in text:
+        what = "arrays go between the host and the device while a model runs"
+        advice = f"unset JAX_TRANSFER_GUARD and those for one direction ({text[:120]})"
+        return f"JAX is told to forbid transfers, but {what}: {advice}", ExitCode.USAGE
     if isinstance(error, HubError):
         return text, ExitCode.HUB
     if isinstance(error, OptionError):

@@ -4,6 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 
 import qwen3_moe_jax as q3
@@ -221,3 +222,11 @@ def test_the_shell_is_told_what_may_follow(line, expected, tmp_path):
     command = [sys.executable, "-m", "qwen3_moe_jax"]
     subprocess.run(command, env=environment, check=True, capture_output=True, timeout=600)
     assert expected in answer.read_text().replace("\x0b", " ").split()
+
+
+def test_transfers_that_jax_is_told_to_forbid_are_one_line(capsys):
+    with jax.transfer_guard("disallow"):
+        assert main(["generate", "--backend", "jax", "-n", "1", "x"]) == ExitCode.USAGE
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert "JAX_TRANSFER_GUARD" in last
+    assert "host-to-device" in last

@@ -20,7 +20,7 @@ def model():
 
 
 def test_the_namespace_shows_the_public_names():
-    assert set(q3.__all__) <= set(dir(q3))
+    assert {name for name in dir(q3) if not name.startswith("__")} == set(q3.__all__)
     assert q3.__version__
     for name in q3.__all__:
         assert getattr(q3, name)
