@@ -226,7 +226,8 @@ def check_routing(clause: Clause, evidence: Evidence) -> Finding:
         return conclude(clause, evidence.label, np.inf, "expert choices of some positions are missing")
     overlap = metrics.expert_overlap(oracle.text.expert_ids, evidence.free.expert_ids)  # [L, T]
     margin = metrics.router_margin(oracle.router_logits, oracle.source.config.num_experts_per_tok)
-    decided = margin > 2 * evidence.router_errors
+    # without an error equals too are decided: by their order
+    decided = (margin > 2 * evidence.router_errors) | (evidence.router_errors == 0)
     flipped = overlap < 1
     explained = flipped & (~decided | _after_a_flip(flipped))
     unexplained = int((flipped & ~explained).sum())

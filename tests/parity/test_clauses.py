@@ -312,6 +312,14 @@ def test_routing_001_fails_when_the_error_is_beyond_the_margin(oracle, reference
     assert BACKEND_CHECKS["ROUTING-001"](clause, found).verdict == FAILED
 
 
+def test_routing_001_takes_equals_without_an_error_by_their_order(oracle, reference, monkeypatch):
+    """As in a model of zeros: no margin, and no error that could change the choice."""
+    monkeypatch.setattr(clauses.metrics, "router_margin", lambda logits, chosen: np.zeros(logits.shape[:-1]))
+    found = Evidence(oracle, reference)
+    found.router_errors = np.zeros(oracle.text.expert_ids.shape[:2])
+    assert BACKEND_CHECKS["ROUTING-001"](load_contract().clauses["ROUTING-001"], found).verdict == PASSED
+
+
 def test_a_flip_explains_later_ones_only():
     flipped = np.zeros((3, 4), bool)
     flipped[1, 2] = True
