@@ -66,7 +66,8 @@ def check_file_name(path: Path) -> None:
 
 
 def _cannot_be_opened(path: Path, error: OSError | ValueError) -> ModelFileError:
-    problem = getattr(error, "strerror", None) or str(error)  # ValueError: a NUL in the name
+    problem = getattr(error, "strerror", None) or str(error)
+    problem = "a NUL in its name" if "\0" in str(path) else problem  # Python's words change with its version
     shown = printable(str(path), 80 if getattr(error, "errno", None) == errno.ENAMETOOLONG else _SHOWN)
     return ModelFileError("E_OPEN", f"{shown}: cannot be opened: {problem}", name=str(path))
 

@@ -356,7 +356,9 @@ def test_generations_left_unfinished_say_nothing_at_exit():
 def test_no_other_module_touches_the_streams():
     """``print`` is ruff's business; this is about sys.stdout and its like."""
     package = Path(terminal.__file__).parents[1]
-    workers = {"text/template_worker.py", "jax_backend/program_worker.py"}  # their streams are a protocol
+    workers = {
+        f"{name}_worker.py" for name in ("text/template", "jax_backend/program", "parity/crew")
+    }  # a protocol
     allowed = {"core/terminal.py", *workers}
     words = ("sys.stdout", "sys.stderr", "sys.stdin", 'input("', "input('", "Console(")
     for path in package.rglob("*.py"):

@@ -41,6 +41,14 @@ def page(browser, server):
     assert not browser.complaints()
 
 
+@pytest.fixture
+def endless(page):
+    """A page to which an answer of the whole context comes for half a minute, however busy the machine is."""
+    page.throttle(8_000)
+    yield page
+    page.throttle(None)
+
+
 def say(page, text, answers):
     """Types, presses Enter, and waits for the end of answer number ``answers``."""
     page.run("document.getElementById('text').focus()")
@@ -93,13 +101,15 @@ def test_markup_of_the_model_is_text_and_code_is_coloured(page):
     assert texts(page, "#talk pre code .num") == ["1"]
 
 
-def test_stop_keeps_what_is_written_and_frees_the_slot(page, server):
+def test_stop_keeps_what_is_written_and_frees_the_slot(endless, server):
+    page = endless
     page.run("document.getElementById('text').focus()")
     page.write("[[forever]]")
     page.press("Enter")
     page.until(SPOKEN)  # an answer comes while it is written: this one has no end
     click(page, "#stop")
     page.until(QUIET, 1)
+    page.throttle(None)
     until(lambda: not server.service.engine.active)
     written = texts(page, ANSWERS)[0]
     assert len(written) > 20
@@ -152,7 +162,8 @@ def test_a_call_is_shown_takes_a_result_and_the_model_goes_on(page):
     assert "Tools are left out" in page.run("document.getElementById('tools-note').textContent")
 
 
-def test_experts_are_drawn_while_an_answer_is_written(page):
+def test_experts_are_drawn_while_an_answer_is_written(endless):
+    page = endless
     page.run(
         "window.drawn = [], CanvasRenderingContext2D.prototype.putImageData = function (picture) {"
         " drawn.push([picture.height, picture.width, new Set(picture.data).size,"
