@@ -92,15 +92,16 @@ def start(path, out, model, *options, **streams) -> subprocess.Popen:
 def test_kill_9_at_any_byte_leaves_each_line_once(model_files, tmp_path):
     """Killed after the first results, with a torn line put after them; then run to its end."""
     path, out = tmp_path / "requests.jsonl", tmp_path / "results.jsonl"
-    names = [str(i) for i in range(60)]  # more than are written between a look at the file and the kill
+    names = [str(i) for i in range(60)]
     path.write_text("\n".join(completion(name, f"{name} x", 2) for name in names))
     process = start(path, out, model_files["hermes"])
     while not out.exists() or out.read_bytes().count(b"\n") < 3:
         assert process.poll() is None, process.stderr.read()
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
-    before = out.read_bytes()
-    assert 3 <= before.count(b"\n") < len(names)
+    # a busy machine may write all of them before the kill: then half of them are taken away
+    before = b"".join(out.read_bytes().splitlines(keepends=True)[: len(names) // 2])
+    assert before.count(b"\n") >= 3
     out.write_bytes(before + b'{"id": "batch_x", "custom_id": "11", "resp')
     process = start(path, out, model_files["hermes"])
     said = process.communicate(timeout=terminal.SECONDS)[1]
