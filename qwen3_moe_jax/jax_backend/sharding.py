@@ -30,10 +30,10 @@ from qwen3_moe_jax.core.errors import OptionError
 from qwen3_moe_jax.core.mesh import AUTO_MESH, mesh_sizes
 from qwen3_moe_jax.jax_backend.device import Device
 from qwen3_moe_jax.jax_backend.kv_cache import KVCache
+from qwen3_moe_jax.kernels_pallas.decode_step.exchange import DEVICE_AXES
 from qwen3_moe_jax.machine.memory import cache_nbytes
 
-EP, TP = "ep", "tp"
-BOTH = (EP, TP)
+EP, TP = BOTH = DEVICE_AXES
 
 MESH_AXES: Mapping[str, tuple[str, ...]] = {
     "heads": BOTH,
