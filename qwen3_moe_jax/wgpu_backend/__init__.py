@@ -4,6 +4,8 @@ Nothing here imports JAX: a machine without CUDA needs NumPy, jinja2 and wgpu.
 
 - ``adapter``: finds and describes GPUs; the one table of settings by kind of GPU
 - ``device``: buffers, uploads, kernels from ``shaders/*.wgsl``, read-back
+- ``mapped``, ``staging``: buffers that the host sees, and large uploads through them
+- ``feed``, ``reorder``: from a file to buffers
 - ``layout``: the words in which weights lie on the device
 - ``weights``: uploads a model's tensors, in windows no larger than a binding
 - ``plan``: what a model takes of the device's memory, before any upload

@@ -24,6 +24,7 @@ from qwen3_moe_jax.convert.formats.mxfp4 import FP4_VALUES
 from qwen3_moe_jax.core.errors import BackendUnavailableError, MemoryPlanError
 from qwen3_moe_jax.wgpu_backend.adapter import TUNINGS, AdapterReport, Tuning, probe
 from qwen3_moe_jax.wgpu_backend.layout import GRID_OFFSETS, WORD_FORMATS, grid_words, reads_grids
+from qwen3_moe_jax.wgpu_backend.mapped import Readback, Shared
 
 UPLOAD_PIECE = 16 << 20
 """Bytes a write; submitting after each bounds what waits in staging memory, and is twice as fast."""
@@ -36,6 +37,10 @@ _PORTABLE_LIMITS = {
     "max-compute-workgroup-size-x": 256,
     "max-compute-workgroups-per-dimension": 65535,
 }
+
+TIMESTAMPS = ("timestamp-query", "timestamp-query-inside-passes")
+MAX_QUERIES = 4096
+"""Of one query set of WebGPU."""
 
 _BINDING = re.compile(r"@binding\((\d+)\) var<(uniform|storage, read|storage, read_write)>")
 
@@ -103,6 +108,7 @@ class Device:
       tuning: settings for its kind.
       subgroups: lanes may exchange values directly: every subgroup has 32 of them.
       max_bytes: the largest buffer that one binding can show.
+      timestamps: ``run_timed`` can be called: they were asked for, and the adapter writes them inside passes.
     """
 
     def __init__(
@@ -112,6 +118,7 @@ class Device:
         tuning: Tuning | None = None,
         subgroups: bool | None = None,
         max_bytes: int | None = None,
+        timestamps: bool = False,
     ):
         """Opens an adapter.
 
@@ -119,6 +126,7 @@ class Device:
           adapter: part of the wanted adapter's summary.
           tuning, subgroups: in place of what suits the adapter.
           max_bytes: largest binding, in place of the adapter's limit.
+          timestamps: asks for what ``run_timed`` needs, where the adapter offers it.
 
         Raises:
           BackendUnavailableError: no such adapter, or it lacks what every kernel needs.
@@ -127,7 +135,8 @@ class Device:
         self.tuning = tuning or TUNINGS.get(self.report.type, TUNINGS["Unknown"])
         self.subgroups = _fixed_subgroups(gpu_adapter) if subgroups is None else subgroups
         limits = _device_limits(self.report)
-        features = [f for f in ("subgroup",) if f in gpu_adapter.features]
+        wanted = ("subgroup", *(TIMESTAMPS if timestamps else ()))
+        features = [f for f in wanted if f in gpu_adapter.features]
         try:
             self._device: Any = gpu_adapter.request_device_sync(
                 label="qwen3-moe", required_features=features, required_limits=limits
@@ -136,6 +145,7 @@ class Device:
             raise BackendUnavailableError(f"{self.report.summary} gives no device: {error}") from error
         largest = min(limits["max-storage-buffer-binding-size"], limits["max-buffer-size"])
         self.max_bytes = min(max_bytes or largest, largest) & ~255
+        self.timestamps = timestamps and set(TIMESTAMPS) <= set(features)
         self._kernels: dict[tuple, Kernel] = {}
         self._buffers: weakref.WeakSet[Any] = weakref.WeakSet()
         self._grid_table: Any = None
@@ -257,34 +267,72 @@ class Device:
             self._grid_table = self.upload(grid_words(), "grids")
         return self._grid_table
 
-    def run(self, launches: Sequence[Launch], readback: "Readback | None" = None) -> None:
+    def run(self, launches: Sequence[Launch], readback: Readback | None = None) -> None:
         """Encodes the launches, in order, into one command buffer and submits it."""
         self._check_open()
         encoder = self._device.create_command_encoder()
-        compute = encoder.begin_compute_pass()
-        pipeline = None
-        for dispatch, x, y, z in launches:
-            if dispatch.kernel.pipeline is not pipeline:
-                pipeline = dispatch.kernel.pipeline
-                compute.set_pipeline(pipeline)
-            compute.set_bind_group(0, dispatch.group)
-            compute.dispatch_workgroups(x, y, z)
-        compute.end()
+        _encode(encoder.begin_compute_pass(), launches)
         if readback:
             encoder.copy_buffer_to_buffer(readback.source, 0, readback.staging, 0, readback.staging.size)
         self._device.queue.submit([encoder.finish()])
         if readback:
             readback.start()
 
-    def copy(self, source: Any, target: Any, nbytes: int, repeats: int) -> None:
-        """Copies between buffers, several times in one submit; to measure the memory's speed."""
-        self._check_open()
-        encoder = self._device.create_command_encoder()
-        for _ in range(repeats):
-            encoder.copy_buffer_to_buffer(source, 0, target, 0, nbytes)
-        self._device.queue.submit([encoder.finish()])
+    def run_timed(self, launches: Sequence[Launch]) -> np.ndarray:
+        """As ``run``, one timestamp after each: nanoseconds that each took, float64 [len(launches)].
 
-    def readback(self, source: Any, nbytes: int) -> "Readback":
+        A launch begins when the one before has ended: all of them are taken to depend on each other.
+
+        Raises:
+          ValueError: there are MAX_QUERIES launches or more.
+        """
+        self._check_open()
+        import wgpu
+        from wgpu.backends import wgpu_native
+
+        native: Any = wgpu_native.lib
+        count = len(launches) + 1
+        if count > MAX_QUERIES:
+            raise ValueError(f"{len(launches)} launches at once: time at most {MAX_QUERIES - 1}")
+        queries = self._device.create_query_set(type="timestamp", count=count)
+        ticks = self._device.create_buffer(
+            size=8 * count, usage=wgpu.BufferUsage.QUERY_RESOLVE | wgpu.BufferUsage.COPY_SRC
+        )
+        encoder = self._device.create_command_encoder()
+        _encode(encoder.begin_compute_pass(), launches, queries)
+        encoder.resolve_query_set(queries, 0, count, ticks, 0)
+        self._device.queue.submit([encoder.finish()])
+        read = np.frombuffer(self._device.queue.read_buffer(ticks), np.uint64)
+        period = float(native.wgpuQueueGetTimestampPeriod(self._device.queue._internal))
+        return np.diff(read.astype(np.int64)) * period
+
+    def shared(self, nbytes: int) -> Shared:
+        """Memory that the host writes and the device copies from."""
+        self._check_open()
+        import wgpu
+
+        usage = wgpu.BufferUsage.MAP_WRITE | wgpu.BufferUsage.COPY_SRC
+        made = self._device.create_buffer(
+            size=-(-nbytes // 16) * 16, usage=usage, mapped_at_creation=True, label="staging"
+        )
+        self._buffers.add(made)
+        return Shared(made)
+
+    def send(
+        self, piece: Shared, copies: Sequence[tuple[int, Any, int, int]], launches: Sequence[Launch]
+    ) -> None:
+        """Submits copies (from, buffer, to, bytes) out of shared memory, then launches, and maps it again."""
+        self._check_open()
+        piece.unmap()
+        encoder = self._device.create_command_encoder()
+        for start, target, offset, nbytes in copies:
+            encoder.copy_buffer_to_buffer(piece.buffer, start, target, offset, nbytes)
+        if launches:
+            _encode(encoder.begin_compute_pass(), launches)
+        self._device.queue.submit([encoder.finish()])
+        piece.start()
+
+    def readback(self, source: Any, nbytes: int) -> Readback:
         """A small buffer that later submits copy ``source`` to."""
         self._check_open()
         import wgpu
@@ -295,24 +343,22 @@ class Device:
         return Readback(source, made)
 
 
-class Readback:
-    """The start of a buffer, copied at the end of one submit and readable when that is done."""
+def _encode(compute: Any, launches: Sequence[Launch], queries: Any = None) -> None:
+    """The launches, in order, and the end of the pass; one timestamp before them and one after each."""
+    pipeline = None
+    if queries:
+        from wgpu.backends.wgpu_native.extras import write_timestamp
 
-    def __init__(self, source: Any, staging: Any):
-        self.source = source
-        self.staging = staging
-        self._pending: Any = None
-
-    def start(self) -> None:
-        """Asks for the copy; called right after the submit."""
-        self._pending = self.staging.map_async("READ")
-
-    def wait(self) -> np.ndarray:
-        """The bytes, uint8, when the submit is done."""
-        self._pending.sync_wait()
-        data = np.frombuffer(self.staging.read_mapped(), np.uint8).copy()
-        self.staging.unmap()
-        return data
+        write_timestamp(compute, queries, 0)
+    for number, (dispatch, x, y, z) in enumerate(launches, 1):
+        if dispatch.kernel.pipeline is not pipeline:
+            pipeline = dispatch.kernel.pipeline
+            compute.set_pipeline(pipeline)
+        compute.set_bind_group(0, dispatch.group)
+        compute.dispatch_workgroups(x, y, z)
+        if queries:
+            write_timestamp(compute, queries, number)
+    compute.end()
 
 
 def _device_limits(report: AdapterReport) -> dict[str, int]:

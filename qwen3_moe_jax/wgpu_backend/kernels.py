@@ -10,7 +10,7 @@ from typing import Any
 
 from qwen3_moe_jax.convert.ggml_types import GGMLType
 from qwen3_moe_jax.wgpu_backend.device import Device, Dispatch, Launch
-from qwen3_moe_jax.wgpu_backend.layout import WORD_FORMATS
+from qwen3_moe_jax.wgpu_backend.layout import WORD_FORMATS, device_nbytes
 
 ATTENTION_TILE = 128
 GROUP_SHARED_BYTES = 10 << 10
@@ -61,6 +61,7 @@ class Site:
         or "head tiles".
       spans: for attention and merge, cache positions per workgroup; 0 otherwise.
       merge: runs only where there is more than one span.
+      nbytes: bytes of weights that it reads: of all its matrices, of one expert, or of one token's row.
       taps: stages that can be read after this dispatch.
     """
 
@@ -69,6 +70,7 @@ class Site:
     y: str = "once"
     spans: int = 0
     merge: bool = False
+    nbytes: int = 0
     taps: tuple[Any, ...] = ()
 
 
@@ -174,7 +176,8 @@ def dense_site(
     params = device.uniform(columns // 4, y_stride, int(head), 1, 0, 0, 0, len(segments), *words)
     dispatch = device.bind(kernel, {0: params, 1: step, 2: weights.buffer, 3: x, 4: y})
     tiles = "head tiles" if head else "token tiles"
-    return Site(dispatch, groups, "once" if tokens == 1 else tiles, taps=taps)
+    nbytes = sum(device_nbytes(s.type, s.rows * s.columns) for s in segments)
+    return Site(dispatch, groups, "once" if tokens == 1 else tiles, nbytes=nbytes, taps=taps)
 
 
 def expert_site(
@@ -226,7 +229,8 @@ def expert_site(
         resources[7] = weights[1].buffer
     dispatch = device.bind(kernel, resources)
     groups = -(-first.rows // rows_a_group)
-    return Site(dispatch, groups, "pairs" if tokens == 1 else "pair tiles", taps=taps)
+    nbytes = sum(device_nbytes(w.type, w.rows * w.columns) for w in weights)
+    return Site(dispatch, groups, "pairs" if tokens == 1 else "pair tiles", nbytes=nbytes, taps=taps)
 
 
 def embed_site(device: Device, table: ExpertBuffer, tokens: Any, x: Any) -> Site:
@@ -240,7 +244,8 @@ def embed_site(device: Device, table: ExpertBuffer, tokens: Any, x: Any) -> Site
         table.columns // layout.unit,
         table.columns // 4,
     )
-    return _by_token(device.bind(kernel, {0: params, 1: table.buffer, 2: tokens, 3: x}))
+    dispatch = device.bind(kernel, {0: params, 1: table.buffer, 2: tokens, 3: x})
+    return Site(dispatch, 1, "tokens", nbytes=device_nbytes(table.type, table.columns))
 
 
 def _by_token(dispatch: Dispatch, taps: tuple[Any, ...] = ()) -> Site:

@@ -1,19 +1,23 @@
-"""Blocks of a file put in the device's order by the device: the host reads them and writes them, no more.
+"""Blocks of a file put in the device's order by the device: the host reads them and sends them, no more.
 
 The words of most types are the bytes of ggml's blocks in another order (``layout.byte_order``). A piece is
-written to one buffer as it is, and a kernel writes its words where they belong. The queue keeps writes and
-kernels in their order, so that one buffer is enough.
+copied to one buffer as it is, and a kernel writes its words where they belong. One submit holds both, and
+submits are done in turn, so that one buffer is enough for any number of threads.
 """
 
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
 
 from qwen3_moe_jax.convert.ggml_types import GGMLType
-from qwen3_moe_jax.wgpu_backend.device import Device
+from qwen3_moe_jax.wgpu_backend.device import Device, Launch, Shared
 from qwen3_moe_jax.wgpu_backend.layout import byte_order
+from qwen3_moe_jax.wgpu_backend.staging import Copy
 
 WORKGROUP = 256
+PARAMS_NBYTES = 16
+"""Behind the blocks, in the same shared memory, the kernel's parameters go."""
 
 
 def can_reorder(type: GGMLType) -> bool:
@@ -22,31 +26,39 @@ def can_reorder(type: GGMLType) -> bool:
 
 
 class Reorder:
-    """One device's buffer of raw blocks, and the orders of the types that have been met."""
+    """One device's buffer of raw blocks, and the orders of types."""
 
     def __init__(self, device: Device):
         self._device = device
         self._kernel = device.kernel("reorder", WG=WORKGROUP)
-        self._params = device.buffer(12, "reorder", uniform=True)
+        self._params = device.buffer(PARAMS_NBYTES, "reorder", uniform=True)
         self._raw: Any = None
         self._orders: dict[GGMLType, Any] = {}
 
-    def write(self, type: GGMLType, blocks: np.ndarray, target: Any, offset: int) -> None:
-        """Puts whole groups of blocks into a buffer.
+    def prepare(self, types: Collection[GGMLType], nbytes: int) -> None:
+        """Makes what pieces of these types of at most so many bytes need; before any thread sends one."""
+        self._raw = self._device.buffer(nbytes, "blocks")
+        for type in types:
+            order = byte_order(type)
+            if order is not None:
+                self._orders[type] = self._device.upload(order, f"order of {type.name}")
+
+    def orders(
+        self, type: GGMLType, piece: Shared, nbytes: int, target: Any, offset: int
+    ) -> tuple[list[Copy], list[Launch]]:
+        """What puts whole groups of blocks into a buffer; for ``Staging.send``.
 
         Args:
-          blocks: uint8, as a file has them, with zeros up to the end of the last group.
+          type: of the blocks.
+          piece: shared memory that begins with the blocks, as a file has them, and ends with PARAMS_NBYTES of
+            room.
+          nbytes: of the blocks, with zeros up to the end of the last group.
           target: a buffer of the device.
           offset: in it, in bytes: a multiple of 4.
         """
-        device, order = self._device, byte_order(type)
-        assert order is not None
-        if type not in self._orders:
-            self._orders[type] = device.upload(order, f"order of {type.name}")
-        if self._raw is None or self._raw.size < blocks.size:
-            self._raw = device.buffer(blocks.size, "blocks")
-        words = blocks.size // 4
-        device.write(self._raw, blocks)
-        device.write(self._params, np.array([words, offset // 4, order.size], np.uint32))
-        resources = {0: self._params, 1: self._raw, 2: self._orders[type], 3: target}
-        device.run([(device.bind(self._kernel, resources), -(-words // WORKGROUP), 1, 1)])
+        order, words = self._orders[type], nbytes // 4
+        at = piece.bytes.size - PARAMS_NBYTES
+        piece.bytes[at:].view(np.uint32)[:3] = words, offset // 4, order.size // 4
+        copies = [(0, self._raw, 0, nbytes), (at, self._params, 0, PARAMS_NBYTES)]
+        dispatch = self._device.bind(self._kernel, {0: self._params, 1: self._raw, 2: order, 3: target})
+        return copies, [(dispatch, -(-words // WORKGROUP), 1, 1)]

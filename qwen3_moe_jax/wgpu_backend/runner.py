@@ -2,9 +2,11 @@
 
 import gc
 import threading
+import traceback
 import weakref
 from collections import deque
 from collections.abc import Collection, Generator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Unpack
 
@@ -37,7 +39,7 @@ from qwen3_moe_jax.wgpu_backend.device import Device, Launch, Readback
 from qwen3_moe_jax.wgpu_backend.kernels import Site
 from qwen3_moe_jax.wgpu_backend.plan import check_memory, plan_memory, plan_workspace
 from qwen3_moe_jax.wgpu_backend.program import EMITTED_WORD, Buffers, Program, step_words
-from qwen3_moe_jax.wgpu_backend.weights import check_shapes, upload
+from qwen3_moe_jax.wgpu_backend.weights import Upload, check_shapes
 
 NONFINITE = 0xFFFFFFFF
 """What sample.wgsl emits in place of a token."""
@@ -107,7 +109,8 @@ class WgpuRunner(OneAtATime):
         self._f16 = f16_cache
         try:
             self._load(source, progress)
-        except BaseException:
+        except BaseException as error:
+            traceback.clear_frames(error.__traceback__)  # who keeps the error must not keep the buffers
             self.close()
             raise
 
@@ -118,10 +121,14 @@ class WgpuRunner(OneAtATime):
         )
         self.plan = plan_memory(self.config, source.types, workspace)
         check_memory(self.plan, device.report)
-        self._weights = upload(device, source, progress)
+        upload = Upload(device, source, progress)
+        self._weights = upload.weights
         self._buffers = Buffers(device, self.config, workspace, self.max_context)
         self._choice = device.buffer(32, "sampling", uniform=True)
-        self._build()
+        with ThreadPoolExecutor(1, thread_name_prefix="compile") as beside:
+            built = beside.submit(self._build)
+            upload.fill()  # what it raises goes on when the other thread, too, has left the device
+        built.result()
 
     def _build(self) -> None:
         """Kernels and their bindings, for the device's settings."""

@@ -87,24 +87,36 @@ def weight_nbytes(config: Qwen3MoeConfig, types: Mapping[str, GGMLType]) -> int:
     return total
 
 
-def upload(device: Device, source: ModelSource, progress: ProgressCallback | None = None) -> ModelWeights:
-    """Every tensor of ``source`` on the device, pieces of it read side by side.
+class Upload:
+    """Buffers for every tensor of a source: made at once, filled by ``fill``.
 
-    Raises:
-      MemoryPlanError: a tensor does not fit the device.
+    Attributes:
+      weights: the buffers; kernels can be bound to them before they are filled.
     """
-    return _Uploader(device, source, progress).model()
 
+    def __init__(self, device: Device, source: ModelSource, progress: ProgressCallback | None = None):
+        """Makes the buffers.
 
-class _Uploader:
-    def __init__(self, device: Device, source: ModelSource, progress: ProgressCallback | None):
+        Raises:
+          MemoryPlanError: a tensor does not fit the device.
+        """
         self._device = device
         self._source = source
         self._progress = progress
         self._done = 0
-        self._wanted: list[Rows] = []  # what is written at the end, in one go
+        self._wanted: list[Rows] = []
+        self.weights = self._model()
 
-    def model(self) -> ModelWeights:
+    def fill(self) -> None:
+        """Reads every tensor into its buffers, pieces of them side by side.
+
+        Raises:
+          ModelFileError: as ``source.tensor``.
+        """
+        self._write_wanted()
+        self._device.flush()
+
+    def _model(self) -> ModelWeights:
         config = self._source.config
         embed = self._stack("embed_tokens", config.vocab_size, 1, max_items=MAX_ROWS)
         layers = [self._layer(f"layers.{i}") for i in range(config.num_hidden_layers)]
@@ -116,8 +128,6 @@ class _Uploader:
             ]
         else:
             head = self._dense("lm_head")
-        self._write_wanted()
-        self._device.flush()
         return ModelWeights(embed, layers, norm, head)
 
     def _layer(self, prefix: str) -> LayerWeights:

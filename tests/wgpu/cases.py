@@ -1,8 +1,12 @@
 """Inputs and float64 oracles of the op tests."""
 
+from pathlib import Path
+
 import numpy as np
 
+from qwen3_moe_jax.convert.formats import FORMATS
 from qwen3_moe_jax.convert.ggml_types import BLOCK_FORMATS, GGMLType
+from qwen3_moe_jax.convert.open_model import open_model
 from qwen3_moe_jax.convert.packed import PackedTensor
 from qwen3_moe_jax.convert.unpack import dequantize, pack
 from qwen3_moe_jax.testing import low_bits
@@ -34,6 +38,17 @@ def random_weights(rng: np.random.Generator, type: GGMLType, shape: tuple[int, .
     for name in low_bits.scale_names(type):
         low_bits.set_scale(blocks, type, name, rng.uniform(1e-3, 2e-3, len(blocks)))
     return pack(blocks.reshape(-1), type, shape)
+
+
+def spoil_scale(file: Path, path: str, block: int) -> None:
+    """Makes the scale of one block of a tensor infinite; a negative block counts from the last."""
+    with open_model(file) as source:
+        info = source._infos[path]
+    layout = FORMATS[info.type].block
+    block %= info.nbytes // layout.nbytes
+    with open(file, "r+b") as opened:
+        opened.seek(info.offset + block * layout.nbytes + layout.fields["d"].offset)
+        opened.write(b"\x00\x7c")
 
 
 def activations(rng: np.random.Generator, *shape: int, heavy_tailed: bool = False) -> np.ndarray:

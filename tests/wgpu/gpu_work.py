@@ -1,6 +1,8 @@
 """What the tests do on a GPU: every function here runs in the spawned process, on kept devices and models."""
 
+import contextlib
 import gc
+import io
 import math
 import os
 import sys
@@ -15,6 +17,7 @@ from unittest import mock
 import numpy as np
 import pytest
 
+from qwen3_moe_jax.convert.errors import ModelFileError
 from qwen3_moe_jax.convert.open_model import open_model
 from qwen3_moe_jax.convert.packed import PackedTensor
 from qwen3_moe_jax.convert.source import ModelSource
@@ -22,12 +25,14 @@ from qwen3_moe_jax.core.errors import BackendUnavailableError
 from qwen3_moe_jax.core.runner import Forward
 from qwen3_moe_jax.core.sampling import Sampling
 from qwen3_moe_jax.testing.wgpu_ops import Ops
+from qwen3_moe_jax.wgpu_backend import device as device_module
 from qwen3_moe_jax.wgpu_backend import feed
 from qwen3_moe_jax.wgpu_backend.adapter import TUNINGS, probe
 from qwen3_moe_jax.wgpu_backend.device import Device
 from qwen3_moe_jax.wgpu_backend.layout import device_nbytes, device_words
 from qwen3_moe_jax.wgpu_backend.reorder import Reorder
 from qwen3_moe_jax.wgpu_backend.runner import WgpuRunner
+from scripts import profile_wgpu
 
 EMBEDDED = Path(__file__).parents[2] / "qwen3_moe_jax" / "assets" / "tiny-coder-Q4_K_M.gguf"
 CONTEXT = 512
@@ -303,6 +308,15 @@ def closing_counts() -> list[tuple[int, int, int]]:
     return [*found, _device_counts()] if held else []
 
 
+def damaged_load(path: Path) -> tuple[tuple[str, str], bool]:
+    """How the load of a damaged file ends, and whether wgpu has everything back while the error is held."""
+    gc.collect()
+    before = _device_counts()
+    with open_model(path) as source, pytest.raises(ModelFileError) as failed:
+        WgpuRunner(source, max_context=64)
+    return (failed.typename, str(failed.value)), _device_counts() == before
+
+
 def closed_calls() -> dict[str, tuple[str, str]]:
     """What each method of a runner says that a thread has closed in the middle of a stream; closed twice."""
     loaded, begun = _load(), []
@@ -373,3 +387,14 @@ def differences_of_reordered(path: Path, piece: int) -> list[str]:
             if found[:64].any() or found[64:].tobytes() != words.tobytes():
                 wrong.append(f"{rows.path} {source.types[rows.path].name}")
     return wrong
+
+
+def profiled(arguments: Sequence[str], *, timestamps: bool) -> str:
+    """What ``scripts.profile_wgpu`` prints, on this adapter or as on one without timestamps."""
+    shown = io.StringIO()
+    with (
+        contextlib.redirect_stdout(shown),
+        mock.patch.object(device_module, "TIMESTAMPS", device_module.TIMESTAMPS if timestamps else ("none",)),
+    ):
+        assert profile_wgpu.main(arguments) == 0
+    return shown.getvalue()

@@ -11,8 +11,10 @@ import pytest
 from qwen3_moe_jax.core.errors import BackendUnavailableError
 from qwen3_moe_jax.core.sampling import Sampling
 from qwen3_moe_jax.machine.environment import MEMORY_VARIABLE, parse_bytes
+from qwen3_moe_jax.testing.random_models import SMALL, write_random_gguf
 from qwen3_moe_jax.wgpu_backend import adapter
 from tests.wgpu import gpu_work
+from tests.wgpu.cases import spoil_scale
 
 
 @pytest.mark.parametrize(
@@ -51,6 +53,15 @@ def test_closing_gives_every_buffer_back(gpu):
     assert loaded[2] - before[2] > 10_000_000
     assert second[1:] == loaded[1:]
     assert closed == failed == after == before
+
+
+def test_a_damaged_file_ends_a_load_beside_the_kernels_that_are_compiled(gpu, tmp_path):
+    write_random_gguf(tmp_path / "bad.gguf", SMALL, mix="q4_k_m")
+    spoil_scale(tmp_path / "bad.gguf", "layers.0.mlp.experts.down_proj", 5)
+    (error, message), given_back = gpu(gpu_work.damaged_load, tmp_path / "bad.gguf")
+    assert error == "ModelFileError"
+    assert "blk.0.ffn_down_exps.weight" in message
+    assert given_back
 
 
 def test_every_call_of_a_closed_model_says_so(gpu):
