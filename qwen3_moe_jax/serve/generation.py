@@ -110,6 +110,7 @@ class Answer:
     scores: list[TokenScore] = field(default_factory=list)
     usage: Usage = field(default_factory=Usage)
     _stream: Stream | None = None
+    _is_patient: bool = False  # nobody sees a part before the end, and no part can end it
 
     def __post_init__(self):
         self._begin()
@@ -156,7 +157,7 @@ class Answer:
         if self._budget is not None:
             limit = min(limit, max(1, self._budget - len(self.token_ids)))
         mask = self._next_mask(w.constraint) if w.constraint else None
-        return self.engine.submit(
+        stream = self.engine.submit(
             prompt,
             key=w.key,
             sampling=w.sampling,
@@ -167,6 +168,8 @@ class Answer:
             first_mask=mask,
             top=w.top if self._is_scored else None,
         )
+        stream.is_patient = self._is_patient
+        return stream
 
     async def whole(self) -> list[Delta]:
         """All of it, once it has ended.
@@ -176,6 +179,8 @@ class Answer:
         Raises:
           EngineError: it cannot be written.
         """
+        self._is_patient = self.wish.constraint is None and not self.wish.stop and not self.wish.one_call
+        self._submitted.is_patient = self._is_patient
         for _ in range(self.engine.reruns):
             try:
                 return [delta async for delta in self]
@@ -240,17 +245,23 @@ class Answer:
         return joined(self._deltas(part))
 
     def _deltas(self, part: Part) -> Iterator[Delta]:
-        for i, token in enumerate(part.tokens):
-            self.token_ids.append(token)
+        texts = [self._decoder.push(token) for token in part.tokens]
+        start = 0
+        while start < len(texts):
+            count = self._uneventful(texts, start)
+            text, these = "".join(texts[start : start + count]), slice(start, start + count)
+            tokens = part.tokens[these]
+            self.token_ids += tokens
             if part.scores is not None:
-                self.scores.append(part.scores[i])
-            self.usage.completion += 1
+                self.scores += part.scores[these]
+            start += count
+            self.usage.completion += count
             did_think = self._thinks
-            deltas = list(self._emit(self._stops.push(self._decoder.push(token))))
+            deltas = list(self._emit(self._stops.push(text)))
             if did_think or self._thinks:
                 self.usage.reasoning = len(self.token_ids)
             else:
-                self._unmatched.append(token)
+                self._unmatched += tokens
                 if self._splitter is None or self._splitter.has_begun:
                     self._budget = None
             yield from deltas
@@ -259,6 +270,17 @@ class Answer:
                 return
             if self.finish_reason:
                 return
+
+    def _uneventful(self, texts: Sequence[str], start: int) -> int:
+        """How many of the next tokens may be taken together: one, or as many as are known to do nothing that
+        is told of a single token, which is to end the answer, or to begin or end its thinking."""
+        count = 1 if self.wish.one_call else len(texts) - start
+        while count > 1:
+            text = self._stops.without_end("".join(texts[start : start + count]))
+            if text is not None and (self._splitter is None or self._splitter.stays_in(text)):
+                break
+            count //= 2
+        return count
 
     async def _constrain(self, constraint: Constraint, reason: str | None) -> None:
         """After tokens of a constrained answer: the grammar goes on, and the engine may."""

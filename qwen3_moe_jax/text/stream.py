@@ -178,6 +178,11 @@ class StopStrings:
         self._held = text[len(text) - kept :]
         return text[: len(text) - kept]
 
+    def without_end(self, text: str) -> str | None:
+        """What is held back and this text; None if ``push`` would find a stop string there."""
+        text = self._held + text
+        return None if any(stop in text for stop in self._stops) else text
+
     def finish(self) -> str:
         """What was held back and turned out to be no stop string."""
         held, self._held = self._held, ""
@@ -211,6 +216,12 @@ class ReasoningSplitter:
     def has_begun(self) -> bool:
         """Whether it is known how the answer begins."""
         return self._state != "start"
+
+    def stays_in(self, text: str) -> bool:
+        """Whether ``push`` of this text would leave what it is in: thinking, or content."""
+        if self._state == "reasoning":
+            return END_THINK not in self._held + text
+        return self._state == "content"
 
     def push(self, text: str) -> list[Piece]:
         """The pieces that this text completes."""

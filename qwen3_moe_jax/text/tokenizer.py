@@ -101,6 +101,7 @@ class Tokenizer:
         wants_bos = values.get("tokenizer.ggml.add_bos_token", False)
         self.bos_id: int | None = values.get("tokenizer.ggml.bos_token_id") if wants_bos else None
         self.stop_ids = self._find_stop_ids(values)
+        self.shown_bytes: Mapping[int, bytes] = _Remembered(self.token_bytes)
 
     @classmethod
     def built(cls, metadata: Mapping[str, object], *, vocab_size: int | None = None) -> "Tokenizer":
@@ -234,6 +235,17 @@ class Tokenizer:
         return b"".join(pieces).decode("utf-8", errors="replace")
 
 
+class _Remembered(dict[int, bytes]):
+    """What a function gives for a token id, found once: decoding asks for it at each token of each answer."""
+
+    def __init__(self, find: Callable[[int], bytes]):
+        self._find = find
+
+    def __missing__(self, token_id: int) -> bytes:
+        found = self[token_id] = self._find(token_id)
+        return found
+
+
 class StreamDecoder:
     """Decodes token by token: what it returns, joined, is ``Tokenizer.decode`` of the same ids.
 
@@ -247,7 +259,7 @@ class StreamDecoder:
 
     def push(self, token_id: int) -> str:
         """The text that this token completes, perhaps none."""
-        return self._utf8.decode(self._tokenizer.token_bytes(token_id))
+        return self._utf8.decode(self._tokenizer.shown_bytes[token_id])
 
     def finish(self) -> str:
         """What an unfinished character at the end becomes."""

@@ -47,6 +47,18 @@ class Part:
     finish_reason: str | None = None
     scores: list[TokenScore] | None = None
 
+    @classmethod
+    def joined(cls, parts: "Sequence[Part]") -> "Part":
+        """Neighbours in one."""
+        if len(parts) == 1:
+            return parts[0]
+        scored = [p.scores for p in parts if p.scores is not None]
+        return cls(
+            [token for p in parts for token in p.tokens],
+            parts[-1].finish_reason,
+            [score for scores in scored for score in scores] if scored else None,
+        )
+
 
 @dataclass
 class Stream:
@@ -58,6 +70,7 @@ class Stream:
       is_written: some token has come.
       began: set when it has a slot, or has failed.
       deaths: how many engines died while it had a slot there.
+      is_patient: its reader wants nothing before all is there, and then all at once.
     """
 
     job: frames.Submit
@@ -65,6 +78,7 @@ class Stream:
     is_over: bool = False
     is_written: bool = False
     deaths: int = 0
+    is_patient: bool = False
     began: asyncio.Event = field(default_factory=asyncio.Event)
     _parts: deque[Part | EngineError] = field(default_factory=deque)
     _news: asyncio.Event = field(default_factory=asyncio.Event)
@@ -84,14 +98,23 @@ class Stream:
         self.is_written = True
         self.is_over |= isinstance(part, EngineError) or part.finish_reason is not None
         self.began.set()
-        self._news.set()
+        if self.is_over or not self.is_patient:
+            self._news.set()
+
+    def _next(self) -> Part | EngineError:
+        """What came first; for a patient reader, all that came."""
+        found = [self._parts.popleft()]
+        while self.is_patient and self._parts and not isinstance(self._parts[0], EngineError):
+            found.append(self._parts.popleft())
+        parts = [part for part in found if not isinstance(part, EngineError)]
+        return Part.joined(parts) if parts else found[0]
 
     async def __aiter__(self) -> AsyncIterator[Part]:
         while True:
-            while not self._parts:
+            while not self._parts or (self.is_patient and not self.is_over):
                 self._news.clear()
                 await self._news.wait()
-            part = self._parts.popleft()
+            part = self._next()
             if isinstance(part, EngineError):
                 raise part
             yield part
