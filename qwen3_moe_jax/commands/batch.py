@@ -106,7 +106,8 @@ def _answer(args: argparse.Namespace, found: "Results") -> int:
     if before and not args.quiet:
         left = "" if estimate.total is None else f", {estimate.total:,} are left"
         terminal.note(f"{before:,} lines have their result{left}")
-    start = start_from(args, max_slots=SLOTS, warm_up=False)
+    is_long = estimate.total is None or estimate.total > SLOTS
+    start = start_from(args, max_slots=SLOTS, warm_up=False, load_programs=is_long)
     if estimate.total == 0:
         return _end(found, estimate, args, is_stopped=False)
     progress = Progress(quiet=args.quiet)

@@ -119,6 +119,10 @@ class Batch(Protocol):
         """Makes all programs that steps can need, and returns when they are there."""
         ...
 
+    def load_programs(self) -> None:
+        """Takes those programs that are on disk into memory, and returns when they are there."""
+        ...
+
     def row_length(self, slot: int) -> int:
         """Tokens of a slot's sequence that its row of the cache holds."""
         ...

@@ -88,6 +88,10 @@ class Batch:
         """Makes all programs that steps can need, and returns when they are there."""
         self.preparation.make_all()
 
+    def load_programs(self) -> None:
+        """Takes those that are on disk into memory, and returns when they are there."""
+        self.preparation.load_stored()
+
     def _check_open(self) -> None:
         if self._closed:
             raise ModelClosedError

@@ -26,7 +26,7 @@ from qwen3_moe_jax.jax_backend.compile_clock import in_background
 from qwen3_moe_jax.jax_backend.program_farm import MAX_WORKERS, asking, farm
 from qwen3_moe_jax.jax_backend.settings import own_settings
 from qwen3_moe_jax.jax_backend.wanted import Wanted, long_of, missing_of
-from qwen3_moe_jax.machine.threads import SHORT_TURN, shares_the_lock
+from qwen3_moe_jax.machine.threads import SHORT_TURN, cores, shares_the_lock
 
 IDLE_SECONDS = 1.0
 """A model that has written nothing for so long is idle: a command that ends, ends before."""
@@ -118,6 +118,14 @@ class Preparation:
         with suppress(RuntimeError):  # closed
             begun = [self._lowering.submit(self._begin, wanted, True) for wanted in self.wanted]
             wait([made for made in (b.result() for b in begun) if made is not None])
+
+    def load_stored(self) -> None:
+        """Takes what is on disk into memory, one for each core at a time, and returns when it is there.
+
+        A tenth of a second of one core each, in which a session that takes them one by one computes nothing.
+        """
+        with ThreadPoolExecutor(cores(), thread_name_prefix="programs") as pool:
+            list(pool.map(partial(self._make, compiles=False), self.wanted))
 
     def _begin(self, wanted: Wanted, compiles: bool, may_be_here: bool = True) -> Future[None] | None:
         """Leaves one to the others: to load it, or when it is lowered, to compile it."""

@@ -110,6 +110,8 @@ class FakeBatch:
     def make_programs(self) -> None:
         """Does nothing: it has none."""
 
+    load_programs = make_programs
+
     def free(self, slot: int) -> None:
         """Gives a slot back; its row stays."""
         del self.sequences[slot]

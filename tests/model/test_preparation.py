@@ -149,6 +149,36 @@ def test_all_are_made_when_make_all_returns():
     preparation.make_all()  # nothing is begun, nothing is waited for
 
 
+def test_what_is_on_disk_is_loaded_and_nothing_is_compiled():
+    log = []
+    wanted = [Fake(log, "a"), Fake(log, "b", stored=True), Fake(log, "c", stored=True)]
+    Preparation(wanted).load_stored()
+    assert (log, [w.is_ready for w in wanted]) == ([], [False, True, True])
+
+
+def test_a_batch_that_has_loaded_its_programs_waits_for_none(f16_file, store):
+    def steps(runner, *, loads: bool) -> list[str]:
+        batch, found = runner.open_batch(4, context=64), []
+        if loads:
+            batch.load_programs()
+        stop = programs.listen(lambda name, made: found.append(name) if made else None)
+        for token in (1, 2, 3):
+            batch.admit([token] * 5, max_tokens=3)
+        while batch.running:
+            batch.step(2)
+        stop()
+        batch.close()
+        return found
+
+    with open_model(f16_file) as source:
+        runner = JaxRunner(source, max_context=64)
+        runner.preparation.close()
+        assert steps(runner, loads=False)
+        programs.forget()
+        assert steps(runner, loads=True) == []
+        runner.close()
+
+
 def test_without_a_known_prompt_nothing_is_lowered_that_is_not_on_disk():
     log = []
     preparation = Preparation([])

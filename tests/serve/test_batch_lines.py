@@ -169,5 +169,17 @@ def test_the_estimate_is_that_of_a_batch_with_known_rates():
         assert abs(left - (end - when)) < slack, share
 
 
+def test_a_rate_is_without_the_time_for_programs():
+    now = [0.0]
+    (line,) = parsed(request("a", "x", limit=90))
+    estimate = Estimate([line], clock=lambda: now[0])
+    estimate.start()
+    estimate.begin(line)
+    now[0], estimate.program_seconds = 12.0, 3.0
+    estimate.end(line, 90)
+    assert estimate.rate == 10
+    assert estimate.figures() == "; 90 new tokens in 12 s (programs: 3 s), 10 tokens/s"
+
+
 def test_times_are_told_in_two_units():
     assert [duration(s) for s in (0.4, 59, 61, 7300)] == ["0 s", "59 s", "1 min 1 s", "2 h 1 min"]

@@ -37,6 +37,7 @@ class Estimate:
       total: lines to do; None where the input has no known end.
       done: lines that have their result.
       new_tokens: written by them.
+      program_seconds: of its time so far, what the engine has waited for programs; no part of a rate.
     """
 
     def __init__(self, todo: Iterable[Line] | None = None, clock: Callable[[], float] = time.monotonic):
@@ -50,6 +51,7 @@ class Estimate:
                 self._all.add(line)
         self.total = lines
         self.done = self.new_tokens = self._limited_tokens = self._unlimited_tokens = 0
+        self.program_seconds = 0.0
         self._mark: tuple[float, float] | None = None
 
     def start(self) -> None:
@@ -100,7 +102,7 @@ class Estimate:
     @property
     def rate(self) -> float | None:
         """New tokens per second of all lines that have ended; None before the first."""
-        seconds = self._clock() - self._began
+        seconds = self._clock() - self._began - self.program_seconds
         return self.new_tokens / seconds if self.new_tokens and seconds > 0 else None
 
     def figures(self) -> str:
@@ -108,7 +110,8 @@ class Estimate:
         if self.rate is None:
             return ""
         took = duration(self._clock() - self._began)
-        return f"; {self.new_tokens:,} new tokens in {took}, {_per_second(self.rate)}"
+        waited = f" (programs: {duration(self.program_seconds)})" if self.program_seconds >= 0.5 else ""
+        return f"; {self.new_tokens:,} new tokens in {took}{waited}, {_per_second(self.rate)}"
 
     def in_words(self, errors: int) -> str:
         """One line."""

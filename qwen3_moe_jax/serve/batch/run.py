@@ -155,6 +155,7 @@ class Work:
                 await self._answer_all(source)
                 self._ready.put_nowait(None)
                 await writing
+                self._note_programs()
                 saying.cancel()
         except BaseExceptionGroup as errors:
             raise _first(errors) from None
@@ -210,8 +211,14 @@ class Work:
 
     async def _tell(self) -> None:
         while True:
+            self._note_programs()
             self._say(self._estimate, self._results)
             await asyncio.sleep(SECONDS_TO_SAY)
+
+    def _note_programs(self) -> None:
+        engine, known = self._service.engine, self._estimate.program_seconds
+        seconds = engine.counters.get("program_seconds", 0.0) / len(engine.engines)
+        self._estimate.program_seconds = max(known, seconds)
 
 
 def _some(values: Sequence[Result | None]) -> list[Result]:

@@ -21,7 +21,8 @@ _LENGTH = struct.Struct("<I")
 class Start(msgspec.Struct, tag=True):
     """Front to engine, first: what to load. Fields as ``loader.load`` and the serve command; without
     ``slots``, ``max_slots`` or fewer are opened, as memory allows; where several engines share main memory,
-    ``slot_bytes`` of it are for them."""
+    ``slot_bytes`` of it are for them. ``warm_up`` makes programs that first requests need; ``load_programs``
+    only loads those that are on disk."""
 
     model: str | None
     backend: str = "auto"
@@ -40,6 +41,7 @@ class Start(msgspec.Struct, tag=True):
     slot_bytes: int | None = None
     step_ms: float = 50.0
     warm_up: bool = True
+    load_programs: bool = False
     keep_log: bool = False
 
 

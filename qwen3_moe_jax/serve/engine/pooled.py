@@ -116,6 +116,11 @@ class PooledBatch:
         for batch in self.batches:
             batch.make_programs()
 
+    def load_programs(self) -> None:
+        """As ``Batch.load_programs``."""
+        for batch in self.batches:
+            batch.load_programs()
+
     # -- rows
 
     def row_length(self, slot: int) -> int:

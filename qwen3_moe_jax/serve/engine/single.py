@@ -49,6 +49,9 @@ class SingleBatch:
     def make_programs(self) -> None:
         """Does nothing: the runner has its programs; see ``Batch.make_programs``."""
 
+    def load_programs(self) -> None:
+        """Does nothing, for the same reason."""
+
     def admit(
         self,
         token_ids: Sequence[int],

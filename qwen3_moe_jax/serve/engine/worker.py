@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -72,6 +73,7 @@ class Engine:
         )
         self._start = start
         self.programs, self._has_compiled = 0, False
+        waited: Callable[[], float] = lambda: 0.0
         self.reading: dict[int, float] = {}
         runner = self.model.runner
         self.rows = self._plan(start)
@@ -80,15 +82,21 @@ class Engine:
             # prompts are scored and drawn in caches of their own, of any length that the slots have
             runner.set_max_context(self.context)
             from qwen3_moe_jax.jax_backend import programs
+            from qwen3_moe_jax.jax_backend.compile_clock import compile_clock
 
             programs.listen(self._count_program)
+            waited = compile_clock().seconds
         limits = Limits(start.max_queue, start.max_queue_tokens)
         self.scheduler = Scheduler(self._open_batch, limits=limits, keep_log=start.keep_log)
         self.has_prefixes = self.has_masks = runner.capabilities.open_batch
         if self.has_prefixes:
             self.scheduler.prefixes = PrefixCache(start.prefix_bytes)
+        if start.warm_up or start.load_programs:
+            self.scheduler.batch.load_programs()
         if start.warm_up:
             self._warm_up()
+        before = waited()
+        self._program_seconds = lambda: waited() - before
 
     def _count_program(self, name: str, made: Any) -> None:
         """``programs.Listener``; any thread may call it."""
@@ -169,13 +177,14 @@ class Engine:
         )
 
     def counters(self) -> dict[str, float]:
-        """Gauges and counts for the metrics."""
+        """Gauges and counts for the metrics; ``program_seconds``: waited for programs since the load."""
         s, p = self.scheduler, self.scheduler.prefixes
         found: dict[str, float] = {
             "running": len(s.running),
             "queued": len(s.queue),
             "queued_tokens": s.queue.tokens,
             "programs": self.programs,
+            "program_seconds": self._program_seconds(),
         }
         if p is not None:
             found |= {
