@@ -174,11 +174,6 @@ class Browser:
         metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": mobile}
         self.call("Emulation.setDeviceMetricsOverride", **metrics)
 
-    def throttle(self, bytes_per_second: int | None) -> None:
-        """How fast answers reach the page at most; None: no limit."""
-        rates = {"downloadThroughput": bytes_per_second or -1, "uploadThroughput": -1}
-        self.call("Network.emulateNetworkConditions", offline=False, latency=0, **rates)
-
     def picture(self, path: Path) -> None:
         """What is seen, as a PNG."""
         path.write_bytes(base64.b64decode(self.call("Page.captureScreenshot", format="png")["data"]))

@@ -12,7 +12,7 @@ import msgspec
 
 from qwen3_moe_jax.serve.engine import frames, reports
 from qwen3_moe_jax.serve.engine.client import EngineClient
-from qwen3_moe_jax.serve.engine.jobs import Event, Limits
+from qwen3_moe_jax.serve.engine.jobs import Event, Limits, Wrote
 from qwen3_moe_jax.serve.engine.prefix import PrefixCache
 from qwen3_moe_jax.serve.engine.replicas import Replicas
 from qwen3_moe_jax.serve.engine.scheduler import Scheduler
@@ -28,16 +28,23 @@ class FakeEngine(EngineClient):
     Attributes:
       scheduler: over a ``FakeBatch``.
       is_held: no turns are taken; change it in the loop's thread, or before ``launch``.
+      holds_after: it is held when so many tokens have been written in all; None never.
     """
 
     def __init__(
-        self, start: frames.Start, *, is_held: bool = False, ids: Iterator[int] | None = None, **batch: Any
+        self,
+        start: frames.Start,
+        *,
+        is_held: bool = False,
+        holds_after: int | None = None,
+        ids: Iterator[int] | None = None,
+        **batch: Any,
     ):
         """``batch``: fields of the ``FakeBatch``."""
         super().__init__(start, ids=ids)
         self._batch = {"capacity": 1024, **batch}
         self.scheduler = self._make_scheduler()
-        self.is_held = is_held
+        self.is_held, self.holds_after, self._written = is_held, holds_after, 0
         self._events: list[Event] = []
 
     def _make_scheduler(self) -> Scheduler:
@@ -69,7 +76,7 @@ class FakeEngine(EngineClient):
         while True:
             is_idle = self.is_held or not self.scheduler.has_work or self.scheduler.is_held
             if not is_idle:
-                self._events += self.scheduler.turn(prompt_tokens=1 << 20)
+                self._events += self._turn()
             if self._events:
                 running, queued = len(self.scheduler.running), len(self.scheduler.queue)
                 counters: dict[str, float] = {"running": running, "queued": queued}
@@ -77,6 +84,17 @@ class FakeEngine(EngineClient):
                 self._events = []
                 self.on_report()
             await asyncio.sleep(0.002 if is_idle else 0)
+
+    def _turn(self) -> list[Event]:
+        events = self.scheduler.turn(prompt_tokens=1 << 20, max_step=1)
+        self._written += sum(len(e.tokens) for e in events if isinstance(e, Wrote))
+        if self.holds_after is not None and self._written >= self.holds_after:
+            self.is_held, self.holds_after = True, None
+        return events
+
+    def go_on(self) -> None:
+        """Ends the holding; from any thread."""
+        self.is_held = False
 
     def _send(self, message: msgspec.Struct) -> None:
         m: Any = message

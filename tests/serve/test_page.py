@@ -42,11 +42,16 @@ def page(browser, server):
 
 
 @pytest.fixture
-def endless(page):
-    """A page to which an answer of the whole context comes for half a minute, however busy the machine is."""
-    page.throttle(8_000)
-    yield page
-    page.throttle(None)
+def held(browser, model_files):
+    """A page, its server, and its engine, which writes 60 tokens of an answer and then waits until it is told
+    to go on: whatever is done meanwhile is done in mid-answer, however busy or quick the machine is."""
+    start = quick_start(model_files["hermes"])
+    engine = FakeEngine(start, holds_after=60)
+    with running(Settings(port=0, name="held"), start, engine=engine) as server:
+        browser.size(900, 800)
+        browser.open(server.url)
+        browser.until("document.getElementById('model').textContent === 'held'")
+        yield browser, engine
 
 
 def say(page, text, answers):
@@ -101,22 +106,25 @@ def test_markup_of_the_model_is_text_and_code_is_coloured(page):
     assert texts(page, "#talk pre code .num") == ["1"]
 
 
-def test_stop_keeps_what_is_written_and_frees_the_slot(endless, server):
-    page = endless
+def test_stop_keeps_what_is_written_and_frees_the_slot(held):
+    page, engine = held
     page.run("document.getElementById('text').focus()")
-    page.write("[[forever]]")
+    page.write("anything")
     page.press("Enter")
-    page.until(SPOKEN)  # an answer comes while it is written: this one has no end
+    page.until(SPOKEN)  # an answer comes while it is written
+    until(lambda: engine.is_held)
+    assert (engine.active, len(engine.scheduler.running)) == (1, 1)
     click(page, "#stop")
     page.until(QUIET, 1)
-    page.throttle(None)
-    until(lambda: not server.service.engine.active)
+    until(lambda: not engine.active)
+    assert not engine.scheduler.running, "the slot is not free"
     written = texts(page, ANSWERS)[0]
     assert len(written) > 20
     assert not texts(page, "#talk .error")
-    button(page, "New chat")  # where a busy machine wrote the whole answer first, nothing more fits this one
-    say(page, "[[hello]]", 1)
-    assert texts(page, ANSWERS) == [HELLO]
+    engine.go_on()
+    say(page, "more", 2)
+    assert texts(page, ANSWERS)[0] == written
+    assert len(texts(page, ANSWERS)[1]) > len(written), "this one was not stopped"
 
 
 def test_a_message_is_edited_and_an_answer_tried_again(page):
@@ -163,20 +171,21 @@ def test_a_call_is_shown_takes_a_result_and_the_model_goes_on(page):
     assert "Tools are left out" in page.run("document.getElementById('tools-note').textContent")
 
 
-def test_experts_of_an_answer_are_drawn(endless):
-    page = endless
+def test_experts_are_drawn_while_an_answer_is_written(held):
+    page, engine = held
     page.run(
         "window.drawn = [], CanvasRenderingContext2D.prototype.putImageData = function (picture) {"
         " drawn.push([picture.height, picture.width, new Set(picture.data).size]) }"
     )
     click(page, "#experts summary")
     page.run("document.getElementById('text').focus()")
-    page.write("[[forever]]")
+    page.write("anything")
     page.press("Enter")
     layers, experts, colours = page.until("drawn[0]")
+    assert engine.active, "they are drawn when the answer has ended"
     click(page, "#stop")
     page.until(QUIET, 1)
-    assert (layers, experts) == (1, 2), "of the scripted model"
+    assert (layers, experts) == (1, 2), "of the fake engine"
     assert colours > 2, "the experts look alike"
     assert "layers (down) by experts (across)" in page.run(
         "document.getElementById('heatmap-note').textContent"

@@ -5,7 +5,7 @@ import { draw } from "./heatmap.js";
 
 const $ = (id) => document.getElementById(id);
 const HEATMAP_MS = 2000;
-let messages = [], running = null, context = 0, lastHeatmap = 0, heatmapBusy = false;
+let messages = [], running = null, context = 0, lastHeatmap = -Infinity, heatmapBusy = false;
 
 const key = () => sessionStorage.getItem("key") || "";
 const headers = () => ({ "content-type": "application/json", ...(key() ? { authorization: `Bearer ${key()}` } : {}) });
