@@ -108,6 +108,36 @@ def test_hosts(guarded, host):
     assert status(raw(guarded, get("/livez", host=host))) == HOSTS[host]
 
 
+TARGETS = {
+    "http://localhost/livez": 200,
+    "http://localhost:8080/livez?x=http://a/": 200,
+    "http://evil.example/livez": 403,
+    "http://localhost@evil.example/livez": 403,
+    "http://evil.example@localhost/livez": 403,
+    "https://evil.example:443/livez": 403,
+    "http://evil.example?/livez": 400,  # no path
+    "http://localhost/v1/models": 401,
+    "http://localhost//v1/models": 401,
+    "/http://evil.example/livez": 401,
+}
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("host", ["localhost", "evil.example"])
+def test_a_target_with_a_host_is_judged_by_that(guarded, target, host):
+    """An absolute request line, as for a proxy: the header's host counts only where the target has none."""
+    is_own = host == "localhost" or not target.startswith("/")
+    assert status(raw(guarded, get(target, host=host))) == (TARGETS[target] if is_own else 403)
+
+
+def test_a_target_that_is_none_is_refused(guarded):
+    for method, target in (("CONNECT", "localhost:443"), ("GET", "http://"), ("GET", "livez"), ("GET", "*")):
+        found = status(raw(guarded, get(target, method=method)))
+        assert found in (400, 401, 403, 404, 405), (method, target, found)
+    twice = get("http://localhost/livez", "Host: evil.example", host="localhost")
+    assert status(raw(guarded, twice)) == 400
+
+
 def test_no_host_two_hosts_and_two_lengths(guarded):
     assert status(raw(guarded, b"GET /livez HTTP/1.0\r\n\r\n")) == 403
     assert status(raw(guarded, get("/livez", "Host: localhost"))) == 400

@@ -4,6 +4,7 @@ An ASGI layer is too late for this: it sees a request only when all its headers 
 """
 
 import asyncio
+import re
 from typing import Any, ClassVar
 
 import httptools
@@ -54,7 +55,18 @@ class BoundedProtocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         self._in_head = False
         self._stop_deadline()
+        self._take_host_of_target()
         super().on_headers_complete()
+
+    def _take_host_of_target(self) -> None:
+        """Of an absolute request target its own host counts, not the header's (RFC 9112, 3.2.2): that is what
+        the guard looks at."""
+        _, is_absolute, rest = self.url.partition(b"://")
+        if is_absolute and not self.url.startswith(b"/"):
+            authority = re.split(rb"[/?#]", rest, maxsplit=1)[0]
+            others = [(name, value) for name, value in self.headers if name != b"host"]
+            if len(self.headers) - len(others) <= 1:  # two are refused
+                self.headers[:] = [*others, (b"host", authority)]
 
     def on_message_complete(self) -> None:
         super().on_message_complete()
