@@ -14,8 +14,10 @@ class ExitCode(IntEnum):
     NOT_EMPTY = 5
     OUTPUT = 6
     HUB = 7
+    HUNG_UP = 129
     INTERRUPTED = 130
     READER_GONE = 141
+    TERMINATED = 143
 
 
 MEANINGS = {
@@ -27,8 +29,10 @@ MEANINGS = {
     ExitCode.NOT_EMPTY: "convert: something is at the output's name already",
     ExitCode.OUTPUT: "an output cannot be written",
     ExitCode.HUB: "the model hub cannot be reached, or refuses",
+    ExitCode.HUNG_UP: "ended by SIGHUP: its terminal was closed",
     ExitCode.INTERRUPTED: "interrupted with Ctrl-C",
     ExitCode.READER_GONE: "the reader of standard output went away (| head)",
+    ExitCode.TERMINATED: "ended by SIGTERM",
 }
 
 

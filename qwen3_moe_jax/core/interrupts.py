@@ -6,6 +6,9 @@ is sent again. One that lands between two statements of a conversation could los
 turn: :func:`as_flag` lets the loop ask at each token. And while C++ compiles a program no
 Python code of the main thread runs: a thread that hears the signal at once says what is
 waited for, and a second Ctrl-C ends the program.
+
+SIGTERM and SIGHUP end a command at once: what is written stays, files that are not whole go, a terminal gets
+its settings back (:class:`Ended`). A program that is being compiled is not waited for.
 """
 
 import os
@@ -24,6 +27,9 @@ from qwen3_moe_jax.core.exit_codes import ExitCode
 SECONDS_UNANSWERED = 0.5
 """An interrupt that has had no effect for so long is explained."""
 
+SECONDS_TO_END = 3.0
+"""A signal of ``ENDS`` that has had no effect for so long ends the process without tidying up."""
+
 RETRY_SECONDS = 0.02
 """A swallowed interrupt is sent again after this time, when the callback that swallowed it has ended."""
 
@@ -32,6 +38,18 @@ WAITS: list[Callable[[], str | None]] = []
 
 SLACK_SECONDS = 0.1
 """An answer so long before the watcher heard of the interrupt belongs to it: two threads hear of it."""
+
+ENDS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
+"""Somebody ends this program, or its terminal was closed."""
+
+
+class Ended(SystemExit):
+    """A signal of ``ENDS`` came; the exit code is what a shell says of it."""
+
+    def __init__(self, number: int):
+        self.number = number
+        super().__init__(128 + number)
+
 
 _flag: threading.Event | None = None
 _answered_at = 0.0
@@ -44,7 +62,7 @@ def _answer() -> None:
 
 @contextmanager
 def handled() -> Generator[None, None, None]:
-    """Handles SIGINT while the block runs; leaves it alone where it is ignored or not ours to handle."""
+    """Handles SIGINT and ``ENDS`` while the block runs, unless they are ignored or not ours to handle."""
     is_ours = threading.current_thread() is threading.main_thread()
     if not is_ours or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
         yield
@@ -52,12 +70,24 @@ def handled() -> Generator[None, None, None]:
     signal.signal(signal.SIGINT, _on_interrupt)
     previous = sys.unraisablehook
     sys.unraisablehook = lambda unraisable: _resend_swallowed(unraisable, previous)
+    ends = [number for number in ENDS if signal.getsignal(number) is signal.SIG_DFL]
+    for number in ends:
+        signal.signal(number, _on_end)
     try:
         with _watched():
             yield
     finally:
         sys.unraisablehook = previous
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        for number in ends:
+            signal.signal(number, signal.SIG_DFL)
+
+
+def endings() -> tuple[int, ...]:
+    """Signals at which what serves or goes through a file comes to an orderly end: Ctrl-C and ``ENDS``, less a
+    SIGHUP that is ignored (``nohup``)."""
+    heard = [n for n in ENDS if n == signal.SIGTERM or signal.getsignal(n) is not signal.SIG_IGN]
+    return (signal.SIGINT, *heard)
 
 
 @contextmanager
@@ -94,12 +124,19 @@ def _on_interrupt(_number: int, _frame: Any) -> None:
     raise KeyboardInterrupt
 
 
+def _on_end(number: int, _frame: Any) -> None:
+    _answer()
+    raise Ended(number)
+
+
 def _resend_swallowed(unraisable: Any, previous: Callable[[Any], None]) -> None:
     """An interrupt that a callback or a finalizer could not let through comes again."""
-    if not isinstance(unraisable.exc_value, KeyboardInterrupt):
+    error = unraisable.exc_value
+    if not isinstance(error, KeyboardInterrupt | Ended):
         previous(unraisable)
         return
-    timer = threading.Timer(RETRY_SECONDS, os.kill, (os.getpid(), signal.SIGINT))
+    number = error.number if isinstance(error, Ended) else signal.SIGINT
+    timer = threading.Timer(RETRY_SECONDS, os.kill, (os.getpid(), number))
     timer.daemon = True
     timer.start()
 
@@ -130,8 +167,13 @@ def _watched() -> Generator[None, None, None]:
 def _watch(reader: int) -> None:
     """Explains an interrupt that has no effect; ends the program at the next one."""
     waits_since = None
-    while os.read(reader, 1):
+    while heard := os.read(reader, 1):
         pressed = time.monotonic()
+        if heard[0] in ENDS:
+            is_quiet = not select.select([reader], [], [], SECONDS_TO_END)[0]
+            if is_quiet and _answered_at < pressed - SLACK_SECONDS:
+                os._exit(128 + heard[0])
+            continue
         if waits_since is not None and _answered_at < waits_since:
             terminal.note("")
             os._exit(ExitCode.INTERRUPTED)

@@ -5,14 +5,13 @@ import contextlib
 import ipaddress
 import logging
 import os
-import signal
 import socket
 from collections.abc import Callable, Iterator, Sequence
 
 import msgspec
 import uvicorn
 
-from qwen3_moe_jax.core import terminal
+from qwen3_moe_jax.core import interrupts, terminal
 from qwen3_moe_jax.core.errors import OptionError
 from qwen3_moe_jax.loader import embedded_model
 from qwen3_moe_jax.serve.engine import frames
@@ -220,7 +219,7 @@ def _listen(host: str, port: int) -> socket.socket:
 
 
 def serve(settings: Settings, start: frames.Start, replicas: int = 1) -> int:
-    """Serves until SIGTERM or Ctrl-C; returns the exit code.
+    """Serves until SIGTERM, SIGHUP or Ctrl-C; returns the exit code.
 
     Raises:
       ServeError: it cannot start.
@@ -233,7 +232,7 @@ def serve(settings: Settings, start: frames.Start, replicas: int = 1) -> int:
     async def main() -> int:
         server = Server(service, say)
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in interrupts.endings():
             loop.add_signal_handler(number, server.stop)
         say(
             f"{service.name} on http://{settings.host}:{server.port} (loading); limits:\n"

@@ -126,7 +126,8 @@ def test_kill_9_in_a_line_leaves_each_line_once(model_files, tmp_path):
     assert sorted(r["custom_id"] for r in written(out)) == sorted(names)
 
 
-def test_ctrl_c_keeps_what_is_answered(model_files, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_keeps_what_is_answered(model_files, tmp_path, number):
     path, out = tmp_path / "requests.jsonl", tmp_path / "results.jsonl"
     # the first one's limit is the largest, so it is asked first; it ends after two tokens
     path.write_text(
@@ -135,10 +136,11 @@ def test_ctrl_c_keeps_what_is_answered(model_files, tmp_path):
     process = start(path, out, model_files["hermes"], "--context", "4096")
     while not out.exists() or not out.read_bytes().count(b"\n"):
         assert process.poll() is None, process.stderr.read()
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     said = process.communicate(timeout=terminal.SECONDS)[1]
     assert process.returncode == ExitCode.INTERRUPTED, said
     assert "the same command goes on with what is left" in said
+    assert "Traceback" not in said
     assert "0" in [r["custom_id"] for r in written(out)]
 
 

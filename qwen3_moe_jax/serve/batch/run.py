@@ -3,13 +3,13 @@
 import asyncio
 import contextlib
 import json
-import signal
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from starlette.types import ASGIApp
 
+from qwen3_moe_jax.core import interrupts
 from qwen3_moe_jax.core.errors import MemoryPlanError
 from qwen3_moe_jax.core.exit_codes import ExitCode
 from qwen3_moe_jax.serve.batch.estimate import Estimate
@@ -257,11 +257,12 @@ async def engine(settings: Settings, start: frames.Start) -> AsyncIterator[Servi
 
 
 def until_interrupted(work: Callable[[], Any]) -> bool:
-    """Runs a coroutine function; whether Ctrl-C or SIGTERM ended it. A second one ends the process."""
+    """Runs a coroutine function; whether a signal (``interrupts.endings``) ended it. A second one ends the
+    process."""
 
     async def main() -> bool:
         loop, task = asyncio.get_running_loop(), asyncio.ensure_future(work())
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in interrupts.endings():
             with contextlib.suppress(NotImplementedError, RuntimeError):
                 loop.add_signal_handler(number, _stop, task, number)
         try:
