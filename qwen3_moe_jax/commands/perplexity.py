@@ -23,17 +23,23 @@ from qwen3_moe_jax.measure.divergence import Divergence
 from qwen3_moe_jax.measure.perplexity import DEFAULT_CONTEXT, Perplexity, check_windows, estimates
 from qwen3_moe_jax.measure.plots import draw_perplexity
 from qwen3_moe_jax.measure.positions import Positions
+from qwen3_moe_jax.text.tokenizer import Tokenizer
 
 EPILOG = """\
 Without --stride the definition is llama-perplexity's: windows of --context tokens beside each other, of
 which the second half is scored; the end of the text that fills no window is left out. With --stride it is
 Hugging Face's: windows begin every STRIDE tokens and each scores what no window before it has seen, so every
 token but the first counts once. Figures of one text compare only at the same definition and --context.
+A text without one window of the default is scored in one window as with --stride, and a note says so.
 --against compares the distributions of two files of one model, such as a quantized one with its original.
 """
 
 LINE_SECONDS = {True: 0.2, False: 5.0}
 """Between two reports of progress, on a terminal and elsewhere."""
+
+
+MAX_CHARACTERS = 256
+"""Of a token, far above those of any vocabulary: a text of more is not short."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -62,6 +68,7 @@ def run(args: argparse.Namespace) -> int:
     picture_path(args)
     if args.against and args.picture:
         raise OptionError("--picture shows one model: leave out --against")
+    may_be_short = args.context is None and args.stride is None and not args.against
     args.context = DEFAULT_CONTEXT if args.context is None else args.context
     try:
         check_windows(args.context, args.stride)
@@ -70,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
     text = terminal.read_text(args.file)
     if not text:
         raise ValueError(f"{input_name(args.file)} is empty: perplexity needs a text")
-    check_length(args.file, text, args.context if args.stride is None else 2)
+    check_length(args.file, text, 2 if may_be_short or args.stride is not None else args.context)
     if args.against:
         args.against = loader.model_path(args.against, quiet=args.quiet)
         return run_against(args, text, _Progress(quiet=args.quiet))
@@ -82,6 +89,8 @@ def run(args: argparse.Namespace) -> int:
             "identity": model.source.identity,
             "backend": model.runner.describe(),
         }
+        if may_be_short:
+            args.stride = _stride_of_short(model.tokenizer, text, quiet=args.quiet)
         progress = _Progress(quiet=args.quiet)
         try:
             slow = what_is_slow(model.runner, "scoring the first window")
@@ -122,6 +131,19 @@ def check_length(path: str, text: str, minimum: int) -> None:
             f"{input_name(path)} has {nbytes} bytes, too few for {minimum} tokens: "
             "take a longer text or a smaller --context"
         )
+
+
+def _stride_of_short(tokenizer: Tokenizer, text: str, *, quiet: bool) -> int | None:
+    """The stride for a text that has not one window of the default: each token is scored once, as lm-eval does
+    whatever the length; None for longer ones."""
+    if len(text) > DEFAULT_CONTEXT * MAX_CHARACTERS or (n := len(tokenizer.encode(text))) >= DEFAULT_CONTEXT:
+        return None
+    if not quiet:
+        terminal.note(
+            f"note: the text has {n} tokens and a window {DEFAULT_CONTEXT}: each token is scored once, after all "
+            "before it; llama-perplexity's figure needs a longer text, or a smaller --context"
+        )
+    return DEFAULT_CONTEXT
 
 
 class _Progress:

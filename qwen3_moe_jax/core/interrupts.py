@@ -84,8 +84,8 @@ def handled() -> Generator[None, None, None]:
 
 
 def endings() -> tuple[int, ...]:
-    """Signals at which what serves or goes through a file comes to an orderly end: Ctrl-C and ``ENDS``, less a
-    SIGHUP that is ignored (``nohup``)."""
+    """Signals at which a server, or a batch, comes to an orderly end: Ctrl-C and ``ENDS``, less a SIGHUP that
+    is ignored (``nohup``)."""
     heard = [n for n in ENDS if n == signal.SIGTERM or signal.getsignal(n) is not signal.SIG_IGN]
     return (signal.SIGINT, *heard)
 

@@ -36,6 +36,22 @@ def test_the_second_halves_are_scored_unless_a_stride_is_given(short, capsys):
     assert "windows of up to 64, 32 apart, each token once" in capsys.readouterr().out
 
 
+def test_a_text_without_one_window_is_scored_as_a_whole(tmp_path, capsys):
+    """Somebody tries the command on a paragraph: a figure and how it was found, in place of a refusal."""
+    path = tmp_path / "text.txt"
+    path.write_text("def f(x):\n    return x + 1\n")
+    assert main(["perplexity", str(path), *QUICK]) == 0
+    shown = capsys.readouterr()
+    assert "a window 512: each token is scored once" in shown.err
+    assert "1 windows of up to 512, 512 apart, each token once" in shown.out
+    assert main(["perplexity", str(path), "--stride", "512", "--json", "-q", *QUICK]) == 0
+    expected = json.loads(capsys.readouterr().out)
+    assert main(["perplexity", str(path), "--json", "-q", *QUICK]) == 0
+    found = capsys.readouterr()
+    assert (json.loads(found.out)["perplexity"], found.err) == (expected["perplexity"], "")
+    assert json.loads(found.out)["stride"] == 512
+
+
 def test_json_is_the_only_output(short, capsys):
     assert main(["perplexity", short, "--context", "64", "--stride", "64", "--json", "-q", *QUICK]) == 0
     shown = capsys.readouterr()
@@ -70,7 +86,8 @@ def test_standard_input_gives_what_the_file_gives(short, capsys):
     [
         (b"", (), "is empty: perplexity needs a text"),
         (b"plain \xff\xfe", (), "text.txt is not UTF-8 (byte 6)"),
-        (b"a few words", (), "has 11 bytes, too few for 512 tokens"),
+        (b"a few words", ("--context", "512"), "has 11 bytes, too few for 512 tokens"),
+        (b"a", (), "has 1 bytes, too few for 2 tokens"),
         (b"word " * 300, ("--context", "1400"), "at least 1400 are needed: take a longer text or a smaller"),
         (b"word " * 300, ("--context", "3"), "a context of 3 tokens: a window needs at least 4"),
         (b"word " * 300, ("--context", "99999", "--stride", "5"), "this model takes from 2 to 4096"),
