@@ -134,14 +134,16 @@ def check_length(path: str, text: str, minimum: int) -> None:
 
 
 def _stride_of_short(tokenizer: Tokenizer, text: str, *, quiet: bool) -> int | None:
-    """The stride for a text that has not one window of the default: each token is scored once, as lm-eval does
-    whatever the length; None for longer ones."""
-    if len(text) > DEFAULT_CONTEXT * MAX_CHARACTERS or (n := len(tokenizer.encode(text))) >= DEFAULT_CONTEXT:
+    """The stride for a text that has not one window of the default: each token is scored once, as lm-eval
+    does whatever the length; None for longer ones."""
+    if len(text) > DEFAULT_CONTEXT * MAX_CHARACTERS:
+        return None
+    if (count := len(tokenizer.encode(text))) >= DEFAULT_CONTEXT:
         return None
     if not quiet:
         terminal.note(
-            f"note: the text has {n} tokens and a window {DEFAULT_CONTEXT}: each token is scored once, after all "
-            "before it; llama-perplexity's figure needs a longer text, or a smaller --context"
+            f"note: the text has {count} tokens and a window {DEFAULT_CONTEXT}: each token is scored once, "
+            "after all before it; llama-perplexity's figure needs a longer text, or a smaller --context"
         )
     return DEFAULT_CONTEXT
 
