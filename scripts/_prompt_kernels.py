@@ -17,7 +17,12 @@ from qwen3_moe_jax.convert.config import PRESETS, Qwen3MoeConfig
 from qwen3_moe_jax.convert.ggml_types import GGMLType
 from qwen3_moe_jax.kernels_pallas.attention import kernel_sm80, kernel_sm90
 from qwen3_moe_jax.kernels_pallas.gpu import cards, grouped_matmul_sm80, grouped_matmul_sm90
-from qwen3_moe_jax.kernels_pallas.gpu.grouped_matmul_config import MatmulConfig, few_config, pick_config
+from qwen3_moe_jax.kernels_pallas.gpu.grouped_matmul_config import (
+    MatmulConfig,
+    experts_config,
+    few_config,
+    pick_config,
+)
 from qwen3_moe_jax.kernels_pallas.gpu.sorting import Tiles
 from qwen3_moe_jax.kernels_pallas.packed.stacks import Matrices
 from scripts import _absent_gpu
@@ -62,8 +67,8 @@ PRODUCTS = {
     "Q6_K": (GGMLType.Q6_K, False),
 }
 """The type of the weights, and whether they are gate_proj and up_proj."""
-TILES = {config.tile: config for config in (few_config(32), pick_config(128))}
-"""Sizes by the rows that a tile holds: few rows, and sorted ones."""
+TILES = {config.tile: config for config in (experts_config(), few_config(32), pick_config(128))}
+"""Sizes by the rows that a tile holds: few rows of each expert, few rows of all, and many."""
 
 
 def names(kernels: str) -> Iterator[tuple[str, int]]:

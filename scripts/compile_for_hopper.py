@@ -44,6 +44,7 @@ from qwen3_moe_jax.kernels_pallas.gpu.grouped_matmul_config import (
     MatmulConfig,
     OfLayer,
     dense_config,
+    experts_config,
     few_config,
     pick_config,
 )
@@ -109,10 +110,9 @@ def cases() -> list[Case]:
     found = []
     for fused in (True, False):
         for type in TYPES:
-            found += [
-                Case("few", type, fused, few_config(tokens, type)) for tokens in (8, 16, 24, 32, 48, 64)
-            ]
-            found += [Case("sorted", type, fused, pick_config(rows)) for rows in (8, 128)]
+            found += [Case("few", type, fused, few_config(tokens, type)) for tokens in (8, 16)]
+            sorted_sizes = (experts_config(), pick_config(8), pick_config(128))
+            found += [Case("sorted", type, fused, config) for config in sorted_sizes]
             if type is GGMLType.Q4_K or not fused:
                 found.append(Case("sorted", type, fused, MatmulConfig(256, (128, 192, 256), 1)))
     for type in TYPES:

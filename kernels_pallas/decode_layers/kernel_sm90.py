@@ -27,7 +27,7 @@ from qwen3_moe_jax.kernels_pallas.gpu.grouped_matmul_config import (
     OfLayer,
     check_supported,
     dense_config,
-    few_config,
+    experts_config,
 )
 from qwen3_moe_jax.kernels_pallas.gpu.sorting import dense_tiles
 from qwen3_moe_jax.kernels_pallas.packed.stacks import LayerTable, LayerTensor, Matrices
@@ -249,7 +249,7 @@ class _OneLayer:
     ):
         self.weights, self.tokens, self.rows, self.tile = weights, tokens, rows, tile
         self.eps, self.on_logits = eps, on_logits
-        self.kernels, self.interpret = kernels, interpret
+        self.kernels, self.interpret, self.sizes = kernels, interpret, experts_config()
         w = weights
         self.order: list[tuple[int, ...]] = []
         self.v_at, self.down_at = self.column(w.v_which), self.column(w.down_proj.which)
@@ -287,7 +287,7 @@ class _OneLayer:
         x = steps.add_parts(x, self.dense(operand, scale, w.o_proj, 0, layer))
         mid = steps.norm(x, w.post_attention_layernorm[at], self.eps, self.tile)
         choices = state.expert_ids.shape[2]
-        routes = steps.choose(self.router_logits(mid.normed, at), choices, self.tile)
+        routes = steps.choose(self.router_logits(mid.normed, at), choices, self.sizes.tile)
         ids = state.expert_ids.at[at].set(routes.expert_ids)
         return _State(x, self.experts(mid, routes, layer, choices), cache_k, cache_v, ids)
 
@@ -349,19 +349,18 @@ class _OneLayer:
         self, x: steps.NormedRows, routes: steps.Routes, layer: jax.Array, choices: int
     ) -> tuple[jax.Array, ...]:
         """Weighted results of each row's experts, float32 [R, X, D]; of down_proj's types one is written."""
-        used = routes.used
         gate, up, down = self.weights.gate_proj, self.weights.up_proj, self.weights.down_proj
-        config = few_config(self.tile, gate.options[0].type)
-        run = partial(self.kernels.product.multiply, config=config, interpret=self.interpret)
+        run = partial(self.kernels.product.multiply, config=self.sizes, interpret=self.interpret)
         both = (_matrices(gate, 0), _matrices(up, 0))
-        inner = run(x.operand, x.scale, used, both, of_layer=self.of_layer(layer, (gate, up), 0))
+        operand, scale = x.operand[routes.rows], x.scale[routes.rows]
+        inner = run(operand, scale, routes.tiles, both, of_layer=self.of_layer(layer, (gate, up), 0))
         out = [
             run(
                 inner,
-                routes.factors.reshape(-1),
-                used,
+                routes.factors,
+                routes.tiles,
                 (_matrices(down, option),),
-                destinations=routes.destinations.reshape(-1),
+                destinations=routes.pairs,
                 out_rows=self.rows * choices,
                 of_layer=self.of_layer(layer, (down,), option),
             )

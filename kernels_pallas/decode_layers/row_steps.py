@@ -10,9 +10,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from qwen3_moe_jax.kernels_pallas.gpu.activations import float16_operand
-from qwen3_moe_jax.kernels_pallas.gpu.sorting import UsedExperts, used_experts
-from qwen3_moe_jax.kernels_pallas.moe_mlp.routes import expert_factors
+from qwen3_moe_jax.kernels_pallas.gpu.activations import SWIGLU_SCALE, WEIGHT_SCALE, float16_operand
+from qwen3_moe_jax.kernels_pallas.gpu.sorting import Tiles, sort_by_expert
 from qwen3_moe_jax.kernels_pallas.norm_rope.api import rms_norm, rope
 from qwen3_moe_jax.kernels_pallas.router.xla import choose_experts
 
@@ -36,14 +35,16 @@ class Routes(NamedTuple):
 
     Attributes:
       expert_ids: int32 [R, X], most probable first, the lower id first among equals.
-      used: the experts in use.
-      destinations: int32 [E, tile], the (row, choice) pair row * X + choice of each expert and row, or -1.
-      factors: float32 [E, tile], what the down product of the pair is multiplied by.
+      tiles: the pairs (row, choice), sorted by expert: S rows.
+      rows: int32 [S], the row of each.
+      pairs: int32 [S], row * X + choice, or -1 where there is none.
+      factors: float32 [S], what the down product of the pair is multiplied by.
     """
 
     expert_ids: jax.Array
-    used: UsedExperts
-    destinations: jax.Array
+    tiles: Tiles
+    rows: jax.Array
+    pairs: jax.Array
     factors: jax.Array
 
 
@@ -98,10 +99,12 @@ def attention_operand(out: jax.Array, rows: int, heads: int, tile: int) -> tuple
 
 
 def choose(logits: jax.Array, choices: int, tile: int) -> Routes:
-    """The X most probable experts of each row of logits [R, E], their weights, and who uses which.
+    """The X most probable experts of each row of logits [R, E], their weights, and the pairs by expert.
 
     A row whose logits are not finite gets weights that are NaN.
     """
     _, ids, weights = choose_experts(logits, choices, None)
-    destinations, factors = expert_factors(ids, weights, logits.shape[1], tile)
-    return Routes(ids, used_experts(ids, logits.shape[1]), destinations, factors)
+    order = sort_by_expert(ids, logits.shape[1], tile)
+    pairs = jnp.maximum(order.pair, 0)
+    factors = weights.reshape(-1)[pairs] / (SWIGLU_SCALE * WEIGHT_SCALE)
+    return Routes(ids, order.tiles, pairs // choices, order.pair, factors)

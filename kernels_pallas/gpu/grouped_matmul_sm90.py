@@ -6,7 +6,7 @@ unpacks a 64 x 64 piece while the tensor cores work on the piece before it, or f
 warpgroups. Activations are the operand in shared memory. The last warpgroup brings both there,
 packed, through the tensor memory accelerator; blocks are persistent and go through
 (tile of rows) x (block of weight rows), the tiles that share weights one after the other.
-Few tokens are not sorted at all (:class:`UsedExperts`): every expert in use multiplies all of
+Up to 16 tokens are not sorted at all (:class:`UsedExperts`): every expert in use multiplies all of
 them, which costs less than arranging them, and results of others are not written.
 
 With two weight stacks the kernel computes SwiGLU: of a warp's 16 operand rows, 8 are rows of
@@ -71,8 +71,8 @@ def grouped_matmul(
         multiple of 64, or of 256 for SwiGLU, and so are rows before them in their stack.
       config: sizes.
       splits: parts of K that are summed apart, each by other blocks; a divisor of K / 256.
-      destinations: with ``UsedExperts``, int32 [E * config.tile]: the row of the result for each expert's
-        product with each row of x, or -1 for a product that nobody wants.
+      destinations: int32 [R], or [E * config.tile] with ``UsedExperts``: the row of the result for each
+        product, or -1 for one that nobody wants.
       out_rows: rows of the result, with ``destinations``.
       of_layer: which layer's matrices; the weights' own ``first`` is not read then.
       interpret: parameters of Pallas' interpreter, which replaces instructions that it lacks.
@@ -80,7 +80,7 @@ def grouped_matmul(
 
     Returns:
       [R, N]: float32 products; or SwiGLU's results in operand order, times
-      ``activations.SWIGLU_SCALE``. With ``UsedExperts`` [E * config.tile, N] or, with destinations,
+      ``activations.SWIGLU_SCALE``. With ``UsedExperts`` [E * config.tile, N]; with destinations
       [out_rows, N]. With splits > 1 [splits, R, N], to be added. Rows of no tile are not written.
 
     Raises:

@@ -50,12 +50,12 @@ class SortedRows(NamedTuple):
 
     Attributes:
       destination: int32 [T, X], the row of each pair.
-      source: int32 [rows], the pair t * X + x of each row; 0 for rows that hold none.
+      pair: int32 [rows], the pair t * X + x of each row; -1 for rows that hold none.
       tiles: the tiles of these rows.
     """
 
     destination: jax.Array
-    source: jax.Array
+    pair: jax.Array
     tiles: Tiles
 
 
@@ -134,10 +134,10 @@ def sort_by_expert(expert_ids: jax.Array, experts: int, tile: int) -> SortedRows
     order = np.arange(pairs, dtype=np.int32)
     if pairs <= _MAX_COMPARED:
         here = destination.reshape(-1) == np.arange(rows)[:, None]
-        source = jnp.max(jnp.where(here, order, 0), axis=1)
+        pair = jnp.max(jnp.where(here, order, -1), axis=1)
     else:
-        source = (
-            jnp.zeros(rows, jnp.int32)
+        pair = (
+            jnp.full(rows, -1, jnp.int32)
             .at[destination.reshape(-1)]
             .set(order, unique_indices=True, mode="drop")
         )
@@ -153,4 +153,4 @@ def sort_by_expert(expert_ids: jax.Array, experts: int, tile: int) -> SortedRows
     used = index < count
     start = jnp.where(used, starts[expert] + within, 0).astype(jnp.int32)
     held = jnp.where(used, jnp.minimum(aligned[expert] - within, tile), 0).astype(jnp.int32)
-    return SortedRows(destination, source, Tiles(expert, start, held, count))
+    return SortedRows(destination, pair, Tiles(expert, start, held, count))

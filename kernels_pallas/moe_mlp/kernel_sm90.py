@@ -4,11 +4,12 @@ Two launches of the kernel in ``gpu.products`` and a few small operations of XLA
 results stay sorted, in float16 and in the order in which the second launch reads them. Every
 token adds its experts' results in the order of ``expert_ids``.
 
-Few tokens, as in a step of decoding for many sequences, are not sorted: reading the weights
-takes as long as multiplying all tokens with every expert in use, and only what tokens chose is
-written. That leaves out a dozen small launches.
+Up to ``MAX_UNSORTED`` tokens are not sorted: reading the weights takes as long as multiplying all
+tokens with every expert in use, and only what tokens chose is written. That leaves out a dozen
+small launches.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -21,17 +22,20 @@ from qwen3_moe_jax.kernels_pallas.gpu.activations import SWIGLU_SCALE, WEIGHT_SC
 from qwen3_moe_jax.kernels_pallas.gpu.device import require_16_bits
 from qwen3_moe_jax.kernels_pallas.gpu.grouped_matmul_config import (
     MAX_FEW_ROWS,
+    MAX_UNSORTED,
     MatmulConfig,
     check_supported,
+    experts_config,
     few_config,
     pick_config,
 )
 from qwen3_moe_jax.kernels_pallas.gpu.products import HOPPER, Product
-from qwen3_moe_jax.kernels_pallas.gpu.sorting import sort_by_expert, used_experts
+from qwen3_moe_jax.kernels_pallas.gpu.sorting import Tiles, UsedExperts, sort_by_expert, used_experts
 from qwen3_moe_jax.kernels_pallas.moe_mlp.routes import expert_factors
 from qwen3_moe_jax.kernels_pallas.packed.stacks import Matrices, OneOf, as_matrices, switch_types
 
-Stacks = tuple[Matrices, Matrices, Matrices]
+Stacks = tuple[Matrices, Matrices, tuple[Matrices, ...]]
+"""gate_proj, up_proj, and down_proj's types, of which one is meant."""
 
 
 def moe_mlp(
@@ -55,31 +59,32 @@ def moe_mlp(
     product.require(interpret)
     require_16_bits(compute_dtype)
     weights = [as_matrices(w) for w in (gate_proj, up_proj, down_proj)]
-    if config is None and x.shape[0] <= MAX_FEW_ROWS:
+    if config is None and x.shape[0] <= MAX_UNSORTED:
         gate = weights[0].options[0] if isinstance(weights[0], OneOf) else weights[0]
         config = few_config(x.shape[0], gate.stack.type)
+    elif config is None and x.shape[0] <= MAX_FEW_ROWS:
+        config = experts_config()
     config = config or pick_config(expert_ids.size / gate_proj.shape[0])
-    is_few = x.shape[0] <= config.tile and config.widths == (config.tile,)
+    is_unsorted = x.shape[0] <= config.tile and config.widths == (config.tile,)
+    multiply = _unsorted if is_unsorted else _sorted
 
     def run(gate: Matrices, up: Matrices, down: Matrices | OneOf) -> jax.Array:
         check_supported((gate, up))
-        downs = down.options if isinstance(down, OneOf) else (down,)
+        downs, which = (down.options, down.which) if isinstance(down, OneOf) else ((down,), None)
         for option in downs:
             check_supported((option,))
-        if is_few:
-            which = down.which if isinstance(down, OneOf) else None
-            return _few(x, (gate, up, downs), which, expert_ids, expert_weights, config, interpret, product)
-        return _experts(x, (gate, up, down), expert_ids, expert_weights, config, interpret, product)
+        stacks = gate, up, downs
+        return multiply(x, stacks, which, expert_ids, expert_weights, config, interpret, product)
 
-    if is_few:
+    if x.shape[0] <= MAX_FEW_ROWS:  # a launch that finds nothing to do costs less than a branch
         return switch_types(lambda gate, up: run(gate, up, weights[2]), *weights[:2])
     return switch_types(run, *weights)
 
 
 @partial(jax.jit, static_argnums=(5, 6, 7))
-def _few(
+def _unsorted(
     x: jax.Array,
-    stacks: tuple[Matrices, Matrices, tuple[Matrices, ...]],
+    stacks: Stacks,
     which: jax.Array | None,
     expert_ids: jax.Array,
     expert_weights: jax.Array,
@@ -87,7 +92,7 @@ def _few(
     interpret: Any,
     product: Product,
 ) -> jax.Array:
-    """All tokens with every expert in use; of several matrices for down, ``which`` is meant."""
+    """All tokens with every expert in use."""
     gate, up, downs = stacks
     (T, X), E = expert_ids.shape, gate.shape[0]
     options = {"config": config, "interpret": interpret}
@@ -96,13 +101,8 @@ def _few(
     destination, weight = expert_factors(expert_ids, expert_weights.astype(jnp.float32), E, config.tile)
     swiglu = product.multiply(operand, scale, used, (gate, up), **options)
     scatter = {"destinations": destination.reshape(-1), "out_rows": T * X}
-    parts = None
-    for i, down in enumerate(downs):
-        mine = used if which is None else used._replace(count=used.count * (which == i))
-        out = product.multiply(swiglu, weight.reshape(-1), mine, (down,), **scatter, **options)
-        parts = out if parts is None else jnp.where(which == i, out, parts)
-    assert parts is not None, "down has a type"
-    parts = parts.reshape(T, X, -1)
+    multiply = partial(product.multiply, swiglu, weight.reshape(-1), **scatter, **options)
+    parts = _of_which(multiply, used, downs, which).reshape(T, X, -1)
     total = None
     for choice in range(X):
         part = parts[:, choice]
@@ -114,24 +114,43 @@ def _few(
     return total
 
 
-@partial(jax.jit, static_argnums=(4, 5, 6))
-def _experts(
+def _of_which(
+    multiply: Callable[..., jax.Array],
+    work: Tiles | UsedExperts,
+    downs: tuple[Matrices, ...],
+    which: jax.Array | None,
+) -> jax.Array:
+    """The product with that of several matrices that is meant: the others find nothing to do."""
+    parts = None
+    for i, down in enumerate(downs):
+        mine = work if which is None else work._replace(count=work.count * (which == i))
+        out = multiply(mine, (down,))
+        parts = out if parts is None else jnp.where(which == i, out, parts)
+    assert parts is not None, "down has a type"
+    return parts
+
+
+@partial(jax.jit, static_argnums=(5, 6, 7))
+def _sorted(
     x: jax.Array,
     stacks: Stacks,
+    which: jax.Array | None,
     expert_ids: jax.Array,
     expert_weights: jax.Array,
     config: MatmulConfig,
     interpret: Any,
     product: Product,
 ) -> jax.Array:
-    gate, up, down = stacks
+    gate, up, downs = stacks
     options = {"config": config, "interpret": interpret}
     order = sort_by_expert(expert_ids, gate.shape[0], config.tile)
     operand, scale = float16_operand(x)
-    token = order.source // expert_ids.shape[1]
+    source = jnp.maximum(order.pair, 0)
+    token = source // expert_ids.shape[1]
     swiglu = product.multiply(operand[token], scale[token], order.tiles, (gate, up), **options)
-    weight = expert_weights.astype(jnp.float32).reshape(-1)[order.source] / (SWIGLU_SCALE * WEIGHT_SCALE)
-    parts = product.multiply(swiglu, weight, order.tiles, (down,), **options)
+    weight = expert_weights.astype(jnp.float32).reshape(-1)[source] / (SWIGLU_SCALE * WEIGHT_SCALE)
+    multiply = partial(product.multiply, swiglu, weight, **options)
+    parts = _of_which(multiply, order.tiles, downs, which)
     total = parts[order.destination[:, 0]]
     for choice in range(1, expert_ids.shape[1]):
         total = total + parts[order.destination[:, choice]]

@@ -171,8 +171,8 @@ class FewLaunches:
     def reason_on(self, device: Device, model: Qwen3Moe, params: Params) -> str | None:
         if model.shards is not None:
             return model.shards.reason_against_one_launch
-        if model.kernels == "portable":  # compiled and interpreted; ``verify`` has no such batches
-            return "its portable kernels have not run on a GPU yet"
+        if model.kernels == "portable":
+            return _refusal(gpu.require_ampere)
         if model.kernels not in ("hopper", ANY):
             return f"it is made of GPU kernels, and {model.kernels} is chosen"
         return _refusal(gpu.require_hopper)

@@ -185,36 +185,40 @@ def test_which_kernels_layers_are_made_of(monkeypatch):
 
 
 def test_choice_is_the_routers(rng):
-    """Ties go to the lower id; rows after the last are nobody's; an expert that none chose is not in use."""
+    """Ties go to the lower id; every pair lies in a tile of its expert, in order; none chose expert 5."""
     logits = np.round(rng.normal(size=(20, 16)), 1).astype(np.float32)
     logits[:, 5] = -50
-    routes = steps.choose(jnp.asarray(logits), 3, 32)
+    routes = steps.choose(jnp.asarray(logits), 3, 8)
     by_hand = np.argsort(-logits, axis=1, kind="stable")[:, :3]
     np.testing.assert_array_equal(routes.expert_ids, by_hand)
     weights = choose_experts(jnp.asarray(logits), 3, None)[2]
-    destinations, factors = np.full((16, 32), -1), np.zeros((16, 32))
-    for row, ids in enumerate(by_hand):
-        for choice, expert in enumerate(ids):
-            destinations[expert, row] = 3 * row + choice
-            factors[expert, row] = weights[row, choice] / (SWIGLU_SCALE * WEIGHT_SCALE)
-    np.testing.assert_array_equal(routes.destinations, destinations)
-    np.testing.assert_allclose(routes.factors, factors, rtol=1e-6)
-    used = np.unique(by_hand)
-    assert routes.used.count[0] == len(used)
-    assert 5 not in used
-    np.testing.assert_array_equal(routes.used.experts[: len(used)], used)
+    tiles, pairs = routes.tiles, np.asarray(routes.pairs)
+    seen: dict[int, list[int]] = {}
+    for number in range(int(tiles.count[0])):
+        at = int(tiles.start[number]) + np.arange(int(tiles.rows[number]))
+        assert len(at) <= 8
+        seen.setdefault(int(tiles.expert[number]), []).extend(p for p in pairs[at] if p >= 0)
+    expected = {e: np.flatnonzero(by_hand.reshape(-1) == e).tolist() for e in np.unique(by_hand)}
+    assert seen == expected
+    assert 5 not in seen
+    held = np.flatnonzero(pairs >= 0)
+    assert sorted(pairs[held]) == list(range(60))
+    np.testing.assert_array_equal(np.asarray(routes.rows)[held], pairs[held] // 3)
+    factors = np.asarray(weights).reshape(-1)[pairs[held]] / (SWIGLU_SCALE * WEIGHT_SCALE)
+    np.testing.assert_allclose(np.asarray(routes.factors)[held], factors, rtol=1e-6)
 
 
 def test_choice_of_a_row_that_is_not_finite(rng):
     """Its weights are NaN, whatever it chose; the others' are not."""
     logits = np.array(rng.normal(size=(32, 16)), np.float32)
     logits[3, 7] = np.inf
-    routes = steps.choose(jnp.asarray(logits), 3, 32)
-    factors, destinations = np.asarray(routes.factors), np.asarray(routes.destinations)
+    routes = steps.choose(jnp.asarray(logits), 3, 8)
+    factors, pairs = np.asarray(routes.factors), np.asarray(routes.pairs)
     assert np.asarray(routes.expert_ids).max() < 16
-    assert (destinations[:, 3] >= 0).any()
-    assert np.isnan(factors[:, 3][destinations[:, 3] >= 0]).all()
-    assert np.isfinite(np.delete(factors, 3, axis=1)).all()
+    of_row = (pairs >= 0) & (np.asarray(routes.rows) == 3)
+    assert of_row.sum() == 3
+    assert np.isnan(factors[of_row]).all()
+    assert np.isfinite(factors[~of_row]).all()
 
 
 def test_norm_and_operand(rng):

@@ -195,7 +195,7 @@ def test_operands_keep_eleven_bits_at_any_magnitude(rng, peak):
 def test_sorting_gives_every_pair_a_row_of_its_expert(rng, tokens, choices, experts, tile):
     ids = rng.zipf(1.3, (tokens, choices)) % experts
     order = sort_by_expert(jnp.asarray(ids, jnp.int32), experts, tile)
-    destination, source = np.asarray(order.destination), np.asarray(order.source)
+    destination, source = np.asarray(order.destination), np.asarray(order.pair)
     assert len(np.unique(destination)) == ids.size
     np.testing.assert_array_equal(source[destination.reshape(-1)], np.arange(ids.size))
     owner = np.full(len(source), -1)

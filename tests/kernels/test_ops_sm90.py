@@ -22,7 +22,9 @@ from qwen3_moe_jax.kernels_pallas.gpu import device
 from qwen3_moe_jax.kernels_pallas.gpu.device import ask_ptxas_once
 from qwen3_moe_jax.kernels_pallas.gpu.grouped_matmul_config import (
     MAX_FEW_ROWS,
+    MAX_UNSORTED,
     dense_config,
+    experts_config,
     few_config,
     pick_config,
 )
@@ -55,8 +57,9 @@ def lower(f, *args) -> str:
 
 
 CONFIGS = {
-    **{f"few {config.tile}": config for config in map(few_config, range(8, MAX_FEW_ROWS + 1, 8))},
+    **{f"few {config.tile}": config for config in map(few_config, range(8, MAX_UNSORTED + 1, 8))},
     **{f"dense {tokens}": dense_config(tokens, 4096, 2048)[0] for tokens in (8, 40)},
+    "of experts": experts_config(),
     "sorted, few rows": pick_config(8),
     "sorted, many rows": pick_config(100),
 }
@@ -66,7 +69,9 @@ CONFIGS = {
 def lowering_cases():
     for name in CONFIGS:
         for type in (
-            QUANTIZED if name in ("few 8", "sorted, few rows", "sorted, many rows") else QUANTIZED[:1]
+            QUANTIZED
+            if name in ("few 8", "of experts", "sorted, few rows", "sorted, many rows")
+            else QUANTIZED[:1]
         ):
             yield from ((name, type, matrices) for matrices in ((1, 2) if "dense" not in name else (1,)))
 
