@@ -13,6 +13,7 @@ from qwen3_moe_jax.convert.progress import ProgressCallback
 from qwen3_moe_jax.convert.regular_file import check_file_name
 from qwen3_moe_jax.convert.source import ModelSource
 from qwen3_moe_jax.core.arguments import check_number, check_text, wrong_kind
+from qwen3_moe_jax.core.code_version import code_version
 from qwen3_moe_jax.core.errors import BackendUnavailableError, MemoryPlanError, OptionError
 from qwen3_moe_jax.core.mesh import AUTO_MESH, mesh_sizes
 from qwen3_moe_jax.core.near_names import near_names
@@ -174,9 +175,10 @@ def start_gpu() -> None:
     """
     if not may_have_cards():
         return
-    with ThreadPoolExecutor(2) as pool:
+    with ThreadPoolExecutor(3) as pool:
         if not environment_hides_cards():
             pool.submit(start_driver)
+        pool.submit(code_version)  # every program's key has it
         asked = pool.submit(_start_spares)
         is_hidden = cards_are_hidden_by()  # imports JAX
     if asked.result() and not is_hidden:

@@ -4,13 +4,25 @@ import hashlib
 import os
 from functools import cache
 from pathlib import Path
+from threading import Lock
 
 SUFFIXES = {".py", ".wgsl", ".toml", ".json", ".c", ".h"}
 
 
-@cache
+_lock = Lock()
+
+
 def code_version() -> str:
-    """Returns sixteen hexadecimal digits over every source file of the package, by name and content."""
+    """Returns sixteen hexadecimal digits over every source file of the package, by name and content.
+
+    Threads that ask at the same time wait for the first: ``cache`` alone would let each read all files.
+    """
+    with _lock:
+        return _of_files()
+
+
+@cache
+def _of_files() -> str:
     package = Path(__file__).parents[1]
     digest = hashlib.sha256()
     # A clone holds two sub-packages as links to the folders beside the package: a wheel holds the folders.
