@@ -77,7 +77,7 @@ def readme() -> str:
             _link("prefill_h100"),
         ),
         (
-            "wgpu: decode; prompt of 256",
+            f"wgpu: decode; prompt of {wgpu['prompt_tokens']}",
             "H100 through Vulkan, full size",
             f"{whole(wgpu['decode_tokens_per_s'])}; {whole(wgpu['prefill_tokens_per_s'])} tokens/s",
             "",
@@ -376,10 +376,11 @@ def wgpu() -> str:
     """The full-size file through Vulkan."""
     r = receipt("wgpu_h100")
     rows = [
+        ("load", f"{r['load_s']:.1f} s"),
         ("decode", f"{whole(r['decode_tokens_per_s'])} tokens/s"),
         (f"prompt of {r['prompt_tokens']}", f"{whole(r['prefill_tokens_per_s'])} tokens/s"),
         ("weights and cache read per second of decode", f"{whole(r['decode_gb_per_s'])} GB"),
-        ("minimum cosine to the float32 reference", below_one(min(r["parity_cosine"]))),
+        ("minimum cosine to the float32 reference", below_one(min(r["parity"]["parity_cosine"]))),
     ]
     return table("what | measured", rows)
 
