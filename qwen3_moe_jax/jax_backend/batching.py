@@ -23,13 +23,12 @@ from qwen3_moe_jax.jax_backend.generate import (
     DecodeState,
     StepResult,
     chunk_lengths,
-    prompt_counts,
-    row_counts,
 )
 from qwen3_moe_jax.jax_backend.kv_cache import KVCache
 from qwen3_moe_jax.jax_backend.params import Params
 from qwen3_moe_jax.jax_backend.preparation import Preparation
 from qwen3_moe_jax.jax_backend.settings import own_settings
+from qwen3_moe_jax.jax_backend.step_sizes import prompt_counts, row_counts, rows_beside
 from qwen3_moe_jax.jax_backend.token_choice import WIDE, SamplingArrays, work_for
 
 TOKENS_PER_DISPATCH = 8
@@ -391,7 +390,8 @@ class Batch:
         remaining = {slot: self._sequences[slot].length - self._sequences[slot].filled for slot in waiting}
         sizes = [size for size in PREFILL_CHUNKS if size <= maximum] or PREFILL_CHUNKS[:1]
         chunk = chunk_lengths(remaining[waiting[0]], sizes)[0]
-        slots = waiting[: prompt_counts(min(len(waiting), self.slots), chunk, maximum)[-1]]
+        counts = prompt_counts(len(waiting), chunk, maximum, has_kernel=self._has_kernel)
+        slots = waiting[: counts[-1]]
         beside = [] if self._has_kernel else [n for n, s in self._sequences.items() if s.is_ready]
         self._state, result = generate.prefill(
             self._decoder,
@@ -399,7 +399,7 @@ class Batch:
             self._state,
             np.asarray(slots, np.int32),
             chunk=chunk,
-            rows=self.slots if beside else 0,
+            rows=rows_beside(self.slots, self._has_kernel),
             scored=self._is_scored,
         )
         self.read_tokens = chunk * len(slots)

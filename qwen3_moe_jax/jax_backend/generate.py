@@ -163,17 +163,6 @@ def chunk_lengths(num_tokens: int, sizes: Sequence[int] = PREFILL_CHUNKS) -> lis
     return lengths
 
 
-def row_counts(slots: int) -> list[int]:
-    """The numbers of rows that tokens are written for: few, for each is a compiled program."""
-    return [*(1 << i for i in range((slots - 1).bit_length())), slots]
-
-
-def prompt_counts(slots: int, chunk: int, maximum: int = PREFILL_TOKENS) -> list[int]:
-    """The numbers of prompts that one step may read a chunk of: powers of two, so that they are few."""
-    together = min(slots, max(1, maximum // chunk))
-    return [1 << i for i in range(together.bit_length())]
-
-
 @partial(Program, static_argnames=("config", "slots", "length", "capacity", "dtype", "shards"))
 def empty_state(
     config: Qwen3MoeConfig, slots: int, length: int, capacity: int, dtype: str, shards: Shards | None = None

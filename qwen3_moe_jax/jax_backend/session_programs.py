@@ -14,7 +14,7 @@ program                one for each of                                 with B sl
 ``decode_one``         numbers of rows that a GPU's kernel does not    4 for 64 slots
                        take, greedy and sampled
 ``prefill``            PREFILL_CHUNKS, prompts 1, 2, 4, ... together;  3 for 1 slot, 13
-                       on a CPU also with tokens of the other slots    for 16; a CPU's 26
+                       on a CPU 1, 4, 16 with tokens of all slots      for 16; a CPU's 8
 =====================  ==============================================  ==================
 
 ``rows`` (copies of a row, for serve's prefixes) are small and made as they are asked for.
@@ -36,12 +36,13 @@ from qwen3_moe_jax.jax_backend import slots as slot_programs
 from qwen3_moe_jax.jax_backend.decode_path import Decoder, choose
 from qwen3_moe_jax.jax_backend.device import Device
 from qwen3_moe_jax.jax_backend.forward import forward_chunk
-from qwen3_moe_jax.jax_backend.generate import PREFILL_CHUNKS, prompt_counts, row_counts
+from qwen3_moe_jax.jax_backend.generate import PREFILL_CHUNKS
 from qwen3_moe_jax.jax_backend.kv_cache import KVCache, whole_tiles
 from qwen3_moe_jax.jax_backend.params import Params, Types, device_params
 from qwen3_moe_jax.jax_backend.programs import Program
 from qwen3_moe_jax.jax_backend.qwen3_moe import Qwen3Moe
 from qwen3_moe_jax.jax_backend.sharded_params import sharded_shapes
+from qwen3_moe_jax.jax_backend.step_sizes import prompt_counts, row_counts, rows_beside
 from qwen3_moe_jax.jax_backend.token_choice import SamplingArrays
 from qwen3_moe_jax.jax_backend.wanted import Wanted
 
@@ -182,8 +183,9 @@ class Session:
         label = "tokens" if rows == 1 else f"tokens of {rows} sequences"
         return self._wanted(generate.decode, {"steps": steps, "rows": rows}, label, 1.5)
 
-    def prompt(self, chunk: int, count: int = 1, rows: int = 0) -> Wanted:
-        """Reads ``chunk`` tokens of ``count`` prompts, and writes a token of ``rows`` slots."""
+    def prompt(self, chunk: int, count: int = 1) -> Wanted:
+        """Reads ``chunk`` tokens of ``count`` prompts, and writes a token of ``rows_beside`` slots."""
+        rows = rows_beside(self.slots, self.decoder.has_kernel)
         slots = jax.ShapeDtypeStruct((count,), np.int32)
         many = "" if count == 1 else f"{count} x "
         beside = f" beside {rows} sequences" if rows else ""
@@ -203,13 +205,9 @@ class Session:
                     yield self._wanted(one_token.decode_one, more, f"a token of {rows} sequences", 1.0)
 
     def _prompts_together(self) -> Iterator[Wanted]:
-        if self.slots == 1:
-            return
-        for rows in (0,) if self.decoder.has_kernel else (self.slots, 0):
-            for chunk in PREFILL_CHUNKS:
-                for count in prompt_counts(self.slots, chunk):
-                    if rows or count > 1:
-                        yield self.prompt(chunk, count, rows)
+        for chunk in PREFILL_CHUNKS:
+            for count in prompt_counts(self.slots, chunk, has_kernel=self.decoder.has_kernel)[1:]:
+                yield self.prompt(chunk, count)
 
     def _admission(self) -> dict[str, Any]:
         vocab_size = self.decoder.model.config.vocab_size

@@ -10,7 +10,7 @@ import pytest
 from qwen3_moe_jax.api import Model
 from qwen3_moe_jax.core.errors import BatchFullError, ContextOverflowError, MemoryPlanError
 from qwen3_moe_jax.core.sampling import Sampling
-from qwen3_moe_jax.jax_backend import generate, slots
+from qwen3_moe_jax.jax_backend import generate, slots, step_sizes
 from qwen3_moe_jax.jax_backend.generate import COMPILER_OPTIONS
 from qwen3_moe_jax.jax_backend.kv_cache import KVCache, Span
 from qwen3_moe_jax.jax_backend.requests import Request, run_all
@@ -106,7 +106,7 @@ def test_a_sequence_that_comes_while_others_are_written(batch, golden, greedy, m
 
 
 @pytest.mark.parametrize(
-    ("budget", "chunk", "together"), [(2048, 128, 2), (128, 128, 1), (127, 16, 2), (31, 16, 1), (1, 16, 1)]
+    ("budget", "chunk", "together"), [(2048, 128, 1), (128, 128, 1), (127, 16, 1), (31, 16, 1), (1, 16, 1)]
 )
 def test_a_step_reads_no_more_than_it_is_asked_to(batch, golden, monkeypatch, budget, chunk, together):
     monkeypatch.setattr("qwen3_moe_jax.jax_backend.batching.PREFILL_CHUNKS", generate.PREFILL_CHUNKS)
@@ -122,6 +122,14 @@ def test_a_step_reads_no_more_than_it_is_asked_to(batch, golden, monkeypatch, bu
         admit(batch, golden, number)
     batch.step(prompt_tokens=budget)
     assert asked == [(chunk, together)]
+
+
+@pytest.mark.parametrize(("has_kernel", "counts"), [(True, [1, 2, 4, 8, 16]), (False, [1, 4, 16])])
+def test_few_numbers_of_prompts_are_read_together(has_kernel, counts):
+    assert step_sizes.prompt_counts(20, 128, 2048, has_kernel=has_kernel) == counts
+    assert step_sizes.prompt_counts(20, 512, 2048, has_kernel=has_kernel) == [n for n in counts if n <= 4]
+    assert step_sizes.prompt_counts(3, 16, 2048, has_kernel=has_kernel) == [n for n in counts if n <= 3]
+    assert step_sizes.prompt_counts(1, 512, 16, has_kernel=has_kernel) == [1]
 
 
 def test_a_seed_gives_the_same_text_alone_and_beside_other_settings(jax_runner, batch, golden):

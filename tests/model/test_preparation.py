@@ -70,7 +70,7 @@ def test_a_batch_of_sixteen_needs_no_more_than_the_docs_say(source, jax_runner):
     session = jax_runner._session
     assert len(session.programs()) == 8
     many = Session(session.decoder, session.params, CONTEXT, "float32", slots=16).programs()
-    assert len(many) == 35
+    assert len(many) == 17, "on a CPU"
     assert len({w.label for w in many}) == len(many)
 
 
