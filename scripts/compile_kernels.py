@@ -31,7 +31,7 @@ import jax
 
 from qwen3_moe_jax.convert.config import PRESETS
 from qwen3_moe_jax.kernels_pallas.decode_step import api
-from qwen3_moe_jax.kernels_pallas.decode_step.config import shared_memory_budget
+from qwen3_moe_jax.kernels_pallas.decode_step.shared_memory import shared_memory_budget
 from qwen3_moe_jax.kernels_pallas.gpu import cards
 from qwen3_moe_jax.machine.folders import writable_cache
 from qwen3_moe_jax.testing.decode_kernel import trace_step

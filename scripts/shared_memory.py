@@ -8,7 +8,7 @@ import json
 
 from qwen3_moe_jax.convert.config import PRESETS
 from qwen3_moe_jax.kernels_pallas.decode_step import api
-from qwen3_moe_jax.kernels_pallas.decode_step.config import shared_memory_budget
+from qwen3_moe_jax.kernels_pallas.decode_step.shared_memory import shared_memory_budget
 
 
 def main() -> None:

@@ -22,6 +22,7 @@ from qwen3_moe_jax.kernels_pallas.decode_step import config as kernel_config
 from qwen3_moe_jax.kernels_pallas.decode_step import kernel
 from qwen3_moe_jax.kernels_pallas.decode_step.exchange import DEVICE_AXES, ONE_DEVICE, Split
 from qwen3_moe_jax.kernels_pallas.decode_step.row_formats import ROW_FORMATS
+from qwen3_moe_jax.kernels_pallas.decode_step.shared_memory import check_shared_memory, shared_memory_budget
 from qwen3_moe_jax.kernels_pallas.decode_step.weights import ROUTER, StepWeights
 from qwen3_moe_jax.kernels_pallas.embedding_lookup.api import embedding_lookup
 from qwen3_moe_jax.kernels_pallas.gpu import cards
@@ -179,10 +180,10 @@ def kernel_batch(config: Any, device: Device) -> int:
       NotImplementedError: not even one sequence fits.
     """
     for batch in range(KERNEL_BATCH, 1, -1):
-        budget = kernel_config.shared_memory_budget(shape_config(config, batch, device))
+        budget = shared_memory_budget(shape_config(config, batch, device))
         if sum(budget.values()) <= device.shared_memory:
             return batch
-    kernel_config.check_shared_memory(shape_config(config, 1, device), device.shared_memory)
+    check_shared_memory(shape_config(config, 1, device), device.shared_memory)
     return 1
 
 

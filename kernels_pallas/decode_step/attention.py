@@ -1,5 +1,6 @@
 """Attention over the cache and the new token, a warpgroup per sequence, KV head and split of the context."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -25,6 +26,8 @@ Array = Any
 ROWS = plgpu.Layout.WGMMA
 """float32 [64, n]: query heads of a KV head in the first rows, n columns."""
 NO_SCORE = -1e30
+JOINED = 36
+"""Splits whose outputs a join asks for at once, at most; each takes a register."""
 
 
 def spread_rows(v: Array, columns: int) -> Array:
@@ -62,7 +65,10 @@ class Attention(Phases):
     def __init__(self, grid: Grid, activations: Activations):
         super().__init__(grid)
         self.x = activations
-        _, (self.q_smem, self.k_smem, self.v_smem) = self.shared.sums_or_tiles_smem
+        _, (self.q_smem, *tiles) = self.shared.sums_or_tiles_smem
+        if self.c.prefetches:
+            (tiles,) = self.shared.tiles_smem
+        self.k_smem, self.v_smem = tiles
         self.half = self.c.head_dim // 2
         self.halves = head_halves(self.c.head_dim)
         self.one_head = self.halves.reduce(0)
@@ -106,30 +112,58 @@ class Attention(Phases):
         Waits for qkv (``count``); every block signals once.
         """
         self.g.begin()
-        c, plan = self.c, self.shared.split_plan_smem
-        workers, own = WARPGROUPS * c.blocks, self.g.wg * c.blocks + self.g.block
+        c = self.c
         heads = [self.g.table(layer, f"{n}_head") for n in "qkv"]
         norms = [self.norm_halves(ref, layer) for ref in (self.inputs.q_norm_gmem, self.inputs.k_norm_gmem)]
         self.g.wait(count)
 
-        def one(i, _):
-            number, b = i * workers + own, 0
-            for later in range(1, c.batch):
-                b = jnp.where(number >= plan[later, 3], later, b)
-            tiles, each, splits = self.splits_of(b)
-            number -= plan[b, 3]
-            head, split = number % c.num_key_value_heads, number // c.num_key_value_heads
-            start = split * each
-            stop = jnp.minimum(start + each, tiles)
-            item = Item(layer, b, head, split, splits, start, stop, self.g.position(b))
-            _Item(self, item, heads, norms).run()
+        def one(i):
+            item = _Item(self, self.item(layer, i), heads, norms)
+            if c.prefetches and not isinstance(i, int):
 
-        items = plan[c.batch, 3]
-        if c.batch * c.num_key_value_heads * c.splits <= workers:
-            pl.when(own < items)(lambda: one(0, None))
-        else:
-            lax.fori_loop(0, (items - own + workers - 1) // workers, one, None)
+                @pl.when(i > 0)
+                def _():
+                    self.g.sync_warpgroup()  # the last item is done with its tiles
+                    item.prefetch()
+
+            item.run()
+
+        self.for_items(one)
         self.g.signal()
+
+    def prefetch(self, layer: Array) -> None:
+        """Begins to copy this warpgroup's first tile of a layer, if it has any, to shared memory.
+
+        The layer's norm and q/k/v leave memory idle while they wait. Only where ``StepConfig.prefetches``.
+        """
+        if self.c.prefetches:
+            item = _Item(self, self.item(layer, 0), [None] * 3, [None] * 2)
+            pl.when(self.own_items() > 0)(item.prefetch)
+
+    def own_items(self) -> Array:
+        """The number of this warpgroup's items."""
+        workers, own = WARPGROUPS * self.c.blocks, self.g.wg * self.c.blocks + self.g.block
+        return (self.shared.split_plan_smem[self.c.batch, 3] - own + workers - 1) // workers
+
+    def for_items(self, body: Callable) -> None:
+        """``body(i)`` for this warpgroup's items; with a number where no warpgroup has more than one."""
+        c = self.c
+        if c.batch * c.num_key_value_heads * c.splits <= WARPGROUPS * c.blocks:
+            pl.when(self.own_items() > 0)(lambda: body(0))
+        else:
+            fori(self.own_items(), body)
+
+    def item(self, layer: Array, i: Array) -> Item:
+        """This warpgroup's i-th item."""
+        c, plan = self.c, self.shared.split_plan_smem
+        number, b = i * WARPGROUPS * c.blocks + self.g.wg * c.blocks + self.g.block, 0
+        for later in range(1, c.batch):
+            b = jnp.where(number >= plan[later, 3], later, b)
+        tiles, each, splits = self.splits_of(b)
+        number -= plan[b, 3]
+        head, split = number % c.num_key_value_heads, number // c.num_key_value_heads
+        first, last = split * each, jnp.minimum((split + 1) * each, tiles)
+        return Item(layer, b, head, split, splits, first, last, self.g.position(b))
 
     def norm_halves(self, ref: Any, layer: Array) -> list:
         """Both halves of a layer's q- or k-norm."""
@@ -184,6 +218,19 @@ class Attention(Phases):
         c, out, layout = self.c, self.outputs, lanes(128)
         weight_smem = self.shared.split_weight_smem
         group, row = head // c.group_heads, head % c.group_heads
+        together = ceil_div(c.splits, ceil_div(c.splits, JOINED))
+
+        def ask(first):
+            """Outputs of splits that lie far apart: one by one, each would wait for memory by itself."""
+            splits_here = [jnp.minimum(first + j, splits - 1) for j in range(together)]
+            return [load(out.part_gmem.at[b, group, split, row], layout) for split in splits_here]
+
+        def add(first, values, joined):
+            for j, value in enumerate(values):  # what is after the last split has the weight 0
+                joined += value * weight_smem[self.g.wg, first + j]
+            return joined
+
+        values = ask(0)
         largest = load(out.part_stats_gmem.at[b, group, 0, row], layout)
         total = load(out.part_stats_gmem.at[b, group, 1, row], layout)
         used = plgpu.broadcasted_iota(jnp.int32, (MAX_SPLITS,), 0, layout=layout) < splits
@@ -194,11 +241,9 @@ class Attention(Phases):
         weight_smem[self.g.wg] = weight / total
         self.g.sync_warpgroup()
 
-        def add(split, acc):
-            value = load(out.part_gmem.at[b, group, split, row], layout)
-            return acc + value * weight_smem[self.g.wg, split]
-
-        joined = lax.fori_loop(0, splits, add, full((128,), 0.0, jnp.float32, layout))
+        joined = add(0, values, full((128,), 0.0, jnp.float32, layout))
+        rest = lambda i, joined: add(i * together, ask(i * together), joined)
+        joined = lax.fori_loop(1, (splits + together - 1) // together, rest, joined)
         if c.shares:
             self.x.quantize_lanes(joined, layout, out.attended_gmem, lambda warp: (b, head * 4 + warp))
         else:
@@ -235,10 +280,12 @@ class _Item:
         i = self.i
         is_last = i.split == i.splits - 1
         query, key, value = self.load_new()
-        first_tile = self.load_tile(i.start)
+        first_tile = self.first_tile()
         key = self.a.rotated(i.b, key, self.k_norm, 1.0, None)
         key = [v.astype(self.c.cache_dtype) for v in key]
         value = [v.astype(self.c.cache_dtype) for v in value]
+        if self.c.prefetches:
+            self.prim.wait_for_copies()
         self.a.g.sync_warpgroup()  # the last item is done with shared memory
         self.put_queries(query, key)
         for j in range(2):
@@ -272,13 +319,31 @@ class _Item:
         heads = self.c.group_heads
         return [max(min(row, heads - 8), 0) for row in range(0, heads, 8)]
 
-    def load_tile(self, i: Array) -> tuple:
-        """Keys and values of one tile of the cache, in registers."""
+    def tile_of_cache(self, i: Array) -> list:
+        """Keys and values of one tile of the cache, as references."""
         c, tile = self.c, self.c.kv_tile
         i = jnp.minimum(i, c.cache_length // tile - 1)
         at = (self.i.layer, self.i.b + c.first_sequence, pl.ds(i * tile, tile), self.i.head)
-        inputs = self.a.inputs
-        return load(inputs.k_cache_gmem.at[at], self.copy), load(inputs.v_cache_gmem.at[at], self.copy)
+        return [ref.at[at] for ref in (self.a.inputs.k_cache_gmem, self.a.inputs.v_cache_gmem)]
+
+    def load_tile(self, i: Array) -> tuple:
+        """Keys and values of one tile, in registers."""
+        return tuple(load(ref, self.copy) for ref in self.tile_of_cache(i))
+
+    def prefetch(self) -> None:
+        """Begins to copy the first tile, if there is one, to shared memory."""
+
+        @pl.when(self.i.start < self.i.stop)
+        def _():
+            for to, source in zip((self.k_smem, self.v_smem), self.tile_of_cache(self.i.start), strict=True):
+                self.prim.copy_tile(to, source)
+
+    def first_tile(self) -> tuple:
+        """The registers of the first tile; not set where it is in shared memory."""
+        if not self.c.prefetches:
+            return self.load_tile(self.i.start)
+        shape = (self.c.kv_tile, self.c.head_dim)
+        return tuple(self.prim.unset(shape, self.c.cache_dtype, self.copy) for _ in range(2))
 
     def put_queries(self, query: list, key: list) -> None:
         """Normed and rotated queries, and their scores with the new key, into shared memory."""
@@ -323,11 +388,15 @@ class _Item:
         """One tile of keys and values in the running softmax; loads the next one."""
         k, v, largest, total, out = carry
         tile, size, dtype = self.c.kv_tile, self.c.head_dim, self.c.cache_dtype
-        self.a.g.sync_warpgroup()  # the last tile's products are done with k_smem and v_smem
-        self.k_smem[...] = k
-        self.v_smem[...] = v
+
+        def put():
+            self.a.g.sync_warpgroup()  # the last tile's products are done with k_smem and v_smem
+            self.k_smem[...] = k
+            self.v_smem[...] = v
+
+        pl.when(i > self.i.start)(put) if self.c.prefetches else put()
         self.prim.publish_tiles()
-        following = self.load_tile(jnp.minimum(i + 1, self.i.stop - 1))  # at the end one that is in cache
+        following = lax.cond(i + 1 < self.i.stop, lambda: self.load_tile(i + 1), lambda: (k, v))
 
         s = self.prim.matmul(self.prim.load_queries(self.q_smem), self.k_smem, tile, transposed=True)
         column = plgpu.broadcasted_iota(jnp.int32, (64, tile), 1, layout=ROWS)
@@ -357,8 +426,9 @@ class _Item:
         @pl.when(i.splits > 1)
         def _():
             self.prim.store_first_rows(outputs.part_gmem.at[i.b, i.head, i.split], out)
-            outputs.part_stats_gmem[i.b, i.head, 0, :, i.split] = largest
-            outputs.part_stats_gmem[i.b, i.head, 1, :, i.split] = total
+            for which, value in enumerate((largest, total)):
+                stats = outputs.part_stats_gmem.at[i.b, i.head, which, :, i.split]
+                self.prim.store_first_rows(stats, value)
 
     def quantize(self) -> None:
         """Quantizes this KV head's outputs for all blocks."""

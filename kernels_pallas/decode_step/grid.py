@@ -10,14 +10,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from qwen3_moe_jax.kernels_pallas.decode_step.config import (
-    REDUCE_SITES,
     WARPGROUPS,
     Operands,
     Outputs,
-    Scratch,
     StepConfig,
     ceil_div,
 )
+from qwen3_moe_jax.kernels_pallas.decode_step.shared_memory import REDUCE_SITES, Scratch
 
 Array = Any
 

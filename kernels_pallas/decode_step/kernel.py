@@ -18,10 +18,12 @@ block signals once; "owners": the blocks that quantize a sequence for all, once 
     logits        logits = h @ W_lm_head                                          norm        -
 
 A single sequence is normed and quantized by every block for itself: qkv and logits then wait for down.
-Every phase begins by issuing the loads of weights that do not depend on earlier phases, and only then waits.
+Every phase begins by issuing the loads of weights that do not depend on earlier phases, and only then waits;
+qkv of a single sequence also asks for each warpgroup's first tile of keys and values.
 All reductions have a fixed order that does not depend on the batch.
 """
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -36,17 +38,16 @@ from qwen3_moe_jax.kernels_pallas.decode_step.config import (
     WARPGROUPS,
     Operands,
     Outputs,
-    Scratch,
     StepConfig,
     output_types,
     scalar_count,
-    scratch_types,
 )
 from qwen3_moe_jax.kernels_pallas.decode_step.experts import Experts
 from qwen3_moe_jax.kernels_pallas.decode_step.grid import Grid
 from qwen3_moe_jax.kernels_pallas.decode_step.primitives.layouts import lanes, load
 from qwen3_moe_jax.kernels_pallas.decode_step.projections import Projections
 from qwen3_moe_jax.kernels_pallas.decode_step.router import Router
+from qwen3_moe_jax.kernels_pallas.decode_step.shared_memory import Scratch, scratch_types
 from qwen3_moe_jax.kernels_pallas.gpu.interpreter import interpreter_option
 
 EVENTS_PER_LAYER = 64
@@ -87,7 +88,7 @@ class Kernel:
         own = blocks if c.devices == 1 else 0  # signals to this device alone after output and after down
 
         def layer(i, count):
-            self.projections.qkv(i, count)
+            self.projections.qkv(i, count, also_ahead=partial(self.attention.prefetch, i))
             count = count + owners + blocks
             self.attention.attend(i, count)
             count = count + blocks
@@ -145,7 +146,7 @@ def decode_step(config: StepConfig, operands: Operands, *, interpret: Any = None
     kernel = plgpu.kernel(
         body,
         out_type=tuple(out_leaves),
-        scratch_types=tuple(scratch),
+        scratch_types=tuple(buffer for buffer in scratch if buffer is not None),
         grid=(config.blocks,),
         grid_names=("sm",),
         num_threads=WARPGROUPS,

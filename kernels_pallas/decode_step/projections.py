@@ -106,11 +106,11 @@ class Projections(Products):
     """The phases :meth:`qkv`, :meth:`output` and :meth:`logits`."""
 
     @jax.named_scope("qkv")
-    def qkv(self, layer: Array, count: Array) -> None:
+    def qkv(self, layer: Array, count: Array, *, also_ahead: Callable) -> None:
         """``qkv = rms_norm(x + down parts) @ W_qkv``: float32 [B, heads, 2, head_dim / 2].
 
         Waits for down of the layer before (``count``), in batches also for the owners, who signal once per
-        sequence; every block signals once.
+        sequence; every block signals once. ``also_ahead()`` asks for what later phases need.
         """
         self.g.begin()
         norm_ref = self.inputs.input_norm_gmem.at[layer]
@@ -118,6 +118,7 @@ class Projections(Products):
         if self.c.shares:
             self.x.share_normed(norm_ref, layer, count)
         phase.load_ahead()
+        also_ahead()
         self.x.prepare_normed(norm_ref, layer, count)
         phase.multiply()
         self.g.signal(by_first=self.c.batch == 1)

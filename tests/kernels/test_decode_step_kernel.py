@@ -208,15 +208,16 @@ def cosine(a, b):
     return a @ b / np.sqrt((a @ a) * (b @ b))
 
 
-def run(model, tokens, positions, cache, expert_ids=None, active=None, kernels="hopper"):
+def run(model, tokens, positions, cache, expert_ids=None, active=None, kernels="hopper", splits=2):
     active = jnp.ones(len(tokens), bool) if active is None else active  # one program for both
     tokens, positions = jnp.asarray(tokens), jnp.asarray(positions)
-    return step(model.weights, tokens, positions, cache, expert_ids, active, model.config, kernels)
+    return step(model.weights, tokens, positions, cache, expert_ids, active, model.config, kernels, splits)
 
 
-@partial(jax.jit, static_argnames=("config", "kernels"))  # for all tests: compiling takes most of their time
-def step(weights, tokens, positions, cache, expert_ids, active, config, kernels):
-    device = api.Device(blocks=1, splits=2, kernels=kernels, emulate=True, interpret=interpreter())
+# For all tests: compiling takes most of their time.
+@partial(jax.jit, static_argnames=("config", "kernels", "splits"))
+def step(weights, tokens, positions, cache, expert_ids, active, config, kernels, splits):
+    device = api.Device(blocks=1, splits=splits, kernels=kernels, emulate=True, interpret=interpreter())
     return api.decode_step(
         weights, config, tokens, positions, *cache, expert_ids=expert_ids, active=active, device=device
     )
@@ -244,6 +245,16 @@ def test_one_token_and_its_cache_rows(request, name, kernels):
         assert cosine(row, expected) > 0.9999
         others = np.arange(new.shape[2]) != position
         np.testing.assert_array_equal(np.asarray(new)[:, :, others], np.asarray(old)[:, :, others])
+
+
+def test_the_only_tiles_of_a_warpgroup_are_asked_for_early(model):
+    """Contexts in one split: three tiles, of which the first is asked for before the norm; or none."""
+    cache, ids = random_cache(CONFIG, 1, dtype=jnp.float16), np.array([[[7, 1, 4, 2]]], np.int32)
+    keys, values = (np.asarray(a[:, 0], np.float64) for a in cache)
+    for position in (0, 150):
+        out = run(model, [5], [position], cache, ids, splits=1)
+        logits, *_ = reference(model, 5, position, keys, values, ids[:, 0])
+        assert cosine(out.logits[0], logits) > 0.99999, position
 
 
 @pytest.mark.parametrize("batch", [3, 5])

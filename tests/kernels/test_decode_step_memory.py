@@ -11,7 +11,8 @@ if jax.__version_info__ < (0, 11):
 
 from qwen3_moe_jax.convert.config import PRESETS
 from qwen3_moe_jax.kernels_pallas.decode_step import api
-from qwen3_moe_jax.kernels_pallas.decode_step.config import (
+from qwen3_moe_jax.kernels_pallas.decode_step.config import MAX_SPLITS, output_types
+from qwen3_moe_jax.kernels_pallas.decode_step.shared_memory import (
     check_shared_memory,
     scratch_types,
     shared_memory_budget,
@@ -93,7 +94,27 @@ def test_eight_rows_of_a_portable_tile_lie_in_different_banks(head_dim):
     """``ldmatrix`` reads 16 bytes of 8 rows at once: unpadded rows would all lie in the same four banks."""
     config = dataclasses.replace(PRESETS[SMALL], head_dim=head_dim)
     shape = api.shape_config(config, 1, device("8.9"))
-    _, tiles = scratch_types(shape).sums_or_tiles_smem.refs
-    for tile in tiles:
+    _, queries = scratch_types(shape).sums_or_tiles_smem.refs
+    (tiles,) = scratch_types(shape).tiles_smem.refs
+    for tile in (*queries, *tiles):
         nbytes = tile.shape[-1] * jax.numpy.dtype(tile.dtype).itemsize
         assert len({row * nbytes % 128 // 16 for row in range(8)}) == 8
+
+
+@pytest.mark.parametrize(("preset", "heads"), [(SMALL, 8), (MIDDLE, 16), (LARGE, 12)])
+def test_splits_leave_what_their_query_heads_have(preset, heads):
+    """``wgmma`` has 64 rows; a KV head's query heads are the first of them, and a join reads no others."""
+    out = output_types(api.shape_config(PRESETS[preset], 2, device("9.0", "hopper")))
+    batch, kv_heads, splits, *rest = out.part_gmem.shape
+    assert rest == [heads, PRESETS[preset].head_dim]
+    assert splits <= MAX_SPLITS
+    assert out.part_stats_gmem.shape == (batch, kv_heads, 2, heads, MAX_SPLITS)
+
+
+@pytest.mark.parametrize(("batch", "apart"), [(1, True), (2, False)])
+def test_only_tiles_that_are_asked_for_early_have_room_of_their_own(batch, apart):
+    """In batches tiles lie where sums do; a copy that begins before these are read would write over them."""
+    scratch = scratch_types(api.shape_config(PRESETS[SMALL], batch, device("9.0", "hopper")))
+    _, together = scratch.sums_or_tiles_smem.refs
+    assert len(together) == (1 if apart else 3)
+    assert (scratch.tiles_smem is not None) == apart

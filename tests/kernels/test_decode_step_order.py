@@ -14,7 +14,7 @@ pytest.importorskip("jax.experimental.pallas.mosaic_gpu")
 if jax.__version_info__ < (0, 11):
     pytest.skip("the GPU kernels need JAX 0.11", allow_module_level=True)
 
-from qwen3_moe_jax.kernels_pallas.decode_step import kernel
+from qwen3_moe_jax.kernels_pallas.decode_step import attention, kernel
 from qwen3_moe_jax.kernels_pallas.decode_step.activations import Activations
 from qwen3_moe_jax.kernels_pallas.decode_step.api import Device
 from qwen3_moe_jax.kernels_pallas.decode_step.attention import Attention
@@ -49,7 +49,8 @@ def table() -> list[tuple[str, str, str]]:
 def recorded(batch: int, mesh: Split) -> list[tuple[str, str]]:
     """(phase, event) in the order of the traced kernel, repetitions by types taken out.
 
-    Events: "wait", "wait for devices", "signal", and "signal to all" where devices could be told.
+    Events: "wait", "wait for devices", "signal", "signal to all" where devices could be told, and "prefetch"
+    of tiles of keys and values.
     """
     found, inside = [], ["kernel"]
 
@@ -73,6 +74,7 @@ def recorded(batch: int, mesh: Split) -> list[tuple[str, str]]:
     patches = [(owner, method, phase(n, getattr(owner, method))) for n, (owner, method) in PHASES.items()]
     events = ("wait", "wait_for_devices", "signal")
     patches += [(Grid, what, event(what, getattr(Grid, what))) for what in events]
+    patches.append((attention._Item, "prefetch", event("prefetch", attention._Item.prefetch)))
     with ExitStack() as stack:
         for owner, name, value in patches:
             stack.enter_context(mock.patch.object(owner, name, value))
@@ -98,6 +100,8 @@ def test_phases_wait_and_signal_in_the_order_of_the_docstring(batch, mesh):
             continue  # a single sequence is normed inside the phases
         waited = "down" if waited == "norm" and batch == 1 else waited
         is_all = mesh.devices > 1 and signalled[waited] == "all"
+        if name == "qkv" and batch == 1:
+            expected.append((name, "prefetch"))
         expected.append((name, "wait for devices" if is_all else "wait"))
         if signals != "-":
             expected.append((name, "signal to all" if signals == "all" else "signal"))
@@ -121,7 +125,7 @@ def test_each_phase_waits_for_all_signals_before_it(batch, devices, is_split):
     sent, called, left = 0, [], []
 
     def phase(name):
-        def run(*args):
+        def run(*args, also_ahead=None):
             nonlocal sent
             assert int(args[-1]) == sent, name
             called.append(name)
@@ -137,6 +141,7 @@ def test_each_phase_waits_for_all_signals_before_it(batch, devices, is_split):
     body.attention = SimpleNamespace(
         plan_splits=lambda: jnp.int32(items), attend=phase("attention"), join=phase("join")
     )
+    body.attention.prefetch = lambda layer: None
     body.projections = SimpleNamespace(qkv=phase("qkv"), output=phase("output"), logits=phase("logits"))
     body.router = SimpleNamespace(router=phase("router"))
     body.experts = SimpleNamespace(gate_up=phase("gate_up"), down=phase("down"))

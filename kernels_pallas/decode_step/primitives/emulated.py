@@ -105,6 +105,11 @@ def as_new(value):
     return value
 
 
+def unset(shape: tuple[int, ...], dtype, layout):
+    del layout
+    return jnp.zeros(shape, dtype)
+
+
 def warpgroup_barrier() -> None:
     """One thread is a warpgroup here."""
 
@@ -253,6 +258,10 @@ def store_subblocks(ref, piece, value) -> None:
 
 
 def copy_to_shared(ref, source) -> None:
+    ref[...] = source[...]
+
+
+def copy_tile(ref, source) -> None:
     ref[...] = source[...]
 
 

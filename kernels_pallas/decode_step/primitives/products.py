@@ -228,33 +228,41 @@ def look_up(words, table: tuple[int, ...], *, in_order: bool) -> list:
 
 
 def store_first_rows(ref, values) -> None:
-    """Stores the first rows, at most 16, of 64 of an attention product.
+    """Stores the first rows, at most 16, of 64 of an attention product, or one value of each.
 
     Args:
-      ref: float32 [rows, n] in global memory, contiguous.
-      values: float32 [64, n] of layout WGMMA.
+      ref: float32 [rows, n] in global memory, contiguous; or [rows], at any distance.
+      values: float32 [64, n] of layout WGMMA; or [64] of that layout without its second axis.
     """
-    rows, columns = ref.shape
+    (rows, *inner), layout = ref.shape, plgpu.Layout.WGMMA
+    layout = layout if inner else layout.reduce(1)
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WGMMA))
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), layout))
     def store(ctx, ref, values):
         del ctx
-        base = mgpu.utils.memref_ptr(ref)
+        f32 = ir.F32Type.get()
+        base, (stride, *_) = mgpu.utils.memref_ptr(ref), ref.type.get_strides_and_offset()[0]
         lane = arith.remui(mgpu.utils.thread_idx(), const(WARPGROUP))
-        first = arith.cmpi(arith.CmpIPredicate.ult, lane, const(32))
-        branch = scf.IfOp(first)
-        with ir.InsertionPoint(branch.then_block):
-            row = arith.divui(lane, const(4))
-            column = arith.muli(arith.remui(lane, const(4)), const(2))
-            offset = arith.addi(arith.muli(row, const(columns)), column)
-            f32 = ir.F32Type.get()
+        row, quarter = arith.divui(lane, const(4)), arith.remui(lane, const(4))
+        holds = arith.cmpi(arith.CmpIPredicate.ult, lane, const(32))
+        if not inner:  # four lanes have the same value
+            holds = arith.andi(holds, equal(quarter, const(0)))
+        offset = arith.addi(arith.muli(row, const(stride)), arith.muli(quarter, const(2)))
 
-            def store_half(half: int) -> None:
-                for j in range(columns // 8):
+        def put(value, half: int, column: int) -> None:
+            at = arith.addi(offset, const(half * 8 * stride + column))
+            llvm.store(value, mgpu.utils.getelementptr(base, [at], f32))
+
+        def store_half(half: int) -> None:
+            if inner:
+                for j in range(inner[0] // 8):
                     (pair,) = values.registers[0, j, :, :, half].flat
-                    at = arith.addi(offset, const(half * 8 * columns + j * 8))
-                    llvm.store(pair, mgpu.utils.getelementptr(base, [at], f32))
+                    put(pair, half, j * 8)
+            else:
+                put(values.registers.flat[half], half, 0)
 
+        branch = scf.IfOp(holds)
+        with ir.InsertionPoint(branch.then_block):
             for half in range(rows // 8):
                 store_half(half)
             if rows % 8:

@@ -7,8 +7,10 @@ from typing import Any
 
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir.dialects import arith
 
 from qwen3_moe_jax.kernels_pallas.decode_step.primitives.choice import sort_pairs, top_experts
+from qwen3_moe_jax.kernels_pallas.decode_step.primitives.inline import const as _const
 from qwen3_moe_jax.kernels_pallas.decode_step.primitives.loads import load_clamped, load_rows
 from qwen3_moe_jax.kernels_pallas.decode_step.primitives.products import (
     dot_floats,
@@ -27,6 +29,7 @@ from qwen3_moe_jax.kernels_pallas.decode_step.primitives.sync import (
     wait_for_copies,
     warpgroup_barrier,
 )
+from qwen3_moe_jax.kernels_pallas.decode_step.primitives.sync import copy_rows as _copy_rows
 from qwen3_moe_jax.kernels_pallas.decode_step.primitives.sync import grid_wait as _grid_wait
 from qwen3_moe_jax.kernels_pallas.decode_step.primitives.warps import (
     View,
@@ -34,6 +37,7 @@ from qwen3_moe_jax.kernels_pallas.decode_step.primitives.warps import (
     store_lanes,
     store_subblocks,
     store_zeros,
+    unset,
     warp_largest,
     warpgroup_reduce,
 )
@@ -45,6 +49,20 @@ grid_wait = partial(_grid_wait, fence="fence.acq_rel.gpu;")
 def tile_memory(shape: tuple[int, ...], dtype: Any) -> Any:
     """Shared memory of tiles of keys or values [..., rows, head_dim]."""
     return plgpu.SMEM(shape, dtype)
+
+
+def copy_tile(ref: Any, source: Any) -> None:
+    """Begins to copy a tile of keys or values; run by a whole warpgroup (:func:`wait_for_copies`).
+
+    Args:
+      ref: [rows, head_dim] of :func:`tile_memory`, without the padding of its rows.
+      source: as many in global memory.
+    """
+
+    def offset_of(row, piece, stride):
+        return arith.addi(arith.muli(row, _const(stride)), arith.muli(piece, _const(16)))
+
+    _copy_rows(ref, source, offset_of)
 
 
 def publish_tiles() -> None:

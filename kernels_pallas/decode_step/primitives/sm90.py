@@ -7,8 +7,10 @@ from typing import Any
 
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir.dialects import arith
 
 from qwen3_moe_jax.kernels_pallas.decode_step.primitives.choice import sort_pairs, top_experts
+from qwen3_moe_jax.kernels_pallas.decode_step.primitives.inline import const as _const
 from qwen3_moe_jax.kernels_pallas.decode_step.primitives.loads import load_clamped, load_rows
 from qwen3_moe_jax.kernels_pallas.decode_step.primitives.products import (
     dot_floats,
@@ -27,6 +29,7 @@ from qwen3_moe_jax.kernels_pallas.decode_step.primitives.sync import (
     wait_for_copies,
     warpgroup_barrier,
 )
+from qwen3_moe_jax.kernels_pallas.decode_step.primitives.sync import copy_rows as _copy_rows
 from qwen3_moe_jax.kernels_pallas.decode_step.primitives.sync import grid_wait as _grid_wait
 from qwen3_moe_jax.kernels_pallas.decode_step.primitives.warps import (
     View,
@@ -34,16 +37,39 @@ from qwen3_moe_jax.kernels_pallas.decode_step.primitives.warps import (
     store_lanes,
     store_subblocks,
     store_zeros,
+    unset,
     warp_largest,
     warpgroup_reduce,
 )
 
 grid_wait = partial(_grid_wait, fence="fence.acquire.gpu;")
+TILE_TRANSFORMS = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
 
 
 def tile_memory(shape: tuple[int, ...], dtype: Any) -> Any:
     """Shared memory of tiles of keys or values [..., rows, head_dim]."""
-    return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)))
+    return plgpu.SMEM(shape, dtype, transforms=TILE_TRANSFORMS)
+
+
+def copy_tile(ref: Any, source: Any) -> None:
+    """Begins to copy a tile of keys or values; run by a whole warpgroup (:func:`wait_for_copies`).
+
+    Args:
+      ref: [rows, head_dim] of :func:`tile_memory`.
+      source: as many in global memory.
+    """
+    blocks = source.shape[1] // 64
+
+    def offset_of(row, piece, stride):
+        """Tiles of 8 rows of 128 bytes, in which 16 bytes lie at their number exclusive or the row's."""
+        del stride
+        of_tile, row = arith.divui(row, _const(8)), arith.remui(row, _const(8))
+        block, piece = arith.divui(piece, _const(8)), arith.xori(arith.remui(piece, _const(8)), row)
+        tile = arith.addi(arith.muli(of_tile, _const(blocks)), block)
+        within = arith.addi(arith.muli(row, _const(128)), arith.muli(piece, _const(16)))
+        return arith.addi(arith.muli(tile, _const(1024)), within)
+
+    _copy_rows(ref, source, offset_of, transforms=TILE_TRANSFORMS)
 
 
 def publish_tiles() -> None:

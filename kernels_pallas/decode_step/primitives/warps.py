@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -32,6 +33,20 @@ def as_new(value):
         return mgpu.FragmentedArray.splat(result, (), is_signed=True)
 
     return copy(value)
+
+
+def unset(shape: tuple[int, ...], dtype, layout):
+    """An array of anything, for whose registers nothing is done: it is set before it is read."""
+
+    @plgpu.inline_mgpu(arg_types=(), return_type=plgpu.ShapeDtypeStruct(shape, dtype, layout=layout))
+    def make(ctx):
+        del ctx
+        lanes, element = layout.to_mgpu(), mgpu.utils.dtype_to_ir_type(dtype)
+        registers = np.full(lanes.registers_shape(shape), None, object)
+        registers[...] = llvm.mlir_undef(lanes.registers_element_type(element))
+        return mgpu.FragmentedArray(_registers=registers, _layout=lanes, _is_signed=None)
+
+    return make()
 
 
 def warpgroup_reduce(arrays: list, layout, operation: str, scratch) -> list:
