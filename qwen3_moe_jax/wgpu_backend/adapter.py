@@ -77,8 +77,8 @@ _GPU = Tuning(
     chunk=512,
     decode_span=128,
     prefill_span=1 << 20,
-    tokens_per_submit=16,
-    submits_in_flight=2,
+    tokens_per_submit=2,
+    submits_in_flight=3,
 )
 
 # A software adapter runs a workgroup as SIMD vectors of 8 lanes. One lane per row needs no reduction,

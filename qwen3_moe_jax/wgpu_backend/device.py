@@ -340,11 +340,22 @@ class Device:
         usage = wgpu.BufferUsage.MAP_READ | wgpu.BufferUsage.COPY_DST
         made = self._device.create_buffer(size=nbytes, usage=usage, label="readback")
         self._buffers.add(made)
-        return Readback(source, made)
+        return Readback(source, made, self._device)
 
 
 def _encode(compute: Any, launches: Sequence[Launch], queries: Any = None) -> None:
-    """The launches, in order, and the end of the pass; one timestamp before them and one after each."""
+    """The launches, in order, and the end of the pass; one timestamp before them and one after each.
+
+    Straight into wgpu's library: its Python wrappers take most of the time of a token's hundreds of calls.
+    What is wrong with a call, the encoder's ``finish`` says.
+    """
+    from wgpu.backends import wgpu_native
+
+    native: Any = wgpu_native.lib
+    set_pipeline = native.wgpuComputePassEncoderSetPipeline
+    set_group = native.wgpuComputePassEncoderSetBindGroup
+    dispatch_groups = native.wgpuComputePassEncoderDispatchWorkgroups
+    nothing, into = wgpu_native.ffi.NULL, compute._internal
     pipeline = None
     if queries:
         from wgpu.backends.wgpu_native.extras import write_timestamp
@@ -353,9 +364,9 @@ def _encode(compute: Any, launches: Sequence[Launch], queries: Any = None) -> No
     for number, (dispatch, x, y, z) in enumerate(launches, 1):
         if dispatch.kernel.pipeline is not pipeline:
             pipeline = dispatch.kernel.pipeline
-            compute.set_pipeline(pipeline)
-        compute.set_bind_group(0, dispatch.group)
-        compute.dispatch_workgroups(x, y, z)
+            set_pipeline(into, pipeline._internal)
+        set_group(into, 0, dispatch.group._internal, 0, nothing)
+        dispatch_groups(into, x, y, z)
         if queries:
             write_timestamp(compute, queries, number)
     compute.end()

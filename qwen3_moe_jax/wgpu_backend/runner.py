@@ -133,6 +133,7 @@ class WgpuRunner(OneAtATime):
     def _build(self) -> None:
         """Kernels and their bindings, for the device's settings."""
         b = self._buffers
+        self._spare: list[Readback] = []
         self._prefill, self._decode = (
             Program(self._device, self.config, self._weights, b, tokens=tile, f16_cache=self._f16)
             for tile in (self._device.tuning.prefill_tokens, 1)
@@ -167,7 +168,7 @@ class WgpuRunner(OneAtATime):
             self._request += 1
             if self._owns_device:
                 self._device.close()
-            for name in ("_weights", "_buffers", "_prefill", "_decode", "_sample", "_choice"):
+            for name in ("_weights", "_buffers", "_prefill", "_decode", "_sample", "_choice", "_spare"):
                 self.__dict__.pop(name, None)
             for batches in list(self._streams):
                 batches.drop()
@@ -394,9 +395,9 @@ class _Batches:
 
     def submit(self, count: int, launches: list[Launch]) -> None:
         """Queues launches that choose ``count`` tokens."""
-        readback = self._device.readback(
-            self._runner._buffers["emitted"], 4 * self._device.tuning.tokens_per_submit
-        )
+        emitted, nbytes = self._runner._buffers["emitted"], 4 * self._device.tuning.tokens_per_submit
+        spare = self._runner._spare
+        readback = spare.pop() if spare else self._device.readback(emitted, nbytes)
         self._device.run(launches, readback)
         self._waiting.append((readback, count))
         self._left -= count
@@ -417,4 +418,6 @@ class _Batches:
     def wait(self) -> list[int]:
         """The tokens of the oldest batch, when they are there."""
         readback, count = self._waiting.popleft()
-        return readback.wait().view(np.uint32)[:count].tolist()
+        tokens = readback.wait().view(np.uint32)[:count].tolist()
+        self._runner._spare.append(readback)
+        return tokens

@@ -27,6 +27,7 @@ from qwen3_moe_jax.core.sampling import Sampling
 from qwen3_moe_jax.testing.wgpu_ops import Ops
 from qwen3_moe_jax.wgpu_backend import device as device_module
 from qwen3_moe_jax.wgpu_backend import feed
+from qwen3_moe_jax.wgpu_backend import runner as runner_module
 from qwen3_moe_jax.wgpu_backend.adapter import TUNINGS, probe
 from qwen3_moe_jax.wgpu_backend.device import Device
 from qwen3_moe_jax.wgpu_backend.layout import device_nbytes, device_words
@@ -169,6 +170,30 @@ def abandon_streams(model: str, count: int) -> list[int]:
         del unread
         gc.collect()
     return list(loaded.stream([1, 2, 3], max_tokens=12, sampling=Sampling()))
+
+
+def tokens_on_their_way(model: str, on: str, count: int) -> tuple[int, int]:
+    """Of a stream: most tokens that were queued and not yet given, and how often a thread of wgpu waited."""
+    loaded, given, ahead, waits = runner(model, on), 0, [], []
+    poller, submit = loaded._device._device._poller, runner_module._Batches.submit
+
+    def watched(batches: Any, tokens: int, launches: Any) -> None:
+        submit(batches, tokens, launches)
+        ahead.append(count - batches._left - given)
+
+    def token() -> Any:
+        waits.append(1)
+        return asked()
+
+    asked = poller.get_token
+    with (
+        mock.patch.object(runner_module._Batches, "submit", watched),
+        mock.patch.object(poller, "get_token", token),
+    ):
+        for _ in loaded.stream([1, 2, 3], max_tokens=count, sampling=Sampling()):
+            given += 1
+    assert given == count
+    return max(ahead), len(waits)
 
 
 def memory_growth(model: str, count: int, sampling: Sampling) -> int:

@@ -78,6 +78,13 @@ def test_streams_that_nobody_reads_to_the_end(gpu):
     assert gpu(gpu_work.abandon_streams, model, 12) == expected
 
 
+def test_few_tokens_are_queued_ahead_and_no_thread_waits_for_the_device(gpu):
+    """What a stop wastes is bounded; a submit would wait for a thread that waits for the device."""
+    ahead, waits = gpu(gpu_work.tokens_on_their_way, str(gpu_work.EMBEDDED), "hardware", 40)
+    assert 4 <= ahead <= 6
+    assert waits == 0
+
+
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the process's size is read from /proc")
 @pytest.mark.parametrize(
     "sampling", [Sampling(), Sampling(temperature=0.7, top_k=20, top_p=0.8)], ids=["0", "0.7"]
