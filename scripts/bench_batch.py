@@ -39,7 +39,7 @@ from qwen3_moe_jax.convert.open_model import open_model
 from qwen3_moe_jax.convert.tensor_names import q4_k_m_types
 from qwen3_moe_jax.core.sampling import Sampling
 from qwen3_moe_jax.jax_backend.batching import Batch
-from qwen3_moe_jax.jax_backend.decode_path import PATHS, Decoder, OneKernel, choose
+from qwen3_moe_jax.jax_backend.decode_path import Decoder, choose
 from qwen3_moe_jax.jax_backend.generate import MAX_STEPS, PREFILL_CHUNKS, empty_state
 from qwen3_moe_jax.jax_backend.kv_cache import KVCache, Span
 from qwen3_moe_jax.jax_backend.params import GPU_ROLES
@@ -99,8 +99,7 @@ def of_preset(args: argparse.Namespace) -> Subject:
     params = sharded_random_params(shards, types) if shards else random_params(config, types, GPU_ROLES)
     dtype = jnp.dtype(args.kv_cache or "float16")
     model = Qwen3Moe(config, jnp.bfloat16, kernels=kernels.name, shards=shards)
-    paths = (OneKernel(tries_mesh=args.mesh_kernel), *PATHS[1:])
-    return Subject(choose(model, jax.block_until_ready(params), device, dtype, paths), params, dtype)
+    return Subject(choose(model, jax.block_until_ready(params), device, dtype), params, dtype)
 
 
 def of_file(args: argparse.Namespace) -> Subject:
@@ -327,7 +326,6 @@ def main() -> None:
     parser.add_argument("--tflops", type=float, default=798.0, help="what the card's matrix product reaches")
     parser.add_argument("--kernels", choices=CHOICES, default=AUTO, help="forces a set of kernels")
     parser.add_argument("--mesh", help="splits the model over devices, such as tp=2,ep=1")
-    parser.add_argument("--mesh-kernel", action="store_true", help="tries the one kernel over the mesh")
     parser.add_argument("--layers", type=int, help="so many in place of the preset's")
     args = parser.parse_args()
     if args.mesh:

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qwen3_moe_jax.convert.open_model import open_model
-from qwen3_moe_jax.jax_backend.decode_path import PATHS, OneKernel, choose
+from qwen3_moe_jax.jax_backend.decode_path import OneKernel, choose
 from qwen3_moe_jax.jax_backend.kv_cache import KVCache
 from qwen3_moe_jax.jax_backend.runner import JaxRunner
 from qwen3_moe_jax.jax_backend.sharding import MeshShape
@@ -49,8 +49,7 @@ class Run:
 def run(runner: JaxRunner, count: int, given: list[int] | None = None) -> Run:
     """Writes ``count`` tokens; ``given`` are taken in place of the best."""
     model, shards = runner.decoder.model, runner.decoder.shards
-    paths = (OneKernel(tries_mesh=True), *PATHS[1:])
-    decoder = choose(model, runner.params, runner.device, jnp.float16, paths)
+    decoder = choose(model, runner.params, runner.device, jnp.float16)
     place = (shards.of_cache, shards.cache_heads) if shards else (runner.device, None)
     cache = KVCache.create(runner.config, 1, LENGTH, jnp.float16, *place)
     if decoder.path(runner.params, 1, cache).name != OneKernel.name:

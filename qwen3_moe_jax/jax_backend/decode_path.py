@@ -227,13 +227,7 @@ def few_launches(network: "Network", token_ids: jax.Array, cache: KVCache, span:
 
 @dataclass(frozen=True)
 class OneKernel:
-    """A whole token as one kernel (``ops.decode_step``): a batch does not change a sequence's bits.
-
-    Attributes:
-      tries_mesh: whether it may run over the devices of a mesh, which only measurements ask for.
-    """
-
-    tries_mesh: bool = False
+    """A whole token as one kernel (``ops.decode_step``): a batch does not change a sequence's bits."""
 
     name: ClassVar[str] = "one kernel"
     batches: ClassVar[range] = range(1, 17)
@@ -243,8 +237,8 @@ class OneKernel:
         if model.shards is not None:
             if reason := model.shards.reason_against_one_kernel:
                 return reason
-            if not self.tries_mesh:
-                return "its exchange over NVLink has not passed on GPUs yet"
+            if model.kernels == "portable":
+                return "over several GPUs it has passed with Hopper's kernels alone, and portable is chosen"
         if model.kernels == "xla":
             return "it is a GPU kernel, and xla is chosen"
         if device.platform != "gpu":  # said without the import of Mosaic GPU, which takes half a second
@@ -390,22 +384,15 @@ class Decoder:
         return {path.name: found[path.name] for path in PATHS if path.name in found}
 
 
-def choose(
-    model: Qwen3Moe,
-    params: Params,
-    device: Device,
-    cache_dtype: Any,
-    paths: Sequence[DecodePath] = PATHS,
-) -> Decoder:
+def choose(model: Qwen3Moe, params: Params, device: Device, cache_dtype: Any) -> Decoder:
     """The ways that this device, these weights and this dtype of the KV cache leave.
 
     Args:
       params: arrays, or their shapes.
-      paths: to choose from, best first.
     """
     left: list[DecodePath] = []
     refused: list[tuple[str, str]] = []
-    for path in paths:
+    for path in PATHS:
         batch = path.batches[0]
         cache = jax.eval_shape(lambda n=batch: KVCache.create(model.config, n, ops.CACHE_TILE, cache_dtype))
         reason = path.reason_on(device, model, params) or path.reason_against(model, params, batch, cache)

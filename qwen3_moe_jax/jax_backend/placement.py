@@ -114,15 +114,16 @@ class Placement:
         return load_sharded(source, self.shards, self.device, progress)
 
     def kernels(self, wanted: str) -> Kernels:
-        """Those that are asked for, or the fastest; XLA's on the GPUs of a mesh, where no others were tried.
+        """Those that are asked for, or the fastest; on a mesh of GPUs Hopper's or XLA's.
 
         Raises:
           BackendUnavailableError: the device does not run what is asked for.
         """
-        if self.shards is not None and self.is_gpu and wanted in (AUTO, NATIVE):
-            return Kernels("xla", "the kernels of a GPU have not been tried on a mesh")
-        capability = capability_of(self.device)
-        return choose_kernels(AUTO if wanted == NATIVE else wanted, capability, jax.__version_info__)
+        capability, is_auto = capability_of(self.device), wanted in (AUTO, NATIVE)
+        chosen = choose_kernels(AUTO if is_auto else wanted, capability, jax.__version_info__)
+        if self.shards is not None and self.is_gpu and is_auto and chosen.name == "portable":
+            return Kernels("xla", "the portable kernels have not been tried on a mesh")
+        return chosen
 
     def empty_cache(self, config: Qwen3MoeConfig, rows: int, length: int, dtype: Any) -> KVCache:
         """A cache where the weights are."""

@@ -31,6 +31,7 @@ from qwen3_moe_jax.core.mesh import AUTO_MESH, mesh_sizes
 from qwen3_moe_jax.jax_backend.device import Device
 from qwen3_moe_jax.jax_backend.kv_cache import KVCache
 from qwen3_moe_jax.kernels_pallas.decode_step.exchange import DEVICE_AXES
+from qwen3_moe_jax.machine.cuda import without_peer_access
 from qwen3_moe_jax.machine.memory import cache_nbytes
 
 EP, TP = BOTH = DEVICE_AXES
@@ -248,6 +249,11 @@ class Shards:
         """Why the devices cannot decode in one kernel, or None: it writes into the memory of all of them."""
         if len(self.own_indices) < self.shape.size:
             return "it writes into the memory of all devices, and they belong to several processes"
+        if self.devices[0].platform != "gpu":
+            return None
+        ordinals = [device.local_hardware_id for device in self.devices]
+        if (pair := without_peer_access(ordinals)) is not None:
+            return f"GPU {pair[0]} cannot write into the memory of GPU {pair[1]}"
         return None
 
     @property

@@ -1,11 +1,12 @@
-"""What NVIDIA's driver tells of a card's memory, without a package of its own.
+"""What NVIDIA's driver tells of cards and their memory, without a package of its own.
 
 https://docs.nvidia.com/cuda/cuda-driver-api: cuMemGetInfo, in the device's primary context, which
-JAX has made already and which is given back here.
+JAX has made already and which is given back here; cuDeviceCanAccessPeer.
 """
 
 import ctypes
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 LIBRARY = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
@@ -40,6 +41,35 @@ def free_on_card(ordinal: int | None, library: Any = None) -> int | None:
         return _free(cuda, ordinal)
     except (OSError, AttributeError):
         return None
+
+
+def without_peer_access(ordinals: Sequence[int], library: Any = None) -> tuple[int, int] | None:
+    """Two cards of these of which one cannot write into the other's memory, or None.
+
+    Args:
+      ordinals: CUDA's numbers of the devices (``jax.Device.local_hardware_id``).
+      library: the driver's library; None loads it.
+
+    Returns:
+      The first two also where the driver does not answer: nothing is known then.
+    """
+    pairs = [(one, other) for one in ordinals for other in ordinals if one != other]
+    try:
+        cuda = library or ctypes.CDLL(LIBRARY)
+        if cuda.cuInit(0):
+            return pairs[0] if pairs else None
+        return next((pair for pair in pairs if not _has_access(cuda, *pair)), None)
+    except (OSError, AttributeError):
+        return pairs[0] if pairs else None
+
+
+def _has_access(cuda: Any, one: int, other: int) -> bool:
+    devices = ctypes.c_int(), ctypes.c_int()
+    for device, ordinal in zip(devices, (one, other), strict=True):
+        if cuda.cuDeviceGet(ctypes.byref(device), ordinal):
+            return False
+    can = ctypes.c_int()
+    return not cuda.cuDeviceCanAccessPeer(ctypes.byref(can), *devices) and bool(can.value)
 
 
 def _free(cuda: Any, ordinal: int) -> int | None:

@@ -4,7 +4,7 @@ import ctypes
 
 import pytest
 
-from qwen3_moe_jax.machine.cuda import free_on_card, start_driver
+from qwen3_moe_jax.machine.cuda import free_on_card, start_driver, without_peer_access
 
 CALLS = ["cuInit", "cuDeviceGet", "cuDevicePrimaryCtxRetain", "cuCtxPushCurrent_v2", "cuMemGetInfo_v2"]
 
@@ -58,3 +58,27 @@ def test_no_such_device_no_number_no_driver(monkeypatch):
 
     monkeypatch.setattr(ctypes, "CDLL", absent)
     assert free_on_card(1) is None
+
+
+class Cards:
+    """Four cards, the first two and the last two linked."""
+
+    def cuInit(self, _):
+        return 0
+
+    def cuDeviceGet(self, device, ordinal):
+        device._obj.value = 10 + ordinal
+        return ordinal > 3
+
+    def cuDeviceCanAccessPeer(self, can, one, other):
+        can._obj.value = (one.value - 10) // 2 == (other.value - 10) // 2
+        return 0
+
+
+def test_cards_that_cannot_write_to_each_other():
+    assert without_peer_access([0, 1], Cards()) is None
+    assert without_peer_access([2], Cards()) is None
+    assert without_peer_access([0, 1, 2, 3], Cards()) == (0, 2)
+    assert without_peer_access([3, 4], Cards()) == (3, 4)  # one that the driver does not know
+    assert without_peer_access([0, 1], Driver("cuInit")) == (0, 1)
+    assert without_peer_access([0, 1], object()) == (0, 1)

@@ -7,7 +7,10 @@ import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -18,7 +21,8 @@ from qwen3_moe_jax.convert.packed import packed_nbytes
 from qwen3_moe_jax.convert.tensor_names import q4_k_m_types, tensor_specs
 from qwen3_moe_jax.core.errors import BackendUnavailableError, MemoryPlanError, OptionError
 from qwen3_moe_jax.core.sampling import Sampling
-from qwen3_moe_jax.jax_backend import placement
+from qwen3_moe_jax.jax_backend import decode_path, placement, sharding
+from qwen3_moe_jax.jax_backend.qwen3_moe import Qwen3Moe
 from qwen3_moe_jax.jax_backend.sharded_params import device_nbytes, read_parts
 from qwen3_moe_jax.jax_backend.sharding import LOGICAL_AXES, MeshShape, Shards, logical_axes
 from qwen3_moe_jax.loader import embedded_model, make_runner
@@ -121,7 +125,7 @@ def test_what_it_says_of_itself(found):
     assert "4 collectives per step" in facts["mesh"]  # the head is whole on each of eight devices
     assert "5 collectives per step" in found["tp=2,ep=1"]["describe"]["mesh"]
     assert "per device" in facts["mesh"]
-    assert "NVLink" in facts["decode"]["one kernel"]
+    assert "xla is chosen" in facts["decode"]["one kernel"]
     assert "the model is split over 8" in facts["decode"]["few launches per layer"]
     assert found[ONE]["describe"]["mesh"] is None
     assert "split" not in str(found[ONE]["describe"])
@@ -159,6 +163,11 @@ class NoDevice:
     number: int
     process_index: int = 0
     platform: str = "gpu"
+    compute_capability: str = "9.0"
+
+    @property
+    def local_hardware_id(self) -> int:
+        return self.number
 
 
 def shards(shape: str, config=CONFIG, processes: int = 1) -> Shards:
@@ -278,6 +287,32 @@ def test_a_plan_that_does_not_fit_is_refused_with_its_numbers(monkeypatch):
     with pytest.raises(MemoryPlanError, match=r"weights 72.90 GB .* more devices"):
         place.plan(source, 4096, itemsize=2)
     assert placement.Placement.of(source, "auto", devices).plan(source, 4096, itemsize=2).weights < 37e9
+
+
+@pytest.mark.parametrize(
+    ("capability", "wanted", "kernels", "reason"),
+    [
+        ("9.0", "auto", "hopper", None),
+        ("9.0", "portable", "portable", "with Hopper's kernels alone"),
+        ("8.9", "auto", "xla", "xla is chosen"),
+    ],
+)
+def test_kernels_of_several_gpus(monkeypatch, capability, wanted, kernels, reason):
+    """Hopper's have run on a mesh, and decode there in one kernel where each GPU can write to the others."""
+    monkeypatch.setattr(jax, "__version_info__", (0, 11, 2))
+    devices = [NoDevice(i, compute_capability=capability) for i in range(2)]
+    parts = Shards.of(MeshShape(ep=2), CONFIG, devices)
+    found = placement.Placement(devices[0], parts).kernels(wanted)
+    assert found.name == kernels
+    monkeypatch.setattr(sharding, "without_peer_access", lambda ordinals: None)
+    model = Qwen3Moe(CONFIG, jnp.bfloat16, kernels=kernels, shards=parts)
+    monkeypatch.setattr(decode_path, "_decode_step", lambda: mock.Mock())
+    said = decode_path.OneKernel().reason_on(devices[0], model, {})
+    assert (said is None) == (reason is None)
+    assert reason is None or reason in said
+    monkeypatch.setattr(sharding, "without_peer_access", lambda ordinals: tuple(ordinals))
+    said = decode_path.OneKernel().reason_on(devices[0], model, {})
+    assert "GPU 0 cannot write into the memory of GPU 1" in said
 
 
 # What is read
