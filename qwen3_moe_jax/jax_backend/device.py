@@ -9,6 +9,7 @@ class Device(Protocol):
     Attributes:
       platform: "cpu" or "gpu".
       device_kind: the product's name.
+      local_hardware_id: CUDA's number of a GPU.
     """
 
     @property
@@ -16,6 +17,9 @@ class Device(Protocol):
 
     @property
     def device_kind(self) -> str: ...
+
+    @property
+    def local_hardware_id(self) -> int | None: ...
 
     def memory_stats(self) -> dict[str, Any] | None:
         """Bytes by name, or None where the device does not tell."""

@@ -43,7 +43,7 @@ def free_on_card(ordinal: int | None, library: Any = None) -> int | None:
         return None
 
 
-def without_peer_access(ordinals: Sequence[int], library: Any = None) -> tuple[int, int] | None:
+def without_peer_access(ordinals: Sequence[int | None], library: Any = None) -> tuple[int, int] | None:
     """Two cards of these of which one cannot write into the other's memory, or None.
 
     Args:
@@ -53,7 +53,8 @@ def without_peer_access(ordinals: Sequence[int], library: Any = None) -> tuple[i
     Returns:
       The first two also where the driver does not answer: nothing is known then.
     """
-    pairs = [(one, other) for one in ordinals for other in ordinals if one != other]
+    known = [ordinal for ordinal in ordinals if ordinal is not None]
+    pairs = [(one, other) for one in known for other in known if one != other]
     try:
         cuda = library or ctypes.CDLL(LIBRARY)
         if cuda.cuInit(0):
