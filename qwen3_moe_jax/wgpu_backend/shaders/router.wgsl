@@ -15,13 +15,11 @@ struct Params {
 @group(0) @binding(5) var<storage, read_write> weights: array<f32>;
 @group(0) @binding(6) var<storage, read> replay: array<u32>;
 
-const NONE = 0xffffffffu;
 const SMALLEST_WEIGHT_SUM = 0.00006103515625;  // 2^-14, llama.cpp's clamp
 
 var<workgroup> prob: array<f32, {{ EXPERTS }}>;
-var<workgroup> taken: array<u32, {{ EXPERTS }}>;
-var<workgroup> best_value: array<f32, {{ WG }}>;
-var<workgroup> best_id: array<u32, {{ WG }}>;
+var<workgroup> picked: array<u32, {{ EXPERTS }}>;
+var<workgroup> of_lane: array<f32, {{ WG }}>;
 
 @compute @workgroup_size({{ WG }})
 fn main(@builtin(workgroup_id) wg: vec3<u32>, @builtin(local_invocation_index) lane: u32) {
@@ -30,24 +28,23 @@ fn main(@builtin(workgroup_id) wg: vec3<u32>, @builtin(local_invocation_index) l
   for (var e = lane; e < p.experts; e += {{ WG }}u) {
     high = max(high, logits[first + e]);
   }
-  best_value[lane] = high;
+  of_lane[lane] = high;
   workgroupBarrier();
   for (var i = 0u; i < {{ WG }}u; i++) {
-    high = max(high, best_value[i]);
+    high = max(high, of_lane[i]);
   }
   workgroupBarrier();
   var sum = 0.0;
   for (var e = lane; e < p.experts; e += {{ WG }}u) {
     let value = exp(logits[first + e] - high);
     prob[e] = value;
-    taken[e] = 0u;
     sum += value;
   }
-  best_value[lane] = sum;
+  of_lane[lane] = sum;
   workgroupBarrier();
   sum = 0.0;
   for (var i = 0u; i < {{ WG }}u; i++) {
-    sum += best_value[i];
+    sum += of_lane[i];
   }
   for (var e = lane; e < p.experts; e += {{ WG }}u) {
     let value = prob[e] / sum;
@@ -56,44 +53,38 @@ fn main(@builtin(workgroup_id) wg: vec3<u32>, @builtin(local_invocation_index) l
   }
   workgroupBarrier();
 
+  // The rank of an expert: how many come before it. No lane waits for another, unlike in a choice one by one.
+  // NaN compares false: then ids alone give the order, and the NaN shows in the weights.
+  for (var e = lane; e < p.experts; e += {{ WG }}u) {
+    let own = prob[e];
+    var rank = 0u;
+    //% set AT_ONCE = 8 if EXPERTS % 8 == 0 else 1
+    for (var other = 0u; other < {{ EXPERTS }}u; other += {{ AT_ONCE }}u) {
+      //% for k in range(AT_ONCE)
+      let value{{k}} = prob[other + {{k}}u];
+      //% endfor
+      //% for k in range(AT_ONCE)
+      rank += select(0u, 1u, value{{k}} > own || (!(value{{k}} < own) && other + {{k}}u < e));
+      //% endfor
+    }
+    if (rank < p.chosen) {
+      picked[rank] = e;
+    }
+  }
+  workgroupBarrier();
+  if (step.replay == 1u) {
+    for (var choice = lane; choice < p.chosen; choice += {{ WG }}u) {
+      picked[choice] = replay[wg.y * p.chosen + choice];
+    }
+  }
+  workgroupBarrier();
   var weight_sum = 0.0;
   for (var choice = 0u; choice < p.chosen; choice++) {
-    var value = -1.0;
-    var id = NONE;
-    // NaN compares false: the lowest untaken id then stands in, and the NaN shows in the weights.
-    for (var e = lane; e < p.experts; e += {{ WG }}u) {
-      if (taken[e] == 0u && (id == NONE || prob[e] > value)) {
-        value = prob[e];
-        id = e;
-      }
-    }
-    best_value[lane] = value;
-    best_id[lane] = id;
-    workgroupBarrier();
-    value = best_value[0];
-    id = best_id[0];
-    for (var i = 1u; i < {{ WG }}u; i++) {
-      let other = best_id[i];
-      if (other != NONE && (id == NONE || best_value[i] > value || (!(best_value[i] < value) && other < id))) {
-        value = best_value[i];
-        id = other;
-      }
-    }
-    workgroupBarrier();
-    if (step.replay == 1u) {
-      id = replay[wg.y * p.chosen + choice];
-    }
-    weight_sum += prob[id];
-    if (lane == 0u) {
-      taken[id] = 1u;
-      ids[wg.y * p.chosen + choice] = id;
-    }
-    workgroupBarrier();
+    weight_sum += prob[picked[choice]];
   }
-  if (lane == 0u) {
-    for (var choice = 0u; choice < p.chosen; choice++) {
-      let pair = wg.y * p.chosen + choice;
-      weights[pair] = prob[ids[pair]] / max(weight_sum, SMALLEST_WEIGHT_SUM);
-    }
+  for (var choice = lane; choice < p.chosen; choice += {{ WG }}u) {
+    let id = picked[choice];
+    ids[wg.y * p.chosen + choice] = id;
+    weights[wg.y * p.chosen + choice] = prob[id] / max(weight_sum, SMALLEST_WEIGHT_SUM);
   }
 }
