@@ -30,6 +30,39 @@ struct Params {
 //% set SLICES = WG // H4 if WG > H4 else 1
 const LOWEST = -3.0e38;
 
+// Loads of several keys or values are written out before their use: they are on their way together.
+// Drivers leave loops rolled up, since wgpu bounds the turns of each.
+//% set KEYS = 8 if H4 % 8 == 0 else 1
+//% set MAXIMA = 8 if WG % 8 == 0 else 1
+//% set VALUES = 4
+
+// Adds the values of `count` positions, in their order.
+//% macro weigh(count)
+let at = cached + (tile + i) * {{ H4 }}u + {{ "lane % " ~ H4 ~ "u" if SLICES > 1 else "lane" }};
+//% for k in range(count)
+//% for g in range(GROUP)
+let e{{g}}_{{k}} = scores[{{ g * TILE }}u + i + {{ k * SLICES }}u];
+sum{{g}} += e{{g}}_{{k}};
+//% endfor
+//% endfor
+//% for d in range(DIMS)
+//% if (d + 1) * WG > H4 and SLICES == 1
+if (lane + {{ d * WG }}u < {{ H4 }}u) {
+//% else
+{
+//% endif
+  //% for k in range(count)
+  let v{{k}} = {{ cache_unpack("values[at + %du]" % (d * WG + k * SLICES * H4), KV_F16) }};
+  //% endfor
+  //% for k in range(count)
+  //% for g in range(GROUP)
+  acc{{g}}_{{d}} += e{{g}}_{{k}} * v{{k}};
+  //% endfor
+  //% endfor
+}
+//% endfor
+//% endmacro
+
 var<workgroup> query: array<vec4<f32>, {{ GROUP * H4 }}>;
 var<workgroup> scores: array<f32, {{ GROUP * TILE }}>;
 var<workgroup> lanes: array<f32, {{ GROUP * WG }}>;
@@ -70,10 +103,14 @@ fn main(
       //% for g in range(GROUP)
       var s{{g}} = 0.0;
       //% endfor
-      for (var d = 0u; d < {{ H4 }}u; d++) {
-        let k = {{ cache_unpack("keys[at + d]", KV_F16) }};
+      for (var d = 0u; d < {{ H4 }}u; d += {{ KEYS }}u) {
+        //% for k in range(KEYS)
+        let k{{k}} = {{ cache_unpack("keys[at + d + %du]" % k, KV_F16) }};
+        //% endfor
+        //% for k in range(KEYS)
         //% for g in range(GROUP)
-        s{{g}} += dot(k, query[{{ g * H4 }}u + d]);
+        s{{g}} += dot(k{{k}}, query[{{ g * H4 }}u + d + {{k}}u]);
+        //% endfor
         //% endfor
       }
       //% for g in range(GROUP)
@@ -88,9 +125,11 @@ fn main(
     //% for g in range(GROUP)
     let old{{g}} = high{{g}};
     //% endfor
-    for (var i = 0u; i < {{ WG }}u; i++) {
+    for (var i = 0u; i < {{ WG }}u; i += {{ MAXIMA }}u) {
+      //% for k in range(MAXIMA)
       //% for g in range(GROUP)
-      high{{g}} = max(high{{g}}, lanes[{{ g * WG }}u + i]);
+      high{{g}} = max(high{{g}}, lanes[{{ g * WG }}u + i + {{k}}u]);
+      //% endfor
       //% endfor
     }
     for (var i = lane; i < stop; i += {{ WG }}u) {
@@ -110,24 +149,12 @@ fn main(
     //% if SLICES > 1
     if (slice < {{ SLICES }}u) {
     //% endif
-    for (var i = {{ "slice" if SLICES > 1 else "0u" }}; i < stop; i += {{ SLICES }}u) {
-      let at = cached + (tile + i) * {{ H4 }}u + {{ "lane % " ~ H4 ~ "u" if SLICES > 1 else "lane" }};
-      //% for g in range(GROUP)
-      let e{{g}} = scores[{{ g * TILE }}u + i];
-      sum{{g}} += e{{g}};
-      //% endfor
-      //% for d in range(DIMS)
-      //% if (d + 1) * WG > H4 and SLICES == 1
-      if (lane + {{ d * WG }}u < {{ H4 }}u) {
-      //% else
-      {
-      //% endif
-        let v = {{ cache_unpack("values[at + %du]" % (d * WG), KV_F16) }};
-        //% for g in range(GROUP)
-        acc{{g}}_{{d}} += e{{g}} * v;
-        //% endfor
-      }
-      //% endfor
+    var i = {{ "slice" if SLICES > 1 else "0u" }};
+    for (; i + {{ (VALUES - 1) * SLICES }}u < stop; i += {{ VALUES * SLICES }}u) {
+      {{ weigh(VALUES) }}
+    }
+    for (; i < stop; i += {{ SLICES }}u) {
+      {{ weigh(1) }}
     }
     //% if SLICES > 1
     }

@@ -61,17 +61,41 @@ struct Params {
 var<workgroup> partial: array<f32, {{ WG * R * TOKENS }}>;
 //% endif
 
+//% macro accumulate_unit(type, rows, first)
+//% call(at) units[type](rows)
+//% for t in range(TOKENS)
+let v{{t}} = x[x{{t}} + {{at}}];
+//% for _ in rows
+acc{{first + loop.index0}}_{{t}} += dot(w{{loop.index0}}, v{{t}});
+//% endfor
+//% endfor
+//% endcall
+//% endmacro
+
 //% macro accumulate(type, rows, first, units_per_row="seg.row_units")
-for (var u = lane; u < {{ units_per_row }}; u += {{ LANES }}u) {
-  //% call(at) units[type](rows)
-  //% for t in range(TOKENS)
-  let v{{t}} = x[x{{t}} + {{at}}];
-  //% for _ in rows
-  acc{{first + loop.index0}}_{{t}} += dot(w{{loop.index0}}, v{{t}});
-  //% endfor
-  //% endfor
-  //% endcall
+//% if type == "F32" and TOKENS == 1
+// A unit is one vector: several are written out, so that their loads are on their way together.
+//% set AT_ONCE = 8
+{
+  var next = lane;
+  for (; next + {{ (AT_ONCE - 1) * LANES }}u < {{ units_per_row }}; next += {{ AT_ONCE * LANES }}u) {
+    //% for k in range(AT_ONCE)
+    {
+      let u = next + {{ k * LANES }}u;
+      {{ accumulate_unit(type, rows, first) }}
+    }
+    //% endfor
+  }
+  for (; next < {{ units_per_row }}; next += {{ LANES }}u) {
+    let u = next;
+    {{ accumulate_unit(type, rows, first) }}
+  }
 }
+//% else
+for (var u = lane; u < {{ units_per_row }}; u += {{ LANES }}u) {
+  {{ accumulate_unit(type, rows, first) }}
+}
+//% endif
 //% endmacro
 
 @compute @workgroup_size({{ WG }})

@@ -37,9 +37,8 @@ var<workgroup> answer: u32;
 var<workgroup> rest: f32;
 //% endif
 
-fn penalized(token: u32) -> f32 {
-  var value = logits[token];
-  let flags = seen[token];
+fn penalized(logit: f32, flags: u32) -> f32 {
+  var value = logit;
   if ((flags & 1u) == 1u) {
     value = select(value * p.repetition_penalty, value / p.repetition_penalty, value > 0.0);
   }
@@ -271,22 +270,38 @@ fn draw(high: f32, lane: u32) -> u32 {
 }
 //% endif
 
+// The next `count` tokens of a lane, in their order; their loads are on their way together.
+//% set AT_ONCE = 8
+//% macro look_at(count)
+//% for k in range(count)
+let logit{{k}} = logits[next + {{ k * WG }}u];
+let flags{{k}} = seen[next + {{ k * WG }}u];
+//% endfor
+//% for k in range(count)
+// By its bits: a compiler may fold a comparison of NaN with itself.
+nonfinite |= select(0u, 1u, (bitcast<u32>(logit{{k}}) & 0x7f800000u) == 0x7f800000u);
+let value{{k}} = penalized(logit{{k}}, flags{{k}});
+//% if SAMPLED
+logits[next + {{ k * WG }}u] = value{{k}};
+//% endif
+if (value{{k}} > high) {
+  high = value{{k}};
+  id = next + {{ k * WG }}u;
+}
+//% endfor
+//% endmacro
+
 @compute @workgroup_size({{ WG }})
 fn main(@builtin(local_invocation_index) lane: u32) {
   var high = -3.4e38;
   var id = 0u;
   var nonfinite = 0u;
-  for (var token = lane; token < p.vocabulary; token += WG) {
-    // By its bits: a compiler may fold a comparison of NaN with itself.
-    nonfinite |= select(0u, 1u, (bitcast<u32>(logits[token]) & 0x7f800000u) == 0x7f800000u);
-    let value = penalized(token);
-    //% if SAMPLED
-    logits[token] = value;
-    //% endif
-    if (value > high) {
-      high = value;
-      id = token;
-    }
+  var next = lane;
+  for (; next + {{ (AT_ONCE - 1) * WG }}u < p.vocabulary; next += {{ AT_ONCE * WG }}u) {
+    {{ look_at(AT_ONCE) }}
+  }
+  for (; next < p.vocabulary; next += WG) {
+    {{ look_at(1) }}
   }
   values[lane] = high;
   found[lane] = id;
