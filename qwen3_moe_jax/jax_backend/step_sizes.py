@@ -13,8 +13,8 @@ def prompt_counts(
 ) -> list[int]:
     """The numbers of prompts that one step may read a chunk of: powers of two, so that they are few.
 
-    Powers of four without a GPU's kernels (``has_kernel``): a CPU reads two chunks one after the other as
-    fast, and each program takes it as long to make, or to load, as many steps.
+    Powers of four without a GPU's kernels (``has_kernel``): a CPU reads two chunks one after the other
+    nearly as fast, and each program takes it as long to make, or to load, as many steps.
     """
     together = min(slots, max(1, maximum // chunk))
     powers = [1 << i for i in range(together.bit_length())]
