@@ -21,8 +21,8 @@ def main() -> None:
     batches = (1, 2, 4, api.KERNEL_BATCH)
     budgets = [shared_memory_budget(api.shape_config(PRESETS[args.preset], n, device)) for n in batches]
     print(f"{'batch':22}" + "".join(f"{n:9}" for n in batches))
-    for name in budgets[0]:
-        print(f"{name:22}" + "".join(f"{budget[name]:9}" for budget in budgets))
+    for name in dict.fromkeys(name for budget in budgets for name in budget):
+        print(f"{name:22}" + "".join(f"{budget.get(name, 0):9}" for budget in budgets))
     totals = [sum(budget.values()) for budget in budgets]
     print(f"{'bytes per block':22}" + "".join(f"{total:9}" for total in totals))
     print(json.dumps({"preset": args.preset, "bytes": dict(zip(batches, totals, strict=True))}))
