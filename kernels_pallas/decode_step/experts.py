@@ -32,7 +32,7 @@ from qwen3_moe_jax.kernels_pallas.decode_step.primitives.layouts import (
 )
 from qwen3_moe_jax.kernels_pallas.decode_step.projections import Products
 from qwen3_moe_jax.kernels_pallas.decode_step.router import Router
-from qwen3_moe_jax.kernels_pallas.decode_step.tile_formats import Place
+from qwen3_moe_jax.kernels_pallas.decode_step.tile_formats import FourTiles
 
 Array = Any
 
@@ -242,7 +242,7 @@ class _Down:
         expert = self.p.choice.expert(self.sequence(pair // self.mine, where.share), k)
         first = self.offset + expert * (self.c.hidden_size // 8)
         starts = [first + (where.tile * self.wide + t) * 4 for t in range(self.wide)]
-        places = [Place(start, s, True, self.superblocks, self.p.prim) for start in starts]
+        places = [FourTiles(start, s, True, self.superblocks, self.p.prim) for start in starts]
         return [self.fmt.load(self.stack, place) for place in places]
 
     def multiply(self, item: tuple, tiles: Any, where: Where) -> None:

@@ -28,8 +28,8 @@ from qwen3_moe_jax.kernels_pallas.decode_step.config import (
 from qwen3_moe_jax.kernels_pallas.decode_step.grid import Grid, Phases, carried, fori, one_type, stream
 from qwen3_moe_jax.kernels_pallas.decode_step.primitives.layouts import OUTPUT_ROWS, load, sum_groups
 from qwen3_moe_jax.kernels_pallas.decode_step.tile_formats import (
+    FourTiles,
     LaneActivations,
-    Place,
     pad_weights,
     take_weights,
     weight_kinds,
@@ -46,9 +46,9 @@ class Products(Phases):
         self.x = activations
         self.sums_smem, _ = self.shared.sums_or_tiles_smem
 
-    def place(self, tile: Array, span: Array, columns: int) -> Place:
+    def place(self, tile: Array, span: Array, columns: int) -> FourTiles:
         """This warpgroup's four superblocks of a span of a tile's ``columns``."""
-        return Place(tile, span * 8 + self.g.wg * 4, False, columns // SUPERBLOCK, self.prim)
+        return FourTiles(tile, span * 8 + self.g.wg * 4, False, columns // SUPERBLOCK, self.prim)
 
     def lanes(self, b: Array, span: Array, columns: int) -> LaneActivations:
         """The activations of :meth:`place`."""

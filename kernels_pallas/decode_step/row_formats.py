@@ -18,8 +18,8 @@ from qwen3_moe_jax.kernels_pallas.decode_step.primitives.layouts import TILE_WOR
 from qwen3_moe_jax.kernels_pallas.decode_step.primitives.loads import RowBytes
 from qwen3_moe_jax.kernels_pallas.decode_step.tile_formats import (
     SHAPE,
+    FourTiles,
     LaneActivations,
-    Place,
     signed_byte_of,
     unsigned_byte_of,
 )
@@ -84,7 +84,7 @@ class RowFormat:
     kinds: ClassVar[tuple[str, ...]]
 
     @classmethod
-    def load(cls, stack: dict, place: Place) -> tuple:
+    def load(cls, stack: dict, place: FourTiles) -> tuple:
         """What a lane needs of four tiles."""
         return tuple(place.rows(stack[name], where) for name, where in cls.parts)
 

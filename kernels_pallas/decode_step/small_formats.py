@@ -13,8 +13,8 @@ from qwen3_moe_jax.convert.formats.mxfp4 import FP4_VALUES
 from qwen3_moe_jax.kernels_pallas.decode_step.primitives.layouts import TILE_LANES, TILE_ROWS, TILE_WORDS
 from qwen3_moe_jax.kernels_pallas.decode_step.row_formats import MXFP4, Q40, Q41
 from qwen3_moe_jax.kernels_pallas.decode_step.tile_formats import (
+    FourTiles,
     LaneActivations,
-    Place,
     row_scale,
     signed_byte_of,
     upper_bits,
@@ -27,20 +27,20 @@ def _two_bits(word: Array, s: int, half: int) -> Array:
     return (word >> (2 * (2 * half + s))) & 0x03030303
 
 
-def _vectors(stack: dict, place: Place, count: int) -> list:
+def _vectors(stack: dict, place: FourTiles, count: int) -> list:
     return [place.load(stack["q"], TILE_WORDS, i) for i in range(count)]
 
 
-def _words(stack: dict, place: Place, name: str, count: int) -> list:
+def _words(stack: dict, place: FourTiles, name: str, count: int) -> list:
     return [place.load(stack[name], TILE_LANES, i) for i in range(count)]
 
 
-def _pair(stack: dict, place: Place, name: str) -> list:
+def _pair(stack: dict, place: FourTiles, name: str) -> list:
     """A number of each subblock."""
     return [place.load(stack[f"{name}{s}"], TILE_LANES) for s in range(2)]
 
 
-def _two_bytes(stack: dict, place: Place, name: str) -> Array:
+def _two_bytes(stack: dict, place: FourTiles, name: str) -> Array:
     return place.load(stack[name], TILE_LANES).astype(jnp.int32)
 
 
@@ -51,7 +51,7 @@ class TiledQ2K:
     ahead = 16
 
     @staticmethod
-    def load(stack: dict, place: Place) -> tuple:
+    def load(stack: dict, place: FourTiles) -> tuple:
         scales = place.load(stack["scales"], TILE_LANES)
         return (*_vectors(stack, place, 1), scales, *(place.load(stack[n], TILE_ROWS) for n in ("d", "dmin")))
 
@@ -85,7 +85,7 @@ class TiledQ3K:
     ahead = 16
 
     @staticmethod
-    def load(stack: dict, place: Place) -> tuple:
+    def load(stack: dict, place: FourTiles) -> tuple:
         scales, d = place.load(stack["scales"], TILE_LANES), place.load(stack["d"], TILE_ROWS)
         return (*_vectors(stack, place, 1), *_words(stack, place, "qh", 2), scales, d)
 
@@ -111,7 +111,7 @@ class TiledQ40(Q40):
     ahead = 16
 
     @classmethod
-    def load(cls, stack: dict, place: Place) -> tuple:
+    def load(cls, stack: dict, place: FourTiles) -> tuple:
         return (*_vectors(stack, place, 2), *_pair(stack, place, "d"))
 
 
@@ -122,7 +122,7 @@ class TiledQ41(Q41):
     ahead = 16
 
     @classmethod
-    def load(cls, stack: dict, place: Place) -> tuple:
+    def load(cls, stack: dict, place: FourTiles) -> tuple:
         return (*TiledQ40.load(stack, place), *_pair(stack, place, "m"))
 
 
@@ -133,7 +133,7 @@ class TiledQ50(TiledQ40):
     offset = -16
 
     @classmethod
-    def load(cls, stack: dict, place: Place) -> tuple:
+    def load(cls, stack: dict, place: FourTiles) -> tuple:
         return (*TiledQ40.load(stack, place), *_words(stack, place, "qh", 2))
 
     @classmethod
@@ -148,7 +148,7 @@ class TiledQ51(TiledQ41):
     kinds = (*TiledQ41.kinds, "word", "word")
 
     @classmethod
-    def load(cls, stack: dict, place: Place) -> tuple:
+    def load(cls, stack: dict, place: FourTiles) -> tuple:
         return (*TiledQ41.load(stack, place), *_words(stack, place, "qh", 2))
 
     @classmethod
@@ -175,7 +175,7 @@ class TiledMXFP4(TiledIQ4NL):
     table = FP4_VALUES
 
     @classmethod
-    def load(cls, stack: dict, place: Place) -> tuple:
+    def load(cls, stack: dict, place: FourTiles) -> tuple:
         return (*_vectors(stack, place, 2), _two_bytes(stack, place, "e"))
 
     @classmethod
@@ -189,7 +189,7 @@ class TiledIQ4XS(TiledIQ4NL):
     kinds = ("words", "words", "word", "row_half")
 
     @classmethod
-    def load(cls, stack: dict, place: Place) -> tuple:
+    def load(cls, stack: dict, place: FourTiles) -> tuple:
         scales, d = _two_bytes(stack, place, "scales"), place.load(stack["d"], TILE_ROWS)
         return (*_vectors(stack, place, 2), scales, d)
 

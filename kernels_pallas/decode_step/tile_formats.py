@@ -40,7 +40,7 @@ WEIGHT_KINDS = {
 
 
 @dataclass(frozen=True)
-class Place:
+class FourTiles:
     """Which four tiles a warpgroup multiplies at once, one for each warp.
 
     Attributes:
@@ -146,7 +146,7 @@ class Q4K:
     ahead = 16
 
     @staticmethod
-    def load(stack: dict, place: Place) -> tuple:
+    def load(stack: dict, place: FourTiles) -> tuple:
         q = [place.load(stack["q"], TILE_WORDS, half) for half in range(2)]
         scales = place.load(stack["scales"], TILE_LANES)
         d, dmin = (place.load(stack[n], TILE_ROWS) for n in ("d", "dmin"))
@@ -178,7 +178,7 @@ class Q5K(Q4K):
     kinds = ("word", "word", *Q4K.kinds)
 
     @staticmethod
-    def load(stack: dict, place: Place) -> tuple:
+    def load(stack: dict, place: FourTiles) -> tuple:
         high = [place.load(stack["qh"], TILE_LANES, half) for half in range(2)]
         return (*high, *Q4K.load(stack, place))
 
@@ -201,7 +201,7 @@ class Q6K:
     ahead = 16
 
     @staticmethod
-    def load(stack: dict, place: Place) -> tuple:
+    def load(stack: dict, place: FourTiles) -> tuple:
         q = [place.load(stack["ql"], TILE_WORDS, half) for half in range(2)]
         high = place.load(stack["qh"], TILE_WORDS)
         scales = place.load(stack["scales"], TILE_LANES)
@@ -236,7 +236,7 @@ class Q80:
     ahead = 16
 
     @staticmethod
-    def load(stack: dict, place: Place) -> tuple:
+    def load(stack: dict, place: FourTiles) -> tuple:
         q = [place.load(stack["q"], TILE_WORDS, i) for i in range(4)]
         return (*q, *(place.load(stack[n], TILE_LANES) for n in ("d0", "d1")))
 

@@ -19,7 +19,7 @@ from qwen3_moe_jax.wgpu_backend import kernels
 from qwen3_moe_jax.wgpu_backend.device import Device, Launch
 from qwen3_moe_jax.wgpu_backend.kernels import Shape, Site
 from qwen3_moe_jax.wgpu_backend.plan import Workspace
-from qwen3_moe_jax.wgpu_backend.weights import LayerWeights, ModelWeights
+from qwen3_moe_jax.wgpu_backend.weights import LayerBuffers, ModelWeights
 
 EMITTED_WORD = 4
 """Index of ``emitted`` in ``Step`` of common.wgsl."""
@@ -198,7 +198,7 @@ class Program:
                 taps=taps if i + 1 == len(weights) else (),
             )
 
-    def _attention(self, i: int, layer: LayerWeights) -> Iterator[Site]:
+    def _attention(self, i: int, layer: LayerBuffers) -> Iterator[Site]:
         b, c = self._buffers, self._config
         heads, kv_heads, head_dim = c.num_attention_heads, c.num_key_value_heads, c.head_dim
         qkv = (heads + 2 * kv_heads, head_dim)
@@ -270,7 +270,7 @@ class Program:
     def _capacity(self) -> int:
         return self._buffers.workspace.nbytes["rope_table"] // (4 * self._config.head_dim)
 
-    def _experts(self, i: int, layer: LayerWeights) -> Iterator[Site]:
+    def _experts(self, i: int, layer: LayerBuffers) -> Iterator[Site]:
         b, c = self._buffers, self._config
         experts, chosen, width, inner = (
             c.num_experts,

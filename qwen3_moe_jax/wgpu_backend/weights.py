@@ -34,7 +34,7 @@ SMALLEST_MULTIPLE = 8
 
 
 @dataclass(frozen=True, eq=False)
-class LayerWeights:
+class LayerBuffers:
     """One decoder layer. ``qkv`` is one buffer of three matrices where a binding can show them together."""
 
     input_layernorm: object
@@ -52,7 +52,7 @@ class ModelWeights:
     """All of a model; ``embed_tokens`` are windows of rows, and with a tied output also ``lm_head``."""
 
     embed_tokens: list[ExpertBuffer]
-    layers: list[LayerWeights]
+    layers: list[LayerBuffers]
     norm: object
     lm_head: list[DenseBuffer]
 
@@ -130,9 +130,9 @@ class Upload:
             head = self._dense("lm_head")
         return ModelWeights(embed, layers, norm, head)
 
-    def _layer(self, prefix: str) -> LayerWeights:
+    def _layer(self, prefix: str) -> LayerBuffers:
         attention, experts = f"{prefix}.self_attn", f"{prefix}.mlp.experts"
-        return LayerWeights(
+        return LayerBuffers(
             self._norms(f"{prefix}.input_layernorm"),
             self._norms(f"{attention}.q_norm", f"{attention}.k_norm"),
             self._norms(f"{prefix}.post_attention_layernorm"),

@@ -18,8 +18,8 @@ from qwen3_moe_jax.kernels_pallas.decode_step.primitives import emulated
 from qwen3_moe_jax.kernels_pallas.decode_step.row_formats import ROW_FORMATS
 from qwen3_moe_jax.kernels_pallas.decode_step.tile_formats import (
     SHAPE,
+    FourTiles,
     LaneActivations,
-    Place,
 )
 from qwen3_moe_jax.kernels_pallas.gpu.interpreter import interpreter
 from tests.kernels.op_inputs import random_weights
@@ -70,7 +70,7 @@ def products():
             dimensions=(0, 2),
             prim=emulated,
         )
-        place = Place(1, 0, False, SUPERBLOCKS, emulated)
+        place = FourTiles(1, 0, False, SUPERBLOCKS, emulated)
         for i, ((_, _, fmt), stack) in enumerate(zip(CASES, stacks, strict=True)):
             (out[i],) = fmt.multiply([fmt.load(stack, place)], activations)
 
