@@ -253,11 +253,14 @@ def step_config(
 def shape_config(config: Any, batch: int, device: Device) -> kernel_config.StepConfig:
     """The static configuration of a Q4_K_M file with a float16 cache; memory depends on the model alone.
 
+    One sequence's first tiles are asked for early where shared memory has room for them. In batches a
+    warpgroup has several tiles, and gains less than a copy of each through shared memory costs.
+
     Args:
       config: on a mesh, one device's part of it (``Split.part_of``).
     """
     q4, q6 = GGMLType.Q4_K, GGMLType.Q6_K
-    return kernel_config.StepConfig(
+    plain = kernel_config.StepConfig(
         batch=batch,
         **{name: getattr(config, name) for name in MODEL_FIELDS},
         cache_length=CACHE_TILE,
@@ -275,6 +278,8 @@ def shape_config(config: Any, batch: int, device: Device) -> kernel_config.StepC
         emulate=device.emulate,
         trace_folder=device.trace_folder,
     )
+    early = replace(plain, prefetches=batch == 1)
+    return early if sum(shared_memory_budget(early).values()) <= device.shared_memory else plain
 
 
 def decode_step(

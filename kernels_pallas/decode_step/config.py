@@ -65,6 +65,8 @@ class StepConfig:
       replay: expert ids are given instead of chosen.
       kernels: "hopper" or "portable", the primitives.
       emulate: the primitives are those of the interpreter.
+      prefetches: a warpgroup asks for its first tiles of keys and values before the layer's norm; they have
+        room of their own then.
       lm_head_tiled: whether the matrix of the logits lies in tiles; the embedding's does not.
       first_sequence: where in the cache's batch axis this kernel's sequences begin.
       mesh: how the model is split over devices that decode together; heads, each expert's width and the
@@ -98,6 +100,7 @@ class StepConfig:
     kernels: str = "hopper"
     emulate: bool = False
     first_sequence: int = 0
+    prefetches: bool = False
     lm_head_tiled: bool = True
     mesh: Split = ONE_DEVICE
     gathers: bool = False
@@ -132,15 +135,6 @@ class StepConfig:
     def shares(self) -> bool:
         """Whether one block quantizes activations for all; at batch 1 each block for itself is quicker."""
         return self.batch > 1
-
-    @property
-    def prefetches(self) -> bool:
-        """Whether a warpgroup asks for its first tiles of keys and values before the layer's norm.
-
-        They then have room of their own. In batches a warpgroup has several tiles, and gains less than a copy
-        of each through shared memory costs.
-        """
-        return self.batch == 1
 
     @property
     def pairs(self) -> int:

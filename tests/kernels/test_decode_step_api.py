@@ -87,6 +87,22 @@ def test_the_grid_follows_the_multiprocessors(card, cores, blocks):
     assert c.hidden_size // 32 * c.down_parts <= max(blocks, c.hidden_size // 32)
 
 
+@pytest.mark.parametrize(
+    ("preset", "cores", "sequences", "is_early"),
+    [
+        ("Qwen3-30B-A3B", 82, 2, True),
+        ("Qwen3-30B-A3B", 128, 4, True),
+        ("Qwen3-235B-A22B", 128, 1, False),  # with early tiles it would take none
+    ],
+)
+def test_sequences_of_cards_with_little_shared_memory(preset, cores, sequences, is_early):
+    card = api.Device.of_cores(cores, kernels="portable", shared_memory=101_376)
+    assert api.kernel_batch(PRESETS[preset], card) == sequences
+    configs = [api.shape_config(PRESETS[preset], batch, card) for batch in (1, 2)]
+    assert [c.prefetches for c in configs] == [is_early, False]
+    assert len({c.down_parts for c in configs}) == 1  # the same bits alone and in a batch
+
+
 def abstract(**changed: GGMLType) -> dict:
     """Parameters of two layers, as shapes: Q6_K is v_proj's and down_proj's in layer 0, else Q4_K is."""
     config = replace(CONFIG, num_hidden_layers=2)
