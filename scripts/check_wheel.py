@@ -32,6 +32,8 @@ from typing import Any
 from qwen3_moe_jax.machine.child_environment import child_environment
 from scripts import ROOT, leave
 
+OF_TESTS = "qwen3_moe_jax/testing/"
+"""What only tests and scripts of a clone use does not ship."""
 FOLDERS = ("convert", "kernels_pallas")
 OURS = {"qwen3_moe_jax"}
 USER_SCRIPT = "use.py"
@@ -55,6 +57,7 @@ def faults_of_wheel(wheel: Path) -> Iterator[str]:
     top = {name.split("/")[0] for name in names}
     if others := {name for name in top - OURS if not name.endswith(".dist-info")}:
         yield f"the wheel holds {sorted(others)}"
+    yield from (f"the wheel holds {name}" for name in sorted(names) if name.startswith(OF_TESTS))
     yield from (f"the wheel lacks {name}" for name in sorted(files_of_the_clone() - names))
     for license_file in ("LICENSE", "NOTICE"):
         if not any(name.endswith(f".dist-info/licenses/{license_file}") for name in names):
@@ -62,7 +65,7 @@ def faults_of_wheel(wheel: Path) -> Iterator[str]:
 
 
 def files_of_the_clone() -> set[str]:
-    """Every file that the package has here, by its name in a wheel."""
+    """Every file that the package has here but for ``OF_TESTS``, by its name in a wheel."""
     files = {
         path.relative_to(ROOT) for folder in OURS for path in (ROOT / folder).rglob("*") if path.is_file()
     }
@@ -72,7 +75,8 @@ def files_of_the_clone() -> set[str]:
         for path in (ROOT / folder).rglob("*")
         if path.is_file()
     }
-    return {path.as_posix() for path in files if "__pycache__" not in path.parts}
+    names = {path.as_posix() for path in files if "__pycache__" not in path.parts}
+    return {name for name in names if not name.startswith(OF_TESTS)}
 
 
 def faults_of_archive(archive: Path) -> Iterator[str]:
