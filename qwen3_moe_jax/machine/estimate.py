@@ -20,7 +20,7 @@ from qwen3_moe_jax.machine.limits import read_bandwidth, step_nbytes
 from qwen3_moe_jax.machine.nvidia import NvidiaGpu, nvidia_gpus
 from qwen3_moe_jax.machine.probe import cards_are_hidden_by
 
-SHARES = {"jax hopper": 0.37, "jax portable": 0.36, "wgpu": 0.06, "jax cpu": 0.30}
+SHARES = {"jax hopper": 0.39, "jax portable": 0.36, "wgpu": 0.06, "jax cpu": 0.30}
 """Of the memory's speed, by :attr:`Place.way`; XLA's operations on a GPU have no receipt."""
 
 MAX_TOKENS = 1000.0

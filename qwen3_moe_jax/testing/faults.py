@@ -309,13 +309,16 @@ _SHADER_EDITS: dict[str, tuple[Edit, ...]] = {
     "late-softmax": (
         (
             "router",
-            r"(weights\[pair\] = .*?;\n    \})",
+            r"(weights\[wg\.y \* p\.chosen \+ choice\] = (.*?);\n  \})",
             r"""\1
+  storageBarrier();
+  if (lane == 0u) {
     for (var e = 0u; e < p.experts; e++) { probs[first + e] = 0.0; }
     for (var choice = 0u; choice < p.chosen; choice++) {
-      let pair = wg.y * p.chosen + choice;
-      probs[first + ids[pair]] = weights[pair];
-    }""",
+      let id = picked[choice];
+      probs[first + id] = \2;
+    }
+  }""",
         ),
     ),
     "no-renormalization": (("router", r" / max\(weight_sum, SMALLEST_WEIGHT_SUM\)", ""),),
