@@ -33,9 +33,9 @@ from qwen3_moe_jax.core.sampling import Sampling
 from qwen3_moe_jax.core.terminal import show_progress
 from qwen3_moe_jax.reference import ReferenceRunner
 from qwen3_moe_jax.wgpu_backend.runner import WgpuRunner
+from scripts._wgpu_options import parser_of
 from scripts._wgpu_rate import read_rate
 
-EMBEDDED = Path(__file__).resolve().parents[1] / "qwen3_moe_jax" / "assets" / "tiny-coder-Q4_K_M.gguf"
 GREEDY = Sampling()
 PARITY_TOKENS = 3
 PARITY_COSINE = 0.99999
@@ -72,13 +72,7 @@ def main() -> int:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("-m", "--model", default=str(EMBEDDED))
-    parser.add_argument("--adapter", help="part of the adapter's name")
-    parser.add_argument("--context", type=int, default=2048)
-    parser.add_argument("--prompt-tokens", type=int, default=256)
+    parser = parser_of(__doc__)
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--parity", action="store_true", help="compare three tokens with the reference")

@@ -33,10 +33,10 @@ from qwen3_moe_jax.wgpu_backend.device import MAX_QUERIES, Device, Launch
 from qwen3_moe_jax.wgpu_backend.kernels import Site
 from qwen3_moe_jax.wgpu_backend.program import Program
 from qwen3_moe_jax.wgpu_backend.runner import WgpuRunner
+from scripts._wgpu_options import parser_of
 from scripts._wgpu_rate import read_rate
 from scripts._wgpu_timeline import Timeline, load_steps
 
-EMBEDDED = Path(__file__).resolve().parents[1] / "qwen3_moe_jax" / "assets" / "tiny-coder-Q4_K_M.gguf"
 GREEDY = Sampling()
 PROMPT_SEED = 7
 RUNS = 5
@@ -80,13 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("-m", "--model", default=str(EMBEDDED))
-    parser.add_argument("--adapter", help="part of the adapter's name")
-    parser.add_argument("--context", type=int, default=2048)
-    parser.add_argument("--prompt-tokens", type=int, default=256)
+    parser = parser_of(__doc__)
     parser.add_argument("--passes", nargs="+", choices=PASSES, default=PASSES)
     return parser.parse_args(arguments)
 

@@ -105,6 +105,6 @@ def choose(logits: jax.Array, choices: int, tile: int) -> Routes:
     """
     _, ids, weights = choose_experts(logits, choices, None)
     order = sort_by_expert(ids, logits.shape[1], tile)
-    pairs = jnp.maximum(order.pair, 0)
-    factors = weights.reshape(-1)[pairs] / (SWIGLU_SCALE * WEIGHT_SCALE)
-    return Routes(ids, order.tiles, pairs // choices, order.pair, factors)
+    source = order.source
+    factors = weights.reshape(-1)[source] / (SWIGLU_SCALE * WEIGHT_SCALE)
+    return Routes(ids, order.tiles, source // choices, order.pair, factors)

@@ -4,7 +4,6 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from qwen3_moe_jax.convert.packed import PackedTensor
@@ -56,8 +55,7 @@ def _multiply(
     product: Product,
 ) -> jax.Array:
     order = sort_by_expert(expert_ids, w.shape[0], config.tile)
-    pair = jnp.maximum(order.pair, 0)
-    source = pair // expert_ids.shape[1] if x.ndim == 2 else pair
+    source = order.source // expert_ids.shape[1] if x.ndim == 2 else order.source
     operand, scale = float16_operand(x.reshape(-1, x.shape[-1]))
     out = product.multiply(
         operand[source], scale[source], order.tiles, (w,), config=config, interpret=interpret

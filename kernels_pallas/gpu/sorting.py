@@ -58,6 +58,11 @@ class SortedRows(NamedTuple):
     pair: jax.Array
     tiles: Tiles
 
+    @property
+    def source(self) -> jax.Array:
+        """``pair``, and 0 for rows that hold none: an index of what these are brought from."""
+        return jnp.maximum(self.pair, 0)
+
 
 def dense_tiles(rows: int, tile: int) -> Tiles:
     """The tiles of one matrix and ``rows`` rows, as constants."""

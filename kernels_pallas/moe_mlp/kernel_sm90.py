@@ -145,7 +145,7 @@ def _sorted(
     options = {"config": config, "interpret": interpret}
     order = sort_by_expert(expert_ids, gate.shape[0], config.tile)
     operand, scale = float16_operand(x)
-    source = jnp.maximum(order.pair, 0)
+    source = order.source
     token = source // expert_ids.shape[1]
     swiglu = product.multiply(operand[token], scale[token], order.tiles, (gate, up), **options)
     weight = expert_weights.astype(jnp.float32).reshape(-1)[source] / (SWIGLU_SCALE * WEIGHT_SCALE)
