@@ -3,7 +3,8 @@
 A program is traced, lowered and compiled, or read from disk. ``programs.Program`` tells of its own; of
 other jitted functions JAX reports the beginning and the span of each step. The spans of an inner
 function lie within its caller's, so the time is that of their union. What is made in the background
-(:func:`in_background`) nobody waits for: it does not count.
+(:func:`in_background`) nobody waits for: it does not count. Several threads may compile at once: each
+counts its own open steps, and the spans have a lock.
 """
 
 import threading
@@ -40,7 +41,8 @@ class CompileClock:
 
     def __init__(self):
         self._spans: list[tuple[float, float]] = []
-        self._open = 0
+        self._lock = threading.Lock()
+        self._open: dict[int, int] = {}  # by thread; only the thread itself changes its entry
         self._names: list[str] = []
 
     def seconds(self) -> float:
@@ -48,8 +50,8 @@ class CompileClock:
         return sum(end - start for start, end in self._spans)
 
     def wait(self) -> str | None:
-        """What an interrupted person waits for."""
-        return "a program is being compiled" if self._open or self._names else None
+        """What an interrupted person waits for; without the lock, as a signal handler asks."""
+        return "a program is being compiled" if self._names or any(self._open.copy().values()) else None
 
     def program(self) -> str | None:
         """The name of the program that is waited for."""
@@ -61,33 +63,43 @@ class CompileClock:
         if _is_background():
             yield
             return
-        start = time.time()
+        start, own = time.time(), threading.get_ident()
+        steps = self._open.get(own, 0)
         self._names.append(name)
         try:
             yield
         finally:
             self._names.remove(name)
+            if steps:  # an interrupt between a step's beginning and its body leaves it open
+                self._open[own] = steps
+            else:
+                self._open.pop(own, None)
             self._add(start, time.time())
 
     def began(self, event: str, value: float = 0.0, **_facts: object) -> None:
         """A step of a compilation has begun."""
         if event.startswith(_EVENTS) and not _is_background():
-            self._open += 1
+            own = threading.get_ident()
+            self._open[own] = self._open.get(own, 0) + 1
 
     def ended(self, event: str, start_time: float, end_time: float, **_facts: object) -> None:
         """A step has ended; an inner one is told before the one that it is part of."""
         if not event.startswith(_EVENTS) or _is_background():
             return
-        self._open = max(self._open - 1, 0)
+        own = threading.get_ident()
+        left = self._open.pop(own, 0) - 1
+        if left > 0:
+            self._open[own] = left
         self._add(start_time, end_time)
 
     def _add(self, start: float, end: float) -> None:
-        while self._spans and self._spans[-1][0] >= start:
-            self._spans.pop()
-        if self._spans:
-            start = max(start, self._spans[-1][1])
-        if end > start:
-            self._spans.append((start, end))
+        with self._lock:
+            while self._spans and self._spans[-1][0] >= start:
+                self._spans.pop()
+            if self._spans:
+                start = max(start, self._spans[-1][1])
+            if end > start:
+                self._spans.append((start, end))
 
 
 @cache
