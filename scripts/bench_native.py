@@ -5,9 +5,10 @@
 Without --model the embedded model is measured; ``NAME=random:6`` writes a file of Qwen3-Coder-30B-A3B's
 width with so many layers and random weights, and deletes it afterwards. PYTHON is one that imports
 ``cyllama``, whose wheels bring llama.cpp; without --peer nothing is compared. In each round both load the
-file in a new process, read prompts of 64 and of 512 tokens, and write after an empty cache and after 512
-tokens. A ratio is that of the best rounds, for a round beside other work says nothing. The last line is one
-JSON object, which --save also writes as the receipt ``native_cpu``.
+file in a new process, read prompts of 64, 128 and 512 tokens, and write after an empty cache and after
+512 tokens; ``generate`` writes as often as ``bench`` does. A ratio is that of the best rounds, for a round
+beside other work says nothing. The last line is one JSON object, which --save also writes as the receipt
+``native_cpu``.
 """
 
 import argparse
@@ -30,7 +31,8 @@ from scripts import ROOT
 
 RECEIPT = ROOT / "docs" / "receipts" / "native_cpu.json"
 
-PROMPTS, DEPTHS, NEW_TOKENS = (64, 512), (0, 512), 64
+PROMPTS, DEPTHS, NEW_TOKENS = (64, 128, 512), (0, 512), 64
+REPEATS, SECONDS = 3, 60  # of each row in a round: so many runs, or as many as begin in so long
 
 TEXTS = ("def", "import", "class", "x =", "for", "return", "a", "1")
 """What to go on from: random weights may end a text with any token."""
@@ -40,14 +42,15 @@ import json, resource, sys, time
 from qwen3_moe_jax.api import load
 from qwen3_moe_jax.measure.benchmark import Benchmark, plan
 
-path, threads, prompts, depths, new_tokens = sys.argv[1], *map(json.loads, sys.argv[2:])
+path = sys.argv[1]
+threads, prompts, depths, new_tokens, repeats, seconds = map(json.loads, sys.argv[2:])
 began = time.perf_counter()
 import qwen3_moe_jax.jax_backend.runner  # with JAX; the peer's imports are before its clock, too
 
 import_s, began = time.perf_counter() - began, time.perf_counter()
 with load(path, backend="jax", max_context=max(*prompts, *depths) + new_tokens + 2, gate=False) as model:
     found = {"import_s": import_s, "load_s": time.perf_counter() - began}
-    benchmark = Benchmark(model.source, model.runner, repeats=3, max_seconds=60)
+    benchmark = Benchmark(model.source, model.runner, repeats=repeats, max_seconds=seconds)
     rows = [row for some in benchmark.rows(plan(prompts, new_tokens, depths, [], 0)) for row in some]
     found |= {row.workload.name: row.best for row in rows}
     found["shares"] = {row.workload.name: row.share for row in rows if row.limited_by == "memory"}
@@ -62,7 +65,8 @@ PEER = """
 import json, random, resource, sys, time
 from cyllama.llama import llama_cpp as llama
 
-path, threads, prompts, depths, new_tokens = sys.argv[1], *map(json.loads, sys.argv[2:])
+path = sys.argv[1]
+threads, prompts, depths, new_tokens, repeats, seconds = map(json.loads, sys.argv[2:])
 llama.disable_logging()
 llama.ggml_backend_load_all()
 params = llama.LlamaModelParams()
@@ -114,10 +118,10 @@ for name, tokens, run, argument in (
     *((f"tg{new_tokens}" + (f" @ d{n}" if n else ""), new_tokens, write, n) for n in depths),
 ):
     run(argument)
-    began, seconds = time.perf_counter(), []
-    while not seconds or (len(seconds) < 3 and time.perf_counter() - began < 60):
-        seconds.append(run(argument))
-    found[name] = tokens / min(seconds)
+    began, times = time.perf_counter(), []
+    while not times or (len(times) < repeats and time.perf_counter() - began < seconds):
+        times.append(run(argument))
+    found[name] = tokens / min(times)
 found["peak_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 print(json.dumps(found))
 """
@@ -130,7 +134,7 @@ def measure(python: str, program: str, path: str, threads: int) -> dict[str, Any
     Raises:
       RuntimeError: it fails; with the end of what it wrote.
     """
-    numbers = [json.dumps(value) for value in (threads, PROMPTS, DEPTHS, NEW_TOKENS)]
+    numbers = [json.dumps(value) for value in (threads, PROMPTS, DEPTHS, NEW_TOKENS, REPEATS, SECONDS)]
     command = [python, "-c", program, path, *numbers]
     environment = child_environment(JAX_PLATFORMS="cpu")
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
@@ -182,6 +186,10 @@ def compared(path: str, peer: str | None, rounds: int, say: Callable[[str], None
         here.append(measure(sys.executable, HERE, path, cores()))
         if peer:
             there.append(measure(peer, PEER, path, cores()))
+        began, shown = time.perf_counter(), []
+        while not shown or (len(shown) < REPEATS and time.perf_counter() - began < SECONDS):
+            shown.append(shown_rate(path))
+        here[-1]["generate"] = max(shown)
         for found in (here[-1], *there[-1:]):
             found["load_average"] = loads[0]
         line = [
@@ -189,7 +197,7 @@ def compared(path: str, peer: str | None, rounds: int, say: Callable[[str], None
         ]
         say(f"  round {number + 1}, load {loads[0]}: " + "; ".join(line))
     result: dict[str, Any] = {"bytes": os.path.getsize(path), "here": here, "llama_cpp": there}
-    result["generate_tokens_per_s"] = max(shown_rate(path) for _ in range(rounds))
+    result["generate_tokens_per_s"] = best(here, "generate")
     result["best"] = {row: best(here, row) for row in rows()}
     result["generate_of_bench"] = result["generate_tokens_per_s"] / best(here, f"tg{NEW_TOKENS}")
     if there:

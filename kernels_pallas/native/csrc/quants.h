@@ -10,33 +10,47 @@
 typedef struct {
   const uint32_t *q, *qh, *scales, *mins;
   const uint16_t *d, *dmin;
+  const char *place[MAX_ARRAYS]; /* the same, in the matrix's order, and bytes of 256 columns of each */
+  int per_block[MAX_ARRAYS];
 } Tile;
 
+INLINE const void *part_of(const Matrix *m, Tile *t, int i, int64_t tile, int nbytes, int weights) {
+  t->per_block[i] = BLOCK / weights * LANES * nbytes;
+  return t->place[i] = (const char *)m->array[i] + tile * (m->columns / weights) * LANES * nbytes;
+}
+
 INLINE Tile tile_of(const Matrix *m, int64_t tile, const int type) {
-  int64_t k = m->columns;
-  const uint32_t *const *words = (const uint32_t *const *)m->array;
-  const uint16_t *const *halfs = (const uint16_t *const *)m->array;
-#define WORDS(i, weights_per_word) (words[i] + tile * (k / (weights_per_word)) * LANES)
-#define HALFS(i, weights_per_half) (halfs[i] + tile * (k / (weights_per_half)) * LANES)
+  Tile t = {0};
+#define WORDS(i, weights_per_word) part_of(m, &t, i, tile, 4, weights_per_word)
+#define HALFS(i, weights_per_half) part_of(m, &t, i, tile, 2, weights_per_half)
   switch (type) {
     case Q4_K:
-      return (Tile){.q = WORDS(0, 8), .scales = WORDS(1, 128), .mins = WORDS(2, 128), .d = HALFS(3, 256),
-                    .dmin = HALFS(4, 256)};
     case Q5_K:
-      return (Tile){.q = WORDS(0, 8), .scales = WORDS(1, 128), .mins = WORDS(2, 128), .d = HALFS(3, 256),
-                    .dmin = HALFS(4, 256), .qh = WORDS(5, 32)};
-    case Q6_K: return (Tile){.q = WORDS(0, 8), .qh = WORDS(1, 16), .scales = WORDS(2, 64), .d = HALFS(3, 256)};
-    case Q2_K: return (Tile){.q = WORDS(0, 16), .scales = WORDS(1, 64), .d = HALFS(2, 256), .dmin = HALFS(3, 256)};
-    case Q3_K: return (Tile){.q = WORDS(0, 16), .qh = WORDS(1, 32), .scales = WORDS(2, 64), .d = HALFS(3, 256)};
-    case IQ4_XS: return (Tile){.q = WORDS(0, 8), .scales = WORDS(1, 128), .d = HALFS(2, 256)};
-    case MXFP4: return (Tile){.q = WORDS(0, 8), .scales = WORDS(1, 128)};
-    case Q4_1: return (Tile){.q = WORDS(0, 8), .d = HALFS(1, 32), .dmin = HALFS(2, 32)};
-    case Q5_0: return (Tile){.q = WORDS(0, 8), .qh = WORDS(1, 32), .d = HALFS(2, 32)};
-    case Q5_1: return (Tile){.q = WORDS(0, 8), .qh = WORDS(1, 32), .d = HALFS(2, 32), .dmin = HALFS(3, 32)};
-    default: return (Tile){.q = WORDS(0, type == Q8_0 ? 4 : 8), .d = HALFS(1, 32)}; /* Q8_0, Q4_0, IQ4_NL */
+      t.q = WORDS(0, 8), t.scales = WORDS(1, 128), t.mins = WORDS(2, 128), t.d = HALFS(3, 256), t.dmin = HALFS(4, 256);
+      if (type == Q5_K) t.qh = WORDS(5, 32);
+      break;
+    case Q6_K: t.q = WORDS(0, 8), t.qh = WORDS(1, 16), t.scales = WORDS(2, 64), t.d = HALFS(3, 256); break;
+    case Q2_K: t.q = WORDS(0, 16), t.scales = WORDS(1, 64), t.d = HALFS(2, 256), t.dmin = HALFS(3, 256); break;
+    case Q3_K: t.q = WORDS(0, 16), t.qh = WORDS(1, 32), t.scales = WORDS(2, 64), t.d = HALFS(3, 256); break;
+    case IQ4_XS: t.q = WORDS(0, 8), t.scales = WORDS(1, 128), t.d = HALFS(2, 256); break;
+    case MXFP4: t.q = WORDS(0, 8), t.scales = WORDS(1, 128); break;
+    case Q4_1: t.q = WORDS(0, 8), t.d = HALFS(1, 32), t.dmin = HALFS(2, 32); break;
+    case Q5_0: t.q = WORDS(0, 8), t.qh = WORDS(1, 32), t.d = HALFS(2, 32); break;
+    case Q5_1: t.q = WORDS(0, 8), t.qh = WORDS(1, 32), t.d = HALFS(2, 32), t.dmin = HALFS(3, 32); break;
+    default: t.q = WORDS(0, type == Q8_0 ? 4 : 8), t.d = HALFS(1, 32); break; /* Q8_0, Q4_0, IQ4_NL */
   }
 #undef WORDS
 #undef HALFS
+  return t;
+}
+
+/* Blocks of 256 columns between what is computed and what memory is asked for. The processor's own look ahead
+   ends with each page of 4 KB, two blocks of most types; without this, memory and arithmetic take turns. */
+enum { AHEAD = 4, LINE = 64 };
+INLINE void ask_ahead(const Tile *t, int b) {
+  UNROLL(6) for (int i = 0; i < MAX_ARRAYS; i++)
+    UNROLL(64) for (int at = 0; at < t->per_block[i]; at += LINE)
+      __builtin_prefetch(t->place[i] + (int64_t)(b + AHEAD) * t->per_block[i] + at, 0, 2);
 }
 
 /* Whether bytes are signed; else they are below 64, and `zero_of` is what each weight is taken from. */
@@ -262,7 +276,10 @@ INLINE int groups_of(int columns, int b) { return MIN(8, (columns - b * BLOCK) /
   static __attribute__((noinline)) void packed_##type##_##R(const Matrix *m, int64_t tile, const Block *const *x, \
                                                             vf *out) {                                           \
     Tile t = tile_of(m, tile, type);                                                                             \
-    for (int b = 0; b < blocks_of(m->columns); b++) take_packed(&t, type, b, groups_of(m->columns, b), x, R, out); \
+    for (int b = 0; b < blocks_of(m->columns); b++) {                                                            \
+      ask_ahead(&t, b);                                                                                          \
+      take_packed(&t, type, b, groups_of(m->columns, b), x, R, out);                                             \
+    }                                                                                                            \
   }
 #define OF_TYPE(type)                                                                                            \
   static __attribute__((noinline)) void unpack_##type(const Matrix *m, int64_t tile, int b, int groups,          \
