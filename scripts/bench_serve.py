@@ -63,6 +63,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--long", type=int, default=1024, help="tokens of a long prompt, or of a shared prefix"
     )
+    parser.add_argument("--batch-invariant", action="store_true", help="serve with it (part bits)")
     parser.add_argument("--rounds", type=int, default=2, help="the best counts")
     parser.add_argument("--replicas", type=int, default=2, help="engines of the part that is called so")
     parser.add_argument("--parts", nargs="+", default=["ratio"], choices=(*PARTS, "all"))
@@ -156,8 +157,9 @@ def server(args: argparse.Namespace, *, context: int, fake: bool = False, **opti
     else:
         command += ["qwen3_moe_jax.cli", "serve", "--port", str(port), "--backend", "jax", "--no-gate"]
         command += [args.model] if args.model else []
-        options = {"slots": args.clients, "context": context, **options}
-        command += ["--no-page"]
+        given = {} if args.batch_invariant else {"slots": args.clients}  # it knows how many keep their bits
+        options = {**given, "context": context, **options}
+        command += ["--no-page", *(["--batch-invariant"] if args.batch_invariant else [])]
         command += [
             word for key, value in options.items() for word in (f"--{key.replace('_', '-')}", str(value))
         ]

@@ -82,6 +82,12 @@ def add_engine_arguments(parser: argparse.ArgumentParser, *, step_ms: float = 50
     )
     add_context(group, "tokens of each slot (default: the file's, as memory allows)")
     group.add_argument(
+        "--batch-invariant",
+        action="store_true",
+        help="an answer has the same bits alone and in any company, with and without the cache of prompts: "
+        "at most 16 slots, and prompts are read one at a time (NVIDIA GPUs)",
+    )
+    group.add_argument(
         "--cache-ram",
         type=options.amount(0, 1e6),
         default=0,
@@ -127,6 +133,7 @@ def start_from(args: argparse.Namespace, **fields: Any) -> "Start":
         slots=args.slots,
         prefix_bytes=int(args.cache_ram * 1e9),
         step_ms=args.step_ms,
+        batch_invariant=args.batch_invariant,
         **fields,
     )
 

@@ -45,7 +45,9 @@ class OneAtATime:
         check_open(self)
         raise BackendUnavailableError(f"the {self.name} backend makes its cache when it loads a model")
 
-    def open_batch(self: Runner, slots: int, *, context: int | None = None) -> RowBatch:
+    def open_batch(
+        self: Runner, slots: int, *, context: int | None = None, is_invariant: bool = False
+    ) -> RowBatch:
         """Raises BackendUnavailableError; see ``Runner.open_batch``."""
         check_open(self)
         raise BackendUnavailableError(

@@ -272,15 +272,18 @@ class Runner(Protocol):
         """
         ...
 
-    def open_batch(self, slots: int, *, context: int | None = None) -> RowBatch:
+    def open_batch(self, slots: int, *, context: int | None = None, is_invariant: bool = False) -> RowBatch:
         """Slots for sequences that run together, with a KV cache of their own.
 
         Args:
           slots: how many.
           context: tokens that each may have; None is ``max_context``.
+          is_invariant: a sequence has the same bits alone and in any company: prompts are read one at a
+            time, in chunks that depend on the prompt alone.
 
         Raises:
-          BackendUnavailableError: this backend runs one sequence at a time (``capabilities``).
+          BackendUnavailableError: this backend runs one sequence at a time (``capabilities``), or its bits
+            depend on how many run together (``describe``: batch_invariant), or on so many.
           MemoryPlanError: they do not fit the memory that is free.
         """
         ...

@@ -11,7 +11,12 @@ import jax
 import numpy as np
 
 from qwen3_moe_jax.core.batch import Progress
-from qwen3_moe_jax.core.errors import BatchFullError, ContextOverflowError, ModelClosedError
+from qwen3_moe_jax.core.errors import (
+    BackendUnavailableError,
+    BatchFullError,
+    ContextOverflowError,
+    ModelClosedError,
+)
 from qwen3_moe_jax.core.sampling import Sampling
 from qwen3_moe_jax.jax_backend import generate, one_token, rows, slots
 from qwen3_moe_jax.jax_backend.asked import Asked, Written, merged, scores_of
@@ -43,9 +48,11 @@ class Batch:
     Attributes:
       slots: how many.
       capacity: tokens that a sequence may have, prompt and output.
+      is_invariant: prompts are read one at a time, in chunks that depend on the prompt alone.
       read_tokens: of prompts, in the last step.
     """
 
+    is_invariant = False
     read_tokens = 0
 
     @own_settings()
@@ -82,6 +89,23 @@ class Batch:
         for array in jax.tree.leaves(self._state):
             if not array.is_deleted():
                 array.delete()
+
+    def keep_invariant(self) -> None:
+        """From now on a sequence has the same bits alone and in any company (``is_invariant``).
+
+        Raises:
+          BackendUnavailableError: what writes tokens of so many slots depends on how many there are.
+        """
+        if not self._has_kernel:
+            raise BackendUnavailableError(
+                "the same bits alone and in company need an NVIDIA GPU's decode kernel: it does not run here"
+            )
+        if not all(self._is_one_launch(rows) for rows in row_counts(self.slots)):
+            raise BackendUnavailableError(
+                f"the same bits alone and in company: here the decode kernel takes fewer than {self.slots} "
+                "sequences"
+            )
+        self.is_invariant = True
 
     def make_programs(self) -> None:
         """Makes all programs that steps can need, and returns when they are there."""
@@ -387,6 +411,8 @@ class Batch:
 
     def _read_prompts(self, waiting: list[int], maximum: int) -> None:
         """Asks for a chunk of the oldest prompts, and a token of the sequences that are ready."""
+        if self.is_invariant:
+            waiting, maximum = waiting[:1], PREFILL_TOKENS
         remaining = {slot: self._sequences[slot].length - self._sequences[slot].filled for slot in waiting}
         sizes = [size for size in PREFILL_CHUNKS if size <= maximum] or PREFILL_CHUNKS[:1]
         chunk = chunk_lengths(remaining[waiting[0]], sizes)[0]

@@ -14,7 +14,7 @@ import numpy as np
 from qwen3_moe_jax.convert.progress import ProgressCallback
 from qwen3_moe_jax.convert.source import ModelSource
 from qwen3_moe_jax.core.batch import TokenScore
-from qwen3_moe_jax.core.errors import NumericalError
+from qwen3_moe_jax.core.errors import BackendUnavailableError, NumericalError
 from qwen3_moe_jax.core.runner import (
     Capabilities,
     Compilation,
@@ -367,13 +367,20 @@ class JaxRunner:
             finally:
                 self._keep_spare(batch, tokens)
 
-    def open_batch(self, slots: int, *, context: int | None = None) -> Batch:
+    def open_batch(self, slots: int, *, context: int | None = None, is_invariant: bool = False) -> Batch:
         check_open(self)
         context = context or self.max_context
         length, itemsize = cache_length(context), self.cache_dtype.itemsize
         farm().end_idle()
         check_slots(self.config, slots, length, itemsize, available_memory(self.device))
-        return self._new_batch(slots, context)
+        batch = self._new_batch(slots, context)
+        if is_invariant:
+            try:
+                batch.keep_invariant()
+            except BackendUnavailableError:
+                batch.close()
+                raise
+        return batch
 
     def generate_batch(
         self,

@@ -50,6 +50,19 @@ def plan_rows(
     return tuple(RowClass(n, c) for c, n in sorted(zip(lengths, counts, strict=True)) if n)
 
 
+def plan_equal_rows(positions: int, context: int | None, maximum: int, slots: int, *, spare: int) -> RowClass:
+    """Rows of one length for at most ``slots`` sequences: fewer, if a ``context`` is asked for, or shorter.
+
+    Args:
+      positions, spare: as of :func:`plan_rows`.
+      maximum: the longest context that the model has.
+    """
+    longest = max(64, min(context or maximum, _tiles(positions - spare)))
+    if context is None:
+        longest = min(longest, max(MIN_CONTEXT, _tiles(positions / slots - spare)))
+    return RowClass(max(1, min(slots, positions // (longest + spare))), longest)
+
+
 def _tiles(positions: float) -> int:
     return int(positions) // 64 * 64
 

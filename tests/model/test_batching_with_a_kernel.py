@@ -6,6 +6,7 @@ from functools import partial
 import jax.numpy as jnp
 import pytest
 
+from qwen3_moe_jax.core.errors import BackendUnavailableError
 from qwen3_moe_jax.core.sampling import Sampling
 from qwen3_moe_jax.jax_backend import generate
 from qwen3_moe_jax.jax_backend.decode_path import LayerByLayer, OneKernel
@@ -85,6 +86,32 @@ def test_one_token_of_more_sequences_than_the_kernel_takes(jax_runner, golden, f
     assert found[0] == found[1]
     assert found[2] == found[3]
     assert found[0] != found[2]
+
+
+@pytest.mark.usefixtures("fused_steps")
+def test_an_invariant_batch_reads_prompts_one_at_a_time(jax_runner, golden, greedy, monkeypatch):
+    asked, real = [], generate.prefill
+    monkeypatch.setattr(
+        generate, "prefill", lambda *a, **o: asked.append((len(a[3]), o["chunk"])) or real(*a, **o)
+    )
+    batch = jax_runner.open_batch(SLOTS, context=CONTEXT, is_invariant=True)
+    for number in (0, 1):
+        admit(batch, golden, number, max_tokens=3)
+    texts, _ = finish(batch)
+    assert texts == {0: greedy[0][:3], 1: greedy[1][:3]}
+    chunks = [-(-len(golden[f"ids{number}"]) // 16) for number in (0, 1)]
+    assert asked == [(1, 16)] * sum(chunks)
+
+
+def test_where_bits_depend_on_company_no_batch_promises_them(jax_runner, fused_steps, monkeypatch):
+    few = lambda self, model, params, batch, cache, is_forced=False: None if batch == 1 else "too many"
+    monkeypatch.setattr(type(jax_runner.decoder.paths[0]), "reason_against", few)
+    with pytest.raises(BackendUnavailableError, match="takes fewer than 2 sequences"):
+        jax_runner.open_batch(2, context=64, is_invariant=True)
+    monkeypatch.setattr(jax_runner, "decoder", replace(jax_runner.decoder, paths=(LayerByLayer(),)))
+    with pytest.raises(BackendUnavailableError, match="NVIDIA GPU's decode kernel"):
+        jax_runner.open_batch(2, context=64, is_invariant=True)
+    assert fused_steps == []
 
 
 def check_ahead(batch, golden, greedy):

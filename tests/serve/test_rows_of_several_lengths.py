@@ -3,7 +3,7 @@
 import pytest
 
 from qwen3_moe_jax.core.sampling import Sampling
-from qwen3_moe_jax.machine.row_plan import RowClass, plan_rows
+from qwen3_moe_jax.machine.row_plan import RowClass, plan_equal_rows, plan_rows
 from qwen3_moe_jax.serve.engine import scheduler as scheduler_module
 from qwen3_moe_jax.serve.engine.jobs import Began, Job, Wrote
 from qwen3_moe_jax.serve.engine.pooled import PooledBatch
@@ -42,6 +42,20 @@ def test_more_sequences_than_full_rows():
     small = plan_rows(RTX4090, 40_960, 32, spare=576, in_class=16)
     assert small == (RowClass(2, 4096), RowClass(1, 29_888))
     assert plan_rows(H100, 4096, 32, spare=576) == (RowClass(32, 4096),)
+
+
+@pytest.mark.parametrize(
+    ("positions", "context", "found"),
+    [
+        (H100, None, RowClass(16, 35_968)),
+        (H100, 40_960, RowClass(14, 40_960)),
+        (H100, 4096, RowClass(16, 4096)),
+        (RTX4090, None, RowClass(8, 4096)),
+        (2_000, 4096, RowClass(1, 1408)),
+    ],
+)
+def test_rows_of_one_length_for_sequences_whose_bits_must_not_depend_on_their_row(positions, context, found):
+    assert plan_equal_rows(positions, context, 262_144, 16, spare=576) == found
 
 
 def play(scheduler, jobs):

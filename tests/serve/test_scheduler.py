@@ -164,6 +164,17 @@ def test_the_log_replayed_gives_the_same_tokens():
     assert written == {n: answer(events) for n, events in seen.items()}
 
 
+@pytest.mark.parametrize(("chunk", "reused"), [(None, 96), (32, 64)])
+def test_whole_chunks_of_prompts_alone_are_reused_where_bits_must_stay(chunk, reused):
+    """Written tokens, and the last chunk of a prompt, were computed in other company."""
+    first = job(1, 80, new=20, scope="s")
+    second = job(2, tokens=[*first.token_ids, *expected(first), 3, 4, 5], scope="s")
+    scheduler = Scheduler(lambda: FakeBatch(slots=2), prefixes=PrefixCache(30_000, chunk=chunk))
+    run(scheduler, {0: [first]})
+    began = [event for event in run(scheduler, {0: [second]})[2] if isinstance(event, Began)]
+    assert [event.cached for event in began] == [reused]
+
+
 @pytest.mark.usefixtures("short_headroom")
 def test_who_outgrows_a_row_moves_and_the_log_says_it():
     rng = random.Random(7)

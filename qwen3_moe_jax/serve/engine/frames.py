@@ -39,6 +39,7 @@ class Start(msgspec.Struct, tag=True):
     max_queue_tokens: int = 1 << 20
     prefix_bytes: int = 0
     slot_bytes: int | None = None
+    batch_invariant: bool = False
     step_ms: float = 50.0
     warm_up: bool = True
     load_programs: bool = False

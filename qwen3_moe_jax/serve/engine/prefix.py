@@ -78,8 +78,15 @@ class PrefixCache:
       hits, lookups, reused_tokens, prompt_tokens: counts since the start, for the metrics.
     """
 
-    def __init__(self, max_store_bytes: int = 0):
-        """``max_store_bytes``: bound of the store; 0 keeps no store."""
+    def __init__(self, max_store_bytes: int = 0, *, chunk: int | None = None):
+        """Nothing is known yet.
+
+        Args:
+          max_store_bytes: bound of the store; 0 keeps no store.
+          chunk: reuse whole chunks of so many tokens of prompts alone, so that the rest is read in the chunks
+            in which it would be read without a cache: the same bits. None reuses what was written, too.
+        """
+        self._unit, self._is_of_prompts = chunk or UNIT, chunk is not None
         self._max_store_bytes = max_store_bytes
         self._free: OrderedDict[int, _Row | None] = OrderedDict()  # least recently used first
         self._store: OrderedDict[int, _Row] = OrderedDict()
@@ -127,7 +134,9 @@ class PrefixCache:
         """Notes what a sequence that ended leaves in its row."""
         row = None
         if is_sound and job.scope is not None:
-            tokens = np.concatenate([np.asarray(job.token_ids, np.int64), np.asarray(written, np.int64)])
+            tokens = np.asarray(job.token_ids, np.int64)
+            if not self._is_of_prompts:
+                tokens = np.concatenate([tokens, np.asarray(written, np.int64)])
             row = _Row(tokens[: batch.row_length(slot)], job.scope)
         self._free[slot] = row
         self._free.move_to_end(slot)
@@ -145,7 +154,7 @@ class PrefixCache:
         free: list[int],
     ) -> Reuse | None:
         maximum = len(prompt) - 1  # the last token is the first step's input
-        match = lambda row: min(common_length(row.tokens, prompt), maximum) // UNIT * UNIT
+        match = lambda row: min(common_length(row.tokens, prompt), maximum) // self._unit * self._unit
         rows = {s: r for s, r in self._free.items() if r is not None and r.scope == scope}
         rows |= {s: r for s, r in self._running_rows(batch, busy, scope)}
         length, slot = max(((match(r), s) for s, r in rows.items()), default=(0, -1))

@@ -20,7 +20,7 @@ import numpy as np
 from qwen3_moe_jax.core.batch import Batch
 from qwen3_moe_jax.core.errors import MemoryPlanError
 from qwen3_moe_jax.machine import jax_devices, resident
-from qwen3_moe_jax.machine.row_plan import RowClass, plan_rows
+from qwen3_moe_jax.machine.row_plan import RowClass, plan_equal_rows, plan_rows
 from qwen3_moe_jax.serve.engine import frames, reports
 from qwen3_moe_jax.serve.engine.jobs import Event, Limits, Wrote
 from qwen3_moe_jax.serve.engine.pace import Pace, Stride
@@ -90,7 +90,7 @@ class Engine:
         self.scheduler = Scheduler(self._open_batch, limits=limits, keep_log=start.keep_log)
         self.has_prefixes = self.has_masks = runner.capabilities.open_batch
         if self.has_prefixes:
-            self.scheduler.prefixes = PrefixCache(start.prefix_bytes)
+            self.scheduler.prefixes = PrefixCache(start.prefix_bytes, chunk=self._chunk)
         if start.warm_up or start.load_programs:
             self.scheduler.batch.load_programs()
         if start.warm_up:
@@ -119,6 +119,8 @@ class Engine:
         maximum = config.max_position_embeddings
         context = min(start.context or maximum, maximum)
         slots = start.slots or start.max_slots or DEFAULT_SLOTS[self.device_kind]
+        if start.batch_invariant and not start.slots:
+            slots = min(slots, ONE_KERNEL)
         if not runner.capabilities.open_batch:
             return (RowClass(1, min(context, runner.max_context)),)
         from qwen3_moe_jax.jax_backend.generate import PREFILL_CHUNKS
@@ -132,15 +134,29 @@ class Engine:
             share = min(share, start.slot_bytes)
         positions = int(share // runner.token_nbytes)
         spare = PREFILL_CHUNKS[-1] + CACHE_TILE
+        if start.batch_invariant:
+            return (plan_equal_rows(positions, start.context, maximum, slots, spare=spare),)
         in_class = None if start.slots else ONE_KERNEL
         return plan_rows(positions, context, slots, spare=spare, in_class=in_class)
+
+    @property
+    def _chunk(self) -> int | None:
+        """The tokens that prompts are reused by, if bits may not depend on what is in the cache already."""
+        if not self._start.batch_invariant:
+            return None
+        from qwen3_moe_jax.jax_backend.generate import PREFILL_CHUNKS
+
+        return PREFILL_CHUNKS[-1]
 
     def _open_batch(self) -> Batch:
         runner = self.model.runner
         if runner.capabilities.open_batch:
             from qwen3_moe_jax.serve.engine.pooled import PooledBatch
 
-            batches = [runner.open_batch(row.slots, context=row.context) for row in self.rows]
+            batches = [
+                runner.open_batch(row.slots, context=row.context, is_invariant=self._start.batch_invariant)
+                for row in self.rows
+            ]
             return batches[0] if len(batches) == 1 else PooledBatch(batches)
         from qwen3_moe_jax.serve.engine.single import SingleBatch
 
