@@ -2,7 +2,6 @@
 
 import sys
 import time
-import weakref
 from collections.abc import Callable, Collection, Generator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -37,6 +36,7 @@ from qwen3_moe_jax.core.runner_arguments import (
 )
 from qwen3_moe_jax.core.sampling import Sampling
 from qwen3_moe_jax.jax_backend import generate, programs, spare_workers
+from qwen3_moe_jax.jax_backend.batches import Batches
 from qwen3_moe_jax.jax_backend.batching import Batch
 from qwen3_moe_jax.jax_backend.beside_load import load_beside
 from qwen3_moe_jax.jax_backend.compile_clock import compile_clock
@@ -149,7 +149,7 @@ class JaxRunner:
         has_spares = first_prompt is not None and self._take_spare_workers()
         is_split = place.shards is not None
         native = Native.begin(self.device, kernels, compute_dtype is not None, is_split=is_split)
-        self.is_closed, self._batches = False, weakref.WeakSet[Batch]()
+        self.is_closed, self._batches = False, Batches()
         self.kernels = native.kernels(self.kernels)
         self.params = load_beside(
             partial(self._get_ready, first_prompt, first_forward, has_spares, others_follow),
@@ -161,8 +161,6 @@ class JaxRunner:
         )
         if has_spares and others_follow:
             self.preparation.begin_elsewhere(long_of(missing_of(self.preparation.wanted)))
-        self._spare: Batch | None = None
-        self._spare_tokens: list[int] = []  # whose keys and values its row holds
         self._record = Record()
 
     def _take_spare_workers(self) -> bool:
@@ -273,10 +271,8 @@ class JaxRunner:
     def close(self) -> None:
         """Deletes the arrays of weights and of every batch, whoever else still names them."""
         self.is_closed = True
-        self._spare = None
         self.preparation.close()
-        for batch in list(self._batches):
-            batch.close()
+        self._batches.close()
         params, self.params = self.params, {}
         for array in jax.tree.leaves(params):
             array.delete()
@@ -339,8 +335,7 @@ class JaxRunner:
 
     def _stream(self, request: Request, reuse: bool) -> Generator[int]:
         with open_throughout(self):
-            held, self._spare_tokens = self._spare_tokens, []
-            batch = self._take_spare()
+            batch, held = self._take_spare()
             tokens = list(request.token_ids)
             self.reused_tokens = filled = shared_tokens(held, tokens) if reuse else 0
             try:
@@ -420,10 +415,9 @@ class JaxRunner:
             "run `qwen3-moe trace` to find the first stage that is not"
         )
 
-    def _take_spare(self) -> Batch:
-        """A batch with one slot: the last request's buffers, unless another one has them."""
-        batch, self._spare = self._spare, None
-        return batch or self._new_batch(1, self.max_context, self.preparation)
+    def _take_spare(self) -> tuple[Batch, list[int]]:
+        """A batch with one slot, the last request's unless another one has it; tokens that its row holds."""
+        return self._batches.take_spare() or (self._new_batch(1, self.max_context, self.preparation), [])
 
     def _keep_spare(
         self, batch: Batch, tokens: Sequence[int] = (), is_exit: Callable[[], bool] = sys.is_finalizing
@@ -436,9 +430,9 @@ class JaxRunner:
         if self.is_closed or is_exit():
             return
         if batch.is_whole:
-            self._spare_tokens = list(tokens[: batch.sound_length(0)])
+            held = tokens[: batch.sound_length(0)]
             batch.free_all()
-            self._spare = batch
+            self._batches.keep_spare(batch, held)
 
     def _new_cache(self, rows: int, length: int) -> KVCache:
         return self.placement.empty_cache(self.config, rows, length, self.cache_dtype)
@@ -447,9 +441,8 @@ class JaxRunner:
     def _new_batch(self, slots: int, context: int, preparation: Preparation | None = None) -> Batch:
         session = replace(self._session, capacity=context, slots=slots)
         state = generate.empty_state(**session.empty)
-        batch = Batch(self.decoder, self.params, state, preparation or self._preparation_of(session))
-        self._batches.add(batch)
-        return batch
+        own = preparation or self._preparation_of(session)
+        return self._batches.add(Batch(self.decoder, self.params, state, own))
 
 
 def _next_count(count: int, seconds: float) -> int:

@@ -3,6 +3,7 @@
 from qwen3_moe_jax import loader
 from qwen3_moe_jax.convert.open_model import open_model
 from qwen3_moe_jax.core.sampling import Sampling
+from qwen3_moe_jax.jax_backend.batching import Batch
 from qwen3_moe_jax.jax_backend.requests import shared_tokens
 
 MAX_TOKENS = 24
@@ -51,6 +52,28 @@ def test_another_prompt_reuses_only_what_it_shares(jax_runner, golden):
     run(jax_runner, prompt)
     assert run(jax_runner, other, reuse=True) == fresh
     assert jax_runner.reused_tokens == 5
+
+
+def test_a_stream_that_begins_while_another_leaves_its_batch_writes_its_own_text(
+    jax_runner, golden, monkeypatch
+):
+    """As another thread could: between the two halves of what a stream leaves to the next one."""
+    prompt = golden["ids1"].tolist()
+    turn = [*prompt, *prompt[:7]]
+    alone = run(jax_runner, turn)
+    stream = jax_runner.stream(prompt, max_tokens=MAX_TOKENS, sampling=Sampling())
+    next(stream)
+    found = []
+    free_all = Batch.free_all
+
+    def meanwhile(batch):
+        monkeypatch.setattr(Batch, "free_all", free_all)
+        found.append(run(jax_runner, turn, reuse=True))
+        free_all(batch)
+
+    monkeypatch.setattr(Batch, "free_all", meanwhile)
+    stream.close()
+    assert found == [alone]
 
 
 # The context that fits
