@@ -172,15 +172,18 @@ class Estimate:
 
     def __init__(self, total: float):
         self._began, self._total, self._done, self._under_way = time.monotonic(), total, 0.0, 0.0
+        self._lock = threading.Lock()
 
     def begins(self, cost: float) -> None:
-        """A program of this cost is being made."""
-        self._under_way += cost
+        """A program of this cost is being made; told by the thread that makes it."""
+        with self._lock:
+            self._under_way += cost
 
     def done(self, cost: float) -> None:
         """One that had begun is made."""
-        self._done += cost
-        self._under_way -= cost
+        with self._lock:
+            self._done += cost
+            self._under_way -= cost
 
     def in_words(self) -> str:
         """ "; about 20 s left", or nothing where it is not known."""

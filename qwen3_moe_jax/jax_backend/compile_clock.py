@@ -25,11 +25,12 @@ _thread = threading.local()
 @contextmanager
 def in_background() -> Generator[None]:
     """What this thread compiles meanwhile is not waited for."""
+    before = _is_background()
     _thread.is_background = True
     try:
         yield
     finally:
-        _thread.is_background = False
+        _thread.is_background = before
 
 
 def _is_background() -> bool:
@@ -47,7 +48,8 @@ class CompileClock:
 
     def seconds(self) -> float:
         """Seconds of compilation since the clock was made."""
-        return sum(end - start for start, end in self._spans)
+        with self._lock:
+            return sum(end - start for start, end in self._spans)
 
     def wait(self) -> str | None:
         """What an interrupted person waits for; without the lock, as a signal handler asks."""

@@ -53,7 +53,6 @@ class Preparation:
 
     Attributes:
       wanted: all of them.
-      is_compiling: whether one is being compiled.
       are_kept: whether they are kept for later processes.
       goes_on: whether those that were not begun are made when the first token is there.
     """
@@ -69,15 +68,20 @@ class Preparation:
           are_kept: whether programs are kept for later processes as others are; those of a mesh are not.
         """
         self.wanted = list(wanted)
-        self.is_compiling = False
         self._only_when_idle, self.are_kept = only_when_idle, are_kept
         self._changed = threading.Condition()
         self._busy, self._used_at, self._is_closed = 0, time.monotonic(), False
+        self._compiling = 0
         self._worker: threading.Thread | None = None
         self._lowering = ThreadPoolExecutor(1, thread_name_prefix="lowering")
         self._makers: ThreadPoolExecutor | None = None
         self._others: ThreadPoolExecutor | None = None
         _all.add(self)
+
+    @property
+    def is_compiling(self) -> bool:
+        """Whether one is being compiled, by any of its threads."""
+        return self._compiling > 0
 
     @property
     def made(self) -> int:
@@ -137,15 +141,12 @@ class Preparation:
 
     def go_on(self) -> None:
         """The first token is there: the others may be made, if a later process will find them on disk."""
-        if (
-            self.goes_on
-            and self.wanted
-            and self._worker is None
-            and self.are_kept
-            and programs.keeps_on_disk()
-        ):
-            self._worker = threading.Thread(target=self._make_the_rest, name="programs")
-            self._worker.start()
+        if not (self.goes_on and self.wanted and self.are_kept and programs.keeps_on_disk()):
+            return
+        with self._changed:  # the first tokens of two streams may come at once
+            if self._worker is None:
+                self._worker = threading.Thread(target=self._make_the_rest, name="programs")
+                self._worker.start()
 
     @contextmanager
     def working(self) -> Generator[None]:
@@ -211,13 +212,20 @@ class Preparation:
         """Whatever fails here fails again where the program is called, and is said there."""
         if self._is_over():
             return
-        with in_background(), own_settings(), asking(is_over=self._is_over, may_be_here=may_be_here):
-            try:
-                if wanted.load() or not compiles:
-                    return
-                self.is_compiling = True
-                wanted.make()
-            except Exception:
-                return
-            finally:
-                self.is_compiling = False
+        with (
+            in_background(),
+            own_settings(),
+            asking(is_over=self._is_over, may_be_here=may_be_here),
+            suppress(Exception),
+        ):
+            if not wanted.load() and compiles:
+                self._compile(wanted)
+
+    def _compile(self, wanted: Wanted) -> None:
+        with self._changed:
+            self._compiling += 1
+        try:
+            wanted.make()
+        finally:
+            with self._changed:
+                self._compiling -= 1

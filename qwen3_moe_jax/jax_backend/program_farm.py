@@ -233,8 +233,9 @@ class Farm:
 
     def _note(self, what: str) -> None:
         line = f"a program was not compiled beside the others: {what}"
-        if what and line not in self.trouble and not self._is_closed:
-            self.trouble.append(line)
+        with self._changed:
+            if what and line not in self.trouble and not self._is_closed:
+                self.trouble.append(line)
 
 
 class _Worker:

@@ -10,6 +10,7 @@ import ctypes
 import math
 import os
 import sys
+import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -158,6 +159,39 @@ ALONE = Workers(1)
 """The thread that asks."""
 
 
+class _AtMost:
+    """A number of the whole process that several threads lower at once: the smallest that is asked for holds.
+
+    Each thread for itself would put back what it found, which another thread may have lowered: the number
+    would stay low for ever, or rise while somebody needs it low.
+    """
+
+    def __init__(self):
+        self._lock = threading.Lock()
+        self._asked: list[float] = []
+        self._before = 0.0
+
+    @contextmanager
+    def __call__(
+        self, number: float, read: Callable[[], float], write: Callable[[float], object]
+    ) -> Generator[None]:
+        """Meanwhile it is at most ``number``; after the last one it is what it was before the first."""
+        with self._lock:
+            if not self._asked:
+                self._before = read()
+            self._asked.append(number)
+            write(min(self._before, *self._asked))
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._asked.remove(number)
+                write(min([self._before, *self._asked]))
+
+
+_at_most_seconds, _at_most_threads = _AtMost(), _AtMost()
+
+
 @contextmanager
 def shares_the_lock(seconds: float = SWITCH_SECONDS) -> Generator[None, None, None]:
     """Threads of short NumPy calls get on beside one that is pure Python, as the tracing of a program is.
@@ -168,12 +202,8 @@ def shares_the_lock(seconds: float = SWITCH_SECONDS) -> Generator[None, None, No
     Args:
       seconds: for so long it may keep the lock, or for less where that was so before.
     """
-    before = sys.getswitchinterval()
-    sys.setswitchinterval(min(before, seconds))
-    try:
+    with _at_most_seconds(seconds, sys.getswitchinterval, sys.setswitchinterval):
         yield
-    finally:
-        sys.setswitchinterval(before)
 
 
 _SETTER, _GETTER = "scipy_openblas_set_num_threads64_", "scipy_openblas_get_num_threads64_"
@@ -187,12 +217,9 @@ def one_thread_per_product() -> Generator[None, None, None]:
     if library is None:
         yield
         return
-    before = getattr(library, _GETTER)()
-    getattr(library, _SETTER)(1)
-    try:
+    setter = getattr(library, _SETTER)
+    with _at_most_threads(1, getattr(library, _GETTER), lambda count: setter(int(count))):
         yield
-    finally:
-        getattr(library, _SETTER)(before)
 
 
 def threads_per_product() -> int | None:

@@ -1,6 +1,7 @@
 """Buffers that the host sees: shared memory that it writes, and what it reads back."""
 
 import itertools
+import threading
 import time
 import weakref
 from functools import cache
@@ -63,7 +64,7 @@ class Readback:
 
     def start(self) -> None:
         """Asks for the copy; called right after the submit."""
-        ffi, native, answered = _native()
+        ffi, native, answered = _library()
         self._status = None
         number = next(_numbers)
         _asked[number] = self
@@ -80,7 +81,7 @@ class Readback:
         Raises:
           RuntimeError: the device was lost.
         """
-        ffi, native, _ = _native()
+        ffi, native, _ = _library()
         pause = MIN_PAUSE
         while self._status is None:
             native.wgpuDevicePoll(self._device._internal, False, ffi.NULL)
@@ -99,8 +100,15 @@ class Readback:
         return data
 
 
+_loading = threading.Lock()
 _numbers = itertools.count(1)
 _asked: weakref.WeakValueDictionary[int, Readback] = weakref.WeakValueDictionary()
+
+
+def _library() -> tuple[Any, Any, Any]:
+    """As ``_native``, whose callback must be one: of two that threads make at once one would be freed."""
+    with _loading:
+        return _native()
 
 
 @cache

@@ -5,7 +5,7 @@ import threading
 
 import pytest
 
-from qwen3_moe_jax.jax_backend.compile_clock import CompileClock
+from qwen3_moe_jax.jax_backend.compile_clock import CompileClock, in_background
 
 EVENT = "/jax/core/compile/backend_compile_duration"
 
@@ -53,3 +53,14 @@ def test_a_step_that_an_interrupt_left_open_ends_with_its_program():
     with clock.waiting("tokens"):
         clock.began(EVENT)
     assert clock.wait() is None
+
+
+def test_background_work_inside_background_work_ends_none_of_it():
+    clock = CompileClock()
+    with in_background():
+        with in_background():
+            clock.began(EVENT)
+        clock.began(EVENT)
+        assert clock.wait() is None
+    clock.began(EVENT)
+    assert clock.wait() is not None

@@ -18,10 +18,13 @@ from qwen3_moe_jax.convert.open_model import open_model
 from qwen3_moe_jax.core.sampling import Sampling
 from qwen3_moe_jax.jax_backend import preparation as preparation_module
 from qwen3_moe_jax.jax_backend import programs
+from qwen3_moe_jax.jax_backend.generate import PREFILL_CHUNKS
 from qwen3_moe_jax.jax_backend.params import device_params
 from qwen3_moe_jax.jax_backend.preparation import Preparation
+from qwen3_moe_jax.jax_backend.program_farm import MAX_WORKERS
 from qwen3_moe_jax.jax_backend.runner import JaxRunner
 from qwen3_moe_jax.jax_backend.session_programs import Session
+from qwen3_moe_jax.jax_backend.step_sizes import prompt_counts, row_counts
 from qwen3_moe_jax.jax_backend.wanted import long_of, missing_of
 from qwen3_moe_jax.machine.threads import SHORT_TURN
 from qwen3_moe_jax.testing.random_models import SMALL
@@ -70,7 +73,13 @@ def test_a_batch_of_sixteen_needs_no_more_than_the_docs_say(source, jax_runner):
     session = jax_runner._session
     assert len(session.programs()) == 8
     many = Session(session.decoder, session.params, CONTEXT, "float32", slots=16).programs()
-    assert len(many) == 17, "on a CPU"
+    page = (ROOT / "docs" / "design" / "start-up.md").read_text()
+    assert f"{len(many)} on a CPU" in page
+    prompts = sum(len(prompt_counts(16, chunk)) for chunk in PREFILL_CHUNKS)
+    others = len(session.programs()) - len(PREFILL_CHUNKS) - 1
+    assert f"{others + len(row_counts(16)) + prompts} on a GPU with the decode kernel" in page
+    assert f"at most {MAX_WORKERS}; none on a CPU" in page
+    assert f"{MAX_WORKERS} at most" in (ROOT / "docs" / "reference" / "environment.md").read_text()
     assert len({w.label for w in many}) == len(many)
 
 
@@ -249,6 +258,64 @@ def test_close_lets_the_one_under_way_end_and_begins_no_other(kept):
     assert not preparation_module.is_compiling()
 
 
+def test_one_that_is_loaded_or_made_does_not_end_what_another_thread_compiles(kept):
+    log, held = [], threading.Event()
+    preparation = Preparation([])
+    compiling = threading.Thread(target=preparation._make, args=(Fake(log, "a", held=held), True))
+    compiling.start()
+    while not log:
+        pass
+    preparation._make(Fake(log, "b"), True)
+    assert log == ["a", "b"]
+    assert preparation.is_compiling
+    held.set()
+    compiling.join()
+    assert not preparation.is_compiling
+
+
+def test_first_tokens_of_two_streams_at_once_start_one_thread(kept, monkeypatch):
+    started, real = [], threading.Thread
+
+    class Slow(real):
+        """While the first is being made another stream has its first token."""
+
+        def __init__(self, **options):
+            super().__init__(**options)
+            started.append(self)
+            if len(started) == 1:
+                other.start()
+                other.join(0.2)
+
+    preparation = Preparation([Fake([], "a")])
+    other = real(target=preparation.go_on)
+    monkeypatch.setattr(preparation_module.threading, "Thread", Slow)
+    preparation.go_on()
+    other.join()
+    for thread in started:
+        thread.join()
+    assert len(started) == 1
+
+
+def test_costs_that_two_threads_begin_at_once_both_count():
+    estimate = warm.Estimate(10.0)
+    other = threading.Thread(target=estimate.begins, args=(1.0,))
+
+    class Cost(float):
+        """Another thread begins one while this one is added."""
+
+        def __radd__(self, sum):
+            other.start()
+            other.join(0.2)
+            return sum + float(self)
+
+    estimate.begins(Cost(2.0))
+    other.join()
+    estimate.done(1.0)
+    assert estimate.in_words() == ""  # 1 done, 2 under way
+    estimate.done(2.0)
+    assert estimate._under_way == 0.0
+
+
 def test_threads_take_short_turns_while_one_is_compiled_in_the_background(kept):
     """With the interpreter's own 5 ms, a token that is written meanwhile waits a hundred times as long."""
     found, before = [], sys.getswitchinterval()
@@ -288,13 +355,15 @@ def test_a_process_that_ends_does_not_begin_another(tmp_path):
 import threading
 from tests.model.test_preparation import Fake, Preparation, programs
 programs.keeps_on_disk = lambda: True
-main = threading.main_thread()
+main, began = threading.main_thread(), threading.Event()
 class Last(Fake):
     def make(self):
+        began.set()
         main.join()
         print("made", self.name, flush=True)
 preparation = Preparation([Last([], "a"), Last([], "b")], only_when_idle=False)
 preparation.go_on()
+began.wait()
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert (done.stdout, done.stderr, done.returncode) == ("made a\n", "", 0)
