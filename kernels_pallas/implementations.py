@@ -12,7 +12,7 @@ from jax.typing import DTypeLike
 
 from qwen3_moe_jax.convert.ggml_types import GGMLType
 from qwen3_moe_jax.convert.packed import PackedTensor
-from qwen3_moe_jax.kernels_pallas.packed.stacks import Matrices, OneOf
+from qwen3_moe_jax.kernels_pallas.packed.stacks import LayerTable, Matrices, OneOf
 
 Implementation = Literal["xla", "hopper", "portable", "native"]
 
@@ -116,6 +116,8 @@ def note(op: str, implementation: str, weights: Iterable[Any], refused: Iterable
 
 
 def _types_of(w: Any) -> list[GGMLType]:
+    if isinstance(w, LayerTable):
+        return [t for stack in w.stacks.values() for t in _types_of(stack)]
     if isinstance(w, OneOf):
         return [option.stack.type for option in w.options]
     if isinstance(w, Matrices):
