@@ -13,14 +13,8 @@ import sys
 
 from qwen3_moe_jax.commands.parser import Parser, guess_for_command
 from qwen3_moe_jax.core import interrupts, terminal
-from qwen3_moe_jax.core.errors import (
-    HubError,
-    MemoryPlanError,
-    OptionError,
-    OutputFileError,
-    for_command_line,
-)
 from qwen3_moe_jax.core.exit_codes import ExitCode, table
+from qwen3_moe_jax.core.explain import explain
 from qwen3_moe_jax.core.terminal import PROGRAM
 
 COMMANDS = {
@@ -94,7 +88,7 @@ def _run(argv: list[str]) -> int:
     except Exception as error:
         if os.environ.get("QWEN3_MOE_DEBUG"):
             raise
-        line, code = _explain(error)
+        line, code = explain(error)
         if line is None:
             raise
         terminal.error(line)
@@ -162,32 +156,6 @@ def _version() -> str:
     from qwen3_moe_jax import __version__
 
     return __version__
-
-
-def _explain(error: Exception) -> tuple[str | None, int]:
-    """One line for a fault that a user can do something about, and its exit code; None for a bug of ours."""
-    text = for_command_line(" ".join(str(error).split()))
-    if isinstance(error, MemoryPlanError):
-        return text, ExitCode.MEMORY
-    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in text or "Out of memory" in text:
-        advice = "a smaller --context or another machine may do"
-        return f"out of memory: {text[:300]}; {advice}", ExitCode.MEMORY
-    if "can't start new thread" in text:
-        advice = "raise the limit (ulimit -v, ulimit -u, or the container's number of processes)"
-        return f"the system gives this process no more threads: {advice}", ExitCode.MEMORY
-    if "Disallowed" in text and "transfer" in text:
-        what = "arrays go between the host and the device while a model runs"
-        advice = f"unset JAX_TRANSFER_GUARD and those for one direction ({text[:120]})"
-        return f"JAX is told to forbid transfers, but {what}: {advice}", ExitCode.USAGE
-    if isinstance(error, HubError):
-        return text, ExitCode.HUB
-    if isinstance(error, OptionError):
-        return text, ExitCode.USAGE
-    if isinstance(error, OutputFileError):
-        return text, ExitCode.OUTPUT
-    if isinstance(error, ValueError | OSError | RuntimeError | ArithmeticError | NotImplementedError):
-        return text or type(error).__name__, ExitCode.FAULT
-    return None, ExitCode.FAULT
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from qwen3_moe_jax.commands.talk.screen import make_screen
 from qwen3_moe_jax.commands.talk.slash import VIEWS, Leave, complete, literal, parsed, run_command
 from qwen3_moe_jax.core import terminal
 from qwen3_moe_jax.core.exit_codes import ExitCode
+from qwen3_moe_jax.core.explain import explain
 from qwen3_moe_jax.core.sampling import SEEDS, Sampling
 from qwen3_moe_jax.machine.folders import state_folder
 from qwen3_moe_jax.text.chat_template import start_renderer
@@ -173,11 +174,14 @@ class Chat:
                 self.conversation.add(turn)
 
     def _ask(self, question: str) -> bool:
-        """Answers a message; False, after a line of error, where that cannot be: it is then forgotten."""
+        """Answers a message; False, after a line of error, where that cannot be: it is then forgotten.
+
+        Whatever ends an answer, no memory or a lost device too, the conversation is kept.
+        """
         try:
             return self._make_room(question) and self._answer(question)
-        except (ValueError, ArithmeticError) as error:
-            terminal.error(str(error).replace("max_context", "--context"))
+        except (ValueError, ArithmeticError, RuntimeError, MemoryError) as error:
+            terminal.error(explain(error)[0])
             return False
 
     def _make_room(self, question: str) -> bool:

@@ -143,7 +143,13 @@ def _resend_swallowed(unraisable: Any, previous: Callable[[Any], None]) -> None:
 
 @contextmanager
 def _watched() -> Generator[None, None, None]:
-    """A thread that hears of signals while the main thread is in C++; none where the system gives no more."""
+    """A thread that hears of signals while the main thread is in C++; none where the system gives no more.
+
+    Nor on Windows, which cannot wait for a pipe: there an interrupt is heard when C++ has ended.
+    """
+    if os.name == "nt" or not hasattr(os, "set_blocking"):
+        yield
+        return
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     thread = threading.Thread(target=_watch, args=(reader,), daemon=True)

@@ -4,9 +4,11 @@ A regular file is written beside its place and renamed, so that a full disk or C
 what was there. A device or a pipe (``/dev/stdout``) is written as it stands.
 """
 
+import errno
 import io
 import os
 import secrets
+import shutil
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -77,17 +79,30 @@ def _opened(path: Path) -> Generator[BinaryIO, None, None]:
             yield file
         return
     target = path.resolve()  # a link stays a link
-    temporary = target.with_name(f".{target.name}.tmp-{secrets.token_hex(4)}")
+    # without the target's own name, which may be as long as a name can be
+    temporary = target.with_name(f".tmp-{secrets.token_hex(8)}")
     try:
         with open(temporary, "xb") as file:
             yield file
         if target.exists():
             os.chmod(temporary, target.stat().st_mode & 0o7777)
-        os.replace(temporary, target)
+        _replace(temporary, target)
     except BaseException:
         with suppress(OSError):
             temporary.unlink()
         raise
+
+
+def _replace(temporary: Path, target: Path) -> None:
+    """Puts the whole file in its place; what is mounted there, as a container's file is, is written over."""
+    try:
+        os.replace(temporary, target)
+    except OSError as error:
+        if error.errno != errno.EBUSY:
+            raise
+        with open(temporary, "rb") as whole, open(target, "wb") as file:
+            shutil.copyfileobj(whole, file)
+        temporary.unlink()
 
 
 def save_arrays(path: str | os.PathLike[str], **arrays: np.ndarray) -> None:

@@ -92,6 +92,40 @@ def test_a_retry_takes_the_next_seed_and_a_failed_one_keeps_the_answer(capsys):
 
 
 @pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (
+            RuntimeError("RESOURCE_EXHAUSTED: 5 GB"),
+            "out of memory: RESOURCE_EXHAUSTED: 5 GB; a smaller --context",
+        ),
+        (RuntimeError("the wgpu device gave no result"), "the wgpu device gave no result"),
+        (MemoryError(), "out of memory; a smaller --context or another machine may do"),
+    ],
+)
+def test_what_ends_an_answer_does_not_end_the_conversation(error, line, capsys):
+    chat, model = start_chat("one", "two")
+    chat.take("a")
+    asked, answer = model.asked, model.open_stream
+
+    def fails(*_, **__):
+        model.open_stream = answer
+        raise error
+
+    model.open_stream = fails
+    chat.take("b")
+    assert line in capsys.readouterr().err
+    chat.take("c")
+    assert [message["content"] for message in asked[-1][0]] == ["a", "one", "c"]
+
+
+def test_a_system_without_settings_of_terminals_shows_the_keys(monkeypatch):
+    """Windows has no termios."""
+    monkeypatch.setitem(sys.modules, "termios", None)
+    with editor.keys_unseen():
+        pass
+
+
+@pytest.mark.parametrize(
     ("text", "line"),
     [
         ("/sett x", "there is no command /sett; did you mean /set or /stats?"),
@@ -156,7 +190,15 @@ def test_a_conversation_is_saved_loaded_and_not_written_over_another_file(tmp_pa
 
 
 @pytest.mark.parametrize(
-    "content", ["{", "[1]", '[{"role": "user", "content": "x"}]', '{"a": 1}', '[{"role": "user"}]']
+    "content",
+    [
+        "{",
+        "[1]",
+        '[{"role": "user", "content": "x"}]',
+        '{"a": 1}',
+        '[{"role": "user"}]',
+        '[{"role": "user", "content": "x"}, {"role": "assistant", "content": "y", "reasoning_content": 5}]',
+    ],
 )
 def test_a_file_that_is_no_conversation_is_refused(content, tmp_path):
     path = tmp_path / "x.json"

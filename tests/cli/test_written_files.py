@@ -1,5 +1,6 @@
 """Files that commands write: their names, their places, and what a full disk leaves."""
 
+import errno
 import json
 
 import numpy as np
@@ -90,3 +91,26 @@ def test_what_was_there_survives_a_failed_write(tmp_path):
     save_arrays(link, a=np.zeros(1))
     assert link.is_symlink()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["kept", "link"]
+
+
+def test_a_name_as_long_as_the_system_allows_is_written(tmp_path):
+    path = tmp_path / ("n" * 255)
+    with open_output(path) as file:
+        file.write(b"all")
+    assert path.read_bytes() == b"all"
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+def test_a_file_that_is_mounted_is_written_over(tmp_path, monkeypatch):
+    """As a container's file is: nothing can be renamed to its name."""
+    path = tmp_path / "mounted"
+    path.write_bytes(b"before, and longer")
+
+    def busy(*_):
+        raise OSError(errno.EBUSY, "Device or resource busy")
+
+    monkeypatch.setattr("qwen3_moe_jax.core.output_file.os.replace", busy)
+    with open_output(path) as file:
+        file.write(b"after")
+    assert path.read_bytes() == b"after"
+    assert [p.name for p in tmp_path.iterdir()] == ["mounted"]

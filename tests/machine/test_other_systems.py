@@ -19,7 +19,7 @@ import filelock, jinja2, numpy, platformdirs, psutil, rich.console, tokenizers
 for name in ("fcntl", "termios", "resource", "pwd", "grp", "pty", "tty", "syslog"):
     sys.modules[name] = None
 for name in ("preadv", "pread", "pwritev", "geteuid", "getuid", "getloadavg", "sched_getaffinity", "mkfifo",
-             "O_NONBLOCK", "O_NOCTTY", "O_CLOEXEC", "O_DIRECTORY", "openpty"):
+             "O_NONBLOCK", "O_NOCTTY", "O_CLOEXEC", "O_DIRECTORY", "openpty", "set_blocking"):
     vars(os).pop(name, None)
 from qwen3_moe_jax.cli import main
 quick = ["--backend", "reference", "--no-gate", "-q"]
@@ -27,7 +27,9 @@ for command in (
     ["generate", "def f(x):", "-n", "2", *quick],
     ["inspect", "--no-estimates"],
     ["experts", "x = 1", "--json", *quick],
-    ["trace", "x = 1", "--stage", "l_out", *quick],
+    ["trace", "x = 1", "--stage", "l_out", "--payload", "t.npz", *quick],
+    ["generate", "--chat", "hi", "-n", "2", *quick],
+    ["chat", "-n", "2", *quick],
 ):
     code = main(command)
     assert not code, (command, code)
@@ -41,11 +43,13 @@ def test_commands_need_nothing_of_posix(tmp_path):
         [sys.executable, "-c", WITHOUT_POSIX],
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": os.getcwd(), "QWEN3_MOE_DEBUG": "1"},
+        input="hi\n/save c.json\n",
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.endswith("done\n")
+    assert (tmp_path / "c.json").is_file()
 
 
 @pytest.mark.parametrize("command", ["serve", "batch"])

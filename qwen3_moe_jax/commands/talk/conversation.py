@@ -140,4 +140,8 @@ class Conversation:
 
 
 def _is_message(message: object) -> bool:
-    return isinstance(message, dict) and all(isinstance(message.get(k), str) for k in ("role", "content"))
+    return (
+        isinstance(message, dict)
+        and all(isinstance(message.get(k), str) for k in ("role", "content"))
+        and isinstance(message.get("reasoning_content"), str | None)
+    )

@@ -128,9 +128,12 @@ def keys_unseen() -> Iterator[None]:
     """Keys that are pressed within the block do not show; the next prompt gets them."""
     try:
         import termios
-
+    except ImportError:  # Windows
+        yield
+        return
+    try:
         before = termios.tcgetattr(0)
-    except (ImportError, OSError, ValueError, termios.error):  # Windows; no terminal
+    except (OSError, ValueError, termios.error):  # no terminal
         yield
         return
     silent = [*before[:3], before[3] & ~termios.ECHO, *before[4:]]
