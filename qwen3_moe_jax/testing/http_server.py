@@ -5,6 +5,7 @@ import contextlib
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from qwen3_moe_jax.serve.engine.frames import Start
 from qwen3_moe_jax.serve.engine.replicas import Engine
@@ -51,14 +52,13 @@ def running(
       engine: in place of a child process.
       replicas: how many child processes.
     """
-    loop = asyncio.new_event_loop()
     service = make_service(settings, start, replicas)
     service.engine = engine or service.engine
-    made: dict[str, Server] = {}
+    made: dict[str, Any] = {}
     has_begun = threading.Event()
 
     async def main() -> None:
-        made["server"] = Server(service)
+        made["loop"], made["server"] = asyncio.get_running_loop(), Server(service)
         task = asyncio.ensure_future(made["server"].run())
         if wait:
             await service.engine.first_ready.wait()
@@ -67,13 +67,21 @@ def running(
         has_begun.set()
         await task
 
-    thread = threading.Thread(target=loop.run_until_complete, args=(main(),), daemon=True)
+    def work() -> None:
+        """As the command does: requests that are open at the end are cancelled, then the loop is closed."""
+        try:
+            asyncio.run(main())
+        finally:
+            has_begun.set()
+
+    thread = threading.Thread(target=work, daemon=True)
     thread.start()
     has_begun.wait(300)
-    server = made["server"]
+    server, loop = made["server"], made["loop"]
     try:
         yield Running(f"http://127.0.0.1:{server.port}", server.port, service, server, loop)
     finally:
-        loop.call_soon_threadsafe(server.stop)
-        loop.call_soon_threadsafe(server.stop)
+        for _ in range(2):
+            with contextlib.suppress(RuntimeError):  # it has ended by itself
+                loop.call_soon_threadsafe(server.stop)
         thread.join(30)

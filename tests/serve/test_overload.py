@@ -182,6 +182,19 @@ def test_streams_cut_anywhere_leave_nothing(serve):
     assert not server.server._uvicorn.server_state.connections
 
 
+def test_a_server_that_ends_with_requests_open_ends_them_in_order(model_files):
+    """A task that is left in a closed loop says "Event loop is closed" whenever it is collected."""
+    start = quick_start(model_files["hermes"], max_queue=QUEUE)
+    engine = FakeEngine(start, slots=SLOTS, is_held=True)
+    with running(Settings(port=0, api_keys=KEYS), start, engine=engine) as server:
+        held = [open_stream(server, stream=stream) for stream in (True, False)]
+        until(lambda: engine.active == 2)
+    assert server.loop.is_closed()
+    assert not asyncio.all_tasks(server.loop)
+    for connection in held:
+        connection.close()
+
+
 def test_who_does_not_read_is_dropped_and_others_go_on(serve):
     server = serve(capacity=1 << 20, send_seconds=0.4)
     slow = open_stream(server, max_tokens=900_000)

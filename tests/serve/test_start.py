@@ -78,6 +78,20 @@ def test_an_engine_that_dies_is_started_again_three_times(monkeypatch):
     assert (len(lives), client.fault) == (10, "")
 
 
+def test_an_engine_whose_process_cannot_be_started_is_a_fault_and_no_wait_for_ever(monkeypatch):
+    """A system that has no more processes: the server ends with a line, or says that it is dead."""
+
+    def refused(*_arguments, **_options):
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+
+    monkeypatch.setattr("qwen3_moe_jax.serve.engine.client.subprocess.Popen", refused)
+    client = EngineClient(Start(None))
+    asyncio.run(client._keep())
+    assert client.first_ready.is_set()
+    assert client.health == "dead"
+    assert client.fault == "the engine's process cannot be started: Resource temporarily unavailable"
+
+
 def test_every_limit_is_said():
     said = Settings(api_keys=("sk-secret",)).describe()
     for name in ("max_body", "header_seconds", "max_queue", "queue_seconds", "drain_seconds", "max_grammars"):

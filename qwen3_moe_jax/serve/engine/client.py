@@ -232,15 +232,12 @@ class EngineClient:
 
     async def _live(self) -> None:
         """From a child's start to its end."""
-        ours, theirs = socket.socketpair()
-        with theirs:
-            command = [sys.executable, "-m", "qwen3_moe_jax.serve.engine.worker", str(theirs.fileno())]
-            self._process = subprocess.Popen(
-                command,
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                env=child_environment(**self._variables),
-            )
+        try:
+            ours, process = self._spawn()
+        except OSError as error:  # no more processes, no more descriptors
+            self.fault = f"the engine's process cannot be started: {error.strerror}"
+            self.say(self.fault)
+            return
         reader, self._writer = await asyncio.open_connection(sock=ours)
         try:
             self._send(self.start)
@@ -249,10 +246,25 @@ class EngineClient:
         finally:
             self.ready = None
             self._writer.close()
-            self._process.kill()
+            process.kill()
             self._fail_all()
             self.on_news()
-        await asyncio.to_thread(self._process.wait)  # a driver takes its time, others go on
+        await asyncio.to_thread(process.wait)  # a driver takes its time, others go on
+
+    def _spawn(self) -> tuple[socket.socket, subprocess.Popen]:
+        """Starts the child; this side's end of the connection, and the process."""
+        ours, theirs = socket.socketpair()
+        with theirs, contextlib.ExitStack() as undo:
+            undo.enter_context(ours)
+            command = [sys.executable, "-m", "qwen3_moe_jax.serve.engine.worker", str(theirs.fileno())]
+            self._process = process = subprocess.Popen(
+                command,
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                env=child_environment(**self._variables),
+            )
+            undo.pop_all()
+        return ours, process
 
     def _end(self, process: subprocess.Popen) -> None:
         process.kill()
