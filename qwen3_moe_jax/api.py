@@ -322,10 +322,11 @@ def load(
         GPU, else a hardware WebGPU adapter, else JAX on the CPU.
       max_context: tokens of the KV cache; None is 4,096, or the model's own, if less; "fit" is what the
         file and the memory allow.
-      dtype: "float32" or "bfloat16" operands (jax); None is bfloat16 on a GPU, float32 on the CPU.
+      dtype: "float32" or "bfloat16" operands (jax); None is bfloat16 on a GPU; on a CPU it is activations of
+        15 bits where the native kernels run, else float32.
       kv_cache: "float32", "float16", "bfloat16" or "int8" keys and values (jax); None is float16 on a
         GPU, float32 on the CPU. int8 takes about a quarter of float32's memory.
-      kernels: "hopper", "portable" or "xla" (jax); "auto" is the fastest that the device has.
+      kernels: "hopper", "portable", "native" or "xla" (jax); "auto" is the fastest that the device has.
       adapter: part of a WebGPU adapter's name (wgpu).
       mesh: how to split the model over devices (jax): "tp=2,ep=1", or "auto" for as many as it can use;
         None is one device. ``ep`` splits the experts by expert, ``tp`` each expert's width.
