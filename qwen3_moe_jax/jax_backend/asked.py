@@ -41,6 +41,25 @@ class Written:
         """Whether it is going to have room for a token after all that the device has been asked for."""
         return self.is_ready and self.length + self.asked < self.limit
 
+    def took(self, result: StepResult, slot: int) -> Progress | None:
+        """Notes what a program has written of it, in ``slot``, and says it; None for nothing."""
+        added = int(result.length[slot]) - self.length
+        if not (added or result.finished[slot]):
+            return None
+        self.length += added
+        self.is_held = self.is_masked
+        self.filled = self.length - 1
+        tokens = result.tokens[slot, :added].tolist()
+        if result.nonfinite[slot]:
+            self.finish_reason = "nonfinite"
+        elif result.finished[slot]:
+            is_stopped = tokens[-1] in self.stop_ids
+            self.finish_reason = "stop" if is_stopped else "length"
+            tokens = tokens[:-1] if is_stopped else tokens
+        return Progress(
+            slot, tokens, self.finish_reason, scores_of(result.scores, slot, len(tokens), self.top)
+        )
+
 
 @dataclass(frozen=True)
 class Asked:

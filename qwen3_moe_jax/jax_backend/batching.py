@@ -11,15 +11,10 @@ import jax
 import numpy as np
 
 from qwen3_moe_jax.core.batch import Progress
-from qwen3_moe_jax.core.errors import (
-    BackendUnavailableError,
-    BatchFullError,
-    ContextOverflowError,
-    ModelClosedError,
-)
+from qwen3_moe_jax.core.errors import BatchFullError, ContextOverflowError, ModelClosedError
 from qwen3_moe_jax.core.sampling import Sampling
 from qwen3_moe_jax.jax_backend import generate, one_token, rows, slots
-from qwen3_moe_jax.jax_backend.asked import Asked, Written, merged, scores_of
+from qwen3_moe_jax.jax_backend.asked import Asked, Written, merged
 from qwen3_moe_jax.jax_backend.decode_path import Decoder
 from qwen3_moe_jax.jax_backend.generate import (
     MAX_STEPS,
@@ -33,7 +28,7 @@ from qwen3_moe_jax.jax_backend.kv_cache import KVCache
 from qwen3_moe_jax.jax_backend.params import Params
 from qwen3_moe_jax.jax_backend.preparation import Preparation
 from qwen3_moe_jax.jax_backend.settings import own_settings
-from qwen3_moe_jax.jax_backend.step_sizes import prompt_counts, row_counts, rows_beside
+from qwen3_moe_jax.jax_backend.step_sizes import check_invariant, prompt_counts, row_counts, rows_beside
 from qwen3_moe_jax.jax_backend.token_choice import WIDE, SamplingArrays, work_for
 
 TOKENS_PER_DISPATCH = 8
@@ -96,15 +91,8 @@ class Batch:
         Raises:
           BackendUnavailableError: what writes tokens of so many slots depends on how many there are.
         """
-        if not self._has_kernel:
-            raise BackendUnavailableError(
-                "the same bits alone and in company need an NVIDIA GPU's decode kernel: it does not run here"
-            )
-        if not all(self._is_one_launch(rows) for rows in row_counts(self.slots)):
-            raise BackendUnavailableError(
-                f"the same bits alone and in company: here the decode kernel takes fewer than {self.slots} "
-                "sequences"
-            )
+        is_one_launch = all(self._is_one_launch(rows) for rows in row_counts(self.slots))
+        check_invariant(self.slots, has_kernel=self._has_kernel, is_one_launch=is_one_launch)
         self.is_invariant = True
 
     def make_programs(self) -> None:
@@ -457,19 +445,6 @@ class Batch:
         for slot, sequence in sorted(asked.sequences.items()):
             if sequence.finish_reason or self._sequences.get(slot) is not sequence:
                 continue  # it ended in the program before, or was given up, when this one had begun
-            added = int(result.length[slot]) - sequence.length
-            if not (added or result.finished[slot]):
-                continue
-            sequence.length += added
-            sequence.is_held = sequence.is_masked
-            sequence.filled = sequence.length - 1
-            tokens = result.tokens[slot, :added].tolist()
-            if result.nonfinite[slot]:
-                sequence.finish_reason = "nonfinite"
-            elif result.finished[slot]:
-                is_stopped = tokens[-1] in sequence.stop_ids
-                sequence.finish_reason = "stop" if is_stopped else "length"
-                tokens = tokens[:-1] if is_stopped else tokens
-            scores = scores_of(result.scores, slot, len(tokens), sequence.top)
-            progress.append(Progress(slot, tokens, sequence.finish_reason, scores))
+            if (said := sequence.took(result, slot)) is not None:
+                progress.append(said)
         return progress
