@@ -35,7 +35,7 @@ WORKER_BYTES = 5 * 2**30
 
 NATIVE_FOLDER = Path(tempfile.gettempdir()) / f"qwen3-moe-tests-{os.getuid()}" / "native"
 
-MAY_BE_SKIPPED = {"gpu", "browser"}
+MAY_BE_SKIPPED = {"gpu", "browser", "ray"}
 """Markers of tests that need what not every machine can have; others must run where all is installed."""
 
 SKIPPED: list[str] = []
@@ -63,6 +63,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "smoke: the small set that also runs on the oldest supported Python")
     config.addinivalue_line("markers", "gpu: needs an NVIDIA GPU, and may be skipped without one")
     config.addinivalue_line("markers", "browser: needs a Chromium, and may be skipped without one")
+    config.addinivalue_line("markers", "ray: needs Ray, and may be skipped without it")
 
 
 @pytest.hookimpl(optionalhook=True)

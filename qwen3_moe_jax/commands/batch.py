@@ -1,12 +1,16 @@
 """``qwen3-moe batch``: a file of requests in OpenAI's batch format, answered into a file of results."""
 
 import argparse
+import contextlib
+import importlib.util
 import math
 import os
 import time
 from collections import Counter
+from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING
 
+from qwen3_moe_jax import loader
 from qwen3_moe_jax.commands import options
 from qwen3_moe_jax.commands.serve import add_engine_arguments, check_installed, start_from
 from qwen3_moe_jax.core import terminal
@@ -16,7 +20,8 @@ from qwen3_moe_jax.core.exit_codes import ExitCode
 if TYPE_CHECKING:
     from qwen3_moe_jax.serve.batch.estimate import Estimate
     from qwen3_moe_jax.serve.batch.results import Results
-    from qwen3_moe_jax.serve.engine.frames import Ready, Start
+    from qwen3_moe_jax.serve.batch.run import Answerer
+    from qwen3_moe_jax.serve.engine.frames import Ready
 
 SLOTS = 16
 """Requests at a time, as memory allows."""
@@ -26,6 +31,20 @@ AHEAD = 16
 
 STEP_MS = math.inf
 """Nobody reads an answer while it is written: steps are as long as is fastest."""
+
+CLUSTER_OPTIONS = (
+    "backend",
+    "dtype",
+    "kv_cache",
+    "kernels",
+    "mesh",
+    "no_gate",
+    "slots",
+    "context",
+    "cache_ram",
+    "cpus",
+)
+"""Arguments that are options of an application on Ray, too."""
 
 LINE_SECONDS = 10.0
 """Between two lines of progress where standard error is no terminal."""
@@ -63,10 +82,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--name", type=options.text, help="the model's name in results (default: the file's)")
     parser.add_argument("-q", "--quiet", action="store_true", help="no progress and no figures")
     add_engine_arguments(parser, step_ms=STEP_MS)
+    group = parser.add_argument_group("cluster")
+    group.add_argument(
+        "--ray",
+        nargs="?",
+        const="auto",
+        type=options.text,
+        metavar="ADDRESS",
+        help="on the hosts of a cluster of Ray, which have the model at the same path; without ADDRESS on "
+        "that of RAY_ADDRESS or of this host",
+    )
+    group.add_argument(
+        "--replicas",
+        type=options.number(1),
+        metavar="N",
+        help="engines of the cluster (as many as it has room for)",
+    )
+    group.add_argument(
+        "--cpus", type=options.number(1), default=4, metavar="N", help="processors of each engine there (4)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     check_installed()
+    if args.ray is None and args.replicas is not None:
+        raise OptionError("--replicas: batch runs several engines with --ray alone")
+    if args.ray is not None:
+        check_ray(args)
     from qwen3_moe_jax.serve.batch import lines, results
 
     names = None if args.requests == "-" else lines.check(args.requests)
@@ -80,6 +122,14 @@ def run(args: argparse.Namespace) -> int:
     except results.ResultsBusyError as error:
         terminal.error(error)
         return ExitCode.BUSY
+
+
+def check_ray(args: argparse.Namespace) -> None:
+    """Raises RuntimeError, OptionError: Ray is not installed, or cannot have the options."""
+    if args.adapter is not None:
+        raise OptionError("--adapter: engines of a cluster run on JAX: leave it out")
+    if importlib.util.find_spec("ray") is None:
+        raise RuntimeError("--ray needs ray: pip install 'qwen3-moe-jax[ray]'")
 
 
 def _check_results(found: "Results", names: dict[str, int], args: argparse.Namespace) -> None:
@@ -107,18 +157,18 @@ def _answer(args: argparse.Namespace, found: "Results") -> int:
         left = "" if estimate.total is None else f", {estimate.total:,} are left"
         terminal.note(f"{before:,} lines have their result{left}")
     is_long = estimate.total is None or estimate.total > SLOTS
-    start = start_from(args, max_slots=SLOTS, warm_up=False, load_programs=is_long)
     if estimate.total == 0:
         return _end(found, estimate, args, is_stopped=False)
     progress = Progress(quiet=args.quiet)
 
     async def work() -> None:
         with terminal.explain_if_slow("loading the model ...", quiet=args.quiet) as has_begun:
-            async with run.engine(run.batch_settings(args.name), start) as service:
+            async with _engines(args, is_long=is_long) as (answerer, ready, count):
                 has_begun()
-                progress.banner(service.engine.loaded(), start)
+                progress.banner(args, ready, count)
                 estimate.start()
-                await run.Work(service, found, estimate, ahead=AHEAD, say=progress.show).run(requests)
+                ahead = AHEAD * count
+                await run.Work(answerer, found, estimate, ahead=ahead, say=progress.show).run(requests)
 
     try:
         is_stopped = run.until_interrupted(work)
@@ -126,6 +176,47 @@ def _answer(args: argparse.Namespace, found: "Results") -> int:
         progress.clear()
         requests.close()
     return _end(found, estimate, args, is_stopped=is_stopped)
+
+
+@contextlib.asynccontextmanager
+async def _engines(
+    args: argparse.Namespace, *, is_long: bool
+) -> "AsyncIterator[tuple[Answerer, Ready, int]]":
+    """Who answers, what the first engine says that is ready, and how many there are.
+
+    Raises:
+      ServeError, MemoryPlanError, OptionError: there is none.
+    """
+    from qwen3_moe_jax.serve import headless
+    from qwen3_moe_jax.serve.batch import run
+
+    settings = run.batch_settings(args.name)
+    own = {"max_slots": SLOTS, "warm_up": False, "load_programs": is_long}
+    if args.ray is None:
+        async with headless.engine(settings, start_from(args, **own)) as service:
+            yield run.OneEngine(service), service.engine.loaded(), 1
+        return
+    import msgspec
+
+    from qwen3_moe_jax.serve.batch import ray_workers
+    from qwen3_moe_jax.serve.cluster.options import options_of
+
+    with ray_workers.connected(args.ray) as resources:
+        given = {name: getattr(args, name) for name in CLUSTER_OPTIONS}
+        given["model"] = _path_on_all_hosts(args.model)
+        options = options_of(given, cluster_gpus=resources.get("GPU", 0))
+        options = ray_workers.as_many_as_fit(options, resources, args.replicas)
+        start = msgspec.structs.replace(options.start(), step_ms=args.step_ms, **own)
+        async with ray_workers.engines(options, settings, start, ahead=AHEAD) as workers:
+            ready = await workers.first()
+            yield workers, ready, options.replicas
+
+
+def _path_on_all_hosts(model: str | None) -> str | None:
+    """A whole path; a name on a hub stays as it is."""
+    from qwen3_moe_jax.hub import names
+
+    return model if model is None or names.parse(model) is not None else os.path.abspath(model)
 
 
 def _end(found: "Results", estimate: "Estimate", args: argparse.Namespace, *, is_stopped: bool) -> int:
@@ -155,11 +246,13 @@ class Progress:
         self._quiet, self._status = quiet, terminal.Status()
         self._due = time.monotonic() + LINE_SECONDS
 
-    def banner(self, ready: "Ready", start: "Start") -> None:
+    def banner(self, args: argparse.Namespace, ready: "Ready", engines: int) -> None:
         """What runs."""
         if not self._quiet:
+            name = os.path.basename(loader.model_path(args.model)) if args.ray is None else args.model or ""
+            on = "" if args.ray is None else f", {_counted(engines, 'engine')} of the cluster"
             terminal.note(
-                f"{os.path.basename(start.model or '')}: {_counted(ready.slots, 'request')} at a time, "
+                f"{name}: {_counted(ready.slots * engines, 'request')} at a time{on}, "
                 f"each of at most {ready.context:,} tokens; {ready.backend} on {ready.facts.get('device')}"
             )
 

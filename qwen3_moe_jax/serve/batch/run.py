@@ -5,24 +5,20 @@ import contextlib
 import json
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from starlette.types import ASGIApp
 
 from qwen3_moe_jax.core import interrupts
-from qwen3_moe_jax.core.errors import MemoryPlanError
-from qwen3_moe_jax.core.exit_codes import ExitCode
 from qwen3_moe_jax.serve.batch.estimate import Estimate
 from qwen3_moe_jax.serve.batch.lines import Line
 from qwen3_moe_jax.serve.batch.order import ordered
 from qwen3_moe_jax.serve.batch.results import Result, Results, result
 from qwen3_moe_jax.serve.batch.source import Source
-from qwen3_moe_jax.serve.engine import frames
+from qwen3_moe_jax.serve.headless import until_up
 from qwen3_moe_jax.serve.http.app import make_app
 from qwen3_moe_jax.serve.http.state import Service
-from qwen3_moe_jax.serve.run import ServeError, make_service
 from qwen3_moe_jax.serve.settings import Settings
-from qwen3_moe_jax.text.chat_template import start_renderer
 
 MAX_TRIES = 3
 """A request during which the engine dies is asked again so often."""
@@ -34,10 +30,6 @@ MAX_BODY = 64 << 20
 """Bytes of one request."""
 
 SECONDS_TO_SAY = 0.2
-
-
-class EngineLostError(RuntimeError):
-    """The engine does not start again; what is answered is written."""
 
 
 def batch_settings(name: str | None = None) -> Settings:
@@ -66,6 +58,11 @@ class Reply:
     def error_code(self) -> str | None:
         error = self.body.get("error") if isinstance(self.body, dict) else None
         return error.get("code") if isinstance(error, dict) else None
+
+    @property
+    def failed(self) -> bool:
+        """Whether the engine died, or takes nothing now: it is worth another try."""
+        return self.status == 503 or self.error_code == "engine"
 
     @property
     def new_tokens(self) -> int:
@@ -114,12 +111,59 @@ async def call(app: ASGIApp, url: str, body: bytes) -> Reply:
     return Reply(head["status"], names[b"x-request-id"].decode(), json.loads(b"".join(parts)))
 
 
+class Answerer(Protocol):
+    """Who answers a batch's requests."""
+
+    @property
+    def slots(self) -> int:
+        """Requests at a time."""
+        ...
+
+    @property
+    def program_seconds(self) -> float:
+        """What it has waited for programs."""
+        ...
+
+    async def ask(self, url: str, body: bytes) -> Reply:
+        """An answer, after some tries where engines die.
+
+        Raises:
+          EngineLostError: nobody is left.
+        """
+        ...
+
+
+class OneEngine:
+    """The engine of a service of this process."""
+
+    def __init__(self, service: Service):
+        """``service``: its engine has started."""
+        self._engine, self._app = service.engine, make_app(service)
+        self.slots = service.engine.loaded().slots
+
+    @property
+    def program_seconds(self) -> float:
+        return self._engine.counters.get("program_seconds", 0.0) / len(self._engine.engines)
+
+    async def ask(self, url: str, body: bytes) -> Reply:
+        """As ``Answerer.ask``."""
+        for _ in range(MAX_TRIES - 1):
+            reply = await self._ask(url, body)
+            if not reply.failed:
+                return reply
+        return await self._ask(url, body)
+
+    async def _ask(self, url: str, body: bytes) -> Reply:
+        await until_up(self._engine)
+        return await call(self._app, url, body)
+
+
 class Work:
     """One run over a source."""
 
     def __init__(
         self,
-        service: Service,
+        answerer: Answerer,
         results: Results,
         estimate: Estimate,
         *,
@@ -129,23 +173,22 @@ class Work:
         """A run that has not begun.
 
         Args:
-          service: its engine has started.
+          answerer: it takes requests.
           results: lines that are there are not answered again.
           estimate: of what is to be done.
           ahead: requests beside those that have a slot.
           say: told how far it is, now and then.
         """
-        self._service, self._results, self._estimate = service, results, estimate
-        self._app = make_app(service)
+        self._answerer, self._results, self._estimate = answerer, results, estimate
         self._say = say
-        self._at_once = service.engine.loaded().slots + ahead
+        self._at_once = answerer.slots + ahead
         self._ready: asyncio.Queue[Result | None] = asyncio.Queue()
 
     async def run(self, source: Source) -> None:
         """Answers every line.
 
         Raises:
-          EngineLostError: the engine died too often.
+          EngineLostError: the engine died too often; what is answered is written.
           OutputFileError: the results cannot be written.
         """
         try:
@@ -178,22 +221,11 @@ class Work:
                 yield line
 
     async def _answer(self, line: Line) -> None:
-        for _ in range(MAX_TRIES):
-            await self._engine_is_up()
-            reply = await call(self._app, line.url, line.body)
-            if reply.status != 503 and reply.error_code != "engine":
-                break
+        reply = await self._answerer.ask(line.url, line.body)
         self._estimate.end(line, reply.new_tokens)
         response = {"status_code": reply.status, "request_id": reply.request_id, "body": reply.body}
         identity = reply.request_id.removeprefix("req_")
         self._ready.put_nowait(result(line.custom_id, response=response, identity=identity))
-
-    async def _engine_is_up(self) -> None:
-        engine = self._service.engine
-        while engine.health != "ok":
-            if engine.fault or engine.is_draining:
-                raise EngineLostError(f"{engine.fault}: the same command goes on with what is left")
-            await asyncio.sleep(0.05)
 
     async def _write(self) -> None:
         """All that is ready goes to the disk together; what is ready at the end, however it comes, too."""
@@ -216,9 +248,8 @@ class Work:
             await asyncio.sleep(SECONDS_TO_SAY)
 
     def _note_programs(self) -> None:
-        engine, known = self._service.engine, self._estimate.program_seconds
-        seconds = engine.counters.get("program_seconds", 0.0) / len(engine.engines)
-        self._estimate.program_seconds = max(known, seconds)
+        known = self._estimate.program_seconds
+        self._estimate.program_seconds = max(known, self._answerer.program_seconds)
 
 
 def _some(values: Sequence[Result | None]) -> list[Result]:
@@ -234,26 +265,6 @@ def _first(errors: BaseExceptionGroup[BaseException]) -> BaseException:
 def _refused(line: Line) -> Result:
     error = {"code": line.code, "message": line.fault, "param": None, "line": line.number}
     return result(line.custom_id, error=error, identity=f"line_{line.number}")
-
-
-@contextlib.asynccontextmanager
-async def engine(settings: Settings, start: frames.Start) -> AsyncIterator[Service]:
-    """The parts of a server, with an engine that is ready, without its socket.
-
-    Raises:
-      ServeError, MemoryPlanError: it cannot start.
-    """
-    service = make_service(settings, start)
-    start_renderer()
-    service.engine.launch()
-    try:
-        await service.engine.first_ready.wait()
-        if service.engine.ready is None:
-            kind = MemoryPlanError if service.engine.fault_code == ExitCode.MEMORY else ServeError
-            raise kind(service.engine.fault)
-        yield service
-    finally:
-        await service.close()
 
 
 def until_interrupted(work: Callable[[], Any]) -> bool:

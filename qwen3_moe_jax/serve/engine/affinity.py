@@ -13,17 +13,32 @@ import numpy as np
 
 from qwen3_moe_jax.serve.engine.prefix import UNIT
 
+TOKENS_PER_SEQUENCE = 256
+"""To read so many tokens again is thought to cost as much as one more sequence beside the others."""
+
+BLOCK_BYTES = 4 * UNIT
+"""Of token ids, and of text that is not tokenised yet: a token has about four bytes."""
+
 
 def blocks_of(token_ids: Sequence[int], scope: str | None) -> list[int]:
     """Hashes of a prompt's whole blocks, each with all before it; none where nothing is shared."""
+    return blocks_of_bytes(np.asarray(token_ids, np.int32).tobytes(), scope)
+
+
+def blocks_of_bytes(values: bytes, scope: str | None) -> list[int]:
+    """As ``blocks_of``, of a prompt that is bytes: token ids, or its text."""
     if scope is None:
         return []
-    values = np.asarray(token_ids, np.int32).tobytes()
     found, last = [], hash(scope)
-    for end in range(4 * UNIT, len(values) + 1, 4 * UNIT):
-        last = hash((last, values[end - 4 * UNIT : end]))
+    for end in range(BLOCK_BYTES, len(values) + 1, BLOCK_BYTES):
+        last = hash((last, values[end - BLOCK_BYTES : end]))
         found.append(last)
     return found
+
+
+def worth(tokens: int) -> int:
+    """Sequences that an engine may have more than another one, if it has so many tokens of a prompt."""
+    return 1 + tokens // TOKENS_PER_SEQUENCE if tokens else 0
 
 
 class SentBlocks:

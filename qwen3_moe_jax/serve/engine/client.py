@@ -354,6 +354,8 @@ class EngineClient:
           EngineError: the engine is not running.
         """
         self._send(stream.job)
+        if not self._streams:
+            self.last_token = time.monotonic()  # it was idle: its silence begins now
         self._streams[stream.id] = stream
 
     def has(self, stream: Stream) -> bool:

@@ -71,7 +71,7 @@ def visible_cards() -> list[str]:
 
 def _on_cards(cards: Sequence[str], count: int, mesh: str | None) -> list[Place]:
     """As many cards for each as its mesh has devices."""
-    each = len(cards) // count if mesh == AUTO_MESH else _devices(mesh)
+    each = len(cards) // count if mesh == AUTO_MESH else devices_of(mesh)
     if not each or count * each > len(cards):
         kind = f"--replicas {count}" + (f" of --mesh {mesh}" if mesh else "")
         needed = count * max(each, 1)
@@ -80,14 +80,19 @@ def _on_cards(cards: Sequence[str], count: int, mesh: str | None) -> list[Place]
     return [Place({CARDS_VARIABLE: ",".join(group)}) for group in groups]
 
 
-def _devices(mesh: str | None) -> int:
+def devices_of(mesh: str | None) -> int:
+    """Devices of an engine, as far as the mesh says it.
+
+    Raises:
+      ValueError: the mesh is none.
+    """
     return 1 if mesh in (None, AUTO_MESH) else math.prod(mesh_sizes(mesh).values())
 
 
 def _on_cpu(start: Start, count: int) -> list[Place]:
     """The same threads and the same memory for each, so that all answer alike."""
     cores = max(1, threads.cores() // count)
-    own = {threads.VARIABLE: str(cores), THREADS_VARIABLE: str(max(cores, _devices(start.mesh)))}
+    own = {threads.VARIABLE: str(cores), THREADS_VARIABLE: str(max(cores, devices_of(start.mesh)))}
     variables = {name: os.environ.get(name, value) for name, value in own.items()}
     return [Place(variables, _slot_bytes(start, count, main_memory()))] * count
 

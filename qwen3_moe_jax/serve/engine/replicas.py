@@ -16,16 +16,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from qwen3_moe_jax.serve.engine import frames
-from qwen3_moe_jax.serve.engine.affinity import SentBlocks, blocks_of
+from qwen3_moe_jax.serve.engine.affinity import SentBlocks, blocks_of, worth
 from qwen3_moe_jax.serve.engine.client import EngineClient, EngineDiedError, EngineError, Health, Stream
 from qwen3_moe_jax.serve.engine.jobs import FairQueue
 from qwen3_moe_jax.serve.engine.prefix import UNIT
 
 AHEAD = 8
 """An engine gets one sequence more than it has slots, and another for each so many slots."""
-
-TOKENS_PER_SEQUENCE = 256
-"""To read so many tokens again is thought to cost as much as one more sequence beside the others."""
 
 MAX_DEATHS = 2
 """A sequence that had a slot in more engines that died is thought to be the cause, and ends with an error."""
@@ -234,8 +231,7 @@ class Replicas:
     def _best(self, engines: Sequence[EngineClient], blocks: Sequence[int]) -> EngineClient:
         """The one that has the longest prefix, or the least to do."""
         match = {e: self._sent[e].match(blocks) for e in engines}
-        bonus = {e: 1 + n // TOKENS_PER_SEQUENCE if n else 0 for e, n in match.items()}
-        return min(engines, key=lambda e: (e.active - bonus[e], -match[e], e.active))
+        return min(engines, key=lambda e: (e.active - worth(match[e]), -match[e], e.active))
 
     def _rescue(self, engine: EngineClient, streams: Sequence[Stream]) -> list[Stream]:
         """Queues what can begin again; the sequences that cannot."""

@@ -18,6 +18,7 @@ from qwen3_moe_jax.serve.http.guard import PUBLIC, Guard
 from qwen3_moe_jax.serve.http.site import PAGE_PATHS, page
 from qwen3_moe_jax.serve.http.state import Service
 from qwen3_moe_jax.serve.http.streams import ClientGone
+from qwen3_moe_jax.serve.settings import Settings
 
 Endpoint = Callable[[Request], Awaitable[Response]]
 
@@ -72,6 +73,28 @@ async def _root(request: Request) -> Response:
 
 def make_app(service: Service) -> ASGIApp:
     """The application with its guard."""
+    app = make_api(service)
+    known = {route.path for route in app.routes if isinstance(route, Route)}
+
+    def seen(path: str, status: int) -> None:
+        service.metrics.requests.labels(path if path in known else "other", str(status)).inc()
+
+    return Guard(
+        app,
+        service.settings,
+        body_limit=lambda: service.settings.body_limit(service.context),
+        public=public_paths(service.settings),
+        seen=seen,
+    )
+
+
+def public_paths(settings: Settings) -> frozenset[str]:
+    """Paths that need no key."""
+    return PUBLIC | frozenset(PAGE_PATHS if settings.page else ())
+
+
+def make_api(service: Service) -> Starlette:
+    """The application without its guard: who calls it leaves key, body and request_id in the state."""
     from qwen3_moe_jax.serve.engine.client import EngineError
     from qwen3_moe_jax.serve.grammar import SchemaError, TooManyGrammarsError
 
@@ -87,15 +110,4 @@ def make_app(service: Service) -> ASGIApp:
     app = Starlette(routes=routes, exception_handlers=handlers)
     app.router.redirect_slashes = False
     app.state.service = service
-    known = {route.path for route in routes}
-
-    def seen(path: str, status: int) -> None:
-        service.metrics.requests.labels(path if path in known else "other", str(status)).inc()
-
-    return Guard(
-        app,
-        service.settings,
-        body_limit=lambda: service.settings.body_limit(service.context),
-        public=PUBLIC | frozenset(pages),
-        seen=seen,
-    )
+    return app

@@ -58,7 +58,7 @@ class Guard:
             await send({"type": "websocket.close", "code": 1008})
             return
         state = scope.setdefault("state", {})
-        state["request_id"] = f"req_{secrets.token_hex(12)}"
+        state.setdefault("request_id", f"req_{secrets.token_hex(12)}")
         headers = _headers(scope)
         origin = headers.get("origin") if headers.get("origin") in self._settings.origins else None
         send = self._finishing(scope, send, state["request_id"], origin)
