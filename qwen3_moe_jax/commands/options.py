@@ -123,6 +123,8 @@ def path(value: str) -> str:
 
 def tools(value: str) -> list[dict[str, Any]]:
     """The function definitions in a JSON file: a list, or an object with a list as ``tools``."""
+    from qwen3_moe_jax.text.chat_template import MessageError, check_tools
+
     file = path(value)
     try:
         content = json.loads(read_text(file))
@@ -133,6 +135,10 @@ def tools(value: str) -> list[dict[str, Any]]:
     found = content.get("tools") if isinstance(content, dict) else content
     if not isinstance(found, list) or not found or not all(isinstance(tool, dict) for tool in found):
         raise argparse.ArgumentTypeError(f"{file} has no list of function definitions")
+    try:
+        check_tools(found)
+    except MessageError as error:
+        raise argparse.ArgumentTypeError(f"{file}: {error}") from error
     return found
 
 

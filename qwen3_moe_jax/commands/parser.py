@@ -18,7 +18,16 @@ SYNONYMS = {
     "info": "inspect",
     "show": "inspect",
     "check": "verify",
+    "list": "models",
+    "ls": "models",
+    "download": "pull",
+    "server": "serve",
+    "help": "--help",
+    "version": "--version",
 }
+
+NUMBER = re.compile(r"-(\d+\.?\d*|\.\d+)(e[-+]?\d+)?$|-inf(inity)?$|-nan$", re.IGNORECASE)
+"""A negative number, which is a value: argparse itself takes -1e-1 for an option."""
 """What other programs call our commands."""
 
 
@@ -27,6 +36,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **options):
         super().__init__(**options, allow_abbrev=False)
+        self._negative_number_matcher = NUMBER
 
     def error(self, message: str) -> NoReturn:
         """Ends with one line; the usage stands above it unless an argument's value is the fault."""
@@ -60,6 +70,8 @@ def _in_words(message: str) -> str:
     if found is None:
         return message
     name = next((name for name in found[1].split("/") if name.startswith("--")), found[1])
+    if message.endswith("expected one argument"):
+        message += f"; one that begins with - is given as {name}=-..."
     return f"{name}: {message[found.start(2) :]}" if found[2] else f"{name} {message[found.end() :]}"
 
 

@@ -132,7 +132,7 @@ def render_chat(
     given = _list(messages, "messages")
     chat = {
         "messages": [_check_message(m, f"messages[{i}]", template, notes) for i, m in enumerate(given)],
-        "tools": [_check_tool(t, f"tools[{i}]") for i, t in enumerate(_list(tools or [], "tools"))] or None,
+        "tools": check_tools(tools or []) or None,
     }
     if not chat["messages"]:
         raise MessageError("messages is empty: a chat needs at least one")
@@ -281,6 +281,11 @@ def _parse_arguments(given: object) -> tuple[dict[str, object], str]:
 
 def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
+
+
+def check_tools(tools: Any) -> list[dict[str, object]]:
+    """The function definitions of a chat. Raises MessageError for what is none."""
+    return [_check_tool(tool, f"tools[{i}]") for i, tool in enumerate(_list(tools, "tools"))]
 
 
 def _check_tool(tool: Any, path: str) -> dict[str, object]:

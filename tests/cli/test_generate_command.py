@@ -158,13 +158,17 @@ def test_a_prefill_may_hold_the_thinking():
     [
         (("x", "--tools", "/no/such"), "--tools /no/such cannot be read"),
         (("x", "--chat", "--tools", "FILE"), "FILE has no list of function definitions"),
+        (("x", "--chat", "--tools", "NAMELESS"), "NAMELESS: tools[0] needs a function with a name"),
         (("x", "--chat-template-file", "FILE"), "add --chat"),
         (("x", "--chat", "--special"), "--special is for plain prompts"),
         (("x", "--logprobs"), "add it"),
     ],
 )
 def test_options_that_cannot_be_are_refused_before_the_load(args, expected, no_load, tmp_path, capsys):
-    file = tmp_path / "file"
-    file.write_text("{}")
-    assert main(["generate", *(str(file) if a == "FILE" else a for a in args)]) == ExitCode.USAGE
-    assert expected.replace("FILE", str(file)) in capsys.readouterr().err
+    files = {"FILE": tmp_path / "file", "NAMELESS": tmp_path / "nameless"}
+    files["FILE"].write_text("{}")
+    files["NAMELESS"].write_text('[{"type": "function"}]')
+    assert main(["generate", *(str(files.get(a, a)) for a in args)]) == ExitCode.USAGE
+    for name, file in files.items():
+        expected = expected.replace(name, str(file))
+    assert expected in capsys.readouterr().err

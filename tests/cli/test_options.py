@@ -151,6 +151,13 @@ def test_an_empty_name_is_refused_from_python_too():
         q3.load("")
 
 
+@pytest.mark.parametrize("number", ["-1", "-.5", "-1e-1", "-2E+0", "-2."])
+def test_a_negative_number_is_a_value(number):
+    """argparse itself takes -1e-1 for an option."""
+    args = cli._parse(["generate", "x", "--presence-penalty", number])
+    assert args.presence_penalty == float(number)
+
+
 # Grammar
 
 
@@ -163,6 +170,13 @@ def test_an_empty_name_is_refused_from_python_too():
         (("generate", "x", "--temprature", "1"), "--temprature 1; did you mean --temperature"),
         (("inspect", "--tensor"), "did you mean --tensors?"),
         (("generate", "x", "--max-tokens"), "--max-tokens expected one argument"),
+        (
+            ("generate", "-p", "-x"),
+            "--prompt expected one argument; one that begins with - is given as --prompt=-",
+        ),
+        (("help",), "did you mean --help?"),
+        (("version",), "did you mean --version?"),
+        (("ls",), "did you mean models?"),
         (("--verson",), "did you mean --version?"),
     ],
 )
