@@ -111,6 +111,9 @@ def run(args: argparse.Namespace) -> int:
         check_ray(args)
     from qwen3_moe_jax.serve.batch import lines, results
 
+    both_exist = os.path.exists(args.requests) and os.path.exists(args.output)
+    if both_exist and os.path.samefile(args.requests, args.output):
+        raise OptionError(f"{args.output} is the file of requests: name another for the results")
     names = None if args.requests == "-" else lines.check(args.requests)
     if args.retry_errors and os.path.isfile(args.output):
         results.without_failures(args.output)

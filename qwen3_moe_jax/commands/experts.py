@@ -131,10 +131,11 @@ def show(usage: ExpertUsage, first: ExpertUsage | None = None) -> None:
     Beside a first text, also the experts whose share grew most.
     """
     experts = f"{usage.experts_per_token} of {usage.counts.shape[1]} experts per token"
-    terminal.show(*([""] if first else []), f"{usage.tokens} tokens, {experts}")
+    tokens = f"{usage.tokens} token" + "s" * (usage.tokens != 1)
+    terminal.show(*([""] if first else []), f"{tokens}, {experts}")
     balance, unused = usage.balance(), usage.unused()
     for layer, share in enumerate(usage.share):
-        best = sorted(range(len(share)), key=lambda e: -share[e])[:5]
+        best = [e for e in sorted(range(len(share)), key=lambda e: -share[e])[:5] if share[e]]
         top = ", ".join(f"{e} ({share[e]:.0%})" for e in best)
         grown = "" if first is None else f"; {_grown(usage, first, layer)}"
         terminal.show(

@@ -165,6 +165,8 @@ def output(*suffixes: str) -> Callable[[str], str]:
     """Names of files that can be written, with one of these suffixes (any if none is given)."""
 
     def parse(value: str) -> str:
+        if value == "-":
+            raise argparse.ArgumentTypeError("-: name a file, or /dev/stdout")
         try:
             return check_output(os.path.expanduser(value), suffixes)
         except OutputFileError as error:

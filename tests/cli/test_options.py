@@ -66,6 +66,7 @@ BAD = [
     ("bisect", "no-such-trace.npz"),
     ("bisect", "--prompt", ""),
     ("experts", "x", "-o", "/no/such/folder/x.png"),
+    ("trace", "x", "--payload", "-"),
     ("experts", "x", "-o", "x.xyz"),
     ("experts", "x", "-o", "x"),
     ("experts", "x", "--npz", "/no/such/folder/x.npz"),

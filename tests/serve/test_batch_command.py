@@ -78,6 +78,15 @@ def test_good_and_bad_lines_get_their_results(batch, mixed):
     assert (code, "has a result of" in said) == (ExitCode.USAGE, True)
 
 
+@pytest.mark.parametrize("options", [(), ("--retry-errors",)])
+def test_the_file_of_requests_is_never_taken_for_results(options, tmp_path, capsys):
+    path = tmp_path / "r.jsonl"
+    path.write_text(chat("a", "x"))
+    assert main(["batch", str(path), "-o", str(path), *options]) == ExitCode.USAGE
+    assert "is the file of requests" in capsys.readouterr().err
+    assert path.read_text() == chat("a", "x")
+
+
 def test_a_whole_batch_with_one_name_twice_is_refused(batch):
     code, found, said = batch(chat("a", "x"), chat("a", "y"))
     assert (code, found) == (ExitCode.USAGE, {})

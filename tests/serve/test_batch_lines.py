@@ -85,7 +85,9 @@ def test_a_partial_last_line_is_cut_off_and_written_again(tmp_path):
 
 def test_a_file_of_something_else_is_left_alone(tmp_path):
     path = tmp_path / "notes.txt"
-    for text in ("my notes\n", '{"a": 1}\n', json.dumps(answer("a")) + "\nx\n"):
+    request = json.dumps({"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": {}})
+    own = json.dumps(answer("a"))
+    for text in ("my notes\n", '{"a": 1}\n', f"{own}\nx\n", f"{request}\n", "my notes", f"{own}\n{request}"):
         path.write_text(text)
         with pytest.raises(OutputFileError, match="is no result of a batch"), results.open_results(path):
             pass

@@ -19,6 +19,9 @@ from qwen3_moe_jax.core.errors import OutputFileError
 
 Result = dict[str, Any]
 
+HEAD = b'{"id": "batch_'
+"""How each line begins: a last line without its end that begins otherwise is somebody's own text."""
+
 
 class ResultsBusyError(RuntimeError):
     """Another process writes these results."""
@@ -41,8 +44,10 @@ def _name(value: Any) -> str | int:
     """As ``Line.name``. Raises ValueError for what is no result."""
     try:
         found = value["error"]["line"] if value["custom_id"] is None else value["custom_id"]
+        if not value["response"] and not value["error"]:  # a request has neither
+            raise ValueError
         status_of(value)
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise ValueError from error
     if not isinstance(found, str | int):
         raise ValueError
@@ -86,6 +91,8 @@ class Results:
         self._file.seek(0)
         for number, data in enumerate(self._file, 1):
             if not data.endswith(b"\n"):
+                if not (data.startswith(HEAD) or HEAD.startswith(data)):
+                    raise self._no_result(number)
                 break
             self._nbytes += len(data)
             self._note(self._parsed(number, data))
@@ -97,12 +104,15 @@ class Results:
             value = json.loads(data)
             name = _name(value)
         except ValueError:
-            raise OutputFileError(
-                f"{self.path}: line {number} is no result of a batch: name another file, or remove this one"
-            ) from None
+            raise self._no_result(number) from None
         if name in self.names:
             raise OutputFileError(f"{self.path}: line {number} is a second result of {name!r}")
         return value
+
+    def _no_result(self, number: int) -> OutputFileError:
+        return OutputFileError(
+            f"{self.path}: line {number} is no result of a batch: name another file, or remove this one"
+        )
 
     def _note(self, value: Result) -> None:
         self.names.add(_name(value))
