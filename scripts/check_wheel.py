@@ -156,17 +156,29 @@ def _version_of(python: Path) -> str:
     return done.stdout.split()[-1]
 
 
-def receipt_of(wheel: Path, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """What ``--clean`` found."""
+def receipt_of(wheel: Path, versions: list[str], rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """What ``--clean`` with these versions found."""
     return {
         "what": "the wheel in clean environments",
-        "command": f"python -m scripts.check_wheel --clean {' '.join(r['python'] for r in rows)}",
+        "command": f"python -m scripts.check_wheel --clean {' '.join(versions)}",
+        "commit": commit(),
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
         "date": date.today().isoformat(),
         "wheel": wheel.name,
         "megabytes": round(wheel.stat().st_size / 1e6, 1),
         "environments": rows,
     }
+
+
+def commit() -> str:
+    """The clone's commit, with a plus where files differ from it; nothing outside a clone."""
+    done = subprocess.run(
+        ["git", "-C", str(ROOT), "describe", "--always", "--dirty=+", "--exclude", "*"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return done.stdout.strip()
 
 
 def write_user_folder(folder: Path) -> None:
@@ -203,7 +215,7 @@ def main() -> int:
             *faults_of_installed(wheel, folder),
         ]
         rows = [clean_install(wheel, version, folder) for version in args.clean]
-        found = receipt_of(wheel, rows)
+        found = receipt_of(wheel, args.clean, rows)
     faults += [f"Python {row['python']}: {row['outcome']}" for row in rows if not row.get("is_sound", True)]
     print("\n".join(faults) or f"{wheel.name} and {archive.name}: as they should be")
     if rows:

@@ -9,7 +9,7 @@ import pytest
 
 from qwen3_moe_jax.machine.child_environment import child_environment
 from scripts import ROOT
-from scripts.check_wheel import USER_SCRIPT, write_user_folder
+from scripts.check_wheel import USER_SCRIPT, receipt_of, write_user_folder
 
 NAMES = sorted(path.stem for path in (ROOT / "scripts").glob("*.py") if not path.stem.startswith("_"))
 
@@ -31,6 +31,13 @@ def test_every_script_starts(tmp_path: Path):
     command = [sys.executable, "-c", HELP_OF_ALL, *NAMES]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=child_environment())
     assert done.returncode == 0, done.stderr
+
+
+def test_the_wheels_receipt_has_the_command_that_makes_it_again_and_its_commit():
+    """The versions that were asked for: 3.12.1, which is what one was, names no interpreter."""
+    found = receipt_of(ROOT / "LICENSE", ["3.12"], [{"python": "3.12.1"}])
+    assert found["command"] == "python -m scripts.check_wheel --clean 3.12"
+    assert found["commit"] or not (ROOT / ".git").exists()
 
 
 @pytest.mark.parametrize("name", NAMES)
