@@ -82,18 +82,16 @@ class Replicas:
         """The pieces of an answer, by the replica of this name where that is possible."""
         handle = self._handle.options(stream=True, multiplexed_model_id=engine)
         answer = handle.answer.remote(ask)
-        is_over = False
         try:
             async for piece in answer:
                 yield piece
-            is_over = True
         except BackPressureError as error:
             raise FullError(str(error)) from None
         except (RayError, RayServeException) as error:
             raise LostError(type(error).__name__) from None
-        finally:
-            if not is_over:
-                answer.cancel()
+        except (GeneratorExit, asyncio.CancelledError):  # its client has gone
+            answer.cancel()
+            raise
 
     async def states(self) -> Mapping[str, int]:
         """How many engines there are in each state."""

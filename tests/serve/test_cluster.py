@@ -283,17 +283,32 @@ def test_beginnings_are_those_of_prompts():
 # -- bounds, health, keys
 
 
+class Full(FakeEngines):
+    """Which have no room for some requests: ``refused`` are left."""
+
+    refused: tuple[bool, ...] = ()
+
+    async def ask(self, ask, engine):
+        if self.asked:
+            is_full, *self.refused = self.refused
+            if is_full:
+                raise FullError
+        async for piece in super().ask(ask, engine):
+            yield piece
+
+
+def test_a_request_that_had_a_place_waits_for_another_one():
+    engines = Full(lost_in_the_middle, whole)
+    engines.refused = (True, True, False)
+    assert post(engines).json() == {"a": 1}
+    assert (len(engines.asked), engines.refused) == (2, [])
+
+
 def test_bounds():
-    async def full(ask):
-        raise FullError
-        yield
-
-    class Full(FakeEngines):
-        async def ask(self, ask, engine):
-            raise FullError
-            yield
-
-    assert post(Full(full)).json()["error"]["code"] == "queue_full"
+    engines = Full(whole)
+    engines.asked, engines.refused = ["another"], (True,)
+    reply = post(engines)
+    assert (reply.status_code, reply.json()["error"]["code"]) == (429, "queue_full")
 
     async def main():
         engines = FakeEngines(whole)
@@ -321,6 +336,21 @@ def test_a_front_answers_itself_how_it_is():
 
     reply = asyncio.run(get(make_front(NoEngines(whole), Settings()), "/health"))
     assert (reply.status_code, reply.json()["status"]) == (503, "loading")
+
+
+def test_a_fault_of_the_front_itself_has_a_clients_form():
+    class Broken(FakeEngines):
+        async def states(self):
+            raise KeyError("secret")
+
+    async def main():
+        transport = httpx.ASGITransport(make_front(Broken(whole), Settings()), raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
+            return await client.get("/health")
+
+    reply = asyncio.run(main())
+    assert (reply.status_code, reply.json()["error"]["code"]) == (500, "internal")
+    assert "secret" not in reply.text
 
 
 def test_without_a_key_this_machine_alone_is_served():

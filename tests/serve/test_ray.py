@@ -132,7 +132,7 @@ def url(cluster):
     port = free_port()
     serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": port})
     options = {"replicas": 2, "cpus": 1, "slots": 4, "context": 512, "backend": "reference", "no_gate": True}
-    serve.run(build({**options, "name": "tiny", "drain_timeout": 60}), name=APP)
+    serve.run(build({**options, "name": "tiny", "drain_timeout": 60, "max_queue": 8}), name=APP)
     try:
         yield f"http://127.0.0.1:{port}"
     finally:
@@ -225,6 +225,24 @@ def test_every_protocol_answers_and_beginnings_have_their_engine(url):
     assert health(url)["engines"] == {"RUNNING": 2}
     seen = {post(url, "/v1/completions", text=LONG + word, tokens=1).headers["x-engine"] for word in "abcdef"}
     assert len(seen) == 1
+
+
+def test_what_has_no_room_is_refused(url):
+    """Two engines have room for 8 each, and 8 wait."""
+    pairs = engine_processes()
+    for _, child in pairs:
+        child.suspend()
+    codes = []
+    ask = lambda: codes.append(post(url, "/v1/completions", tokens=1).status_code)
+    tasks = [threading.Thread(target=ask, daemon=True) for _ in range(30)]
+    for task in tasks:
+        task.start()
+    until(lambda: len(codes) >= 6)
+    for _, child in pairs:
+        child.resume()
+    for task in tasks:
+        task.join()
+    assert sorted(codes) == [200] * 24 + [429] * 6
 
 
 def test_an_engine_is_killed_under_load(url):

@@ -36,6 +36,9 @@ from qwen3_moe_jax.serve.settings import Settings
 MAX_TRIES = 3
 """A request that loses so many engines is thought to be the cause, and ends with an error."""
 
+PAUSE_SECONDS = 0.2
+"""Between two tries for room."""
+
 OK = "RUNNING"
 """The state of an engine that takes requests."""
 
@@ -105,9 +108,9 @@ class Forward:
         for number in range(1, MAX_TRIES + 1):
             reply.begin()
             try:
-                async with contextlib.aclosing(self._pieces(ask, blocks)) as pieces:
-                    async for piece in pieces:
-                        await reply.take(piece)
+                await self._try(
+                    ask, blocks, reply, patience=self._settings.queue_seconds if number > 1 else 0
+                )
             except LostError:
                 if reply.has_begun:
                     await reply.fail(_died())
@@ -117,6 +120,24 @@ class Forward:
                 await reply.end()
                 return
         raise _died()
+
+    async def _try(self, ask: Ask, blocks: Sequence[int], reply: "_Reply", *, patience: float) -> None:
+        """An engine's answer.
+
+        Args:
+          patience: seconds in which there must be room: who had a place and lost it is not refused at once.
+        """
+        end = asyncio.get_running_loop().time() + patience
+        while True:
+            try:
+                async with contextlib.aclosing(self._pieces(ask, blocks)) as pieces:
+                    async for piece in pieces:
+                        await reply.take(piece)
+                return
+            except FullError:
+                if asyncio.get_running_loop().time() >= end:
+                    raise errors.full() from None
+                await asyncio.sleep(PAUSE_SECONDS)
 
     async def _pieces(self, ask: Ask, blocks: Sequence[int]) -> AsyncGenerator[Piece]:
         """As ``Engines.ask``, of the engine that has the request's beginning."""
@@ -142,8 +163,6 @@ class Forward:
                 taken = await anext(pieces)
         except TimeoutError:
             raise ApiError(503, "no engine took the request in time; try again later") from None
-        except FullError:
-            raise errors.full() from None
         assert isinstance(taken, Taken)  # an engine says first who it is
         return taken
 
@@ -253,10 +272,14 @@ def _routes(forward: Forward, engines: Engines) -> list[Route]:
     return [Route(path, call, methods=["GET"]) for path, call in answers.items()]
 
 
+async def _on_fault(request: Request, error: Exception) -> Response:
+    return errors.respond(request, error)
+
+
 def make_front(engines: Engines, settings: Settings) -> ASGIApp:
     """The application of a front, with its guard. Without API keys it serves this machine alone."""
     forward = Forward(engines, settings)
-    app = Starlette(routes=_routes(forward, engines))
+    app = Starlette(routes=_routes(forward, engines), exception_handlers={Exception: _on_fault})
     app.router.default = forward
     app.router.redirect_slashes = False
     guard = Guard(
