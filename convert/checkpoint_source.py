@@ -23,10 +23,11 @@ compared before memory is allocated; nothing is ever unpickled or evaluated.
 # Elements of untrusted lists and of NumPy functions have types that no declaration gives.
 # pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false, reportUnknownMemberType=false
 
+import math
 import os
 import re
 import stat
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -53,10 +54,17 @@ from qwen3_moe_jax.convert.manifest import (
     piece_digest,
     pieces,
 )
-from qwen3_moe_jax.convert.packed import PackedTensor, array_nbytes, array_shapes, packed_nbytes
+from qwen3_moe_jax.convert.packed import Box, PackedTensor, array_nbytes, array_shapes, packed_nbytes
 from qwen3_moe_jax.convert.progress import ProgressCallback
 from qwen3_moe_jax.convert.regular_file import Descriptor
-from qwen3_moe_jax.convert.source import READ_PIECE_BYTES, READ_THREADS, ModelSource, refuse_nonfinite
+from qwen3_moe_jax.convert.source import (
+    READ_PIECE_BYTES,
+    READ_THREADS,
+    ModelSource,
+    Run,
+    refuse_nonfinite,
+    row_runs,
+)
 from qwen3_moe_jax.convert.tensor_names import TensorSpec, tensor_specs
 from qwen3_moe_jax.convert.unpack import block_arrays, empty_packed
 
@@ -164,42 +172,83 @@ class CheckpointSource(ModelSource):
     def tensor(self, path: str) -> PackedTensor:
         packed = self.unchecked(path)
         if self.checks:
-            self._refuse_nonfinite(path, packed)
+            self._refuse_nonfinite(path, packed, [(0, 0, math.prod(packed.shape[:-1]))])
         return packed
 
     def unchecked(self, path: str) -> PackedTensor:
+        shape = self.specs[path].shape
+        return self._rows(path, shape, [(0, 0, math.prod(shape[:-1]))])
+
+    def part(self, path: str, box: Box) -> PackedTensor:
+        """As ``ModelSource.part``; reads the pieces alone in which rows of the box lie."""
+        *leading, columns = box
+        if not leading:
+            return self.tensor(path).part(box)
+        shape = (*(stop - start for start, stop in leading), self.specs[path].shape[-1])
+        runs = row_runs(self.specs[path].shape, box)
+        packed = self._rows(path, shape, runs)
+        if self.checks:
+            self._refuse_nonfinite(path, packed, runs)
+        return packed.part((*((0, size) for size in shape[:-1]), columns))
+
+    def _rows(self, path: str, wanted_shape: tuple[int, ...], runs: Sequence[Run]) -> PackedTensor:
+        """Runs of a tensor's rows, as a tensor of this shape; each piece that they touch is verified."""
         kind, shape = self.types[path], self.specs[path].shape
-        names = array_files(path, kind, shape)
-        sizes = array_nbytes(kind, shape)
+        names, sizes = array_files(path, kind, shape), array_nbytes(kind, shape)
+        rows = math.prod(shape[:-1])
         with ExitStack() as stack:
             opened = {array: self._folder.open(name, stack) for array, name in names.items()}
             for array, file in opened.items():
                 if file.nbytes != sizes[array]:
                     raise damaged(file.name, f"has {file.nbytes} bytes, not {sizes[array]}")
-            packed = empty_packed(kind, shape)
-            work = [
-                (file, index, packed.arrays[array].reshape(-1).view(np.uint8)[piece])
-                for array, file in opened.items()
-                for index, piece in enumerate(pieces(file.nbytes))
-            ]
+            packed = empty_packed(kind, wanted_shape)
+            work: list[tuple[_OpenFile, int, np.ndarray, list[tuple[int, int, int]]]] = []
+            for array, file in opened.items():
+                target = packed.arrays[array].reshape(-1).view(np.uint8)
+                row = file.nbytes // rows
+                wanted = _by_piece([(to * row, first * row, last * row) for to, first, last in runs])
+                work += [(file, index, target, copies) for index, copies in wanted.items()]
             list(self._pool.map(self._read_piece, *zip(*work, strict=True)))
         return packed
 
-    def _read_piece(self, file: "_OpenFile", index: int, piece: np.ndarray) -> None:
-        file.read_into(piece, index * PIECE_BYTES)
-        self._verify(file.name, index, piece)
+    def _read_piece(
+        self, file: "_OpenFile", index: int, target: np.ndarray, copies: Sequence[tuple[int, int, int]]
+    ) -> None:
+        """Reads and verifies a piece, and copies bytes of it; one that is wanted whole goes where it belongs.
 
-    def _refuse_nonfinite(self, path: str, packed: PackedTensor) -> None:
-        name = self.specs[path].gguf_name
-        arrays = block_arrays(packed)
+        Args:
+          file: where it is.
+          index: its number.
+          target: uint8 [bytes], the array.
+          copies: (place in the array, first byte of the piece, the byte after the last).
+        """
+        begin = index * PIECE_BYTES
+        nbytes = min(PIECE_BYTES, file.nbytes - begin)
+        to, *span = copies[0]
+        is_whole = span == [0, nbytes]
+        piece = target[to : to + nbytes] if is_whole else np.empty(nbytes, np.uint8)
+        file.read_into(piece, begin)
+        self._verify(file.name, index, piece)
+        if not is_whole:
+            for to, first, last in copies:
+                target[to : to + last - first] = piece[first:last]
+
+    def _refuse_nonfinite(self, path: str, packed: PackedTensor, runs: Sequence[Run]) -> None:
+        """Looks for NaN and infinity in runs of rows."""
+        spec, arrays = self.specs[path], block_arrays(packed)
         block = BLOCK_FORMATS[packed.type]
-        blocks = len(next(iter(arrays.values())))
+        in_row = len(next(iter(arrays.values()))) // math.prod(packed.shape[:-1])
         stride = READ_PIECE_BYTES // block.nbytes
 
-        def check(start: int) -> None:
-            refuse_nonfinite(name, packed.type, packed.shape, arrays, start, min(start + stride, blocks))
+        def check(start: int, stop: int, before: int) -> None:
+            refuse_nonfinite(spec.gguf_name, packed.type, spec.shape, arrays, start, stop, before)
 
-        list(self._pool.map(check, range(0, blocks, stride)))
+        work = [
+            (start, min(start + stride, (to + last - first) * in_row), (first - to) * in_row)
+            for to, first, last in runs
+            for start in range(to * in_row, (to + last - first) * in_row, stride)
+        ]
+        list(self._pool.map(check, *zip(*work, strict=True)))
 
     def sha256(self, progress: ProgressCallback | None = None) -> str:
         """SHA-256 of the manifest, after everything that it lists has been read and verified."""
@@ -210,6 +259,17 @@ class CheckpointSource(ModelSource):
     def close(self) -> None:
         self._pool.shutdown()
         self._folder.close()
+
+
+def _by_piece(runs: Sequence[Run]) -> dict[int, list[tuple[int, int, int]]]:
+    """By the pieces that runs of bytes touch: (place in the array, first byte of the piece, one after)."""
+    found: dict[int, list[tuple[int, int, int]]] = {}
+    for to, first, last in runs:
+        for index in range(first // PIECE_BYTES, -(-last // PIECE_BYTES)):
+            begin = index * PIECE_BYTES
+            start, stop = max(first, begin), min(last, begin + PIECE_BYTES)
+            found.setdefault(index, []).append((to + start - first, start - begin, stop - begin))
+    return found
 
 
 def _checked_metadata(data: bytes) -> dict[str, object]:

@@ -25,6 +25,7 @@ from qwen3_moe_jax.convert.source import (
     READ_THREADS,
     BlockSource,
     refuse_nonfinite,
+    row_runs,
     sha256_of_files,
 )
 from qwen3_moe_jax.convert.tensor_names import check_tensors, tensor_specs
@@ -80,13 +81,17 @@ class GGUFSource(BlockSource):
         self._infos = {path: parts[spec.gguf_name] for path, spec in self.specs.items()}
         self.types = {path: info.type for path, info in self._infos.items()}
         self.nbytes = sum(info.nbytes for info in self._infos.values())
-        self.identity = _identity(self._file.paths)
+        self.identity, self._content = _identities(self._file.paths)
 
     def _check_expert_width(self) -> None:
         """``down`` of the first layer shows the width of experts in its columns, whether others are fused."""
         down = self._file.tensors.get("blk.0.ffn_down_exps.weight")
         if down is not None and len(down.shape) == 3:
             check_expert_width(self.metadata, self.config.moe_intermediate_size, down.shape[-1], down.name)
+
+    @property
+    def content(self) -> str:
+        return self._content
 
     def tensor_nbytes(self, path: str) -> int:
         return self._infos[path].nbytes
@@ -110,12 +115,7 @@ class GGUFSource(BlockSource):
         shape = (*(stop - start for start, stop in leading), info.shape[-1])
         packed = empty_packed(info.type, shape)
         in_row = info.shape[-1] // BLOCK_FORMATS[info.type].weights
-        (first, last), count = leading[-1], shape[-2]
-        matrices = range(*leading[0]) if len(leading) == 2 else range(1)
-        runs = [
-            (i * count * in_row, (m * info.shape[-2] + first) * in_row, (m * info.shape[-2] + last) * in_row)
-            for i, m in enumerate(matrices)
-        ]
+        runs = [(to * in_row, first * in_row, last * in_row) for to, first, last in row_runs(info.shape, box)]
         self._fill_all(info, packed, runs)
         whole = tuple((0, size) for size in shape[:-1])
         return packed.part((*whole, box[-1]))
@@ -161,13 +161,19 @@ class GGUFSource(BlockSource):
         self._file.close()
 
 
-def _identity(paths: list[Path]) -> str:
-    """Sizes, times of change and samples spread over the files: no two models share them in practice."""
-    digest = hashlib.sha256()
+def _identities(paths: list[Path]) -> tuple[str, str]:
+    """Sizes, times of change and samples spread over the files: no two models share them in practice.
+
+    The second is without the times: what copies of the same files share.
+    """
+    digest, content = hashlib.sha256(), hashlib.sha256()
     for path in paths:
         with closing(RegularFile(path)) as file:
             digest.update(f"{file.size} {os.stat(path).st_mtime_ns}\n".encode())
+            content.update(f"{file.size}\n".encode())
             count = min(_SAMPLE_BYTES, file.size)
             for i in range(_SAMPLES):
-                digest.update(file.read(count, (file.size - count) * i // (_SAMPLES - 1)))
-    return digest.hexdigest()[:32]
+                sample = file.read(count, (file.size - count) * i // (_SAMPLES - 1))
+                digest.update(sample)
+                content.update(sample)
+    return digest.hexdigest()[:32], content.hexdigest()[:32]

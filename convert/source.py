@@ -82,6 +82,11 @@ class ModelSource(ABC):
         """
         return self.tensor(path).part(box)
 
+    @property
+    def content(self) -> str:
+        """As ``identity``, and the same for a copy of the model elsewhere."""
+        return self.identity
+
     @abstractmethod
     def tensor_nbytes(self, path: str) -> int:
         """Bytes that one tensor takes in the source."""
@@ -152,6 +157,25 @@ def refuse_nonfinite(
     bad = find_nonfinite_blocks(type, arrays, start, stop)
     if bad is not None:
         raise nonfinite_error(name, type, shape, replace(bad, block=bad.block + offset))
+
+
+Run = tuple[int, int, int]
+"""Rows that lie side by side: where they go, the first in the whole tensor, and the one after the last."""
+
+
+def row_runs(shape: tuple[int, ...], box: Box) -> list[Run]:
+    """The rows of a matrix [N, K], or of each expert's [E, N, K], that a box has.
+
+    Args:
+      shape: of the whole tensor.
+      box: its part; its columns do not matter.
+    """
+    *experts, (first, last), _ = box
+    height, count = shape[-2], last - first
+    begin, end = experts[0] if experts else (0, 1)
+    if count == height:
+        return [(0, begin * height, end * height)]
+    return [(i * count, m * height + first, m * height + last) for i, m in enumerate(range(begin, end))]
 
 
 def sha256_of_files(paths: list[Path], progress: ProgressCallback | None = None) -> str:

@@ -3,8 +3,11 @@
 import os
 
 import numpy as np
+import pytest
 
+from qwen3_moe_jax.convert import checkpoint_source
 from qwen3_moe_jax.convert.checkpoint_writer import checkpoint_nbytes, write_checkpoint
+from qwen3_moe_jax.convert.errors import ModelFileError
 from qwen3_moe_jax.convert.manifest import (
     MANIFEST_NAME,
     Manifest,
@@ -57,6 +60,64 @@ def test_pieces_are_joined_right(small_gguf, tmp_path, monkeypatch):
             got, want = checkpoint.tensor("embed_tokens"), source.tensor("embed_tokens")
     for name, array in want.arrays.items():
         assert np.array_equal(got.arrays[name].view(np.uint8), array.view(np.uint8))
+
+
+@pytest.fixture
+def in_small_pieces(small_gguf, tmp_path, monkeypatch):
+    """A checkpoint whose pieces have 1,000 bytes, and the list of bytes that are read of it."""
+    for module in ("manifest", "checkpoint_source"):
+        monkeypatch.setattr(f"qwen3_moe_jax.convert.{module}.PIECE_BYTES", 1000)
+    with open_model(small_gguf) as source:
+        write_checkpoint(source, tmp_path / "out")
+    read, read_into = [], checkpoint_source._OpenFile.read_into
+
+    def counted(self, piece, start):
+        read.append((self.name, start, len(piece)))
+        read_into(self, piece, start)
+
+    with open_model(tmp_path / "out") as checkpoint:
+        monkeypatch.setattr(checkpoint_source._OpenFile, "read_into", counted)
+        yield checkpoint, read
+
+
+BOXES = {
+    "embed_tokens": lambda n, k: ((n // 2, n), (0, k)),
+    "layers.1.self_attn.q_proj": lambda n, k: ((3, n // 3), (0, k)),
+    "layers.1.mlp.experts.up_proj": lambda e, n, k: ((e // 2, e), (n // 2, n), (0, k)),
+    "layers.0.mlp.experts.gate_proj": lambda e, n, k: ((e // 2, e), (0, n), (0, k)),
+    "norm": lambda n: ((n // 2, n),),
+}
+
+
+@pytest.mark.parametrize("path", BOXES)
+def test_a_part_reads_its_own_pieces_alone(in_small_pieces, small_gguf, path):
+    checkpoint, read = in_small_pieces
+    box = BOXES[path](*checkpoint.specs[path].shape)
+    part = checkpoint.part(path, box)
+    with open_model(small_gguf) as source:
+        want = source.tensor(path).part(box)
+    for name, array in want.arrays.items():
+        assert np.array_equal(part.arrays[name], array), name
+    assert len(set(read)) == len(read)  # none twice
+    if path != "norm":  # a run of rows begins and ends in the middle of a piece
+        runs = box[0][1] - box[0][0] if len(box) == 3 else 1
+        assert sum(n for *_, n in read) <= part.nbytes + 2 * 1000 * runs * len(part.arrays)
+        assert sum(n for *_, n in read) < checkpoint.tensor_nbytes(path)
+
+
+def test_damage_is_found_in_the_parts_that_have_it(in_small_pieces, tmp_path):
+    checkpoint, _ = in_small_pieces
+    path = "layers.0.mlp.experts.up_proj"
+    experts, *whole = ((0, size) for size in checkpoint.specs[path].shape)
+    names = checkpoint_source.array_files(path, checkpoint.types[path], checkpoint.specs[path].shape)
+    file = tmp_path / "out" / next(iter(names.values()))
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1  # of the last expert
+    file.write_bytes(data)
+    middle = experts[1] // 2
+    checkpoint.part(path, ((0, middle), *whole))
+    with pytest.raises(ModelFileError, match="differs from its SHA-256"):
+        checkpoint.part(path, ((middle, experts[1]), *whole))
 
 
 def test_checkpoint_of_a_checkpoint_is_the_same(small_checkpoint, tmp_path):
