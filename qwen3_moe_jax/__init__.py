@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from qwen3_moe_jax.core.sampling import Sampling
     from qwen3_moe_jax.inspection.interventions import ablate_expert, force_experts, steer
     from qwen3_moe_jax.jax_backend.qwen3_moe import Intervention
+    from qwen3_moe_jax.machine.processes import Processes
     from qwen3_moe_jax.measure.perplexity import Perplexity
     from qwen3_moe_jax.text.answer import Answer
 
@@ -43,6 +44,7 @@ _HOMES = {
     "NumericalError": "qwen3_moe_jax.core.errors",
     "ParityError": "qwen3_moe_jax.core.errors",
     "Perplexity": "qwen3_moe_jax.measure.perplexity",
+    "Processes": "qwen3_moe_jax.machine.processes",
     "Sampling": "qwen3_moe_jax.core.sampling",
     "ablate_expert": "qwen3_moe_jax.inspection.interventions",
     "force_experts": "qwen3_moe_jax.inspection.interventions",
@@ -64,6 +66,7 @@ __all__ = [
     "NumericalError",
     "ParityError",
     "Perplexity",
+    "Processes",
     "Sampling",
     "ablate_expert",
     "force_experts",

@@ -24,8 +24,10 @@ from qwen3_moe_jax.core.errors import (
 from qwen3_moe_jax.core.options import GenerateOptions, SamplingOptions, shows
 from qwen3_moe_jax.core.runner import Runner
 from qwen3_moe_jax.core.sampling import Sampling, random_seed, recommended_sampling
+from qwen3_moe_jax.machine import processes
 from qwen3_moe_jax.machine.environment import check_environment
 from qwen3_moe_jax.machine.kernels import AUTO
+from qwen3_moe_jax.machine.processes import Processes
 from qwen3_moe_jax.parity.gate import check_once, first_forward
 from qwen3_moe_jax.research import Messages, Research
 from qwen3_moe_jax.text.answer import Answer
@@ -308,6 +310,7 @@ def load(
     kernels: str = AUTO,
     adapter: str | None = None,
     mesh: str | None = None,
+    distributed: Processes | None = None,
     gate: bool = True,
     strict: bool = False,
     progress: ProgressCallback | bool | None = None,
@@ -330,6 +333,8 @@ def load(
       adapter: part of a WebGPU adapter's name (wgpu).
       mesh: how to split the model over devices (jax): "tp=2,ep=1", or "auto" for as many as it can use;
         None is one device. ``ep`` splits the experts by expert, ``tp`` each expert's width.
+      distributed: this process is one of several that share the model (jax, with ``mesh``), on one host or
+        more: ``Processes("10.0.0.1:7000", count=2, index=0)``. All make the same calls in the same order.
       gate: check a few tokens against the reference when this backend first
         meets this file (remembered afterwards).
       strict: raise where something would fall back: a GPU that JAX cannot use,
@@ -347,18 +352,25 @@ def load(
       BackendUnavailableError: the backend cannot run on this machine, or (strict) only in part.
       SettingError: an environment variable has a value that it cannot have.
       ParityError: the backend's logits are wrong on this machine.
+      OptionError: processes that do not have the same file, versions and options.
     """
     check_switch("gate", gate)
     check_switch("strict", strict)
     if progress is not None and not isinstance(progress, bool) and not callable(progress):
         raise wrong_kind("progress", progress, "a function, True or False")
     check_environment()
+    if distributed is not None:
+        processes.join(distributed)
     found = loader.model_path(path)
     with notebook.progress(progress, "loading") as report, ExitStack() as undo:
         pool = undo.enter_context(ThreadPoolExecutor(2, thread_name_prefix="ahead"))
         if mesh is None and backend in ("auto", "jax"):
             pool.submit(loader.start_gpu)
         source = undo.enter_context(open_model(found))
+        if processes.count() > 1:
+            given = {"backend": backend, "mesh": mesh, "dtype": dtype, "kernels": kernels, "gate": gate}
+            given |= {"context": max_context, "cache of keys and values": kv_cache}
+            processes.check_all_have({"model file": source.content, **given}, what="what is loaded")
         tokenizer: list[Future[Tokenizer]] = []
 
         def build_tokenizer() -> None:  # while weights are read, which leaves the interpreter to others

@@ -57,6 +57,9 @@ def program() -> None:
     A compilation in the background cannot be interrupted, and nobody waits for it any more.
     """
     code = main()
+    processes = sys.modules.get("qwen3_moe_jax.machine.processes")
+    if processes is not None and processes.joined():
+        processes.end(code)
     preparation = sys.modules.get("qwen3_moe_jax.jax_backend.preparation")
     if preparation is not None and preparation.is_compiling():
         os._exit(code)
@@ -84,7 +87,12 @@ def _run(argv: list[str]) -> int:
         args = _parse(argv)
         if args.command in COMMANDS and args.command not in LOOKS:
             _check_environment()
-        return args.run(args)
+        if not getattr(args, "joins", False):
+            return args.run(args)
+        from qwen3_moe_jax.commands.common import beside_others  # --help needs none of it
+
+        with beside_others(args) as agreed:
+            return agreed(args.run(args))
     except Exception as error:
         if os.environ.get("QWEN3_MOE_DEBUG"):
             raise

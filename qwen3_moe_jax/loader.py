@@ -21,10 +21,11 @@ from qwen3_moe_jax.core.runner import Runner
 from qwen3_moe_jax.hub import names
 from qwen3_moe_jax.hub.listing import files_in
 from qwen3_moe_jax.jax_backend import spare_workers
+from qwen3_moe_jax.machine import processes
 from qwen3_moe_jax.machine.cuda import start_driver
 from qwen3_moe_jax.machine.folders import programs_folder
 from qwen3_moe_jax.machine.headroom import MAIN_MEMORY, Headroom, available_memory, main_memory
-from qwen3_moe_jax.machine.jax_devices import import_jax, jax_devices, simulate_devices
+from qwen3_moe_jax.machine.jax_devices import all_devices, import_jax, jax_devices, simulate_devices
 from qwen3_moe_jax.machine.kernels import AUTO, CHOICES, capability_of, is_before_ampere
 from qwen3_moe_jax.machine.memory import MIN_CONTEXT, MemoryPlan
 from qwen3_moe_jax.machine.nvidia import may_have_cards, nvidia_gpus
@@ -271,7 +272,7 @@ def make_runner(
 def check_mesh(mesh: str, backend: str) -> None:
     """Raises for a text that names no mesh, and a backend that has none.
 
-    Makes JAX's CPU look like as many devices as are named, if it has not started.
+    Makes JAX's CPU look like as many devices as are named, in all processes together, if it has not started.
 
     Raises:
       KindError, ValueError: no text, or one that is no mesh.
@@ -281,7 +282,8 @@ def check_mesh(mesh: str, backend: str) -> None:
     if backend != "jax":
         raise BackendUnavailableError(f"the {backend} backend runs on one device: leave out mesh")
     if mesh != AUTO_MESH:
-        simulate_devices(math.prod(mesh_sizes(mesh).values()))
+        size = math.prod(mesh_sizes(mesh).values())
+        simulate_devices(-(-size // processes.count()))
 
 
 def checked_context(
@@ -298,7 +300,7 @@ def checked_context(
     """
     maximum = source.config.max_position_embeddings
     if max_context == "fit":
-        max_context = fitting_context(source, backend, kv_cache, mesh)
+        max_context = min(processes.everyones("context", fitting_context(source, backend, kv_cache, mesh)))
     if max_context is not None:
         check_number("max_context", max_context)
     max_context = min(DEFAULT_CONTEXT, maximum) if max_context is None else max_context
@@ -339,7 +341,7 @@ def _plan(source: ModelSource, length: int, itemsize: int, mesh: str | None) -> 
     from qwen3_moe_jax.jax_backend.placement import Placement
     from qwen3_moe_jax.jax_backend.sharding import named_mesh
 
-    return Placement.of(source, named_mesh(mesh), jax_devices()).planned(source, length, itemsize)
+    return Placement.of(source, named_mesh(mesh), all_devices()).planned(source, length, itemsize)
 
 
 def _place_of_cache(backend: str, kv_cache: str | None) -> tuple[Headroom | None, int]:

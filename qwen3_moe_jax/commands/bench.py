@@ -8,7 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from qwen3_moe_jax.commands import options
-from qwen3_moe_jax.commands.common import add_model_arguments, add_picture, banner, load_model, picture_path
+from qwen3_moe_jax.commands.common import (
+    add_model_arguments,
+    add_picture,
+    add_processes,
+    banner,
+    load_model,
+    picture_path,
+)
 from qwen3_moe_jax.convert.config import Qwen3MoeConfig
 from qwen3_moe_jax.convert.open_model import open_model
 from qwen3_moe_jax.core import terminal
@@ -82,6 +89,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_picture(parser, "the rates by depth and by batch beside what the machine allows")
     parser.add_argument("--json", action="store_true", help="one JSON object with every figure, nothing else")
     add_model_arguments(parser, context_help="tokens of the KV cache (default: what the rows need)")
+    add_processes(parser)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -2,18 +2,23 @@
 
 import argparse
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from qwen3_moe_jax import loader
 from qwen3_moe_jax.commands import options
-from qwen3_moe_jax.core import terminal
+from qwen3_moe_jax.core import speaker, terminal
+from qwen3_moe_jax.core.errors import OptionError
+from qwen3_moe_jax.core.exit_codes import ExitCode
 from qwen3_moe_jax.core.pictures import PICTURES, check_drawing
 from qwen3_moe_jax.core.sampling import Sampling, random_seed
 from qwen3_moe_jax.core.terminal import explain_if_slow, show_progress
+from qwen3_moe_jax.machine import processes
 from qwen3_moe_jax.machine.kernels import AUTO, CHOICES, NATIVE
+from qwen3_moe_jax.machine.processes import JOIN_SECONDS, Processes
 
 if TYPE_CHECKING:
     from qwen3_moe_jax.api import Model
@@ -66,6 +71,105 @@ def add_mesh(parser: argparse._ActionsContainer) -> None:
         metavar="tp=N,ep=N",
         help="split the model over tp x ep devices (jax): experts by expert (ep), their width (tp); or auto",
     )
+
+
+def add_processes(parser: argparse.ArgumentParser, *, joins: bool = True) -> None:
+    """--coordinator and what belongs to it.
+
+    Args:
+      joins: the command's own process joins the others; else its engine does.
+    """
+    group = parser.add_argument_group("several processes, on one host or several (with --mesh)")
+    group.add_argument(
+        "--coordinator",
+        type=options.name,
+        metavar="HOST:PORT",
+        help="where process 0 listens: an address of its host that the others reach",
+    )
+    group.add_argument(
+        "--num-processes",
+        type=options.number(1),
+        metavar="N",
+        help="how many there are, all with this command",
+    )
+    group.add_argument(
+        "--process-id", type=options.number(0), metavar="I", help="this one's number, from 0 on"
+    )
+    group.add_argument(
+        "--distributed", action="store_true", help="let JAX find these three out, under Slurm or Open MPI"
+    )
+    group.add_argument(
+        "--join-seconds",
+        type=options.seconds,
+        default=JOIN_SECONDS,
+        metavar="S",
+        help=f"how long they wait for each other at the start ({JOIN_SECONDS:g})",
+    )
+    parser.set_defaults(joins=joins)
+
+
+def processes_from(args: argparse.Namespace) -> Processes | None:
+    """What ``add_processes`` parsed; None for a process that is alone.
+
+    Raises:
+      OptionError: one option needs another.
+    """
+    named = args.coordinator, args.num_processes, args.process_id
+    if named == (None, None, None) and not args.distributed:
+        return None
+    found = Processes(*named, seconds=args.join_seconds)
+    found.check()
+    if args.mesh is None:
+        raise OptionError(
+            "several processes share one model: --mesh says how it is split, such as --mesh auto"
+        )
+    return found
+
+
+OF_EACH = {
+    *("coordinator", "process_id", "distributed", "join_seconds", "joins", "run"),
+    *("model", "prompt", "prompt_option", "file", "seed", "receipt", "picture", "quiet"),
+}
+"""What processes of one model may be given each for itself: a file's place, and what process 0 decides."""
+
+
+def _options_of_all(args: argparse.Namespace) -> dict[str, str]:
+    """Those in which the processes have to agree, as one would write them."""
+    given = {name: value for name, value in vars(args).items() if name not in OF_EACH}
+    return {f"--{name.replace('_', '-')}": repr(value) for name, value in sorted(given.items())}
+
+
+@contextmanager
+def beside_others(args: argparse.Namespace) -> Generator[Callable[[int], int]]:
+    """Within the block this process is one of those that the options name, if they name some.
+
+    All but process 0 are silent, and write no files. The block's value takes its exit code, and gives that of
+    process 0.
+    """
+    wanted = processes_from(args)
+    if wanted is None:
+        yield lambda code: code
+        return
+    speaker.keep_output()
+    processes.join(wanted)
+    if not processes.is_first():
+        speaker.silence()
+
+    def agreed(code: int) -> int:
+        if code == ExitCode.INTERRUPTED:  # the others may not be: they are in the middle of a step
+            processes.leave(code, "interrupted")
+            return code
+        return processes.of_first("exit code", int(code))
+
+    try:
+        processes.check_all_have(_options_of_all(args), what="options")
+        yield agreed
+    except BaseException as error:
+        processes.await_news(error)
+        is_interrupt = isinstance(error, KeyboardInterrupt)
+        code = ExitCode.INTERRUPTED if is_interrupt else ExitCode.FAULT
+        processes.leave(code, "interrupted" if is_interrupt else " ".join(str(error).split())[:300])
+        raise
 
 
 def runner_options(backend: str, args: argparse.Namespace) -> dict[str, Any]:

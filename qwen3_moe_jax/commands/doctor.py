@@ -13,7 +13,7 @@ from qwen3_moe_jax.core.errors import MemoryPlanError, OptionError
 from qwen3_moe_jax.core.exit_codes import ExitCode
 from qwen3_moe_jax.machine import probe as machine
 from qwen3_moe_jax.machine.estimate import MAX_TOKENS, SHARES, Place, place_on
-from qwen3_moe_jax.machine.jax_devices import jax_devices
+from qwen3_moe_jax.machine.jax_devices import all_devices, jax_devices
 from qwen3_moe_jax.machine.kernels import AUTO, capability_of, choose_kernels, installed_jax
 from qwen3_moe_jax.machine.memory import MemoryPlan
 from qwen3_moe_jax.machine.probe import Diagnosis, Machine
@@ -72,7 +72,7 @@ def judge_mesh(path: str | None, context: int, mesh: str | None) -> list[Diagnos
 
     try:
         with open_model(loader.model_path(path)) as source:
-            place = Placement.of(source, named_mesh(mesh), jax_devices())
+            place = Placement.of(source, named_mesh(mesh), all_devices())
             length = min(context, source.config.max_position_embeddings)
             what = place.describe(source) or "one device: nothing is split"
             place.plan(source, length, itemsize=2 if place.is_gpu else 4)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, TypeVar
 from qwen3_moe_jax.commands import options
 from qwen3_moe_jax.commands.common import (
     add_model_arguments,
+    add_processes,
     add_sampling_arguments,
     add_template,
     compile_seconds,
@@ -21,6 +22,7 @@ from qwen3_moe_jax.core import interrupts, terminal
 from qwen3_moe_jax.core.errors import OptionError
 from qwen3_moe_jax.core.exit_codes import ExitCode
 from qwen3_moe_jax.core.runner import Runner
+from qwen3_moe_jax.machine import processes
 from qwen3_moe_jax.text.chat_template import start_renderer
 from qwen3_moe_jax.text.stream import TextStream
 
@@ -61,6 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_sampling_arguments(parser)
     add_model_arguments(parser)
+    add_processes(parser)
 
 
 def add_thinking(parser: argparse.ArgumentParser) -> None:
@@ -71,7 +74,9 @@ def add_thinking(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    prompt, thinking = prompt_from(args), THINKING[args.thinking]
+    # one process alone has the standard input
+    given = prompt_from(args) if processes.is_first() else None
+    prompt, thinking = processes.of_first("prompt", given), THINKING[args.thinking]
     with load_model(args, first_prompt=tokens_of(prompt)) as model:
         model.chat_template = args.chat_template
         sampling = sampling_from(args, model, thinking=thinking)

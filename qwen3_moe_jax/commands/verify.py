@@ -9,12 +9,20 @@ from functools import partial
 
 from qwen3_moe_jax import loader
 from qwen3_moe_jax.commands import options
-from qwen3_moe_jax.commands.common import add_adapter, add_kernels, add_mesh, add_model, runner_options
+from qwen3_moe_jax.commands.common import (
+    add_adapter,
+    add_kernels,
+    add_mesh,
+    add_model,
+    add_processes,
+    runner_options,
+)
 from qwen3_moe_jax.convert.open_model import open_model
 from qwen3_moe_jax.convert.source import ModelSource
 from qwen3_moe_jax.core import terminal
 from qwen3_moe_jax.core.exit_codes import ExitCode
 from qwen3_moe_jax.core.output_file import open_output
+from qwen3_moe_jax.machine import processes
 from qwen3_moe_jax.machine.kernels import NATIVE
 from qwen3_moe_jax.parity.clauses import FAILED, NOT_APPLICABLE, PASSED, Finding
 from qwen3_moe_jax.parity.contract import Contract, load_contract
@@ -75,6 +83,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_kernels(parser)
     add_mesh(parser)
     add_adapter(parser)
+    add_processes(parser)
     parser.add_argument(
         "--tokens",
         type=options.number(MIN_TOKENS),
@@ -105,6 +114,7 @@ def run(args: argparse.Namespace) -> int:
         show_finding(finding, notes=args.json)
 
     with open_model(loader.model_path(args.model)) as source, closing(waits):
+        processes.check_all_have({"model file": source.content}, what="model file")
         loader.start_gpu()
         targets = args.backend or default_targets(is_split=args.mesh is not None)
         runners = unloaded_runners(source, targets, args)

@@ -16,6 +16,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from qwen3_moe_jax.core import speaker
 from qwen3_moe_jax.core.errors import OutputFileError
 
 
@@ -59,13 +60,13 @@ def _check_place(path: Path, suffixes: tuple[str, ...]) -> None:
 
 @contextmanager
 def open_output(path: str | os.PathLike[str]) -> Generator[BinaryIO, None, None]:
-    """A file to write; when the block ends well it stands at ``path``.
+    """A file to write; when the block ends well it stands at ``path``, unless this process is silent.
 
     Raises:
       OutputFileError: it cannot be written; what was at ``path`` is still there.
     """
     try:
-        with _opened(Path(path)) as file:
+        with _opened(Path(os.devnull if speaker.is_silent() else path)) as file:
             yield file
     except OSError as error:
         raise OutputFileError(f"{path} cannot be written: {error.strerror or error}") from error

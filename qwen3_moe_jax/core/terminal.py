@@ -29,7 +29,7 @@ from typing import IO, TYPE_CHECKING, Any, TextIO, cast
 
 from qwen3_moe_jax.convert.errors import printable
 from qwen3_moe_jax.convert.progress import ProgressCallback, format_bytes
-from qwen3_moe_jax.core import input_file
+from qwen3_moe_jax.core import input_file, speaker
 from qwen3_moe_jax.core.errors import OutputFileError
 from qwen3_moe_jax.core.input_file import decoded
 
@@ -79,12 +79,12 @@ def guard_streams() -> None:
 
 
 def _send(stream: TextIO | None, text: str) -> None:
-    """Writes and flushes; a missing or closed stream drops the text.
+    """Writes and flushes; a missing or closed stream, or a process that is silent, drops the text.
 
     Raises:
       OSError: the stream cannot be written.
     """
-    if stream is None or getattr(stream, "closed", False):
+    if stream is None or getattr(stream, "closed", False) or speaker.is_silent():
         return
     stream.write(_encodable(text, getattr(stream, "encoding", None) or "utf-8"))
     stream.flush()
@@ -252,7 +252,8 @@ def note(*lines: object) -> None:
 
 def error(line: object) -> None:
     """Writes one line to standard error, with the program's name."""
-    note(f"{PROGRAM}: {line}")
+    with speaker.aloud():
+        note(f"{PROGRAM}: {line}")
 
 
 class Status:

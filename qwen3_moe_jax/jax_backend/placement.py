@@ -12,15 +12,17 @@ from qwen3_moe_jax.convert.config import Qwen3MoeConfig
 from qwen3_moe_jax.convert.packed import LANES
 from qwen3_moe_jax.convert.progress import ProgressCallback
 from qwen3_moe_jax.convert.source import ModelSource
+from qwen3_moe_jax.core.errors import OptionError
 from qwen3_moe_jax.jax_backend.device import Device
 from qwen3_moe_jax.jax_backend.kv_cache import KVCache
 from qwen3_moe_jax.jax_backend.params import GPU_ROLES, Params, load_params, split_path
-from qwen3_moe_jax.jax_backend.sharded_params import dequantized_tile, device_nbytes, load_sharded
-from qwen3_moe_jax.jax_backend.sharding import MeshShape, Shards
+from qwen3_moe_jax.jax_backend.sharded_params import connect, dequantized_tile, device_nbytes, load_sharded
+from qwen3_moe_jax.jax_backend.sharding import MeshShape, Shards, process_of
 from qwen3_moe_jax.kernels_pallas import Matrices, dequantize
 from qwen3_moe_jax.machine.headroom import available_memory
 from qwen3_moe_jax.machine.kernels import AUTO, NATIVE, Kernels, capability_of, choose_kernels
 from qwen3_moe_jax.machine.memory import MemoryPlan
+from qwen3_moe_jax.machine.processes import joined
 
 ADVICE = "split the model over more devices"
 
@@ -30,7 +32,7 @@ class Placement:
     """One device, or the devices of a mesh.
 
     Attributes:
-      device: the only one, or one of them: they are alike.
+      device: the only one, or the first of this process: they are alike.
       shards: how the model is split; None on one device.
     """
 
@@ -41,17 +43,31 @@ class Placement:
     def of(
         cls, source: ModelSource, mesh: MeshShape | Literal["auto"] | None, devices: Sequence[Device]
     ) -> "Placement":
-        """On the first devices of these, as many as the mesh has.
+        """On the first devices of these, as many as the mesh has. ``devices``: of all processes.
 
         Raises:
           OptionError: the model cannot be split so, or the devices are too few.
         """
+        processes = len(set(map(process_of, devices)))
+        if processes > 1 and joined() is None:
+            raise OptionError(
+                f"JAX has joined {processes} processes by itself: leave jax.distributed.initialize out, and "
+                "give load distributed=Processes(...)"
+            )
         if mesh is None:
+            if processes > 1:
+                raise OptionError(
+                    f"there are {processes} processes: mesh says how the model is split over their devices, "
+                    "such as ep=2 or auto"
+                )
             return cls(devices[0])
         config, types = source.config, source.types
-        shape = MeshShape.fitting(config, types, len(devices)) if mesh == "auto" else mesh
+        shape = MeshShape.fitting(config, types, len(devices), processes) if mesh == "auto" else mesh
         shape.check(config, types)
-        return cls(devices[0], Shards.of(shape, config, devices) if shape.size > 1 else None)
+        if shape.size == 1 and processes == 1:
+            return cls(devices[0])
+        shards = Shards.of(shape, config, devices)
+        return cls(shards.own_devices[0], shards)
 
     @property
     def is_gpu(self) -> bool:
@@ -75,7 +91,7 @@ class Placement:
         return np.asarray(_dequantize_rows(w))
 
     def plan(self, source: ModelSource, length: int, itemsize: int) -> MemoryPlan:
-        """What one device is going to hold; all of them together on a CPU, whose devices share main memory.
+        """What one device is going to hold; all of this process on a CPU, whose devices share main memory.
 
         Args:
           length: positions of the cache, of ``itemsize`` bytes per value.
@@ -96,7 +112,7 @@ class Placement:
         plan, shards = MemoryPlan.of(source, length, itemsize), self.shards
         if shards is None:
             return plan
-        parts = 1 if self.is_gpu else shards.shape.size
+        parts = 1 if self.is_gpu else len(shards.own_indices)
         weights, cache = device_nbytes(shards, source.types), shards.cache_nbytes(length, itemsize)
         return replace(plan, weights=weights * parts, cache=cache * parts)
 
@@ -111,7 +127,10 @@ class Placement:
         """The parameters, on every device what it has of them."""
         if self.shards is None:
             return load_params(source, GPU_ROLES if self.is_gpu else {}, self.device, progress)
-        return load_sharded(source, self.shards, self.device, progress)
+        params = load_sharded(source, self.shards, self.device, progress)
+        if self.shards.processes > 1:
+            connect(self.shards)
+        return params
 
     def kernels(self, wanted: str) -> Kernels:
         """Those that are asked for, or the fastest; on a mesh of GPUs Hopper's or XLA's.

@@ -289,7 +289,7 @@ def farm() -> Farm:
 
 def start_workers(store: ProgramStore, missing: int, needed: int, here: int) -> None:
     """Starts as many workers for this machine's default device as ``workers_for`` says."""
-    if count := workers_for(jax.devices()[0], missing, needed, here):
+    if count := workers_for(jax.local_devices()[0], missing, needed, here):
         settings = {name: value for name, value in jax.config.values.items() if _is_plain(name, value)}
         place = {"store": str(store.folder.absolute()), "max_bytes": store.max_bytes}
         _farm.start(count, {**place, "settings": settings})

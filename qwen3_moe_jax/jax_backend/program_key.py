@@ -91,7 +91,7 @@ def environment() -> dict[str, Any]:
 
 @functools.cache
 def _fixed_environment() -> dict[str, Any]:
-    device = jax.devices()[0]
+    device = jax.local_devices()[0]
     return {
         "versions": {name: _version(name) for name in _PACKAGES},
         "python": sys.version,

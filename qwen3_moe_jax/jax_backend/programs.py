@@ -423,10 +423,10 @@ jax.monitoring.register_event_listener(_on_event)
 def _load(key: str) -> _Compiled | None:
     if _store is None or (program := _store.get(key)) is None:
         return None
+    own = jax.local_devices()[:1]  # programs of the default device are kept, and JAX would take all
     try:
         serialized, ran = pickle.loads(program)
-        # only programs of the default device are kept, and JAX would take all that there are
-        run = serialize_executable.deserialize_and_load(*serialized, execution_devices=jax.devices()[:1])
+        run = serialize_executable.deserialize_and_load(*serialized, execution_devices=own)
         return _Compiled(run, ran)
     except Exception as error:  # whatever a foreign or stale file does: it is compiled anew
         _store.trouble.append(f"a compiled program could not be loaded and is made again: {error}")

@@ -42,7 +42,7 @@ from qwen3_moe_jax.jax_backend.beside_load import load_beside
 from qwen3_moe_jax.jax_backend.compile_clock import compile_clock
 from qwen3_moe_jax.jax_backend.decode_path import PATHS
 from qwen3_moe_jax.jax_backend.forward import forward
-from qwen3_moe_jax.jax_backend.generate import MAX_STEPS, chunk_lengths
+from qwen3_moe_jax.jax_backend.generate import chunk_lengths
 from qwen3_moe_jax.jax_backend.kv_cache import KVCache, whole_tiles
 from qwen3_moe_jax.jax_backend.likelihood import Scored, token_scores
 from qwen3_moe_jax.jax_backend.native import NATIVE_DTYPE, Native
@@ -50,7 +50,7 @@ from qwen3_moe_jax.jax_backend.placement import Placement
 from qwen3_moe_jax.jax_backend.preparation import Preparation
 from qwen3_moe_jax.jax_backend.program_farm import farm
 from qwen3_moe_jax.jax_backend.qwen3_moe import Qwen3Moe
-from qwen3_moe_jax.jax_backend.requests import Request, run_all, shared_tokens
+from qwen3_moe_jax.jax_backend.requests import Request, agreed, lowest, next_count, run_all, shared_tokens
 from qwen3_moe_jax.jax_backend.session_programs import (
     FirstForward,
     Session,
@@ -64,12 +64,9 @@ from qwen3_moe_jax.jax_backend.wanted import Wanted, long_of, missing_of
 from qwen3_moe_jax.kernels_pallas.gpu.device import ask_ptxas_once
 from qwen3_moe_jax.kernels_pallas.implementations import NATIVE, Record, recording
 from qwen3_moe_jax.machine.headroom import available_memory
-from qwen3_moe_jax.machine.jax_devices import enable_compilation_cache, jax_devices
+from qwen3_moe_jax.machine.jax_devices import all_devices, enable_compilation_cache
 from qwen3_moe_jax.machine.kernels import AUTO
 from qwen3_moe_jax.machine.memory import cache_nbytes, check_slots, fitting_slots
-
-SECONDS_PER_DISPATCH = 0.06
-"""Streaming asks the device for as many tokens at once as take about this long."""
 
 DEFAULT_SLOTS = 16
 """Sequences at a time of ``generate_batch`` unless told otherwise: what one decode kernel holds."""
@@ -140,7 +137,7 @@ class JaxRunner:
         compile_clock()
         self.config = source.config
         self.max_context = source.config.max_position_embeddings if max_context is None else max_context
-        self.placement = place = Placement.of(source, mesh, jax_devices())
+        self.placement = place = Placement.of(source, mesh, all_devices())
         self.device = place.device
         self.kernels = place.kernels(kernels)
         self.compute_dtype, self.cache_dtype = dtypes_on(self.device, compute_dtype, cache_dtype)
@@ -331,7 +328,8 @@ class JaxRunner:
         reuse: bool = False,
     ) -> Generator[int]:
         prompt = checked_prompt(self, token_ids).tolist()
-        return self._stream(Request(prompt, sampling, max_tokens, stop_ids), reuse)
+        (request,) = agreed([Request(prompt, sampling, max_tokens, stop_ids)])
+        return self._stream(request, reuse)
 
     def _stream(self, request: Request, reuse: bool) -> Generator[int]:
         with open_throughout(self):
@@ -353,7 +351,7 @@ class JaxRunner:
                         made = batch.step(count, ahead=count if written else 0)
                     for progress in made:
                         if written:  # the first step's time is the prompt's
-                            count = _next_count(count, time.perf_counter() - began)
+                            count = next_count(count, time.perf_counter() - began)
                         reason, written = progress.finish_reason, written + len(progress.tokens)
                         tokens += progress.tokens
                         yield from progress.tokens
@@ -397,12 +395,11 @@ class JaxRunner:
         if slots is None:
             free = self.free_nbytes()
             maximum, itemsize = min(len(prompts), DEFAULT_SLOTS), self.cache_dtype.itemsize
-            slots = fitting_slots(self.config, maximum, cache_length(context), itemsize, free)
+            fitting = fitting_slots(self.config, maximum, cache_length(context), itemsize, free)
+            slots = lowest(fitting)
         batch = self.open_batch(slots, context=context)
-        requests = [
-            Request(prompt, its_sampling, limit, frozenset(stop_ids))
-            for prompt, (limit, its_sampling) in zip(prompts, settings, strict=True)
-        ]
+        pairs = zip(prompts, settings, strict=True)
+        requests = agreed([Request(p, its, limit, frozenset(stop_ids)) for p, (limit, its) in pairs])
         try:
             with open_throughout(self):
                 return run_all(batch, requests, is_over)
@@ -443,8 +440,3 @@ class JaxRunner:
         state = generate.empty_state(**session.empty)
         own = preparation or self._preparation_of(session)
         return self._batches.add(Batch(self.decoder, self.params, state, own))
-
-
-def _next_count(count: int, seconds: float) -> int:
-    """Tokens per dispatch after ``count`` tokens took ``seconds``."""
-    return min(count * next((n for n in (4, 2) if n * seconds < SECONDS_PER_DISPATCH), 1), MAX_STEPS)

@@ -29,6 +29,7 @@ from qwen3_moe_jax.jax_backend.host_load import Value, allocate, arranged_as, fi
 from qwen3_moe_jax.jax_backend.params import Params, Types, device_params, is_tiled, split_path
 from qwen3_moe_jax.jax_backend.sharding import BOTH, Shards
 from qwen3_moe_jax.kernels_pallas import LayerTable, Matrices
+from qwen3_moe_jax.machine import processes
 
 
 def device_nbytes(shards: Shards, types: Mapping[str, GGMLType]) -> int:
@@ -209,6 +210,20 @@ def _put(stack: Any, value: Any, first: jax.Array, *, mesh: Mesh, spec: P, tiled
     return jax.shard_map(put, mesh=mesh, in_specs=specs, out_specs=spec, check_vma=False)(stack, value, first)
 
 
+def connect(shards: Shards) -> None:
+    """A first sum over all devices, begun by all processes at once.
+
+    For that gloo, a CPU's collectives, waits 30 s for the others and no longer; they may be further apart when
+    a program of the model has been compiled.
+    """
+    parts = jnp.zeros((shards.shape.size,), device=shards.stacked)
+    add = lambda part: jax.lax.psum(part, BOTH)
+    run = jax.shard_map(add, mesh=shards.mesh, in_specs=P(BOTH), out_specs=P(), check_vma=False)
+    program = jax.jit(run).lower(parts).compile()
+    processes.everyones("first sum", None)
+    jax.block_until_ready(program(parts))
+
+
 def dequantized_tile(
     params: Params,
     shards: Shards,
@@ -220,7 +235,7 @@ def dequantized_tile(
     """As ``Runner.dequantized``: LANES rows of a matrix as float32, from the devices that have them.
 
     Args:
-      params: of ``load_sharded``, all devices of which are this process's.
+      params: of ``load_sharded``.
       path: of a packed tensor.
       tile: which LANES rows, of an expert's matrix where one is named.
       expert: None is all matrices, one after the other.
@@ -231,6 +246,7 @@ def dequantized_tile(
     above = (expert or 0) * height
     rows = range(above + LANES * tile, above + min(LANES * (tile + 1), height))
     result = np.zeros((len(rows), shape[-1]), np.float32)
+    is_here = np.zeros(result.shape, bool)
     for index in shards.own_indices:
         *_, (first_column, last_column) = shards.box(path, shape, index)
         stack, first = on_device(params, shards.devices[index], path)
@@ -238,6 +254,17 @@ def dequantized_tile(
             w = Matrices(stack, jnp.int32(first + local), (count, last_column - first_column))
             place = slice(whole - rows.start, whole - rows.start + count)
             result[place, first_column:last_column] = np.asarray(dequantize_rows(w))
+            is_here[place, first_column:last_column] = True
+    return result if shards.processes == 1 else _of_all(result, is_here)
+
+
+def _of_all(values: np.ndarray, is_here: np.ndarray) -> np.ndarray:
+    """Float32 values of which each process has those where ``is_here``."""
+    packed = lambda array: processes.everyones_bytes("weights", np.ascontiguousarray(array).tobytes())
+    result = values.copy()
+    for part, mask in zip(packed(values), packed(is_here), strict=True):
+        known = np.frombuffer(mask, bool).reshape(values.shape)
+        result[known] = np.frombuffer(part, np.float32).reshape(values.shape)[known]
     return result
 
 

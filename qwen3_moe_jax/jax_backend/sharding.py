@@ -95,19 +95,28 @@ class MeshShape:
         return cls(**mesh_sizes(text))
 
     @classmethod
-    def fitting(cls, config: Qwen3MoeConfig, types: Mapping[str, GGMLType], devices: int) -> "MeshShape":
+    def fitting(
+        cls, config: Qwen3MoeConfig, types: Mapping[str, GGMLType], devices: int, processes: int = 1
+    ) -> "MeshShape":
         """The shape that uses the most of ``devices``: experts by expert as far as that divides them.
 
         By expert a device reads whole matrices and no block is cut; but one sequence's experts are
-        then on a few devices, and ``tp`` splits the rest.
+        then on a few devices, and ``tp`` splits the rest. Each of ``processes`` has as many devices.
+
+        Raises:
+          OptionError: it cannot be split over so many processes.
         """
         shapes = [
             cls(ep, size // ep)
-            for size in range(devices, 0, -1)
+            for size in range(devices // processes * processes, 0, -processes)
             for ep in range(size, 0, -1)
             if size % ep == 0
         ]
-        return next(shape for shape in shapes if not shape.problems(config, types))
+        found = next((shape for shape in shapes if not shape.problems(config, types)), None)
+        if found is None:
+            why = shapes[-1].problems(config, types) if shapes else ["there are fewer devices"]
+            raise OptionError(f"the model cannot be split over {processes} processes: {'; '.join(why)}")
+        return found
 
     def problems(self, config: Qwen3MoeConfig, types: Mapping[str, GGMLType]) -> list[str]:
         """Why this model cannot be split so, with the numbers; empty where it can."""
@@ -173,6 +182,31 @@ def logical_axes(path: str) -> tuple[str | None, ...]:
     return LOGICAL_AXES.get(path.split(".", 2)[-1] if path.startswith("layers.") else path, ())
 
 
+def _evenly(shape: MeshShape, devices: Sequence[Device]) -> list[Device]:
+    """The first of each process' devices, process by process, so that the mesh has as many of each."""
+    of: dict[int, list[Device]] = {}
+    for device in devices:
+        of.setdefault(process_of(device), []).append(device)
+    each, rest = divmod(shape.size, len(of))
+    if rest:
+        raise OptionError(
+            f"mesh {shape} has {shape.size} devices, which {len(of)} processes cannot share: "
+            f"give a multiple of {len(of)}"
+        )
+    for process, its in of.items():
+        if len(its) < each:
+            raise OptionError(
+                f"mesh {shape} needs {each} devices of each of {len(of)} processes, and process {process} "
+                f"has {len(its)}"
+            )
+    return [device for process in sorted(of) for device in of[process][:each]]
+
+
+def process_of(device: Device) -> int:
+    """The number of the process that has a device."""
+    return int(getattr(device, "process_index", 0))
+
+
 CACHE_SPEC = P(None, None, None, BOTH)
 """Of a cache's array [L, B, S, K, ...]."""
 
@@ -203,14 +237,15 @@ class Shards:
 
     @classmethod
     def of(cls, shape: MeshShape, config: Qwen3MoeConfig, devices: Sequence[Device]) -> "Shards":
-        """On the first devices of these.
+        """On the first devices of these: of each process, as many as of the others.
 
         Raises:
-          OptionError: they are too few.
+          OptionError: they are too few, or a process would have none, or fewer than another.
         """
         if len(devices) < shape.size:
             raise OptionError(f"mesh {shape} needs {shape.size} devices, and JAX has {len(devices)}")
-        grid = np.asarray(devices[: shape.size], object).reshape(shape.ep, shape.tp)
+        chosen = _evenly(shape, devices)
+        grid = np.asarray(chosen, object).reshape(shape.ep, shape.tp)
         return cls(shape, config, Mesh(grid, BOTH))
 
     @property
@@ -222,7 +257,12 @@ class Shards:
     def own_indices(self) -> list[int]:
         """The numbers of this process's devices."""
         process = jax.process_index()
-        return [i for i, device in enumerate(self.devices) if getattr(device, "process_index", 0) == process]
+        return [i for i, device in enumerate(self.devices) if process_of(device) == process]
+
+    @property
+    def processes(self) -> int:
+        """Of how many processes its devices are."""
+        return len({process_of(device) for device in self.devices})
 
     @property
     def own_devices(self) -> list[Any]:
@@ -233,9 +273,10 @@ class Shards:
         """For people: the shape, and what each device has."""
         c, s = self.config, self.shape
         width = f", {c.moe_intermediate_size // s.tp} of {c.moe_intermediate_size} wide" if s.tp > 1 else ""
+        of = f" of {self.processes} processes" if self.processes > 1 else ""
         return (
-            f"{s}: {s.size} devices, each with {c.num_attention_heads // s.size} of {c.num_attention_heads} "
-            f"heads and {c.num_experts // s.ep} of {c.num_experts} experts{width}; "
+            f"{s}: {s.size} devices{of}, each with {c.num_attention_heads // s.size} of "
+            f"{c.num_attention_heads} heads and {c.num_experts // s.ep} of {c.num_experts} experts{width}; "
             f"{self.collectives} collectives per step"
         )
 

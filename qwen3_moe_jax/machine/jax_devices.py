@@ -4,6 +4,7 @@ import importlib
 import os
 import re
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 from qwen3_moe_jax.core.errors import BackendUnavailableError, MemoryPlanError, SettingError
@@ -79,15 +80,28 @@ def simulate_devices(count: int) -> None:
 
 
 def jax_devices() -> list[Any]:
-    """JAX's devices (``jax.Device``), its default one first.
+    """JAX's devices (``jax.Device``) of this process, its default one first.
 
     Raises:
       BackendUnavailableError: JAX does not start; the line names the setting that is the cause.
     """
+    return _devices(lambda jax: jax.local_devices())
+
+
+def all_devices() -> list[Any]:
+    """Those of all processes, in an order that is the same in each: process by process.
+
+    Raises:
+      BackendUnavailableError: as ``jax_devices``.
+    """
+    return _devices(lambda jax: sorted(jax.devices(), key=lambda d: d.process_index))
+
+
+def _devices(of: Callable[[Any], list[Any]]) -> list[Any]:
     set_memory_policy()
     check_xla_flags()
     try:
-        return import_jax().devices()
+        return of(import_jax())
     except (BackendUnavailableError, MemoryPlanError):
         raise
     except Exception as error:  # a plugin that is broken, or absent, raises whatever it likes

@@ -19,6 +19,7 @@ from qwen3_moe_jax.convert.source import ModelSource
 from qwen3_moe_jax.core.code_version import code_version
 from qwen3_moe_jax.core.errors import ParityError
 from qwen3_moe_jax.core.runner import Runner
+from qwen3_moe_jax.machine import processes
 from qwen3_moe_jax.machine.folders import readable_cache
 from qwen3_moe_jax.machine.remembered import remember, remembered
 from qwen3_moe_jax.machine.threads import Workers, one_thread_per_product
@@ -117,7 +118,8 @@ def check_once(runner: Runner, source: ModelSource, cache_dir: Path | None = Non
     folder = cache_dir or readable_cache()
     path = folder and folder / CACHE_NAME
     key = gate_key(runner, source)
-    if path and key in remembered(path):
+    is_known = path is not None and key in remembered(path)
+    if all(processes.everyones("passed gate", is_known)):
         return None
     result = inspect(runner, source)
     if result.departures:

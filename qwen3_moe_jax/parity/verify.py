@@ -21,6 +21,7 @@ from qwen3_moe_jax.core.arguments import check_number
 from qwen3_moe_jax.core.code_version import code_version
 from qwen3_moe_jax.core.errors import MemoryPlanError, OptionError
 from qwen3_moe_jax.core.runner import Runner
+from qwen3_moe_jax.machine import processes
 from qwen3_moe_jax.machine.headroom import available_main_memory
 from qwen3_moe_jax.machine.resident import ResidentPeak
 from qwen3_moe_jax.machine.threads import one_thread_per_product, shares_the_lock
@@ -308,7 +309,7 @@ def _one_by_one(
 
 def _takes_threads(runner: Runner) -> bool:
     """Whether runs of a backend may be made at the same time."""
-    return runner.capabilities.concurrent
+    return runner.capabilities.concurrent and processes.count() == 1  # which have to do the same in turn
 
 
 def needed_for_logits(oracle: Oracle, runs: int = 1) -> int:

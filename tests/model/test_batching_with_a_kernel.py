@@ -63,7 +63,8 @@ def test_decoding_takes_the_fused_step_with_few_rows_of_the_cache(
     check_company(batch, golden, greedy, monkeypatch)
     batch.free_all()
     monkeypatch.setattr(jax_runner, "_take_spare", lambda: (batch, []))
-    monkeypatch.setattr("qwen3_moe_jax.jax_backend.runner.SECONDS_PER_DISPATCH", 0.0)  # dispatches never grow
+    dispatches = "qwen3_moe_jax.jax_backend.requests.SECONDS_PER_DISPATCH"
+    monkeypatch.setattr(dispatches, 0.0)  # which never grow
     stream = partial(jax_runner.stream, golden["ids1"], sampling=Sampling())
     assert list(stream(max_tokens=12)) == greedy[1][:12]
     stop = greedy[1][7]

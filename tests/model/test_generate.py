@@ -9,8 +9,7 @@ from qwen3_moe_jax.convert.ggml_types import GGMLType
 from qwen3_moe_jax.convert.packed import PackedTensor
 from qwen3_moe_jax.core.errors import ContextOverflowError, NumericalError
 from qwen3_moe_jax.core.sampling import Sampling
-from qwen3_moe_jax.jax_backend import generate
-from qwen3_moe_jax.jax_backend import runner as jax_runner_module
+from qwen3_moe_jax.jax_backend import generate, requests
 from qwen3_moe_jax.jax_backend.batching import Batch
 from qwen3_moe_jax.jax_backend.generate import PREFILL_CHUNKS, chunk_lengths
 from qwen3_moe_jax.jax_backend.runner import JaxRunner
@@ -155,7 +154,7 @@ def test_a_stream_asks_for_more_tokens_at_once_however_long_its_prompt_took(sour
 
     def slow_then_fast(batch, tokens, **options):
         asked.append(tokens)
-        monkeypatch.setattr(jax_runner_module, "SECONDS_PER_DISPATCH", 0.0 if len(asked) == 1 else 1e9)
+        monkeypatch.setattr(requests, "SECONDS_PER_DISPATCH", 0.0 if len(asked) == 1 else 1e9)
         return step(batch, tokens, **options)
 
     monkeypatch.setattr(Batch, "step", slow_then_fast)

@@ -225,6 +225,35 @@ def test_too_few_devices(file):
         make_runner(source, "jax", mesh="tp=2,ep=4")
 
 
+@pytest.mark.parametrize(
+    ("shape", "owners", "words"),
+    [
+        ("tp=2", (0, 0, 1, 1, 2), "has 2 devices, which 3 processes cannot share: give a multiple of 3"),
+        ("ep=4", (0, 0, 0, 1), "needs 2 devices of each of 2 processes, and process 1 has 1"),
+    ],
+)
+def test_each_process_has_as_many_devices(shape, owners, words):
+    devices = [NoDevice(i, owner) for i, owner in enumerate(owners)]
+    with pytest.raises(OptionError, match=words):
+        Shards.of(MeshShape.parse(shape), CONFIG, devices)
+    parts = Shards.of(MeshShape.parse("tp=2"), CONFIG, [NoDevice(i, i // 3) for i in range(6)])
+    assert [device.number for device in parts.devices] == [0, 3]
+
+
+def test_auto_gives_each_process_as_many(file):
+    config, types = PRESETS[LARGE[0]], q4_k_m_types(PRESETS[LARGE[0]])
+    assert str(MeshShape.fitting(config, types, 6, processes=2)) == "tp=1,ep=4"
+    with pytest.raises(OptionError, match="cannot be split over 3 processes: 64 attention heads"):
+        MeshShape.fitting(config, types, 6, processes=3)
+
+
+@pytest.mark.parametrize(("joins", "words"), [(False, "JAX has joined 2 processes"), (True, "mesh says how")])
+def test_several_processes_need_a_mesh_and_our_own_joining(file, monkeypatch, joins, words):
+    monkeypatch.setattr(placement, "joined", lambda: joins or None)
+    with open_model(file) as source, pytest.raises(OptionError, match=words):
+        placement.Placement.of(source, None, [NoDevice(0, 0), NoDevice(1, 1)])
+
+
 @pytest.mark.parametrize("text", ["", "2", "tp=0", "tp=2,tp=2", "dp=2", "tp=2,ep=1,", "auto"])
 def test_a_text_that_is_no_mesh(text):
     with pytest.raises(ValueError, match="is not such as"):
