@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 
 from qwen3_moe_jax import loader
 from qwen3_moe_jax.commands import options
-from qwen3_moe_jax.commands.serve import add_engine_arguments, check_installed, start_from
+from qwen3_moe_jax.commands.common import add_processes, processes_from
+from qwen3_moe_jax.commands.serve import add_engine_arguments, check_installed, follow_if_asked, start_from
 from qwen3_moe_jax.core import terminal
 from qwen3_moe_jax.core.errors import OptionError
 from qwen3_moe_jax.core.exit_codes import ExitCode
@@ -101,6 +102,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--cpus", type=options.number(1), default=4, metavar="N", help="processors of each engine there (4)"
     )
+    add_processes(parser, joins=False)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -109,6 +111,9 @@ def run(args: argparse.Namespace) -> int:
         raise OptionError("--replicas: batch runs several engines with --ray alone")
     if args.ray is not None:
         check_ray(args)
+        if processes_from(args) is not None:
+            raise OptionError("--ray starts engines of one process each: leave it out with --coordinator")
+    follow_if_asked(args)
     from qwen3_moe_jax.serve.batch import lines, results
 
     both_exist = os.path.exists(args.requests) and os.path.exists(args.output)

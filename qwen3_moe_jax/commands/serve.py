@@ -15,8 +15,13 @@ from qwen3_moe_jax.commands.common import (
     add_kernels,
     add_mesh,
     add_model,
+    add_processes,
+    processes_from,
 )
+from qwen3_moe_jax.core import speaker
 from qwen3_moe_jax.core.errors import OptionError
+from qwen3_moe_jax.core.exit_codes import ExitCode
+from qwen3_moe_jax.machine import processes
 
 if TYPE_CHECKING:
     from qwen3_moe_jax.serve.engine.frames import Start
@@ -59,6 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     engine.add_argument("--no-warm-up", action="store_true", help="compile at the first requests instead")
     _add_server_arguments(parser)
+    add_processes(parser, joins=False)
 
 
 def add_engine_arguments(parser: argparse.ArgumentParser, *, step_ms: float = 50) -> argparse._ArgumentGroup:
@@ -133,8 +139,37 @@ def start_from(args: argparse.Namespace, **fields: Any) -> "Start":
         prefix_bytes=int(args.cache_ram * 1e9),
         step_ms=args.step_ms,
         batch_invariant=args.batch_invariant,
+        processes=_processes(args),
         **fields,
     )
+
+
+def follow_if_asked(args: argparse.Namespace) -> None:
+    """The whole work of a process that is not process 0; returns for process 0, and one alone."""
+    found = processes_from(args)
+    if found is None or found.is_first:
+        return
+    from qwen3_moe_jax.serve.engine.relay import check, follow
+
+    start = start_from(args)
+    check(start, getattr(args, "replicas", None) or 1)
+    speaker.silence()
+    try:
+        follow(start)
+    except BaseException as error:
+        processes.await_news(error)
+        processes.leave(ExitCode.FAULT, " ".join(str(error).split())[:300])
+        raise
+
+
+def _processes(args: argparse.Namespace) -> tuple[str, int, int, float] | None:
+    """What the engine is told of the processes."""
+    given = processes_from(args)
+    if given is None:
+        return None
+    found = given.found()
+    assert found.coordinator is not None, "it was found"
+    return found.coordinator, found.count or 0, found.index or 0, found.seconds
 
 
 def _add_server_arguments(parser: argparse.ArgumentParser) -> None:
@@ -217,6 +252,7 @@ def run(args: argparse.Namespace) -> int:
         drain_seconds=args.drain_timeout,
     )
     args.model = args.path or args.model
+    follow_if_asked(args)
     start = start_from(
         args,
         max_queue=args.max_queue,

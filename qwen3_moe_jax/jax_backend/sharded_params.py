@@ -213,7 +213,7 @@ def _put(stack: Any, value: Any, first: jax.Array, *, mesh: Mesh, spec: P, tiled
 def connect(shards: Shards) -> None:
     """A first sum over all devices, begun by all processes at once.
 
-    For that gloo, a CPU's collectives, waits 30 s for the others and no longer; they may be further apart when
+    For that gloo, a CPU's collectives, waits 30 s for the others, no longer; they may be further apart when
     a program of the model has been compiled.
     """
     parts = jnp.zeros((shards.shape.size,), device=shards.stacked)

@@ -14,7 +14,7 @@ import uvicorn
 from qwen3_moe_jax.core import interrupts, terminal
 from qwen3_moe_jax.core.errors import OptionError
 from qwen3_moe_jax.loader import embedded_model
-from qwen3_moe_jax.serve.engine import frames
+from qwen3_moe_jax.serve.engine import frames, relay
 from qwen3_moe_jax.serve.engine.client import EngineClient
 from qwen3_moe_jax.serve.engine.places import Place, places_for
 from qwen3_moe_jax.serve.engine.replicas import Engine, Replicas
@@ -30,6 +30,9 @@ from qwen3_moe_jax.text.chat_template import start_renderer
 BACKLOG = 2048
 
 UNBOUNDED = 1 << 62
+
+SECONDS_TO_LOOK = 0.2
+"""How often it is looked whether the engine's other processes are there."""
 
 
 class ServeError(RuntimeError):
@@ -62,6 +65,7 @@ def make_service(settings: Settings, start: frames.Start, replicas: int = 1) -> 
       OptionError: the model does not take so long a context; there are too few GPUs.
       MemoryPlanError: main memory does not hold so many replicas.
     """
+    relay.check(start, replicas)
     model = TextModel(start.model, name=settings.name)
     if start.context is not None and start.context > model.context:
         raise OptionError(f"a context of {start.context} tokens: this model takes from 2 to {model.context}")
@@ -180,11 +184,13 @@ class Server:
         await self._uvicorn._serve([self._socket])
 
     async def _has_failed(self) -> None:
-        """Returns when there is no engine and was none."""
+        """Returns when there is no engine and was none; or none any more, if it was in several processes."""
         engine = self.service.engine
         await engine.first_ready.wait()
-        if engine.ready is not None:
+        if engine.ready is not None and engine.start.processes is None:
             await asyncio.Event().wait()
+        while not engine.fault:
+            await asyncio.sleep(SECONDS_TO_LOOK)
 
     def stop(self) -> None:
         """The first call drains, the second ends at once."""

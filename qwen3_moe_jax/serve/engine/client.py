@@ -24,6 +24,10 @@ MAX_RESTARTS, RESTART_SECONDS = 3, 600.0
 """A child that dies more often than so many times in so many seconds is not started again."""
 
 
+SECONDS_TO_LEAVE = 5.0
+"""What the engine has to tell its other processes that it ends."""
+
+
 class EngineError(RuntimeError):
     """The engine cannot answer now. ``code``: "unavailable", "queue_full", "invalid", "engine"."""
 
@@ -217,6 +221,9 @@ class EngineClient:
             await self._live()
             if self.fault or self.is_draining:
                 break
+            if self.start.processes is not None:  # those of the other processes have ended with it
+                self.fault = "the engine died, and with it its processes on other hosts: start all again"
+                break
             now = time.monotonic()
             self._deaths.append(now)
             while self._deaths[0] < now - RESTART_SECONDS:
@@ -246,6 +253,9 @@ class EngineClient:
         finally:
             self.ready = None
             self._writer.close()
+            if self.start.processes is not None:  # it takes its leave of the others
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    await asyncio.to_thread(process.wait, SECONDS_TO_LEAVE)
             process.kill()
             self._fail_all()
             self.on_news()

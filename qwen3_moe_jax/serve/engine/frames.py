@@ -22,7 +22,7 @@ class Start(msgspec.Struct, tag=True):
     """Front to engine, first: what to load. Fields as ``loader.load`` and the serve command; without
     ``slots``, ``max_slots`` or fewer are opened, as memory allows; where several engines share main memory,
     ``slot_bytes`` of it are for them. ``warm_up`` makes programs that first requests need; ``load_programs``
-    only loads those that are on disk."""
+    only loads those that are on disk. ``processes``: what ``Processes`` has."""
 
     model: str | None
     backend: str = "auto"
@@ -44,6 +44,7 @@ class Start(msgspec.Struct, tag=True):
     warm_up: bool = True
     load_programs: bool = False
     keep_log: bool = False
+    processes: tuple[str, int, int, float] | None = None
 
 
 class Submit(msgspec.Struct, tag=True):

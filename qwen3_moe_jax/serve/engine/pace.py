@@ -29,7 +29,7 @@ it counts when the next one of its amount does so too."""
 
 def _next(tokens: int) -> int:
     """The most that may be tried after an amount: twice as much, or as one prompt can read at a time."""
-    return max(2 * tokens, *(n for n in CHUNKS if n <= 8 * tokens))
+    return max([2 * tokens, *(n for n in CHUNKS if n <= 8 * tokens)])
 
 
 class Pace:

@@ -13,16 +13,18 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from qwen3_moe_jax.core.batch import Batch
 from qwen3_moe_jax.core.errors import MemoryPlanError
-from qwen3_moe_jax.machine import jax_devices, resident
+from qwen3_moe_jax.machine import jax_devices, processes, resident
 from qwen3_moe_jax.machine.row_plan import RowClass, plan_equal_rows, plan_rows
-from qwen3_moe_jax.serve.engine import frames, reports
-from qwen3_moe_jax.serve.engine.jobs import Event, Limits, Wrote
+from qwen3_moe_jax.serve.engine import frames, relay, reports
+from qwen3_moe_jax.serve.engine.jobs import Event, Failed, Limits, Wrote
 from qwen3_moe_jax.serve.engine.pace import Pace, Stride
 from qwen3_moe_jax.serve.engine.prefix import PrefixCache
 from qwen3_moe_jax.serve.engine.scheduler import Scheduler
@@ -61,6 +63,7 @@ class Engine:
         """
         from qwen3_moe_jax.api import load
 
+        start = relay.joined_start(start)
         self.model = load(
             start.model,
             backend=start.backend,
@@ -126,7 +129,8 @@ class Engine:
         from qwen3_moe_jax.jax_backend.generate import PREFILL_CHUNKS
         from qwen3_moe_jax.kernels_pallas import CACHE_TILE
 
-        free = runner.free_nbytes()
+        known = [n for n in processes.everyones("free memory", runner.free_nbytes()) if n is not None]
+        free = min(known, default=None)
         if free is None:
             return (RowClass(slots, context),)
         share = free * (CPU_SHARE if self.device_kind == "cpu" else 0.9)
@@ -176,6 +180,18 @@ class Engine:
             if self.device_kind == "gpu":
                 self.reading |= _reading_times(batch, range(first, first + row.slots), row.context - 8)
             first += row.slots
+
+    def turn(self, *, prompt_tokens: int, max_step: int) -> list[Event]:
+        """A turn of the scheduler; arguments as its own.
+
+        Raises:
+          RuntimeError: a step failed, and there are other processes: theirs did not, or not in the same way.
+        """
+        events = self.scheduler.turn(prompt_tokens=prompt_tokens, max_step=max_step)
+        failed = next((e for e in events if isinstance(e, Failed) and e.code == "engine"), None)
+        if failed is not None and processes.count() > 1:
+            raise RuntimeError(f"{failed.message}, in one of {processes.count()} processes")
+        return events
 
     def ready(self) -> frames.Ready:
         """What the front is told."""
@@ -313,6 +329,8 @@ class Loop:
 
     def _command(self, m: frames.ToEngine) -> None:
         scheduler = self._engine.scheduler
+        if isinstance(m, frames.Submit | frames.Cancel | frames.Allow):
+            relay.tell(m)
         if isinstance(m, frames.Submit):
             self._events += scheduler.submit(reports.job_of(m))
         elif isinstance(m, frames.Cancel):
@@ -324,6 +342,7 @@ class Loop:
             self._asides.append(m)
 
     def _aside(self, m: "frames.Score | frames.Experts") -> None:
+        relay.tell(m)
         answer = self._engine.score(m) if isinstance(m, frames.Score) else self._engine.experts(m)
         frames.send(self._connection, answer)
 
@@ -332,7 +351,9 @@ class Loop:
         a GPU may end what that one had begun."""
         mixed, programs, running = scheduler.is_decoding, self._engine.programs, len(scheduler.running)
         count = self._pace.prompt_tokens(is_decoding=mixed, waiting=scheduler.waiting_prompts)
-        events = scheduler.turn(prompt_tokens=count, max_step=self._stride.tokens(running))
+        turn = relay.Turn(count, self._stride.tokens(running))
+        relay.tell(turn)
+        events = self._engine.turn(prompt_tokens=turn.prompt_tokens, max_step=turn.max_step)
         began, self._since = self._since, time.perf_counter()
         seconds, read = self._since - began, scheduler.batch.read_tokens
         self._events += events
@@ -358,6 +379,7 @@ def _read_forever(connection: socket.socket, inbox: "queue.SimpleQueue") -> None
     """Fills the inbox; when the front has gone, so does this process."""
     while (message := frames.receive(connection)) is not None:
         inbox.put(message)
+    processes.say_goodbye()
     os._exit(0)
 
 
@@ -377,6 +399,7 @@ def main(file_number: int) -> None:
     inbox: queue.SimpleQueue = queue.SimpleQueue()
     threading.Thread(target=_read_forever, args=(connection, inbox), daemon=True).start()
     jax_devices.take_card()
+    processes.react(on_loss=partial(_tell_front, connection))
     try:
         engine = Engine(start)
         frames.send(connection, engine.ready())
@@ -384,8 +407,19 @@ def main(file_number: int) -> None:
     except BaseException as error:
         if os.environ.get("QWEN3_MOE_DEBUG"):
             traceback.print_exc()
-        frames.send(connection, frames.Broken(*_explain(error)))
+        processes.await_news(error)
+        text, code = _explain(error)
+        frames.send(connection, frames.Broken(text, code))
+        processes.leave(code, text)
+        processes.end(code)
         raise SystemExit(1) from error
+
+
+def _tell_front(connection: socket.socket, line: str, code: int) -> None:
+    """Another process of this engine has gone: the front says so, and this process ends."""
+    with suppress(OSError):
+        frames.send(connection, frames.Broken(line, code))
+    os._exit(code)
 
 
 if __name__ == "__main__":
