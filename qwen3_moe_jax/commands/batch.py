@@ -15,6 +15,7 @@ from qwen3_moe_jax.commands import options
 from qwen3_moe_jax.commands.common import add_processes, processes_from
 from qwen3_moe_jax.commands.serve import add_engine_arguments, check_installed, follow_if_asked, start_from
 from qwen3_moe_jax.core import terminal
+from qwen3_moe_jax.core.counted import counted
 from qwen3_moe_jax.core.errors import OptionError
 from qwen3_moe_jax.core.exit_codes import ExitCode
 
@@ -163,7 +164,8 @@ def _answer(args: argparse.Namespace, found: "Results") -> int:
     before = found.statuses.total()
     if before and not args.quiet:
         left = "" if estimate.total is None else f", {estimate.total:,} are left"
-        terminal.note(f"{before:,} lines have their result{left}")
+        have = "has its" if before == 1 else "have their"
+        terminal.note(f"{counted(before, 'line')} {have} result{left}")
     is_long = estimate.total is None or estimate.total > SLOTS
     if estimate.total == 0:
         return _end(found, estimate, args, is_stopped=False)
@@ -232,7 +234,7 @@ def _end(found: "Results", estimate: "Estimate", args: argparse.Namespace, *, is
         kinds = found.statuses - Counter({"200": found.statuses["200"]})
         errors = ", ".join(f"{count:,} x {kind}" for kind, count in sorted(kinds.items()))
         terminal.note(
-            f"{args.output}: {_counted(found.statuses['200'], 'answer')}, {_counted(found.errors, 'error')}"
+            f"{args.output}: {counted(found.statuses['200'], 'answer')}, {counted(found.errors, 'error')}"
             + (f" ({errors})" if errors else "")
             + estimate.figures()
         )
@@ -241,10 +243,6 @@ def _end(found: "Results", estimate: "Estimate", args: argparse.Namespace, *, is
     if is_stopped:
         return ExitCode.INTERRUPTED
     return ExitCode.FAULT if found.errors else ExitCode.DONE
-
-
-def _counted(count: int, word: str) -> str:
-    return f"{count:,} {word}" + ("" if count == 1 else "s")
 
 
 class Progress:
@@ -258,9 +256,9 @@ class Progress:
         """What runs."""
         if not self._quiet:
             name = os.path.basename(loader.model_path(args.model)) if args.ray is None else args.model or ""
-            on = "" if args.ray is None else f", {_counted(engines, 'engine')} of the cluster"
+            on = "" if args.ray is None else f", {counted(engines, 'engine')} of the cluster"
             terminal.note(
-                f"{name}: {_counted(ready.slots * engines, 'request')} at a time{on}, "
+                f"{name}: {counted(ready.slots * engines, 'request')} at a time{on}, "
                 f"each of at most {ready.context:,} tokens; {ready.backend} on {ready.facts.get('device')}"
             )
 

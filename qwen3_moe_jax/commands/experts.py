@@ -7,6 +7,7 @@ import numpy as np
 from qwen3_moe_jax.commands import options
 from qwen3_moe_jax.commands.common import add_model_arguments, load_model, picture_path
 from qwen3_moe_jax.core import terminal
+from qwen3_moe_jax.core.counted import counted
 from qwen3_moe_jax.core.errors import OptionError
 from qwen3_moe_jax.core.exit_codes import ExitCode
 from qwen3_moe_jax.core.output_file import check_output
@@ -131,8 +132,7 @@ def show(usage: ExpertUsage, first: ExpertUsage | None = None) -> None:
     Beside a first text, also the experts whose share grew most.
     """
     experts = f"{usage.experts_per_token} of {usage.counts.shape[1]} experts per token"
-    tokens = f"{usage.tokens} token" + "s" * (usage.tokens != 1)
-    terminal.show(*([""] if first else []), f"{tokens}, {experts}")
+    terminal.show(*([""] if first else []), f"{counted(usage.tokens, 'token')}, {experts}")
     balance, unused = usage.balance(), usage.unused()
     for layer, share in enumerate(usage.share):
         best = [e for e in sorted(range(len(share)), key=lambda e: -share[e])[:5] if share[e]]

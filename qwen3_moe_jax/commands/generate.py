@@ -19,6 +19,7 @@ from qwen3_moe_jax.commands.common import (
     what_is_slow,
 )
 from qwen3_moe_jax.core import interrupts, terminal
+from qwen3_moe_jax.core.counted import counted
 from qwen3_moe_jax.core.errors import OptionError
 from qwen3_moe_jax.core.exit_codes import ExitCode
 from qwen3_moe_jax.core.runner import Runner
@@ -217,17 +218,13 @@ class Figures:
         """One line."""
         reused = f" ({self.reused_tokens} in the cache)" if self.reused_tokens else ""
         parts = [
-            f"{_counted(self.prompt_tokens, 'prompt token')}{reused}{_rate(self.prompt_tokens_per_s)}",
+            f"{counted(self.prompt_tokens, 'prompt token')}{reused}{_rate(self.prompt_tokens_per_s)}",
             f"first text after {self.first_text_s:.2f} s",
-            f"{_counted(self.new_tokens, 'new token')}{_rate(self.tokens_per_s)}",
+            f"{counted(self.new_tokens, 'new token')}{_rate(self.tokens_per_s)}",
         ]
         if self.compile_s >= 0.05:
             parts.append(f"compiled {self.compile_s:.1f} s (in no rate)")
         return "; ".join([*parts, f"ended by {ended_by}"])
-
-
-def _counted(count: int, word: str) -> str:
-    return f"{count} {word}" + "s" * (count != 1)
 
 
 def _rate(rate: float | None) -> str:

@@ -15,6 +15,7 @@ from qwen3_moe_jax.commands.common import (
     what_is_slow,
 )
 from qwen3_moe_jax.core import terminal
+from qwen3_moe_jax.core.counted import counted
 from qwen3_moe_jax.core.errors import OptionError
 from qwen3_moe_jax.core.exit_codes import ExitCode
 from qwen3_moe_jax.core.pictures import drawn
@@ -184,10 +185,11 @@ def _print(found: Perplexity, *, quiet: bool) -> None:
     terminal.show(f"perplexity {found.perplexity:.4f} +- {found.standard_error:.4f}{whole}")
     if quiet:
         return
+    windows = counted(found.windows, "window")
     if found.stride is None:
-        how = f"the second half of {found.windows} windows of {found.context}, as llama-perplexity does"
+        how = f"the second half of {windows} of {found.context}, as llama-perplexity does"
     else:
-        how = f"{found.windows} windows of up to {found.context}, {found.stride} apart, each token once"
+        how = f"{windows} of up to {found.context}, {found.stride} apart, each token once"
     terminal.show(
         f"{found.bits_per_byte:.4f} bits per byte",
         f"{found.tokens_scored} of {found.text_tokens} tokens scored: {how}",

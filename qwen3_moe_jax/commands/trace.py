@@ -6,6 +6,7 @@ from qwen3_moe_jax.commands import options
 from qwen3_moe_jax.commands.common import add_model_arguments, load_model
 from qwen3_moe_jax.convert.open_model import open_model
 from qwen3_moe_jax.core import terminal
+from qwen3_moe_jax.core.counted import counted
 from qwen3_moe_jax.core.errors import OptionError
 from qwen3_moe_jax.core.exit_codes import ExitCode
 from qwen3_moe_jax.core.stages import STAGES
@@ -73,7 +74,7 @@ def _of_layers(data: dict, layers: list[int] | None) -> dict:
 
 def show(recorded: Trace, layers: list[int] | None) -> None:
     """One line for each stage, and under each layer's choice the experts of the last token."""
-    terminal.show(f"{len(recorded.token_ids)} tokens on {recorded.facts['backend']}")
+    terminal.show(f"{counted(len(recorded.token_ids), 'token')} on {recorded.facts['backend']}")
     head = f"{'stage':<24} {'shape':<16} {'min':>11} {'max':>11} {'mean':>11} {'norm':>11}  non-finite"
     terminal.show_styled((head, "bold"))
     experts = {row["layer"]: row for row in recorded.experts()}  # the last token's remain

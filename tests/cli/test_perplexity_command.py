@@ -43,7 +43,7 @@ def test_a_text_without_one_window_is_scored_as_a_whole(tmp_path, capsys):
     assert main(["perplexity", str(path), *QUICK]) == 0
     shown = capsys.readouterr()
     assert "a window 512: each token is scored once" in shown.err
-    assert "1 windows of up to 512, 512 apart, each token once" in shown.out
+    assert "1 window of up to 512, 512 apart, each token once" in shown.out
     assert main(["perplexity", str(path), "--stride", "512", "--json", "-q", *QUICK]) == 0
     expected = json.loads(capsys.readouterr().out)
     assert main(["perplexity", str(path), "--json", "-q", *QUICK]) == 0

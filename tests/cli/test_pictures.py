@@ -197,3 +197,11 @@ def test_a_picture_that_cannot_be_written_is_refused_first(tmp_path, capsys):
     assert f"no folder {tmp_path}/missing" in capsys.readouterr().err
     with pytest.raises(OutputFileError, match="must end with"):
         usage().save_picture("x.bmp")
+
+
+def test_one_token_is_no_tokens_and_unused_experts_are_not_the_most_used(capsys):
+    assert main(["experts", "x", "--backend", "reference", "--no-gate", "-q"]) == 0
+    first, layer, *_ = capsys.readouterr().out.splitlines()
+    assert first == "1 token, 4 of 16 experts per token"
+    assert layer.count("(100%)") == 4
+    assert "(0%)" not in layer

@@ -16,6 +16,7 @@ from qwen3_moe_jax.commands.parser import guess_for
 from qwen3_moe_jax.commands.talk.clipboard import copy, last_code
 from qwen3_moe_jax.commands.talk.conversation import Conversation
 from qwen3_moe_jax.core import terminal
+from qwen3_moe_jax.core.counted import counted
 from qwen3_moe_jax.core.output_file import check_output
 
 if TYPE_CHECKING:
@@ -150,7 +151,7 @@ def _save(chat: "Chat", argument: str) -> None:
     settings = {name: get(chat) for name, (get, _) in SETTINGS.items()}
     chat.conversation.save(path, {"settings": settings})
     chat.own_files.add(path.resolve())
-    terminal.note(f"saved {len(chat.conversation.turns)} turns to {path}")
+    terminal.note(f"saved {counted(len(chat.conversation.turns), 'turn')} to {path}")
 
 
 def _load(chat: "Chat", argument: str) -> None:
@@ -159,7 +160,7 @@ def _load(chat: "Chat", argument: str) -> None:
     chat.own_files.add(path.resolve())
     turns = chat.conversation.turns
     last = f", the last: {_short(turns[-1].question)}" if turns else ""
-    terminal.note(f"loaded {len(turns)} turns{last}")
+    terminal.note(f"loaded {counted(len(turns), 'turn')}{last}")
 
 
 def _copy(chat: "Chat", argument: str) -> None:
@@ -172,7 +173,7 @@ def _copy(chat: "Chat", argument: str) -> None:
     way = copy(text)
     if way is None:
         raise ValueError("there is no clipboard here; /save writes a file")
-    terminal.note(f"copied {len(text)} characters by {way}")
+    terminal.note(f"copied {counted(len(text), 'character')} by {way}")
 
 
 def _stats(chat: "Chat", _: str) -> None:
