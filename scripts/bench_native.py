@@ -6,9 +6,9 @@ Without --model the embedded model is measured; ``NAME=random:6`` writes a file 
 width with so many layers and random weights, and deletes it afterwards. PYTHON is one that imports
 ``cyllama``, whose wheels bring llama.cpp; without --peer nothing is compared. In each round both load the
 file in a new process, read prompts of 64, 128 and 512 tokens, and write after an empty cache and after
-512 tokens; ``generate`` writes as often as ``bench`` does. A ratio is that of the best rounds, for a round
-beside other work says nothing. The last line is one JSON object, which --save also writes as the receipt
-``native_cpu``.
+512 tokens (512 of them, 64 of a file over 1 GB); ``generate`` writes as often as ``bench`` does. A ratio is
+that of the best rounds, for a round beside other work says nothing. The last line is one JSON object, which
+--save also writes as the receipt ``native_cpu``.
 """
 
 import argparse
@@ -31,11 +31,17 @@ from scripts import ROOT
 
 RECEIPT = ROOT / "docs" / "receipts" / "native_cpu.json"
 
-PROMPTS, DEPTHS, NEW_TOKENS = (64, 128, 512), (0, 512), 64
+PROMPTS, DEPTHS = (64, 128, 512), (0, 512)
 REPEATS, SECONDS = 3, 60  # of each row in a round: so many runs, or as many as begin in so long
 
 TEXTS = ("def", "import", "class", "x =", "for", "return", "a", "1")
 """What to go on from: random weights may end a text with any token."""
+
+
+def new_tokens(nbytes: int) -> int:
+    """How many tokens are written: of a model in the caches a good part of a second, not its first 30 ms."""
+    return 512 if nbytes < 1 << 30 else 64
+
 
 HERE = """
 import json, resource, sys, time
@@ -128,13 +134,13 @@ print(json.dumps(found))
 """Needs no module of this project: it runs in the peer's Python."""
 
 
-def measure(python: str, program: str, path: str, threads: int) -> dict[str, Any]:
+def measure(python: str, program: str, path: str, threads: int, tokens: int) -> dict[str, Any]:
     """Runs one of the programs in a new process.
 
     Raises:
       RuntimeError: it fails; with the end of what it wrote.
     """
-    numbers = [json.dumps(value) for value in (threads, PROMPTS, DEPTHS, NEW_TOKENS, REPEATS, SECONDS)]
+    numbers = [json.dumps(value) for value in (threads, PROMPTS, DEPTHS, tokens, REPEATS, SECONDS)]
     command = [python, "-c", program, path, *numbers]
     environment = child_environment(JAX_PLATFORMS="cpu")
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
@@ -143,9 +149,9 @@ def measure(python: str, program: str, path: str, threads: int) -> dict[str, Any
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def generated(path: str, text: str) -> dict[str, Any]:
+def generated(path: str, text: str, tokens: int) -> dict[str, Any]:
     """What ``qwen3-moe generate`` shows for a text as long as the rows that write."""
-    options = ["--model", path, "--backend", "jax", "--temperature", "0", "-n", str(NEW_TOKENS), "--json"]
+    options = ["--model", path, "--backend", "jax", "--temperature", "0", "-n", str(tokens), "--json"]
     command = [sys.executable, "-m", "qwen3_moe_jax.cli", "generate", text, *options]
     done = subprocess.run(
         command, env=child_environment(JAX_PLATFORMS="cpu"), capture_output=True, text=True, check=True
@@ -153,22 +159,22 @@ def generated(path: str, text: str) -> dict[str, Any]:
     return json.loads(done.stdout)
 
 
-def shown_rate(path: str) -> float:
+def shown_rate(path: str, tokens: int) -> float:
     """Tokens/s that ``qwen3-moe generate`` shows for the first of ``TEXTS`` that does not end early.
 
     Raises:
       RuntimeError: all end early, so that no rate stands for a text of that length.
     """
     for text in TEXTS:
-        found = generated(path, text)
-        if found["new_tokens"] == NEW_TOKENS:
+        found = generated(path, text, tokens)
+        if found["new_tokens"] == tokens:
             return found["tokens_per_s"]
-    raise RuntimeError(f"{path} ends every text before {NEW_TOKENS} tokens: generate shows no rate for it")
+    raise RuntimeError(f"{path} ends every text before {tokens} tokens: generate shows no rate for it")
 
 
-def rows() -> list[str]:
+def rows(tokens: int) -> list[str]:
     """Names of the rows that both measure."""
-    written = [f"tg{NEW_TOKENS}" + (f" @ d{depth}" if depth else "") for depth in DEPTHS]
+    written = [f"tg{tokens}" + (f" @ d{depth}" if depth else "") for depth in DEPTHS]
     return [*(f"pp{count}" for count in PROMPTS), *written]
 
 
@@ -179,29 +185,31 @@ def best(rounds: Sequence[dict[str, Any]], row: str) -> float:
 
 def compared(path: str, peer: str | None, rounds: int, say: Callable[[str], None] = print) -> dict[str, Any]:
     """One file's figures: every round of both, and ratios of the best ones."""
-    here: list[dict[str, Any]] = []
+    nbytes = os.path.getsize(path)
+    tokens, here = new_tokens(nbytes), list[dict[str, Any]]()
     there: list[dict[str, Any]] = []
     for number in range(rounds):
         loads = [round(os.getloadavg()[0], 2)]
-        here.append(measure(sys.executable, HERE, path, cores()))
+        here.append(measure(sys.executable, HERE, path, cores(), tokens))
         if peer:
-            there.append(measure(peer, PEER, path, cores()))
+            there.append(measure(peer, PEER, path, cores(), tokens))
         began, shown = time.perf_counter(), []
         while not shown or (len(shown) < REPEATS and time.perf_counter() - began < SECONDS):
-            shown.append(shown_rate(path))
+            shown.append(shown_rate(path, tokens))
         here[-1]["generate"] = max(shown)
         for found in (here[-1], *there[-1:]):
             found["load_average"] = loads[0]
         line = [
-            f"{row} {here[-1][row]:,.1f}" + (f" : {there[-1][row]:,.1f}" if peer else "") for row in rows()
+            f"{row} {here[-1][row]:,.1f}" + (f" : {there[-1][row]:,.1f}" if peer else "")
+            for row in rows(tokens)
         ]
         say(f"  round {number + 1}, load {loads[0]}: " + "; ".join(line))
-    result: dict[str, Any] = {"bytes": os.path.getsize(path), "here": here, "llama_cpp": there}
+    result: dict[str, Any] = {"bytes": nbytes, "here": here, "llama_cpp": there}
     result["generate_tokens_per_s"] = best(here, "generate")
-    result["best"] = {row: best(here, row) for row in rows()}
-    result["generate_of_bench"] = result["generate_tokens_per_s"] / best(here, f"tg{NEW_TOKENS}")
+    result["best"] = {row: best(here, row) for row in rows(tokens)}
+    result["generate_of_bench"] = result["generate_tokens_per_s"] / best(here, f"tg{tokens}")
     if there:
-        result["ratios"] = {row: best(here, row) / best(there, row) for row in rows()}
+        result["ratios"] = {row: best(here, row) / best(there, row) for row in rows(tokens)}
         result["load_ratio"] = min(x["load_s"] for x in here) / min(x["load_s"] for x in there)
     return result
 

@@ -11,6 +11,7 @@ import argparse
 import re
 import sys
 from collections.abc import Callable
+from typing import Any
 
 from scripts import ROOT
 from scripts._compiled_table import compiled_kernels
@@ -54,8 +55,6 @@ STEPS = {
 def readme() -> str:
     """The README's six rows."""
     decode, prompts, batch, peer = decode_rows(), prefill_rows(), batch_rows(), receipt("llamacpp")["h100"]
-    cpu, full = receipt("generate_cpu"), receipt("full_size_cpu")["from_checkpoint"]
-    beside = receipt("llamacpp")["cpu"]
     wgpu = receipt("wgpu_h100")
     parity = finding("verify_embedded_cpu", "PARITY-001", "jax float32")["figure"]
     rows = [
@@ -83,19 +82,9 @@ def readme() -> str:
             "",
             _link("wgpu_h100"),
         ),
-        (
-            "decode; prompt of 64",
-            "4 cores, 24 GB, full size",
-            f"{full['decode_tokens_per_s']:.1f}; {full['prefill_tokens_per_s']:.1f} tokens/s",
-            f"{beside['full_size']['decode']}; {beside['full_size']['prefill_64']}",
-            _link("full_size_cpu"),
-        ),
-        (
-            "decode; prompt of 512",
-            "4 shared cores, embedded model",
-            f"{whole(cpu['decode_tokens_per_s'])}; {whole(cpu['prefill_tokens_per_s'])} tokens/s",
-            f"{whole(beside['embedded']['decode'])}; {whole(beside['embedded']['prefill_512'])}",
-            _link("generate_cpu"),
+        *(
+            ("decode; prompt of 512", f"2 cores, {name}", *native_rates(model), _link("native_cpu"))
+            for name, model in (("24 GB, full size", "full"), ("embedded model", "embedded"))
         ),
         (
             "minimum cosine to float64, 2,048 tokens",
@@ -106,6 +95,25 @@ def readme() -> str:
         ),
     ]
     return table("what | machine | here | llama.cpp | receipt", rows)
+
+
+def native_rates(model: str) -> list[str]:
+    """Decode from an empty cache and a prompt of 512 tokens on a CPU: here, and with llama.cpp beside it."""
+    found = receipt("native_cpu")["models"][model]
+    sides = (found["best"], {row: rate / found["ratios"][row] for row, rate in found["best"].items()})
+    return [
+        f"{_rate(side[written(found)])}; {_rate(side['pp512'])}" + unit
+        for side, unit in zip(sides, (" tokens/s", ""), strict=True)
+    ]
+
+
+def written(found: dict[str, Any]) -> str:
+    """The row of tokens written from an empty cache."""
+    return next(row for row in found["best"] if row.startswith("tg"))
+
+
+def _rate(value: float) -> str:
+    return f"{value:.1f}" if value < 100 else whole(value)
 
 
 def _link(*names: str) -> str:
@@ -338,38 +346,42 @@ def start_up() -> str:
 
 
 def cpu() -> str:
-    """The embedded and the full-size model on four cores."""
-    small, direct = receipt("generate_cpu"), receipt("full_size_cpu")["direct"]
-    packed, convert, peer = (
-        receipt("full_size_cpu")["from_checkpoint"],
-        receipt("convert_full_size"),
-        receipt("llamacpp"),
-    )
-    full, embedded = peer["cpu"]["full_size"], peer["cpu"]["embedded"]
+    """The CPU's own kernels beside llama.cpp, one after the other on the same cores."""
+    rows: list[tuple[object, ...]] = []
+    for name, found in receipt("native_cpu")["models"].items():
+        ratios, here, there = found["ratios"], found["here"], found["llama_cpp"]
+        size = f"{name}, {found['bytes'] / 1e9:.2f} GB"
+        for row, rate in found["best"].items():
+            ratio = ratios[row]
+            rows.append((size, row, _rate(rate), _rate(rate / ratio), f"{ratio:.2f}"))
+        loads = [min(x["load_s"] for x in side) for side in (here, there)]
+        peaks = [max(x["peak_bytes"] for x in side) / 1e9 for side in (here, there)]
+        for words, unit, (ours, theirs) in (("load", "s", loads), ("peak memory", "GB", peaks)):
+            rows.append((size, words, f"{ours:.2f} {unit}", f"{theirs:.2f} {unit}", f"{ours / theirs:.2f}"))
+        shown = found["generate_tokens_per_s"]
+        rows.append(
+            (
+                size,
+                f"{written(found)} as `generate` shows it",
+                _rate(shown),
+                "",
+                f"{found['generate_of_bench']:.2f} of `bench`",
+            )
+        )
+    return table("file | what | here | llama.cpp | ratio", rows)
+
+
+def packing() -> str:
+    """The full-size file as a packed checkpoint."""
+    convert, packed = receipt("convert_full_size"), receipt("full_size_cpu")["from_checkpoint"]
     rows = [
-        ("embedded: decode", f"{whole(small['decode_tokens_per_s'])} tokens/s", embedded["decode"]),
         (
-            "embedded: prompt of 512",
-            f"{whole(small['prefill_tokens_per_s'])} tokens/s",
-            embedded["prefill_512"],
-        ),
-        (
-            "embedded: new process to first text, programs cached",
-            f"{small['first_text_warm_cache_s']:.1f} s",
-            "",
-        ),
-        ("full size: load the file", f"{direct['load_s']:.0f} s", f"{full['load_s']} s"),
-        ("full size: load the packed checkpoint", f"{packed['load_s']:.0f} s", ""),
-        ("full size: decode", f"{packed['decode_tokens_per_s']:.1f} tokens/s", full["decode"]),
-        ("full size: prompt of 64", f"{packed['prefill_tokens_per_s']:.1f} tokens/s", full["prefill_64"]),
-        ("full size: peak memory", f"{direct['peak_resident_gb']:.1f} GB", ""),
-        (
-            "full size: pack into a checkpoint",
+            "pack the file",
             f"{convert['convert']['seconds']:.0f} s, peak {convert['convert']['peak_memory_gb']:.1f} GB",
-            "",
         ),
+        ("load the packed checkpoint", f"{packed['load_s']:.0f} s"),
     ]
-    return table("what | here | llama.cpp", rows)
+    return table("what | measured", rows)
 
 
 def wgpu() -> str:
@@ -399,6 +411,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "compiled": compiled_kernels,
     "paths": paths,
     "cpu": cpu,
+    "packing": packing,
     "wgpu": wgpu,
     "gate": gate,
     "memory-16g": memory_16g,
