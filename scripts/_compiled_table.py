@@ -1,4 +1,6 @@
-"""The table of kernels that were compiled without a GPU, from ``docs/receipts/compiled_kernels.json``."""
+"""The tables of what is known of cards that are not here: kernels that were compiled, and shared memory."""
+
+from itertools import groupby
 
 from scripts._receipts import receipt, table
 
@@ -34,3 +36,24 @@ def _row(row: dict) -> tuple:
     if "skipped" in row:
         return (*start, row["skipped"], "", "")
     return (*start, row["registers"], row["spilled"], f"{row['shared_memory']:,} of {row['limit']:,}")
+
+
+def kernel_sequences() -> str:
+    """Sequences of one portable decode kernel, by card; cards of a capability that are alike in one row."""
+    data = receipt("kernel_sequences")
+    alike = ("capability", "sequences", "down_parts", "down_passes", "shared_memory", "limit", "one_more")
+    key = lambda row: tuple(row[name] for name in alike)
+    order = lambda row: (float(row["capability"]), -row["blocks"])
+    rows = []
+    for (capability, sequences, _, passes, used, limit, more), group in groupby(
+        sorted(data["cards"], key=order), key
+    ):
+        cards = list(group)
+        blocks = sorted({card["blocks"] for card in cards})
+        span = f"{blocks[0]} to {blocks[-1]}" if len(blocks) > 1 else blocks[0]
+        names = ", ".join(card["card"] for card in cards)
+        memory = f"{used:,} of {limit:,}"
+        rows.append((capability, names, span, f"**{sequences}**", passes, memory, f"{more:,}"))
+    return table(
+        "capability | cards | blocks | sequences | passes of down | shared memory | one sequence more", rows
+    )

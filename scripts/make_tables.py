@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 from scripts import ROOT
-from scripts._compiled_table import compiled_kernels
+from scripts._compiled_table import compiled_kernels, kernel_sequences
 from scripts._paths_table import card_limit, mixes, paths
 from scripts._receipts import (
     batch_rows,
@@ -409,6 +409,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "parity": parity,
     "start-up": start_up,
     "compiled": compiled_kernels,
+    "kernel-sequences": kernel_sequences,
     "paths": paths,
     "cpu": cpu,
     "packing": packing,

@@ -255,6 +255,8 @@ def shape_config(config: Any, batch: int, device: Device) -> kernel_config.StepC
 
     One sequence's first tiles are asked for early where shared memory has room for them. In batches a
     warpgroup has several tiles, and gains less than a copy of each through shared memory costs.
+    Where activations of all experts do not fit, down of the portable kernel takes them in passes. Hopper's
+    kernel does not: its cards hold 8 sequences of 30B, and nothing else was measured there.
 
     Args:
       config: on a mesh, one device's part of it (``Split.part_of``).
@@ -278,8 +280,11 @@ def shape_config(config: Any, batch: int, device: Device) -> kernel_config.StepC
         emulate=device.emulate,
         trace_folder=device.trace_folder,
     )
-    early = replace(plain, prefetches=batch == 1)
-    return early if sum(shared_memory_budget(early).values()) <= device.shared_memory else plain
+    choices = [replace(plain, prefetches=batch == 1), plain]
+    if device.kernels == "portable":
+        choices += [replace(plain, down_passes=n) for n in plain.down_pass_choices[1:]]
+    size = lambda c: sum(shared_memory_budget(c).values())
+    return next((c for c in choices if size(c) <= device.shared_memory), min(choices, key=size))
 
 
 def decode_step(

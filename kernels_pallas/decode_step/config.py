@@ -25,6 +25,9 @@ MAX_NORMED = 4
 """Sequences that are normed at a time, at most."""
 TILES_PER_SUBBLOCK = 4
 """Tiles whose rows are one subblock of the activations that they make."""
+PASS_UNIT = 4
+"""Experts of one of several passes of down are a multiple of this: widths are multiples of 256, so that the
+activations of a pass are whole pieces, and each warpgroup has as many experts."""
 MAX_SPLITS = 128
 KV_TILE = {"hopper": 64, "portable": 32}
 """Tokens of a tile of keys or values."""
@@ -67,6 +70,8 @@ class StepConfig:
       emulate: the primitives are those of the interpreter.
       prefetches: a warpgroup asks for its first tiles of keys and values before the layer's norm; they have
         room of their own then.
+      down_passes: into how many passes a block's experts of down are divided, so that shared memory holds the
+        activations of one pass at a time. Results have the same bits with any number.
       lm_head_tiled: whether the matrix of the logits lies in tiles; the embedding's does not.
       first_sequence: where in the cache's batch axis this kernel's sequences begin.
       mesh: how the model is split over devices that decode together; heads, each expert's width and the
@@ -101,6 +106,7 @@ class StepConfig:
     emulate: bool = False
     first_sequence: int = 0
     prefetches: bool = False
+    down_passes: int = 1
     lm_head_tiled: bool = True
     mesh: Split = ONE_DEVICE
     gathers: bool = False
@@ -172,6 +178,23 @@ class StepConfig:
         ):
             parts *= 2
         return parts
+
+    @property
+    def experts_per_part(self) -> int:
+        """Experts of a token whose down projections a block adds up."""
+        return self.num_experts_per_tok // self.down_parts
+
+    @property
+    def down_tiles(self) -> int:
+        """Tiles of 32 rows that a block multiplies at a time in down: two in batches, where their sums, one
+        for each of a part's experts, have places."""
+        return 2 if self.shares and 2 * self.experts_per_part <= STORE_GROUP else 1
+
+    @property
+    def down_pass_choices(self) -> list[int]:
+        """What ``down_passes`` may be, fewest first."""
+        maximum = self.experts_per_part // PASS_UNIT
+        return [1, *(n for n in range(2, maximum + 1) if self.experts_per_part % (n * PASS_UNIT) == 0)]
 
     def row_stride(self, rows: int) -> int:
         """Rows to which a matrix of ``rows`` rows is padded so that blocks store whole groups of tiles."""
@@ -325,7 +348,9 @@ def output_types(c: StepConfig) -> Outputs:
         router_logits_gmem=f32(WARPGROUPS, c.padded_batch, c.padded_experts),
     )
     if not c.shares:
-        return out._replace(swiglu_gmem=f32(expert_tiles(c).padded, c.blocks, 8))
+        # Down reads whole pieces: the last one of a part may go over the end of the last expert.
+        read = ceil_div(c.pairs * c.moe_intermediate_size + PIECE, 8 * c.blocks)
+        return out._replace(swiglu_gmem=f32(max(expert_tiles(c).padded, read), c.blocks, 8))
     quantized = lambda width: quantized_types(c.batch, width // SUPERBLOCK)
     return out._replace(
         hidden_gmem=quantized(padded(c.hidden_size)),

@@ -197,6 +197,10 @@ class _Down:
 
     In batches two tiles of 32 rows for half of the sequences: as many blocks as one for all, but a
     product has two tiles in it and not one and zeros, and one reading of the activations serves both.
+
+    Where shared memory has no room for the activations of all of the part's experts, they come in several
+    passes (``StepConfig.down_passes``). A product's sums have a place for each expert, and are added up after
+    the last pass in the order of the experts.
     """
 
     def __init__(self, experts: Experts, layer: Array, type_index: int):
@@ -205,14 +209,16 @@ class _Down:
         self.fmt = c.format(c.down_types[type_index])
         self.stack = experts.inputs.weights_gmem["down"][type_index]
         self.offset = experts.g.table(layer, "down_offset")
-        self.per_part = c.num_experts_per_tok // c.down_parts
+        self.per_part = c.experts_per_part
+        self.per_pass = self.per_part // c.down_passes
         self.superblocks = c.moe_intermediate_size // SUPERBLOCK
-        self.mine = self.per_part // WARPGROUPS
-        self.wide = 2 if c.shares else 1
+        self.mine = self.per_pass // WARPGROUPS
+        self.wide = c.down_tiles
         self.sequences = ceil_div(c.batch, self.wide)
         self.tiles = c.hidden_size // (32 * self.wide)
         self.rounds = ceil_div(self.tiles * c.down_parts * self.wide, c.blocks)
-        self.items = self.sequences * self.mine * self.superblocks
+        self.pairs = self.sequences * self.mine
+        self.items = self.pairs * self.superblocks
         limit = self.fmt.ahead // self.wide
         few = self.items <= min(6, limit)
         self.depth = self.items if few else divisor(self.items, min(4 if self.wide == 1 else 3, limit))
@@ -234,34 +240,47 @@ class _Down:
         i = group * self.depth + j
         return i // self.superblocks, i % self.superblocks
 
-    def load(self, item: tuple, where: Where) -> list:
+    def pass_of(self, n: Array, pair: Array) -> tuple:
+        """(pass, pair in it) of a pair counted from the n-th pass on; after the last pass its last."""
+        if self.c.down_passes == 1:
+            return n, jnp.minimum(pair, self.pairs - 1)
+        n = n + pair // self.pairs
+        return jnp.minimum(n, self.c.down_passes - 1), pair % self.pairs
+
+    def of_part(self, n: Array, k: Array) -> Array:
+        """The k-th expert of the n-th pass, counted from the first pass on."""
+        return k if self.c.down_passes == 1 else n * self.per_pass + k
+
+    def load(self, item: tuple, where: Where, n: Array) -> list:
         """Four tiles of one superblock, for each of ``wide`` tiles of 32 rows."""
         pair, s = item
-        pair = jnp.minimum(pair, self.sequences * self.mine - 1)
-        k = where.part * self.per_part + self.p.g.wg * self.mine + pair % self.mine
+        n, pair = self.pass_of(n, pair)
+        k = where.part * self.per_part + self.of_part(n, self.p.g.wg * self.mine) + pair % self.mine
         expert = self.p.choice.expert(self.sequence(pair // self.mine, where.share), k)
         first = self.offset + expert * (self.c.hidden_size // 8)
         starts = [first + (where.tile * self.wide + t) * 4 for t in range(self.wide)]
         places = [FourTiles(start, s, True, self.superblocks, self.p.prim) for start in starts]
         return [self.fmt.load(self.stack, place) for place in places]
 
-    def multiply(self, item: tuple, tiles: Any, where: Where) -> None:
+    def multiply(self, item: tuple, tiles: Any, where: Where, n: Array) -> None:
         """Sums of lanes into shared memory."""
         pair, s = item
         b, k = self.sequence(pair // self.mine, where.share), self.p.g.wg * self.mine + pair % self.mine
         x = self.p.x.lanes(b, k * self.superblocks + s, shared=True)
+        entry = self.of_part(n, k)
         for t, value in enumerate(self.fmt.multiply(tiles[0], x)):
-            self.p.sums_smem[b, t * self.per_part + k, pl.ds(s * 4, 4)] = sum_groups(value)
+            self.p.sums_smem[b, t * self.per_part + entry, pl.ds(s * 4, 4)] = sum_groups(value)
 
-    def load_ahead(self, where: Where) -> tuple:
-        return tuple(self.load(self.index(0, j), where) for j in range(self.depth))
+    def load_ahead(self, where: Where, n: Array) -> tuple:
+        """The first tiles of the n-th pass."""
+        return tuple(self.load(self.index(0, j), where, n) for j in range(self.depth))
 
     def run(self, count: Array) -> None:
         """Waits, and does this block's rounds. One round's first weights are asked for before the wait."""
         early = self.rounds == 1
         first = self.where(0)
         nearest = Where(jnp.minimum(first.tile, self.tiles - 1), first.part, first.share)
-        ahead = self.load_ahead(nearest) if early else None
+        ahead = self.load_ahead(nearest, 0) if early else None
         self.p.g.wait(count)
 
         def guarded(i):
@@ -275,42 +294,57 @@ class _Down:
         fori(self.rounds, guarded)
 
     def one_round(self, where: Where, ahead: tuple | None) -> None:
-        """One round of a block."""
-        self.prepare(where)
-        stream(
-            self.items,
-            lambda item: self.load(item, where),
-            lambda item, tiles: self.multiply(item, tiles, where),
-            ahead or self.load_ahead(where),
-            index=self.index,
-        )
-        self.p.g.sync_block()
+        """One round of a block. Of several passes, each asks for the first tiles of the next."""
+        last = self.c.down_passes - 1
+        if last:
+            ahead = ahead or self.load_ahead(where, 0)
+
+        def one_pass(n, ahead):
+            self.prepare(where, n)
+            ahead = stream(
+                self.items,
+                lambda item: self.load(item, where, n),
+                lambda item, tiles: self.multiply(item, tiles, where, n),
+                ahead or self.load_ahead(where, n),
+                index=self.index,
+            )
+            if last and self.items == self.depth:  # then the stream has loaded nothing more
+                ahead = self.load_ahead(where, jnp.minimum(n + 1, last))
+            self.p.g.sync_block()
+            return ahead
+
+        carried(self.c.down_passes, one_pass, ahead)
         own = lambda i: pl.when(i % WARPGROUPS == self.p.g.wg)(lambda: self.store(i, where))
         fori(self.sequences, own)
 
-    def prepare(self, where: Where) -> None:
-        """The quantized SwiGLU of a part of the experts, in shared memory."""
+    def prepare(self, where: Where, n: Array) -> None:
+        """The quantized SwiGLU of a pass's experts, in shared memory."""
         if not self.c.shares:
-            self.quantize_swiglu(where.part)
+            self.quantize_swiglu(where, n)
             self.p.g.sync_block()
             return
         own = partial(self.sequence, share=where.share)
-        count = self.per_part * self.superblocks
-        first = where.part * self.per_part * self.superblocks
+        count = self.per_pass * self.superblocks
+        first = self.first_expert(where, n) * self.superblocks
         self.p.x.fetch(self.p.outputs.swiglu_quantized_gmem, first, count, self.sequences, own)
         self.p.x.fetched()
 
-    def quantize_swiglu(self, part: Array) -> None:
-        """One sequence's SwiGLU of a part of its experts."""
+    def first_expert(self, where: Where, n: Array) -> Array:
+        """Which of a token's experts is the first of a pass."""
+        return self.of_part(n, where.part * self.per_part)
+
+    def quantize_swiglu(self, where: Where, n: Array) -> None:
+        """One sequence's SwiGLU of a pass's experts."""
         swiglu, width, wg = self.p.outputs.swiglu_gmem, self.c.moe_intermediate_size, self.p.g.wg
         size = swiglu.shape[0] * swiglu.shape[1] * 8
         source = self.p.prim.View(swiglu, (size // 32, 2, 4, 4), leading=0)
-        pieces = ceil_div(self.per_part * width, PIECE)
-        own = [n * WARPGROUPS + wg for n in range(ceil_div(pieces, WARPGROUPS))]
-        starts = [part * self.per_part * width // 32 + jnp.minimum(n, pieces - 1) * 32 for n in own]
+        pieces = ceil_div(self.per_pass * width, PIECE)
+        own = [i * WARPGROUPS + wg for i in range(ceil_div(pieces, WARPGROUPS))]
+        first = lambda: self.first_expert(where, n) * width // 32
+        starts = [first() + jnp.minimum(i, pieces - 1) * 32 for i in own]
         loaded = [source.load((pl.ds(start, 32),), SUBBLOCKS) for start in starts]
-        for n, x in zip(own, loaded, strict=True):
-            pl.when(n < pieces)(partial(self.p.x.quantize, 0, n, x, self.p.shared.x_smem))
+        for i, x in zip(own, loaded, strict=True):
+            pl.when(i < pieces)(partial(self.p.x.quantize, 0, i, x, self.p.shared.x_smem))
 
     def store(self, i: Array, where: Where) -> None:
         """The weighted sum over the part's experts of a sequence's rows."""

@@ -81,7 +81,8 @@ class Scratch(NamedTuple):
 
 def _superblocks(c: StepConfig) -> int:
     """Superblocks of the longest activations that a block multiplies."""
-    down = ceil_div(c.num_experts_per_tok // c.down_parts * c.moe_intermediate_size, PIECE) * PIECE
+    experts = c.experts_per_part // c.down_passes
+    down = ceil_div(experts * c.moe_intermediate_size, PIECE) * PIECE
     return max(padded(c.hidden_size), padded(c.attention_width), down) // SUPERBLOCK
 
 

@@ -90,7 +90,7 @@ def test_the_grid_follows_the_multiprocessors(card, cores, blocks):
 @pytest.mark.parametrize(
     ("preset", "cores", "sequences", "is_early"),
     [
-        ("Qwen3-30B-A3B", 82, 2, True),
+        ("Qwen3-30B-A3B", 82, 4, True),
         ("Qwen3-30B-A3B", 128, 4, True),
         ("Qwen3-235B-A22B", 128, 1, False),  # with early tiles it would take none
     ],

@@ -44,7 +44,7 @@ def test_the_budget_is_what_pallas_allocates(batch):
         (SMALL, "9.0", "hopper", 8),
         (SMALL, "9.0", "portable", 8),
         (SMALL, "8.0", "portable", 6),
-        (SMALL, "8.6", "portable", 2),
+        (SMALL, "8.6", "portable", 4),
         (SMALL, "8.9", "portable", 4),
         (SMALL, "12.0", "portable", 4),
         (MIDDLE, "9.0", "hopper", 3),
@@ -58,6 +58,37 @@ def test_kernels_are_as_large_as_a_card_holds(preset, version, kernels, at_least
     assert batch >= at_least
     assert fits(batch) <= grid.shared_memory
     assert batch == api.KERNEL_BATCH or fits(batch + 1) > grid.shared_memory
+
+
+@pytest.mark.parametrize("version", cards.capabilities())
+def test_every_card_takes_four_sequences_in_one_kernel(version):
+    """Those of the table and of any other number of multiprocessors."""
+    known = cards.capabilities()[version]
+    for cores in {*known.multiprocessors.values(), 4, 16, 63, 64, 127, 128, 192}:
+        grid = api.Device.of_cores(cores, kernels="portable", shared_memory=known.shared_memory)
+        assert api.kernel_batch(PRESETS[SMALL], grid) >= 4, cores
+
+
+@pytest.mark.parametrize(
+    ("preset", "cores", "batch", "passes"),
+    [
+        (SMALL, 82, 1, 1),  # one sequence has room for all experts' activations
+        (SMALL, 82, 2, 1),
+        (SMALL, 82, 4, 2),
+        (SMALL, 128, 4, 1),  # a block has half of the experts there
+        (LARGE, 82, 1, 2),
+    ],
+)
+def test_experts_come_in_passes_only_where_they_must(preset, cores, batch, passes):
+    grid = api.Device.of_cores(cores, kernels="portable", shared_memory=101_376)
+    shape = api.shape_config(PRESETS[preset], batch, grid)
+    assert shape.down_passes == passes
+    assert sum(shared_memory_budget(shape).values()) <= grid.shared_memory
+
+
+def test_hoppers_kernel_has_no_passes():
+    grid = dataclasses.replace(device("9.0", "hopper"), shared_memory=101_376)
+    assert api.shape_config(PRESETS[SMALL], 4, grid).down_passes == 1
 
 
 def test_too_little_shared_memory_is_named():

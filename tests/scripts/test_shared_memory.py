@@ -7,7 +7,9 @@ import pytest
 
 pytest.importorskip("jax.experimental.pallas.mosaic_gpu")
 
+from qwen3_moe_jax.kernels_pallas.gpu import cards
 from scripts import shared_memory
+from scripts._receipts import receipt
 
 
 @pytest.mark.parametrize("kernels", ["hopper", "portable"])
@@ -20,3 +22,13 @@ def test_columns_add_up(kernels, monkeypatch, capsys):
     total = rows.pop("bytes per block")
     assert [sum(column) for column in zip(*rows.values(), strict=True)] == total
     assert json.loads(last)["bytes"] == dict(zip(batches, total, strict=True))
+
+
+def test_the_receipt_of_cards_is_what_the_kernel_takes(monkeypatch, capsys, tmp_path):
+    path = tmp_path / "cards.json"
+    monkeypatch.setattr(sys, "argv", ["shared_memory", "--cards", "--receipt", str(path)])
+    shared_memory.main()
+    *lines, last = capsys.readouterr().out.splitlines()
+    rows = json.loads(last)["cards"]
+    assert len(lines) == len(rows) == sum(len(c.multiprocessors) for c in cards.capabilities().values())
+    assert rows == json.loads(path.read_text())["cards"] == receipt("kernel_sequences")["cards"]
