@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from scripts import ROOT
+from scripts import ROOT, _scaling_table
 from scripts._compiled_table import compiled_kernels, kernel_sequences
 from scripts._paths_table import card_limit, mixes, paths
 from scripts._receipts import (
@@ -419,6 +419,12 @@ TABLES: dict[str, Callable[[], str]] = {
     "mixes": mixes,
     "card-limit": card_limit,
     "quantization-loss": quantization_loss,
+    "scaling-one-host": _scaling_table.one_host,
+    "scaling-four-hosts": _scaling_table.four_hosts,
+    "scaling-without-nvlink": _scaling_table.without_nvlink,
+    "scaling-memory": _scaling_table.memory,
+    "scaling-errors": _scaling_table.errors,
+    "scaling-constants": _scaling_table.constants,
     "receipts": receipts,
     "types": types,
     "types-in-words": types_in_words,
