@@ -192,7 +192,10 @@ def join(processes: Processes) -> None:
 
 
 def _initialize(found: Processes, address: str) -> None:
-    import_jax().distributed.initialize(
+    jax = import_jax()
+    with suppress(AttributeError):  # it waits for a lent machine's end, and writes when a process dies
+        jax.config.update("jax_enable_preemption_service", False)
+    jax.distributed.initialize(
         coordinator_address=address,
         num_processes=found.count,
         process_id=found.index,

@@ -248,6 +248,7 @@ class Server:
             scheduler=scheduler,
             device_kind="gpu",
             programs=0,
+            turn=scheduler.turn,
             reading=worker._reading_times(scheduler.batch, range(slots), context),
             counters=dict,
             tidy=lambda: None,

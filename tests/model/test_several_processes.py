@@ -209,7 +209,7 @@ def test_a_process_that_is_killed_ends_the_other_with_a_line(victim):
         assert time.monotonic() - killed_at < 30
     assert code == 1
     line = f"qwen3-moe: process {victim} of 2 has ended without a word: this process ends too"
-    assert err.splitlines() == [line]
+    assert line in err.splitlines()  # beside what XLA writes of a lost connection
 
 
 def test_other_files_are_refused(file, folder):

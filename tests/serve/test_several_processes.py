@@ -104,8 +104,8 @@ def test_serve_ends_when_one_dies(tmp_path, victim):
         assert time.monotonic() - killed_at < 30
     if victim == "second":
         assert code == 1
-        last = serving.logs[0].read_text().splitlines()[-1]
-        assert last == "qwen3-moe: process 1 of 2 has ended without a word: this process ends too"
+        line = "qwen3-moe: process 1 of 2 has ended without a word: this process ends too"
+        assert line in serving.logs[0].read_text().splitlines()
     else:  # its engine takes its leave when it sees that the front has gone
         assert code == 0
 
