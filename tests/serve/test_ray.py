@@ -1,6 +1,6 @@
 """A cluster of two nodes of Ray on this machine: engines are killed, and no request is lost.
 
-Skipped without Ray; ``.ci/run`` has a stage of its own for these tests.
+Skipped without Ray; ``scripts/test_ray`` makes an environment with it and runs these tests.
 """
 
 import contextlib
