@@ -20,15 +20,9 @@ from qwen3_moe_jax.serve.run import make_service  # noqa: E402
 from qwen3_moe_jax.serve.settings import Settings  # noqa: E402
 from qwen3_moe_jax.testing.fake_engine import FakeEngine, fake_replicas  # noqa: E402
 from qwen3_moe_jax.testing.http_server import quick_start  # noqa: E402
+from tests.serve.bodies import BODIES  # noqa: E402
 
 JSON = Head(200, [(b"content-type", b"application/json")])
-BODIES = {
-    "/v1/chat/completions": {"messages": [{"role": "user", "content": "x"}]},
-    "/v1/completions": {"prompt": "x"},
-    "/v1/responses": {"input": "x"},
-    "/v1/messages": {"messages": [{"role": "user", "content": "x"}]},
-    "/infill": {"input_prefix": "x"},
-}
 
 
 class FakeEngines:

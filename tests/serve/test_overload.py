@@ -17,6 +17,7 @@ from qwen3_moe_jax.serve.http.errors import ApiError  # noqa: E402
 from qwen3_moe_jax.serve.settings import Settings  # noqa: E402
 from qwen3_moe_jax.testing.fake_engine import FakeEngine  # noqa: E402
 from qwen3_moe_jax.testing.http_server import quick_start, running  # noqa: E402
+from tests.serve import bodies  # noqa: E402
 from tests.serve.waits import until  # noqa: E402
 
 KEYS = ("sk-one", "sk-two")
@@ -286,13 +287,7 @@ def test_one_keys_prompts_are_not_seen_by_another(serve):
     assert cached(cache_prompt=False) == 0
 
 
-BODIES = {
-    "/v1/chat/completions": {"messages": [{"role": "user", "content": "x"}]},
-    "/v1/completions": {"prompt": "x"},
-    "/v1/responses": {"input": "x"},
-    "/v1/messages": {"messages": [{"role": "user", "content": "x"}], "max_tokens": 4},
-    "/infill": {"input_prefix": "x"},
-}
+BODIES = bodies.BODIES | {"/v1/messages": {**bodies.BODIES["/v1/messages"], "max_tokens": 4}}
 FIELDS = {
     "/v1/chat/completions": ("max_tokens", "max_completion_tokens", "n", "top_logprobs"),
     "/v1/completions": ("max_tokens", "n", "best_of", "logprobs"),

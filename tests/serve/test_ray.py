@@ -237,14 +237,14 @@ def test_what_has_no_room_is_refused(url):
     tasks = [threading.Thread(target=ask, daemon=True) for _ in range(30)]
     for task in tasks:
         task.start()
-    until(lambda: len(codes) >= 6)
-    for _, child in pairs:
-        child.resume()
+    try:
+        until(lambda: len(codes) >= 6)
+    finally:  # the next tests need them
+        for _, child in pairs:
+            child.resume()
     for task in tasks:
         task.join()
-    assert set(codes) == {200, 429}
-    assert codes.count(429) >= 6
-    assert codes.count(200) >= 16  # one that came late may have found no room, though some had ended
+    assert sorted(codes) == [200] * 24 + [429] * 6
 
 
 def test_an_engine_is_killed_under_load(url):

@@ -17,6 +17,7 @@ from qwen3_moe_jax.serve.settings import Settings  # noqa: E402
 from qwen3_moe_jax.testing.fake_engine import FAKE_SLOTS as SLOTS  # noqa: E402
 from qwen3_moe_jax.testing.fake_engine import fake_replicas  # noqa: E402
 from qwen3_moe_jax.testing.http_server import quick_start, running  # noqa: E402
+from tests.serve.bodies import BODIES  # noqa: E402
 from tests.serve.waits import until  # noqa: E402
 
 
@@ -59,15 +60,6 @@ def die_and_go_on(engine):
     engine.is_held = False
     engine.die()
     engine.launch()
-
-
-BODIES = {
-    "/v1/chat/completions": {"messages": [{"role": "user", "content": "x"}]},
-    "/v1/completions": {"prompt": "x"},
-    "/v1/responses": {"input": "x"},
-    "/v1/messages": {"messages": [{"role": "user", "content": "x"}]},
-    "/infill": {"input_prefix": "x"},
-}
 
 
 @pytest.mark.parametrize("path", BODIES)
