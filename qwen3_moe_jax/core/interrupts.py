@@ -53,6 +53,8 @@ class Ended(SystemExit):
 
 _flag: threading.Event | None = None
 _answered_at = 0.0
+_leave: Callable[[], None] | None = None
+_left_by: KeyboardInterrupt | Ended | None = None
 
 
 def _answer() -> None:
@@ -104,29 +106,45 @@ def as_flag() -> Generator[Callable[[], bool], None, None]:
 
 
 @contextmanager
-def heard_elsewhere() -> Generator[None, None, None]:
-    """Within the block another event loop may have the signals (``asyncio`` takes the wake-up descriptor)."""
+def at_the_end_of(leave: Callable[[], None]) -> Generator[None, None, None]:
+    """Within the block a signal only calls ``leave``, which is to end it; its exception is raised after that.
+
+    For a library with an event loop: raised anywhere in it, an exception would end one of its callbacks, and
+    the library would report that and go on. The loop may take the wake-up descriptor, as ``asyncio`` does.
+    """
+    global _leave, _left_by
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     descriptor = signal.set_wakeup_fd(-1)
+    _leave, _left_by = leave, None
     try:
         yield
     finally:
+        _leave = None
         signal.set_wakeup_fd(descriptor, warn_on_full_buffer=False)
+        if _left_by is not None:
+            raise _left_by
 
 
 def _on_interrupt(_number: int, _frame: Any) -> None:
     if _flag is not None and not _flag.is_set():
         _flag.set()
         return
-    _answer()
-    raise KeyboardInterrupt
+    _raise(KeyboardInterrupt())
 
 
 def _on_end(number: int, _frame: Any) -> None:
+    _raise(Ended(number))
+
+
+def _raise(error: KeyboardInterrupt | Ended) -> None:
+    global _left_by
     _answer()
-    raise Ended(number)
+    if _leave is None:
+        raise error
+    _left_by = _left_by if isinstance(_left_by, Ended) else error
+    _leave()
 
 
 def _resend_swallowed(unraisable: Any, previous: Callable[[Any], None]) -> None:

@@ -32,12 +32,12 @@ class Terminal:
       all: every byte that came.
     """
 
-    def __init__(self, *args: str, size: tuple[int, int] = (24, 80), **environment: str):
-        """``size``: lines and columns."""
+    def __init__(self, *args: str, size: tuple[int, int] = (24, 80), first: str = "", **environment: str):
+        """``size``: lines and columns. ``first``: Python statements that run before the command."""
         self.master, slave = pty.openpty()
         fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", *size, 0, 0))
         streams = {name: slave for name in ("stdin", "stdout", "stderr")}
-        code = f"import fcntl, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); {START}"
+        code = f"import fcntl, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); {first}\n{START}"
         environment = {**os.environ, "TERM": "dumb", **environment}
         self.process = start(*args, code=code, start_new_session=True, env=environment, **streams)
         os.close(slave)

@@ -61,6 +61,30 @@ def test_an_ending_at_the_prompt_gives_the_terminal_back(number, tmp_path):
     assert "+/system be kind\n" in history.read_text()
 
 
+@pytest.mark.parametrize("number", CODES)
+def test_an_ending_within_the_editor_is_not_its_fault(number, tmp_path):
+    """A signal that comes while one of the editor's callbacks runs: the editor reports no fault, waits for no
+    key, and gives the terminal back."""
+    first = (
+        "import os\nfrom prompt_toolkit.history import FileHistory\n"
+        f"FileHistory.load_history_strings = lambda self: os.kill(os.getpid(), {int(number)}) or []"
+    )
+    environment = {"TERM": "xterm-256color", "PROMPT_TOOLKIT_NO_CPR": "1", "XDG_STATE_HOME": str(tmp_path)}
+    chat = Terminal("chat", "-q", *ENDLESS, first=first, **environment)
+    before = termios.tcgetattr(chat.master)
+    if number == signal.SIGINT:  # the first one clears the line
+        chat.until("leaves")
+        chat.until(READY)
+        os.kill(chat.process.pid, number)
+    code = chat.process.wait(timeout=terminal.SECONDS)
+    after = termios.tcgetattr(chat.master)
+    chat.exit_code()
+    assert code == CODES[number]
+    assert b"Traceback" not in chat.all
+    assert b"ENTER" not in chat.all
+    assert after[:4] == before[:4]
+
+
 def test_a_signal_that_is_ignored_stays_ignored():
     """As under nohup: the terminal goes, and the answer comes to its end."""
     code = f"import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN); {terminal.START}"

@@ -4,6 +4,7 @@ Built on prompt_toolkit, which reads keys one by one. Where the terminal cannot 
 (``TERM=dumb``), or output goes elsewhere, a plain line is read.
 """
 
+import asyncio
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -39,13 +40,38 @@ def make_editor(complete: Complete, history: Path | None) -> Callable[[], str | 
     session = _session(complete, history)
 
     def ask() -> str | None:
+        leave = _Leave(session.app)
         try:
-            with interrupts.heard_elsewhere():
-                return unquoted(session.prompt(PROMPT, handle_sigint=False))
+            with interrupts.at_the_end_of(leave.soon):
+                return unquoted(session.prompt(PROMPT, handle_sigint=False, pre_run=leave.when_running))
         except EOFError:
             return None
 
     return ask
+
+
+class _Leave:
+    """Ends the editor at a signal, which may come before its event loop runs and while that ends."""
+
+    def __init__(self, app):
+        self.app = app
+        self.is_wanted = False
+        self.loop: asyncio.AbstractEventLoop | None = None
+
+    def soon(self) -> None:
+        self.is_wanted = True
+        if self.loop is not None:
+            with suppress(RuntimeError):  # the loop is closed
+                self.loop.call_soon_threadsafe(self._now)
+
+    def when_running(self) -> None:
+        self.loop = asyncio.get_running_loop()
+        if self.is_wanted:
+            self.loop.call_soon(self._now)
+
+    def _now(self) -> None:
+        if self.app.is_running and not self.app.is_done:
+            self.app.exit(result="")
 
 
 def _session(complete: Complete, history: Path | None):
