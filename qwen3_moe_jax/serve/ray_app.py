@@ -10,19 +10,17 @@ prompt, Ray Serve chooses. Its routers can be replaced, too, but by an interface
 
 import asyncio
 import contextlib
+import math
 import re
 from collections.abc import AsyncGenerator, Mapping
 
 import ray  # pyright: ignore[reportMissingImports]
 from ray import serve  # pyright: ignore[reportMissingImports]
 from ray.exceptions import RayError  # pyright: ignore[reportMissingImports]
-from ray.serve.exceptions import (  # pyright: ignore[reportMissingImports]
-    BackPressureError,
-    RayServeException,
-)
+from ray.serve.exceptions import RayServeException  # pyright: ignore[reportMissingImports]
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from qwen3_moe_jax.serve.cluster.forward import FullError, LostError, make_front
+from qwen3_moe_jax.serve.cluster.forward import LostError, make_front
 from qwen3_moe_jax.serve.cluster.host import Host
 from qwen3_moe_jax.serve.cluster.options import Options, options_of
 from qwen3_moe_jax.serve.cluster.wire import Ask, Piece
@@ -73,9 +71,9 @@ class Engine:
 class Replicas:
     """The engines as a front asks them (``forward.Engines``)."""
 
-    def __init__(self, app: str):
-        """``app``: the name of the application."""
-        self._app = app
+    def __init__(self, app: str, room: int):
+        """``app``: the name of the application; ``room`` as ``forward.Engines``."""
+        self._app, self.room = app, room
         self._handle = serve.get_deployment_handle(ENGINE, app_name=app)
 
     async def ask(self, ask: Ask, engine: str) -> AsyncGenerator[Piece]:
@@ -85,8 +83,6 @@ class Replicas:
         try:
             async for piece in answer:
                 yield piece
-        except BackPressureError as error:
-            raise FullError(str(error)) from None
         except (RayError, RayServeException) as error:
             raise LostError(type(error).__name__) from None
         except (GeneratorExit, asyncio.CancelledError):  # its client has gone
@@ -104,7 +100,7 @@ def _front(options: Options) -> type:
     """The class of the fronts."""
 
     def app():
-        engines = Replicas(serve.get_replica_context().app_name)
+        engines = Replicas(serve.get_replica_context().app_name, math.ceil(options.room / options.fronts))
         return _with_ids_of_serve(make_front(engines, options.front_settings()))
 
     @serve.ingress(app)
@@ -137,7 +133,7 @@ def _with_ids_of_serve(app: ASGIApp) -> ASGIApp:
 
 
 def _deployment_options(options: Options) -> dict[str, object]:
-    """Of the engines."""
+    """Of the engines. What waits for them is bounded by the fronts (``Forward.check_room``)."""
     if options.max_replicas is None:
         number: dict[str, object] = {"num_replicas": options.replicas}
     else:
@@ -147,7 +143,6 @@ def _deployment_options(options: Options) -> dict[str, object]:
         **number,
         "ray_actor_options": {"num_cpus": options.cpus, "num_gpus": options.gpus},
         "max_ongoing_requests": options.waves,
-        "max_queued_requests": options.max_queue,
         "graceful_shutdown_timeout_s": options.drain_timeout,
         "graceful_shutdown_wait_loop_s": 0.5,
         "health_check_period_s": HEALTH_SECONDS,
@@ -166,14 +161,13 @@ def build(args: dict[str, object]) -> "serve.Application":
     """
     gpus = ray.cluster_resources().get("GPU", 0) if ray.is_initialized() else 0
     options = options_of(args, cluster_gpus=gpus)
-    room = options.max_queue + options.waves * (options.max_replicas or options.replicas)
     engines = serve.deployment(Engine, name=ENGINE, **_deployment_options(options)).bind(options)
     front = serve.deployment(
         _front(options),
         name=FRONT,
         num_replicas=options.fronts,
         ray_actor_options={"num_cpus": 1},
-        max_ongoing_requests=room + 64,  # and who asks how it goes
+        max_ongoing_requests=options.max_queue + options.room + 64,  # and who asks how it goes
         graceful_shutdown_timeout_s=options.drain_timeout,
         graceful_shutdown_wait_loop_s=0.5,
     )

@@ -10,10 +10,10 @@ httpx = pytest.importorskip("httpx")
 from qwen3_moe_jax.core.errors import OptionError  # noqa: E402
 from qwen3_moe_jax.core.sampling import Sampling  # noqa: E402
 from qwen3_moe_jax.serve.cluster.beginnings import beginning_of, blocks_of_body  # noqa: E402
-from qwen3_moe_jax.serve.cluster.forward import MAX_TRIES, FullError, LostError, make_front  # noqa: E402
+from qwen3_moe_jax.serve.cluster.forward import MAX_TRIES, LostError, make_front  # noqa: E402
 from qwen3_moe_jax.serve.cluster.host import Host, UnwellError  # noqa: E402
 from qwen3_moe_jax.serve.cluster.options import options_of  # noqa: E402
-from qwen3_moe_jax.serve.cluster.wire import Ask, Head, Taken, pieces  # noqa: E402
+from qwen3_moe_jax.serve.cluster.wire import Ask, Head, Last, Taken, pieces  # noqa: E402
 from qwen3_moe_jax.serve.headless import EngineLostError  # noqa: E402
 from qwen3_moe_jax.serve.http.app import make_api  # noqa: E402
 from qwen3_moe_jax.serve.run import make_service  # noqa: E402
@@ -21,33 +21,7 @@ from qwen3_moe_jax.serve.settings import Settings  # noqa: E402
 from qwen3_moe_jax.testing.fake_engine import FakeEngine, fake_replicas  # noqa: E402
 from qwen3_moe_jax.testing.http_server import quick_start  # noqa: E402
 from tests.serve.bodies import BODIES  # noqa: E402
-
-JSON = Head(200, [(b"content-type", b"application/json")])
-
-
-class FakeEngines:
-    """Engines of two names, each a function of a request that gives pieces; ``asked``: who was wanted."""
-
-    def __init__(self, *answers):
-        self.answers, self.asked, self.held = list(answers), [], asyncio.Event()
-        self.held.set()
-
-    async def ask(self, ask, engine):
-        self.asked.append(engine)
-        answer = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
-        await self.held.wait()
-        yield Taken(engine or f"e{len(self.asked) % 2}", 1024, 4096)
-        async for piece in answer(ask):
-            yield piece
-
-    async def states(self):
-        return {"RUNNING": 2}
-
-
-async def whole(ask):
-    yield JSON
-    yield b'{"a": '
-    yield b"1}"
+from tests.serve.fake_cluster import JSON, FakeEngines, apost, app_requests, get, post, whole  # noqa: E402
 
 
 async def lost_at_once(ask):
@@ -67,17 +41,6 @@ def failing(status, code):
         yield json.dumps({"error": {"code": code}}).encode()
 
     return answer
-
-
-def post(engines, body=None, path="/v1/completions", settings=None, address="127.0.0.1", **headers):
-    """The reply of a front."""
-    return asyncio.run(apost(make_front(engines, settings or Settings()), body, path, address, **headers))
-
-
-async def apost(app, body=None, path="/v1/completions", address="127.0.0.1", **headers):
-    transport = httpx.ASGITransport(app=app, client=(address, 1))
-    async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
-        return await client.post(path, json=body or BODIES[path], headers=headers)
 
 
 # -- what is lost
@@ -191,6 +154,23 @@ def test_what_has_come_together_is_one_piece():
     assert asyncio.run(main()) == [Head(200, []), b"abc"]
 
 
+def test_the_end_of_an_answer_comes_with_its_last_piece():
+    """Who has the last event knows that there is room."""
+
+    async def app(scope, receive, send):
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        for part in (b"a", b"b"):
+            await send({"type": "http.response.body", "body": part, "more_body": True})
+        await asyncio.sleep(0.01)
+        await send({"type": "http.response.body", "body": b"[DONE]", "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def main():
+        return [piece async for piece in pieces(app, Ask("GET", "/", b"", b"", "", "r"))]
+
+    assert asyncio.run(main()) == [Head(200, []), b"ab", Last(b"[DONE]")]
+
+
 # -- where a request goes
 
 LONG = "def f(x):\n    return x\n" * 10
@@ -241,16 +221,6 @@ def test_a_beginning_is_not_worth_a_long_wait():
     assert asyncio.run(main()) == ["e1", "e1", ""]
 
 
-async def get(app, path):
-    transport = httpx.ASGITransport(app=app)
-    async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
-        return await client.get(path)
-
-
-def app_requests(reply):
-    return sum(reply.json()["requests"].values())
-
-
 def test_an_engine_that_was_lost_is_forgotten():
     async def main():
         engines = FakeEngines(whole, lost_at_once, whole)
@@ -277,33 +247,7 @@ def test_beginnings_are_those_of_prompts():
 # -- bounds, health, keys
 
 
-class Full(FakeEngines):
-    """Which have no room for some requests: ``refused`` are left."""
-
-    refused: tuple[bool, ...] = ()
-
-    async def ask(self, ask, engine):
-        if self.asked:
-            is_full, *self.refused = self.refused
-            if is_full:
-                raise FullError
-        async for piece in super().ask(ask, engine):
-            yield piece
-
-
-def test_a_request_that_had_a_place_waits_for_another_one():
-    engines = Full(lost_in_the_middle, whole)
-    engines.refused = (True, True, False)
-    assert post(engines).json() == {"a": 1}
-    assert (len(engines.asked), engines.refused) == (2, [])
-
-
-def test_bounds():
-    engines = Full(whole)
-    engines.asked, engines.refused = ["another"], (True,)
-    reply = post(engines)
-    assert (reply.status_code, reply.json()["error"]["code"]) == (429, "queue_full")
-
+def test_a_request_that_no_engine_takes_ends():
     async def main():
         engines = FakeEngines(whole)
         engines.held.clear()
@@ -362,6 +306,7 @@ def test_options_are_texts_or_values():
     given = {"replicas": "3", "slots": 4, "context": "512", "no_gate": "true", "allow_host": "a, b"}
     options = options_of(given, cluster_gpus=0)
     assert (options.replicas, options.gpus, options.target, options.waves) == (3, 0.0, 4, 8)
+    assert (options.room, options_of({**given, "max_replicas": 5}, cluster_gpus=0).room) == (24, 40)
     start, settings = options.start(), options.settings()
     assert (start.slots, start.context, start.gate) == (4, 512, False)
     assert settings.hosts == ("a", "b")
@@ -433,8 +378,8 @@ def test_a_request_waits_for_an_engine_that_is_started_again(model_files):
         assert not first.done()
         engine.launch()
         assert await first == Taken("e1", 1024, 2 * 1024)
-        head, *rest = [piece async for piece in found]
-        assert (head.status, json.loads(b"".join(rest))["usage"]["completion_tokens"]) == (200, 2)
+        head, last = [piece async for piece in found]
+        assert (head.status, json.loads(last.body)["usage"]["completion_tokens"]) == (200, 2)
         engine.fault, engine.ready = "it died 4 times", None
         with pytest.raises(EngineLostError, match="it died 4 times"):
             await anext(host.answer(Ask("POST", "/v1/completions", b"", body, "", "r")))

@@ -21,7 +21,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from qwen3_moe_jax.serve.cluster.beginnings import blocks_of_body
-from qwen3_moe_jax.serve.cluster.wire import Ask, Head, Piece, Taken
+from qwen3_moe_jax.serve.cluster.wire import Ask, Head, Last, Piece, Taken
 from qwen3_moe_jax.serve.engine.affinity import SentBlocks, worth
 from qwen3_moe_jax.serve.engine.client import EngineDiedError
 from qwen3_moe_jax.serve.engine.prefix import UNIT
@@ -36,9 +36,6 @@ from qwen3_moe_jax.serve.settings import Settings
 MAX_TRIES = 3
 """A request that loses so many engines is thought to be the cause, and ends with an error."""
 
-PAUSE_SECONDS = 0.2
-"""Between two tries for room."""
-
 OK = "RUNNING"
 """The state of an engine that takes requests."""
 
@@ -47,18 +44,20 @@ class LostError(RuntimeError):
     """The engine that had a request, or should have got it, is gone."""
 
 
-class FullError(RuntimeError):
-    """Too many requests wait for an engine."""
-
-
 class Engines(Protocol):
-    """What carries requests to engines."""
+    """What carries requests to engines: all that it is given, however many wait.
+
+    Attributes:
+      room: requests that the engines have at a time; of several fronts, this one's share of them.
+    """
+
+    room: int
 
     def ask(self, ask: Ask, engine: str) -> AsyncGenerator[Piece]:
         """The pieces of an answer by the engine of this name, if it is there and has room, or by another.
 
         Raises:
-          LostError, FullError
+          LostError
         """
         ...
 
@@ -85,12 +84,23 @@ class Forward:
     Attributes:
       known: engines by their names.
       context: tokens that a sequence may have; 0 until an engine has said so.
+      active: requests that have a place here: engines have them, or they wait for one.
     """
 
     def __init__(self, engines: Engines, settings: Settings):
         self._engines, self._settings = engines, settings
         self.known: dict[str, Known] = {}
-        self.context = 0
+        self.context = self.active = 0
+
+    def check_room(self) -> None:
+        """Raises ApiError, 429, where as many wait as may.
+
+        What waits is counted here, from its arrival on. Who carries requests knows what has come to an
+        engine only afterwards: a count there takes many that come at once for more than they are, or fewer.
+        """
+        taken = sum(known.active for known in self.known.values())
+        if self.active >= max(self._engines.room, taken) + self._settings.max_queue:
+            raise errors.full()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         state = scope["state"]
@@ -104,40 +114,36 @@ class Forward:
             return
 
     async def _forward(self, ask: Ask, reply: "_Reply") -> None:
+        place = Place(self)
+        try:
+            is_whole = await self._tries(ask, reply, place)
+        finally:
+            place.give_back()  # before the client can know that its answer has ended
+        await (reply.end() if is_whole else reply.fail(_died()))
+
+    async def _tries(self, ask: Ask, reply: "_Reply", place: "Place") -> bool:
+        """Takes an engine's answer into ``reply``: whether it is whole, or a stream that broke off.
+
+        Raises:
+          ApiError: it is neither.
+        """
         blocks = blocks_of_body(ask.body, ask.key) if ask.body else []
         for number in range(1, MAX_TRIES + 1):
             reply.begin()
             try:
-                await self._try(
-                    ask, blocks, reply, patience=self._settings.queue_seconds if number > 1 else 0
-                )
-            except LostError:
-                if reply.has_begun:
-                    await reply.fail(_died())
-                    return
-                continue
-            if number == MAX_TRIES or not reply.failed:
-                await reply.end()
-                return
-        raise _died()
-
-    async def _try(self, ask: Ask, blocks: Sequence[int], reply: "_Reply", *, patience: float) -> None:
-        """An engine's answer.
-
-        Args:
-          patience: seconds in which there must be room: who had a place and lost it is not refused at once.
-        """
-        end = asyncio.get_running_loop().time() + patience
-        while True:
-            try:
                 async with contextlib.aclosing(self._pieces(ask, blocks)) as pieces:
                     async for piece in pieces:
+                        if isinstance(piece, Last) and reply.is_stream:
+                            place.give_back()  # its last event goes out
                         await reply.take(piece)
-                return
-            except FullError:
-                if asyncio.get_running_loop().time() >= end:
-                    raise errors.full() from None
-                await asyncio.sleep(PAUSE_SECONDS)
+            except LostError:
+                if not reply.is_whole and reply.has_begun:
+                    return False
+                if not reply.is_whole:
+                    continue
+            if number == MAX_TRIES or not reply.failed:
+                return True
+        raise _died()
 
     async def _pieces(self, ask: Ask, blocks: Sequence[int]) -> AsyncGenerator[Piece]:
         """As ``Engines.ask``, of the engine that has the request's beginning."""
@@ -184,6 +190,22 @@ class Forward:
         return known
 
 
+class Place:
+    """Of a request, from its arrival until its answer has ended."""
+
+    def __init__(self, forward: Forward):
+        """Raises ApiError, 429, where there is none."""
+        forward.check_room()
+        forward.active += 1
+        self._forward: Forward | None = forward
+
+    def give_back(self) -> None:
+        """Ends it; again is no fault."""
+        if self._forward is not None:
+            self._forward.active -= 1
+            self._forward = None
+
+
 def _died() -> ApiError:
     found = errors.as_api_error(EngineDiedError())
     assert found is not None  # it is one that clients are told of
@@ -191,7 +213,12 @@ def _died() -> ApiError:
 
 
 class _Reply:
-    """A reply on its way to its client: what streams at once, the rest when it is whole."""
+    """A reply on its way to its client: what streams at once, the rest when it is whole.
+
+    Attributes:
+      has_begun: the client has got something.
+      is_whole: nothing follows.
+    """
 
     def __init__(self, ask: Ask, send: Send):
         self._ask, self._send = ask, send
@@ -204,6 +231,12 @@ class _Reply:
         self._engine = ""
         self._head: Head | None = None
         self._body: list[bytes] = []
+        self.is_whole = False
+
+    @property
+    def is_stream(self) -> bool:
+        """Whether its client gets it while it is written."""
+        return self._head is not None and self._head.is_stream
 
     @property
     def failed(self) -> bool:
@@ -220,14 +253,18 @@ class _Reply:
         """The next piece."""
         if isinstance(piece, Taken):
             self._engine = piece.engine
-        elif isinstance(piece, Head):
+            return
+        if isinstance(piece, Head):
             self._head = piece
-        elif self._head is not None and self._head.is_stream:
-            self._watched.push(piece)
-            await self._start()
-            await self._send({"type": "http.response.body", "body": piece, "more_body": True})
-        else:
-            self._body.append(piece)
+            return
+        self.is_whole = isinstance(piece, Last)
+        body = piece.body if isinstance(piece, Last) else piece
+        if not self.is_stream:
+            self._body.append(body)
+            return
+        self._watched.push(body)
+        await self._start()
+        await self._send({"type": "http.response.body", "body": body, "more_body": True})
 
     async def _start(self) -> None:
         if self.has_begun:

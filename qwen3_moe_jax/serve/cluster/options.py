@@ -75,6 +75,11 @@ class Options(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
         """Requests that keep an engine busy."""
         return self.slots or GPU_SLOTS
 
+    @property
+    def room(self) -> int:
+        """Requests that all engines together have at a time, when there are as many as there may be."""
+        return self.waves * (self.max_replicas or self.replicas)
+
     def start(self) -> Start:
         """What each engine loads; the model is looked for where it runs."""
         return Start(

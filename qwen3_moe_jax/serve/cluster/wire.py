@@ -53,26 +53,36 @@ class Head:
         return any(n.lower() == b"content-type" and b"event-stream" in v for n, v in self.headers)
 
 
-Piece = Taken | Head | bytes
+@dataclass(frozen=True)
+class Last:
+    """The rest of the body: the answer has ended."""
+
+    body: bytes
 
 
-async def pieces(app: ASGIApp, ask: Ask) -> AsyncGenerator[Head | bytes]:
+Piece = Taken | Head | bytes | Last
+
+
+async def pieces(app: ASGIApp, ask: Ask) -> AsyncGenerator[Head | bytes | Last]:
     """What an application that has no guard of its own answers; what has come together is one piece.
 
     Who closes the generator is a client that goes away.
     """
     found: list[Head | bytes] = []
-    news, never = asyncio.Event(), asyncio.Event()
+    news, never, has_ended = asyncio.Event(), asyncio.Event(), False
 
     async def receive() -> dict[str, Any]:
         await never.wait()  # the body is in the state already
         return {}
 
     async def send(message: Any) -> None:
+        nonlocal has_ended
         if message["type"] == "http.response.start":
             found.append(Head(message["status"], list(message["headers"])))
-        elif message.get("body"):
-            found.append(message["body"])
+        else:
+            has_ended |= not message.get("more_body")
+            if message.get("body") or has_ended:
+                found.append(message.get("body", b""))
         news.set()
 
     task = asyncio.ensure_future(app(_scope(ask), receive, send))
@@ -87,7 +97,7 @@ async def pieces(app: ASGIApp, ask: Ask) -> AsyncGenerator[Head | bytes]:
                 yield found.pop(0)
                 continue
             body, found[:] = b"".join(part for part in found if isinstance(part, bytes)), []
-            yield body
+            yield Last(body) if has_ended else body
         with contextlib.suppress(Exception):  # Starlette answers for a bug of ours, and then raises it too
             task.result()
     finally:
