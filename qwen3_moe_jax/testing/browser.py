@@ -71,10 +71,10 @@ class PageError(RuntimeError):
 
 
 class Browser:
-    """One page.
+    """One page at a time.
 
     Attributes:
-      events: what the browser told of itself, oldest first.
+      events: what the browser told of itself and of pages while they were the one, oldest first.
     """
 
     def __init__(self, program: str, folder: str):
@@ -95,11 +95,21 @@ class Browser:
         os.close(theirs)
         os.close(reply)
         self.events: list[dict[str, Any]] = []
-        self._held, self._number, self._session = b"", 0, ""
-        target = self.call("Target.createTarget", url="about:blank")["targetId"]
-        self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        self._held, self._number, self._session, self._target = b"", 0, "", ""
+        self._metrics: dict[str, Any] = {}
+        self._new_tab()
+
+    def _new_tab(self) -> None:
+        """The page from now on; what one before still tells (of an answer that was late, say) is its own."""
+        before, self._session = self._target, ""
+        self._target = self.call("Target.createTarget", url="about:blank")["targetId"]
+        if before:
+            self.call("Target.closeTarget", targetId=before)
+        self._session = self.call("Target.attachToTarget", targetId=self._target, flatten=True)["sessionId"]
         for domain in ("Page", "Network", "Log", "Runtime"):
             self.call(f"{domain}.enable")
+        if self._metrics:
+            self.call("Emulation.setDeviceMetricsOverride", **self._metrics)
 
     # -- the protocol
 
@@ -114,7 +124,8 @@ class Browser:
         message |= {"sessionId": self._session} if self._session else {}
         os.write(self._to, json.dumps(message).encode() + b"\0")
         while (found := self._next()).get("id") != self._number:
-            self.events.append(found)
+            if found.get("sessionId", self._session) == self._session:
+                self.events.append(found)
         if "error" in found:
             raise PageError(f"{method}: {found['error']['message']}")
         return found["result"]
@@ -132,7 +143,8 @@ class Browser:
     # -- the page
 
     def open(self, url: str) -> None:
-        """A page anew, with nothing of the one before but what the browser keeps."""
+        """A page in a new tab, with nothing of the one before but what the browser keeps."""
+        self._new_tab()
         self.call("Page.navigate", url=url)
         self.until("document.readyState === 'complete' && location.href !== 'about:blank'")
 
@@ -170,9 +182,9 @@ class Browser:
         self.call("Input.dispatchKeyEvent", type="keyUp", **fields)
 
     def size(self, width: int, height: int, *, mobile: bool = False) -> None:
-        """Pixels of the page; ``mobile``: as a phone lays it out."""
-        metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": mobile}
-        self.call("Emulation.setDeviceMetricsOverride", **metrics)
+        """Pixels of this page and those after it; ``mobile``: as a phone lays it out."""
+        self._metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": mobile}
+        self.call("Emulation.setDeviceMetricsOverride", **self._metrics)
 
     def picture(self, path: Path) -> None:
         """What is seen, as a PNG."""

@@ -33,7 +33,6 @@ def page(browser, server):
     browser.events.clear()
     browser.size(900, 800)
     browser.open(server.url)
-    browser.run("sessionStorage.clear()")
     browser.until("document.getElementById('model').textContent === 'scripted'")
     yield browser
     foreign = [url for url in browser.requested() if not url.startswith((f"{server.url}/", "data:"))]
@@ -211,6 +210,18 @@ def test_it_fits_a_phone(page):
         seen = page.run("document.getElementById(args[0]).getBoundingClientRect().toJSON()", name)
         assert seen["top"] >= 0, name
         assert seen["bottom"] <= 740, name
+
+
+def test_what_a_page_says_when_it_has_gone_is_not_the_next_ones(browser, server):
+    """Its last request may have been refused by a server that was ending."""
+    browser.open(server.url)
+    browser.run("setTimeout(() => { throw new Error('of the page before') }) && 0")
+    browser.events.clear()
+    browser.open(server.url)
+    browser.until("document.getElementById('model').textContent === 'scripted'")
+    assert not browser.complaints()
+    browser.run("setTimeout(() => { throw new Error('its own') }) && 0")
+    until(browser.complaints)
 
 
 def test_an_address_cannot_ask_anything(page, server):
