@@ -24,7 +24,7 @@ MAX_SECONDS = 300.0
 MIN_FREE_BYTES = 64 << 20
 """What the compiler keeps beside its work, of zig's parts of the system's library, is less."""
 
-FLAGS = ("-std=gnu11", "-O3", "-fPIC", "-shared", "-ffp-contract=on", "-fno-math-errno", "-pthread")
+FLAGS = ("-std=gnu11", "-O3", "-g0", "-fPIC", "-shared", "-ffp-contract=on", "-fno-math-errno", "-pthread")
 """A product and a sum of one expression may become one instruction; nothing is reordered."""
 
 WITHOUT_LIBRARIES = ("-nostdlib",)

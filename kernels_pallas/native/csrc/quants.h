@@ -208,29 +208,38 @@ INLINE void take_unpacked(const Unpacked *u, int groups, int zero, int with_mini
   for (int r = 0; r < R; r++) add_block(sums + r, u->factors, x[r]->scale, out + r);
 }
 
-/* The same of words as they are read. */
+/* The same of words as they are read: 32 columns. */
+INLINE void take_group(const Tile *t, const int type, int b, int g, const Block *const *x, const int R, Sums *sums) {
+  const int parts = 32 / columns_per_scale(type), words = 8 / parts;
+  UNROLL(2) for (int p = 0; p < parts; p++) {
+    vi high[4], low[4];
+    for (int r = 0; r < R; r++) high[r] = low[r] = (vi){};
+    UNROLL(8) for (int w = p * 4; w < p * 4 + words; w++) {
+      vu word = quants(t, type, b, g, w);
+      UNROLL(4) for (int r = 0; r < R; r++) {
+        high[r] = dot(is_signed(type), high[r], word, word_at(x[r][b].high + 4 * (8 * g + w)));
+        low[r] = dot(is_signed(type), low[r], word, word_at(x[r][b].low + 4 * (8 * g + w)));
+      }
+    }
+    vf scale = scale_of(t, type, b, g, p), minimum = splat(0.0f);
+    if (has_minimum(type)) minimum = minimum_of(t, type, b, g, p);
+    UNROLL(4) for (int r = 0; r < R; r++)
+      add_part(high[r], low[r], x[r] + b, g, p, parts, zero_of(type), scale, has_minimum(type) ? &minimum : NULL,
+               sums + r);
+  }
+}
+
+/* 256 columns. Four groups in a row take their shifts from the code and a word once; with more rows that is a
+   smaller part of the work, and the compiler takes as long again. */
 INLINE void take_packed(const Tile *t, const int type, int b, int groups, const Block *const *x, const int R,
                         vf *RESTRICT out) {
-  const int parts = 32 / columns_per_scale(type), words = 8 / parts;
   Sums sums[4];
   for (int r = 0; r < R; r++) sums[r] = (Sums){{0}, {0}};
-  UNROLL(1) for (int g = 0; g < groups; g++)
-    UNROLL(2) for (int p = 0; p < parts; p++) {
-      vi high[4], low[4];
-      for (int r = 0; r < R; r++) high[r] = low[r] = (vi){};
-      UNROLL(8) for (int w = p * 4; w < p * 4 + words; w++) {
-        vu word = quants(t, type, b, g, w);
-        UNROLL(4) for (int r = 0; r < R; r++) {
-          high[r] = dot(is_signed(type), high[r], word, word_at(x[r][b].high + 4 * (8 * g + w)));
-          low[r] = dot(is_signed(type), low[r], word, word_at(x[r][b].low + 4 * (8 * g + w)));
-        }
-      }
-      vf scale = scale_of(t, type, b, g, p), minimum = splat(0.0f);
-      if (has_minimum(type)) minimum = minimum_of(t, type, b, g, p);
-      UNROLL(4) for (int r = 0; r < R; r++)
-        add_part(high[r], low[r], x[r] + b, g, p, parts, zero_of(type), scale, has_minimum(type) ? &minimum : NULL,
-                 sums + r);
-    }
+  if (R == 1) {
+    UNROLL(4) for (int g = 0; g < groups; g++) take_group(t, type, b, g, x, R, sums);
+  } else {
+    UNROLL(1) for (int g = 0; g < groups; g++) take_group(t, type, b, g, x, R, sums);
+  }
   Factors factors = factors_of(t, type, b);
   for (int r = 0; r < R; r++) add_block(sums + r, factors, x[r][b].scale, out + r);
 }
