@@ -2,9 +2,13 @@
 
 import json
 import os
+import subprocess
+import sys
+import time
 
 import pytest
 
+from qwen3_moe_jax.machine import remembered as module
 from qwen3_moe_jax.machine.remembered import MAX_REMEMBERED, remember, remembered
 
 
@@ -56,3 +60,60 @@ def test_a_place_that_cannot_be_written_is_no_fault(tmp_path):
     (tmp_path / "file").write_bytes(b"")
     remember(tmp_path / "file" / "keys.json", "a")
     assert remembered(tmp_path / "file" / "keys.json") == []
+
+
+WRITER = """
+import sys
+from pathlib import Path
+from qwen3_moe_jax.machine.remembered import remember
+print("ready", flush=True)
+sys.stdin.readline()
+for number in range(150):
+    remember(Path(sys.argv[1]), f"{sys.argv[2]}{number}")
+"""
+
+
+def test_processes_that_write_at_once_lose_no_key(tmp_path):
+    path, names = tmp_path / "keys.json", ("a", "b", "c")
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    writers = [subprocess.Popen([sys.executable, "-c", WRITER, str(path), name], **pipes) for name in names]
+    for writer in writers:
+        assert writer.stdout.readline() == "ready\n"
+    for writer in writers:
+        writer.stdin.write("\n")
+        writer.stdin.close()
+    assert [writer.wait() for writer in writers] == [0] * len(names)
+    for writer in writers:
+        writer.stdout.close()
+    assert sorted(remembered(path)) == sorted(f"{name}{number}" for name in names for number in range(150))
+
+
+def test_a_process_that_is_stopped_in_its_turn_keeps_nobody(tmp_path, monkeypatch):
+    fcntl = pytest.importorskip("fcntl")
+    path = tmp_path / "keys.json"
+    monkeypatch.setattr(module, "SECONDS_FOR_A_TURN", 0.05)
+    with open(tmp_path / "keys.json.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        remember(path, "a")
+    assert remembered(path) == ["a"]
+
+
+def test_a_system_without_locks_remembers(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    monkeypatch.setitem(sys.modules, "msvcrt", None)
+    monkeypatch.setattr(time, "sleep", lambda seconds: pytest.fail("it waits for a lock that there is not"))
+    remember(tmp_path / "keys.json", "a")
+    remember(tmp_path / "keys.json", "b")
+    assert remembered(tmp_path / "keys.json") == ["a", "b"]
+
+
+def test_a_place_whose_files_cannot_be_locked_remembers_at_once(tmp_path, monkeypatch):
+    fcntl = pytest.importorskip("fcntl")
+
+    def flock(file, how):
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    monkeypatch.setattr(time, "sleep", lambda seconds: pytest.fail("it waits for a lock that there is not"))
+    remember(tmp_path / "keys.json", "a")
+    assert remembered(tmp_path / "keys.json") == ["a"]
