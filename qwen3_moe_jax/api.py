@@ -1,7 +1,7 @@
 """The model as a Python object: text in, text out; and ``load``, which makes it."""
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import replace
@@ -10,13 +10,12 @@ from typing import Any, Unpack
 from qwen3_moe_jax import loader
 from qwen3_moe_jax.convert.config import Qwen3MoeConfig
 from qwen3_moe_jax.convert.open_model import open_model
-from qwen3_moe_jax.convert.progress import ProgressCallback, at_first
+from qwen3_moe_jax.convert.progress import ProgressCallback
 from qwen3_moe_jax.convert.source import ModelSource
 from qwen3_moe_jax.core import notebook
-from qwen3_moe_jax.core.arguments import check_list, check_switch, check_text, wrong_kind
+from qwen3_moe_jax.core.arguments import check_list, check_switch, wrong_kind
 from qwen3_moe_jax.core.errors import (
     BackendUnavailableError,
-    ContextOverflowError,
     KindError,
     ModelClosedError,
     NumericalError,
@@ -31,7 +30,7 @@ from qwen3_moe_jax.machine.processes import Processes
 from qwen3_moe_jax.parity.gate import check_once, first_forward
 from qwen3_moe_jax.research import Messages, Research
 from qwen3_moe_jax.text.answer import Answer
-from qwen3_moe_jax.text.chat_template import find_template, render_chat, special_tokens
+from qwen3_moe_jax.text.prompts import Opened, check_room, encoded
 from qwen3_moe_jax.text.rendered_chat import RenderedChat
 from qwen3_moe_jax.text.request import Request, check_request, whole
 from qwen3_moe_jax.text.stream import StopStrings, TextStream
@@ -104,22 +103,16 @@ class Model(Research):
           special: make control tokens of their names in a text (``<|fim_prefix|>``).
         """
         _ = self.runner  # a closed model says so
-        check_text("prefill", prefill)
-        check_switch("special", special)
-        if isinstance(prompt, str):
-            return self.tokenizer.encode(prompt + prefill, parse_special=special), None
-        if not isinstance(prompt, list | tuple):
-            raise wrong_kind("a prompt", prompt, "a text or a list of messages")
-        chat = render_chat(
-            self.chat_template or find_template(self.source.metadata),
+        return encoded(
             prompt,
-            tools,
-            enable_thinking=thinking,
-            special=special_tokens(self.source.metadata),
-            control_tokens=self.tokenizer.control_tokens,
+            self.source.metadata,
+            self.tokenizer,
+            template=self.chat_template,
+            tools=tools,
+            thinking=thinking,
+            prefill=prefill,
+            special=special,
         )
-        chat = chat.with_prefill(prefill) if prefill else chat
-        return self.tokenizer.encode_chat(chat), chat
 
     def default_sampling(self, *, thinking: bool | None = None) -> tuple[Sampling, str]:
         """The sampling that the file or its model family recommends, and where that comes from."""
@@ -208,9 +201,7 @@ class Model(Research):
         )
         if not token_ids:
             raise ValueError("the prompt is empty: give at least one character")
-        room = self.runner.max_context - len(token_ids)
-        if room < 1:
-            raise ContextOverflowError(len(token_ids), self.runner.max_context)
+        room = check_room(len(token_ids), self.runner.max_context)
         limit = room if max_tokens is None else min(max_tokens, room)
         return Request(token_ids, limit, sampling, chat)
 
@@ -315,6 +306,7 @@ def load(
     strict: bool = False,
     progress: ProgressCallback | bool | None = None,
     first_prompt: int | None = None,
+    before_weights: Callable[[Opened], object] | None = None,
 ) -> Model:
     """Loads a model.
 
@@ -343,6 +335,8 @@ def load(
         notebooks alone.
       first_prompt: about how many tokens the first prompt has (jax): programs for it that are not on disk
         are compiled while the weights are loaded. None is not known.
+      before_weights: called with the open file, when all other arguments have been checked: what it raises
+        ends the load, before it takes long.
 
     Raises:
       ModelFileError: the file cannot be used.
@@ -373,9 +367,22 @@ def load(
             processes.check_all_have({"model file": source.content, **given}, what="what is loaded")
         tokenizer: list[Future[Tokenizer]] = []
 
-        def build_tokenizer() -> None:  # while weights are read, which leaves the interpreter to others
-            vocab_size = source.config.vocab_size
-            tokenizer.append(pool.submit(Tokenizer.built, source.metadata, vocab_size=vocab_size))
+        def build_tokenizer() -> Future[Tokenizer]:
+            if not tokenizer:
+                vocab_size = source.config.vocab_size
+                tokenizer.append(pool.submit(Tokenizer.built, source.metadata, vocab_size=vocab_size))
+            return tokenizer[0]
+
+        def told(done: int, total: int) -> None:
+            """Builds the tokenizer while weights are read, which leaves the interpreter to others."""
+            if build_tokenizer().done():
+                tokenizer[0].result()  # one that cannot be built ends the load
+            if report:
+                report(done, total)
+
+        def check(max_context: int) -> None:
+            if before_weights is not None:
+                before_weights(Opened(source, max_context, lambda: build_tokenizer().result()))
 
         chosen, reason, fallbacks = (
             loader.choose_backend(kernels, mesh, adapter) if backend == "auto" else (backend, "as asked", ())
@@ -391,13 +398,13 @@ def load(
             kernels=kernels,
             adapter=adapter,
             mesh=mesh,
-            progress=at_first(build_tokenizer, report),
+            progress=told,
+            check=check,
             first_prompt=first_prompt,
             first_forward=first_forward(source) if gate else None,
         )
         undo.enter_context(closing(runner))
-        if not tokenizer:
-            build_tokenizer()
+        build_tokenizer()
         left_out = runner.describe()["fallbacks"]
         if strict and isinstance(left_out, list) and left_out:
             raise BackendUnavailableError(f"strict: {left_out[0]}")

@@ -223,6 +223,7 @@ def make_runner(
     adapter: str | None = None,
     mesh: str | None = None,
     progress: ProgressCallback | None = None,
+    check: Callable[[int], object] | None = None,
     **first: Any,
 ) -> Runner:
     """The named backend with the model loaded.
@@ -238,6 +239,7 @@ def make_runner(
       adapter: part of a WebGPU adapter's name.
       mesh: how jax splits the model over devices, such as "tp=2,ep=1", or "auto"; None is one device.
       progress: told how far loading is.
+      check: called with the tokens of KV cache once the arguments are checked; what it raises ends the load.
       first: what will be asked first, for a backend that compiles: ``first_prompt`` and ``first_forward``
         of ``JaxRunner``.
 
@@ -266,6 +268,8 @@ def make_runner(
         check_mesh(mesh, backend)
         first = {**first, "mesh": mesh}
     max_context = checked_context(source, backend, max_context, kv_cache, mesh)
+    if check is not None:
+        check(max_context)
     return _MAKERS[backend](source, max_context, dtype, kv_cache, kernels, adapter, progress, first)
 
 

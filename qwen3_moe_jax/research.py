@@ -79,7 +79,7 @@ class Research(ABC):
         from qwen3_moe_jax.measure import divergence as measure
 
         check_text("text", text)
-        cut = cut_text(self.runner, self.tokenizer, text, context, stride)
+        cut = cut_text(self.runner.max_context, self.tokenizer, text, context, stride)
         measure.check_same_vocabulary(cut, self.tokenizer, base.tokenizer, text, str(base.source.path))
         sources = (measure.runner_logits(model.runner, cut) for model in (self, base))
         *_, last = measure.divergences(cut, *sources)

@@ -123,7 +123,7 @@ def measure(folder: Path, quantize: Callable, types: list[str], windows: int) ->
     with open_model(base_path) as source:
         tokenizer = Tokenizer(source.metadata, vocab_size=source.config.vocab_size)
         runner = ReferenceRunner(source)
-        cut = cut_text(runner, tokenizer, TEXT.read_text(), CONTEXT, None)
+        cut = cut_text(runner.max_context, tokenizer, TEXT.read_text(), CONTEXT, None)
         del cut.windows[windows:]
         logits = runner_logits(runner, cut)
         with StoredLogits(cut, source.config.vocab_size) as stored:

@@ -6,7 +6,9 @@ from collections.abc import Generator
 from contextlib import ExitStack, closing
 from typing import TYPE_CHECKING, Any
 
+from qwen3_moe_jax import loader
 from qwen3_moe_jax.commands.common import load_model, what_is_slow
+from qwen3_moe_jax.convert.open_model import open_model
 from qwen3_moe_jax.core import terminal
 from qwen3_moe_jax.core.errors import MemoryPlanError
 from qwen3_moe_jax.core.exit_codes import ExitCode
@@ -19,6 +21,8 @@ from qwen3_moe_jax.measure.divergence import (
     runner_logits,
 )
 from qwen3_moe_jax.measure.perplexity import Cut, cut_text
+from qwen3_moe_jax.text.prompts import Opened
+from qwen3_moe_jax.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from qwen3_moe_jax.api import Model
@@ -50,8 +54,10 @@ def _estimates(args: argparse.Namespace, text: str, facts: dict[str, Any]) -> Ge
     base_args = copy.copy(args)
     base_args.model = args.against
     with ExitStack() as stack:
-        base = stack.enter_context(load_model(base_args))
-        cut = cut_text(base.runner, base.tokenizer, text, args.context, args.stride)
+        cuts: list[Cut] = []
+        check = lambda opened: cuts.append(_checked_cut(opened, args, text))
+        base = stack.enter_context(load_model(base_args, before_weights=check))
+        cut = cuts[0]
         facts["base"] = {"model": str(base.source.path), "identity": base.source.identity}
         try:
             model = stack.enter_context(load_model(args))
@@ -59,7 +65,6 @@ def _estimates(args: argparse.Namespace, text: str, facts: dict[str, Any]) -> Ge
             model = None
         if model is not None:
             facts |= _facts(model, together=True)
-            check_same_vocabulary(cut, model.tokenizer, base.tokenizer, text, args.against)
             sources = (runner_logits(held.runner, cut) for held in (model, base))
             with explain_if_slow(what_is_slow(model.runner, "the first window"), quiet=args.quiet) as begun:
                 for found in divergences(cut, *sources):
@@ -68,12 +73,19 @@ def _estimates(args: argparse.Namespace, text: str, facts: dict[str, Any]) -> Ge
             return
         stored = stack.enter_context(StoredLogits(cut, base.config.vocab_size))
         _store(base, cut, stored)
-        base_tokenizer = base.tokenizer
         base.close()
         model = stack.enter_context(load_model(args))
         facts |= _facts(model, together=False)
-        check_same_vocabulary(cut, model.tokenizer, base_tokenizer, text, args.against)
         yield from divergences(cut, runner_logits(model.runner, cut), stored.of)
+
+
+def _checked_cut(base: Opened, args: argparse.Namespace, text: str) -> Cut:
+    """The text in the windows of both files, neither of which is loaded; errors as the functions it calls."""
+    cut = cut_text(base.max_context, base.tokenizer, text, args.context, args.stride)
+    with open_model(loader.model_path(args.model, quiet=args.quiet)) as source:
+        tokenizer = Tokenizer(source.metadata, vocab_size=source.config.vocab_size)
+    check_same_vocabulary(cut, tokenizer, base.tokenizer, text, args.against)
+    return cut
 
 
 def _store(base: "Model", cut: Cut, stored: StoredLogits) -> None:

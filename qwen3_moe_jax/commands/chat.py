@@ -3,8 +3,9 @@
 import argparse
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qwen3_moe_jax.commands import options
 from qwen3_moe_jax.commands.common import (
@@ -25,7 +26,9 @@ from qwen3_moe_jax.core.explain import explain
 from qwen3_moe_jax.core.sampling import SEEDS, Sampling
 from qwen3_moe_jax.machine.folders import state_folder
 from qwen3_moe_jax.text.chat_template import start_renderer
+from qwen3_moe_jax.text.prompts import Opened, rendered
 from qwen3_moe_jax.text.stream import Piece, TextStream
+from qwen3_moe_jax.text.tokenizer import control_tokens
 
 if TYPE_CHECKING:
     from qwen3_moe_jax.api import Model
@@ -34,6 +37,9 @@ HELP = "/help lists the commands, Ctrl-C stops an answer, Ctrl-D or /exit leaves
 
 FIRST_PROMPT = 64
 """About how many tokens a first message has, with the template's own."""
+
+FIRST_MESSAGE = "hi"
+"""What the template is tried with before the load."""
 
 NEARLY_FULL = 0.8
 """From this part of the context on, the chat says how full it is."""
@@ -69,13 +75,23 @@ def run(args: argparse.Namespace) -> int:
     conversation = Conversation.load(Path(args.load)) if args.load else Conversation()
     conversation.system = args.system or conversation.system
     start_renderer()  # it is up by the time that the model is
-    with load_model(args, context="fit", first_prompt=FIRST_PROMPT) as model:
+    check = partial(_check, conversation, args)
+    with load_model(args, context="fit", first_prompt=FIRST_PROMPT, before_weights=check) as model:
         model.chat_template = args.chat_template
         sampling = sampling_from(args, model, thinking=THINKING[args.thinking])
         chat = Chat(args, model, sampling, conversation)
         if not args.quiet:
             terminal.note(context_line(model, is_given=args.context is not None))
         return chat.run()
+
+
+def _check(conversation: Conversation, args: argparse.Namespace, opened: Opened) -> None:
+    """Refuses a template that cannot render the conversation, and a system message that fills the context."""
+    asked: dict[str, Any] = {"template": args.chat_template, "thinking": THINKING[args.thinking]}
+    metadata = opened.source.metadata
+    if conversation.turns:
+        rendered(conversation.messages(FIRST_MESSAGE), metadata, control_tokens(metadata), **asked)
+    opened.check(Conversation(conversation.system).messages(FIRST_MESSAGE), **asked)
 
 
 def context_line(model: "Model", *, is_given: bool) -> str:

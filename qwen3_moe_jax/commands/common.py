@@ -23,6 +23,7 @@ from qwen3_moe_jax.machine.processes import JOIN_SECONDS, Processes
 if TYPE_CHECKING:
     from qwen3_moe_jax.api import Model
     from qwen3_moe_jax.core.runner import Runner
+    from qwen3_moe_jax.text.prompts import Opened
 
 
 def add_model(parser: argparse._ActionsContainer) -> None:
@@ -260,10 +261,11 @@ def load_model(
     show_banner: bool = True,
     context: loader.Context = None,
     first_prompt: int | None = None,
+    before_weights: "Callable[[Opened], object] | None" = None,
 ) -> "Model":
     """Loads what ``add_model_arguments`` parsed, with progress and a banner on standard error.
 
-    ``context`` is what holds without --context; ``first_prompt`` as for ``api.load``.
+    ``context`` is what holds without --context; ``first_prompt`` and ``before_weights`` as for ``api.load``.
     """
     from qwen3_moe_jax.api import load  # --help needs none of it
 
@@ -285,6 +287,7 @@ def load_model(
             strict=args.strict,
             progress=progress,
             first_prompt=first_prompt,
+            before_weights=before_weights,
         )
     if not args.quiet:
         compiled = model.runner.compilation()

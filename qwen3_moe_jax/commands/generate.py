@@ -29,6 +29,7 @@ from qwen3_moe_jax.text.stream import TextStream
 
 if TYPE_CHECKING:
     from qwen3_moe_jax.api import Model
+    from qwen3_moe_jax.text.prompts import Opened
 
 T = TypeVar("T")
 
@@ -78,11 +79,15 @@ def run(args: argparse.Namespace) -> int:
     # one process alone has the standard input
     given = prompt_from(args) if processes.is_first() else None
     prompt, thinking = processes.of_first("prompt", given), THINKING[args.thinking]
-    with load_model(args, first_prompt=tokens_of(prompt)) as model:
+    asked = {"thinking": thinking, "tools": args.tools, "prefill": args.prefill or ""}
+
+    def check(opened: "Opened") -> None:
+        opened.check(prompt, special=args.special, template=args.chat_template, **asked)
+
+    with load_model(args, first_prompt=tokens_of(prompt), before_weights=check) as model:
         model.chat_template = args.chat_template
         sampling = sampling_from(args, model, thinking=thinking)
         clock = Clock(model.runner)
-        asked = {"thinking": thinking, "tools": args.tools, "prefill": args.prefill or ""}
         stream = model.open_stream(
             prompt,
             max_tokens=args.max_tokens or DEFAULT_MAX_TOKENS,

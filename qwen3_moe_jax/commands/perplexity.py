@@ -3,6 +3,7 @@
 import argparse
 import os
 import time
+from functools import partial
 
 from qwen3_moe_jax import loader
 from qwen3_moe_jax.commands import options
@@ -21,9 +22,10 @@ from qwen3_moe_jax.core.exit_codes import ExitCode
 from qwen3_moe_jax.core.pictures import drawn
 from qwen3_moe_jax.core.terminal import SLOW_SECONDS, explain_if_slow, input_name
 from qwen3_moe_jax.measure.divergence import Divergence
-from qwen3_moe_jax.measure.perplexity import DEFAULT_CONTEXT, Perplexity, check_windows, estimates
+from qwen3_moe_jax.measure.perplexity import DEFAULT_CONTEXT, Perplexity, check_windows, cut_text, estimates
 from qwen3_moe_jax.measure.plots import draw_perplexity
 from qwen3_moe_jax.measure.positions import Positions
+from qwen3_moe_jax.text.prompts import Opened
 from qwen3_moe_jax.text.tokenizer import Tokenizer
 
 EPILOG = """\
@@ -84,7 +86,8 @@ def run(args: argparse.Namespace) -> int:
         return run_against(args, text, _Progress(quiet=args.quiet))
     last, interrupted = None, False
     positions = Positions.empty(args.context)
-    with load_model(args) as model:
+    check = partial(_check, args, text, may_be_short=may_be_short)
+    with load_model(args, before_weights=check) as model:
         facts = {
             "model": str(model.source.path),
             "identity": model.source.identity,
@@ -132,6 +135,14 @@ def check_length(path: str, text: str, minimum: int) -> None:
             f"{input_name(path)} has {nbytes} bytes, too few for {minimum} tokens: "
             "take a longer text or a smaller --context"
         )
+
+
+def _check(args: argparse.Namespace, text: str, opened: Opened, *, may_be_short: bool) -> None:
+    """Refuses a text with too few tokens for a window; one that surely has enough is not counted here."""
+    stride = args.context if may_be_short else args.stride
+    minimum = args.context if stride is None else 2
+    if len(text) <= minimum * MAX_CHARACTERS:
+        cut_text(opened.max_context, opened.tokenizer, text, args.context, stride)
 
 
 def _stride_of_short(tokenizer: Tokenizer, text: str, *, quiet: bool) -> int | None:

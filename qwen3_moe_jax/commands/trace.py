@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     _check_layers(args)
-    with load_model(args) as model:
+    with load_model(args, before_weights=lambda opened: opened.check(args.prompt)) as model:
         token_ids = model.tokenizer.encode(args.prompt)
         recorded = trace(model.runner, token_ids, args.stage or tuple(STAGES))
     if args.payload:

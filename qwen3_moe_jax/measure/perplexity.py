@@ -88,11 +88,11 @@ class Cut:
         return seen
 
 
-def cut_text(runner: Runner, tokenizer: Tokenizer, text: str, context: int, stride: int | None) -> Cut:
-    """Cuts a text into windows; arguments and ValueErrors as ``estimates``."""
+def cut_text(max_context: int, tokenizer: Tokenizer, text: str, context: int, stride: int | None) -> Cut:
+    """Cuts a text into windows for a model loaded for ``max_context``; the rest as ``estimates``."""
     check_windows(context, stride)
-    if context > runner.max_context:
-        raise ValueError(f"a context of {context} tokens: the model was loaded for {runner.max_context}")
+    if context > max_context:
+        raise ValueError(f"a context of {context} tokens: the model was loaded for {max_context}")
     ids = np.asarray(tokenizer.encode(text), np.int32)
     cut = windows(len(ids), context, stride)
     if not cut:
@@ -198,7 +198,7 @@ def estimates(
       ValueError: lengths that do not fit each other or the runner, or a text without one window.
       NumericalError: a log-likelihood was not finite.
     """
-    cut = cut_text(runner, tokenizer, text, context, stride)
+    cut = cut_text(runner.max_context, tokenizer, text, context, stride)
     ids = cut.ids
     nbytes = np.asarray([len(tokenizer.token_bytes(int(i), show_control=True)) for i in ids])
     tally = _Tally(len(ids), len(cut.windows), context, stride)

@@ -2,14 +2,15 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 
+from qwen3_moe_jax.core import terminal
 from qwen3_moe_jax.core.errors import MemoryPlanError
 from qwen3_moe_jax.core.exit_codes import ExitCode
 from qwen3_moe_jax.serve.engine import frames
 from qwen3_moe_jax.serve.engine.replicas import Engine
 from qwen3_moe_jax.serve.http.state import Service
-from qwen3_moe_jax.serve.run import ServeError, make_service
+from qwen3_moe_jax.serve.run import ServeError, make_service, tell_of_template
 from qwen3_moe_jax.serve.settings import Settings
 from qwen3_moe_jax.text.chat_template import start_renderer
 
@@ -19,8 +20,10 @@ class EngineLostError(RuntimeError):
 
 
 @contextlib.asynccontextmanager
-async def engine(settings: Settings, start: frames.Start) -> AsyncIterator[Service]:
-    """The parts of a server, with an engine that is ready, without its socket.
+async def engine(
+    settings: Settings, start: frames.Start, say: Callable[[str], None] = terminal.note
+) -> AsyncIterator[Service]:
+    """The parts of a server, with an engine that is ready, without its socket; ``say`` is told of faults.
 
     Raises:
       ServeError, MemoryPlanError: it cannot start.
@@ -29,6 +32,7 @@ async def engine(settings: Settings, start: frames.Start) -> AsyncIterator[Servi
     start_renderer()
     service.engine.launch()
     try:
+        await tell_of_template(service, say)
         await service.engine.first_ready.wait()
         if service.engine.ready is None:
             kind = MemoryPlanError if service.engine.fault_code == ExitCode.MEMORY else ServeError

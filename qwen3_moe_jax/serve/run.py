@@ -22,7 +22,7 @@ from qwen3_moe_jax.serve.grammar import Grammars
 from qwen3_moe_jax.serve.http.app import make_app
 from qwen3_moe_jax.serve.http.metrics import Metrics
 from qwen3_moe_jax.serve.http.protocol import BoundedProtocol
-from qwen3_moe_jax.serve.http.state import Service
+from qwen3_moe_jax.serve.http.state import Service, in_thread
 from qwen3_moe_jax.serve.settings import Settings
 from qwen3_moe_jax.serve.text_model import TextModel
 from qwen3_moe_jax.text.chat_template import start_renderer
@@ -117,6 +117,13 @@ def _log_to_notes() -> None:
     log.propagate = False
 
 
+async def tell_of_template(service: Service, say: Callable[[str], None]) -> None:
+    """Says, while the model is loaded, that its template renders no chat; plain prompts need none."""
+    fault = await in_thread(service.model.template_fault)
+    if fault is not None:
+        say(f"warning: chats will be refused: {fault}")
+
+
 class Server:
     """One server in the running event loop.
 
@@ -162,6 +169,7 @@ class Server:
         engine.launch()
         if engine.start.warm_up:
             self.service.grammars.launch()
+        telling = asyncio.ensure_future(tell_of_template(self.service, self._say))
         serving = asyncio.ensure_future(self._serve())
         failed = asyncio.ensure_future(self._has_failed())
         stopping = asyncio.ensure_future(self._stop.wait())
@@ -173,7 +181,7 @@ class Server:
             await self._drain()
         finally:
             self._uvicorn.should_exit = self._uvicorn.force_exit = True
-            for task in (failed, stopping):
+            for task in (failed, stopping, telling):
                 task.cancel()
             await self.service.close()
             with contextlib.suppress(asyncio.CancelledError):

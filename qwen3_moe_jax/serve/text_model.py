@@ -119,7 +119,16 @@ class TextModel:
             add_generation_prompt=add_generation_prompt,
             enable_thinking=thinking,
             special=special_tokens(self.metadata),
+            control_tokens=self.tokenizer.control_tokens,
         )
+
+    def template_fault(self) -> str | None:
+        """Why the chat template does not render so much as one message; None if it does."""
+        try:
+            self.render([{"role": "user", "content": "hi"}], None, thinking=None)
+        except ValueError as error:
+            return str(error)
+        return None
 
     def raw(self, text: str) -> Prompt:
         """The prompt of plain text, in which control tokens count."""

@@ -246,6 +246,15 @@ class _Remembered(dict[int, bytes]):
         return found
 
 
+def control_tokens(metadata: Mapping[str, Any]) -> list[str]:
+    """``Tokenizer.control_tokens`` of a file whose vocabulary is not checked yet."""
+    tokens, types = (metadata.get(f"tokenizer.ggml.{key}") for key in ("tokens", "token_type"))
+    if not isinstance(tokens, list) or not isinstance(types, list):
+        return []
+    pairs = zip(tokens, types, strict=False)
+    return [token for token, kind in pairs if kind == TokenType.CONTROL and isinstance(token, str)]
+
+
 class StreamDecoder:
     """Decodes token by token: what it returns, joined, is ``Tokenizer.decode`` of the same ids.
 

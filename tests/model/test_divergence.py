@@ -59,7 +59,7 @@ def test_a_model_beside_itself_and_beside_another(files):
         assert 0 < found.kl_median <= found.kl_99 <= found.kl_max
         assert math.isfinite(found.kl_error)
         assert found.perplexity != found.base_perplexity
-        cut = cut_text(a.runner, a.tokenizer, TEXT, 32, 16)
+        cut = cut_text(a.runner.max_context, a.tokenizer, TEXT, 32, 16)
         of_a, of_b = runner_logits(a.runner, cut), runner_logits(b.runner, cut)
         with StoredLogits(cut, a.config.vocab_size) as stored:
             for number, window in enumerate(cut.windows):
@@ -70,7 +70,7 @@ def test_a_model_beside_itself_and_beside_another(files):
 
 def test_logits_that_are_not_finite_are_an_error(files):
     with q3.load(files[0], backend="reference", gate=False) as a:
-        cut = cut_text(a.runner, a.tokenizer, TEXT, 32, None)
+        cut = cut_text(a.runner.max_context, a.tokenizer, TEXT, 32, None)
 
         class Broken:
             name = "broken"
@@ -87,11 +87,11 @@ def test_the_command(files, tmp_path, capsys, monkeypatch, memory_has_room):
     (tmp_path / "text.txt").write_text(TEXT)
     load, loaded = against.load_model, []
 
-    def one_at_a_time(args):
+    def one_at_a_time(args, **options):
         loaded.append(Path(args.model).name)
         if loaded == ["a.gguf", "b.gguf"]:
             raise MemoryPlanError("no room for both")
-        return load(args)
+        return load(args, **options)
 
     if not memory_has_room:
         monkeypatch.setattr(against, "load_model", one_at_a_time)
