@@ -1,7 +1,7 @@
 """``qwen3-moe chat``: a conversation in the terminal."""
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -9,17 +9,20 @@ from typing import TYPE_CHECKING, Any
 
 from qwen3_moe_jax.commands import options
 from qwen3_moe_jax.commands.common import (
+    SAMPLING_FIELDS,
     add_model_arguments,
     add_sampling_arguments,
     add_template,
     load_model,
     sampling_from,
 )
-from qwen3_moe_jax.commands.generate import THINKING, Clock, Figures, add_thinking, written
+from qwen3_moe_jax.commands.generate import AUTO, THINKING, Clock, Figures, add_thinking, written
+from qwen3_moe_jax.commands.talk import saved
 from qwen3_moe_jax.commands.talk.conversation import Conversation, Message, Turn
 from qwen3_moe_jax.commands.talk.editor import keys_unseen, make_editor
-from qwen3_moe_jax.commands.talk.screen import make_screen
-from qwen3_moe_jax.commands.talk.slash import VIEWS, Leave, complete, literal, parsed, run_command
+from qwen3_moe_jax.commands.talk.saved import VIEWS
+from qwen3_moe_jax.commands.talk.screen import Reasoning, make_screen
+from qwen3_moe_jax.commands.talk.slash import Leave, complete, literal, parsed, run_command
 from qwen3_moe_jax.core import terminal
 from qwen3_moe_jax.core.exit_codes import ExitCode
 from qwen3_moe_jax.core.explain import explain
@@ -51,7 +54,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--reasoning",
         choices=VIEWS,
-        default="show",
         help="what is shown of the thinking: dimmed text (the default), one line, nothing",
     )
     parser.add_argument("--plain", action="store_true", help="text as the model writes it, no Markdown")
@@ -65,6 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-history", action="store_true", help="keep no messages for the next run")
     parser.add_argument("--load", type=options.path, metavar="FILE", help="go on with a saved conversation")
     add_template(parser)
+    parser.set_defaults(thinking=None)  # what is not given may come of a file
     add_sampling_arguments(parser)
     add_model_arguments(
         parser, context_help="tokens of the conversation (default: as the file and memory allow)"
@@ -72,14 +75,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    conversation = Conversation.load(Path(args.load)) if args.load else Conversation()
-    conversation.system = args.system or conversation.system
+    given, conversation = saved.given_options(args), Conversation()
+    if args.load:
+        conversation, found = saved.load(Path(args.load))
+        vars(args).update(saved.apart(found, vars(args), given))
+    conversation.system = args.system
     start_renderer()  # it is up by the time that the model is
     check = partial(_check, conversation, args)
     with load_model(args, context="fit", first_prompt=FIRST_PROMPT, before_weights=check) as model:
-        model.chat_template = args.chat_template
-        sampling = sampling_from(args, model, thinking=THINKING[args.thinking])
-        chat = Chat(args, model, sampling, conversation)
+        sampling = sampling_from(args, model, thinking=THINKING[args.thinking or AUTO])
+        chat = Chat(args, model, sampling, conversation, given)
         if not args.quiet:
             terminal.note(context_line(model, is_given=args.context is not None))
         return chat.run()
@@ -87,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _check(conversation: Conversation, args: argparse.Namespace, opened: Opened) -> None:
     """Refuses a template that cannot render the conversation, and a system message that fills the context."""
-    asked: dict[str, Any] = {"template": args.chat_template, "thinking": THINKING[args.thinking]}
+    asked: dict[str, Any] = {"template": args.chat_template, "thinking": THINKING[args.thinking or AUTO]}
     metadata = opened.source.metadata
     if conversation.turns:
         rendered(conversation.messages(FIRST_MESSAGE), metadata, control_tokens(metadata), **asked)
@@ -115,21 +120,64 @@ class Chat:
       sampling, stop, max_tokens, thinking: of the next answer.
       reasoning: the view of the model's thinking, one of VIEWS.
       verbose: whether figures follow each answer.
+      template: in place of the model file's, or None.
       own_files: files that this conversation was saved to or loaded from.
     """
 
     def __init__(
-        self, args: argparse.Namespace, model: "Model", sampling: Sampling, conversation: Conversation
+        self,
+        args: argparse.Namespace,
+        model: "Model",
+        sampling: Sampling,
+        conversation: Conversation,
+        given: Collection[str] = (),
     ):
         self._args, self._model = args, model
         self.conversation, self.sampling = conversation, sampling
         self.stop, self.max_tokens = list(args.stop), args.max_tokens
-        self.thinking, self.reasoning = THINKING[args.thinking], args.reasoning
-        self.verbose = args.verbose
+        self.thinking = THINKING[args.thinking or AUTO]
+        self.reasoning: Reasoning = args.reasoning or "show"
+        self.verbose, self.template, self._given = args.verbose, args.chat_template, given
         self.own_files: set[Path] = {Path(args.load).resolve()} if args.load else set()
         self._notes: set[str] = set()
         self._last: tuple[Figures, str] | None = None
         self._used, self._is_warned, self._retries = 0, False, 0
+
+    @property
+    def template(self) -> str | None:
+        return self._model.chat_template
+
+    @template.setter
+    def template(self, text: str | None) -> None:
+        self._model.chat_template = text
+
+    def take_up(self, conversation: Conversation, found: Mapping[str, Any]) -> list[str]:
+        """Goes on with a conversation and its settings, but for those of the command line.
+
+        Returns:
+          the settings that are now others.
+
+        Raises:
+          ValueError: the template does not render the conversation; nothing has changed then.
+        """
+        now = {name: getattr(self.sampling, name) for name in SAMPLING_FIELDS}
+        now |= {name: getattr(self, name) for name in ("max_tokens", "stop", "reasoning", "verbose")}
+        now |= {"chat_template": self.template, "system": self.conversation.system}
+        now |= {"thinking": next(word for word, meaning in THINKING.items() if meaning is self.thinking)}
+        taken = now | saved.apart(found, now, self._given)
+        before, thinking = self.template, THINKING[taken["thinking"]]
+        conversation.system = taken["system"] if "system" in self._given else conversation.system
+        try:
+            self.template = taken["chat_template"]
+            self._model.prompt(conversation.messages(FIRST_MESSAGE), thinking=thinking)
+        except ValueError:
+            self.template = before
+            raise
+        self.conversation, self.thinking = conversation, thinking
+        self.sampling = replace(self.sampling, **{name: taken[name] for name in SAMPLING_FIELDS})
+        for name in ("max_tokens", "stop", "reasoning", "verbose"):
+            setattr(self, name, taken[name])
+        return [name for name in taken if taken[name] != now[name] and name != "system"]
 
     def run(self) -> int:
         """Answers message after message; returns the exit code."""

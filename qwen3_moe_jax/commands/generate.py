@@ -35,7 +35,9 @@ T = TypeVar("T")
 
 DEFAULT_MAX_TOKENS = 256
 
-THINKING = {"on": True, "off": False, "auto": None}
+AUTO = "auto"
+
+THINKING = {"on": True, "off": False, AUTO: None}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

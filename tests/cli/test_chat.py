@@ -1,71 +1,20 @@
 """The terminal chat: its conversation, its commands, what it shows, and a session at a pseudo-terminal."""
 
-import argparse
-import json
 import re
 import subprocess
 import sys
 
 import pytest
 
-from qwen3_moe_jax.commands import chat as chat_command
 from qwen3_moe_jax.commands.talk import clipboard, editor, screen, slash
 from qwen3_moe_jax.commands.talk.conversation import Conversation, Turn
 from qwen3_moe_jax.core import terminal
 from qwen3_moe_jax.core.sampling import Sampling
 from qwen3_moe_jax.testing.terminal import SECONDS, Terminal
 from qwen3_moe_jax.text.stream import Piece
+from tests.cli.scripted_chat import contents, start_chat
 
 QUICK = ("--backend", "reference", "--no-gate")
-
-# A model that says what it is told to, a word for a token
-
-
-class Scripted:
-    """A model with a script; ``asked`` has the messages and options of each call."""
-
-    def __init__(self, *answers: str, context: int = 1000):
-        self.answers, self.asked = list(answers), []
-        facts = {"name": "script", "max_context": context, "reused_tokens": 0, "compilation": lambda: None}
-        self.runner = argparse.Namespace(**facts)
-        self.config = argparse.Namespace(max_position_embeddings=4096)
-
-    def prompt(self, messages, **_):
-        return " ".join(m["content"] for m in messages).split(), None
-
-    def open_stream(self, messages, **options):
-        self.asked.append((messages, options))
-        return Stream(self.answers.pop(0), len(self.prompt(messages)[0]))
-
-
-class Stream:
-    """An answer: what stands before "|" is reasoning."""
-
-    def __init__(self, text: str, prompt_tokens: int):
-        self.text, self.prompt_tokens, self.new_tokens = text, prompt_tokens, len(text.split())
-        self.notes, self.finish_reason = (), None
-
-    def pieces(self):
-        reasoning, bar, content = self.text.partition("|")
-        if bar:
-            yield Piece("reasoning", reasoning)
-        yield Piece("content", content if bar else reasoning)
-        self.finish_reason = "stop"
-
-    def close(self):
-        pass
-
-
-def start_chat(*answers: str, args: tuple[str, ...] = (), context: int = 1000):
-    parser = argparse.ArgumentParser()
-    chat_command.add_arguments(parser)
-    model = Scripted(*answers, context=context)
-    sampling = Sampling(seed=5, temperature=0.7)
-    return chat_command.Chat(parser.parse_args(["-q", *args]), model, sampling, Conversation()), model
-
-
-def contents(model: Scripted, number: int = -1) -> list[str]:
-    return [message["content"] for message in model.asked[number][0]]
 
 
 def test_turns_are_sent_again_and_undone(capsys):
@@ -184,9 +133,9 @@ def test_a_conversation_is_saved_loaded_and_not_written_over_another_file(tmp_pa
     assert f"{other} exists: name another file, or /save -f {other}" in capsys.readouterr().err
     chat.take(f"/save -f {other}")
     assert other.read_text() == "## System\n\nS\n\n## User\n\nyou?\n\n## Assistant\n\nyes\n"
-    found = Conversation.load(path)
+    found, settings = Conversation.load(path)
     assert (found.system, found.turns) == ("S", [Turn("you?", "yes", "hm")])
-    assert json.loads(path.read_text())["settings"]["temperature"] == 0.7
+    assert settings["temperature"] == 0.7
 
 
 @pytest.mark.parametrize(
@@ -197,6 +146,8 @@ def test_a_conversation_is_saved_loaded_and_not_written_over_another_file(tmp_pa
         '[{"role": "user", "content": "x"}]',
         '{"a": 1}',
         '[{"role": "user"}]',
+        '{"messages": [], "settings": 3}',
+        '[{"role": "user", "content": "\\ud800"}, {"role": "assistant", "content": "y"}]',
         '[{"role": "user", "content": "x"}, {"role": "assistant", "content": "y", "reasoning_content": 5}]',
     ],
 )

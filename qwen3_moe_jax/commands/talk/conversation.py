@@ -108,8 +108,8 @@ class Conversation:
             file.write(text.encode())
 
     @classmethod
-    def load(cls, path: Path) -> "Conversation":
-        """Reads what ``save`` wrote, or a list of messages in OpenAI's form.
+    def load(cls, path: Path) -> tuple["Conversation", dict[str, Any]]:
+        """Reads what ``save`` wrote, or a list of messages in OpenAI's form; the second is the settings.
 
         Raises:
           ValueError: it is no conversation.
@@ -120,10 +120,17 @@ class Conversation:
             content = json.loads(text)
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{path} is not JSON: {error}") from error
+        try:
+            json.dumps(content, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"{path} has half of a surrogate pair, which has no UTF-8 form") from error
         messages = content.get("messages") if isinstance(content, dict) else content
         if not isinstance(messages, list) or not all(_is_message(message) for message in messages):
             raise ValueError(f"{path} is no conversation: it needs messages with a role and a text")
-        return cls._of(messages, path)
+        settings = content.get("settings") if isinstance(content, dict) else None
+        if not isinstance(settings, dict | None):
+            raise ValueError(f"{path}: settings must be an object")
+        return cls._of(messages, path), settings or {}
 
     @classmethod
     def _of(cls, messages: list[Message], path: Path) -> "Conversation":

@@ -13,8 +13,9 @@ from qwen3_moe_jax.commands import options
 from qwen3_moe_jax.commands.common import SAMPLING_FIELDS
 from qwen3_moe_jax.commands.generate import THINKING
 from qwen3_moe_jax.commands.parser import guess_for
+from qwen3_moe_jax.commands.talk import saved
 from qwen3_moe_jax.commands.talk.clipboard import copy, last_code
-from qwen3_moe_jax.commands.talk.conversation import Conversation
+from qwen3_moe_jax.commands.talk.saved import VIEWS
 from qwen3_moe_jax.core import terminal
 from qwen3_moe_jax.core.counted import counted
 from qwen3_moe_jax.core.output_file import check_output
@@ -22,7 +23,6 @@ from qwen3_moe_jax.core.output_file import check_output
 if TYPE_CHECKING:
     from qwen3_moe_jax.commands.chat import Chat
 
-VIEWS = ("show", "fold", "hide")
 SWITCH = {"on": True, "off": False}
 
 
@@ -149,6 +149,7 @@ def _save(chat: "Chat", argument: str) -> None:
     if path.is_file() and not force and path.resolve() not in chat.own_files:
         raise ValueError(f"{path} exists: name another file, or /save -f {path}")
     settings = {name: get(chat) for name, (get, _) in SETTINGS.items()}
+    settings |= {"chat_template": chat.template} if chat.template else {}
     chat.conversation.save(path, {"settings": settings})
     chat.own_files.add(path.resolve())
     terminal.note(f"saved {counted(len(chat.conversation.turns), 'turn')} to {path}")
@@ -156,11 +157,12 @@ def _save(chat: "Chat", argument: str) -> None:
 
 def _load(chat: "Chat", argument: str) -> None:
     path = Path(options.path(argument))
-    chat.conversation = Conversation.load(path)
+    changed = chat.take_up(*saved.load(path))
     chat.own_files.add(path.resolve())
     turns = chat.conversation.turns
     last = f", the last: {_short(turns[-1].question)}" if turns else ""
-    terminal.note(f"loaded {counted(len(turns), 'turn')}{last}")
+    new = f"; new settings: {', '.join(changed)}" if changed else ""
+    terminal.note(f"loaded {counted(len(turns), 'turn')}{last}{new}")
 
 
 def _copy(chat: "Chat", argument: str) -> None:
