@@ -90,7 +90,9 @@ def find_template(metadata: Mapping[str, object]) -> str:
 
 def special_tokens(metadata: Mapping[str, object]) -> dict[str, str]:
     """``bos_token``, ``eos_token`` and ``pad_token``, as templates may name them."""
-    tokens: Any = metadata.get("tokenizer.ggml.tokens", [])
+    tokens: Any = metadata.get("tokenizer.ggml.tokens")
+    if not isinstance(tokens, list):  # of a vocabulary that is not checked yet
+        return {}
     keys = {"bos_token": "bos", "eos_token": "eos", "pad_token": "padding"}
     ids = {name: metadata.get(f"tokenizer.ggml.{key}_token_id") for name, key in keys.items()}
     return {name: tokens[i] for name, i in ids.items() if isinstance(i, int) and 0 <= i < len(tokens)}

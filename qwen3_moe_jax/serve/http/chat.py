@@ -27,7 +27,7 @@ async def chat_completions(request: Request) -> Response:
     n = r.n or 1
     with service.place(n) as place:
         answers, skipped = await until_gone(request.receive, _prepare(service, place, r, request.state.key))
-    headers = {"x-skipped-tools": ",".join(skipped)[:200].replace("\n", " ")} if skipped else {}
+    headers = wishes.skipped_header(skipped)
     reply = Reply(service, r, answers)
     if r.stream:
         return EventStream(reply.events(), service.settings, headers)

@@ -27,7 +27,7 @@ async def messages(request: Request) -> Response:
     with service.place() as place:
         answer, skipped = await until_gone(request.receive, _prepare(service, place, r, request.state.key))
     headers = {"request-id": request.state.request_id}
-    headers |= {"x-skipped-tools": ",".join(skipped)[:200].replace("\n", " ")} if skipped else {}
+    headers |= wishes.skipped_header(skipped)
     reply = Reply(service, answer)
     if r.stream:
         return EventStream(reply.events(request.state.request_id), service.settings, headers)

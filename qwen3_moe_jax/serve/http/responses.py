@@ -26,7 +26,7 @@ async def responses(request: Request) -> Response:
     r = service.parse(request, ResponsesRequest)
     with service.place() as place:
         answer, skipped = await until_gone(request.receive, _prepare(service, place, r, request.state.key))
-    headers = {"x-skipped-tools": ",".join(skipped)[:200].replace("\n", " ")} if skipped else {}
+    headers = wishes.skipped_header(skipped)
     reply = Reply(service, r, answer)
     if r.stream:
         return EventStream(reply.events(), service.settings, headers)
@@ -129,8 +129,8 @@ def _join(turn: dict[str, Any], item: Mapping[str, Any], place: str) -> None:
         call = {"id": str(item.get("call_id")), "type": "function", "function": function}
         turn.setdefault("tool_calls", []).append(call)
     elif kind == "reasoning":
-        parts = [*(item.get("content") or ()), *(item.get("summary") or ())]
-        turn["reasoning_content"] = turn.get("reasoning_content", "") + chats.text_of(parts, place)
+        texts = [chats.text_of(item.get(name), f"{place}.{name}") for name in ("content", "summary")]
+        turn["reasoning_content"] = turn.get("reasoning_content", "") + "".join(texts)
     else:
         turn["content"] += chats.text_of(item.get("content"), f"{place}.content")
 

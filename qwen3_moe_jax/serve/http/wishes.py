@@ -35,6 +35,12 @@ class Choice:
     name: str | None = None
 
 
+def skipped_header(kinds: Sequence[str]) -> dict[str, str]:
+    """Names the types of tools that were left out: a client's words, made fit for a header."""
+    words = ",".join(kinds)[:200].encode("ascii", "replace").decode()
+    return {"x-skipped-tools": "".join(c if c.isprintable() else " " for c in words)} if kinds else {}
+
+
 def refuse_what_is_missing(r: Common) -> None:
     """400 for fields that are known and not served, unless they ask for nothing."""
     if r.frequency_penalty:
@@ -111,7 +117,8 @@ def _choice(given: object) -> Choice:
         if word in ("auto", "none", "required"):
             return Choice(word)
     if isinstance(given, Mapping):
-        name = given.get("name") or (given.get("function") or {}).get("name")
+        function = given.get("function")
+        name = given.get("name") or (function.get("name") if isinstance(function, Mapping) else None)
         kind = given.get("type")
         if kind in ("function", "tool") and isinstance(name, str):
             return Choice("named", name)
