@@ -33,7 +33,7 @@ from qwen3_moe_jax.text.answer import Answer
 from qwen3_moe_jax.text.prompts import Opened, check_room, encoded
 from qwen3_moe_jax.text.rendered_chat import RenderedChat
 from qwen3_moe_jax.text.request import Request, check_request, whole
-from qwen3_moe_jax.text.stream import StopStrings, TextStream
+from qwen3_moe_jax.text.stream import StopStrings, TextStream, stop_texts
 from qwen3_moe_jax.text.tokenizer import StreamDecoder, Tokenizer
 
 
@@ -168,7 +168,7 @@ class Model(Research):
           ContextOverflowError: the prompt does not fit the context.
           ValueError: max_tokens is below 1, the prompt is empty, or an option is out of its range.
         """
-        StopStrings(stop)
+        stop = stop_texts(stop)
         r = self._request(
             prompt, max_tokens, sampling, tools, thinking, prefill=prefill, special=special, **overrides
         )
@@ -191,7 +191,8 @@ class Model(Research):
         **overrides: Any,
     ) -> Request:
         """What ``open_stream`` is asked for, checked."""
-        check_request(max_tokens, sampling, tools, thinking, overrides)
+        tools = None if tools is None else check_list("tools", tools)  # a generator is gone through once
+        check_request(max_tokens, sampling, thinking, overrides)
         if sampling is None:
             sampling = self.sampling(thinking=thinking, **overrides)
         elif overrides:
@@ -248,7 +249,9 @@ class Model(Research):
         """
         if isinstance(prompts, str | bytes):
             raise KindError("prompts is one text: give a list of prompts")
-        prompts = check_list("prompts", prompts)
+        prompts, stop = check_list("prompts", prompts), stop_texts(stop)
+        if options.get("tools") is not None:
+            options["tools"] = check_list("tools", options["tools"])
         if options.get("sampling") is None and options.get("seed") is None:
             options["seed"] = random_seed()
         run = self.runner.generate_batch

@@ -57,35 +57,42 @@ def checked_forward(
     """
     check_open(runner)
     config, can = runner.config, runner.capabilities
-    if (beside and not can.beside) or (interventions and not can.interventions):
-        what = "other sequences beside a prompt" if beside else "interventions"
-        raise ValueError(f'the {runner.name} backend takes no {what}: load(backend="jax") does')
     tokens = checked_ids(token_ids, config.vocab_size)
     if len(tokens) > runner.max_context:
         raise ContextOverflowError(len(tokens), runner.max_context)
-    for stage in check_list("capture", capture):
+    stages = check_list("capture", capture)
+    for stage in stages:
         check_stage(stage)
     every = tuple(range(config.num_hidden_layers))
     chosen = every if layers is None else check_list("layers", layers)
-    if not chosen or any(isinstance(layer, bool) or layer not in every for layer in chosen):
+    if not chosen or any(not _is_layer(layer, len(every)) for layer in chosen):
         raise ValueError(f"layers must be some of 0 to {every[-1]}, not {list(chosen)}")
-    for size in check_list("chunk_sizes", chunk_sizes):
+    chosen, sizes = tuple(map(int, chosen)), check_list("chunk_sizes", chunk_sizes)
+    for size in sizes:
         check_count("a size of chunk_sizes", size)
-    for row in check_list("beside", beside):
-        checked_ids(row, config.vocab_size)
-    for intervention in check_list("interventions", interventions):
+    rows = tuple(checked_ids(row, config.vocab_size) for row in check_list("beside", beside))
+    changes = check_list("interventions", interventions)
+    for intervention in changes:
         _check_intervention(intervention, len(every))
+    if (rows and not can.beside) or (changes and not can.interventions):
+        what = "other sequences beside a prompt" if rows else "interventions"
+        raise ValueError(f'the {runner.name} backend takes no {what}: load(backend="jax") does')
     forced = None if expert_ids is None else _checked_experts(config, expert_ids, len(chosen), len(tokens))
     return ForwardRequest(
         tokens,
-        frozenset(capture),
+        frozenset(stages),
         forced,
         chosen,
         chosen == every,
-        tuple(chunk_sizes),
-        tuple(beside),
-        tuple(interventions),
+        sizes,
+        rows,
+        changes,
     )
+
+
+def _is_layer(value: object, count: int) -> bool:
+    is_integer = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    return is_integer and value in range(count)
 
 
 def check_stage(stage: object) -> None:
@@ -151,6 +158,7 @@ def checked_text(runner: Runner, token_ids: TokenIds, first: int) -> NDArray[np.
     tokens = checked_ids(token_ids, runner.config.vocab_size)
     if len(tokens) > runner.max_context:
         raise ContextOverflowError(len(tokens), runner.max_context)
+    check_number("first", first)
     if not 1 <= first < len(tokens):
         raise ValueError(f"first is {first}, and must be 1 to {len(tokens) - 1}")
     return tokens
@@ -187,7 +195,7 @@ def per_prompt(
     Raises:
       ValueError: another number of values than of prompts.
     """
-    limits = [limits] * count if isinstance(limits, int) else limits
+    limits = [int(limits)] * count if isinstance(limits, int | np.integer) else limits
     samplings = [samplings] * count if isinstance(samplings, Sampling) else samplings
     if not len(limits) == len(samplings) == count:
         raise ValueError(f"{count} prompts, {len(limits)} max_tokens and {len(samplings)} samplings")

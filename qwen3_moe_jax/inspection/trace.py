@@ -135,6 +135,7 @@ def trace(
     Raises:
       ValueError: no such stage.
     """
+    stages = tuple(stages)
     unknown = set(stages) - STAGES.keys()
     if unknown:
         raise ValueError(f"no such stage: {', '.join(sorted(unknown))}; there are {', '.join(STAGES)}")

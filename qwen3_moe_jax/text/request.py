@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 
-from qwen3_moe_jax.core.arguments import check_count, check_known, check_list, check_switch, wrong_kind
+from qwen3_moe_jax.core.arguments import check_count, check_known, check_switch, wrong_kind
 from qwen3_moe_jax.core.options import GenerateOptions
 from qwen3_moe_jax.core.sampling import Sampling
 from qwen3_moe_jax.text.answer import Answer
@@ -21,9 +21,7 @@ class Request:
     chat: RenderedChat | None
 
 
-def check_request(
-    max_tokens: object, sampling: object, tools: object, thinking: object, overrides: Iterable[str]
-) -> None:
+def check_request(max_tokens: object, sampling: object, thinking: object, overrides: Iterable[str]) -> None:
     """Refuses what is no option of ``Model.open_stream``, or of a wrong kind.
 
     Raises:
@@ -35,8 +33,6 @@ def check_request(
         check_count("max_tokens", max_tokens)
     if thinking is not None:
         check_switch("thinking", thinking)
-    if tools is not None:
-        check_list("tools", tools)
     if not isinstance(sampling, Sampling | None):
         raise wrong_kind("sampling", sampling, "a Sampling")
 

@@ -147,6 +147,19 @@ def _close_streams() -> None:
             stream.close()
 
 
+def stop_texts(stop: Iterable[str] | None) -> tuple[str, ...]:
+    """The stop strings that an argument names: one, several, or None for none.
+
+    Raises:
+      KindError, ValueError: what cannot end a text.
+    """
+    texts = (stop,) if isinstance(stop, str) else check_list("stop", () if stop is None else stop)
+    for text in texts:
+        if not isinstance(text, str) or not text:
+            raise ValueError(f"a stop string must be a text of at least one character, not {text!r}")
+    return texts
+
+
 class StopStrings:
     """Cuts a text, as it comes, before the stop string that is complete first.
 
@@ -157,10 +170,7 @@ class StopStrings:
     """
 
     def __init__(self, stop: Sequence[str] | None = ()):
-        self._stops = (stop,) if isinstance(stop, str) else check_list("stop", () if stop is None else stop)
-        for text in self._stops:
-            if not isinstance(text, str) or not text:
-                raise ValueError(f"a stop string must be a text of at least one character, not {text!r}")
+        self._stops = stop_texts(stop)
         self.found: str | None = None
         self._held = ""
 
