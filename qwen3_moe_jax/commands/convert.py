@@ -13,6 +13,7 @@ from qwen3_moe_jax.convert.errors import ModelFileError
 from qwen3_moe_jax.convert.open_model import open_model
 from qwen3_moe_jax.convert.output_folder import OutputError
 from qwen3_moe_jax.convert.progress import format_bytes
+from qwen3_moe_jax.convert.tokenizer_metadata import check_tokenizer
 from qwen3_moe_jax.core import terminal
 from qwen3_moe_jax.core.exit_codes import ExitCode
 from qwen3_moe_jax.machine.jax_devices import PLATFORMS_VARIABLE
@@ -62,6 +63,7 @@ def convert_model(model: str | os.PathLike, out: str | os.PathLike, *, quiet: bo
     start = time.monotonic()
     label = f"converting {os.path.basename(model)}"
     with open_model(model) as source, terminal.show_progress(label, quiet=quiet) as progress:
+        check_tokenizer(source.metadata, source.config.vocab_size)
         nbytes = write_checkpoint(source, out, progress=progress)
     seconds = time.monotonic() - start
     return f"{out}: {format_bytes(nbytes)} in {seconds:.1f} s ({format_bytes(nbytes / seconds)}/s)"

@@ -8,6 +8,7 @@ from qwen3_moe_jax.commands.common import add_context, add_mesh, add_model
 from qwen3_moe_jax.convert.errors import ModelFileError, printable
 from qwen3_moe_jax.convert.open_model import open_model
 from qwen3_moe_jax.convert.source import ModelSource
+from qwen3_moe_jax.convert.tokenizer_metadata import check_tokenizer
 from qwen3_moe_jax.core import terminal
 from qwen3_moe_jax.core.errors import MemoryPlanError, OptionError
 from qwen3_moe_jax.core.exit_codes import ExitCode
@@ -55,6 +56,7 @@ def judge_model(path, context: int, facts: Machine) -> list[Diagnosis]:
     path = loader.embedded_model() if path is None else path
     try:
         with open_model(loader.model_path(path)) as source:
+            check_tokenizer(source.metadata, source.config.vocab_size)
             kinds = ", ".join(sorted({t.name for t in source.types.values()}))
             what = f"{path}: {len(source.types)} tensors ({kinds}), {source.nbytes / 1e9:.2f} GB"
             plan = MemoryPlan.of(source, min(context, source.config.max_position_embeddings), itemsize=4)

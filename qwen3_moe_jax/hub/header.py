@@ -16,6 +16,7 @@ from qwen3_moe_jax.convert.errors import ModelFileError
 from qwen3_moe_jax.convert.gguf_header import read_header
 from qwen3_moe_jax.convert.open_model import open_model
 from qwen3_moe_jax.convert.regular_file import RegularFile
+from qwen3_moe_jax.convert.tokenizer_metadata import check_tokenizer
 from qwen3_moe_jax.core.errors import HubError, OutputFileError
 from qwen3_moe_jax.hub.faults import explained
 from qwen3_moe_jax.hub.listing import Listing, RemoteFile, Variant
@@ -125,6 +126,7 @@ def look(listing: Listing, variant: Variant) -> Seen | None:
 def _seen(listing: Listing, variant: Variant) -> Seen:
     try:
         with headers_of(listing, variant) as path, open_model(path) as source:
+            check_tokenizer(source.metadata, source.config.vocab_size)
             types = tuple(sorted({t.name for t in source.types.values()}))
             context = min(CONTEXT, source.config.max_position_embeddings)
             return Seen(types, MemoryPlan.of(source, context, CACHE_ITEMSIZE))

@@ -17,6 +17,7 @@ from qwen3_moe_jax.convert.gguf_file import GGUFFile
 from qwen3_moe_jax.convert.layouts.gpu_tiles import TILED_TYPES
 from qwen3_moe_jax.convert.open_model import open_model
 from qwen3_moe_jax.convert.source import ModelSource
+from qwen3_moe_jax.convert.tokenizer_metadata import check_tokenizer
 from qwen3_moe_jax.machine.estimate import Place, place_of
 from qwen3_moe_jax.machine.kernels import NATIVE
 from qwen3_moe_jax.machine.memory import MemoryPlan
@@ -49,6 +50,7 @@ def report_on(
     """
     try:
         with open_model(path) as source:
+            check_tokenizer(source.metadata, source.config.vocab_size)
             return _of_model(source, estimates, sha256)
     except ModelFileError as error:
         if os.path.isdir(path):
