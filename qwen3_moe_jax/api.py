@@ -13,7 +13,7 @@ from qwen3_moe_jax.convert.open_model import open_model
 from qwen3_moe_jax.convert.progress import ProgressCallback
 from qwen3_moe_jax.convert.source import ModelSource
 from qwen3_moe_jax.core import notebook
-from qwen3_moe_jax.core.arguments import check_list, check_switch, wrong_kind
+from qwen3_moe_jax.core.arguments import check_count, check_list, check_switch, wrong_kind
 from qwen3_moe_jax.core.errors import (
     BackendUnavailableError,
     KindError,
@@ -355,6 +355,12 @@ def load(
     check_switch("strict", strict)
     if progress is not None and not isinstance(progress, bool) and not callable(progress):
         raise wrong_kind("progress", progress, "a function, True or False")
+    if before_weights is not None and not callable(before_weights):
+        raise wrong_kind("before_weights", before_weights, "a function")
+    if not isinstance(distributed, Processes | None):
+        raise wrong_kind("distributed", distributed, "a Processes")
+    if first_prompt is not None:
+        check_count("first_prompt", first_prompt)
     check_environment()
     if distributed is not None:
         processes.join(distributed)

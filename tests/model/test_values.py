@@ -76,6 +76,11 @@ LOADS = [
     ({"strict": 1}, "strict must be True or False, not 1"),
     ({"adapter": 3}, "adapter must be a text, not 3"),
     ({"progress": 3}, "progress must be a function, True or False, not 3"),
+    ({"before_weights": 3}, "before_weights must be a function, not 3"),
+    ({"distributed": True}, "distributed must be a Processes, not True"),
+    ({"distributed": "a:1"}, "distributed must be a Processes, not 'a:1'"),
+    ({"first_prompt": "64"}, "first_prompt must be an integer, not '64'"),
+    ({"first_prompt": 1.5}, "first_prompt must be an integer, not 1.5"),
 ]
 
 
