@@ -57,6 +57,10 @@ def checked_forward(
     """
     check_open(runner)
     config, can = runner.config, runner.capabilities
+    others, changes = check_list("beside", beside), check_list("interventions", interventions)
+    if (others and not can.beside) or (changes and not can.interventions):
+        what = "other sequences beside a prompt" if others else "interventions"
+        raise ValueError(f'the {runner.name} backend takes no {what}: load(backend="jax") does')
     tokens = checked_ids(token_ids, config.vocab_size)
     if len(tokens) > runner.max_context:
         raise ContextOverflowError(len(tokens), runner.max_context)
@@ -70,13 +74,9 @@ def checked_forward(
     chosen, sizes = tuple(map(int, chosen)), check_list("chunk_sizes", chunk_sizes)
     for size in sizes:
         check_count("a size of chunk_sizes", size)
-    rows = tuple(checked_ids(row, config.vocab_size) for row in check_list("beside", beside))
-    changes = check_list("interventions", interventions)
+    rows = tuple(checked_ids(row, config.vocab_size) for row in others)
     for intervention in changes:
         _check_intervention(intervention, len(every))
-    if (rows and not can.beside) or (changes and not can.interventions):
-        what = "other sequences beside a prompt" if rows else "interventions"
-        raise ValueError(f'the {runner.name} backend takes no {what}: load(backend="jax") does')
     forced = None if expert_ids is None else _checked_experts(config, expert_ids, len(chosen), len(tokens))
     return ForwardRequest(
         tokens,
