@@ -7,7 +7,8 @@
 Both do the same work with the same number of slots. The load generator is this process, the server is a
 child: clients of one event loop on sockets of their own. ``--h100`` asks for what a GPU must show. Parts:
 
-ratio     tokens per second over HTTP beside the batch alone, times to the first token
+ratio     tokens per second over HTTP beside the batch alone, times to the first token, CPU seconds of the
+          front per request
 front     events per second that the front streams without an engine
 mixed     gaps between tokens of running streams while a long prompt is read
 overload  ten times the capacity, over the time of a wave and at once: statuses, times of the refusals, what
@@ -41,6 +42,8 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from qwen3_moe_jax.convert.open_model import open_model
 from qwen3_moe_jax.loader import embedded_model
@@ -207,10 +210,18 @@ def cold(args: argparse.Namespace, port: int) -> dict[str, Any]:
 def ratio(args: argparse.Namespace, port: int) -> dict[str, Any]:
     """The best wave, and single requests of two tokens."""
     wave(args, port, prompts(args, 0), args.tokens)
+    began = front_seconds()
     waves = [wave(args, port, prompts(args, n + 1), args.tokens) for n in range(args.rounds)]
+    cpu = (front_seconds() - began) / (args.rounds * args.clients)
     best = max(waves, key=lambda w: w["tokens_per_second"])
     one = [wave(args, port, prompts(args, 50 + n, count=1), 2)["first_p50"] for n in range(20)]
-    return {"served": best, "first_token_of_one": {"p50": quantile(one, 0.5), "p95": quantile(one, 0.95)}}
+    first = {"p50": quantile(one, 0.5), "p95": quantile(one, 0.95)}
+    return {"served": best, "front_cpu_per_request": cpu, "first_token_of_one": first}
+
+
+def front_seconds() -> float:
+    """CPU seconds of the server's front so far: of this process' children, without theirs."""
+    return sum(sum(process.cpu_times()[:2]) for process in psutil.Process().children())
 
 
 def overload(args: argparse.Namespace, port: int) -> dict[str, Any]:
