@@ -17,7 +17,6 @@ import msgspec
 from qwen3_moe_jax.core.batch import TokenScore
 from qwen3_moe_jax.machine.child_environment import child_environment
 from qwen3_moe_jax.serve.engine import frames
-from qwen3_moe_jax.serve.one_write import OneWrite
 
 Health = Literal["loading", "ok", "draining", "dead"]
 
@@ -177,7 +176,7 @@ class EngineClient:
         self._asides: dict[int, asyncio.Future] = {}
         self._deaths: deque[float] = deque()
         self._process: subprocess.Popen | None = None
-        self._writer: OneWrite | None = None
+        self._writer: asyncio.StreamWriter | None = None
         self._task: asyncio.Task | None = None
 
     @property
@@ -246,8 +245,7 @@ class EngineClient:
             self.fault = f"the engine's process cannot be started: {error.strerror}"
             self.say(self.fault)
             return
-        reader, writer = await asyncio.open_connection(sock=ours)
-        self._writer = OneWrite(writer.transport, asyncio.get_running_loop())
+        reader, self._writer = await asyncio.open_connection(sock=ours)
         try:
             self._send(self.start)
             while (message := await frames.receive_async(reader)) is not None:

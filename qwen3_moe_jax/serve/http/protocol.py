@@ -10,7 +10,6 @@ from typing import Any, ClassVar
 import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from qwen3_moe_jax.serve.one_write import OneWrite
 from qwen3_moe_jax.serve.settings import Settings
 
 _BODIES = {
@@ -34,7 +33,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._in_head = True
 
     def connection_made(self, transport: asyncio.Transport) -> None:
-        super().connection_made(OneWrite(transport, self.loop))
+        super().connection_made(transport)
         self._start_deadline()
 
     def connection_lost(self, exc: Exception | None) -> None:
