@@ -10,6 +10,7 @@ import argparse
 import importlib
 import os
 import sys
+from contextlib import suppress
 
 from qwen3_moe_jax.commands.parser import Parser, guess_for_command
 from qwen3_moe_jax.core import interrupts, terminal
@@ -39,6 +40,9 @@ COMMANDS = {
     ),
 }
 
+SECONDS_TO_KEEP = 2.0
+"""What a process that ends waits for a program, at most: those of a CPU take a second."""
+
 LOOKS = ("doctor", "inspect", "models", "pull")
 """Commands that compute nothing: they run with an environment in which nothing would."""
 
@@ -54,7 +58,8 @@ Completion in bash and zsh: eval "$(register-python-argcomplete {PROGRAM})"
 def program() -> None:
     """The console's entry: runs a command and ends the process, also while a program is being compiled.
 
-    A compilation in the background cannot be interrupted, and nobody waits for it any more.
+    A compilation in the background cannot be interrupted. One that is nearly done is waited for, so that the
+    next process finds its program; nobody waits who has asked for the end.
     """
     code = main()
     processes = sys.modules.get("qwen3_moe_jax.machine.processes")
@@ -62,7 +67,10 @@ def program() -> None:
         processes.end(code)
     preparation = sys.modules.get("qwen3_moe_jax.jax_backend.preparation")
     if preparation is not None and preparation.is_compiling():
-        os._exit(code)
+        with suppress(KeyboardInterrupt):
+            preparation.finish(SECONDS_TO_KEEP if code < 128 else 0.0)
+        if preparation.is_compiling():
+            os._exit(code)
     sys.exit(code)
 
 

@@ -48,6 +48,17 @@ def is_compiling() -> bool:
     return any(preparation.is_compiling for preparation in _all)
 
 
+def finish(seconds: float) -> None:
+    """Waits so long, at most, for programs that are being compiled and that later processes will find.
+
+    Without that a command that ends sooner than its compiler would leave the program to the next one, which
+    ends too soon as well: each would write beside a compiler, at a third of its rate.
+    """
+    end = time.monotonic() + seconds
+    for preparation in _all:
+        preparation.finish(end - time.monotonic())
+
+
 class Preparation:
     """Makes the programs of one session in the background.
 
@@ -172,6 +183,12 @@ class Preparation:
         if wait and self._worker is not None:
             self._worker.join()
 
+    def finish(self, seconds: float) -> None:
+        """Waits so long, at most, for those that are being compiled; for none that no later process finds."""
+        with self._changed:
+            if self.are_kept and programs.keeps_on_disk():
+                self._changed.wait_for(lambda: not self._compiling, max(0.0, seconds))
+
     def _make_the_rest(self) -> None:
         with suppress(OSError, AttributeError):  # a system without priorities of threads
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
@@ -229,3 +246,4 @@ class Preparation:
         finally:
             with self._changed:
                 self._compiling -= 1
+                self._changed.notify_all()

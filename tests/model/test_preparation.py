@@ -258,6 +258,24 @@ def test_close_lets_the_one_under_way_end_and_begins_no_other(kept):
     assert not preparation_module.is_compiling()
 
 
+@pytest.mark.parametrize("are_kept", [True, False])
+def test_one_that_a_later_process_will_find_is_waited_for(kept, are_kept):
+    log, held = [], threading.Event()
+    preparation = Preparation([], are_kept=are_kept)
+    compiling = threading.Thread(target=preparation._make, args=(Fake(log, "a", held=held), True))
+    compiling.start()
+    while not log:
+        pass
+    preparation_module.finish(0.0)
+    assert preparation.is_compiling
+    if are_kept:
+        threading.Timer(0.1, held.set).start()
+    preparation_module.finish(60.0)
+    assert preparation.is_compiling is not are_kept
+    held.set()
+    compiling.join()
+
+
 def test_one_that_is_loaded_or_made_does_not_end_what_another_thread_compiles(kept):
     log, held = [], threading.Event()
     preparation = Preparation([])
