@@ -169,6 +169,7 @@ def install(recorder: Recorder) -> None:
     )
     (wheel,) = dist.glob("*.whl")
     shutil.move(wheel, recorder.folder / wheel.name)
+    recorder.environment.pop("PYTHONPATH", None)  # pip would take the clone for an installed package
     recorder.run(
         "install",
         "python3 -m venv .venv",
