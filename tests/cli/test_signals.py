@@ -34,19 +34,15 @@ def test_an_answer_that_is_ended_keeps_its_text(number, tmp_path):
     assert len(path.read_text()) >= 20
 
 
-@pytest.mark.parametrize("number", CODES)
-def test_an_ending_at_the_prompt_gives_the_terminal_back(number, tmp_path):
-    """The prompt's editor has changed the terminal's settings: the next program must not find them. What was
-    entered is in the history."""
-    environment = {"TERM": "xterm-256color", "PROMPT_TOOLKIT_NO_CPR": "1", "XDG_STATE_HOME": str(tmp_path)}
-    chat = Terminal("chat", "-q", *ENDLESS, **environment)
-    before = termios.tcgetattr(chat.master)
-    chat.until(READY)
-    chat.press("/system be kind\r")
-    chat.until("be kind")
-    chat.until(READY)
-    assert termios.tcgetattr(chat.master)[3] != before[3], "the editor is at work"
-    os.kill(chat.process.pid, number)
+def chat_with_an_editor(state, **options):
+    """A chat at a terminal that can move its cursor, and that terminal's settings."""
+    environment = {"TERM": "xterm-256color", "PROMPT_TOOLKIT_NO_CPR": "1", "XDG_STATE_HOME": str(state)}
+    chat = Terminal("chat", "-q", *ENDLESS, **options, **environment)
+    return chat, termios.tcgetattr(chat.master)
+
+
+def assert_ended_by(number, chat, before):
+    """It has the signal's exit code, shows no traceback and gives the terminal back."""
     if number == signal.SIGINT:  # the first one clears the line
         chat.until("leaves")
         chat.until(READY)
@@ -57,6 +53,20 @@ def test_an_ending_at_the_prompt_gives_the_terminal_back(number, tmp_path):
     assert code == CODES[number]
     assert b"Traceback" not in chat.all
     assert after[:4] == before[:4]
+
+
+@pytest.mark.parametrize("number", CODES)
+def test_an_ending_at_the_prompt_gives_the_terminal_back(number, tmp_path):
+    """The prompt's editor has changed the terminal's settings: the next program must not find them. What was
+    entered is in the history."""
+    chat, before = chat_with_an_editor(tmp_path)
+    chat.until(READY)
+    chat.press("/system be kind\r")
+    chat.until("be kind")
+    chat.until(READY)
+    assert termios.tcgetattr(chat.master)[3] != before[3], "the editor is at work"
+    os.kill(chat.process.pid, number)
+    assert_ended_by(number, chat, before)
     (history,) = tmp_path.rglob("chat-history")
     assert "+/system be kind\n" in history.read_text()
 
@@ -69,20 +79,9 @@ def test_an_ending_within_the_editor_is_not_its_fault(number, tmp_path):
         "import os\nfrom prompt_toolkit.history import FileHistory\n"
         f"FileHistory.load_history_strings = lambda self: os.kill(os.getpid(), {int(number)}) or []"
     )
-    environment = {"TERM": "xterm-256color", "PROMPT_TOOLKIT_NO_CPR": "1", "XDG_STATE_HOME": str(tmp_path)}
-    chat = Terminal("chat", "-q", *ENDLESS, first=first, **environment)
-    before = termios.tcgetattr(chat.master)
-    if number == signal.SIGINT:  # the first one clears the line
-        chat.until("leaves")
-        chat.until(READY)
-        os.kill(chat.process.pid, number)
-    code = chat.process.wait(timeout=terminal.SECONDS)
-    after = termios.tcgetattr(chat.master)
-    chat.exit_code()
-    assert code == CODES[number]
-    assert b"Traceback" not in chat.all
+    chat, before = chat_with_an_editor(tmp_path, first=first)
+    assert_ended_by(number, chat, before)
     assert b"ENTER" not in chat.all
-    assert after[:4] == before[:4]
 
 
 def test_a_signal_that_is_ignored_stays_ignored():
