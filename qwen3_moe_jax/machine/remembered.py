@@ -3,13 +3,10 @@
 Processes that write at once take turns by a lock on a file beside it, which the system drops with them.
 """
 
-import importlib
 import json
 import os
 import tempfile
-import time
-from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,6 +18,7 @@ SECONDS_FOR_A_TURN = 10.0
 lost then, and its check runs again."""
 
 PAUSE = 0.005
+"""Seconds between two looks at the lock."""
 
 
 def remembered(path: Path) -> list[str]:
@@ -37,9 +35,14 @@ def remembered(path: Path) -> list[str]:
 
 def remember(path: Path, key: str) -> None:
     """Adds a key to those that any process has added; a cache that cannot be written means one check more."""
+    from filelock import FileLock
+
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with _turn(path.with_name(f"{path.name}.lock")):
+        with ExitStack() as turn:
+            lock = FileLock(path.with_name(f"{path.name}.lock"), timeout=SECONDS_FOR_A_TURN, mode=0o600)
+            with suppress(OSError, NotImplementedError):  # waited too long; a place or system without locks
+                turn.enter_context(lock.acquire(poll_interval=PAUSE))
             _write(path, [*remembered(path), key][-MAX_REMEMBERED:])
     except OSError:
         return
@@ -53,37 +56,3 @@ def _write(path: Path, keys: list[str]) -> None:
             os.replace(file.name, path)
         except OSError:
             os.unlink(file.name)
-
-
-@contextmanager
-def _turn(path: Path) -> Generator[None]:
-    """Within the block no other process is, for as long as SECONDS_FOR_A_TURN; none is refused."""
-    flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0)
-    lock = os.open(path, flags, 0o600)
-    try:
-        end = time.monotonic() + SECONDS_FOR_A_TURN
-        while not _is_taken(lock) and time.monotonic() < end:
-            time.sleep(PAUSE)
-        yield
-    finally:
-        os.close(lock)
-
-
-def _is_taken(lock: int) -> bool:
-    """Tries to lock an open file; True, too, where the system or the place of the file has no locks."""
-    try:
-        for name in ("fcntl", "msvcrt"):
-            try:
-                module: Any = importlib.import_module(name)
-            except ImportError:
-                continue
-            if name == "fcntl":
-                module.flock(lock, module.LOCK_EX | module.LOCK_NB)
-            else:
-                module.locking(lock, module.LK_NBLCK, 1)
-            break
-    except (BlockingIOError, PermissionError):  # of the one and of the other: another process has it
-        return False
-    except OSError:
-        return True
-    return True
