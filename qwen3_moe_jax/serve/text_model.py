@@ -14,9 +14,8 @@ from qwen3_moe_jax.text.chat_template import (
     RenderedChat,
     find_template,
     has_thinking_switch,
-    render_chat,
-    special_tokens,
 )
+from qwen3_moe_jax.text.prompts import rendered
 from qwen3_moe_jax.text.tokenizer import Tokenizer
 
 FIM_TOKENS = ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>")
@@ -112,14 +111,13 @@ class TextModel:
         add_generation_prompt: bool = True,
     ) -> RenderedChat:
         """As ``chat``, the text alone."""
-        return render_chat(
-            find_template(self.metadata),
+        return rendered(
             messages,
-            tools,
+            self.metadata,
+            self.tokenizer.control_tokens,
+            tools=tools,
+            thinking=thinking,
             add_generation_prompt=add_generation_prompt,
-            enable_thinking=thinking,
-            special=special_tokens(self.metadata),
-            control_tokens=self.tokenizer.control_tokens,
         )
 
     def template_fault(self) -> str | None:

@@ -14,14 +14,15 @@ Messages = Sequence[dict[str, Any]]
 
 
 def rendered(
-    prompt: Messages,
+    prompt: Sequence[Mapping[str, Any]],
     metadata: Mapping[str, object],
     control: Collection[str],
     *,
     template: str | None = None,
-    tools: Sequence[dict[str, Any]] | None = None,
+    tools: Sequence[Mapping[str, Any]] | None = None,
     thinking: bool | None = None,
     prefill: str = "",
+    add_generation_prompt: bool = True,
 ) -> RenderedChat:
     """Messages through a chat template.
 
@@ -32,6 +33,7 @@ def rendered(
       template: Jinja source in place of the file's own, or None.
       tools, thinking: as ``render_chat``.
       prefill: the beginning of the answer.
+      add_generation_prompt: as ``render_chat``.
 
     Raises:
       MessageError, TemplateError: as ``render_chat``.
@@ -40,6 +42,7 @@ def rendered(
         template or find_template(metadata),
         prompt,
         tools,
+        add_generation_prompt=add_generation_prompt,
         enable_thinking=thinking,
         special=special_tokens(metadata),
         control_tokens=control,
