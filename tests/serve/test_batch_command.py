@@ -138,14 +138,15 @@ def test_kill_9_in_a_line_leaves_each_line_once(model_files, tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_keeps_what_is_answered(model_files, tmp_path, number):
-    path, out = tmp_path / "requests.jsonl", tmp_path / "results.jsonl"
-    # the first one's limit is the largest, so it is asked first; it ends after two tokens
-    path.write_text(
-        "\n".join([completion("0", "x", 3000), *(chat(str(i), "[[forever]]") for i in range(1, 9))])
-    )
-    process = start(path, out, model_files["hermes"], "--context", "4096")
+    """The others come when the first is answered: one of them before it would never end."""
+    out = tmp_path / "results.jsonl"
+    process = start("-", out, model_files["hermes"], "--context", "4096")
+    process.stdin.write(completion("0", "x", 3000) + "\n")
+    process.stdin.flush()
     while not out.exists() or not out.read_bytes().count(b"\n"):
         assert process.poll() is None, process.stderr.read()
+    process.stdin.write("".join(chat(str(i), "[[forever]]") + "\n" for i in range(1, 9)))
+    process.stdin.flush()
     process.send_signal(number)
     said = process.communicate(timeout=terminal.SECONDS)[1]
     assert process.returncode == ExitCode.INTERRUPTED, said

@@ -4,6 +4,7 @@ import asyncio
 import itertools
 import threading
 from collections.abc import Iterator
+from concurrent.futures import CancelledError
 from dataclasses import replace
 from typing import IO, Protocol
 
@@ -52,7 +53,13 @@ class StreamSource:
         self._is_over = False
 
     def _read(self, loop: asyncio.AbstractEventLoop) -> None:
-        put = lambda line: asyncio.run_coroutine_threadsafe(self._queue.put(line), loop).result()
+        def put(line: Line | None) -> None:
+            putting = self._queue.put(line)
+            try:
+                asyncio.run_coroutine_threadsafe(putting, loop).result()
+            except (RuntimeError, CancelledError):  # the loop has ended: nobody takes it any more
+                putting.close()
+
         try:
             for line in read(self._file):
                 put(self._checked(line))
