@@ -69,7 +69,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--batch-invariant", action="store_true", help="serve with it (part bits)")
     parser.add_argument("--rounds", type=int, default=2, help="the best counts")
     parser.add_argument("--replicas", type=int, default=2, help="engines of the part that is called so")
-    parser.add_argument("--parts", nargs="+", default=["ratio"], choices=(*PARTS, "all"))
+    parser.add_argument(
+        "--parts", nargs="+", choices=(*PARTS, "all"), help="ratio; --h100: all of one server, and turn"
+    )
     parser.add_argument(
         "--h100", action="store_true", help="64 chats of 512 and 128, prefixes of 4,096, 8,192"
     )
@@ -80,8 +82,9 @@ def parse() -> argparse.Namespace:
     if args.h100:
         args.clients, args.prompt, args.tokens, args.long = 64, 512, 128, 4096
         args.seconds = args.seconds or 400
-        args.parts = [name for name in PARTS if name not in ("front", "replicas")]
-    elif "all" in args.parts:
+        args.parts = args.parts or [name for name in PARTS if name not in ("front", "replicas")]
+    args.parts = args.parts or ["ratio"]
+    if "all" in args.parts:
         args.parts = list(CPU_PARTS)
     args.seconds = args.seconds or 1500
     return args
