@@ -29,7 +29,10 @@ async def say(port: int, ids: list[int], tokens: int, style: dict[str, Any], *, 
         _, _, content = (await reader.read()).partition(b"\r\n\r\n")
     finally:
         writer.close()
-    return json.loads(content)["choices"][0]["text"]
+    answer = json.loads(content)
+    if "choices" not in answer:
+        raise RuntimeError(answer.get("error", answer))
+    return answer["choices"][0]["text"]
 
 
 def compare(args: argparse.Namespace, port: int, work: Sequence[list[int]]) -> dict[str, Any]:
