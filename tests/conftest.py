@@ -16,6 +16,7 @@ Programs. Workers, and the processes that tests start, share compiled programs o
 import ctypes
 import faulthandler
 import os
+import signal
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,16 @@ def _share_programs() -> None:
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
 
+def _hear_signals() -> None:
+    """Programs that tests start end at signals also where this run ignores them (``nohup``, ``&``)."""
+    for name, wanted in (("SIGHUP", signal.SIG_DFL), ("SIGINT", signal.default_int_handler)):
+        number = getattr(signal, name, None)  # Windows has no SIGHUP
+        if number is not None and signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, wanted)
+
+
 def pytest_configure(config: pytest.Config) -> None:
+    _hear_signals()
     _one_blas_thread()
     _share_programs()
     config.stash[STDERR] = os.dup(2)  # pytest captures no output yet
