@@ -30,9 +30,9 @@ from qwen3_moe_jax.convert.open_model import open_model
 from qwen3_moe_jax.core.sampling import Sampling
 from qwen3_moe_jax.wgpu_backend import device as device_module
 from qwen3_moe_jax.wgpu_backend.device import MAX_QUERIES, Device, Launch
-from qwen3_moe_jax.wgpu_backend.kernels import Site
 from qwen3_moe_jax.wgpu_backend.program import Program
 from qwen3_moe_jax.wgpu_backend.runner import WgpuRunner
+from qwen3_moe_jax.wgpu_backend.sites import Site
 from scripts._wgpu_options import parser_of
 from scripts._wgpu_rate import read_rate
 from scripts._wgpu_timeline import Timeline, load_steps
@@ -105,8 +105,8 @@ def _stream(runner: WgpuRunner, prompt: np.ndarray, count: int) -> Generator[int
 
 def prompt_of(runner: WgpuRunner, prompt: np.ndarray, rate: float) -> dict[str, Any]:
     """The prompt's last chunk; kernels, then the host's part."""
-    program = runner._prefill
-    start, end = runner._chunks(len(prompt), len(prompt))[-1]
+    chunks = runner._chunks(len(prompt), len(prompt))
+    program, (start, end) = runner._prefill_of(chunks[0][1]), chunks[-1]
     runner._device.write(runner._buffers["tokens"], prompt[start:end].astype(np.uint32))
     runner._write_step(start, end - start, end - start - 1)
     result = kernels(runner, program, program.body, start, end - start, rate)

@@ -12,11 +12,12 @@ import numpy as np
 from qwen3_moe_jax.convert.packed import PackedTensor
 from qwen3_moe_jax.core.sampling import Sampling
 from qwen3_moe_jax.wgpu_backend import kernels
+from qwen3_moe_jax.wgpu_backend.buffers import step_words
 from qwen3_moe_jax.wgpu_backend.device import Device
-from qwen3_moe_jax.wgpu_backend.kernels import DenseBuffer, ExpertBuffer, Segment, Shape, Site
+from qwen3_moe_jax.wgpu_backend.kernels import DenseBuffer, ExpertBuffer, Segment
 from qwen3_moe_jax.wgpu_backend.layout import device_nbytes, granule, items_per_window
-from qwen3_moe_jax.wgpu_backend.program import step_words
 from qwen3_moe_jax.wgpu_backend.runner import NONFINITE, sampling_words
+from qwen3_moe_jax.wgpu_backend.sites import Shape, Site, max_tiles
 from qwen3_moe_jax.wgpu_backend.weights import write_rows
 
 GUARD_WORDS = 1024
@@ -64,11 +65,17 @@ class Ops:
         write_rows(self.device, buffer, weight, 0)
         return buffer
 
-    def _tile(self, decode: bool) -> int:
-        return 1 if decode else self.device.tuning.prefill_tokens
+    def _tile(self, decode: bool, wide: bool) -> int:
+        tiles = self.device.tuning.tiles
+        return 1 if decode else tiles.tokens if wide and tiles else self.device.tuning.prefill_tokens
 
-    def matmul(self, x: np.ndarray, *weights: PackedTensor, decode: bool = False) -> np.ndarray:
-        """x [T, K] times the transposes of up to three [N, K], side by side in one buffer: [T, sum of N]."""
+    def matmul(
+        self, x: np.ndarray, *weights: PackedTensor, decode: bool = False, wide: bool = False
+    ) -> np.ndarray:
+        """x [T, K] times the transposes of up to three [N, K], side by side in one buffer: [T, sum of N].
+
+        ``wide`` takes the kernel of long prompts.
+        """
         tokens, columns = x.shape
         sizes = [device_nbytes(w.type, int(np.prod(w.shape))) for w in weights]
         buffer = self.device.buffer(sum(sizes), "weights")
@@ -84,16 +91,21 @@ class Ops:
         y = self._out(tokens * rows)
         self._set_step(tokens)
         site = kernels.dense_site(
-            self.device, dense, self._in(x), y, self._step, tokens=self._tile(decode), y_stride=rows
+            self.device, dense, self._in(x), y, self._step, tokens=self._tile(decode, wide), y_stride=rows
         )
         self._run([site], self._shape(1, 1), tokens)
         return self._get(y, tokens, rows)
 
     def _shape(self, experts: int, chosen: int) -> Shape:
-        return Shape(self.device.tuning.prefill_tokens, experts, chosen)
+        return Shape(experts, chosen)
 
     def expert_matmul(
-        self, x: np.ndarray, expert_ids: np.ndarray, *weights: PackedTensor, decode: bool = False
+        self,
+        x: np.ndarray,
+        expert_ids: np.ndarray,
+        *weights: PackedTensor,
+        decode: bool = False,
+        wide: bool = False,
     ) -> np.ndarray:
         """x [T, K] or [T, X, K] times the chosen experts of [E, N, K]: [T, X, N].
 
@@ -111,10 +123,10 @@ class Ops:
         x_div = chosen if x.ndim == 2 else 1
         y = self._out(tokens * chosen * rows)
         self._set_step(tokens)
-        tile, shape = self._tile(decode), self._shape(experts, chosen)
+        tile, shape = self._tile(decode, wide), self._shape(experts, chosen)
         routing = {
             "ids": self._in(expert_ids, np.uint32),
-            "tiles": self._out(4 * (1 + kernels.max_tiles(expert_ids.size, experts, tile))),
+            "tiles": self._out(4 * (1 + max_tiles(expert_ids.size, experts, tile))),
             "order": self._out(expert_ids.size),
         }
         inputs = self._in(x)
@@ -244,6 +256,7 @@ class Ops:
         chunk: int | None = None,
         span: int | None = None,
         f16: bool = False,
+        together: int = 1,
     ) -> np.ndarray:
         """Head norms, RoPE, cache and causal attention of a prompt from position 0.
 
@@ -254,6 +267,7 @@ class Ops:
           heads: N.
           chunk: tokens per pass; 1 is decoding.
           span: cache positions a workgroup.
+          together: tokens a workgroup.
         """
         tokens, all_heads, head_dim = qkv.shape
         kv_heads = (all_heads - heads) // 2
@@ -282,7 +296,16 @@ class Ops:
                     **shape,
                 ),
                 *kernels.attention_sites(
-                    self.device, self._step, roped, keys, values, output, parts, span=span, **shape
+                    self.device,
+                    self._step,
+                    roped,
+                    keys,
+                    values,
+                    output,
+                    parts,
+                    span=span,
+                    tokens=together,
+                    **shape,
                 ),
             ]
             self._set_step(count, position=start)

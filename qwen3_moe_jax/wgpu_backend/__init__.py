@@ -9,6 +9,9 @@ Nothing here imports JAX: a machine without CUDA needs NumPy, jinja2 and wgpu.
 - ``layout``: the words in which weights lie on the device
 - ``weights``: uploads a model's tensors, in windows no larger than a binding
 - ``plan``: what a model takes of the device's memory, before any upload
+- ``buffers``: the work space, and where stages can be read in it
+- ``sites``: dispatches and their grids
+- ``kernels``, ``vectors``: one dispatch each; those of one token, joined to what is around them
 - ``program``: the dispatches of one forward pass
 - ``runner``: the ``Runner`` protocol on top
 - ``ops``: single kernels on NumPy arrays, for tests

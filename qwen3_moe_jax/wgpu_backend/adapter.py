@@ -6,7 +6,7 @@
 import os
 import sys
 import tempfile
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,57 @@ _KINDS = {
 
 
 @dataclass(frozen=True)
+class Tiles:
+    """Sizes of tile.wgsl, which computes long prompts.
+
+    Attributes:
+      rows, tokens: of the tile of one workgroup, of 32 columns at a time.
+      lane_rows, lane_tokens: of the block whose sums one lane keeps in registers.
+      attention_tokens: tokens that a workgroup of attention takes together.
+      from_tokens: chunks of fewer tokens are left to the kernel of narrow tiles.
+    """
+
+    rows: int
+    tokens: int
+    lane_rows: int
+    lane_tokens: int
+    attention_tokens: int = 1
+    from_tokens: int = 64
+
+    @property
+    def nbytes(self) -> int:
+        """Of shared memory: 32 columns of float32 for each row and token."""
+        return 4 * 32 * (self.rows + self.tokens)
+
+
+@dataclass(frozen=True)
+class Vectors:
+    """Settings of the kernels of one token (vectors.py).
+
+    Attributes:
+      workgroup: invocations per workgroup of the products.
+      lanes, rows: most invocations that share a row of weights, and rows that they compute together.
+      router_lanes: the same for the router, one row each.
+      team: invocations for each choice of experts in the sum of their outputs.
+      team_lanes, team_rows: as lanes and rows, there.
+      subgroup: invocations of every subgroup, where the device exchanges values inside them.
+      tile: cache positions that a workgroup of attention takes at a time; four lanes each.
+      parts: the most parts into which attention cuts the cache.
+    """
+
+    workgroup: int = 128
+    lanes: int = 32
+    rows: int = 2
+    router_lanes: int = 32
+    team: int = 32
+    team_lanes: int = 4
+    team_rows: int = 1
+    subgroup: int = 32
+    tile: int = 64
+    parts: int = 32
+
+
+@dataclass(frozen=True)
 class Tuning:
     """Settings of the kernels.
 
@@ -46,6 +97,8 @@ class Tuning:
       decode_span, prefill_span: cache positions that one workgroup of attention reads.
       tokens_per_submit: most tokens between two read-backs.
       submits_in_flight: batches of tokens that are queued before the first is read back.
+      tiles: for long prompts; None leaves them to the kernel of narrow tiles.
+      vectors: for one token; None leaves it to the kernels of prompts.
     """
 
     workgroup: int
@@ -62,6 +115,8 @@ class Tuning:
     prefill_span: int
     tokens_per_submit: int
     submits_in_flight: int
+    tiles: Tiles | None = None
+    vectors: Vectors | None = None
 
 
 _GPU = Tuning(
@@ -72,13 +127,15 @@ _GPU = Tuning(
     prefill_tokens=8,
     vector_workgroup=256,
     head_workgroup=64,
-    heads=4,
+    heads=2,
     sample_workgroup=256,
     chunk=512,
     decode_span=128,
     prefill_span=1 << 20,
     tokens_per_submit=2,
     submits_in_flight=3,
+    tiles=Tiles(rows=128, tokens=64, lane_rows=8, lane_tokens=4, attention_tokens=4),
+    vectors=Vectors(),
 )
 
 # A software adapter runs a workgroup as SIMD vectors of 8 lanes. One lane per row needs no reduction,
@@ -102,6 +159,15 @@ _SOFTWARE = Tuning(
 
 TUNINGS: dict[str, Tuning] = {"DiscreteGPU": _GPU, "IntegratedGPU": _GPU, "Unknown": _GPU, "CPU": _SOFTWARE}
 """Settings by WebGPU's adapter type."""
+
+
+SHARED_BYTES = 16384
+"""Of a workgroup: what WebGPU guarantees everywhere."""
+MAX_SHARED_BYTES = 49152
+"""The most that kernels ask for where an adapter offers more."""
+
+SMALL_TILES = Tiles(rows=64, tokens=64, lane_rows=4, lane_tokens=8, attention_tokens=2)
+"""What SHARED_BYTES hold."""
 
 
 @dataclass(frozen=True)
@@ -140,6 +206,15 @@ class AdapterReport:
     def to_json(self) -> dict[str, object]:
         """Plain values, for ``--json``."""
         return {f.name: getattr(self, f.name) for f in fields(self)}
+
+
+def tuning_for(report: AdapterReport) -> Tuning:
+    """The settings of an adapter: those of its kind, with tiles that its shared memory holds."""
+    tuning = TUNINGS.get(report.type, TUNINGS["Unknown"])
+    tiles = tuning.tiles
+    if tiles and tiles.nbytes > report.limits["max-compute-workgroup-storage-size"]:
+        return replace(tuning, tiles=SMALL_TILES)
+    return tuning
 
 
 _LIMITS = (

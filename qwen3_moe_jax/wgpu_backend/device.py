@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jinja2
 import numpy as np
@@ -22,7 +22,14 @@ import numpy as np
 from qwen3_moe_jax.convert.formats.iq4 import VALUES as IQ4_VALUES
 from qwen3_moe_jax.convert.formats.mxfp4 import FP4_VALUES
 from qwen3_moe_jax.core.errors import BackendUnavailableError, MemoryPlanError
-from qwen3_moe_jax.wgpu_backend.adapter import TUNINGS, AdapterReport, Tuning, probe
+from qwen3_moe_jax.wgpu_backend.adapter import (
+    MAX_SHARED_BYTES,
+    SHARED_BYTES,
+    AdapterReport,
+    Tuning,
+    probe,
+    tuning_for,
+)
 from qwen3_moe_jax.wgpu_backend.layout import GRID_OFFSETS, WORD_FORMATS, grid_words, reads_grids
 from qwen3_moe_jax.wgpu_backend.mapped import Readback, Shared
 
@@ -32,7 +39,7 @@ UPLOAD_PIECE = 16 << 20
 # What WebGPU guarantees everywhere; asking for no more keeps the kernels portable.
 _PORTABLE_LIMITS = {
     "max-storage-buffers-per-shader-stage": 8,
-    "max-compute-workgroup-storage-size": 16384,
+    "max-compute-workgroup-storage-size": SHARED_BYTES,
     "max-compute-invocations-per-workgroup": 256,
     "max-compute-workgroup-size-x": 256,
     "max-compute-workgroups-per-dimension": 65535,
@@ -41,6 +48,9 @@ _PORTABLE_LIMITS = {
 TIMESTAMPS = ("timestamp-query", "timestamp-query-inside-passes")
 MAX_QUERIES = 4096
 """Of one query set of WebGPU."""
+
+VENDORS_OF_32 = (0x10DE, 0x106B)
+"""PCI's numbers of NVIDIA and Apple: all subgroups of their GPUs have 32 invocations."""
 
 _BINDING = re.compile(r"@binding\((\d+)\) var<(uniform|storage, read|storage, read_write)>")
 
@@ -67,7 +77,14 @@ def _templates() -> jinja2.Environment:
 def render(name: str, **constants: Any) -> str:
     """The WGSL source of ``shaders/<name>.wgsl`` with its constants filled in."""
     kinds = {type.name: layout.kind for type, layout in WORD_FORMATS.items()}
-    facts = {"KINDS": kinds, "IQ4": _words(IQ4_VALUES), "FP4": _words(FP4_VALUES), "GRIDS": GRID_OFFSETS}
+    units = {type.name: layout.unit for type, layout in WORD_FORMATS.items()}
+    facts = {
+        "KINDS": kinds,
+        "UNITS": units,
+        "IQ4": _words(IQ4_VALUES),
+        "FP4": _words(FP4_VALUES),
+        "GRIDS": GRID_OFFSETS,
+    }
     names = [*constants.get("TYPES", ()), *([constants["TYPE"]] if "TYPE" in constants else ())]
     facts["READS_GRIDS"] = any(map(reads_grids, names))
     return _templates().get_template(f"{name}.wgsl").render(**facts, **constants)
@@ -108,6 +125,8 @@ class Device:
       tuning: settings for its kind.
       subgroups: lanes may exchange values directly: every subgroup has 32 of them.
       max_bytes: the largest buffer that one binding can show.
+      shared_bytes: of a workgroup's memory.
+      unchecked: kernels go without wgpu's checks of indices and loops.
       timestamps: ``run_timed`` can be called: they were asked for, and the adapter writes them inside passes.
     """
 
@@ -119,6 +138,7 @@ class Device:
         subgroups: bool | None = None,
         max_bytes: int | None = None,
         timestamps: bool = False,
+        unchecked: bool | None = None,
     ):
         """Opens an adapter.
 
@@ -126,13 +146,14 @@ class Device:
           adapter: part of the wanted adapter's summary.
           tuning, subgroups: in place of what suits the adapter.
           max_bytes: largest binding, in place of the adapter's limit.
+          unchecked: whether kernels go without wgpu's checks of indices and loops; default on hardware.
           timestamps: asks for what ``run_timed`` needs, where the adapter offers it.
 
         Raises:
           BackendUnavailableError: no such adapter, or it lacks what every kernel needs.
         """
         gpu_adapter, self.report = probe(adapter)
-        self.tuning = tuning or TUNINGS.get(self.report.type, TUNINGS["Unknown"])
+        self.tuning = tuning or tuning_for(self.report)
         self.subgroups = _fixed_subgroups(gpu_adapter) if subgroups is None else subgroups
         limits = _device_limits(self.report)
         wanted = ("subgroup", *(TIMESTAMPS if timestamps else ()))
@@ -143,8 +164,10 @@ class Device:
             )
         except RuntimeError as error:
             raise BackendUnavailableError(f"{self.report.summary} gives no device: {error}") from error
+        self.unchecked = not self.report.software if unchecked is None else unchecked
         largest = min(limits["max-storage-buffer-binding-size"], limits["max-buffer-size"])
         self.max_bytes = min(max_bytes or largest, largest) & ~255
+        self.shared_bytes = limits["max-compute-workgroup-storage-size"]
         self.timestamps = timestamps and set(TIMESTAMPS) <= set(features)
         self._kernels: dict[tuple, Kernel] = {}
         self._buffers: weakref.WeakSet[Any] = weakref.WeakSet()
@@ -242,11 +265,28 @@ class Device:
             label=name,
             layout=self._device.create_pipeline_layout(bind_group_layouts=[layout]),
             compute={
-                "module": self._device.create_shader_module(code=code, label=name),
+                "module": self._module(code, name),
                 "entry_point": "main",
             },
         )
         return Kernel(name, pipeline, layout, bindings)
+
+    def _module(self, code: str, name: str) -> Any:
+        """A shader; for hardware without a check around every index and a count of every loop's turns."""
+        if not self.unchecked:
+            return self._device.create_shader_module(code=code, label=name)
+        from wgpu.backends import wgpu_native
+
+        native, ffi, lib = (cast(Any, part) for part in (wgpu_native, wgpu_native.ffi, wgpu_native.lib))
+        text, label = (ffi.new("char []", part.encode()) for part in (code, name))
+        source = ffi.new("WGPUShaderSourceWGSL *")
+        source.chain.sType = lib.WGPUSType_ShaderSourceWGSL
+        source.code.data, source.code.length = text, len(text) - 1
+        wanted = ffi.new("WGPUShaderModuleDescriptor *")
+        wanted.nextInChain = ffi.cast("WGPUChainedStruct *", source)
+        wanted.label.data, wanted.label.length = label, len(label) - 1
+        made = native._api.libf.wgpuDeviceCreateShaderModuleTrusted(self._device._internal, wanted, 0)
+        return native.GPUShaderModule(name, made, self._device)
 
     def bind(self, kernel: Kernel, resources: dict[int, Any]) -> Dispatch:
         """A kernel with a buffer, or (buffer, offset, nbytes), for each of its bindings."""
@@ -382,12 +422,19 @@ def _device_limits(report: AdapterReport) -> dict[str, int]:
             )
     for name in ("max-storage-buffer-binding-size", "max-buffer-size"):
         limits[name] = report.limits[name]
+    shared = "max-compute-workgroup-storage-size"
+    limits[shared] = min(report.limits[shared], MAX_SHARED_BYTES)
     return limits
 
 
 def _fixed_subgroups(adapter: Any) -> bool:
-    """Whether every subgroup is known to have 32 invocations (NVIDIA, Apple)."""
+    """Whether every subgroup is known to have 32 invocations.
+
+    wgpu-native says 4 to 128 of every Vulkan adapter; the vendor tells what it is.
+    """
     info = adapter.info
-    smallest = info.get("subgroup_min_size", info.get("stackgroup_min_size", 0))
-    largest = info.get("subgroup_max_size", info.get("stackgroup_max_size", 0))
-    return "subgroup" in adapter.features and smallest == largest == 32
+    sizes = [
+        info.get(f"{name}_{end}_size", 0) for name in ("subgroup", "stackgroup") for end in ("min", "max")
+    ]
+    told = sizes[:2] == [32, 32] or sizes[2:] == [32, 32]
+    return "subgroup" in adapter.features and (told or info.get("vendor_id") in VENDORS_OF_32)

@@ -1,20 +1,21 @@
-"""Every kernel with its parameters: what to bind, and how large its grid is.
-
-A :class:`Site` is one dispatch of the forward pass. Its grid follows from the
-number of tokens of a pass, so that one set of sites serves every prompt.
-"""
+"""Every kernel with its parameters: what to bind, and how large its grid is."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from qwen3_moe_jax.convert.ggml_types import GGMLType
-from qwen3_moe_jax.wgpu_backend.device import Device, Dispatch, Launch
+from qwen3_moe_jax.wgpu_backend.device import Device, Dispatch
 from qwen3_moe_jax.wgpu_backend.layout import WORD_FORMATS, device_nbytes
+from qwen3_moe_jax.wgpu_backend.sites import Site
 
 ATTENTION_TILE = 128
-GROUP_SHARED_BYTES = 10 << 10
-"""Of the counters of group.wgsl; with three words per expert they stay below the 16 KiB of every adapter."""
+GROUP_WORDS = 3
+"""Of shared memory for each expert in group.wgsl, beside one for each of its lanes."""
+ROUTER_LANES = 64
+"""Invocations that choose the experts of a token: each walks over the maxima of all."""
+MIN_TILES = 8
+"""Tiles of rows below which matrices go to matmul.wgsl: too few workgroups would keep a device busy."""
 FULL_LANES = 0.75
 """Lanes are halved until at least this share of them has work."""
 
@@ -50,81 +51,40 @@ class ExpertBuffer:
     columns: int
 
 
-@dataclass(frozen=True, eq=False)
-class Site:
-    """One dispatch of a pass.
-
-    Attributes:
-      dispatch: the kernel and its resources.
-      x: workgroups in x.
-      y: what the grid's y follows: "once", "tokens", "token tiles", "pairs", "pair tiles"
-        or "head tiles".
-      spans: for attention and merge, cache positions per workgroup; 0 otherwise.
-      merge: runs only where there is more than one span.
-      nbytes: bytes of weights that it reads: of all its matrices, of one expert, or of one token's row.
-      taps: stages that can be read after this dispatch.
-    """
-
-    dispatch: Dispatch
-    x: int
-    y: str = "once"
-    spans: int = 0
-    merge: bool = False
-    nbytes: int = 0
-    taps: tuple[Any, ...] = ()
-
-
-@dataclass(frozen=True)
-class Shape:
-    """What grids follow from.
-
-    Attributes:
-      tile: tokens per tile of the matrix kernels.
-      experts, chosen: E and X.
-    """
-
-    tile: int
-    experts: int
-    chosen: int
-
-    def launch(self, site: Site, position: int, tokens: int, head_rows: int) -> Launch | None:
-        """The site's grid for ``tokens`` tokens from ``position``; None where it has nothing to do."""
-        y = self._rows(site.y, tokens, head_rows)
-        z = -(-(position + tokens) // site.spans) if site.spans else 1
-        if site.merge:
-            return (site.dispatch, site.x, y, 1) if z > 1 else None
-        return site.dispatch, site.x, y, z
-
-    def _rows(self, follows: str, tokens: int, head_rows: int) -> int:
-        pairs = tokens * self.chosen
-        return {
-            "once": 1,
-            "tokens": tokens,
-            "token tiles": -(-tokens // self.tile),
-            "pairs": pairs,
-            "pair tiles": max_tiles(pairs, self.experts, self.tile),
-            "head tiles": -(-head_rows // self.tile),
-        }[follows]
-
-
-def max_tiles(pairs: int, experts: int, tile: int) -> int:
-    """Upper bound on the tiles that group.wgsl makes."""
-    return pairs // tile + min(pairs, experts)
-
-
-def lanes_for(device: Device, type: GGMLType, columns: int) -> int:
+def shared_lanes(type: GGMLType, columns: int, maximum: int) -> int:
     """Lanes that share a row: as many as keep busy."""
-    units = columns // WORD_FORMATS[type].unit
-    lanes = device.tuning.lanes
+    units, lanes = columns // WORD_FORMATS[type].unit, maximum
     while lanes > 1 and units < FULL_LANES * lanes * -(-units // lanes):
         lanes //= 2
     return lanes
 
 
+TILE_COLUMNS = 32
+"""Columns of a step of tile.wgsl."""
+_OWN_ORDER = {GGMLType.Q4_K: 1, GGMLType.Q5_K: 1, GGMLType.Q6_K: 2}
+"""Types that tile.wgsl reads in another order of columns than one after the other."""
+
+
+def suits_tiles(types: Sequence[GGMLType], columns: int) -> bool:
+    """Whether tile.wgsl computes products of these matrices; two of them share the activations' order."""
+    return columns % TILE_COLUMNS == 0 and len({_OWN_ORDER.get(t, 0) for t in types}) == 1
+
+
+def _tile_constants(device: Device) -> dict[str, Any]:
+    tiles = device.tuning.tiles
+    assert tiles is not None
+    return {
+        "ROWS": tiles.rows,
+        "TOKENS": tiles.tokens,
+        "LANE_ROWS": tiles.lane_rows,
+        "LANE_TOKENS": tiles.lane_tokens,
+    }
+
+
 def _matmul_constants(device: Device, type: GGMLType, columns: int, tokens: int) -> dict[str, Any]:
     tuning = device.tuning
     rows = tuning.decode_rows if tokens == 1 else tuning.prefill_rows
-    lanes = lanes_for(device, type, columns)
+    lanes = shared_lanes(type, columns, tuning.lanes)
     return {
         "WG": tuning.workgroup,
         "LANES": lanes,
@@ -134,7 +94,8 @@ def _matmul_constants(device: Device, type: GGMLType, columns: int, tokens: int)
     }
 
 
-def _segment_words(segment: Segment, group_begin: int, expert_rows: int = 0) -> list[int]:
+def segment_words(segment: Segment, group_begin: int, expert_rows: int = 0) -> list[int]:
+    """``Segment`` of products.wgsl."""
     layout = WORD_FORMATS[segment.type]
     row_blocks = segment.columns // layout.block
     return [
@@ -147,6 +108,24 @@ def _segment_words(segment: Segment, group_begin: int, expert_rows: int = 0) -> 
         segment.columns // layout.unit,
         expert_rows * row_blocks,
     ]
+
+
+def params_of(
+    device: Device,
+    words: Sequence[int],
+    *,
+    columns: int,
+    y_stride: int,
+    segments: int,
+    head: bool = False,
+    x_div: int = 1,
+    experts: tuple[int, int] = (0, 0),
+    plane: int = 0,
+    eps: float = 0.0,
+) -> Any:
+    """``Params`` of products.wgsl."""
+    own = (columns // 4, y_stride, int(head), x_div, *experts, plane, segments, float(eps), 0, 0, 0)
+    return device.uniform(*own, *words, *[0] * (24 - len(words)))
 
 
 def dense_site(
@@ -164,20 +143,29 @@ def dense_site(
     """``y[t] = W x[t]``; ``tokens`` a tile, ``head`` starts at the step's head_row."""
     segments = weights.segments
     columns = segments[0].columns
-    constants = _matmul_constants(device, segments[0].type, columns, tokens)
-    rows_a_group = constants["WG"] // constants["LANES"] * constants["ROWS"]
     types = sorted({s.type for s in segments})
-    kernel = device.kernel("matmul", MODE="dense", DUAL=False, TYPES=[t.name for t in types], **constants)
+    tiles = device.tuning.tiles
+    if (
+        tiles
+        and tokens == tiles.tokens
+        and (columns % TILE_COLUMNS or sum(s.rows for s in segments) < MIN_TILES * tiles.rows)
+    ):
+        tokens = device.tuning.prefill_tokens
+    if tiles and tokens == tiles.tokens:
+        name, constants, rows_a_group = "tile", _tile_constants(device), tiles.rows
+    else:
+        name, constants = "matmul", _matmul_constants(device, segments[0].type, columns, tokens)
+        rows_a_group = constants["WG"] // constants["LANES"] * constants["ROWS"]
+    kernel = device.kernel(name, MODE="dense", DUAL=False, TYPES=[t.name for t in types], **constants)
     words, groups = [], 0
     for segment in segments:
-        words += _segment_words(segment, groups)
+        words += segment_words(segment, groups)
         groups += -(-segment.rows // rows_a_group)
-    words += [0] * (24 - len(words))
-    params = device.uniform(columns // 4, y_stride, int(head), 1, 0, 0, 0, len(segments), *words)
+    params = params_of(device, words, columns=columns, y_stride=y_stride, head=head, segments=len(segments))
     dispatch = device.bind(kernel, {0: params, 1: step, 2: weights.buffer, 3: x, 4: y})
-    tiles = "head tiles" if head else "token tiles"
+    follows = "once" if tokens == 1 else "head tiles" if head else "token tiles"
     nbytes = sum(device_nbytes(s.type, s.rows * s.columns) for s in segments)
-    return Site(dispatch, groups, "once" if tokens == 1 else tiles, nbytes=nbytes, taps=taps)
+    return Site(dispatch, groups, follows, tokens, nbytes=nbytes, taps=taps)
 
 
 def expert_site(
@@ -201,12 +189,16 @@ def expert_site(
     """
     first = weights[0]
     dual = len(weights) == 2
-    constants = _matmul_constants(device, first.type, first.columns, tokens)
-    if dual:
-        constants["ROWS"] = max(1, constants["ROWS"] // 2)
-    rows_a_group = constants["WG"] // constants["LANES"] * constants["ROWS"]
+    tiles = device.tuning.tiles
+    if tiles and tokens == tiles.tokens:
+        name, constants, rows_a_group = "tile", _tile_constants(device), tiles.rows // len(weights)
+    else:
+        name, constants = "matmul", _matmul_constants(device, first.type, first.columns, tokens)
+        if dual:
+            constants["ROWS"] = max(1, constants["ROWS"] // 2)
+        rows_a_group = constants["WG"] // constants["LANES"] * constants["ROWS"]
     kernel = device.kernel(
-        "matmul",
+        name,
         MODE="indexed" if tokens == 1 else "grouped",
         DUAL=dual,
         TYPES=[w.type.name for w in weights],
@@ -215,10 +207,16 @@ def expert_site(
     words = []
     for stack in weights:
         segment = Segment(stack.type, stack.rows, stack.columns)
-        words += _segment_words(segment, 0, stack.rows)
-    words += [0] * (24 - len(words))
-    params = device.uniform(
-        first.columns // 4, first.rows, 0, x_div, first.begin, first.end, plane, len(weights), *words
+        words += segment_words(segment, 0, stack.rows)
+    params = params_of(
+        device,
+        words,
+        columns=first.columns,
+        y_stride=first.rows,
+        x_div=x_div,
+        experts=(first.begin, first.end),
+        plane=plane,
+        segments=len(weights),
     )
     resources = {0: params, 1: step, 2: first.buffer, 3: x, 4: y}
     if tokens == 1:
@@ -230,10 +228,10 @@ def expert_site(
     dispatch = device.bind(kernel, resources)
     groups = -(-first.rows // rows_a_group)
     nbytes = sum(device_nbytes(w.type, w.rows * w.columns) for w in weights)
-    return Site(dispatch, groups, "pairs" if tokens == 1 else "pair tiles", nbytes=nbytes, taps=taps)
+    return Site(dispatch, groups, "pairs" if tokens == 1 else "pair tiles", tokens, nbytes=nbytes, taps=taps)
 
 
-def embed_site(device: Device, table: ExpertBuffer, tokens: Any, x: Any) -> Site:
+def embed_site(device: Device, table: ExpertBuffer, tokens: Any, x: Any, taps: tuple[Any, ...] = ()) -> Site:
     """Rows of one window of the embedding table; ``table.rows`` counts from ``table.begin``."""
     layout = WORD_FORMATS[table.type]
     kernel = device.kernel("embed", TYPE=table.type.name, WG=device.tuning.vector_workgroup)
@@ -245,7 +243,7 @@ def embed_site(device: Device, table: ExpertBuffer, tokens: Any, x: Any) -> Site
         table.columns // 4,
     )
     dispatch = device.bind(kernel, {0: params, 1: table.buffer, 2: tokens, 3: x})
-    return Site(dispatch, 1, "tokens", nbytes=device_nbytes(table.type, table.columns))
+    return Site(dispatch, 1, "tokens", nbytes=device_nbytes(table.type, table.columns), taps=taps)
 
 
 def _by_token(dispatch: Dispatch, taps: tuple[Any, ...] = ()) -> Site:
@@ -295,6 +293,13 @@ def rope_site(
     return Site(dispatch, heads + 2 * kv_heads, "tokens", taps=taps)
 
 
+def _attention_bytes(device: Device, tokens: int, group: int, head_dim: int) -> int:
+    """Shared memory of attention.wgsl."""
+    lanes = device.tuning.head_workgroup
+    of_query = head_dim + ATTENTION_TILE + lanes
+    return 4 * group * (tokens * of_query + max(1, 4 * lanes // head_dim) * head_dim)
+
+
 def attention_sites(
     device: Device,
     step: Any,
@@ -310,15 +315,19 @@ def attention_sites(
     capacity: int,
     span: int,
     f16: bool,
+    tokens: int = 1,
     taps: tuple[Any, ...] = (),
 ) -> list[Site]:
-    """Attention over the cache, and the merge of its spans."""
+    """Attention over the cache, by ``tokens`` per workgroup, and the merge of its spans."""
     per_kv_head = heads // kv_heads
     group = max(g for g in range(1, device.tuning.heads + 1) if per_kv_head % g == 0)
+    while tokens > 1 and _attention_bytes(device, tokens, group, head_dim) > device.shared_bytes:
+        tokens //= 2
     kernel = device.kernel(
         "attention",
         HEAD_DIM=head_dim,
         GROUP=group,
+        TOKENS=tokens,
         TILE=ATTENTION_TILE,
         WG=device.tuning.head_workgroup,
         KV_F16=f16,
@@ -330,7 +339,7 @@ def attention_sites(
         {0: device.uniform(heads, span), 1: step, 2: parts, 3: output},
     )
     return [
-        Site(attend, heads // group, "tokens", spans=span),
+        Site(attend, heads // group, "token tiles", tokens, spans=span),
         Site(merge, heads, "tokens", spans=span, merge=True, taps=taps),
     ]
 
@@ -349,7 +358,7 @@ def router_site(
     taps: tuple[Any, ...] = (),
 ) -> Site:
     """Softmax, choice of experts and their weights."""
-    lanes = min(device.tuning.vector_workgroup, 32)
+    lanes = min(device.tuning.vector_workgroup, ROUTER_LANES)
     kernel = device.kernel("router", EXPERTS=experts, WG=lanes)
     params = device.uniform(experts, chosen)
     resources = {0: params, 1: step, 2: logits, 3: probs, 4: ids, 5: weights, 6: replay}
@@ -361,7 +370,7 @@ def group_site(
 ) -> Site:
     """Tiles of pairs with the same expert."""
     lanes = device.tuning.head_workgroup
-    while lanes > 1 and 4 * lanes * experts > GROUP_SHARED_BYTES:
+    while lanes > 1 and 4 * (lanes + GROUP_WORDS) * experts > device.shared_bytes:
         lanes //= 2
     kernel = device.kernel("group", EXPERTS=experts, TOKENS=tokens, WG=lanes)
     params = device.uniform(chosen)

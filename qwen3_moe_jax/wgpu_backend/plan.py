@@ -13,7 +13,7 @@ from qwen3_moe_jax.machine.headroom import Headroom, main_memory
 from qwen3_moe_jax.machine.memory import MemoryPlan
 from qwen3_moe_jax.machine.nvidia import nvidia_gpus
 from qwen3_moe_jax.wgpu_backend.adapter import AdapterReport, Tuning
-from qwen3_moe_jax.wgpu_backend.kernels import max_tiles
+from qwen3_moe_jax.wgpu_backend.sites import max_tiles
 from qwen3_moe_jax.wgpu_backend.weights import weight_nbytes
 
 MAX_LOGIT_BYTES = 40 << 20
@@ -73,6 +73,8 @@ def _sizes(
     logit_rows = max(1, min(chunk, MAX_LOGIT_BYTES // (4 * c.vocab_size)))
     decode_spans = -(-max_context // tuning.decode_span)
     prefill_spans = -(-max_context // tuning.prefill_span)
+    if tuning.vectors:
+        decode_spans = max(decode_spans, min(-(-max_context // tuning.vectors.tile), tuning.vectors.parts))
     parts = max(decode_spans if decode_spans > 1 else 0, chunk * prefill_spans if prefill_spans > 1 else 0)
     cache = (2 if f16_cache else 4) * kv_heads * max_context * head_dim
     nbytes = {

@@ -7,81 +7,18 @@ grouping of tokens by expert.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from qwen3_moe_jax.convert.config import Qwen3MoeConfig
-from qwen3_moe_jax.core.rope import rope_tables
 from qwen3_moe_jax.core.stages import StageKey
-from qwen3_moe_jax.wgpu_backend import kernels
+from qwen3_moe_jax.wgpu_backend import kernels, vectors
+from qwen3_moe_jax.wgpu_backend.buffers import Buffers, Tap
 from qwen3_moe_jax.wgpu_backend.device import Device, Launch
-from qwen3_moe_jax.wgpu_backend.kernels import Shape, Site
-from qwen3_moe_jax.wgpu_backend.plan import Workspace
+from qwen3_moe_jax.wgpu_backend.kernels import DenseBuffer, suits_tiles
+from qwen3_moe_jax.wgpu_backend.sites import Shape, Site
 from qwen3_moe_jax.wgpu_backend.weights import LayerBuffers, ModelWeights
-
-EMITTED_WORD = 4
-"""Index of ``emitted`` in ``Step`` of common.wgsl."""
-
-OFFSET_ALIGNMENT = 256
-"""What every adapter accepts as the offset of a binding."""
-
-
-def step_words(
-    position: int = 0, tokens: int = 1, head_row: int = 0, *, replay: bool = False, record: bool = False
-) -> np.ndarray:
-    """``Step`` of common.wgsl before a pass: uint32 [8], padded."""
-    return np.asarray([position, tokens, head_row, replay, 0, record, 0, 0], np.uint32)
-
-
-@dataclass(frozen=True, eq=False)
-class Tap:
-    """Where a stage can be read: floats ``[T, *shape]`` at an offset of a buffer, then a part of them."""
-
-    key: StageKey
-    buffer: Any
-    shape: tuple[int, ...]
-    part: slice | None = None
-    dtype: Any = np.float32
-    offset: int = 0
-
-    def read(self, device: Device, tokens: int) -> np.ndarray:
-        count = tokens * int(np.prod(self.shape))
-        whole = device.read(self.buffer, self.dtype, count, self.offset).reshape(tokens, *self.shape)
-        return whole if self.part is None else np.ascontiguousarray(whole[:, self.part])
-
-
-class Buffers:
-    """The work space on the device, by name; ``keys`` and ``values`` are lists, one per layer."""
-
-    def __init__(self, device: Device, config: Qwen3MoeConfig, workspace: Workspace, max_context: int):
-        self.workspace = workspace
-        layers = config.num_hidden_layers
-        self._layer_ids = (
-            -(-4 * workspace.chunk * config.num_experts_per_tok // OFFSET_ALIGNMENT) * OFFSET_ALIGNMENT
-        )
-        sizes = dict(workspace.nbytes)
-        sizes["ids"] = sizes["replay"] = self._layer_ids * layers
-        key_bytes, value_bytes = sizes.pop("keys"), sizes.pop("values")
-        sizes["emitted"] = 4 * device.tuning.tokens_per_submit
-        self.named = {name: device.buffer(size, name) for name, size in sizes.items()}
-        self.keys = [device.buffer(key_bytes, f"keys of layer {i}") for i in range(layers)]
-        self.values = [device.buffer(value_bytes, f"values of layer {i}") for i in range(layers)]
-        self.step = device.buffer(step_words().nbytes, "step", uniform=True)
-        cos, sin = rope_tables(config, max_context)
-        device.write(self.named["rope_table"], np.concatenate([cos, sin], axis=1))
-
-    def __getitem__(self, name: str) -> Any:
-        return self.named[name]
-
-    def of_layer(self, name: str, layer: int) -> tuple[Any, int, int]:
-        """The part of "ids" or "replay" that is one layer's."""
-        return self.named[name], layer * self._layer_ids, self._layer_ids
-
-    def layer_offset(self, layer: int) -> int:
-        """Where a layer's part of "ids" or "replay" starts, in bytes."""
-        return layer * self._layer_ids
 
 
 class Program:
@@ -102,17 +39,18 @@ class Program:
         tokens: int,
         f16_cache: bool,
     ):
-        """Args: tokens, a tile: 1 for decode."""
+        """Args: tokens, a tile: 1 for decode, the tuning's prefill_tokens or its wide tiles' for prompts."""
         self._device = device
         self._config = config
         self._buffers = buffers
         self._tokens = tokens
         self._f16 = f16_cache
-        self.shape = Shape(device.tuning.prefill_tokens, config.num_experts, config.num_experts_per_tok)
+        self.shape = Shape(config.num_experts, config.num_experts_per_tok)
         tuning = device.tuning
         self._span = tuning.decode_span if tokens == 1 else tuning.prefill_span
         self._decode_launches: dict[int, list[Launch]] = {}
         self._weights = weights
+        self._joins = tokens == 1 and vectors.suits(device, config, weights.layers)
         self.body = self.body_of(range(config.num_hidden_layers))
         self.head = [
             kernels.dense_site(
@@ -136,13 +74,101 @@ class Program:
     def decode_launches(self, position: int) -> list[Launch]:
         """Body and head for one token; kept, because only the number of spans changes from token to token."""
         spans = position // self._span
+        if self._device.tuning.vectors:
+            spans = position // self._device.tuning.vectors.tile
         if spans not in self._decode_launches:
             self._decode_launches[spans] = self.launches([*self.body, *self.head], position, 1)
         return self._decode_launches[spans]
 
     def body_of(self, layers: Sequence[int]) -> list[Site]:
         """The sites of these layers, one after the other, between the embedding and the last norm."""
-        return list(self._body(self._weights, layers))
+        return list(self._joined(layers) if self._joins else self._body(self._weights, layers))
+
+    def _joined(self, layers: Sequence[int]) -> Iterator[Site]:
+        """The body by the kernels of one token."""
+        b, c, w = self._buffers, self._config, self._weights
+        width = c.hidden_size
+        for n, window in enumerate(w.embed_tokens, 1):
+            last = n == len(w.embed_tokens)
+            taps = (Tap(("inp_embd", None), b["x"], (width,)),) if last else ()
+            yield kernels.embed_site(self._device, window, b["tokens"], b["x"], taps=taps)
+        for i in layers:
+            yield from self._joined_attention(i, w.layers[i])
+            yield from self._joined_experts(i, w.layers[i])
+        yield self._norm(b["down"], w.norm, 0, (Tap(("result_norm", None), b["h"], (width,)),))
+
+    def _joined_dense(self, buffers: list[DenseBuffer], x: Any, y: Any, **options: Any) -> Iterator[Site]:
+        taps = options.pop("taps")
+        for n, buffer in enumerate(buffers, 1):
+            own = taps if n == len(buffers) else ()
+            yield vectors.dense_site(
+                self._device,
+                buffer,
+                x,
+                y,
+                self._buffers.step,
+                eps=self._config.rms_norm_eps,
+                taps=own,
+                **options,
+            )
+
+    def _joined_attention(self, i: int, layer: LayerBuffers) -> Iterator[Site]:
+        b, width = self._buffers, self._config.hidden_size
+        taps = self._attention_taps(i)
+        norm = (layer.input_layernorm, b["h"])
+        first = (Tap(("attn_norm", i), b["h"], (width,)), *taps["qkv"])
+        yield from self._joined_dense(layer.qkv, b["x"], b["qkv"], norm=norm, taps=first)
+        yield from vectors.attention_sites(
+            self._device,
+            b.step,
+            {**self._rope_buffers(i, layer), 9: b["attended"], 10: b["parts"]},
+            **self._head_shape,
+            eps=self._config.rms_norm_eps,
+            taps=taps["rope"],
+            joined_taps=taps["attended"],
+        )
+        yield from self._joined_dense(
+            layer.o_proj,
+            b["attended"],
+            b["x"],
+            sums=b["attn_out"],
+            taps=(Tap(("attn_out", i), b["attn_out"], (width,)), Tap(("ffn_inp", i), b["x"], (width,))),
+        )
+
+    def _joined_experts(self, i: int, layer: LayerBuffers) -> Iterator[Site]:
+        b, c = self._buffers, self._config
+        width, chosen = c.hidden_size, c.num_experts_per_tok
+        taps = self._expert_taps(i)
+        yield from self._joined_dense(
+            layer.router,
+            b["x"],
+            b["router_logits"],
+            norm=(layer.post_attention_layernorm, b["h"]),
+            keeps=True,
+            router=True,
+            taps=(Tap(("ffn_norm", i), b["h"], (width,)), *taps["router"]),
+        )
+        yield self._choice(i, taps["choice"])
+        ids = b.of_layer("ids", i)
+        for n, pair in enumerate(layer.gate_up, 1):
+            own = taps["gated"] if n == len(layer.gate_up) else ()
+            yield vectors.expert_site(
+                self._device, pair, b["h"], b["act"], b.step, ids, plane=self._plane, taps=own
+            )
+        yield vectors.down_site(
+            self._device,
+            layer.down[0],
+            b["act"],
+            b["x"],
+            b.step,
+            {5: ids, 6: b["expert_weights"], 7: b["sums"], 9: b["down"]},
+            chosen=chosen,
+            taps=(
+                *taps["down"],
+                Tap(("ffn_moe_out", i), b["sums"], (width,)),
+                Tap(("l_out", i), b["x"], (width,)),
+            ),
+        )
 
     def _body(self, weights: ModelWeights, layers: Sequence[int]) -> Iterator[Site]:
         b, width = self._buffers, self._config.hidden_size
@@ -198,42 +224,56 @@ class Program:
                 taps=taps if i + 1 == len(weights) else (),
             )
 
-    def _attention(self, i: int, layer: LayerBuffers) -> Iterator[Site]:
+    def _attention_taps(self, i: int) -> dict[str, tuple[Tap, ...]]:
         b, c = self._buffers, self._config
         heads, kv_heads, head_dim = c.num_attention_heads, c.num_key_value_heads, c.head_dim
-        qkv = (heads + 2 * kv_heads, head_dim)
+        qkv, both = (heads + 2 * kv_heads, head_dim), (heads + kv_heads, head_dim)
         q, k, v = slice(heads), slice(heads, heads + kv_heads), slice(heads + kv_heads, None)
-        yield from self._dense(
-            layer.qkv,
-            b["h"],
-            b["qkv"],
-            qkv[0] * head_dim,
-            tuple(Tap((f"{n}cur", i), b["qkv"], qkv, p) for n, p in (("Q", q), ("K", k), ("V", v))),
-        )
-        both = (heads + kv_heads, head_dim)
-        yield kernels.rope_site(
-            self._device,
-            b.step,
-            {
-                2: b["qkv"],
-                3: layer.head_norms,
-                4: b["rope_table"],
-                5: b["roped"],
-                6: b.keys[i],
-                7: b.values[i],
-            },
-            heads=heads,
-            kv_heads=kv_heads,
-            head_dim=head_dim,
-            capacity=self._capacity,
-            eps=c.rms_norm_eps,
-            f16=self._f16,
-            taps=(
-                Tap(("Qcur_normed", i), b["qkv"], qkv, q),
-                Tap(("Kcur_normed", i), b["qkv"], qkv, k),
+        normed, behind = ((b["roped"], both), 4 * int(np.prod(both))) if self._joins else ((b["qkv"], qkv), 0)
+        return {
+            "qkv": tuple(Tap((f"{n}cur", i), b["qkv"], qkv, p) for n, p in (("Q", q), ("K", k), ("V", v))),
+            "rope": (
+                Tap(("Qcur_normed", i), *normed, q, offset=behind),
+                Tap(("Kcur_normed", i), *normed, k, offset=behind),
                 Tap(("Qcur_rope", i), b["roped"], both, q),
                 Tap(("Kcur_rope", i), b["roped"], both, k),
             ),
+            "attended": (Tap(("kqv_out", i), b["attended"], (heads, head_dim)),),
+        }
+
+    def _rope_buffers(self, i: int, layer: LayerBuffers) -> dict[int, Any]:
+        b = self._buffers
+        named = {2: b["qkv"], 3: layer.head_norms, 4: b["rope_table"], 5: b["roped"]}
+        return {**named, 6: b.keys[i], 7: b.values[i]}
+
+    @property
+    def _attention_tokens(self) -> int:
+        """Tokens of a long prompt that a workgroup of attention takes together."""
+        tiles = self._device.tuning.tiles
+        return tiles.attention_tokens if tiles and self._tokens == tiles.tokens else 1
+
+    @property
+    def _head_shape(self) -> dict[str, Any]:
+        c = self._config
+        return {
+            "heads": c.num_attention_heads,
+            "kv_heads": c.num_key_value_heads,
+            "head_dim": c.head_dim,
+            "capacity": self._capacity,
+            "f16": self._f16,
+        }
+
+    def _attention(self, i: int, layer: LayerBuffers) -> Iterator[Site]:
+        b, c, taps = self._buffers, self._config, self._attention_taps(i)
+        y_stride = (c.num_attention_heads + 2 * c.num_key_value_heads) * c.head_dim
+        yield from self._dense(layer.qkv, b["h"], b["qkv"], y_stride, taps["qkv"])
+        yield kernels.rope_site(
+            self._device,
+            b.step,
+            self._rope_buffers(i, layer),
+            **self._head_shape,
+            eps=c.rms_norm_eps,
+            taps=taps["rope"],
         )
         yield from kernels.attention_sites(
             self._device,
@@ -243,13 +283,10 @@ class Program:
             b.values[i],
             b["attended"],
             b["parts"],
-            heads=heads,
-            kv_heads=kv_heads,
-            head_dim=head_dim,
-            capacity=self._capacity,
+            **self._head_shape,
             span=self._span,
-            f16=self._f16,
-            taps=(Tap(("kqv_out", i), b["attended"], (heads, head_dim)),),
+            tokens=self._attention_tokens,
+            taps=taps["attended"],
         )
         width = c.hidden_size
         yield from self._dense(
@@ -270,22 +307,38 @@ class Program:
     def _capacity(self) -> int:
         return self._buffers.workspace.nbytes["rope_table"] // (4 * self._config.head_dim)
 
-    def _experts(self, i: int, layer: LayerBuffers) -> Iterator[Site]:
+    def _expert_tile(self, layer: LayerBuffers) -> int:
+        """Pairs of a tile: narrow ones where a stack does not suit the kernel of wide ones."""
+        groups = [*(pair for pair in layer.gate_up), *((stack,) for stack in layer.down)]
+        tuning = self._device.tuning
+        suited = all(suits_tiles([s.type for s in g], g[0].columns) for g in groups)
+        return self._tokens if suited else min(self._tokens, tuning.prefill_tokens)
+
+    @property
+    def _plane(self) -> int:
+        """Floats between the SwiGLU and, when recording, gate and up."""
+        return self._buffers.workspace.nbytes["act"] // 12
+
+    def _expert_taps(self, i: int) -> dict[str, tuple[Tap, ...]]:
         b, c = self._buffers, self._config
-        experts, chosen, width, inner = (
-            c.num_experts,
-            c.num_experts_per_tok,
-            c.hidden_size,
-            c.moe_intermediate_size,
-        )
-        yield from self._dense(
-            layer.router,
-            b["h"],
-            b["router_logits"],
-            experts,
-            (Tap(("ffn_moe_logits", i), b["router_logits"], (experts,)),),
-        )
-        yield kernels.router_site(
+        experts, chosen, inner = c.num_experts, c.num_experts_per_tok, c.moe_intermediate_size
+        return {
+            "router": (Tap(("ffn_moe_logits", i), b["router_logits"], (experts,)),),
+            "choice": (
+                Tap(("ffn_moe_probs", i), b["probs"], (experts,)),
+                Tap(("ffn_moe_topk", i), b["ids"], (chosen,), dtype=np.int32, offset=b.layer_offset(i)),
+                Tap(("ffn_moe_weights_norm", i), b["expert_weights"], (chosen,)),
+            ),
+            "gated": tuple(
+                Tap((name, i), b["act"], (chosen, inner), offset=4 * self._plane * at)
+                for at, name in enumerate(("ffn_moe_swiglu", "ffn_moe_gate", "ffn_moe_up"))
+            ),
+            "down": (Tap(("ffn_moe_down", i), b["down"], (chosen, c.hidden_size)),),
+        }
+
+    def _choice(self, i: int, taps: tuple[Tap, ...]) -> Site:
+        b, c = self._buffers, self._config
+        return kernels.router_site(
             self._device,
             b.step,
             b["router_logits"],
@@ -293,15 +346,18 @@ class Program:
             b.of_layer("ids", i),
             b["expert_weights"],
             b.of_layer("replay", i),
-            experts=experts,
-            chosen=chosen,
-            taps=(
-                Tap(("ffn_moe_probs", i), b["probs"], (experts,)),
-                Tap(("ffn_moe_topk", i), b["ids"], (chosen,), dtype=np.int32, offset=b.layer_offset(i)),
-                Tap(("ffn_moe_weights_norm", i), b["expert_weights"], (chosen,)),
-            ),
+            experts=c.num_experts,
+            chosen=c.num_experts_per_tok,
+            taps=taps,
         )
+
+    def _experts(self, i: int, layer: LayerBuffers) -> Iterator[Site]:
+        b, c, taps = self._buffers, self._config, self._expert_taps(i)
+        experts, chosen = c.num_experts, c.num_experts_per_tok
+        yield from self._dense(layer.router, b["h"], b["router_logits"], experts, taps["router"])
+        yield self._choice(i, taps["choice"])
         routing = {"ids": b.of_layer("ids", i), "tiles": b["tiles"], "order": b["order"]}
+        tile = self._expert_tile(layer)
         if self._tokens > 1:
             yield kernels.group_site(
                 self._device,
@@ -311,13 +367,8 @@ class Program:
                 b["order"],
                 experts=experts,
                 chosen=chosen,
-                tokens=self._tokens,
+                tokens=tile,
             )
-        plane = b.workspace.nbytes["act"] // 12
-        gated = tuple(
-            Tap((name, i), b["act"], (chosen, inner), offset=4 * plane * at)
-            for at, name in enumerate(("ffn_moe_swiglu", "ffn_moe_gate", "ffn_moe_up"))
-        )
         for n, pair in enumerate(layer.gate_up):
             yield kernels.expert_site(
                 self._device,
@@ -326,12 +377,11 @@ class Program:
                 b["act"],
                 b.step,
                 routing,
-                tokens=self._tokens,
+                tokens=tile,
                 x_div=chosen,
-                plane=plane,
-                taps=gated if n + 1 == len(layer.gate_up) else (),
+                plane=self._plane,
+                taps=taps["gated"] if n + 1 == len(layer.gate_up) else (),
             )
-        down = (Tap(("ffn_moe_down", i), b["down"], (chosen, width)),)
         for n, stack in enumerate(layer.down):
             yield kernels.expert_site(
                 self._device,
@@ -340,7 +390,7 @@ class Program:
                 b["down"],
                 b.step,
                 routing,
-                tokens=self._tokens,
+                tokens=tile,
                 x_div=1,
-                taps=down if n + 1 == len(layer.down) else (),
+                taps=taps["down"] if n + 1 == len(layer.down) else (),
             )

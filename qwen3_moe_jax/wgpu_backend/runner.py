@@ -35,10 +35,11 @@ from qwen3_moe_jax.core.sampling import Sampling
 from qwen3_moe_jax.core.stages import StageKey
 from qwen3_moe_jax.wgpu_backend import kernels
 from qwen3_moe_jax.wgpu_backend.adapter import Tuning
+from qwen3_moe_jax.wgpu_backend.buffers import EMITTED_WORD, Buffers, step_words
 from qwen3_moe_jax.wgpu_backend.device import Device, Launch, Readback
-from qwen3_moe_jax.wgpu_backend.kernels import Site
 from qwen3_moe_jax.wgpu_backend.plan import check_memory, plan_memory, plan_workspace
-from qwen3_moe_jax.wgpu_backend.program import EMITTED_WORD, Buffers, Program, step_words
+from qwen3_moe_jax.wgpu_backend.program import Program
+from qwen3_moe_jax.wgpu_backend.sites import Site
 from qwen3_moe_jax.wgpu_backend.weights import Upload, check_shapes
 
 NONFINITE = 0xFFFFFFFF
@@ -134,10 +135,16 @@ class WgpuRunner(OneAtATime):
         """Kernels and their bindings, for the device's settings."""
         b = self._buffers
         self._spare: list[Readback] = []
+        tuning = self._device.tuning
         self._prefill, self._decode = (
             Program(self._device, self.config, self._weights, b, tokens=tile, f16_cache=self._f16)
-            for tile in (self._device.tuning.prefill_tokens, 1)
+            for tile in (tuning.prefill_tokens, 1)
         )
+        self._wide = self._prefill
+        if tuning.tiles:
+            self._wide = Program(
+                self._device, self.config, self._weights, b, tokens=tuning.tiles.tokens, f16_cache=self._f16
+            )
         self._sample = {
             sampled: kernels.sample_site(
                 self._device,
@@ -151,6 +158,11 @@ class WgpuRunner(OneAtATime):
             )
             for sampled in (False, True)
         }
+
+    def _prefill_of(self, tokens: int) -> Program:
+        """The kernels that suit a chunk of so many tokens."""
+        tiles = self._device.tuning.tiles
+        return self._wide if tiles and tokens >= tiles.from_tokens else self._prefill
 
     def retune(self, tuning: Tuning, *, subgroups: bool) -> None:
         """Uses other settings of the matrix kernels on the loaded weights; buffers keep their sizes."""
@@ -168,7 +180,16 @@ class WgpuRunner(OneAtATime):
             self._request += 1
             if self._owns_device:
                 self._device.close()
-            for name in ("_weights", "_buffers", "_prefill", "_decode", "_sample", "_choice", "_spare"):
+            for name in (
+                "_weights",
+                "_buffers",
+                "_prefill",
+                "_wide",
+                "_decode",
+                "_sample",
+                "_choice",
+                "_spare",
+            ):
                 self.__dict__.pop(name, None)
             for batches in list(self._streams):
                 batches.drop()
@@ -208,12 +229,13 @@ class WgpuRunner(OneAtATime):
         chunk = max(r.chunk_sizes, default=len(tokens))
         with self._lock:
             self._begin()
-            program = self._decode if max(r.chunk_sizes, default=0) == 1 else self._prefill
+            chunks = self._chunks(len(tokens), chunk)
+            one_by_one = max(r.chunk_sizes, default=0) == 1
+            program = self._decode if one_by_one else self._prefill_of(chunks[0][1])
             body = program.body if r.is_whole else program.body_of(r.layers)
             way = _Way(program, body, r.layers)
             parts = [
-                self._forward_chunk(way, tokens[start:end], start, r.capture, replay)
-                for start, end in self._chunks(len(tokens), chunk)
+                self._forward_chunk(way, tokens[start:end], start, r.capture, replay) for start, end in chunks
             ]
         logits = np.concatenate([p.logits for p in parts])
         stages = {key: np.concatenate([p.stages[key] for p in parts]) for key in parts[0].stages}
@@ -225,13 +247,15 @@ class WgpuRunner(OneAtATime):
         with self._lock:
             self._begin()
             found = [np.empty(0)]
-            for start, end in self._chunks(count, count):
+            chunks = self._chunks(count, count)
+            program = self._prefill_of(chunks[0][1]) if chunks else self._prefill
+            for start, end in chunks:
                 self._device.write(self._buffers["tokens"], tokens[start:end])
                 self._write_step(start, end - start, 0)
-                self._device.run(self._prefill.launches(self._prefill.body, start, end - start))
+                self._device.run(program.launches(program.body, start, end - start))
                 wanted = max(start, first - 1)
                 if wanted < end:
-                    logits = self._logits(self._prefill, start, end - start, wanted - start)
+                    logits = self._logits(program, start, end - start, wanted - start)
                     found.append(target_log_likelihoods(logits, tokens[wanted + 1 : end + 1]))
         return np.concatenate(found)
 
@@ -350,7 +374,8 @@ class WgpuRunner(OneAtATime):
 
     def _prompt_launches(self, tokens: np.ndarray, sampling: Sampling) -> list[Launch]:
         """Runs all chunks of the prompt but the last; the launches of that one and of the first choice."""
-        program, chunks = self._prefill, self._chunks(len(tokens), len(tokens))
+        chunks = self._chunks(len(tokens), len(tokens))
+        program = self._prefill_of(chunks[0][1])
         for start, end in chunks:
             self._device.write(self._buffers["tokens"], tokens[start:end])
             self._write_step(start, end - start, end - start - 1)

@@ -28,7 +28,7 @@ from qwen3_moe_jax.testing.wgpu_ops import Ops
 from qwen3_moe_jax.wgpu_backend import device as device_module
 from qwen3_moe_jax.wgpu_backend import feed
 from qwen3_moe_jax.wgpu_backend import runner as runner_module
-from qwen3_moe_jax.wgpu_backend.adapter import TUNINGS, probe
+from qwen3_moe_jax.wgpu_backend.adapter import SMALL_TILES, TUNINGS, Vectors, probe
 from qwen3_moe_jax.wgpu_backend.device import Device
 from qwen3_moe_jax.wgpu_backend.layout import device_nbytes, device_words
 from qwen3_moe_jax.wgpu_backend.reorder import Reorder
@@ -38,15 +38,23 @@ from scripts import profile_wgpu
 EMBEDDED = Path(__file__).parents[2] / "qwen3_moe_jax" / "assets" / "tiny-coder-Q4_K_M.gguf"
 CONTEXT = 512
 
-_HARDWARE = replace(TUNINGS["DiscreteGPU"], chunk=64, prefill_span=256)
+_HARDWARE = replace(TUNINGS["DiscreteGPU"], chunk=96, prefill_span=256, tiles=SMALL_TILES)
+_EIGHT_LANES = Vectors(lanes=8, router_lanes=8, subgroup=8, tile=32, parts=3)
 
 DEVICES: dict[str, dict[str, Any]] = {
     # What the adapter asks for by itself.
     "own": {},
-    # Settings of hardware: lanes share a row and sum through shared memory; many spans of attention.
+    # Settings of hardware: lanes share a row and sum through shared memory; joined kernels, tiles.
     "hardware": {"tuning": _HARDWARE, "subgroups": False},
-    # The same with values exchanged inside a subgroup; llvmpipe's have 8 lanes.
-    "subgroups": {"tuning": replace(_HARDWARE, lanes=8), "subgroups": True},
+    # The same without wgpu's checks, with values exchanged inside a subgroup; llvmpipe's have 8 lanes.
+    # Attention's parts take several tiles each.
+    "subgroups": {
+        "tuning": replace(_HARDWARE, lanes=8, vectors=_EIGHT_LANES, tiles=replace(SMALL_TILES, lane_rows=8)),
+        "subgroups": True,
+        "unchecked": True,
+    },
+    # Hardware whose adapter or model suits neither: the kernels that every one can run.
+    "plain": {"tuning": replace(_HARDWARE, tiles=None, vectors=None, decode_span=128), "subgroups": False},
     # A binding limit so small that every large tensor is cut into windows.
     "small bindings": {"max_bytes": 300 << 10},
 }
@@ -131,6 +139,14 @@ def forward(
     **options: Any,
 ) -> Forward:
     return runner(model, on, f16_cache).forward(tokens, capture=capture, **options)
+
+
+def kernels_of(model: str, on: str) -> tuple[set[str], set[str]]:
+    """Names of the kernels of a token and of a long prompt."""
+    loaded = runner(model, on)
+    programs = loaded._decode, loaded._prefill_of(64)
+    token, prompt = ({site.dispatch.kernel.name for site in program.body} for program in programs)
+    return token, prompt
 
 
 def log_likelihoods(model: str, tokens: Sequence[int], first: int, on: str = "own") -> np.ndarray:

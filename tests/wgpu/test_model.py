@@ -70,6 +70,35 @@ def test_every_stage(gpu, golden, reference_runner):
         assert nmse(found.stages[key], value) <= WGPU_STAGE_NMSE, key
 
 
+@pytest.mark.parametrize("on", ["hardware", "subgroups", "plain"])
+def test_every_stage_on_hardware(gpu, long_prompt, reference_runner, on):
+    """A chunk of 96 tokens and one of 4; the first of them again, one at a time."""
+    for tokens, chunk in ((long_prompt[:100], 96), (long_prompt[:70], 1)):
+        found = gpu(gpu_work.forward, EMBEDDED, tokens, capture=list(STAGES), chunk_sizes=(chunk,), on=on)
+        truth = reference_runner.forward(tokens, capture=list(STAGES))
+        np.testing.assert_array_equal(found.expert_ids, truth.expert_ids)
+        assert found.stages.keys() == truth.stages.keys()
+        for key, value in truth.stages.items():
+            assert found.stages[key].shape == value.shape, key
+            assert nmse(found.stages[key], value) <= WGPU_STAGE_NMSE, (chunk, key)
+
+
+@pytest.mark.parametrize(
+    ("on", "token", "prompt"),
+    [
+        ("own", set(), set()),
+        ("hardware", {"vector", "attend", "join"}, {"tile"}),
+        ("subgroups", {"vector", "attend", "join"}, {"tile"}),
+        ("plain", set(), set()),
+        ("small bindings", set(), set()),
+    ],
+)
+def test_which_kernels_run(gpu, on, token, prompt):
+    found = gpu(gpu_work.kernels_of, EMBEDDED, on)
+    own = {"vector", "attend", "join", "tile"}
+    assert (found[0] & own, found[1] & own) == (token, prompt)
+
+
 def test_capture_changes_nothing(gpu, golden):
     plain = gpu(gpu_work.forward, EMBEDDED, golden["ids1"])
     captured = gpu(gpu_work.forward, EMBEDDED, golden["ids1"], capture=["l_out", "ffn_moe_gate"])
@@ -143,8 +172,10 @@ def test_chunks_are_equal_bit_for_bit(gpu, long_prompt):
     np.testing.assert_array_equal(one.logits, many.logits)
 
 
-def test_a_float16_cache(gpu, long_prompt, long_truth):
-    found = gpu(gpu_work.forward, EMBEDDED, long_prompt[:100], f16_cache=True)
+@pytest.mark.parametrize(("on", "chunk"), [("own", 100), ("hardware", 1)])
+def test_a_float16_cache(gpu, long_prompt, long_truth, on, chunk):
+    tokens = long_prompt[:100]
+    found = gpu(gpu_work.forward, EMBEDDED, tokens, f16_cache=True, chunk_sizes=(chunk,), on=on)
     low = cosines(found.logits, long_truth.logits[:100]).min()
     assert WGPU_FLOAT16_CACHE_COSINE <= low < 1 - 1e-9
 
@@ -209,7 +240,7 @@ def test_other_models(gpu, tmp_path, name):
     with open_model(path) as source:
         assert source.config.rope_scaling == config.rope_scaling or config.rope_scaling is None
         truth = ReferenceRunner(source).forward(tokens)
-    for on in ("own", "small bindings"):
+    for on in ("own", "small bindings", "hardware"):
         found = gpu(gpu_work.forward, str(path), tokens, on=on)
         assert cosines(found.logits, truth.logits).min() >= WGPU_COSINE, on
         chosen = gpu(gpu_work.stream, str(path), tokens[:20], 5, GREEDY, on=on)

@@ -47,6 +47,30 @@ def test_matmul_of_every_type(gpu, type, on):
             assert nmse(found, matmul64(x, weight)) <= WGPU_NMSE, (rows, tokens, columns, decode)
 
 
+TILED = pytest.mark.parametrize(
+    ("type", "on"),
+    [(t, "hardware") for t in SUPPORTED_TYPES] + [(t, "subgroups") for t in (Q4_K, Q6_K, F32)],
+    ids=lambda value: getattr(value, "name", value),
+)
+
+
+@TILED
+def test_tiles_of_every_type(gpu, type, on):
+    """Rows and tokens that end inside a tile; experts with more pairs than a tile, with few, none."""
+    rng = rng_of("tiles", type)
+    weight, x = random_weights(rng, type, (600, 512)), activations(rng, 75, 512)
+    found = gpu(gpu_work.op, "matmul", x, weight, wide=True, on=on)
+    assert nmse(found, matmul64(x, weight)) <= WGPU_NMSE
+    gate, up = (random_weights(rng, type, (5, 72, 256)) for _ in range(2))
+    ids = rng.choice([0, 0, 0, 1, 2, 4], (91, 2)).astype(np.int32)
+    for shape in ((91, 256), (91, 2, 256)):
+        x = 0.01 * activations(rng, *shape)
+        parts = [expert_matmul64(x, ids, w) for w in (gate, up)]
+        for weights, truth in (((gate,), parts[0]), ((gate, up), swiglu64(*parts))):
+            found = gpu(gpu_work.op, "expert_matmul", x, ids, *weights, wide=True, on=on)
+            assert nmse(found, truth) <= WGPU_NMSE, (shape, len(weights))
+
+
 @pytest.mark.parametrize("on", ["own", "hardware"])
 @pytest.mark.parametrize("types", [(Q4_K, Q4_K, Q6_K), (Q5_K, Q6_K, F32)], ids=str)
 def test_three_matrices_of_one_buffer(gpu, types, on):
@@ -56,6 +80,8 @@ def test_three_matrices_of_one_buffer(gpu, types, on):
     for decode in (False, True):
         found = gpu(gpu_work.op, "matmul", x, *weights, decode=decode, on=on)
         assert nmse(found, matmul64(x, *weights)) <= WGPU_NMSE
+    tall = [random_weights(rng, t, (rows, 512)) for t, rows in zip(types, (520, 130, 72), strict=True)]
+    assert nmse(gpu(gpu_work.op, "matmul", x, *tall, wide=True, on=on), matmul64(x, *tall)) <= WGPU_NMSE
 
 
 @TYPES_AND_DEVICES
@@ -218,6 +244,21 @@ def test_attention(gpu, tokens, heads, kv_heads, head_dim, chunk, span, on):
     assert nmse(found, truth) <= WGPU_ATTENTION_NMSE
     halved = gpu(gpu_work.op, "attention", qkv, norms, rope, heads, chunk=chunk, span=span, on=on, f16=True)
     assert WGPU_ATTENTION_NMSE < nmse(halved, truth) <= WGPU_FLOAT16_CACHE_NMSE
+
+
+@pytest.mark.parametrize("on", ["own", "hardware"])
+@pytest.mark.parametrize("together", [2, 4])
+@pytest.mark.parametrize(("tokens", "heads", "kv_heads", "head_dim", "chunk", "span"), ATTENTIONS)
+def test_attention_of_several_tokens_together(
+    gpu, tokens, heads, kv_heads, head_dim, chunk, span, together, on
+):
+    rng = rng_of("attention", tokens, heads, kv_heads, head_dim)
+    qkv = activations(rng, tokens, heads + 2 * kv_heads, head_dim)
+    norms = 3 * activations(rng, 2, head_dim)
+    rope = tuple(activations(rng, tokens + 3, head_dim // 2) for _ in range(2))
+    options = {"chunk": chunk, "span": span, "together": together, "on": on}
+    found = gpu(gpu_work.op, "attention", qkv, norms, rope, heads, **options)
+    assert nmse(found, true_attention(qkv, norms, rope, heads)) <= WGPU_ATTENTION_NMSE
 
 
 def test_attention_with_real_angles(gpu):

@@ -5,7 +5,8 @@
 //# BF16, 4 of F32. A macro unrolls the reading
 //# of unit `u` for several rows at once and hands its caller, four weights at a
 //# time, `w0`, `w1`, ... (one vec4 per row) with the index of the matching vec4 of x.
-//# `rows` is a list of (storage array, first vec4, first superblock or block of the row).
+//# `rows` is a list of (storage array, first vec4, first superblock or block of the row). `turns` of the K-quants:
+//# from which to before which turn of the loop, each of them 32 weights (16 of Q2_K and Q3_K).
 //#
 //# Bit layouts: ggml-common.h and ggml-quants.c (dequantize_row_*) of llama.cpp at
 //# commit 0c1e57098. Six-bit scales are decoded four at a time inside a word.
@@ -23,7 +24,7 @@ let lo_min{{r}} = d{{r}}.y * f32(mn{{r}} & 0xffu);
 let hi_min{{r}} = d{{r}}.y * f32((mn{{r}} >> 8u) & 0xffu);
 //% endmacro
 
-//% macro unit_Q4_K(rows)
+//% macro unit_Q4_K(rows, turns=("0u", "2u"))
 let sb = u >> 2u;
 let j = u & 3u;
 //% for w, base, start in rows
@@ -31,7 +32,7 @@ let a{{loop.index0}} = {{base}} + ({{start}} + sb) * 9u;
 let h{{loop.index0}} = {{w}}[a{{loop.index0}}];
 {{ k_scales(loop.index0) }}
 //% endfor
-for (var half = 0u; half < 2u; half++) {
+for (var half = {{ turns[0] }}; half < {{ turns[1] }}; half++) {
   //% for w, base, start in rows
   let q{{loop.index0}} = {{w}}[a{{loop.index0}} + 1u + 2u * j + half];
   //% endfor
@@ -53,7 +54,7 @@ for (var half = 0u; half < 2u; half++) {
 }
 //% endmacro
 
-//% macro unit_Q5_K(rows)
+//% macro unit_Q5_K(rows, turns=("0u", "2u"))
 let sb = u >> 2u;
 let j = u & 3u;
 //% for w, base, start in rows
@@ -61,7 +62,7 @@ let a{{loop.index0}} = {{base}} + ({{start}} + sb) * 11u;
 let h{{loop.index0}} = {{w}}[a{{loop.index0}}];
 {{ k_scales(loop.index0) }}
 //% endfor
-for (var half = 0u; half < 2u; half++) {
+for (var half = {{ turns[0] }}; half < {{ turns[1] }}; half++) {
   //% for w, base, start in rows
   let b{{loop.index0}} = {{w}}[a{{loop.index0}} + 1u + half] >> vec4<u32>(2u * j);
   let q{{loop.index0}} = {{w}}[a{{loop.index0}} + 3u + 2u * j + half];
@@ -85,7 +86,7 @@ for (var half = 0u; half < 2u; half++) {
 //% endmacro
 
 //# Eight superblocks share one vec4 of eight superblock scales, so that nothing is padded.
-//% macro unit_Q6_K(rows)
+//% macro unit_Q6_K(rows, turns=("0u", "2u"))
 let sb = u >> 2u;
 let upper = (u >> 1u) & 1u;
 let part = u & 1u;
@@ -105,7 +106,7 @@ let l{{r}} = {{w}}[a{{r}} + upper * 4u + part];
 let m{{r}} = {{w}}[a{{r}} + upper * 4u + 2u + part];
 let b{{r}} = {{w}}[a{{r}} + 8u + upper * 2u + part];
 //% endfor
-for (var high = 0u; high < 2u; high++) {
+for (var high = {{ turns[0] }}; high < {{ turns[1] }}; high++) {
   //% for w, base, start in rows
   //% set r = loop.index0
   let near{{r}} = select(scales{{r}}.x, scales{{r}}.z, high == 1u);
@@ -281,7 +282,7 @@ for (var high = 0u; high < 2u; high++) {
 //% endmacro
 
 //# Q2_K and Q3_K: 16 bytes of two bits are 16 weights of each of four sets of 32; one scale each.
-//% macro unit_of_two_bits(emit, rows, group, scales, q, dmin=0, qh=0)
+//% macro unit_of_two_bits(emit, rows, turns, group, scales, q, dmin=0, qh=0)
 let sb = u >> 2u;
 let upper = (u >> 1u) & 1u;
 let part = u & 1u;
@@ -300,7 +301,7 @@ let q{{r}} = {{w}}[g{{r}} + {{q}}u + k{{r}} * 4u + upper * 2u + part];
 let b{{r}} = {{w}}[g{{r}} + {{qh}}u + k{{r}} * 2u + part] >> vec4<u32>(upper * 4u);
 //% endif
 //% endfor
-for (var turn = 0u; turn < 4u; turn++) {
+for (var turn = {{ turns[0] }}; turn < {{ turns[1] }}; turn++) {
   //% for _ in rows
   //% set r = loop.index0
   let c{{r}} = (select(sc_lo{{r}}, sc_hi{{r}}, turn > 1u) >> ((turn & 1u) * 16u)) & 0xffu;
@@ -330,12 +331,12 @@ for (var turn = 0u; turn < 4u; turn++) {
 }
 //% endmacro
 
-//% macro unit_Q2_K(rows)
-{{ unit_of_two_bits(caller, rows, 42, 2, 10, dmin=1) }}
+//% macro unit_Q2_K(rows, turns=("0u", "4u"))
+{{ unit_of_two_bits(caller, rows, turns, 42, 2, 10, dmin=1) }}
 //% endmacro
 
-//% macro unit_Q3_K(rows)
-{{ unit_of_two_bits(caller, rows, 57, 1, 25, qh=9) }}
+//% macro unit_Q3_K(rows, turns=("0u", "4u"))
+{{ unit_of_two_bits(caller, rows, turns, 57, 1, 25, qh=9) }}
 //% endmacro
 
 //% set units = dict({"Q4_K": unit_Q4_K, "Q5_K": unit_Q5_K, "Q6_K": unit_Q6_K, "Q8_0": unit_Q8_0, "F16": unit_F16, "BF16": unit_BF16, "F32": unit_F32, "Q2_K": unit_Q2_K, "Q3_K": unit_Q3_K, "IQ4_XS": unit_IQ4_XS, "IQ4_NL": unit_IQ4_NL, "Q4_0": unit_Q4_0, "Q4_1": unit_Q4_1, "Q5_0": unit_Q5_0, "Q5_1": unit_Q5_1}, **more_units)

@@ -13,28 +13,7 @@
 
 {% include "common.wgsl" %}
 
-struct Segment {
-  kind: u32,
-  rows: u32,
-  group_begin: u32,   // first workgroup of this matrix
-  y_begin: u32,
-  base: u32,          // first vec4 of this matrix in the buffer
-  row_blocks: u32,
-  row_units: u32,
-  expert_blocks: u32,
-}
-
-struct Params {
-  x_stride: u32,      // vec4 per row of x
-  y_stride: u32,
-  x_head: u32,        // 1: x starts at row step.head_row
-  x_div: u32,         // pairs a row of x
-  expert_begin: u32,  // experts in this window
-  expert_end: u32,
-  plane: u32,         // floats between y and, when recording, gate and up
-  segments: u32,
-  segs: array<Segment, 3>,
-}
+{% include "products.wgsl" %}
 
 @group(0) @binding(0) var<uniform> p: Params;
 @group(0) @binding(1) var<uniform> step: Step;
@@ -248,11 +227,5 @@ fn total(begin: u32) -> f32 {
 //% endif
 
 //% if DUAL
-fn finish(at: u32, gate: f32, up: f32) {
-  y[at] = gate / (1.0 + exp(-gate)) * up;
-  if (step.record == 1u) {
-    y[p.plane + at] = gate;
-    y[2u * p.plane + at] = up;
-  }
-}
+{% include "swiglu.wgsl" %}
 //% endif

@@ -1,0 +1,28 @@
+// Matrices of a buffer, and what products of them are told.
+
+struct Segment {
+  kind: u32,
+  rows: u32,
+  group_begin: u32,   // first workgroup of this matrix
+  y_begin: u32,
+  base: u32,          // first vec4 of this matrix in the buffer
+  row_blocks: u32,
+  row_units: u32,
+  expert_blocks: u32,
+}
+
+struct Params {
+  x_stride: u32,      // vec4 per row of x
+  y_stride: u32,
+  x_head: u32,        // 1: x starts at row step.head_row
+  x_div: u32,         // pairs a row of x
+  expert_begin: u32,  // experts in this window
+  expert_end: u32,
+  plane: u32,         // floats between y and, when recording, gate and up
+  segments: u32,
+  eps: f32,           // of the norm of x
+  pad: u32,
+  pad0: u32,
+  pad1: u32,
+  segs: array<Segment, 3>,
+}
