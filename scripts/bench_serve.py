@@ -69,9 +69,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--batch-invariant", action="store_true", help="serve with it (part bits)")
     parser.add_argument("--rounds", type=int, default=2, help="the best counts")
     parser.add_argument("--replicas", type=int, default=2, help="engines of the part that is called so")
-    parser.add_argument(
-        "--parts", nargs="+", choices=(*PARTS, "all"), help="ratio; --h100: all of one server, and turn"
-    )
+    parser.add_argument("--parts", nargs="+", choices=(*PARTS, "all"), help="ratio; --h100: of one server")
     parser.add_argument(
         "--h100", action="store_true", help="64 chats of 512 and 128, prefixes of 4,096, 8,192"
     )
