@@ -328,7 +328,11 @@ _SHADER_EDITS: dict[str, tuple[Edit, ...]] = {
             r"\+ head\) \* (\d+)u \+ i\]",
             r"+ head_of_place(head + i / \1u)) * \1u + i % \1u]",
         ),
-        ("attention", r"wg\.y \* p\.heads \+ head \+ (\d+)u", r"wg.y * p.heads + head_of_place(head + \1u)"),
+        (
+            "attention",
+            r"\(token \+ 0u\) \* p\.heads \+ head \+ (\d+)u",
+            r"wg.y * p.heads + head_of_place(head + \1u)",
+        ),
         ("attention", r"(?=@compute)", _HEAD_OF_PLACE),
     ),
 }
