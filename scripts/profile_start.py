@@ -19,10 +19,11 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from scripts._children import programs_in, results_of, say
+from scripts._thread_times import watched
 
 SWEEP = ((4, 16), (6, 16), (8, 16), (12, 16), (6, 32), (8, 32), (8, 8), (12, 8))
 """Readers, and MiB of a piece."""
@@ -54,6 +55,13 @@ def timed(owner: Any, name: str, label: str | None = None) -> None:
 
 def start(options: dict[str, Any]) -> None:
     """A start up to the second token, with its steps."""
+    with watched() if options["threads"] else nullcontext({}) as threads:
+        _start(options)
+    for name, found in threads.items():
+        say(of_thread=name, found=found)
+
+
+def _start(options: dict[str, Any]) -> None:
     with step("import api"):
         from qwen3_moe_jax import api, loader
         from qwen3_moe_jax.core.sampling import Sampling
@@ -63,10 +71,11 @@ def start(options: dict[str, Any]) -> None:
     with step("import JAX and the backend"):  # a load does it beside the start of a GPU
         import jax
 
-        from qwen3_moe_jax.jax_backend import device_load, params, placement, programs, runner
+        from qwen3_moe_jax.jax_backend import device_load, params, placement, program_farm, programs, runner
         from qwen3_moe_jax.jax_backend.session_programs import Session
         from qwen3_moe_jax.kernels_pallas.gpu import device as gpu
     _note_programs(programs)
+    _note_workers(program_farm)
     (
         timed(api, "open_model"),
         timed(api, "check_once"),
@@ -121,6 +130,19 @@ def _note_programs(programs: Any) -> None:
     programs.listen(
         lambda name, made: made and say(made=name, by=made.source, seconds=round(made.seconds, 3))
     )
+
+
+def _note_workers(program_farm: Any) -> None:
+    """What other processes compile, and when they began it."""
+    inner = program_farm._Worker.ask
+
+    def asked(self: Any, message: Any, seconds: float) -> str:
+        static = message.get("static", {})
+        name = message["program"].rpartition(":")[2] if "program" in message else "start"
+        with step(f"worker {self._process.pid}: {name} {static.get('chunk', '')}".rstrip()):
+            return inner(self, message, seconds)
+
+    program_farm._Worker.ask = asked
 
 
 def sweep(options: dict[str, Any]) -> None:
@@ -207,6 +229,7 @@ def main() -> None:
         "--no-gate", dest="gate", action="store_false", help="without the check at a first load"
     )
     parser.add_argument("--profile", action="store_true", help="first, warm: the main thread's, by cProfile")
+    parser.add_argument("--threads", action="store_true", help="first, warm: what each thread does, and when")
     parser.add_argument("--readers", type=int, default=6, help="sweep: the first to be tried")
     parser.add_argument("--mib", type=int, default=16)
     parser.add_argument("--cache", metavar="FOLDER", help="programs are kept there (default: nowhere)")
