@@ -182,10 +182,10 @@ def start_gpu() -> None:
         pool.submit(code_version)  # every program's key has it
         asked = pool.submit(_start_spares)
         is_hidden = cards_are_hidden_by()  # imports JAX
-    if asked.result() and not is_hidden:
-        jax_sees_gpu()
-    else:
-        spare_workers.end()
+        if asked.result() and not is_hidden:
+            jax_sees_gpu()
+        else:
+            spare_workers.end()
 
 
 def _start_spares() -> bool:
