@@ -22,12 +22,12 @@ def format_bytes(count: float) -> str:
 
 
 def at_first(action: Callable[[], object], progress: ProgressCallback | None = None) -> ProgressCallback:
-    """A callback that calls ``action`` when it is first told something, and ``progress`` always."""
+    """A callback that calls ``action`` when something is done for the first time, and ``progress`` always."""
     begun = False
 
     def told(done: int, total: int) -> None:
         nonlocal begun
-        if not begun:
+        if done and not begun:
             begun = True
             action()
         if progress:

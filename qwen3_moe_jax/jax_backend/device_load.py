@@ -13,11 +13,11 @@ device, beyond the weights   READERS + 2 AHEAD raw pieces, and one piece unpacke
 ===========================  ==================================================================
 """
 
-import threading
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, TypeGuard
 
 import jax
@@ -30,20 +30,21 @@ from qwen3_moe_jax.convert.ggml_types import BLOCK_FORMATS, GGMLType
 from qwen3_moe_jax.convert.layouts.gpu_tiles import TILE_ROWS, to_gpu_tiles
 from qwen3_moe_jax.convert.packed import ARRAY_FORMATS, PackedTensor
 from qwen3_moe_jax.convert.source import BlockSource, ModelSource, nonfinite_error
-from qwen3_moe_jax.convert.unpack import Nonfinite, aligned_empty
+from qwen3_moe_jax.convert.unpack import Nonfinite
 from qwen3_moe_jax.jax_backend.device import Device
 from qwen3_moe_jax.jax_backend.programs import Program
+from qwen3_moe_jax.jax_backend.staging import Staging
 from qwen3_moe_jax.jax_backend.wanted import Wanted
 from qwen3_moe_jax.kernels_pallas.packed.stacks import abstract_packed, rows_per_unit
 from qwen3_moe_jax.kernels_pallas.packed.unpack import first_nonfinite, unpack_blocks, unpacks
 
-PIECE_BYTES = 16 << 20
-"""A piece is at most so large: long enough for full speed of memory and link, short beside the plan."""
+PIECE_BYTES = 32 << 20
+"""A piece is at most so large: few enough turns of the interpreter's lock, short beside the plan."""
 
 READERS = 8
 """Threads that read: an H100 was loaded in 1.7 s by 8, in 1.9 s by 4 or 12."""
 
-AHEAD = 4
+AHEAD = 2
 """Pieces that have been read and not yet used, and pieces whose programs are under way."""
 
 TENSORS_AHEAD = 2
@@ -79,12 +80,17 @@ class Target:
         """Bytes of a row in a file."""
         return BLOCK_FORMATS[self.type].row_nbytes(self.columns)
 
-    @property
+    @cached_property
     def piece_rows(self) -> int:
         """Rows of a piece, in whole tiles: the most that divide all rows and take at most PIECE_BYTES."""
         unit = TILE_ROWS if self.tiled else 1
         units, maximum = self.rows // unit, max(1, PIECE_BYTES // (unit * self.row_nbytes))
         return unit * next(n for n in range(min(units, maximum), 0, -1) if units % n == 0)
+
+    @property
+    def piece_nbytes(self) -> int:
+        """Bytes of a piece in a file."""
+        return self.piece_rows * self.row_nbytes
 
 
 def allocate(shapes: Any) -> Any:
@@ -226,20 +232,16 @@ def _from_blocks(
     source: BlockSource, targets: Sequence[Target], stacks: dict[str, Any], device: Device, checks: Checks
 ) -> Iterator[int]:
     pieces = [(t, row) for t in targets for row in range(0, t.rows, t.piece_rows)]
-    local = threading.local()
 
     def read(target: Target, row: int) -> jax.Array:
-        nbytes = target.piece_rows * target.row_nbytes
-        buffer = getattr(local, "buffer", None)
-        if buffer is None or len(buffer) < nbytes:
-            buffer = local.buffer = aligned_empty((max(nbytes, PIECE_BYTES),), np.uint8)
-        source.read_blocks(target.path, row * target.row_nbytes, buffer[:nbytes])
-        piece = buffer[:nbytes]
+        piece = staging.buffer()[: target.piece_nbytes]
+        source.read_blocks(target.path, row * target.row_nbytes, piece)
         if device.platform == "cpu":  # where the array would be the buffer, whatever ``may_alias`` says
             piece = piece.copy()
         return jax.device_put(piece, device).block_until_ready()
 
-    with ThreadPoolExecutor(READERS, thread_name_prefix="load") as pool:
+    largest = max((target.piece_nbytes for target in targets), default=0)
+    with Staging(device, largest) as staging, ThreadPoolExecutor(READERS, "load") as pool:
         waiting: deque[tuple[Target, int, Future[jax.Array]]] = deque()
         left = iter(pieces)
         try:

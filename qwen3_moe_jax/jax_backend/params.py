@@ -203,10 +203,13 @@ def load_on_device(
     table = shapes["layers"]
     packed = _packed_of(shapes)
     with shares_the_lock(SHORT_TURN), ThreadPoolExecutor(LOAD_COMPILERS + 1, "programs") as pool:
+        empty = pool.submit(_allocate, packed)
         for wanted in wanted_programs(source, targets, packed):
             pool.submit(_prepare, wanted)
         small = pool.submit(_vectors, source, table)
-        stacks: dict[str, Any] = allocate(packed)
+        if progress:
+            progress(0, source.nbytes)  # the device is busy, and the interpreter is not
+        stacks: dict[str, Any] = empty.result()
         done = 0
         for nbytes in load_stacks(source, targets, stacks, device):
             done += nbytes
@@ -218,6 +221,11 @@ def load_on_device(
     found = {**stacks, **jax.device_put(vectors, device)}
     layers = LayerTable({name: found[name] for name in table.stacks}, table.tensors)
     return {**{name: found[name] for name in shapes if name != "layers"}, "layers": layers}
+
+
+def _allocate(shapes: Any) -> Any:
+    with own_settings():
+        return allocate(shapes)
 
 
 def _prepare(wanted: Wanted) -> None:

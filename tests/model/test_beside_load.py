@@ -22,6 +22,8 @@ class Parts:
         return "programs"
 
     def load(self, progress) -> str:
+        progress(0, 2)
+        self.did.append("loading")
         progress(1, 2)
         if self.fails == "load":
             raise KeyError("load")
@@ -41,7 +43,8 @@ class Parts:
 def test_both_are_done_and_programs_are_begun_once(is_beside):
     parts = Parts()
     assert parts.run(is_beside) == "weights"
-    assert sorted(parts.did) == ["began programs", "loaded", "ready"]
+    assert sorted(parts.did) == ["began programs", "loaded", "loading", "ready"]
+    assert parts.did.index("loading") < parts.did.index("began programs"), "the first weights go first"
 
 
 def test_the_load_does_not_wait_for_what_is_got_ready():
@@ -56,7 +59,7 @@ def test_the_load_does_not_wait_for_what_is_got_ready():
     kept = parts.get_ready
     parts.get_ready = lambda: parts.up.wait(60) and kept()
     assert parts.run(True, load) == "weights"
-    assert parts.did == ["loaded", "ready", "began programs"]
+    assert parts.did == ["loading", "loaded", "ready", "began programs"]
 
 
 @pytest.mark.parametrize("is_beside", [False, True])
