@@ -2,7 +2,9 @@
 
 import functools
 import importlib
+import os
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -70,6 +72,7 @@ def import_kernels(module: str) -> ModuleType:
     Raises:
       NotImplementedError: this JAX lacks a part of Pallas.
     """
+    _before_the_first()
     try:
         return importlib.import_module(f"qwen3_moe_jax.kernels_pallas.{module}")
     except ImportError as error:
@@ -90,6 +93,35 @@ def ask_ptxas_once() -> None:
         return
     if not hasattr(ask, "cache_info"):
         bindings._get_ptxas_isa_version = functools.cache(ask)
+
+
+RUNTIME_VARIABLE = "MOSAIC_GPU_RUNTIME_LIB_PATH"
+
+
+def tell_runtime() -> bool:
+    """Lets programs with kernels be loaded that were compiled before, without the import of Mosaic.
+
+    XLA finds the library that launches kernels by an environment variable, which the import of Mosaic sets
+    (JAX 0.11.2, ``jax/experimental/mosaic/gpu/core.py``).
+
+    Returns:
+      Whether the library is there; else Mosaic has to be imported.
+    """
+    try:
+        bindings = importlib.import_module("jax._src.lib.mosaic_gpu")._mosaic_gpu_ext
+        library = Path(bindings.__file__).with_name("libmosaic_gpu_runtime.so")
+    except (ImportError, AttributeError):
+        return False
+    if not library.exists():
+        return False
+    os.environ.setdefault(RUNTIME_VARIABLE, str(library))
+    return True
+
+
+@functools.cache
+def _before_the_first() -> None:
+    """What a process needs once, before any kernel is lowered."""
+    ask_ptxas_once()
 
 
 @dataclass(frozen=True)

@@ -71,7 +71,6 @@ class Batch:
         self.preparation = preparation or Preparation([])
         self._has_kernel = decoder.has_kernel
         self._sequences: dict[int, Written] = {}
-        self._launches: dict[int, bool] = {}
         self._asked: deque[Asked] = deque()
         self._closed = False
 
@@ -91,7 +90,7 @@ class Batch:
         Raises:
           BackendUnavailableError: what writes tokens of so many slots depends on how many there are.
         """
-        is_one_launch = all(self._is_one_launch(rows) for rows in row_counts(self.slots))
+        is_one_launch = all(map(self._decoder.is_one_launch, row_counts(self.slots)))
         check_invariant(self.slots, has_kernel=self._has_kernel, is_one_launch=is_one_launch)
         self.is_invariant = True
 
@@ -382,20 +381,13 @@ class Batch:
             return False
         rows = next(n for n in row_counts(self.slots) if n > max(writers))
         given = self._decoder, self._params, self._state
-        if tokens == 1 and self._may_wait and not self._is_scored and not self._is_one_launch(rows):
+        if tokens == 1 and self._may_wait and not self._is_scored and not self._decoder.is_one_launch(rows):
             work = max(self._sequences[slot].work for slot in writers)
             self._state, result = one_token.decode_one(*given, rows=rows, work=work)
         else:
             self._state, result = generate.decode(*given, np.int32(tokens), rows=rows, scored=self._is_scored)
         self._note(result, dict.fromkeys(writers, tokens), is_decode=True)
         return True
-
-    def _is_one_launch(self, rows: int) -> bool:
-        """Whether the decode kernel takes so many rows."""
-        if rows not in self._launches:
-            path = self._decoder.path(self._params, rows, self._state.cache)
-            self._launches[rows] = path.is_one_launch
-        return self._launches[rows]
 
     def _read_prompts(self, waiting: list[int], maximum: int) -> None:
         """Asks for a chunk of the oldest prompts, and a token of the sequences that are ready."""

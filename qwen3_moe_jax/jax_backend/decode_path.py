@@ -366,6 +366,13 @@ class Decoder:
         """Whether few sequences are written by one kernel: a GPU's."""
         return self.paths[0].is_one_launch
 
+    def is_one_launch(self, rows: int) -> bool:
+        """Whether tokens of so many sequences are one launch, without captured stages or forced experts.
+
+        As ``path(...).is_one_launch``, but no kernel is asked again, nor imported.
+        """
+        return any(path.is_one_launch and rows in path.batches for path in self.paths)
+
     @property
     def is_batch_invariant(self) -> bool:
         """Whether few sequences at a time give the bits of each alone."""

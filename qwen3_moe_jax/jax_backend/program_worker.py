@@ -81,7 +81,6 @@ def _start(hello: dict[str, Any]) -> None:
     from qwen3_moe_jax.jax_backend import programs
     from qwen3_moe_jax.jax_backend.native import Native
     from qwen3_moe_jax.jax_backend.program_store import ProgramStore
-    from qwen3_moe_jax.kernels_pallas.gpu.device import ask_ptxas_once
     from qwen3_moe_jax.machine.jax_devices import jax_devices
     from qwen3_moe_jax.machine.kernels import AUTO
 
@@ -91,7 +90,6 @@ def _start(hello: dict[str, Any]) -> None:
     jax.config.update("jax_enable_compilation_cache", False)  # what comes out of it is not written again
     programs.use_store(ProgramStore(Path(hello["store"]), hello["max_bytes"]))
     device = jax_devices()[0]
-    ask_ptxas_once()
     Native.begin(device, AUTO, has_dtype=False).reason()  # a CPU's functions, which programs may call
 
 

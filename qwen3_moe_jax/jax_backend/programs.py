@@ -27,6 +27,7 @@ from typing import Any
 import jax
 from jax.experimental import serialize_executable
 
+from qwen3_moe_jax.jax_backend.cache_hits import cache_hits
 from qwen3_moe_jax.jax_backend.collection import no_collection
 from qwen3_moe_jax.jax_backend.compile_clock import compile_clock
 from qwen3_moe_jax.jax_backend.program_arguments import Key, aval_of, memory_key, mesh_of
@@ -109,6 +110,11 @@ def use_default_store() -> bool:
         else:
             use_store(None)
     return _store is not None
+
+
+def store() -> ProgramStore | None:
+    """Where programs are kept now; None is nowhere."""
+    return _store
 
 
 def keeps_on_disk() -> bool:
@@ -371,10 +377,10 @@ class Program:
         start = time.perf_counter()
         with entry.finding:
             lowered = self._lowered(entry)
-        _cache_hits.count = 0
+        cache_hits.count = 0
         program = _Compiled(lowered.compile(), entry.ran or ())
         key = self._disk_key_if_any(*arguments)
-        if key and not _cache_hits.count:
+        if key and not cache_hits.count:
             _save(key, program)
         with entry.finding:
             entry.program, entry.lowered = program, None
@@ -400,24 +406,6 @@ class Program:
             "environment": environment(),
         }
         return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
-
-
-class _CacheHits(threading.local):
-    """Programs that this thread has taken from JAX's own cache: serialized once more they lack functions
-    on a CPU (JAX 0.11.2: "Function ... not found" when it runs)."""
-
-    count = 0
-
-
-_cache_hits = _CacheHits()
-
-
-def _on_event(event: str, **_: Any) -> None:
-    if event == "/jax/compilation_cache/cache_hits":
-        _cache_hits.count += 1
-
-
-jax.monitoring.register_event_listener(_on_event)
 
 
 def _load(key: str) -> _Compiled | None:

@@ -61,7 +61,6 @@ from qwen3_moe_jax.jax_backend.settings import own_settings
 from qwen3_moe_jax.jax_backend.sharding import MeshShape
 from qwen3_moe_jax.jax_backend.token_scores import MAX_TOP, host_scores
 from qwen3_moe_jax.jax_backend.wanted import Wanted, long_of, missing_of
-from qwen3_moe_jax.kernels_pallas.gpu.device import ask_ptxas_once
 from qwen3_moe_jax.kernels_pallas.implementations import NATIVE, Record, recording
 from qwen3_moe_jax.machine.headroom import available_memory
 from qwen3_moe_jax.machine.jax_devices import all_devices, enable_compilation_cache
@@ -170,8 +169,6 @@ class JaxRunner:
         self, prompt: int | None, check: FirstForward | None, aided: bool, others_follow: bool
     ) -> list[Wanted]:
         """Compiles what the first tokens and the check of a file need; returns what is on disk already."""
-        if self.placement.is_gpu:
-            ask_ptxas_once()
         kernels, shards = self.kernels.name, self.placement.shards
         model = Qwen3Moe(self.config, self.compute_dtype, kernels=kernels, shards=shards)
         self._session = Session.of(model, self._types, self.device, self.max_context, self.cache_dtype)

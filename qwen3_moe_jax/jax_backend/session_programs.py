@@ -33,7 +33,7 @@ from qwen3_moe_jax.core.runner import ForwardShape
 from qwen3_moe_jax.core.sampling import Sampling
 from qwen3_moe_jax.jax_backend import generate, one_token
 from qwen3_moe_jax.jax_backend import slots as slot_programs
-from qwen3_moe_jax.jax_backend.decode_path import Decoder, choose
+from qwen3_moe_jax.jax_backend.decode_path import Decoder
 from qwen3_moe_jax.jax_backend.device import Device
 from qwen3_moe_jax.jax_backend.forward import forward_chunk
 from qwen3_moe_jax.jax_backend.generate import PREFILL_CHUNKS
@@ -41,6 +41,7 @@ from qwen3_moe_jax.jax_backend.kv_cache import KVCache, whole_tiles
 from qwen3_moe_jax.jax_backend.params import Params, Types, device_params
 from qwen3_moe_jax.jax_backend.programs import Program
 from qwen3_moe_jax.jax_backend.qwen3_moe import Qwen3Moe
+from qwen3_moe_jax.jax_backend.remembered_choice import remembered_choice
 from qwen3_moe_jax.jax_backend.sharded_params import sharded_shapes
 from qwen3_moe_jax.jax_backend.step_sizes import prompt_counts, row_counts, rows_beside
 from qwen3_moe_jax.jax_backend.token_choice import SamplingArrays
@@ -81,7 +82,7 @@ class Session:
     ) -> "Session":
         """That of a model whose weights need not be loaded."""
         shapes = _params_of(model, types, device)
-        decoder = choose(model, shapes, device, cache_dtype)
+        decoder = remembered_choice(model, types, shapes, device, cache_dtype)
         return cls(decoder, shapes, capacity, jnp.dtype(cache_dtype).name, slots)
 
     def programs(self) -> list[Wanted]:
@@ -199,7 +200,7 @@ class Session:
     def _one_token(self) -> Iterator[Wanted]:
         """Of more sequences than the decode kernel takes, on a GPU that has it."""
         for rows in row_counts(self.slots) if self.decoder.has_kernel else ():
-            if not self.decoder.path(self.params, rows, self.state.cache).is_one_launch:
+            if not self.decoder.is_one_launch(rows):
                 for work in one_token.WORKS:
                     more = {"rows": rows, "work": work}
                     yield self._wanted(one_token.decode_one, more, f"a token of {rows} sequences", 1.0)

@@ -112,8 +112,8 @@ class Card:
             finished=np.ones(count, bool),
         )
         model = SimpleNamespace(config=SimpleNamespace(vocab_size=1000))
-        path = lambda params, rows, cache: SimpleNamespace(is_one_launch=rows <= 16)
-        decoder: Any = SimpleNamespace(has_kernel=True, model=model, path=path)
+        is_one_launch = lambda rows: rows <= 16
+        decoder: Any = SimpleNamespace(has_kernel=True, model=model, is_one_launch=is_one_launch)
         return batching.Batch(decoder, {}, state)  # type: ignore[arg-type]
 
     def admit(self, state: State, slot: int, tokens: Any, length: int, limit: int, *rest: Any) -> State:

@@ -1,6 +1,7 @@
 """The Hopper kernels as compiled code: they lower for CUDA anywhere, and pass the shared cases on a GPU."""
 
 import faulthandler
+import os
 import sys
 from types import ModuleType, SimpleNamespace
 
@@ -19,7 +20,7 @@ from qwen3_moe_jax.convert.layouts.gpu_tiles import to_gpu_tiles
 from qwen3_moe_jax.convert.packed import GPU_TILES, PackedTensor
 from qwen3_moe_jax.kernels_pallas.attention import kernel_sm90 as attention_sm90
 from qwen3_moe_jax.kernels_pallas.gpu import device
-from qwen3_moe_jax.kernels_pallas.gpu.device import ask_ptxas_once
+from qwen3_moe_jax.kernels_pallas.gpu.device import RUNTIME_VARIABLE, ask_ptxas_once, tell_runtime
 from qwen3_moe_jax.kernels_pallas.gpu.grouped_matmul_config import (
     MAX_FEW_ROWS,
     MAX_UNSORTED,
@@ -280,3 +281,21 @@ def test_ptxas_is_asked_once(monkeypatch):
     ask_ptxas_once()  # a JAX that has no such function
     monkeypatch.setitem(sys.modules, "jax._src.lib.mosaic_gpu", None)
     ask_ptxas_once()  # a machine without the bindings
+
+
+def test_xla_is_told_of_the_library_that_launches_kernels(tmp_path, monkeypatch):
+    """The import of Mosaic tells it; without that a kept program with kernels is not loaded."""
+    monkeypatch.setenv(RUNTIME_VARIABLE, "mine")
+    monkeypatch.setitem(sys.modules, "jax._src.lib.mosaic_gpu", None)
+    assert not tell_runtime()
+    module = ModuleType("mosaic_gpu")
+    module._mosaic_gpu_ext = SimpleNamespace(__file__=str(tmp_path / "_mosaic_gpu_ext.so"))
+    monkeypatch.setitem(sys.modules, "jax._src.lib.mosaic_gpu", module)
+    assert not tell_runtime(), "another layout of the package"
+    library = tmp_path / "libmosaic_gpu_runtime.so"
+    library.touch()
+    assert tell_runtime()
+    assert os.environ[RUNTIME_VARIABLE] == "mine"
+    monkeypatch.delenv(RUNTIME_VARIABLE)
+    assert tell_runtime()
+    assert os.environ[RUNTIME_VARIABLE] == str(library)

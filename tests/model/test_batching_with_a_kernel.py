@@ -71,10 +71,16 @@ def test_decoding_takes_the_fused_step_with_few_rows_of_the_cache(
     assert list(stream(max_tokens=12, stop_ids={stop})) == greedy[1][: greedy[1].index(stop)]
 
 
+def takes_one_sequence(runner, monkeypatch):
+    """The kernel says so, when it is asked and in what is known of it."""
+    few = lambda self, model, params, batch, cache, is_forced=False: None if batch == 1 else "too many"
+    monkeypatch.setattr(type(runner.decoder.paths[0]), "reason_against", few)
+    monkeypatch.setattr(type(runner.decoder.paths[0]), "batches", range(1, 2))
+
+
 def test_one_token_of_more_sequences_than_the_kernel_takes(jax_runner, golden, fused_steps, monkeypatch):
     """It is written without a loop, several are in one: the same tokens, chosen or drawn."""
-    few = lambda self, model, params, batch, cache, is_forced=False: None if batch == 1 else "too many"
-    monkeypatch.setattr(type(jax_runner.decoder.paths[0]), "reason_against", few)
+    takes_one_sequence(jax_runner, monkeypatch)
     batch = jax_runner.open_batch(2, context=64)
     found = []
     for sampling in (Sampling(), Sampling(temperature=0.8, top_k=20, seed=5)):
@@ -105,8 +111,7 @@ def test_an_invariant_batch_reads_prompts_one_at_a_time(jax_runner, golden, gree
 
 
 def test_where_bits_depend_on_company_no_batch_promises_them(jax_runner, fused_steps, monkeypatch):
-    few = lambda self, model, params, batch, cache, is_forced=False: None if batch == 1 else "too many"
-    monkeypatch.setattr(type(jax_runner.decoder.paths[0]), "reason_against", few)
+    takes_one_sequence(jax_runner, monkeypatch)
     with pytest.raises(BackendUnavailableError, match="takes fewer than 2 sequences"):
         jax_runner.open_batch(2, context=64, is_invariant=True)
     monkeypatch.setattr(jax_runner, "decoder", replace(jax_runner.decoder, paths=(LayerByLayer(),)))
