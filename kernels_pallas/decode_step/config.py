@@ -11,6 +11,7 @@ from qwen3_moe_jax.convert.ggml_types import SUPERBLOCK, GGMLType
 from qwen3_moe_jax.kernels_pallas.decode_step import primitives
 from qwen3_moe_jax.kernels_pallas.decode_step.exchange import ONE_DEVICE, Slots, Split
 from qwen3_moe_jax.kernels_pallas.decode_step.formats import format_of
+from qwen3_moe_jax.kernels_pallas.decode_step.primitives.layouts import RANKED
 from qwen3_moe_jax.kernels_pallas.decode_step.primitives.names import Primitives
 from qwen3_moe_jax.kernels_pallas.decode_step.weights import column_names
 
@@ -164,6 +165,11 @@ class StepConfig:
     @property
     def qkv_tiles(self) -> int:
         return (self.num_attention_heads + 2 * self.num_key_value_heads) * self.head_dim // 8
+
+    @property
+    def ranks_experts(self) -> bool:
+        """Whether both warpgroups rank the experts (``rank_experts``): of one sequence, and not given."""
+        return self.batch == 1 and not self.replay and self.padded_experts == RANKED
 
     @property
     def padded_experts(self) -> int:

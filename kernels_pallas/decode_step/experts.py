@@ -159,6 +159,7 @@ class _GateUp:
             lambda at, tiles: self.multiply(first + at, at, tiles, first_sums),
             ahead,
             together=self.together,
+            is_last=self.store_groups == 1,
         )
 
     def round_of_groups(self, n: Array, ahead: Any) -> Any:
@@ -179,6 +180,7 @@ class _GateUp:
     def run(self) -> None:
         """All of this block's tiles, and the signal."""
         ahead = tuple(self.load(nth) for nth in range(self.depth))
+        self.p.choice.weigh()
         carried(self.store_groups // self.room, self.round_of_groups, ahead)
         self.p.g.signal(by_first=self.room == 1)
 
@@ -339,12 +341,13 @@ class _Down:
         size = swiglu.shape[0] * swiglu.shape[1] * 8
         source = self.p.prim.View(swiglu, (size // 32, 2, 4, 4), leading=0)
         pieces = ceil_div(self.per_pass * width, PIECE)
-        own = [i * WARPGROUPS + wg for i in range(ceil_div(pieces, WARPGROUPS))]
-        first = lambda: self.first_expert(where, n) * width // 32
-        starts = [first() + jnp.minimum(i, pieces - 1) * 32 for i in own]
+        # The last piece may be both warpgroups': they store the same.
+        own = [jnp.minimum(i * WARPGROUPS + wg, pieces - 1) for i in range(ceil_div(pieces, WARPGROUPS))]
+        first = self.first_expert(where, n) * width // 32
+        starts = [first + i * 32 for i in own]
         loaded = [source.load((pl.ds(start, 32),), SUBBLOCKS) for start in starts]
         for i, x in zip(own, loaded, strict=True):
-            pl.when(i < pieces)(partial(self.p.x.quantize, 0, i, x, self.p.shared.x_smem))
+            self.p.x.quantize(0, i, x, self.p.shared.x_smem)
 
     def store(self, i: Array, where: Where) -> None:
         """The weighted sum over the part's experts of a sequence's rows."""

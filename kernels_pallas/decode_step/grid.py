@@ -36,7 +36,14 @@ def fori(n: Any, body: Callable) -> None:
 
 
 def stream(
-    items: int, load: Callable, multiply: Callable, tiles: tuple, *, together: int = 1, index: Any = None
+    items: int,
+    load: Callable,
+    multiply: Callable,
+    tiles: tuple,
+    *,
+    together: int = 1,
+    index: Any = None,
+    is_last: bool = False,
 ) -> tuple:
     """``multiply(i, tiles)`` of items i, i + 1, ..., ``together`` at a time, for all items.
 
@@ -47,6 +54,7 @@ def stream(
     Args:
       load: ``load(i)`` makes the tiles after the first.
       tiles: the first tiles, loaded; their number divides ``items``.
+      is_last: nobody needs the tiles that the last turn would load: it loads none.
       index: ``index(group, j)`` stands for the j-th item of a group of as many, in place of a number.
 
     Returns:
@@ -62,15 +70,18 @@ def stream(
 
         return lax.fori_loop(0, items // together, rotate, tiles)
 
-    def several(group, tiles):
+    def several(group, tiles, *, loads=True):
         tiles = list(tiles)
         for j in range(0, depth, together):
             multiply(index(group, j), tiles[j : j + together])
-            for k in range(j, j + together):
+            for k in range(j, j + together) if loads else ():
                 tiles[k] = load(index(group + 1, k))
         return tuple(tiles)
 
-    return lax.fori_loop(0, items // depth, several, tiles)
+    groups = items // depth
+    if not is_last:
+        return lax.fori_loop(0, groups, several, tiles)
+    return several(groups - 1, carried(groups - 1, several, tiles), loads=False)
 
 
 class Grid:

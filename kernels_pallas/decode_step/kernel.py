@@ -141,7 +141,7 @@ def decode_step(config: StepConfig, operands: Operands, *, interpret: Any = None
         inputs, refs = refs[: len(leaves)], refs[len(leaves) :]
         written, shared = refs[: len(out_leaves)], refs[len(out_leaves) :]
         inputs, written = jax.tree.unflatten(tree, inputs), jax.tree.unflatten(out_tree, written)
-        Kernel(Grid(config, inputs, written, Scratch(*shared))).run()
+        Kernel(Grid(config, inputs, written, Scratch.of(scratch, shared))).run()
 
     kernel = plgpu.kernel(
         body,

@@ -11,7 +11,14 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from qwen3_moe_jax.kernels_pallas.decode_step.activations import Activations
 from qwen3_moe_jax.kernels_pallas.decode_step.config import MAX_NORMED, PIECE, WARPGROUPS, ceil_div
 from qwen3_moe_jax.kernels_pallas.decode_step.grid import Grid, Phases, fori
-from qwen3_moe_jax.kernels_pallas.decode_step.primitives.layouts import EXPERTS, LOG2E, SUBBLOCKS, load
+from qwen3_moe_jax.kernels_pallas.decode_step.primitives.layouts import (
+    EXPERTS,
+    LOG2E,
+    RANKED,
+    SUBBLOCKS,
+    lanes,
+    load,
+)
 
 Array = Any
 
@@ -48,6 +55,10 @@ class Router(Phases):
         the chosen: the common denominator cancels.
         """
         c, ids = self.c, self.shared.ids_smem
+        if c.ranks_experts:
+            self.rank()
+            self.g.sync_block()
+            return
         for start in range(0, c.padded_batch, 4):
             pl.when(self.g.wg == start // 4 % WARPGROUPS)(partial(self.choose_rows, pl.ds(start, 4)))
         if c.shares:
@@ -84,6 +95,24 @@ class Router(Phases):
         """The weight of that expert in this device's part of the sum: 0 where another device has it."""
         weight = self.shared.routing_smem[b, k]
         return weight if self.c.mesh.ep == 1 else jnp.where(self.here(b, k)[1], weight, 0.0)
+
+    def rank(self) -> None:
+        """One sequence's experts and their logits into shared memory; :meth:`weigh` makes weights of it."""
+        c, shared, layout = self.c, self.shared, lanes(RANKED)
+        first, second = (load(self.outputs.router_logits_gmem.at[i, 0], layout) for i in range(WARPGROUPS))
+        logits = (first + second) * self.x.norm_scale(lambda squares: squares[0])
+        if c.num_experts < RANKED:
+            index = plgpu.broadcasted_iota(jnp.int32, (RANKED,), 0, layout=layout)
+            logits = jnp.where(index < c.num_experts, logits, -1e30)
+        scratch = shared.rank_smem.at[self.g.wg]
+        self.prim.rank_experts(logits, scratch, shared.ids_smem.at[0], shared.best_smem, self.g.wg)
+
+    def weigh(self) -> None:
+        """The weights of one sequence's experts, when nobody waits for it; needed after the next barrier."""
+        if self.c.ranks_experts:
+            pl.when(self.g.wg == WARPGROUPS - 1)(
+                lambda: self.prim.weigh_experts(self.shared.best_smem, self.shared.routing_smem.at[0])
+            )
 
     def choose_rows(self, rows: Any) -> None:
         """Top-k of four sequences, one per warp."""

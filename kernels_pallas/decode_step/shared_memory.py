@@ -24,6 +24,7 @@ from qwen3_moe_jax.kernels_pallas.decode_step.config import (
     scalar_count,
     spans_of,
 )
+from qwen3_moe_jax.kernels_pallas.decode_step.primitives.layouts import RANK_WORDS
 
 REDUCE_SITES = ("norm", "router", "split_largest", "split_sum")
 """Callers of ``Grid.totals``; each has scratch of its own."""
@@ -53,6 +54,8 @@ class Scratch(NamedTuple):
       squares_smem: float32 [warpgroups, padded batch], sums of squares of the residual stream.
       x_scale_smem, x_sums_smem, x_words_smem: activations that this block multiplies (:class:`Quantized`).
       zeros_smem: int32 [16] of zeros.
+      rank_smem: int32 [warpgroups, RANK_WORDS] where experts are ranked (``StepConfig.ranks_experts``).
+      best_smem: float32 [X], the logits of the chosen experts, likewise.
       tiles_smem: (k, v) where they are asked for early (``StepConfig.prefetches``), else None.
     """
 
@@ -72,7 +75,15 @@ class Scratch(NamedTuple):
     x_sums_smem: Any
     x_words_smem: Any
     zeros_smem: Any
+    rank_smem: Any = None
+    best_smem: Any = None
     tiles_smem: Any = None
+
+    @classmethod
+    def of(cls, types: "Scratch", refs: tuple) -> "Scratch":
+        """The references of those types that are not None, in their order."""
+        names = [name for name, type in types._asdict().items() if type is not None]
+        return cls(**dict(zip(names, refs, strict=True)))
 
     @property
     def x_smem(self) -> Quantized:
@@ -116,6 +127,8 @@ def scratch_types(c: StepConfig) -> Scratch:
         x_sums_smem=shared(x.sums.shape, x.sums.dtype),
         x_words_smem=shared(x.words.shape, x.words.dtype),
         zeros_smem=shared((16,), jnp.int32),
+        rank_smem=shared((WARPGROUPS, RANK_WORDS), jnp.int32) if c.ranks_experts else None,
+        best_smem=shared((c.num_experts_per_tok,), jnp.float32) if c.ranks_experts else None,
         tiles_smem=plgpu.RefUnion(tiles) if c.prefetches else None,
     )
 

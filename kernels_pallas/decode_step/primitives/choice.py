@@ -3,10 +3,18 @@
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm, scf
+from jaxlib.mlir.dialects import arith, llvm, nvvm, scf
 
 from qwen3_moe_jax.kernels_pallas.decode_step.primitives.inline import const, equal, lane_and_warp, lane_value
-from qwen3_moe_jax.kernels_pallas.decode_step.primitives.layouts import EXPERTS, LOG2E, WARPGROUP
+from qwen3_moe_jax.kernels_pallas.decode_step.primitives.layouts import (
+    EXPERTS,
+    LOG2E,
+    RANK_WORDS,
+    RANKED,
+    SCALAR,
+    WARPGROUP,
+    lanes,
+)
 
 
 def top_experts(logits, scale, ids, routing, count: int) -> None:
@@ -25,25 +33,17 @@ def top_experts(logits, scale, ids, routing, count: int) -> None:
     def choose(ctx, logits, scale, ids, routing):
         del ctx
         i32, f32 = ir.IntegerType.get_signless(32), ir.F32Type.get()
-        lowest = const(-(2**31))
 
         def over_warp(value, operation):
             text = f"redux.sync.{operation}.u32 $0, $1, 0xffffffff;"
             return llvm.inline_asm(i32, [value], text, "=r,r", has_side_effects=True)
-
-        def flip(bits):
-            """Maps float bits to unsigned integers of the same order; ``unflip`` is the way back."""
-            return arith.xori(bits, arith.ori(arith.shrsi(bits, const(31)), lowest))
-
-        def unflip(key):
-            return arith.xori(key, arith.ori(arith.shrsi(arith.xori(key, const(-1)), const(31)), lowest))
 
         lane, warp = lane_and_warp()
         keys, indices = [], []
         for r, register in enumerate(logits.registers.flat):
             for i in range(4):
                 logit = arith.mulf(llvm.extractelement(register, const(i)), lane_value(scale))
-                keys.append(flip(arith.bitcast(i32, logit)))
+                keys.append(_ordered_bits(arith.bitcast(i32, logit)))
                 indices.append(arith.addi(arith.muli(lane, const(4)), const(r * 128 + i)))
 
         def tree(join, values):
@@ -60,16 +60,10 @@ def top_experts(logits, scale, ids, routing, count: int) -> None:
             winner = over_warp(tree(arith.minui, tied), "min")
             same = [equal(i, winner) for i in indices]
             keys = [arith.select(e, const(0), k) for e, k in zip(same, keys, strict=True)]
-            best.append(arith.bitcast(f32, unflip(key)))
+            best.append(arith.bitcast(f32, _float_bits(key)))
             chosen.append(winner)
-        log2e = arith.constant(f32, LOG2E)
-        powers = []
-        for value in best:
-            shifted = arith.mulf(arith.subf(value, best[0]), log2e)
-            powers.append(llvm.inline_asm(f32, [shifted], "ex2.approx.ftz.f32 $0, $1;", "=f,f"))
-        total = powers[0]
-        for power in powers[1:]:
-            total = arith.addf(total, power)
+        powers = _powers(best)
+        total = _sum(powers)
         id_base, routing_base = mgpu.utils.memref_ptr(ids), mgpu.utils.memref_ptr(routing)
         branch = scf.IfOp(equal(lane, const(0)))
         with ir.InsertionPoint(branch.then_block):
@@ -81,6 +75,110 @@ def top_experts(logits, scale, ids, routing, count: int) -> None:
             scf.yield_([])
 
     choose(logits, scale, ids, routing)
+
+
+def rank_experts(logits, scratch, ids, best, wg) -> None:
+    """The largest of one row of logits, in their order; run by both warpgroups, each with half of the rows.
+
+    Each lane counts how many of 64 logits go before its expert's; two lanes are an expert. In place of the
+    chain of maxima of :func:`top_experts`, with the same result.
+
+    Args:
+      logits: float32 [RANKED] of layout ``lanes(RANKED)``, the same in both warpgroups.
+      scratch: int32 [RANK_WORDS] of this warpgroup, in shared memory.
+      ids, best: int32 and float32 [count] in shared memory, to be written: experts and their logits.
+      wg: this warpgroup.
+    """
+    (count,), layout = ids.shape, lanes(RANKED)
+
+    @plgpu.inline_mgpu(arg_types=(layout, *[plgpu.RefType()] * 3, SCALAR))
+    def rank(ctx, logits, scratch, ids, best, wg):
+        del ctx
+        i32, i64, f32 = (*(ir.IntegerType.get_signless(n) for n in (32, 64)), ir.F32Type.get())
+        vector = ir.VectorType.get((4,), i32)
+        base = mgpu.utils.memref_ptr(scratch)
+        word = lambda at: mgpu.utils.getelementptr(base, [at], i32)
+        thread = arith.remui(mgpu.utils.thread_idx(), const(WARPGROUP))
+        place = lambda expert: arith.addi(expert, arith.shli(arith.shrui(expert, const(6)), const(2)))
+        llvm.store(_ordered_bits(arith.bitcast(i32, lane_value(logits))), word(place(thread)))
+        mgpu.utils.warpgroup_barrier()
+        half = arith.andi(thread, const(1))
+        expert = arith.addi(arith.shli(wg.registers.item(), const(6)), arith.shrui(thread, const(1)))
+        mine = llvm.load(i32, word(place(expert)))
+        wide = lambda high, low: arith.ori(
+            arith.shli(arith.extui(i64, high), arith.constant(i64, 32)), arith.extui(i64, low)
+        )
+        # Of equal logits the first goes first: the words below are larger for an earlier expert.
+        own = wide(mine, arith.subi(arith.addi(const(RANKED), arith.shli(half, const(6))), expert))
+        first, ranks = arith.muli(half, const(RANK_WORDS // 2 + 2)), [const(0)] * 4
+        for start in range(0, RANKED // 2, 4):
+            four = llvm.load(vector, word(arith.addi(first, const(start))), alignment=16)
+            for i in range(4):
+                other = wide(llvm.extractelement(four, const(i)), const(RANKED - start - i))
+                before = arith.cmpi(arith.CmpIPredicate.ugt, other, own)
+                ranks[i] = arith.addi(ranks[i], arith.extui(i32, before))
+        rank = arith.addi(arith.addi(ranks[0], ranks[1]), arith.addi(ranks[2], ranks[3]))
+        there = nvvm.shfl_sync(const(-1), rank, const(1), const(31), nvvm.ShflKind.bfly)
+        rank = arith.addi(rank, there)
+        is_chosen = arith.cmpi(arith.CmpIPredicate.ult, rank, const(count))
+        branch = scf.IfOp(arith.andi(is_chosen, equal(half, const(0))))
+        with ir.InsertionPoint(branch.then_block):
+            llvm.store(expert, mgpu.utils.getelementptr(mgpu.utils.memref_ptr(ids), [rank], i32))
+            logit = arith.bitcast(f32, _float_bits(mine))
+            llvm.store(logit, mgpu.utils.getelementptr(mgpu.utils.memref_ptr(best), [rank], f32))
+            scf.yield_([])
+
+    rank(logits, scratch, ids, best, wg)
+
+
+def weigh_experts(best, routing) -> None:
+    """The softmax of logits in their order, as :func:`top_experts` has it; run by a whole warpgroup.
+
+    Args:
+      best, routing: float32 [count] in shared memory.
+    """
+    (count,) = best.shape
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType()))
+    def weigh(ctx, best, routing):
+        del ctx
+        f32 = ir.F32Type.get()
+        at = lambda ref, i: mgpu.utils.getelementptr(mgpu.utils.memref_ptr(ref), [const(i)], f32)
+        thread = arith.remui(mgpu.utils.thread_idx(), const(WARPGROUP))
+        branch = scf.IfOp(equal(thread, const(0)))
+        with ir.InsertionPoint(branch.then_block):
+            powers = _powers([llvm.load(f32, at(best, i)) for i in range(count)])
+            total = _sum(powers)
+            for i, power in enumerate(powers):
+                llvm.store(arith.divf(power, total), at(routing, i))
+            scf.yield_([])
+
+    weigh(best, routing)
+
+
+def _ordered_bits(bits: ir.Value) -> ir.Value:
+    """Maps float bits to unsigned integers of the same order; :func:`_float_bits` is the way back."""
+    return arith.xori(bits, arith.ori(arith.shrsi(bits, const(31)), const(-(2**31))))
+
+
+def _float_bits(key: ir.Value) -> ir.Value:
+    return arith.xori(key, arith.ori(arith.shrsi(arith.xori(key, const(-1)), const(31)), const(-(2**31))))
+
+
+def _powers(best: list) -> list:
+    """The exponentials of values' differences to the first."""
+    f32 = ir.F32Type.get()
+    log2e = arith.constant(f32, LOG2E)
+    shifted = [arith.mulf(arith.subf(value, best[0]), log2e) for value in best]
+    return [llvm.inline_asm(f32, [x], "ex2.approx.ftz.f32 $0, $1;", "=f,f") for x in shifted]
+
+
+def _sum(values: list) -> ir.Value:
+    """From the first value on."""
+    total = values[0]
+    for value in values[1:]:
+        total = arith.addf(total, value)
+    return total
 
 
 def sort_pairs(ids, order) -> None:

@@ -179,6 +179,16 @@ def top_experts(logits, scale, ids, routing, count: int) -> None:
     routing[...] = p / jnp.sum(p, axis=1, keepdims=True)
 
 
+def rank_experts(logits, scratch, ids, best, wg) -> None:
+    del scratch, wg
+    best[...], ids[...] = lax.top_k(logits, ids.shape[0])
+
+
+def weigh_experts(best, routing) -> None:
+    p = jnp.exp2((best[...] - best[0]) * LOG2E)
+    routing[...] = p / jnp.sum(p)
+
+
 def sort_pairs(ids, order) -> None:
     (pairs,) = order.shape
     order[...] = jnp.argsort(ids[...].reshape(-1)[:pairs], stable=True).astype(jnp.int32)

@@ -32,6 +32,10 @@ SCALAR = plgpu.Layout.WG_SPLAT(())
 
 WARPGROUP = 128
 """Threads of a warpgroup."""
+RANKED = 128
+"""Experts that ``rank_experts`` ranks."""
+RANK_WORDS = RANKED + 4
+"""Words of its scratch per warpgroup: the second half lies in other banks than the first."""
 LOG2E = 1.4426950408889634
 
 

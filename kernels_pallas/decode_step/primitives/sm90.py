@@ -9,7 +9,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir.dialects import arith
 
-from qwen3_moe_jax.kernels_pallas.decode_step.primitives.choice import sort_pairs, top_experts
+from qwen3_moe_jax.kernels_pallas.decode_step.primitives.choice import (
+    rank_experts,
+    sort_pairs,
+    top_experts,
+    weigh_experts,
+)
 from qwen3_moe_jax.kernels_pallas.decode_step.primitives.inline import const as _const
 from qwen3_moe_jax.kernels_pallas.decode_step.primitives.loads import load_clamped, load_rows
 from qwen3_moe_jax.kernels_pallas.decode_step.primitives.products import (
