@@ -128,6 +128,26 @@ def params_of(
     return device.uniform(*own, *words, *[0] * (24 - len(words)))
 
 
+def dense_words(segments: Sequence[Segment], rows_a_group: int) -> tuple[list[int], int]:
+    """The words of matrices whose workgroups follow each other, and how many workgroups these are."""
+    words: list[int] = []
+    groups = 0
+    for segment in segments:
+        words += segment_words(segment, groups)
+        groups += -(-segment.rows // rows_a_group)
+    return words, groups
+
+
+def stack_words(stacks: Sequence[ExpertBuffer]) -> list[int]:
+    """The words of stacks of experts that a workgroup reads side by side."""
+    return [word for s in stacks for word in segment_words(Segment(s.type, s.rows, s.columns), 0, s.rows)]
+
+
+def nbytes_of(matrices: Sequence[Segment] | Sequence[ExpertBuffer]) -> int:
+    """Bytes on the device of matrices, or of one expert of each stack."""
+    return sum(device_nbytes(m.type, m.rows * m.columns) for m in matrices)
+
+
 def dense_site(
     device: Device,
     weights: DenseBuffer,
@@ -157,15 +177,11 @@ def dense_site(
         name, constants = "matmul", _matmul_constants(device, segments[0].type, columns, tokens)
         rows_a_group = constants["WG"] // constants["LANES"] * constants["ROWS"]
     kernel = device.kernel(name, MODE="dense", DUAL=False, TYPES=[t.name for t in types], **constants)
-    words, groups = [], 0
-    for segment in segments:
-        words += segment_words(segment, groups)
-        groups += -(-segment.rows // rows_a_group)
+    words, groups = dense_words(segments, rows_a_group)
     params = params_of(device, words, columns=columns, y_stride=y_stride, head=head, segments=len(segments))
     dispatch = device.bind(kernel, {0: params, 1: step, 2: weights.buffer, 3: x, 4: y})
     follows = "once" if tokens == 1 else "head tiles" if head else "token tiles"
-    nbytes = sum(device_nbytes(s.type, s.rows * s.columns) for s in segments)
-    return Site(dispatch, groups, follows, tokens, nbytes=nbytes, taps=taps)
+    return Site(dispatch, groups, follows, tokens, nbytes=nbytes_of(segments), taps=taps)
 
 
 def expert_site(
@@ -204,13 +220,9 @@ def expert_site(
         TYPES=[w.type.name for w in weights],
         **constants,
     )
-    words = []
-    for stack in weights:
-        segment = Segment(stack.type, stack.rows, stack.columns)
-        words += segment_words(segment, 0, stack.rows)
     params = params_of(
         device,
-        words,
+        stack_words(weights),
         columns=first.columns,
         y_stride=first.rows,
         x_div=x_div,
@@ -227,8 +239,8 @@ def expert_site(
         resources[7] = weights[1].buffer
     dispatch = device.bind(kernel, resources)
     groups = -(-first.rows // rows_a_group)
-    nbytes = sum(device_nbytes(w.type, w.rows * w.columns) for w in weights)
-    return Site(dispatch, groups, "pairs" if tokens == 1 else "pair tiles", tokens, nbytes=nbytes, taps=taps)
+    follows = "pairs" if tokens == 1 else "pair tiles"
+    return Site(dispatch, groups, follows, tokens, nbytes=nbytes_of(weights), taps=taps)
 
 
 def embed_site(device: Device, table: ExpertBuffer, tokens: Any, x: Any, taps: tuple[Any, ...] = ()) -> Site:

@@ -14,12 +14,12 @@ from qwen3_moe_jax.wgpu_backend.device import Device
 from qwen3_moe_jax.wgpu_backend.kernels import (
     DenseBuffer,
     ExpertBuffer,
-    Segment,
+    dense_words,
+    nbytes_of,
     params_of,
-    segment_words,
     shared_lanes,
+    stack_words,
 )
-from qwen3_moe_jax.wgpu_backend.layout import device_nbytes
 from qwen3_moe_jax.wgpu_backend.sites import Site
 from qwen3_moe_jax.wgpu_backend.weights import LayerBuffers
 
@@ -117,19 +117,14 @@ def dense_site(
     constants = _constants(device, lanes, rows, columns, workgroup)
     constants |= {"NORMED": norm is not None, "KEEPS": keeps, "ADDED": sums is not None}
     kernel = device.kernel("vector", MODE="dense", TYPES=[t.name for t in types], **constants)
-    words, groups = [], 0
-    per_group = workgroup // constants["LANES"] * rows
-    for segment in segments:
-        words += segment_words(segment, groups)
-        groups += -(-segment.rows // per_group)
+    words, groups = dense_words(segments, workgroup // constants["LANES"] * rows)
     params = params_of(device, words, columns=columns, y_stride=0, segments=len(segments), eps=eps)
     resources = {0: params, 1: step, 2: weights.buffer, 3: x, 4: y}
     if norm is not None:
         resources |= {5: norm[0], 6: norm[1]}
     if sums is not None:
         resources[7] = sums
-    nbytes = sum(device_nbytes(s.type, s.rows * s.columns) for s in segments)
-    return Site(device.bind(kernel, resources), groups, nbytes=nbytes, taps=taps)
+    return Site(device.bind(kernel, resources), groups, nbytes=nbytes_of(segments), taps=taps)
 
 
 def expert_site(
@@ -153,7 +148,7 @@ def expert_site(
     kernel = device.kernel("vector", MODE="chosen", TYPES=[w.type.name for w in pair], **constants)
     params = params_of(
         device,
-        _stack_words(pair),
+        stack_words(pair),
         columns=first.columns,
         y_stride=first.rows,
         experts=(first.begin, first.end),
@@ -162,14 +157,8 @@ def expert_site(
     )
     resources = {0: params, 1: step, 2: first.buffer, 3: x, 4: y, 5: ids, 7: pair[1].buffer}
     per_group = v.workgroup // constants["LANES"] * rows
-    nbytes = sum(device_nbytes(w.type, w.rows * w.columns) for w in pair)
-    return Site(
-        device.bind(kernel, resources), -(-first.rows // per_group), "pairs", nbytes=nbytes, taps=taps
-    )
-
-
-def _stack_words(stacks: Sequence[ExpertBuffer]) -> list[int]:
-    return [word for s in stacks for word in segment_words(Segment(s.type, s.rows, s.columns), 0, s.rows)]
+    groups = -(-first.rows // per_group)
+    return Site(device.bind(kernel, resources), groups, "pairs", nbytes=nbytes_of(pair), taps=taps)
 
 
 def down_site(
@@ -189,11 +178,10 @@ def down_site(
     constants = _constants(device, lanes, v.team_rows, stack.columns, chosen * v.team, chosen)
     constants |= {"ADDED": True}
     kernel = device.kernel("vector", MODE="summed", TYPES=[stack.type.name], **constants)
-    params = params_of(device, _stack_words([stack]), columns=stack.columns, y_stride=0, segments=1)
+    params = params_of(device, stack_words([stack]), columns=stack.columns, y_stride=0, segments=1)
     dispatch = device.bind(kernel, {0: params, 1: step, 2: stack.buffer, 3: x, 4: y, **buffers})
     per_group = v.team // constants["LANES"] * v.team_rows
-    nbytes = chosen * device_nbytes(stack.type, stack.rows * stack.columns)
-    return Site(dispatch, -(-stack.rows // per_group), nbytes=nbytes, taps=taps)
+    return Site(dispatch, -(-stack.rows // per_group), nbytes=chosen * nbytes_of([stack]), taps=taps)
 
 
 def attention_sites(

@@ -15,23 +15,11 @@
 
 {% include "products.wgsl" %}
 
-@group(0) @binding(0) var<uniform> p: Params;
-@group(0) @binding(1) var<uniform> step: Step;
-@group(0) @binding(2) var<storage, read> w: array<vec4<u32>>;
-@group(0) @binding(3) var<storage, read> x: array<vec4<f32>>;
-@group(0) @binding(4) var<storage, read_write> y: array<f32>;
 //% if MODE == "indexed"
 @group(0) @binding(5) var<storage, read> ids: array<u32>;
 //% elif MODE == "grouped"
 @group(0) @binding(5) var<storage, read> tiles: array<vec4<u32>>;
 @group(0) @binding(6) var<storage, read> order: array<u32>;
-//% endif
-//% if DUAL
-@group(0) @binding(7) var<storage, read> w_up: array<vec4<u32>>;
-//% endif
-
-//% if READS_GRIDS
-@group(0) @binding(8) var<storage, read> grids: array<u32>;
 //% endif
 
 //% set R = ROWS * (2 if DUAL else 1)

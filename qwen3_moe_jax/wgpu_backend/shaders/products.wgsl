@@ -1,4 +1,4 @@
-// Matrices of a buffer, and what products of them are told.
+// Matrices of a buffer, what products of them are told, and what every product binds. After common.wgsl.
 
 struct Segment {
   kind: u32,
@@ -26,3 +26,15 @@ struct Params {
   pad1: u32,
   segs: array<Segment, 3>,
 }
+
+@group(0) @binding(0) var<uniform> p: Params;
+@group(0) @binding(1) var<uniform> step: Step;
+@group(0) @binding(2) var<storage, read> w: array<vec4<u32>>;
+@group(0) @binding(3) var<storage, read> x: array<vec4<f32>>;
+@group(0) @binding(4) var<storage, read_write> y: array<f32>;
+//% if DUAL
+@group(0) @binding(7) var<storage, read> w_up: array<vec4<u32>>;
+//% endif
+//% if READS_GRIDS
+@group(0) @binding(8) var<storage, read> grids: array<u32>;
+//% endif

@@ -13,11 +13,6 @@
 {% include "common.wgsl" %}
 {% include "products.wgsl" %}
 
-@group(0) @binding(0) var<uniform> p: Params;
-@group(0) @binding(1) var<uniform> step: Step;
-@group(0) @binding(2) var<storage, read> w: array<vec4<u32>>;
-@group(0) @binding(3) var<storage, read> x: array<vec4<f32>>;
-@group(0) @binding(4) var<storage, read_write> y: array<f32>;
 //% if NORMED
 @group(0) @binding(5) var<storage, read> norm: array<vec4<f32>>;
 @group(0) @binding(6) var<storage, read_write> normed: array<vec4<f32>>;
@@ -27,16 +22,11 @@
 //% if MODE == "summed"
 @group(0) @binding(6) var<storage, read> shares: array<f32>;
 //% endif
-//% if DUAL
-@group(0) @binding(7) var<storage, read> w_up: array<vec4<u32>>;
-//% elif ADDED
+//% if ADDED
 @group(0) @binding(7) var<storage, read_write> sums: array<f32>;
 //% endif
 //% if MODE == "summed"
 @group(0) @binding(9) var<storage, read_write> products: array<f32>;
-//% endif
-//% if READS_GRIDS
-@group(0) @binding(8) var<storage, read> grids: array<u32>;
 //% endif
 
 //% set R = ROWS * (2 if DUAL else 1)
