@@ -72,7 +72,7 @@ def import_kernels(module: str) -> ModuleType:
     Raises:
       NotImplementedError: this JAX lacks a part of Pallas.
     """
-    _before_the_first()
+    ask_ptxas_once()
     try:
         return importlib.import_module(f"qwen3_moe_jax.kernels_pallas.{module}")
     except ImportError as error:
@@ -116,12 +116,6 @@ def tell_runtime() -> bool:
         return False
     os.environ.setdefault(RUNTIME_VARIABLE, str(library))
     return True
-
-
-@functools.cache
-def _before_the_first() -> None:
-    """What a process needs once, before any kernel is lowered."""
-    ask_ptxas_once()
 
 
 @dataclass(frozen=True)

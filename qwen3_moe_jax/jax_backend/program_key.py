@@ -76,6 +76,11 @@ _WITHOUT_EFFECT = ("cache", "dump", "log", "traceback", "explain", "profiler", "
 """Words in the names of JAX's settings that do not change a program."""
 
 
+def digest(facts: Mapping[str, Any]) -> str:
+    """Returns the name in the store of what depends on ``facts`` alone: their SHA-256."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
+
+
 def changes_programs(name: str) -> bool:
     """Whether programs may depend on a setting of JAX."""
     return not any(word in name for word in _WITHOUT_EFFECT)

@@ -11,9 +11,7 @@ Programs of a mesh of devices are compiled in every process: they are not kept h
 
 import dataclasses
 import functools
-import hashlib
 import inspect
-import json
 import logging
 import os
 import pickle
@@ -32,7 +30,7 @@ from qwen3_moe_jax.jax_backend.collection import no_collection
 from qwen3_moe_jax.jax_backend.compile_clock import compile_clock
 from qwen3_moe_jax.jax_backend.program_arguments import Key, aval_of, memory_key, mesh_of
 from qwen3_moe_jax.jax_backend.program_farm import farm, start_workers
-from qwen3_moe_jax.jax_backend.program_key import environment, fingerprint
+from qwen3_moe_jax.jax_backend.program_key import digest, environment, fingerprint
 from qwen3_moe_jax.jax_backend.program_request import encode, named
 from qwen3_moe_jax.jax_backend.program_store import ProgramStore
 from qwen3_moe_jax.jax_backend.sharding import placed_on
@@ -405,7 +403,7 @@ class Program:
             "arrays": [aval_of(leaf) for leaf in leaves],
             "environment": environment(),
         }
-        return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
+        return digest(facts)
 
 
 def _load(key: str) -> _Compiled | None:

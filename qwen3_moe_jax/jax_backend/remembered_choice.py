@@ -4,7 +4,6 @@ Finding out asks the kernels, whose import takes half a second of the interprete
 weights, which needs it too. A start that finds its programs on disk has no other use for them.
 """
 
-import hashlib
 import json
 from typing import Any
 
@@ -14,7 +13,7 @@ from qwen3_moe_jax.jax_backend import programs
 from qwen3_moe_jax.jax_backend.decode_path import PATHS, Decoder, choose
 from qwen3_moe_jax.jax_backend.device import Device
 from qwen3_moe_jax.jax_backend.params import Params, Types
-from qwen3_moe_jax.jax_backend.program_key import environment, fingerprint
+from qwen3_moe_jax.jax_backend.program_key import digest, environment, fingerprint
 from qwen3_moe_jax.jax_backend.qwen3_moe import Qwen3Moe
 from qwen3_moe_jax.kernels_pallas.gpu import device as gpu
 
@@ -52,7 +51,7 @@ def _key(model: Qwen3Moe, types: Types, device: Device, cache_dtype: Any) -> str
         "shared memory": getattr(device, "shared_memory_per_block_optin", None),
         "environment": environment(),
     }
-    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
+    return digest(facts)
 
 
 def _decoder(model: Qwen3Moe, content: bytes) -> Decoder | None:
