@@ -8,8 +8,9 @@ scales, norms of 1e-30 and 1e30, weights that are denormal. Logits of every
 backend are compared with a float64 reference's where float32 has place for them. What no float32
 computation can do better stands beside that: the same in float64, with every matrix product summed
 exactly and rounded to float32 once; and what the gate's model of rounding makes of each file: float64 with
-every product off by one deviation, which no distance may exceed. Distances are 1 - cosine, of the worst of
-eight positions. The last line is JSON: files, loads, false alarms, and the largest distances.
+every product off by one deviation, drawn up to 20 times. No distance may exceed the furthest draw.
+Distances are 1 - cosine, of the worst of eight positions. The last line is JSON: files, loads, false
+alarms, and the largest distances.
 """
 
 import argparse
@@ -68,6 +69,10 @@ STYLES: dict[str, Style] = {
 COSINE_STEPS = 16 * float(np.finfo(np.float64).eps)
 """1 - cosine of equal logits is a few of float64's steps."""
 
+DRAWS = 20
+"""One draw says little: those of a file of random bytes differ by a factor of 30. A backend that is as far
+as one deviation is further than all of 20 in one file of 21."""
+
 MIXES = ("q4_k_m", "all", "few_bits", *(f"only_{t.name.lower()}" for t in SUPPORTED_TYPES))
 SIZES = (
     {},
@@ -113,17 +118,22 @@ def check(case: Case, backend: str, folder: Path, dtype: str | None = None) -> d
             exact = ReferenceRunner(source, dtype=np.float64).forward(ids, capture=("Qcur", "l_out"))
             rounded = rounded_once(source, ids, exact.expert_ids)
             operand = ROUNDING[str(runner.describe()["compute_dtype"])]
-            noisy = with_noise(source, ids, exact.expert_ids, operand)
+            distance = lambda found: float(1 - cosine(exact.logits, found).min())
+            drawn = 0.0
+            for draw in range(DRAWS):  # until one is further
+                noisy = with_noise(source, ids, exact.expert_ids, operand, draw)
+                drawn = max(drawn, distance(noisy))
+                if not distance(logits) > drawn + COSINE_STEPS:
+                    break
         runner.close()
     largest = max(float(np.abs(stage).max()) for stage in exact.stages.values())
     is_in_range = np.isfinite(logits).all() and largest**2 * source.config.hidden_size < FLOAT32_MAX
-    distance = lambda found: float(1 - cosine(exact.logits, found).min()) if is_in_range else None
     return {
         "style": case.style,
         "departures": [f"{d.where} ({d.type}): {d.sigmas:.1f} sigmas" for d in departures],
-        "distance": distance(logits),
-        "rounded_once": distance(rounded),
-        "one_sigma": distance(noisy),
+        "distance": distance(logits) if is_in_range else None,
+        "rounded_once": distance(rounded) if is_in_range else None,
+        "one_sigma": drawn if is_in_range else None,
     }
 
 
@@ -136,14 +146,17 @@ def rounded_once(source: ModelSource, ids: np.ndarray, expert_ids: np.ndarray) -
     return _with_products(source, ids, expert_ids, once(ops.matmul), once(ops.expert_matmul))
 
 
-def with_noise(source: ModelSource, ids: np.ndarray, expert_ids: np.ndarray, operand: float) -> np.ndarray:
+def with_noise(
+    source: ModelSource, ids: np.ndarray, expert_ids: np.ndarray, operand: float, draw: int = 0
+) -> np.ndarray:
     """Logits of the float64 reference, every product off by a normal deviate of the careful model.
 
     Args:
       source, ids, expert_ids: as of ``ReferenceRunner.forward``.
       operand: relative precision to which the backend rounds operands (``noise.ROUNDING``).
+      draw: the number of this draw; others give other deviates.
     """
-    rng, exact, exact_experts = np.random.default_rng(len(ids)), ops.matmul, ops.expert_matmul
+    rng, exact, exact_experts = np.random.default_rng((len(ids), draw)), ops.matmul, ops.expert_matmul
 
     def noise(x: np.ndarray, weight: PackedTensor) -> np.ndarray:
         return rng.standard_normal((len(x), weight.shape[0])) * careful_sigma(x, weight, operand)
@@ -194,7 +207,7 @@ def by_style(rows: list[dict[str, Any]]) -> dict[str, dict[str, object]]:
 
 
 def is_far(row: dict[str, Any]) -> bool:
-    """Whether a file's logits are further from float64's than one deviation of every product makes them."""
+    """Whether a file's logits are further from float64's than every draw of one deviation makes them."""
     return row["distance"] is not None and row["distance"] > row["one_sigma"] + COSINE_STEPS
 
 

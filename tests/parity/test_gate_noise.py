@@ -71,6 +71,14 @@ def test_logits_are_as_near_as_the_roundings_of_their_products_allow(tmp_path, s
     assert found["distance"] < bound
 
 
+def test_a_right_backend_may_be_further_than_one_draw(tmp_path):
+    """These bytes condition the file so badly that draws differ by a factor of 30: one was below."""
+    (case,) = (case for case in cases(100) if case.number == 66)
+    found = check(case, "jax", tmp_path)
+    assert not found["departures"]
+    assert not is_far(found)
+
+
 @pytest.mark.parametrize("opened", STRAINED, indirect=True, ids=str)
 def test_a_wrong_matrix_departs(opened):
     """One row of a matrix is 1 percent too large."""
