@@ -87,7 +87,24 @@ def wave(
         found = await asyncio.gather(*(later(n, ids) for n, ids in enumerate(work)))
         return list(found), time.perf_counter() - began
 
-    found, seconds = asyncio.run(within(args.part_seconds, main()))
+    return _figures(*asyncio.run(within(args.part_seconds, main())))
+
+
+def talks(args: argparse.Namespace, port: int, work: list[list[tuple[list[int], int]]]) -> dict[str, Any]:
+    """Clients that each ask for these, prompts and numbers of tokens, one after the other."""
+
+    async def talk(asks: list[tuple[list[int], int]]) -> list[dict[str, Any]]:
+        return [await ask(port, ids, tokens) for ids, tokens in asks]
+
+    async def main() -> tuple[list[dict[str, Any]], float]:
+        began = time.perf_counter()
+        found = await asyncio.gather(*map(talk, work))
+        return [f for one in found for f in one], time.perf_counter() - began
+
+    return _figures(*asyncio.run(within(args.part_seconds, main())))
+
+
+def _figures(found: list[dict[str, Any]], seconds: float) -> dict[str, Any]:
     good = [f for f in found if f["status"] == 200]
     first = [f["first"] for f in good]
     return {

@@ -9,6 +9,7 @@ child: clients of one event loop on sockets of their own. ``--h100`` asks for wh
 
 ratio     tokens per second over HTTP beside the batch alone, times to the first token, CPU seconds of the
           front per request
+steady    the same where each client asks --asks times, one after the other, for answers of several lengths
 front     events per second that the front streams without an engine
 mixed     gaps between tokens of running streams while a long prompt is read
 overload  ten times the capacity, over the time of a wave and at once: statuses, times of the refusals, what
@@ -34,7 +35,6 @@ import itertools
 import json
 import os
 import platform
-import random
 import socket
 import subprocess
 import sys
@@ -47,12 +47,13 @@ import psutil
 
 from qwen3_moe_jax.convert.open_model import open_model
 from qwen3_moe_jax.loader import embedded_model
-from scripts import ROOT
-from scripts._load_generator import ask, quantile, wave, within
+from scripts import ROOT, _serve_alone
+from scripts._load_generator import ask, quantile, talks, wave, within
+from scripts._serve_alone import chats, prompts
 from scripts._serve_bits import COUNT, compare
 
-PARTS = ("ratio", "front", "mixed", "overload", "cold", "shared", "bits", "turn", "replicas")
-CPU_PARTS = ("ratio", "front", "mixed", "overload", "bits", "turn")
+PARTS = ("ratio", "steady", "front", "mixed", "overload", "cold", "shared", "bits", "turn", "replicas")
+CPU_PARTS = ("ratio", "steady", "front", "mixed", "overload", "bits", "turn")
 
 
 def parse() -> argparse.Namespace:
@@ -67,6 +68,7 @@ def parse() -> argparse.Namespace:
         "--long", type=int, default=1024, help="tokens of a long prompt, or of a shared prefix"
     )
     parser.add_argument("--batch-invariant", action="store_true", help="serve with it (part bits)")
+    parser.add_argument("--asks", type=int, default=6, help="requests of a client (part steady)")
     parser.add_argument("--rounds", type=int, default=2, help="the best counts")
     parser.add_argument("--replicas", type=int, default=2, help="engines of the part that is called so")
     parser.add_argument("--parts", nargs="+", choices=(*PARTS, "all"), help="ratio; --h100: of one server")
@@ -80,7 +82,7 @@ def parse() -> argparse.Namespace:
     if args.h100:
         args.clients, args.prompt, args.tokens, args.long = 64, 512, 128, 4096
         args.seconds = args.seconds or 400
-        args.parts = args.parts or [name for name in PARTS if name not in ("front", "replicas")]
+        args.parts = args.parts or [name for name in PARTS if name not in ("steady", "front", "replicas")]
     args.parts = args.parts or ["ratio"]
     if "all" in args.parts:
         args.parts = list(CPU_PARTS)
@@ -93,43 +95,7 @@ def vocabulary(path: str | None) -> int:
         return source.config.vocab_size
 
 
-def prompts(args: argparse.Namespace, seed: int, *, count: int | None = None, tokens: int | None = None):
-    """Random prompts; no two share a beginning."""
-    rng, size = random.Random(seed), min(args.vocabulary, 4000)
-    return [
-        [rng.randrange(256, size) for _ in range(tokens or args.prompt)] for _ in range(count or args.clients)
-    ]
-
-
 # -- the engine alone, in a child that ends before the server starts
-
-
-def alone(args: argparse.Namespace) -> dict[str, float]:
-    """The batch without a server: every prompt at once."""
-    from qwen3_moe_jax.api import load
-
-    with load(args.model, backend="jax", gate=False) as model:
-        batch = model.runner.open_batch(args.clients, context=args.context)
-        rates = []
-        for number in range(args.rounds + 1):
-            began, first = time.perf_counter(), []
-            for ids in prompts(args, number):
-                batch.admit(ids, max_tokens=args.tokens)
-            done = count = 0
-            started: set[int] = set()
-            while done < args.clients:
-                tokens = 1 if batch.waiting else 8
-                for p in batch.step(tokens, ahead=tokens):
-                    if p.slot not in started:
-                        started.add(p.slot)
-                        first.append(time.perf_counter() - began)
-                    count += len(p.tokens)
-                    if p.finish_reason:
-                        done += 1
-                        batch.free(p.slot)
-            rates.append((count / (time.perf_counter() - began), quantile(first, 0.5), quantile(first, 0.95)))
-        best = max(rates[1:])
-    return {"tokens_per_second": best[0], "first_p50": best[1], "first_p95": best[2]}
 
 
 def in_child(name: str, args: argparse.Namespace) -> dict[str, float]:
@@ -220,6 +186,12 @@ def ratio(args: argparse.Namespace, port: int) -> dict[str, Any]:
     return {"served": best, "front_cpu_per_request": cpu, "first_token_of_one": first}
 
 
+def steady(args: argparse.Namespace, port: int) -> dict[str, Any]:
+    """The best round of clients that ask again when they have been answered."""
+    found = [talks(args, port, chats(args, 60 + n)) for n in range(args.rounds + 1)]
+    return {"served": max(found[1:], key=lambda w: w["tokens_per_second"])}
+
+
 def front_seconds() -> float:
     """CPU seconds of the server's front so far: of this process' children, without theirs."""
     return sum(sum(process.cpu_times()[:2]) for process in psutil.Process().children())
@@ -284,7 +256,7 @@ def bits(args: argparse.Namespace, port: int) -> dict[str, Any]:
     return compare(args, port, prompts(args, 41, count=max(args.clients, COUNT)))
 
 
-SHARING = {f.__name__: f for f in (cold, ratio, mixed, shared, overload, bits)}
+SHARING = {f.__name__: f for f in (cold, ratio, steady, mixed, shared, overload, bits)}
 """Parts that one server can take one after the other."""
 
 
@@ -331,16 +303,18 @@ def with_one_server(args: argparse.Namespace, figures: Figures) -> None:
                 figures.take(name, lambda name=name: SHARING[name](args, port))
     except (RuntimeError, TimeoutError) as error:
         figures.take("server", lambda error=error: {"failed": f"{type(error).__name__}: {error}"})
-    if "ratio" in parts:
-        figures.take("alone", lambda: in_child("alone", args))
+    for part, name in (("ratio", "alone"), ("steady", "steady_alone")):
+        if part not in parts:
+            continue
+        figures.take(name, lambda name=name: in_child(name, args))
         with contextlib.suppress(KeyError):
-            served, alone_rate = figures.parts["ratio"]["served"], figures.parts["alone"]["tokens_per_second"]
-            figures.parts["ratio"]["ratio"] = served["tokens_per_second"] / alone_rate
+            served, rate = figures.parts[part]["served"], figures.parts[name]["tokens_per_second"]
+            figures.parts[part]["ratio"] = served["tokens_per_second"] / rate
 
 
 def context_of(args: argparse.Namespace) -> int:
     """Tokens that the longest sequence of these parts has."""
-    longest = args.prompt + args.tokens
+    longest = args.prompt + args.tokens * 3 // 2
     if "mixed" in args.parts:
         longest = max(longest, args.prompt + args.long // 2, args.long + 1)
     if "shared" in args.parts:
@@ -427,7 +401,7 @@ def child(name: str, text: str) -> None:
     if name == "null_server":
         null_server(**values)
         return
-    print(json.dumps(alone(argparse.Namespace(**values))))
+    print(json.dumps(getattr(_serve_alone, name)(argparse.Namespace(**values))))
 
 
 def main() -> None:
