@@ -14,6 +14,8 @@ the part costs; ``--without nothing`` is what to compare with:
 
     python -m scripts.profile_decode --without gate_up --check --speed 8:0 --layers 12 --vocab 8192
 
+``--one-sequence`` checks and times tokens of one sequence, as a draft is read, not of several sequences.
+
 Results are printed as they come, the last line is JSON. A case that hangs ends the run after --limit seconds
 with the Python stacks. ``--tiny`` runs the same in Pallas' interpreter on a CPU. For the figures of a file
 see ``scripts.bench_decode``.
@@ -198,9 +200,28 @@ def random_cache(config, batch, length, dtype, seed=3) -> tuple[jax.Array, jax.A
     return tuple(jax.random.normal(jax.random.fold_in(key, k), shape, dtype) for k in range(2))
 
 
-@partial(jax.jit, static_argnames=("config", "device"))
-def one_step(w, config, device, tokens, positions, cache):
-    return api.decode_step(w, config, tokens, positions, *cache, device=device)
+@partial(jax.jit, static_argnames=("config", "device", "one_sequence"))
+def one_step(w, config, device, tokens, positions, cache, one_sequence=False):
+    return api.decode_step(w, config, tokens, positions, *cache, one_sequence=one_sequence, device=device)
+
+
+def check_rows(w, config, rows, depth, *, device, dtype) -> dict:
+    """Equality of bits: of tokens of one sequence at once and one after the other, and of two runs."""
+    tokens = jnp.asarray(np.random.default_rng(5).integers(0, config.vocab_size, rows), jnp.int32)
+    positions = depth + jnp.arange(rows, dtype=jnp.int32)
+    cache, step = random_cache(config, 1, depth + 64, dtype), partial(one_step, w, config, device)
+    one, two = (step(tokens, positions, cache, one_sequence=True) for _ in range(2))
+    same = []
+    for row in range(rows):
+        alone = step(tokens[row : row + 1], positions[row : row + 1], cache)
+        cache = alone.k, alone.v
+        same.append(bool((alone.logits[0] == one.logits[row]).all()))
+    return {
+        "rows": rows, "depth": depth,
+        "same_bits": bool((one.logits == two.logits).all()),
+        "same_bits_as_alone": same,
+        "same_cache": all(bool((a == b).all()) for a, b in zip((one.k, one.v), cache, strict=True)),
+    }  # fmt: skip
 
 
 def check(w, config, batch, depth, *, device, dtype) -> dict:
@@ -283,7 +304,7 @@ def given_experts(config, batch: int):
     return jnp.asarray(order[..., : config.num_experts_per_tok], jnp.int32)
 
 
-def decode_many(w, config, tokens, positions, cache, steps: int, device, expert_ids=None):
+def decode_many(w, config, tokens, positions, cache, steps: int, device, expert_ids=None, one_sequence=False):
     """``steps`` greedy tokens of every sequence in one dispatch: tokens [steps, B] and the cache.
 
     With given experts every step has the same tokens, whatever its results are.
@@ -291,7 +312,8 @@ def decode_many(w, config, tokens, positions, cache, steps: int, device, expert_
 
     def one(i, carry):
         written, last, cache = carry
-        out = api.decode_step(w, config, last, positions + i, *cache, expert_ids=expert_ids, device=device)
+        options = {"expert_ids": expert_ids, "one_sequence": one_sequence, "device": device}
+        out = api.decode_step(w, config, last, positions + i, *cache, **options)
         chosen = jnp.argmax(out.logits, axis=-1).astype(jnp.int32)
         last = chosen if expert_ids is None else jnp.where(chosen < 0, chosen, last)
         return lax.dynamic_update_slice(written, last[None], (i, 0)), last, (out.k, out.v)
@@ -301,13 +323,16 @@ def decode_many(w, config, tokens, positions, cache, steps: int, device, expert_
     return written, cache
 
 
-def speed(w, config, batch, depth, *, device, dtype, steps=64, repeats=4, given=False) -> dict:
-    """Tokens per second, best and median of several dispatches; with ``given`` experts or free ones."""
+def speed(w, config, batch, depth, *, device, dtype, steps=64, repeats=4, given=False, one=False) -> dict:
+    """Tokens per second, best and median of several dispatches; with ``given`` experts or free ones; of
+    several sequences, or of ``one``."""
     tokens = jnp.arange(batch, dtype=jnp.int32) * 1000 % config.vocab_size + 17
-    positions = jnp.full((batch,), depth, jnp.int32)
-    cache = random_cache(config, batch, depth + steps, dtype)
+    positions = jnp.full((batch,), depth, jnp.int32) + one * jnp.arange(batch)
+    cache = random_cache(config, 1 if one else batch, depth + steps + batch, dtype)
     ids = given_experts(config, batch) if given else None
-    run = jax.jit(lambda w, t, p, c: decode_many(w, config, t, p, c, steps, device, ids), donate_argnums=(3,))
+    run = jax.jit(
+        lambda w, t, p, c: decode_many(w, config, t, p, c, steps, device, ids, one), donate_argnums=(3,)
+    )
     times = []
     for _ in range(repeats + 1):
         start = time.perf_counter()
@@ -358,6 +383,7 @@ def parse() -> argparse.Namespace:
     blocks = "blocks of the grid, a multiple of 4; the device's multiprocessors by default"
     parser.add_argument("--blocks", type=int, help=blocks)
     parser.add_argument("--kernels", choices=("hopper", "portable"), help="the device's own by default")
+    parser.add_argument("--one-sequence", action="store_true", help="all tokens are one sequence's")
     parser.add_argument("--trace", nargs="*", default=[], help="batch:depth")
     parser.add_argument("--trace-folder", default="decode-trace")
     parser.add_argument("--without", choices=WITHOUT, help="leave a part out, and give the experts")
@@ -389,8 +415,8 @@ def main() -> None:
     dtype = jnp.dtype(args.cache_dtype)
     WITHOUT[args.without or "nothing"]()
     work = {
-        "check": check,
-        "speed": partial(speed, steps=args.steps, given=args.without is not None),
+        "check": check_rows if args.one_sequence else check,
+        "speed": partial(speed, steps=args.steps, given=args.without is not None, one=args.one_sequence),
         "trace": partial(trace, folder=args.trace_folder),
     }
     for name, function in work.items():
@@ -407,7 +433,8 @@ def main() -> None:
     stats = jax.devices()[0].memory_stats() or {}
     results["peak_bytes"] = stats.get("peak_bytes_in_use")
     for case in results["cases"]:
-        told = case.get("tok_s") or case.get("cosine_replayed") or case.get("error", "")[-100:]
+        told = case.get("tok_s") or case.get("cosine_replayed") or case.get("same_bits_as_alone")
+        told = told or case.get("error", "")[-100:]
         print(f"{case['work']:6} {case['case']:>7} {told}")
     print(json.dumps(results))
 

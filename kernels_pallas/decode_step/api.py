@@ -297,6 +297,7 @@ def decode_step(
     *,
     expert_ids: jax.Array | None = None,
     active: jax.Array | None = None,
+    one_sequence: bool = False,
     device: Device | None = None,
     kernels: str | None = None,
     mesh: Split = ONE_DEVICE,
@@ -318,6 +319,8 @@ def decode_step(
       expert_ids: int32 [L, B, X] forces these experts; their weights are still the model's own.
       active: bool [B], whose results are wanted; None for all. Where none of a kernel's sequences is, it
         ends at once: logits are then anything, and the cache is as it was.
+      one_sequence: the B tokens are one sequence's, at positions one after the other, and the cache has one
+        row: the bits are those of B steps.
       device: the grid; None takes the default device's multiprocessors.
       kernels, mesh: without ``device``, as ``Device.of``.
 
@@ -342,7 +345,8 @@ def decode_step(
     size = kernel_batch(config, device)
     for first in range(0, batch, size):
         here = slice(first, min(first + size, batch))
-        c = replace(whole, batch=here.stop - first, first_sequence=first)
+        row = 0 if one_sequence else first
+        c = replace(whole, batch=here.stop - first, first_sequence=row, one_sequence=one_sequence)
         forced = expert_ids[:, here] if replay else jnp.zeros((1, 1, 1), jnp.int32)
         wanted = jnp.ones(c.batch, jnp.int32) if active is None else active[here].astype(jnp.int32)
         operands = _operands(c, params, weights, x[here], positions[here], wanted, rope[here], forced)

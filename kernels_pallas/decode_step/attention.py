@@ -12,8 +12,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from qwen3_moe_jax.kernels_pallas.decode_step.activations import Activations
-from qwen3_moe_jax.kernels_pallas.decode_step.config import MAX_SPLITS, PIECE, WARPGROUPS, ceil_div, padded
-from qwen3_moe_jax.kernels_pallas.decode_step.grid import Grid, Phases, fori
+from qwen3_moe_jax.kernels_pallas.decode_step.attention_join import NO_SCORE, SplitsJoined
+from qwen3_moe_jax.kernels_pallas.decode_step.config import PIECE, WARPGROUPS, ceil_div, padded
+from qwen3_moe_jax.kernels_pallas.decode_step.grid import Grid, fori
 from qwen3_moe_jax.kernels_pallas.decode_step.primitives.layouts import (
     LOG2E,
     full,
@@ -25,9 +26,6 @@ from qwen3_moe_jax.kernels_pallas.decode_step.primitives.layouts import (
 Array = Any
 ROWS = plgpu.Layout.WGMMA
 """float32 [64, n]: query heads of a KV head in the first rows, n columns."""
-NO_SCORE = -1e30
-JOINED = 36
-"""Splits whose outputs a join asks for at once, at most; each takes a register."""
 
 
 def spread_rows(v: Array, columns: int) -> Array:
@@ -59,12 +57,11 @@ class Item:
     position: Any
 
 
-class Attention(Phases):
+class Attention(SplitsJoined):
     """The phases :meth:`attend` and :meth:`join`."""
 
     def __init__(self, grid: Grid, activations: Activations):
-        super().__init__(grid)
-        self.x = activations
+        super().__init__(grid, activations)
         _, (self.q_smem, *tiles) = self.shared.sums_or_tiles_smem
         if self.c.prefetches:
             (tiles,) = self.shared.tiles_smem
@@ -99,23 +96,23 @@ class Attention(Phases):
         self.g.sync_block()
         return plan[c.batch, 3]
 
-    def splits_of(self, b: Array) -> list:
-        """Tiles, tiles per split and splits of sequence b."""
-        return [self.shared.split_plan_smem[b, i] for i in range(3)]
-
     # Attention
 
     @jax.named_scope("attention")
     def attend(self, layer: Array, count: Array) -> None:
         """q/k-norm, RoPE, cache write and ``softmax(q K) V``: float32 [B, heads, head_dim], or parts of it.
 
-        Waits for qkv (``count``); every block signals once.
+        Waits for qkv (``count``); every block signals once, or twice with ``StepConfig.one_sequence``.
         """
         self.g.begin()
         c = self.c
         heads = [self.g.table(layer, f"{n}_head") for n in "qkv"]
         norms = [self.norm_halves(ref, layer) for ref in (self.inputs.q_norm_gmem, self.inputs.k_norm_gmem)]
         self.g.wait(count)
+        if c.one_sequence:
+            self.write_rows(layer, heads, norms)
+            self.g.signal()
+            self.g.wait(count + c.blocks)
 
         def one(i):
             item = _Item(self, self.item(layer, i), heads, norms)
@@ -130,6 +127,22 @@ class Attention(Phases):
 
         self.for_items(one)
         self.g.signal()
+
+    def write_rows(self, layer: Array, heads: list, norms: list) -> None:
+        """Writes the new keys and values of all rows, which later rows of the same sequence read."""
+        c, workers = self.c, WARPGROUPS * self.c.blocks
+
+        def one(i):
+            number = i * workers + self.g.wg * c.blocks + self.g.block
+            b, head = number // c.num_key_value_heads, number % c.num_key_value_heads
+
+            @pl.when(b < c.batch)
+            def _():
+                none = jnp.int32(0)
+                item = Item(layer, b, head, none, none, none, none, self.g.position(b))
+                _Item(self, item, heads, norms).write_new()
+
+        fori(ceil_div(c.batch * c.num_key_value_heads, workers), one)
 
     def prefetch(self, layer: Array) -> None:
         """Begins to copy this warpgroup's first tile of a layer, if it has any, to shared memory.
@@ -188,68 +201,6 @@ class Attention(Phases):
         cos, sin = spread(cos * scale), spread(sin * scale)
         return first * cos - second * sin, second * cos + first * sin
 
-    # Joining splits
-
-    @jax.named_scope("combine")
-    def join(self, count: Array) -> None:
-        """Joins the splits of long contexts, in their order: float32 [B, heads, head_dim].
-
-        Waits for attention (``count``); every block signals once. Runs only where a context is split.
-        """
-        if self.c.splits == 1:
-            return
-        self.g.begin()
-        c = self.c
-        workers = WARPGROUPS * c.blocks
-        self.g.wait(count)
-
-        def one(i):
-            number = i * workers + self.g.wg * c.blocks + self.g.block
-            b, head = number // c.num_attention_heads, number % c.num_attention_heads
-            clipped = jnp.minimum(b, c.batch - 1)
-            _, _, splits = self.splits_of(clipped)
-            pl.when((b < c.batch) & (splits > 1))(lambda: self.join_head(i, b, head, splits))
-
-        fori(ceil_div(c.batch * c.num_attention_heads, workers), one)
-        self.g.signal()
-
-    def join_head(self, turn: Array, b: Array, head: Array, splits: Array) -> None:
-        """Joins the splits of one query head; a warpgroup's ``turn``-th."""
-        c, out, layout = self.c, self.outputs, lanes(128)
-        weight_smem = self.shared.split_weight_smem
-        group, row = head // c.group_heads, head % c.group_heads
-        together = ceil_div(c.splits, ceil_div(c.splits, JOINED))
-
-        def ask(first):
-            """Outputs of splits that lie far apart: one by one, each would wait for memory by itself."""
-            splits_here = [jnp.minimum(first + j, splits - 1) for j in range(together)]
-            return [load(out.part_gmem.at[b, group, split, row], layout) for split in splits_here]
-
-        def add(first, values, joined):
-            for j, value in enumerate(values):  # what is after the last split has the weight 0
-                joined += value * weight_smem[self.g.wg, first + j]
-            return joined
-
-        values = ask(0)
-        largest = load(out.part_stats_gmem.at[b, group, 0, row], layout)
-        total = load(out.part_stats_gmem.at[b, group, 1, row], layout)
-        used = plgpu.broadcasted_iota(jnp.int32, (MAX_SPLITS,), 0, layout=layout) < splits
-        largest = jnp.where(used, largest, NO_SCORE)
-        (shift,) = self.g.totals([largest], layout, "max", "split_largest", turn)
-        weight = jnp.where(used, total * jnp.exp2(largest - shift), 0.0)
-        (total,) = self.g.totals([weight], layout, "add", "split_sum", turn)
-        weight_smem[self.g.wg] = weight / total
-        self.g.sync_warpgroup()
-
-        joined = add(0, values, full((128,), 0.0, jnp.float32, layout))
-        rest = lambda i, joined: add(i * together, ask(i * together), joined)
-        joined = lax.fori_loop(1, (splits + together - 1) // together, rest, joined)
-        if c.shares:
-            self.x.quantize_lanes(joined, layout, out.attended_gmem, lambda warp: (b, head * 4 + warp))
-        else:
-            out.attention_gmem[b, head] = joined
-        self.g.sync_warpgroup()
-
 
 class _Item:
     """One warpgroup's work on an :class:`Item`. Everything is loaded up front."""
@@ -279,18 +230,17 @@ class _Item:
         """Attends, and stores the output or this split's part of it."""
         i = self.i
         is_last = i.split == i.splits - 1
-        query, key, value = self.load_new()
+        query, key, value = self.load_query(), *self.load_new()
         first_tile = self.first_tile()
-        key = self.a.rotated(i.b, key, self.k_norm, 1.0, None)
-        key = [v.astype(self.c.cache_dtype) for v in key]
-        value = [v.astype(self.c.cache_dtype) for v in value]
+        key, value = self.rounded(key, value)
         if self.c.prefetches:
             self.prim.wait_for_copies()
         self.a.g.sync_warpgroup()  # the last item is done with shared memory
         self.put_queries(query, key)
         for j in range(2):
             self.new_value_smem[self.at_half(j)] = value[j].astype(jnp.float32)
-        pl.when(is_last)(lambda: self.write_cache(key, value))
+        if not self.c.one_sequence:
+            pl.when(is_last)(lambda: self.write_cache(key, value))
         self.a.g.sync_warpgroup()
         carry = lax.fori_loop(i.start, i.stop, self.tile, (*first_tile, *self.start_softmax(is_last)))
         self.store(*carry[2:])
@@ -298,17 +248,30 @@ class _Item:
     def at_half(self, j: int) -> Any:
         return pl.ds(j * self.a.half, self.a.half)
 
-    def load_new(self) -> tuple[list, list, list]:
-        """The new token's queries, key and value as halves of heads."""
+    def load_query(self) -> list:
+        """The new token's queries as halves of heads."""
         i, qkv = self.i, self.a.outputs.qkv_gmem
         first = self.q_head + i.head * self.c.group_heads
-        query = [
+        return [
             [load(qkv.at[i.b, pl.ds(first + row, 8), j], self.a.halves) for j in range(2)]
             for row in self.query_rows
         ]
+
+    def load_new(self) -> tuple[list, list]:
+        """The new token's key and value as halves of heads."""
+        i, qkv = self.i, self.a.outputs.qkv_gmem
         key = [load(qkv.at[i.b, self.k_head + i.head, j], self.a.one_head) for j in range(2)]
         value = [load(qkv.at[i.b, self.v_head + i.head, j], self.a.one_head) for j in range(2)]
-        return query, key, value
+        return key, value
+
+    def rounded(self, key: list, value: list) -> tuple[list, list]:
+        """The new key, normed and rotated, and the value, as the cache holds them."""
+        rounded = lambda halves: [half.astype(self.c.cache_dtype) for half in halves]
+        return rounded(self.a.rotated(self.i.b, key, self.k_norm, 1.0, None)), rounded(value)
+
+    def write_new(self) -> None:
+        """Writes the new key and value, without attention."""
+        self.write_cache(*self.rounded(*self.load_new()))
 
     @property
     def query_rows(self) -> list[int]:
@@ -319,11 +282,16 @@ class _Item:
         heads = self.c.group_heads
         return [max(min(row, heads - 8), 0) for row in range(0, heads, 8)]
 
+    @property
+    def cache_row(self) -> Any:
+        """The cache's row of this item's sequence."""
+        return self.c.first_sequence if self.c.one_sequence else self.i.b + self.c.first_sequence
+
     def tile_of_cache(self, i: Array) -> list:
         """Keys and values of one tile of the cache, as references."""
         c, tile = self.c, self.c.kv_tile
         i = jnp.minimum(i, c.cache_length // tile - 1)
-        at = (self.i.layer, self.i.b + c.first_sequence, pl.ds(i * tile, tile), self.i.head)
+        at = (self.i.layer, self.cache_row, pl.ds(i * tile, tile), self.i.head)
         return [ref.at[at] for ref in (self.a.inputs.k_cache_gmem, self.a.inputs.v_cache_gmem)]
 
     def load_tile(self, i: Array) -> tuple:
@@ -364,7 +332,7 @@ class _Item:
         """The new token's key and value, which this token's attention does not read."""
         i, inputs = self.i, self.a.inputs
         for j in range(2):
-            at = (i.layer, i.b + self.c.first_sequence, i.position, i.head, self.at_half(j))
+            at = (i.layer, self.cache_row, i.position, i.head, self.at_half(j))
             inputs.k_cache_gmem[at] = key[j]
             inputs.v_cache_gmem[at] = value[j]
 

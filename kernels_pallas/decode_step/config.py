@@ -75,6 +75,8 @@ class StepConfig:
         activations of one pass at a time. Results have the same bits with any number.
       lm_head_tiled: whether the matrix of the logits lies in tiles; the embedding's does not.
       first_sequence: where in the cache's batch axis this kernel's sequences begin.
+      one_sequence: the "sequences" are tokens of one, one after the other, in the cache's row
+        ``first_sequence``; each attends to those before it as it would if they had been decoded before.
       mesh: how the model is split over devices that decode together; heads, each expert's width and the
         vocabulary are then those of one device, ``num_experts`` is that of all.
       gathers: devices have different rows of the head, and all get all logits.
@@ -106,6 +108,7 @@ class StepConfig:
     kernels: str = "hopper"
     emulate: bool = False
     first_sequence: int = 0
+    one_sequence: bool = False
     prefetches: bool = False
     down_passes: int = 1
     lm_head_tiled: bool = True
@@ -127,6 +130,11 @@ class StepConfig:
     def query_rows(self) -> int:
         """Rows of a KV head's queries in shared memory: ``wgmma`` reads 64, ``mma`` 16."""
         return 64 if self.kernels == "hopper" else ceil_div(self.group_heads, 16) * 16
+
+    @property
+    def attention_signals(self) -> int:
+        """How often each block signals in attention."""
+        return 2 if self.one_sequence else 1
 
     @property
     def devices(self) -> int:

@@ -20,6 +20,7 @@ block signals once; "owners": the blocks that quantize a sequence for all, once 
 A single sequence is normed and quantized by every block for itself: qkv and logits then wait for down.
 Every phase begins by issuing the loads of weights that do not depend on earlier phases, and only then waits;
 qkv of a single sequence also asks for each warpgroup's first tile of keys and values.
+Where all rows are one sequence's, attention writes all keys and values first, then signals and waits again.
 All reductions have a fixed order that does not depend on the batch.
 """
 
@@ -91,7 +92,7 @@ class Kernel:
             self.projections.qkv(i, count, also_ahead=partial(self.attention.prefetch, i))
             count = count + owners + blocks
             self.attention.attend(i, count)
-            count = count + blocks
+            count = count + c.attention_signals * blocks
             pl.when(is_split > 0)(lambda: self.attention.join(count))
             count = count + is_split * blocks
             self.projections.output(i, count)

@@ -208,19 +208,19 @@ def cosine(a, b):
     return a @ b / np.sqrt((a @ a) * (b @ b))
 
 
-def run(model, tokens, positions, cache, expert_ids=None, active=None, kernels="hopper", splits=2):
+def run(model, tokens, positions, cache, expert_ids=None, active=None, **options):
     active = jnp.ones(len(tokens), bool) if active is None else active  # one program for both
     tokens, positions = jnp.asarray(tokens), jnp.asarray(positions)
-    return step(model.weights, tokens, positions, cache, expert_ids, active, model.config, kernels, splits)
+    options = {"kernels": "hopper", "splits": 2, "one_sequence": False} | options
+    return step(model.weights, tokens, positions, cache, expert_ids, active, model.config, **options)
 
 
 # For all tests: compiling takes most of their time.
-@partial(jax.jit, static_argnames=("config", "kernels", "splits"))
-def step(weights, tokens, positions, cache, expert_ids, active, config, kernels, splits):
+@partial(jax.jit, static_argnames=("config", "kernels", "splits", "one_sequence"))
+def step(weights, tokens, positions, cache, expert_ids, active, config, kernels, splits, one_sequence):
     device = api.Device(blocks=1, splits=splits, kernels=kernels, emulate=True, interpret=interpreter())
-    return api.decode_step(
-        weights, config, tokens, positions, *cache, expert_ids=expert_ids, active=active, device=device
-    )
+    options = {"expert_ids": expert_ids, "active": active, "one_sequence": one_sequence}
+    return api.decode_step(weights, config, tokens, positions, *cache, **options, device=device)
 
 
 def random_cache(config, batch, length=192, dtype=jnp.bfloat16):
@@ -279,6 +279,20 @@ def test_replayed_experts_and_batches_give_the_bits_of_one(model, batch):
         np.testing.assert_array_equal(together.logits[b], alone.logits[0])
         for all_rows, own in zip((together.k, together.v), (alone.k, alone.v), strict=True):
             np.testing.assert_array_equal(np.asarray(all_rows[:, b]), np.asarray(own[:, 0]))
+
+
+def test_tokens_of_one_sequence_have_the_bits_of_one_step_each(odd):
+    """The second one's context is the first that is split: its last tile has the first one's key alone."""
+    tokens, positions = [5, 9], [128, 129]
+    cache = random_cache(odd.config, 1, dtype=jnp.float16)
+    together = run(odd, tokens, positions, cache, kernels="portable", one_sequence=True)
+    for row, (token, position) in enumerate(zip(tokens, positions, strict=True)):
+        alone = run(odd, [token], [position], cache, kernels="portable")
+        cache = (alone.k, alone.v)
+        np.testing.assert_array_equal(together.logits[row], alone.logits[0], str(row))
+        np.testing.assert_array_equal(together.expert_ids[:, row], alone.expert_ids[:, 0])
+    for one, other in zip((together.k, together.v), cache, strict=True):
+        np.testing.assert_array_equal(np.asarray(one), np.asarray(other))
 
 
 @pytest.mark.parametrize("batch", [1, 4, 5, 6, 7])

@@ -113,12 +113,13 @@ def test_phases_wait_and_signal_in_the_order_of_the_docstring(batch, mesh):
 
 @pytest.mark.parametrize(("batch", "devices"), [(1, 1), (3, 1), (1, 2), (3, 4)])
 @pytest.mark.parametrize("is_split", [False, True])
-def test_each_phase_waits_for_all_signals_before_it(batch, devices, is_split):
+@pytest.mark.parametrize("attention_signals", [1, 2])
+def test_each_phase_waits_for_all_signals_before_it(batch, devices, is_split, attention_signals):
     """Two layers, with the counts as numbers: none too few (a race) and none too many (a wait for ever)."""
     blocks, layers = 112, 2
     owners = batch if batch > 1 else 0
     c = SimpleNamespace(batch=batch, blocks=blocks, num_hidden_layers=layers, num_key_value_heads=4)
-    c.shares, c.devices = batch > 1, devices
+    c.shares, c.devices, c.attention_signals = batch > 1, devices, attention_signals
     elsewhere = (
         () if devices == 1 else ("output", "down")
     )  # what is signalled to all has a counter of its own
@@ -129,7 +130,8 @@ def test_each_phase_waits_for_all_signals_before_it(batch, devices, is_split):
             nonlocal sent
             assert int(args[-1]) == sent, name
             called.append(name)
-            sent += 0 if name in elsewhere else blocks + (owners if name in ("qkv", "logits") else 0)
+            times = attention_signals if name == "attention" else 1
+            sent += 0 if name in elsewhere else times * blocks + (owners if name in ("qkv", "logits") else 0)
 
         return run
 
