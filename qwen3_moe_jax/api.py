@@ -20,6 +20,7 @@ from qwen3_moe_jax.core.errors import (
     ModelClosedError,
     NumericalError,
 )
+from qwen3_moe_jax.core.lookup import Drafts
 from qwen3_moe_jax.core.options import GenerateOptions, SamplingOptions, shows
 from qwen3_moe_jax.core.runner import Runner
 from qwen3_moe_jax.core.sampling import Sampling, random_seed, recommended_sampling
@@ -32,7 +33,7 @@ from qwen3_moe_jax.research import Messages, Research
 from qwen3_moe_jax.text.answer import Answer
 from qwen3_moe_jax.text.prompts import Opened, check_room, encoded
 from qwen3_moe_jax.text.rendered_chat import RenderedChat
-from qwen3_moe_jax.text.request import Request, check_request, whole
+from qwen3_moe_jax.text.request import Request, check_alone, check_request, lookup_for, whole
 from qwen3_moe_jax.text.stream import StopStrings, TextStream, stop_texts
 from qwen3_moe_jax.text.tokenizer import StreamDecoder, Tokenizer
 
@@ -45,6 +46,7 @@ class Model(Research):
       tokenizer: the file's own.
       backend_reason: why this backend was chosen, in words.
       chat_template: Jinja source in place of the file's own, or None.
+      prompt_lookup: whether what repeats is guessed (``open_stream``), unless a call says.
     """
 
     def __init__(
@@ -60,6 +62,7 @@ class Model(Research):
         self.tokenizer = tokenizer or Tokenizer(source.metadata, vocab_size=source.config.vocab_size)
         self.backend_reason = backend_reason
         self.chat_template: str | None = None
+        self.prompt_lookup = False
 
     @property
     def runner(self) -> Runner:
@@ -147,6 +150,7 @@ class Model(Research):
         prefill: str = "",
         special: bool = False,
         reuse: bool = False,
+        prompt_lookup: bool | None = None,
         **overrides: Unpack[SamplingOptions],
     ) -> TextStream:
         """Text pieces as they come, with the reason of the end and token counts.
@@ -162,21 +166,30 @@ class Model(Research):
           special: make control tokens of their names in a text (``<|fim_prefix|>``).
           reuse: read only what the prompt has beyond the last stream's, where the backend can. The same
             prompt's logits may then differ by rounding.
+          prompt_lookup: guess what comes next where the text repeats itself, and check several tokens at
+            once: the same answer, sooner where it quotes or edits. None is the model's ``prompt_lookup``.
           **overrides: fields of ``Sampling`` in place of the sampling's own: ``temperature=0``, ``seed=1``.
 
         Raises:
+          BackendUnavailableError: prompt lookup could change an answer's bits here.
           ContextOverflowError: the prompt does not fit the context.
           ValueError: max_tokens is below 1, the prompt is empty, or an option is out of its range.
         """
         stop = stop_texts(stop)
+        lookup = lookup_for(self.prompt_lookup if prompt_lookup is None else prompt_lookup)
         r = self._request(
             prompt, max_tokens, sampling, tools, thinking, prefill=prefill, special=special, **overrides
         )
         stop_ids = self.tokenizer.stop_ids
         tokens = self.runner.stream(
-            r.token_ids, max_tokens=r.max_tokens, sampling=r.sampling, stop_ids=stop_ids, reuse=reuse
+            r.token_ids,
+            max_tokens=r.max_tokens,
+            sampling=r.sampling,
+            stop_ids=stop_ids,
+            reuse=reuse,
+            lookup=lookup,
         )
-        return self._text_stream(r, tokens, stop)
+        return self._text_stream(r, tokens, stop, lookup and lookup.drafts)
 
     def _request(
         self,
@@ -206,7 +219,9 @@ class Model(Research):
         limit = room if max_tokens is None else min(max_tokens, room)
         return Request(token_ids, limit, sampling, chat)
 
-    def _text_stream(self, r: Request, tokens: Iterable[int], stop: Sequence[str] | None) -> TextStream:
+    def _text_stream(
+        self, r: Request, tokens: Iterable[int], stop: Sequence[str] | None, drafts: Drafts | None = None
+    ) -> TextStream:
         return TextStream(
             self.tokenizer,
             tokens,
@@ -216,6 +231,7 @@ class Model(Research):
             starts_in_reasoning=r.chat is not None and r.chat.starts_in_reasoning,
             notes=r.chat.notes if r.chat else (),
             seed=r.sampling.seed,
+            drafts=drafts,
         )
 
     @shows(GenerateOptions)
@@ -244,12 +260,13 @@ class Model(Research):
         but for what rounding decides.
 
         Raises:
-          ValueError: ``prompts`` is one text, or as ``open_stream``.
+          ValueError: ``prompts`` is one text, ``prompt_lookup`` is asked for, or as ``open_stream``.
           NumericalError: logits of a prompt were not finite.
         """
         if isinstance(prompts, str | bytes):
             raise KindError("prompts is one text: give a list of prompts")
         prompts, stop = check_list("prompts", prompts), stop_texts(stop)
+        check_alone(options)
         if options.get("tools") is not None:
             options["tools"] = check_list("tools", options["tools"])
         if options.get("sampling") is None and options.get("seed") is None:
@@ -304,6 +321,7 @@ def load(
     kernels: str = AUTO,
     adapter: str | None = None,
     mesh: str | None = None,
+    prompt_lookup: bool = False,
     distributed: Processes | None = None,
     gate: bool = True,
     strict: bool = False,
@@ -328,6 +346,7 @@ def load(
       adapter: part of a WebGPU adapter's name (wgpu).
       mesh: how to split the model over devices (jax): "tp=2,ep=1", or "auto" for as many as it can use;
         None is one device. ``ep`` splits the experts by expert, ``tp`` each expert's width.
+      prompt_lookup: the model's own ``prompt_lookup`` (jax), whose programs are then made with the others.
       distributed: this process is one of several that share the model (jax, with ``mesh``), on one host or
         more: ``Processes("10.0.0.1:7000", count=2, index=0)``. All make the same calls in the same order.
       gate: check a few tokens against the reference when this backend first
@@ -353,6 +372,7 @@ def load(
     """
     check_switch("gate", gate)
     check_switch("strict", strict)
+    check_switch("prompt_lookup", prompt_lookup)
     if progress is not None and not isinstance(progress, bool) and not callable(progress):
         raise wrong_kind("progress", progress, "a function, True or False")
     if before_weights is not None and not callable(before_weights):
@@ -407,6 +427,7 @@ def load(
             kernels=kernels,
             adapter=adapter,
             mesh=mesh,
+            prompt_lookup=prompt_lookup,
             progress=told,
             check=check,
             first_prompt=first_prompt,
@@ -420,6 +441,7 @@ def load(
         if gate:
             check_once(runner, source)
         model = Model(source, runner, backend_reason=reason, tokenizer=tokenizer[0].result())
+        model.prompt_lookup = prompt_lookup
         undo.pop_all()
         pool.shutdown()
         return model

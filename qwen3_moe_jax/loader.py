@@ -18,6 +18,7 @@ from qwen3_moe_jax.core.errors import BackendUnavailableError, MemoryPlanError, 
 from qwen3_moe_jax.core.mesh import AUTO_MESH, mesh_sizes
 from qwen3_moe_jax.core.near_names import near_names
 from qwen3_moe_jax.core.runner import Runner
+from qwen3_moe_jax.core.runner_arguments import NO_LOOKUP
 from qwen3_moe_jax.hub import names
 from qwen3_moe_jax.hub.listing import files_in
 from qwen3_moe_jax.jax_backend import spare_workers
@@ -222,6 +223,7 @@ def make_runner(
     kernels: str = AUTO,
     adapter: str | None = None,
     mesh: str | None = None,
+    prompt_lookup: bool = False,
     progress: ProgressCallback | None = None,
     check: Callable[[int], object] | None = None,
     **first: Any,
@@ -238,6 +240,7 @@ def make_runner(
       kernels: of the jax backend, one of ``machine.kernels.CHOICES``.
       adapter: part of a WebGPU adapter's name.
       mesh: how jax splits the model over devices, such as "tp=2,ep=1", or "auto"; None is one device.
+      prompt_lookup: whether what is written will be guessed from the text before it (jax).
       progress: told how far loading is.
       check: called with the tokens of KV cache once the arguments are checked; what it raises ends the load.
       first: what will be asked first, for a backend that compiles: ``first_prompt`` and ``first_forward``
@@ -267,6 +270,10 @@ def make_runner(
     if mesh is not None:
         check_mesh(mesh, backend)
         first = {**first, "mesh": mesh}
+    if prompt_lookup:
+        if backend != "jax":
+            raise BackendUnavailableError(NO_LOOKUP.format(backend))
+        first = {**first, "prompt_lookup": True}
     max_context = checked_context(source, backend, max_context, kv_cache, mesh)
     if check is not None:
         check(max_context)

@@ -11,6 +11,7 @@ from qwen3_moe_jax.commands import options
 from qwen3_moe_jax.commands.common import (
     SAMPLING_FIELDS,
     add_model_arguments,
+    add_prompt_lookup,
     add_sampling_arguments,
     add_template,
     load_model,
@@ -67,6 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-history", action="store_true", help="keep no messages for the next run")
     parser.add_argument("--load", type=options.path, metavar="FILE", help="go on with a saved conversation")
     add_template(parser)
+    add_prompt_lookup(parser)
     parser.set_defaults(thinking=None)  # what is not given may come of a file
     add_sampling_arguments(parser)
     add_model_arguments(

@@ -213,6 +213,15 @@ def add_model_arguments(
     group.add_argument("-q", "--quiet", action="store_true", help="no banner and no figures")
 
 
+def add_prompt_lookup(parser: argparse._ActionsContainer) -> None:
+    """--prompt-lookup."""
+    parser.add_argument(
+        "--prompt-lookup",
+        action="store_true",
+        help="guess what the answer repeats: the same answer, sooner where it quotes or edits (jax)",
+    )
+
+
 def add_template(parser: argparse.ArgumentParser) -> None:
     """--chat-template-file."""
     parser.add_argument(
@@ -283,6 +292,7 @@ def load_model(
             kernels=args.kernels,
             adapter=args.adapter,
             mesh=args.mesh,
+            prompt_lookup=getattr(args, "prompt_lookup", False),
             gate=not args.no_gate,
             strict=args.strict,
             progress=progress,

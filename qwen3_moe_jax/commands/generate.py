@@ -11,6 +11,7 @@ from qwen3_moe_jax.commands import options
 from qwen3_moe_jax.commands.common import (
     add_model_arguments,
     add_processes,
+    add_prompt_lookup,
     add_sampling_arguments,
     add_template,
     compile_seconds,
@@ -22,6 +23,7 @@ from qwen3_moe_jax.core import interrupts, terminal
 from qwen3_moe_jax.core.counted import counted
 from qwen3_moe_jax.core.errors import OptionError
 from qwen3_moe_jax.core.exit_codes import ExitCode
+from qwen3_moe_jax.core.lookup import Drafts
 from qwen3_moe_jax.core.runner import Runner
 from qwen3_moe_jax.machine import processes
 from qwen3_moe_jax.text.chat_template import start_renderer
@@ -65,6 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="with --json: ln of each token's probability, before temperature and penalties",
     )
+    add_prompt_lookup(parser)
     add_sampling_arguments(parser)
     add_model_arguments(parser)
     add_processes(parser)
@@ -207,6 +210,7 @@ class Figures:
       compile_s: seconds of compilation, which no rate counts.
       prompt_tokens_per_s, tokens_per_s: rates of reading and of writing; None without enough tokens.
       reused_tokens: tokens of the prompt that were in the cache already; no rate counts them.
+      drafts: of prompt lookup, or None without it.
     """
 
     prompt_tokens: int
@@ -216,10 +220,11 @@ class Figures:
     prompt_tokens_per_s: float | None
     tokens_per_s: float | None
     reused_tokens: int = 0
+    drafts: Drafts | None = None
 
-    def as_dict(self) -> dict[str, float | None]:
+    def as_dict(self) -> dict[str, object]:
         """Plain data."""
-        return dict(vars(self))
+        return {**vars(self), "drafts": self.drafts and vars(self.drafts)}
 
     def in_words(self, ended_by: str) -> str:
         """One line."""
@@ -229,6 +234,8 @@ class Figures:
             f"first text after {self.first_text_s:.2f} s",
             f"{counted(self.new_tokens, 'new token')}{_rate(self.tokens_per_s)}",
         ]
+        if self.drafts is not None:
+            parts.append(self.drafts.in_words())
         if self.compile_s >= 0.05:
             parts.append(f"compiled {self.compile_s:.1f} s (in no rate)")
         return "; ".join([*parts, f"ended by {ended_by}"])
@@ -281,6 +288,7 @@ class Clock:
             _per_second(stream.prompt_tokens - reused, began, first),
             _per_second(stream.new_tokens - 1, first, end),
             reused,
+            stream.drafts,
         )
 
 

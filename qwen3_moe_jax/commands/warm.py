@@ -11,11 +11,11 @@ from typing import Any
 
 from qwen3_moe_jax import loader
 from qwen3_moe_jax.commands import options
-from qwen3_moe_jax.commands.common import add_context, add_kernels, add_model
+from qwen3_moe_jax.commands.common import add_context, add_kernels, add_model, add_prompt_lookup
 from qwen3_moe_jax.convert.open_model import open_model
 from qwen3_moe_jax.convert.source import ModelSource
 from qwen3_moe_jax.core import terminal
-from qwen3_moe_jax.core.errors import BackendUnavailableError, OutputFileError
+from qwen3_moe_jax.core.errors import BackendUnavailableError, OptionError, OutputFileError
 from qwen3_moe_jax.core.exit_codes import ExitCode
 
 EPILOG = """\
@@ -41,10 +41,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=loader.DTYPES, help="as for generate")
     parser.add_argument("--kv-cache", choices=loader.KV_CACHES, help="as for generate")
     add_kernels(parser)
+    add_prompt_lookup(parser)
     parser.add_argument("-q", "--quiet", action="store_true", help="no progress")
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.prompt_lookup and args.slots > 1:
+        raise OptionError("--prompt-lookup is for generate and chat: leave out --slots")
     path = loader.model_path(args.model, quiet=args.quiet)
     with open_model(path) as source:
         wanted = all_of(args, source)
@@ -90,7 +93,8 @@ def all_of(args: argparse.Namespace, source: ModelSource) -> list:
     contexts = [loader.checked_context(source, "jax", c, args.kv_cache) for c in _contexts(args)]
     found = []
     for context in dict.fromkeys(contexts):
-        session = Session.of(model, source.types, device, context, cache_dtype, args.slots)
+        own = source.types, device, context, cache_dtype, args.slots
+        session = Session.of(model, *own, drafts=args.prompt_lookup)
         found += session.programs()
     return [session.forward(*first_forward(source)), *found]
 

@@ -31,6 +31,7 @@ class GenerateOptions(SamplingOptions, total=False):
     thinking: bool | None
     prefill: str
     special: bool
+    prompt_lookup: bool | None
 
 
 def shows(options: type) -> Callable[[F], F]:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from qwen3_moe_jax.convert.config import Qwen3MoeConfig
 from qwen3_moe_jax.core.batch import FinishReason, RowBatch, TokenScore
+from qwen3_moe_jax.core.lookup import PromptLookup
 from qwen3_moe_jax.core.sampling import Sampling
 from qwen3_moe_jax.core.stages import StageKey
 
@@ -58,6 +59,7 @@ class Capabilities:
         and their next tokens masked (``Batch``).
       dequantized: weights can be read back as the backend's own code unpacks them.
       concurrent: forward passes, and one stream, may run at the same time.
+      lookup: streams check drafts (``core.lookup``).
     """
 
     beside: bool = False
@@ -65,6 +67,7 @@ class Capabilities:
     open_batch: bool = False
     dequantized: bool = False
     concurrent: bool = False
+    lookup: bool = False
 
 
 @dataclass(frozen=True)
@@ -255,6 +258,7 @@ class Runner(Protocol):
         sampling: Sampling,
         stop_ids: Collection[int] = (),
         reuse: bool = False,
+        lookup: PromptLookup | None = None,
     ) -> Generator[int]:
         """Yields new token ids as they come; ends after max_tokens, or before one of stop_ids.
 
@@ -265,8 +269,10 @@ class Runner(Protocol):
           stop_ids: tokens that end the text.
           reuse: a backend that can reads only what the prompt has beyond the last stream's prompt and text
             (``reused_tokens``). Keys and values are then of another chunking: equal but for rounding.
+          lookup: drafts what comes next, and counts; the tokens are the same without it.
 
         Raises:
+          BackendUnavailableError: ``lookup`` is given, and with it other tokens might come.
           ContextOverflowError: the prompt leaves no room in the cache.
           NumericalError: logits were not finite.
         """

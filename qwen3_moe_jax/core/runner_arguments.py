@@ -10,10 +10,14 @@ from numpy.typing import NDArray
 
 from qwen3_moe_jax.convert.config import Qwen3MoeConfig
 from qwen3_moe_jax.core.arguments import check_count, check_list, check_number, wrong_kind
-from qwen3_moe_jax.core.errors import ContextOverflowError, ModelClosedError
+from qwen3_moe_jax.core.errors import BackendUnavailableError, ContextOverflowError, ModelClosedError
+from qwen3_moe_jax.core.lookup import PromptLookup
 from qwen3_moe_jax.core.runner import Runner, TokenIds
 from qwen3_moe_jax.core.sampling import Sampling
 from qwen3_moe_jax.core.stages import STAGES
+
+NO_LOOKUP = "the {} backend has no prompt lookup: leave it out"
+"""Of a backend's name."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -164,9 +168,18 @@ def checked_text(runner: Runner, token_ids: TokenIds, first: int) -> NDArray[np.
     return tokens
 
 
-def checked_prompt(runner: Runner, token_ids: Sequence[int]) -> NDArray[np.int32]:
-    """The prompt of ``runner.stream``, checked; int32 [T]. Raises as ``checked_text``."""
+def checked_prompt(
+    runner: Runner, token_ids: Sequence[int], lookup: PromptLookup | None = None
+) -> NDArray[np.int32]:
+    """The prompt of ``runner.stream``, checked; int32 [T].
+
+    Raises:
+      BackendUnavailableError: this backend takes no ``lookup``.
+      ContextOverflowError, ValueError: as ``checked_text``.
+    """
     check_open(runner)
+    if lookup is not None and not runner.capabilities.lookup:
+        raise BackendUnavailableError(NO_LOOKUP.format(runner.name))
     tokens = checked_ids(token_ids, runner.config.vocab_size)
     if len(tokens) >= runner.max_context:
         raise ContextOverflowError(len(tokens), runner.max_context)

@@ -1,11 +1,12 @@
 """What the host knows of a batch's sequences, and of the programs that its device has been asked to run."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from qwen3_moe_jax.core.batch import FinishReason, Progress, TokenScore
+from qwen3_moe_jax.core.errors import ContextOverflowError
 from qwen3_moe_jax.jax_backend.generate import StepResult
 from qwen3_moe_jax.jax_backend.token_scores import TokenScores, host_scores
 
@@ -59,6 +60,35 @@ class Written:
         return Progress(
             slot, tokens, self.finish_reason, scores_of(result.scores, slot, len(tokens), self.top)
         )
+
+
+def prompt_arrays(
+    token_ids: Sequence[int],
+    max_tokens: int | None,
+    stop_ids: Collection[int],
+    capacity: int,
+    vocab_size: int,
+) -> tuple[np.ndarray, np.ndarray]:
+    """A prompt padded to int32 [capacity], and the stop tokens as bool [vocab_size].
+
+    Raises:
+      ContextOverflowError, ValueError: as ``Batch.admit``.
+    """
+    count = len(token_ids)
+    if not count:
+        raise ValueError("the prompt is empty: it needs at least one token")
+    if max_tokens is not None and max_tokens < 1:
+        raise ValueError(f"max_tokens is {max_tokens}; it must be at least 1")
+    if count >= capacity:
+        raise ContextOverflowError(count, capacity)
+    tokens, is_stop = np.zeros(capacity, np.int32), np.zeros(vocab_size, bool)
+    stops = np.asarray(sorted(stop_ids), np.int64)
+    for ids in (np.asarray(token_ids), stops):
+        outside = ids[(ids < 0) | (ids >= vocab_size)]
+        if outside.size:
+            raise ValueError(f"token id {outside[0]} is not in 0..{vocab_size - 1}")
+    tokens[:count], is_stop[stops] = token_ids, True
+    return tokens, is_stop
 
 
 @dataclass(frozen=True)

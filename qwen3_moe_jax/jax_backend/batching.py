@@ -11,10 +11,11 @@ import jax
 import numpy as np
 
 from qwen3_moe_jax.core.batch import Progress
-from qwen3_moe_jax.core.errors import BatchFullError, ContextOverflowError, ModelClosedError
+from qwen3_moe_jax.core.errors import BatchFullError, ModelClosedError
+from qwen3_moe_jax.core.lookup import size_of
 from qwen3_moe_jax.core.sampling import Sampling
-from qwen3_moe_jax.jax_backend import generate, one_token, rows, slots
-from qwen3_moe_jax.jax_backend.asked import Asked, Written, merged
+from qwen3_moe_jax.jax_backend import draft_step, generate, one_token, rows, slots
+from qwen3_moe_jax.jax_backend.asked import Asked, Written, merged, prompt_arrays
 from qwen3_moe_jax.jax_backend.decode_path import Decoder
 from qwen3_moe_jax.jax_backend.generate import (
     MAX_STEPS,
@@ -164,7 +165,8 @@ class Batch:
             is taken, ``filled`` or ``written`` out of range.
         """
         self._check_open()
-        tokens, is_stop = self._checked(token_ids, max_tokens, stop_ids)
+        vocab_size = self._decoder.model.config.vocab_size
+        tokens, is_stop = prompt_arrays(token_ids, max_tokens, stop_ids, self.capacity, vocab_size)
         if not self.free_slots:
             raise BatchFullError(self.slots)
         free = set(range(self.slots)) - self._sequences.keys()
@@ -230,6 +232,10 @@ class Batch:
         running = [s for s in self._sequences.values() if s.finish_reason is None]
         return bool(running) and not self._asked and all(s.is_held for s in running)
 
+    def left(self, slot: int) -> int:
+        """Tokens that the sequence in this slot may still get, those that were asked for included."""
+        return self._sequences[slot].limit - self._sequences[slot].length
+
     def room(self, slot: int) -> int:
         """Tokens that a sequence in this slot may have."""
         return self.capacity
@@ -282,26 +288,6 @@ class Batch:
         self._check_open()
         if slot in self._sequences:
             raise ValueError(f"slot {slot} is not free")
-
-    def _checked(
-        self, token_ids: Sequence[int], max_tokens: int | None, stop_ids: Collection[int]
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """The prompt padded to int32 [S] and the stop tokens as bool [V]."""
-        vocab_size, count = self._decoder.model.config.vocab_size, len(token_ids)
-        if not count:
-            raise ValueError("the prompt is empty: it needs at least one token")
-        if max_tokens is not None and max_tokens < 1:
-            raise ValueError(f"max_tokens is {max_tokens}; it must be at least 1")
-        if count >= self.capacity:
-            raise ContextOverflowError(count, self.capacity)
-        tokens, is_stop = np.zeros(self.capacity, np.int32), np.zeros(vocab_size, bool)
-        stops = np.asarray(sorted(stop_ids), np.int64)
-        for ids in (np.asarray(token_ids), stops):
-            outside = ids[(ids < 0) | (ids >= vocab_size)]
-            if outside.size:
-                raise ValueError(f"token id {outside[0]} is not in 0..{vocab_size - 1}")
-        tokens[:count], is_stop[stops] = token_ids, True
-        return tokens, is_stop
 
     @own_settings()
     def free(self, slot: int) -> None:
@@ -388,6 +374,26 @@ class Batch:
             self._state, result = generate.decode(*given, np.int32(tokens), rows=rows, scored=self._is_scored)
         self._note(result, dict.fromkeys(writers, tokens), is_decode=True)
         return True
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether the device has been asked for tokens that are not known yet."""
+        return bool(self._asked)
+
+    @own_settings()
+    def write_draft(self, slot: int, draft: Sequence[int]) -> list[Progress]:
+        """Writes what is right of a draft, and a token more (``draft_step.write_draft``).
+
+        The slot is the batch's only one; its sequence has no mask and is being written, and nothing that the
+        device was asked for is not known.
+        """
+        size = size_of(len(draft))
+        padded = np.asarray([*draft, *[0] * (size - len(draft))], np.int32)
+        with self.preparation.working():
+            given = self._decoder, self._params, self._state
+            self._state, result = draft_step.write_draft(*given, padded, np.int32(len(draft)))
+            self._note(result, {slot: len(draft) + 1}, is_decode=True)
+            return self._take(self._asked.popleft())
 
     def _read_prompts(self, waiting: list[int], maximum: int) -> None:
         """Asks for a chunk of the oldest prompts, and a token of the sequences that are ready."""

@@ -281,6 +281,15 @@ class OneKernel:
         logits, k, v, chosen = run(*args, expert_ids=forced, active=active)
         return Step(logits[:, None], replace(cache, k=k, v=v), chosen[:, :, None], {})
 
+    def consecutive(
+        self, model: Qwen3Moe, params: Params, token_ids: jax.Array, start: jax.Array, cache: KVCache
+    ) -> Step:
+        """T tokens of one sequence, int32 [1, T] from position ``start`` [1] on, as rows of one kernel."""
+        positions = start + jnp.arange(token_ids.shape[1])
+        args = (params, model.config, token_ids[0], positions, cache.k, cache.v)
+        out = _decode_step().decode_step(*args, one_sequence=True, kernels=_named(model))
+        return Step(out.logits[None], replace(cache, k=out.k, v=out.v), out.expert_ids[:, None], {})
+
 
 def _split(model: Qwen3Moe) -> Split:
     """How the model is split over devices."""

@@ -1,7 +1,6 @@
 """The jax backend: the Flax model, jitted as a whole, behind the ``Runner`` protocol."""
 
 import sys
-import time
 from collections.abc import Callable, Collection, Generator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -14,6 +13,7 @@ from qwen3_moe_jax.convert.progress import ProgressCallback
 from qwen3_moe_jax.convert.source import ModelSource
 from qwen3_moe_jax.core.batch import TokenScore
 from qwen3_moe_jax.core.errors import BackendUnavailableError, NumericalError
+from qwen3_moe_jax.core.lookup import PromptLookup
 from qwen3_moe_jax.core.runner import (
     Capabilities,
     Compilation,
@@ -50,7 +50,7 @@ from qwen3_moe_jax.jax_backend.placement import Placement
 from qwen3_moe_jax.jax_backend.preparation import Preparation
 from qwen3_moe_jax.jax_backend.program_farm import farm
 from qwen3_moe_jax.jax_backend.qwen3_moe import Qwen3Moe
-from qwen3_moe_jax.jax_backend.requests import Request, agreed, lowest, next_count, run_all, shared_tokens
+from qwen3_moe_jax.jax_backend.requests import Request, agreed, lowest, run_all, shared_tokens
 from qwen3_moe_jax.jax_backend.session_programs import (
     FirstForward,
     Session,
@@ -59,6 +59,7 @@ from qwen3_moe_jax.jax_backend.session_programs import (
 )
 from qwen3_moe_jax.jax_backend.settings import own_settings
 from qwen3_moe_jax.jax_backend.sharding import MeshShape
+from qwen3_moe_jax.jax_backend.streaming import progress_of
 from qwen3_moe_jax.jax_backend.token_scores import MAX_TOP, host_scores
 from qwen3_moe_jax.jax_backend.wanted import Wanted, long_of, missing_of
 from qwen3_moe_jax.kernels_pallas.implementations import NATIVE, Record, recording
@@ -89,7 +90,7 @@ class JaxRunner:
     name = "jax"
     reused_tokens = 0
     capabilities = Capabilities(
-        beside=True, interventions=True, open_batch=True, dequantized=True, concurrent=True
+        beside=True, interventions=True, open_batch=True, dequantized=True, concurrent=True, lookup=True
     )
 
     @own_settings()
@@ -106,6 +107,7 @@ class JaxRunner:
         first_prompt: int | None = None,
         first_forward: FirstForward | None = None,
         others_follow: bool = True,
+        prompt_lookup: bool = False,
     ):
         """Loads the weights.
 
@@ -125,9 +127,11 @@ class JaxRunner:
           first_forward: of the first ``forward``, the tokens, the stages that it captures and its layers: its
             program is made at the same time, unless it is on disk.
           others_follow: whether prompts of other sizes may come, whose programs are made after the load.
+          prompt_lookup: whether streams will have a ``lookup``, whose programs belong to the session then.
 
         Raises:
-          BackendUnavailableError: JAX does not start, or the device does not run these kernels.
+          BackendUnavailableError: JAX does not start, or the device does not run these kernels, or drafts
+            could change an answer's bits here.
           MemoryPlanError: weights and cache do not fit the device.
           OptionError: the model cannot be split so, or the devices are too few.
         """
@@ -145,7 +149,7 @@ class JaxRunner:
         has_spares = first_prompt is not None and self._take_spare_workers()
         is_split = place.shards is not None
         native = Native.begin(self.device, kernels, compute_dtype is not None, is_split=is_split)
-        self.is_closed, self._batches = False, Batches()
+        self.is_closed, self._batches, self._has_drafts = False, Batches(), prompt_lookup
         self.kernels = native.kernels(self.kernels)
         self.params = load_beside(
             partial(self._get_ready, first_prompt, first_forward, has_spares, others_follow),
@@ -171,7 +175,8 @@ class JaxRunner:
         """Compiles what the first tokens and the check of a file need; returns what is on disk already."""
         kernels, shards = self.kernels.name, self.placement.shards
         model = Qwen3Moe(self.config, self.compute_dtype, kernels=kernels, shards=shards)
-        self._session = Session.of(model, self._types, self.device, self.max_context, self.cache_dtype)
+        own = self._types, self.device, self.max_context, self.cache_dtype
+        self._session = Session.of(model, *own, drafts=self._has_drafts)
         self.decoder = self._session.decoder
         self.preparation = self._preparation_of(self._session)
         self.preparation.goes_on = others_follow
@@ -323,37 +328,33 @@ class JaxRunner:
         sampling: Sampling,
         stop_ids: Collection[int] = (),
         reuse: bool = False,
+        lookup: PromptLookup | None = None,
     ) -> Generator[int]:
-        prompt = checked_prompt(self, token_ids).tolist()
+        prompt = checked_prompt(self, token_ids, lookup).tolist()
         (request,) = agreed([Request(prompt, sampling, max_tokens, stop_ids)])
-        return self._stream(request, reuse)
+        if lookup is not None:
+            self._session.check_drafts()
+            lookup.begin(prompt)
+        return self._stream(request, reuse, lookup)
 
-    def _stream(self, request: Request, reuse: bool) -> Generator[int]:
+    def _stream(self, request: Request, reuse: bool, lookup: PromptLookup | None) -> Generator[int]:
         with open_throughout(self):
             batch, held = self._take_spare()
             tokens = list(request.token_ids)
             self.reused_tokens = filled = shared_tokens(held, tokens) if reuse else 0
             try:
-                batch.admit(
+                slot = batch.admit(
                     tokens,
                     sampling=request.sampling,
                     max_tokens=request.max_tokens,
                     stop_ids=request.stop_ids,
                     filled=filled,
                 )
-                written, count, reason = 0, 1, None
-                while reason is None:
-                    began = time.perf_counter()
-                    with recording(self._record):
-                        made = batch.step(count, ahead=count if written else 0)
-                    for progress in made:
-                        if written:  # the first step's time is the prompt's
-                            count = next_count(count, time.perf_counter() - began)
-                        reason, written = progress.finish_reason, written + len(progress.tokens)
-                        tokens += progress.tokens
-                        yield from progress.tokens
-                if reason == "nonfinite":
-                    raise self._nonfinite(len(request.token_ids) + written - 1)
+                for progress in progress_of(batch, slot, self._record, lookup):
+                    tokens += progress.tokens
+                    yield from progress.tokens
+                    if progress.finish_reason == "nonfinite":
+                        raise self._nonfinite(len(tokens) - 1)
             finally:
                 self._keep_spare(batch, tokens)
 
@@ -433,7 +434,7 @@ class JaxRunner:
 
     @own_settings()
     def _new_batch(self, slots: int, context: int, preparation: Preparation | None = None) -> Batch:
-        session = replace(self._session, capacity=context, slots=slots)
+        session = replace(self._session, capacity=context, slots=slots, drafts=False)
         state = generate.empty_state(**session.empty)
         own = preparation or self._preparation_of(session)
         return self._batches.add(Batch(self.decoder, self.params, state, own))

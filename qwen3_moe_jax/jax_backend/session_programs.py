@@ -15,6 +15,7 @@ program                one for each of                                 with B sl
                        take, greedy and sampled
 ``prefill``            PREFILL_CHUNKS, prompts 1, 2, 4, ... together;  3 for 1 slot, 13
                        on a CPU 1, 4, 16 with tokens of all slots      for 16; a CPU's 8
+``write_draft``        DRAFTS, where prompt lookup is asked for        2, of 1 slot
 =====================  ==============================================  ==================
 
 ``rows`` (copies of a row, for serve's prefixes) are small and made as they are asked for.
@@ -29,9 +30,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from qwen3_moe_jax.core.errors import BackendUnavailableError
+from qwen3_moe_jax.core.lookup import DRAFTS
 from qwen3_moe_jax.core.runner import ForwardShape
 from qwen3_moe_jax.core.sampling import Sampling
-from qwen3_moe_jax.jax_backend import generate, one_token
+from qwen3_moe_jax.jax_backend import consecutive, draft_step, generate, one_token
 from qwen3_moe_jax.jax_backend import slots as slot_programs
 from qwen3_moe_jax.jax_backend.decode_path import Decoder
 from qwen3_moe_jax.jax_backend.device import Device
@@ -62,6 +65,7 @@ class Session:
       capacity: tokens that a sequence may have.
       cache_dtype: of the KV cache, by name.
       slots: sequences at a time.
+      drafts: whether drafts are checked, of one slot (``draft_step``).
     """
 
     decoder: Decoder
@@ -69,6 +73,7 @@ class Session:
     capacity: int
     cache_dtype: str
     slots: int = 1
+    drafts: bool = False
 
     @classmethod
     def of(
@@ -79,11 +84,32 @@ class Session:
         capacity: int,
         cache_dtype: Any,
         slots: int = 1,
+        drafts: bool = False,
     ) -> "Session":
-        """That of a model whose weights need not be loaded."""
+        """That of a model whose weights need not be loaded.
+
+        Raises:
+          BackendUnavailableError: drafts are asked for, and ``check_drafts`` refuses them.
+        """
         shapes = _params_of(model, types, device)
         decoder = remembered_choice(model, types, shapes, device, cache_dtype)
-        return cls(decoder, shapes, capacity, jnp.dtype(cache_dtype).name, slots)
+        found = cls(decoder, shapes, capacity, jnp.dtype(cache_dtype).name, slots, drafts)
+        if drafts:
+            found.check_drafts()
+        return found
+
+    def check_drafts(self) -> None:
+        """Refuses to check drafts where that might change what is written.
+
+        Raises:
+          BackendUnavailableError: saying why.
+        """
+        if why := self._reason_against_drafts:
+            raise BackendUnavailableError(f"prompt lookup cannot keep the answer's bits here: {why}")
+
+    @cached_property
+    def _reason_against_drafts(self) -> str | None:
+        return consecutive.reason_against(self.decoder, self.params, 1 + max(DRAFTS), self.state.cache)
 
     def programs(self) -> list[Wanted]:
         """All of them, in the order in which a session first needs them."""
@@ -95,6 +121,7 @@ class Session:
             self.prompt(PREFILL_CHUNKS[0]),
             self.tokens(1),
             release,
+            *(self.draft(size) for size in DRAFTS if self.drafts),
             *(self.prompt(chunk) for chunk in PREFILL_CHUNKS[:0:-1]),
             *(self.tokens(rows) for rows in row_counts(self.slots)[1:]),
             *self._one_token(),
@@ -183,6 +210,12 @@ class Session:
         steps = jax.ShapeDtypeStruct((), np.int32)
         label = "tokens" if rows == 1 else f"tokens of {rows} sequences"
         return self._wanted(generate.decode, {"steps": steps, "rows": rows}, label, 1.5)
+
+    def draft(self, size: int) -> Wanted:
+        """Checks a draft of so many tokens."""
+        shape = jax.ShapeDtypeStruct
+        draft = {"draft": shape((size,), np.int32), "count": shape((), np.int32)}
+        return self._wanted(draft_step.write_draft, draft, f"drafts of {size} tokens", 1.0)
 
     def prompt(self, chunk: int, count: int = 1) -> Wanted:
         """Reads ``chunk`` tokens of ``count`` prompts, and writes a token of ``rows_beside`` slots."""

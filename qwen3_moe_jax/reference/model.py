@@ -22,6 +22,7 @@ from qwen3_moe_jax.convert.source import ModelSource
 from qwen3_moe_jax.convert.unpack import dequantize
 from qwen3_moe_jax.core.errors import ContextOverflowError, NumericalError
 from qwen3_moe_jax.core.likelihood import target_log_likelihoods
+from qwen3_moe_jax.core.lookup import PromptLookup
 from qwen3_moe_jax.core.one_at_a_time import (
     OneAtATime,
 )
@@ -261,8 +262,9 @@ class ReferenceRunner(OneAtATime):
         sampling: Sampling,
         stop_ids: Collection[int] = (),
         reuse: bool = False,
+        lookup: PromptLookup | None = None,
     ) -> Generator[int]:
-        tokens = checked_prompt(self, token_ids)
+        tokens = checked_prompt(self, token_ids, lookup)
         return self._stream(tokens, max_tokens, Sampler(sampling, tokens.tolist()), stop_ids)
 
     def _stream(

@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+from qwen3_moe_jax.core.lookup import Drafts
+
 
 class Answer(str):
     """A finished generation: a ``str``, equal to its text, with fields.
@@ -12,6 +14,7 @@ class Answer(str):
       prompt_tokens: tokens of the prompt.
       notes: what the user should know of how the prompt was made, one line each.
       seed: the same seed gives the same answer again.
+      drafts: what became of the drafts of prompt lookup, or None without it.
     """
 
     finish_reason: str | None
@@ -19,6 +22,7 @@ class Answer(str):
     prompt_tokens: int
     notes: tuple[str, ...]
     seed: int | None
+    drafts: Drafts | None
 
     def __new__(
         cls,
@@ -28,10 +32,12 @@ class Answer(str):
         prompt_tokens: int = 0,
         notes: Sequence[str] = (),
         seed: int | None = None,
+        drafts: Drafts | None = None,
     ) -> "Answer":
         self = super().__new__(cls, text)
         self.finish_reason, self.tokens = finish_reason, tuple(tokens)
         self.prompt_tokens, self.notes, self.seed = prompt_tokens, tuple(notes), seed
+        self.drafts = drafts
         return self
 
     @property

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from qwen3_moe_jax.core.arguments import check_list
+from qwen3_moe_jax.core.lookup import Drafts
 from qwen3_moe_jax.text.tokenizer import StreamDecoder, Tokenizer
 
 THINK, END_THINK = "<think>", "</think>"
@@ -37,6 +38,7 @@ class TextStream:
       tokens: ids generated so far, without an end token.
       notes: what the user should know of how the prompt was made, one line each.
       seed: of the random stream, or None where that is not known.
+      drafts: what became of the drafts of prompt lookup so far, or None without it.
       on_first_token: called when the first token is there, which may have no text.
     """
 
@@ -51,6 +53,7 @@ class TextStream:
         starts_in_reasoning: bool = False,
         notes: Sequence[str] = (),
         seed: int | None = None,
+        drafts: Drafts | None = None,
     ):
         """Prepares; the first token is computed when iteration starts.
 
@@ -63,14 +66,14 @@ class TextStream:
           prompt_tokens: for the counts.
           starts_in_reasoning: the prompt left a <think> open.
           notes: of the rendered chat.
-          seed: for the attribute.
+          seed, drafts: for the attributes.
 
         Raises:
           ValueError: a stop string is empty or no string.
         """
         self.finish_reason: Literal["stop", "length"] | None = None
         self.prompt_tokens = prompt_tokens
-        self.notes, self.seed = tuple(notes), seed
+        self.notes, self.seed, self.drafts = tuple(notes), seed, drafts
         self.tokens: list[int] = []
         self._decoder = StreamDecoder(tokenizer)
         self._token_ids = iter(token_ids)

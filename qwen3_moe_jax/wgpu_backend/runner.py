@@ -16,6 +16,7 @@ from qwen3_moe_jax.convert.progress import ProgressCallback
 from qwen3_moe_jax.convert.source import ModelSource
 from qwen3_moe_jax.core.errors import NumericalError
 from qwen3_moe_jax.core.likelihood import target_log_likelihoods
+from qwen3_moe_jax.core.lookup import PromptLookup
 from qwen3_moe_jax.core.one_at_a_time import (
     OneAtATime,
 )
@@ -267,9 +268,10 @@ class WgpuRunner(OneAtATime):
         sampling: Sampling,
         stop_ids: Collection[int] = (),
         reuse: bool = False,
+        lookup: PromptLookup | None = None,
     ) -> Generator[int]:
         """As ``Runner.stream``. A newer request on this runner ends this one with a RuntimeError."""
-        tokens = checked_prompt(self, token_ids).astype(np.uint32)
+        tokens = checked_prompt(self, token_ids, lookup).astype(np.uint32)
         maximum = min(max_tokens, self.max_context - len(tokens))
         return self._tokens(tokens, maximum, sampling, frozenset(stop_ids))
 

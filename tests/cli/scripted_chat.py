@@ -30,7 +30,7 @@ class Stream:
 
     def __init__(self, text: str, prompt_tokens: int):
         self.text, self.prompt_tokens, self.new_tokens = text, prompt_tokens, len(text.split())
-        self.notes, self.finish_reason = (), None
+        self.notes, self.finish_reason, self.drafts = (), None, None
 
     def pieces(self):
         reasoning, bar, content = self.text.partition("|")

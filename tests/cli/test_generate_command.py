@@ -1,6 +1,7 @@
 """``qwen3-moe generate``: sampling, figures, and all it is asked for beside text."""
 
 import json
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -69,7 +70,7 @@ def test_rates_leave_compilation_out(monkeypatch):
     monkeypatch.setattr(generate.time, "perf_counter", lambda: next(times))
     monkeypatch.setattr(generate, "compile_seconds", lambda runner: next(compiled))
     clock = generate.Clock(Runner())
-    stream = SimpleNamespace(prompt_tokens=100, new_tokens=9)
+    stream = SimpleNamespace(prompt_tokens=100, new_tokens=9, drafts=None)
     clock.follow(stream)
     stream.on_first_token()
     clock.text()
@@ -89,6 +90,40 @@ def test_tokens_without_text_have_a_rate(monkeypatch, model):
     assert not generate.written(stream, stream, clock, print, quiet=True)
     found = clock.figures(stream)
     assert (found.new_tokens, found.tokens_per_s is not None) == (5, True)
+
+
+def test_prompt_lookup_gives_the_same_text_and_says_what_became_of_drafts(capsys, native):
+    """In text and in JSON; without it nothing is said."""
+    code = "def add(a, b):\n    return a + b\n\n" * 4
+    asked = ["generate", code, "-n", "40", "--temperature", "0", "--no-gate"]
+    assert main([*asked, "-q"]) == 0
+    plain = capsys.readouterr().out
+    assert main([*asked, "--prompt-lookup"]) == 0
+    ours = capsys.readouterr()
+    assert ours.out == plain
+    assert re.search(r"; drafts: [1-9]\d* of [1-9]\d* tokens right; ", ours.err)
+    assert main([*asked, "-q", "--json", "--prompt-lookup"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["text"] + "\n" == plain
+    assert 0 < found["drafts"]["accepted"] <= found["drafts"]["drafted"]
+    assert main([*asked, "-q", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["drafts"] is None
+
+
+def test_prompt_lookup_is_refused_where_an_answer_could_change(capsys):
+    asked = ["generate", "x", "--prompt-lookup", "--no-gate", "-q"]
+    assert main([*asked, "--exact"]) == ExitCode.FAULT
+    assert "prompt lookup cannot keep the answer's bits here" in capsys.readouterr().err
+    assert main([*asked, "--backend", "reference"]) == ExitCode.FAULT
+    assert "the reference backend has no prompt lookup" in capsys.readouterr().err
+    assert main(["warm", "--prompt-lookup", "--slots", "2", "-q"]) == ExitCode.USAGE
+    assert "leave out --slots" in capsys.readouterr().err
+
+
+def test_many_prompts_take_no_prompt_lookup(model):
+    with pytest.raises(ValueError, match="prompt_lookup is for one answer at a time"):
+        model.generate_batch(["x"], prompt_lookup=True)
+    assert model.generate_batch(["x"], max_tokens=1, temperature=0, prompt_lookup=False)
 
 
 # What generate is asked for beside text
