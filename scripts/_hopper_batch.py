@@ -15,8 +15,10 @@ import jax.numpy as jnp
 
 from qwen3_moe_jax.convert.config import PRESETS
 from qwen3_moe_jax.convert.tensor_names import q4_k_m_types
+from qwen3_moe_jax.core.lookup import DRAFTS
 from qwen3_moe_jax.jax_backend import generate
 from qwen3_moe_jax.jax_backend.decode_path import PATHS, Decoder
+from qwen3_moe_jax.jax_backend.draft_step import write_draft
 from qwen3_moe_jax.jax_backend.generate import PREFILL_CHUNKS, DecodeState
 from qwen3_moe_jax.jax_backend.kv_cache import KVCache
 from qwen3_moe_jax.jax_backend.one_token import decode_one
@@ -55,6 +57,9 @@ def programs(
         f"decode 1 of {slots}": lambda: generate.decode.trace(decoder, *arguments, steps, rows=1),
         f"one token of {slots}": lambda: decode_one.trace(decoder, *arguments, rows=slots, work=GREEDY),
     }
+    if slots == 1:
+        draft = there((jnp.zeros(max(DRAFTS), jnp.int32), jnp.int32(1)))
+        found["a draft"] = lambda: write_draft.trace(decoder, *arguments, *draft)
     for count, chunk, rows in itertools.product({prompts: 0, 1: 0}, PREFILL_CHUNKS, (slots, 0)):
         name = f"prefill {count} x {chunk}, decode {rows}"
         found[name] = functools.partial(prefill, count, chunk, rows)

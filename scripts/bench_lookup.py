@@ -107,20 +107,41 @@ def changed(text: str) -> str:
 
 
 def whole_functions(text: str, lines: int) -> str:
-    """The first lines of a Python file, fewer where a statement would be cut."""
-    ends = [node.end_lineno or 0 for node in ast.parse(text).body]
+    """The first lines of a Python file, fewer where a statement or a method would be cut."""
+    module = ast.parse(text)
+    bodies = [module.body, *(node.body for node in module.body if isinstance(node, ast.ClassDef))]
+    ends = [statement.end_lineno or 0 for body in bodies for statement in body]
     return "\n".join(text.splitlines()[: max(end for end in ends if end <= lines)]) + "\n"
 
 
-def editing(model: Model) -> tuple[list[int], list[int], int]:
-    """Prompt and answer of the editing task, and how many lines of the file the context holds twice."""
-    for lines in range(LINES, 0, -10):
-        text = whole_functions(EDITED.read_text(), lines)
-        asked = f"Check the argument of the function in the middle of this file:\n\n```python\n{text}```\n\n"
-        prompt, answer = map(model.tokenizer.encode, (asked, f"```python\n{changed(text)}```\n"))
-        if len(prompt) + len(answer) < model.runner.max_context:
-            break
+def edit(model: Model, lines: int) -> tuple[list[int], list[int], int]:
+    """Prompt and answer of an editing task, and how many lines its file has."""
+    text = whole_functions(EDITED.read_text(), lines)
+    asked = f"Check the argument of the function in the middle of this file:\n\n```python\n{text}```\n\n"
+    prompt, answer = map(model.tokenizer.encode, (asked, f"```python\n{changed(text)}```\n"))
     return prompt, answer, text.count("\n")
+
+
+def editing(model: Model) -> tuple[list[int], list[int], int]:
+    """The editing task, of as many lines as the context holds twice."""
+    tasks = (edit(model, lines) for lines in range(LINES, 0, -10))
+    return next(task for task in tasks if len(task[0]) + len(task[1]) < model.runner.max_context)
+
+
+def counted(model: Model) -> dict[str, int]:
+    """The whole file's drafts, without the model: no step is timed, so costs are those first expected."""
+    prompt, true, lines = edit(model, LINES)
+    lookup, at, plain = PromptLookup(), 0, 0
+    lookup.begin(prompt)
+    while at < len(true):
+        if draft := lookup.draft(len(true) - at - 1):
+            right = next((i for i, token in enumerate(draft) if token != true[at + i]), len(draft))
+            lookup.tried(draft, true[at : at + right + 1], 0.0)
+            at += right + 1
+        else:
+            lookup.wrote(true[at : at + 1], 1.0)
+            at, plain = at + 1, plain + 1
+    return {"lines": lines, "new_tokens": len(true), "plain_steps": plain, **vars(lookup.drafts)}
 
 
 def prose(model: Model) -> tuple[list[int], list[int], int]:
@@ -147,8 +168,10 @@ def compare(model: Model, prompt: list[int], true: list[int], repeats: int) -> d
     same = rate(model, prompt, count, greedy, Mirror(prompt, true, text))[0] == text
     note(f"the same with drafts: {same}")
     plain, ours, lookup = [], [], None
-    for _ in range(repeats):
-        plain.append(rate(model, prompt, count, greedy, None)[1])
+    for number in range(2 * repeats):
+        if number % 4 in (0, 3):  # none is always first
+            plain.append(rate(model, prompt, count, greedy, None)[1])
+            continue
         lookup = Mirror(prompt, true, text)
         tokens, speed = rate(model, prompt, count, greedy, lookup)
         ours.append(speed)
@@ -207,6 +230,7 @@ def main() -> None:
             "code": code_version(),
             "date": date.today().isoformat(),
         }
+        result["counted"] = counted(model)
         for name, task in (("editing", editing), ("prose", prose)):
             prompt, true, lines = task(model)
             true = true[: args.new_tokens]

@@ -26,12 +26,22 @@ MAX_COMPARED = 64
 """Tokens before a place that are compared."""
 
 
+BASE, MODULUS = 1_000_003, (1 << 61) - 1
+"""Of the number that stands for a run of MIN_MATCH tokens; runs of one number are compared."""
+LEAVING = pow(BASE, MIN_MATCH, MODULUS)
+
+
 class Repeats:
-    """A text's tokens, and where each run of MIN_MATCH of them ended."""
+    """A text's tokens, and where each run of MIN_MATCH of them ended.
+
+    Numbers alone, no object per token: the garbage collector has nothing to look through.
+    """
 
     def __init__(self, tokens: Sequence[int] = ()):
         self._tokens: list[int] = []
-        self._ends: dict[tuple[int, ...], list[int]] = {}
+        self._run = 0
+        self._latest: dict[int, int] = {}
+        self._earlier: list[int] = [0]  # of each end the one before it with the same run, 0 for none
         self._behind = 0
         self.extend(tokens)
 
@@ -40,11 +50,16 @@ class Repeats:
 
     def extend(self, tokens: Sequence[int]) -> None:
         """Takes the text's next tokens."""
-        text = self._tokens
+        text, run = self._tokens, self._run
         for token in tokens:
-            text.append(token)
+            run = (run * BASE + token + 1) % MODULUS
             if len(text) >= MIN_MATCH:
-                self._ends.setdefault(tuple(text[-MIN_MATCH:]), []).append(len(text))
+                run = (run - (text[-MIN_MATCH] + 1) * LEAVING) % MODULUS
+            text.append(token)
+            self._earlier.append(self._latest.get(run, 0) if len(text) >= MIN_MATCH else 0)
+            if len(text) >= MIN_MATCH:
+                self._latest[run] = len(text)
+        self._run = run
 
     def draft(self, count: int) -> list[int]:
         """The ``count`` tokens that followed the place that is most like the end of the text; [] for none.
@@ -56,12 +71,13 @@ class Repeats:
         here = len(text)
         if here <= MIN_MATCH or count < 1:
             return []
-        places = self._ends[tuple(text[-MIN_MATCH:])]
-        latest = places[-2 : -2 - MAX_PLACES : -1]  # the last one is here
-        candidates = ([here - self._behind] if self._behind else []) + latest
-        if not candidates:
-            return []
-        place = max(candidates, key=self._alike)  # the first of the best
+        places, place = [], self._earlier[here]
+        while place and len(places) < MAX_PLACES:
+            places.append(place)
+            place = self._earlier[place]
+        if self._behind:
+            places.insert(0, here - self._behind)
+        place = max(places, key=self._alike, default=0)  # the first of the best
         if self._alike(place) < MIN_MATCH:
             return []
         self._behind = here - place
@@ -105,24 +121,27 @@ class Gate:
     def wrote(self, tokens: int, seconds: float) -> None:
         """Plain steps have written so many tokens in so many seconds."""
         if tokens > 0 and seconds > 0:
-            self._seconds = self._mean(self._seconds, seconds / tokens)
+            each = seconds / tokens
+            old = self._seconds or each
+            self._seconds = old + self.RATE * (self._near(old, each) - old)
             self._add(self.SHARE * tokens)
 
     def tried(self, drafts: int, right: int, seconds: float, size: int | None = None) -> None:
         """A step of ``size`` drafts (None: ``drafts``) has written ``right`` of them and one token more."""
         size = drafts if size is None else size
+        cost = self.costs[size]
         if self._seconds > 0 and seconds > 0:
-            self.costs[size] = self._mean(self.costs[size], seconds / self._seconds)
-        self._add(1 + right - self.costs[size])
+            cost = self._near(cost, seconds / self._seconds)
+            self.costs[size] += self.RATE * (cost - self.costs[size])
+        self._add(1 + right - cost)
         if right == drafts:
             self._level = DRAFTS[-1]
         elif 2 * right < drafts:
             self._level = DRAFTS[0]
 
-    def _mean(self, old: float, new: float) -> float:
-        if not old:
-            return new
-        return old + self.RATE * (min(max(new, old / 2), old * 2) - old)
+    @staticmethod
+    def _near(old: float, new: float) -> float:
+        return min(max(new, old / 2), old * 2)
 
     def _add(self, tokens: float) -> None:
         self._account = min(self._account + tokens, self.MAXIMUM)
