@@ -1,6 +1,6 @@
 """Several tokens of one sequence in one step, with the bits that they would have one after the other.
 
-Two paths promise it: a GPU's decode kernel, whose rows then share a row of the cache, and the CPU's native
+Two paths promise it: Hopper's decode kernel, whose rows then share a row of the cache, and the CPU's native
 kernels, where a token's results do not depend on those beside it. XLA's products depend on their shapes.
 """
 
@@ -38,7 +38,8 @@ def reason_against(decoder: Decoder, params: Params, rows: int, cache: KVCache) 
     if decoder.shards is not None:
         return "the model is split over several devices"
     if isinstance(decoder.path(params, rows, cache), OneKernel):
-        return "with a GPU's decode kernel it has not been tried"
+        is_portable = decoder.model.kernels == "portable"
+        return "with the portable decode kernel it has not run on a GPU" if is_portable else None
     if decoder.model.kernels != NATIVE:
         why = dict(decoder.refused).get(OneKernel.name, "as asked")
         return f"neither a GPU's decode kernel ({why}) nor the CPU's native kernels run"

@@ -12,6 +12,7 @@ from qwen3_moe_jax.convert.config import PRESETS
 from qwen3_moe_jax.convert.ggml_types import GGMLType
 from qwen3_moe_jax.convert.open_model import open_model
 from qwen3_moe_jax.convert.tensor_names import q4_k_m_types
+from qwen3_moe_jax.jax_backend import consecutive
 from qwen3_moe_jax.jax_backend.decode_path import (
     PATHS,
     Decoder,
@@ -193,3 +194,14 @@ def test_the_doctor_says_how_a_token_is_decoded_on_a_gpu(monkeypatch):
     assert (found.level, found.subject) == ("note", "decoding")
     assert found.text.startswith("one kernel: ")
     assert found.text.endswith("layer by layer: everything else")
+
+
+@pytest.mark.parametrize(("kernels", "reason"), [("hopper", None), ("portable", "has not run on a GPU")])
+def test_tokens_at_once_are_for_kernels_that_have_run_them(kernels, reason):
+    """Prompt lookup on a GPU that is not there: what is not known to keep the bits is refused."""
+    types = q4_k_m_types(CONFIG)
+    decoder = plan_decoding(CONFIG, types, H100, kernels)
+    params = tiled_params(abstract_params(CONFIG, types, GPU_ROLES))
+    cache = jax.eval_shape(lambda: KVCache.create(CONFIG, 1, CACHE_TILE, jnp.float16))
+    found = consecutive.reason_against(decoder, params, 8, cache)
+    assert found is None if reason is None else reason in found
