@@ -71,7 +71,8 @@ class Repeats:
         here = len(text)
         if here <= MIN_MATCH or count < 1:
             return []
-        places, place = [], self._earlier[here]
+        places: list[int] = []
+        place = self._earlier[here]
         while place and len(places) < MAX_PLACES:
             places.append(place)
             place = self._earlier[place]
