@@ -10,6 +10,7 @@ from collections.abc import Callable
 import jax
 
 from qwen3_moe_jax.kernels_pallas import implementations
+from qwen3_moe_jax.kernels_pallas.decode_step.exchange import ONE_DEVICE, Split
 from qwen3_moe_jax.kernels_pallas.gpu.device import import_kernels, require_ampere, require_hopper
 from qwen3_moe_jax.kernels_pallas.packed.stacks import LayerTable
 
@@ -59,6 +60,8 @@ def decode_layers(
     eps: float,
     on_logits: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
     kernels: str | None = None,
+    mesh: Split = ONE_DEVICE,
+    by_stores: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """Runs one token of each sequence through the layers. bfloat16 precision or better throughout.
 
@@ -74,6 +77,10 @@ def decode_layers(
       eps: of the norms.
       on_logits: changes the router's logits, float32 [B, E], of the layer, an int32 scalar.
       kernels: "hopper" or "portable"; None is the fastest that the device runs.
+      mesh: how the model is split, inside ``jax.shard_map`` over ``exchange.DEVICE_AXES``: the table and the
+        caches are this device's parts then, and x and the results the same on all devices.
+      by_stores: sums over devices need no collective of XLA: all are Hopper GPUs of this process, and each
+        can write into the memory of the others.
 
     Returns:
       x after the last layer, both caches, and the chosen experts int32 [L, B, X].
@@ -96,4 +103,6 @@ def decode_layers(
         eps=eps,
         on_logits=on_logits,
         kernels=module.BY_NAME[name],
+        mesh=mesh,
+        by_stores=by_stores,
     )

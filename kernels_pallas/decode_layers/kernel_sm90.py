@@ -21,6 +21,8 @@ from qwen3_moe_jax.convert.packed import ROWS
 from qwen3_moe_jax.kernels_pallas.attention import kernel_sm80 as attention_sm80
 from qwen3_moe_jax.kernels_pallas.attention import kernel_sm90 as attention
 from qwen3_moe_jax.kernels_pallas.decode_layers import row_steps as steps
+from qwen3_moe_jax.kernels_pallas.decode_layers.sum_sm90 import WIDTH, sum_of_devices
+from qwen3_moe_jax.kernels_pallas.decode_step.exchange import ONE_DEVICE, Split
 from qwen3_moe_jax.kernels_pallas.gpu import products
 from qwen3_moe_jax.kernels_pallas.gpu.grouped_matmul_config import (
     MAX_FEW_ROWS,
@@ -82,8 +84,8 @@ def check(
     if cache.dtype not in (jnp.bfloat16, jnp.float16):
         raise NotImplementedError(f"the kernels read 16-bit caches, not {cache.dtype}")
     w = _Weights.of(table, kernels)
-    kv_heads, head_dim = cache.shape[3:]
-    heads = w.q_proj.shape[0] // head_dim
+    head_dim = cache.shape[4]
+    heads, kv_heads = (rows // head_dim for rows in (w.q_proj.shape[0], w.v_proj.shape[0]))
     fits = head_dim % 64 == 0 and head_dim <= kernels.max_head_dim
     if not fits or heads // kv_heads > kernels.attention.tile:
         raise NotImplementedError(f"{heads // kv_heads} heads of {head_dim} per KV head do not fit")
@@ -174,6 +176,8 @@ def decode_layers(
     eps: float,
     on_logits: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
     kernels: Kernels = HOPPER,
+    mesh: Split = ONE_DEVICE,
+    by_stores: bool = False,
     interpret: Any = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """See ``api.decode_layers``."""
@@ -185,7 +189,10 @@ def decode_layers(
     slots = (jnp.arange(rows) if slots is None else slots).astype(jnp.int32)
     bounds = attention.one_query_rows(positions, cache_k.shape[2], kernels.attention)
     tokens = _Tokens(positions, slots, rope, *bounds)
-    run = _OneLayer(table, weights, tokens, rows, tile, eps, on_logits, kernels, interpret)
+    share = steps.Share(mesh, weights.gate_proj.shape[0])
+    if by_stores and interpret is None and x.shape[1] % WIDTH == 0:
+        share = share._replace(add=partial(sum_of_devices, mesh=mesh))
+    run = _OneLayer(table, weights, tokens, share, rows, tile, eps, on_logits, kernels, interpret)
     shape = (rows, num_experts_per_tok, x.shape[1])
     first = _State(
         x=x.astype(jnp.float32),
@@ -200,8 +207,7 @@ def decode_layers(
         lambda carry: (carry[0] + 1, run(carry[0].reshape(1), carry[1])),
         (jnp.int32(0), first),
     )[1]
-    results = last.results[weights.down_proj.which[-1]]
-    out = last.x + sum((results[:, choice] for choice in range(1, results.shape[1])), results[:, 0])
+    out = last.x + run.added(jnp.int32(layers), last)
     return out, last.cache_k, last.cache_v, last.expert_ids
 
 
@@ -240,6 +246,7 @@ class _OneLayer:
         table: LayerTable,
         weights: _Weights,
         tokens: _Tokens,
+        share: steps.Share,
         rows: int,
         tile: int,
         eps: float,
@@ -247,8 +254,8 @@ class _OneLayer:
         kernels: Kernels,
         interpret: Any,
     ):
-        self.weights, self.tokens, self.rows, self.tile = weights, tokens, rows, tile
-        self.eps, self.on_logits = eps, on_logits
+        self.weights, self.tokens, self.share = weights, tokens, share
+        self.rows, self.tile, self.eps, self.on_logits = rows, tile, eps, on_logits
         self.kernels, self.interpret, self.sizes = kernels, interpret, experts_config()
         w = weights
         self.order: list[tuple[int, ...]] = []
@@ -267,7 +274,7 @@ class _OneLayer:
 
     def __call__(self, layer: jax.Array, state: _State) -> _State:
         w, at = self.weights, layer[0]
-        x = state.x + self.added(at, state.results)
+        x = state.x + self.added(at, state)
         top = steps.norm(x, w.input_layernorm[at], self.eps, self.tile)
         q, cache_k, cache_v = self.queries(top, layer, state)
         out = attention.attend_rows(
@@ -284,17 +291,19 @@ class _OneLayer:
         )
         heads = w.q_proj.shape[0] // out.shape[2]
         operand, scale = steps.attention_operand(out, self.rows, heads, self.tile)
-        x = steps.add_parts(x, self.dense(operand, scale, w.o_proj, 0, layer))
+        x = x + self.share.summed(steps.sum_parts(self.dense(operand, scale, w.o_proj, 0, layer), self.rows))
         mid = steps.norm(x, w.post_attention_layernorm[at], self.eps, self.tile)
         choices = state.expert_ids.shape[2]
-        routes = steps.choose(self.router_logits(mid.normed, at), choices, self.sizes.tile)
+        routes = steps.choose(self.router_logits(mid.normed, at), choices, self.sizes.tile, self.share)
         ids = state.expert_ids.at[at].set(routes.expert_ids)
         return _State(x, self.experts(mid, routes, layer, choices), cache_k, cache_v, ids)
 
-    def added(self, layer: jax.Array, results: tuple[jax.Array, ...]) -> jax.Array:
+    def added(self, layer: jax.Array, state: _State) -> jax.Array:
         """What the experts of the layer before add: float32 [B, D]."""
-        parts = steps.pick(results, self.table[self.down_at + jnp.maximum(layer - 1, 0)])
-        return functools.reduce(jnp.add, [parts[:, choice] for choice in range(parts.shape[1])])
+        before = jnp.maximum(layer - 1, 0)
+        parts = steps.pick(state.results, self.table[self.down_at + before])
+        parts = self.share.own(parts, state.expert_ids[before])
+        return self.share.summed(functools.reduce(jnp.add, [parts[:, c] for c in range(parts.shape[1])]))
 
     def queries(
         self, x: steps.NormedRows, layer: jax.Array, state: _State

@@ -4,16 +4,50 @@ XLA makes a few launches of each. Nothing in them depends on the other rows.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
+from qwen3_moe_jax.kernels_pallas.decode_step.exchange import DEVICE_AXES, Split
 from qwen3_moe_jax.kernels_pallas.gpu.activations import SWIGLU_SCALE, WEIGHT_SCALE, float16_operand
 from qwen3_moe_jax.kernels_pallas.gpu.sorting import Tiles, sort_by_expert
 from qwen3_moe_jax.kernels_pallas.norm_rope.api import rms_norm, rope
 from qwen3_moe_jax.kernels_pallas.router.xla import choose_experts
+
+
+class Share(NamedTuple):
+    """What this device has of a model that may be split over several.
+
+    Attributes:
+      mesh: how it is split.
+      experts: that this device has: their number, counted from ``experts`` times its place along ``ep``.
+      add: the sum of all devices' parts [R, D], the same bits on all.
+    """
+
+    mesh: Split
+    experts: int
+    add: Callable[[jax.Array], jax.Array] = partial(lax.psum, axis_name=DEVICE_AXES)
+
+    def summed(self, x: jax.Array) -> jax.Array:
+        """The sum of all devices' parts, the same bits on all; x itself on one device."""
+        return x if self.mesh.devices == 1 else self.add(x)
+
+    def local(self, expert_ids: jax.Array) -> jax.Array:
+        """The experts' numbers on this device; ``experts`` stands for those of other devices."""
+        if self.mesh.ep == 1:
+            return expert_ids
+        local = expert_ids - lax.axis_index(DEVICE_AXES[0]) * self.experts
+        return jnp.where((local >= 0) & (local < self.experts), local, self.experts)
+
+    def own(self, parts: jax.Array, expert_ids: jax.Array) -> jax.Array:
+        """Results [R, X, D] of experts [R, X], with zeros for those of other devices, which nobody wrote."""
+        if self.mesh.ep == 1:
+            return parts
+        return jnp.where((self.local(expert_ids) < self.experts)[..., None], parts, 0.0)
 
 
 class NormedRows(NamedTuple):
@@ -35,7 +69,7 @@ class Routes(NamedTuple):
 
     Attributes:
       expert_ids: int32 [R, X], most probable first, the lower id first among equals.
-      tiles: the pairs (row, choice), sorted by expert: S rows.
+      tiles: the pairs (row, choice) of experts that are here, sorted by expert: S rows.
       rows: int32 [S], the row of each.
       pairs: int32 [S], row * X + choice, or -1 where there is none.
       factors: float32 [S], what the down product of the pair is multiplied by.
@@ -54,11 +88,6 @@ def pick(options: Sequence[jax.Array], which: jax.Array) -> jax.Array:
     for number, option in enumerate(options[1:], 1):
         chosen = jnp.where(which == number, option, chosen)
     return chosen
-
-
-def add_parts(x: jax.Array, parts: jax.Array) -> jax.Array:
-    """``x`` [R, D] plus the parts [P, R, D], which are added in order first."""
-    return x + sum_parts(parts, len(x))
 
 
 def sum_parts(parts: jax.Array, rows: int) -> jax.Array:
@@ -98,13 +127,13 @@ def attention_operand(out: jax.Array, rows: int, heads: int, tile: int) -> tuple
     return float16_operand(out[:, :group].reshape(rows, -1), tile)
 
 
-def choose(logits: jax.Array, choices: int, tile: int) -> Routes:
+def choose(logits: jax.Array, choices: int, tile: int, share: Share) -> Routes:
     """The X most probable experts of each row of logits [R, E], their weights, and the pairs by expert.
 
     A row whose logits are not finite gets weights that are NaN.
     """
     _, ids, weights = choose_experts(logits, choices, None)
-    order = sort_by_expert(ids, logits.shape[1], tile)
+    order = sort_by_expert(share.local(ids), share.experts, tile)
     source = order.source
     factors = weights.reshape(-1)[source] / (SWIGLU_SCALE * WEIGHT_SCALE)
     return Routes(ids, order.tiles, source // choices, order.pair, factors)

@@ -49,7 +49,7 @@ class SortedRows(NamedTuple):
     """Where (token, choice) pairs lie after sorting.
 
     Attributes:
-      destination: int32 [T, X], the row of each pair.
+      destination: int32 [T, X], the row of each pair; those of no expert have none, and a number beyond all.
       pair: int32 [rows], the pair t * X + x of each row; -1 for rows that hold none.
       tiles: the tiles of these rows.
     """
@@ -106,7 +106,8 @@ def _ranks(expert_ids: jax.Array, experts: int) -> tuple[jax.Array, jax.Array]:
     earlier = _prefix_sums(counts).astype(jnp.int32)
     same = expert_ids[:, :, None] == expert_ids[:, None, :]
     repeats = jnp.sum(same & np.tri(choices, k=-1, dtype=bool), axis=2)  # forced ids may repeat
-    return jnp.take_along_axis(earlier, expert_ids, axis=1) + repeats, counts.sum(axis=0)
+    known = jnp.minimum(expert_ids, experts - 1)
+    return jnp.take_along_axis(earlier, known, axis=1) + repeats, counts.sum(axis=0)
 
 
 def _sums_before(values: jax.Array) -> jax.Array:
@@ -126,7 +127,7 @@ def sort_by_expert(expert_ids: jax.Array, experts: int, tile: int) -> SortedRows
     """Sorts pairs by expert, in the order of tokens within an expert.
 
     Args:
-      expert_ids: int32 [T, X], each in [0, experts).
+      expert_ids: int32 [T, X], each in [0, experts), or ``experts`` for a pair that gets no row.
       experts: E.
       tile: rows per tile.
     """
@@ -134,9 +135,11 @@ def sort_by_expert(expert_ids: jax.Array, experts: int, tile: int) -> SortedRows
     ranks, total = _ranks(expert_ids, experts)
     aligned = -(-total // ROW_ALIGN) * ROW_ALIGN
     starts = _sums_before(aligned)
-    destination = (starts[expert_ids] + ranks).astype(jnp.int32)
     rows = padded_rows(pairs, experts, tile)
     order = np.arange(pairs, dtype=np.int32)
+    nowhere = rows + order.reshape(expert_ids.shape)
+    row = starts[jnp.minimum(expert_ids, experts - 1)] + ranks
+    destination = jnp.where(expert_ids < experts, row, nowhere).astype(jnp.int32)
     if pairs <= _MAX_COMPARED:
         here = destination.reshape(-1) == np.arange(rows)[:, None]
         pair = jnp.max(jnp.where(here, order, -1), axis=1)

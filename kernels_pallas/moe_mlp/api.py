@@ -30,6 +30,7 @@ def moe_mlp(
     compute_dtype: DTypeLike = jnp.float32,
     implementation: Implementation | None = None,
     on_stage: OnStage | None = None,
+    all_experts: int | None = None,
 ) -> jax.Array:
     """Runs each token through its experts.
 
@@ -47,6 +48,8 @@ def moe_mlp(
       on_stage: given each stage by its name, may change it, and gives it back: ``ffn_moe_gate``,
         ``ffn_moe_up``, ``ffn_moe_swiglu`` [T, X, F] and ``ffn_moe_down`` [T, X, D] (before weighting).
         The op then runs unfused, product after product.
+      all_experts: how many the model has where these E are some of them: ids may be E then, for an expert
+        that is not here, which adds nothing.
 
     Returns:
       float32 [T, D].
@@ -72,26 +75,39 @@ def moe_mlp(
             f"expert_ids {expert_ids.shape}, expert_weights {expert_weights.shape}"
         )
     dtype = implementations.check_compute_dtype(compute_dtype)
+    expert_ids, expert_weights = jnp.asarray(expert_ids), jnp.asarray(expert_weights)
+    known_ids, known_weights = expert_ids, expert_weights
+    if all_experts is not None:
+        is_here = expert_ids < E
+        any_here = jnp.max(jnp.where(is_here, expert_ids, 0))  # one that is read anyway
+        known_ids, known_weights = (
+            jnp.where(is_here, expert_ids, any_here),
+            jnp.where(is_here, expert_weights, 0),
+        )
     if on_stage is not None:
         project = partial(
-            expert_matmul, expert_ids=expert_ids, compute_dtype=dtype, implementation=implementation
+            expert_matmul, expert_ids=known_ids, compute_dtype=dtype, implementation=implementation
         )
-        return _in_stages(x, gate_proj, up_proj, down_proj, expert_weights, project, on_stage)
+        return _in_stages(x, gate_proj, up_proj, down_proj, known_weights, project, on_stage)
+
+    def with_known(run: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+        return lambda *args: run(*args[:4], known_ids, known_weights, dtype)
+
     return implementations.run(
         "moe_mlp",
         implementation,
         {
-            "native": native.moe_mlp,
-            "hopper": OnHopper("moe_mlp"),
-            "portable": FromAmpereOn("moe_mlp"),
-            "xla": partial(switch_types, xla.moe_mlp),
+            "native": with_known(native.moe_mlp),
+            "hopper": partial(OnHopper("moe_mlp"), all_experts=all_experts),
+            "portable": partial(FromAmpereOn("moe_mlp"), all_experts=all_experts),
+            "xla": with_known(partial(switch_types, xla.moe_mlp)),
         },
         jnp.asarray(x),
         as_matrices(gate_proj),
         as_matrices(up_proj),
         as_matrices(down_proj),
-        jnp.asarray(expert_ids),
-        jnp.asarray(expert_weights),
+        expert_ids,
+        expert_weights,
         dtype,
     )
 

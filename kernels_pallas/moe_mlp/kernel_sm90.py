@@ -47,6 +47,7 @@ def moe_mlp(
     expert_weights: jax.Array,
     compute_dtype: np.dtype,
     *,
+    all_experts: int | None = None,
     config: MatmulConfig | None = None,
     interpret: Any = None,
     product: Product = HOPPER,
@@ -64,7 +65,7 @@ def moe_mlp(
         config = few_config(x.shape[0], gate.stack.type)
     elif config is None and x.shape[0] <= MAX_FEW_ROWS:
         config = experts_config()
-    config = config or pick_config(expert_ids.size / gate_proj.shape[0])
+    config = config or pick_config(expert_ids.size / (all_experts or gate_proj.shape[0]))
     is_unsorted = x.shape[0] <= config.tile and config.widths == (config.tile,)
     multiply = _unsorted if is_unsorted else _sorted
 
@@ -74,14 +75,15 @@ def moe_mlp(
         for option in downs:
             check_supported((option,))
         stacks = gate, up, downs
-        return multiply(x, stacks, which, expert_ids, expert_weights, config, interpret, product)
+        is_part = all_experts is not None
+        return multiply(x, stacks, which, expert_ids, expert_weights, config, interpret, product, is_part)
 
     if x.shape[0] <= MAX_FEW_ROWS:  # a launch that finds nothing to do costs less than a branch
         return switch_types(lambda gate, up: run(gate, up, weights[2]), *weights[:2])
     return switch_types(run, *weights)
 
 
-@partial(jax.jit, static_argnums=(5, 6, 7))
+@partial(jax.jit, static_argnums=(5, 6, 7, 8))
 def _unsorted(
     x: jax.Array,
     stacks: Stacks,
@@ -91,6 +93,7 @@ def _unsorted(
     config: MatmulConfig,
     interpret: Any,
     product: Product,
+    is_part: bool,
 ) -> jax.Array:
     """All tokens with every expert in use."""
     gate, up, downs = stacks
@@ -106,6 +109,8 @@ def _unsorted(
     total = None
     for choice in range(X):
         part = parts[:, choice]
+        if is_part:
+            part = jnp.where((expert_ids[:, choice] < E)[:, None], part, 0.0)
         for later in range(choice + 1, X):  # an expert that a token chose twice stands last
             again = expert_ids[:, choice] == expert_ids[:, later]
             part = jnp.where(again[:, None], 0.0, part)
@@ -130,7 +135,7 @@ def _of_which(
     return parts
 
 
-@partial(jax.jit, static_argnums=(5, 6, 7))
+@partial(jax.jit, static_argnums=(5, 6, 7, 8))
 def _sorted(
     x: jax.Array,
     stacks: Stacks,
@@ -140,6 +145,7 @@ def _sorted(
     config: MatmulConfig,
     interpret: Any,
     product: Product,
+    is_part: bool,
 ) -> jax.Array:
     gate, up, downs = stacks
     options = {"config": config, "interpret": interpret}
@@ -151,7 +157,14 @@ def _sorted(
     weight = expert_weights.astype(jnp.float32).reshape(-1)[source] / (SWIGLU_SCALE * WEIGHT_SCALE)
     multiply = partial(product.multiply, swiglu, weight, **options)
     parts = _of_which(multiply, order.tiles, downs, which)
-    total = parts[order.destination[:, 0]]
+
+    def part(choice: int) -> jax.Array:
+        row = order.destination[:, choice]
+        if not is_part:
+            return parts[row]
+        return jnp.where((row < len(parts))[:, None], parts[jnp.minimum(row, len(parts) - 1)], 0.0)
+
+    total = part(0)
     for choice in range(1, expert_ids.shape[1]):
-        total = total + parts[order.destination[:, choice]]
+        total = total + part(choice)
     return total

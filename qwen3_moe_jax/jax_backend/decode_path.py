@@ -118,7 +118,7 @@ def read(
     """
 
     def run(network: "Network | ShardedNetwork") -> tuple[jax.Array, Output]:
-        layered = network if layers is None else partial(layers, network)
+        layered = network if layers is None else network.through(layers)
         output = layered(token_ids, cache, start, expert_ids)
         return network.logits(output.hidden), output
 
@@ -169,8 +169,6 @@ class FewLaunches:
     is_one_launch: ClassVar[bool] = False
 
     def reason_on(self, device: Device, model: Qwen3Moe, params: Params) -> str | None:
-        if model.shards is not None:
-            return model.shards.reason_against_one_launch
         if model.kernels == "portable":
             return _refusal(gpu.require_ampere)
         if model.kernels not in ("hopper", ANY):
@@ -221,6 +219,8 @@ def few_launches(network: "Network", token_ids: jax.Array, cache: KVCache, span:
         eps=model.config.rms_norm_eps,
         on_logits=change if "ffn_moe_logits" in _changed_stages(model) else None,
         kernels=_named(model),
+        mesh=_split(model),
+        by_stores=_adds_by_stores(model),
     )
     return Output(hidden[:, None], replace(cache, k=k, v=v), chosen[:, :, None])
 
@@ -235,7 +235,7 @@ class OneKernel:
 
     def reason_on(self, device: Device, model: Qwen3Moe, params: Params) -> str | None:
         if model.shards is not None:
-            if reason := model.shards.reason_against_one_kernel:
+            if reason := model.shards.reason_against_stores:
                 return reason
             if model.kernels == "portable":
                 return "over several GPUs it has passed with Hopper's kernels alone, and portable is chosen"
@@ -294,6 +294,13 @@ class OneKernel:
 def _split(model: Qwen3Moe) -> Split:
     """How the model is split over devices."""
     return ONE_DEVICE if model.shards is None else Split(model.shards.shape.ep, model.shards.shape.tp)
+
+
+def _adds_by_stores(model: Qwen3Moe) -> bool:
+    """Whether sums over devices are taken by kernels that write into the memory of all."""
+    if model.shards is None or model.kernels != "hopper":
+        return False
+    return model.shards.reason_against_stores is None
 
 
 def _named(model: Qwen3Moe) -> str | None:

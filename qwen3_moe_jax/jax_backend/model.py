@@ -192,28 +192,24 @@ class Experts(_Part):
             weights,
             compute_dtype=self.settings.compute_dtype,
             on_stage=stage if seen & INSIDE_EXPERTS else None,
+            all_experts=None if self.settings.shards is None else self.settings.config.num_experts,
         )
 
     def _sum_of_devices(
         self, x: jax.Array, ids: jax.Array, weights: jax.Array, layer: jax.Array
     ) -> jax.Array:
-        """As a call, of ids and weights [B * T, X], with this device's experts or its part of each.
-
-        Experts of other devices get weight 0 here, and in place of their matrices those of one that is
-        read anyway.
-        """
+        """As a call, of ids and weights [B * T, X], with this device's experts or its part of each."""
         experts = self.gate_proj.shape[0]
         local = ids - jax.lax.axis_index(EP) * experts
         is_here = (local >= 0) & (local < experts)
-        any_here = jnp.max(jnp.where(is_here, local, 0))
 
         def stage(name: str, value: jax.Array) -> jax.Array:
             rows = jnp.where(is_here[..., None], value, 0).reshape(*x.shape[:2], *value.shape[1:])
             self.stage(name, self.summed(rows, BOTH if name == "ffn_moe_down" else EP), layer)
             return value
 
-        own_ids, own_weights = jnp.where(is_here, local, any_here), jnp.where(is_here, weights, 0)
-        out = self._weighted_sum(x.reshape(-1, x.shape[-1]), own_ids, own_weights, stage)
+        own_ids = jnp.where(is_here, local, experts)
+        out = self._weighted_sum(x.reshape(-1, x.shape[-1]), own_ids, weights, stage)
         return self.summed(out).reshape(x.shape)
 
 
@@ -321,6 +317,10 @@ class Network(_Part):
         for name, value in stages.items():
             self.show(name, value)
         return Output(x, cache, chosen)
+
+    def through(self, layers: Callable[..., Output]) -> Callable[..., Output]:
+        """A call of this network whose layers are run by ``layers(network, *its arguments)``."""
+        return functools.partial(layers, self)
 
     def _is_one_call(self, cache: KVCache) -> bool:
         """Whether all layers run as one native call; nothing inside them can be seen or changed then."""

@@ -6,6 +6,7 @@ taken where ``model`` says ``summed``. What comes out is whole and the same on e
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, TypeVar
 
 import jax
@@ -50,14 +51,25 @@ class ShardedNetwork:
         expert_ids: jax.Array | None = None,
     ) -> Output:
         """As ``Network``; the cache is split by head."""
+        run = self.through(lambda network, *args: network(*args))
+        return run(token_ids, cache, begins, expert_ids)
+
+    def through(self, layers: Callable[..., Output]) -> Callable[..., Output]:
+        """As ``Network.through``: ``layers`` gets the network of each device."""
+        return partial(self._through, layers)
+
+    def _through(
+        self,
+        layers: Callable[..., Output],
+        token_ids: jax.Array,
+        cache: KVCache,
+        begins: jax.Array | Sequence[Span],
+        expert_ids: jax.Array | None,
+    ) -> Output:
         specs: Any = jax.tree.map(lambda _: P(), Output(token_ids, cache, token_ids))
         specs = replace(specs, cache=jax.tree.map(lambda _: CACHE_SPEC, cache))
-
-        def run(network: Network, *args: Any) -> Output:
-            return network(*args)
-
         args = ((token_ids, P()), (cache, CACHE_SPEC), (begins, P()), (expert_ids, P()))
-        return self._run(run, args, specs, self.settings.capture - _OF_HEAD)
+        return self._run(layers, args, specs, self.settings.capture - _OF_HEAD)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """As ``Network.logits``."""

@@ -281,13 +281,8 @@ class Shards:
         )
 
     @property
-    def reason_against_one_launch(self) -> str:
-        """Why a step is not one kernel, or few launches."""
-        return f"it runs on one device, and the model is split over {self.shape.size}"
-
-    @property
-    def reason_against_one_kernel(self) -> str | None:
-        """Why the devices cannot decode in one kernel, or None: it writes into the memory of all of them."""
+    def reason_against_stores(self) -> str | None:
+        """Why no kernel can write into the memory of all devices, or None; one kernel per token does."""
         if len(self.own_indices) < self.shape.size:
             return "it writes into the memory of all devices, and they belong to several processes"
         if self.devices[0].platform != "gpu":

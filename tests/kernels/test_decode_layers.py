@@ -1,6 +1,8 @@
 """One token of each of many sequences through all layers: the kernels in Pallas' interpreters."""
 
 import contextlib
+import subprocess
+import sys
 from dataclasses import replace
 from functools import partial
 from unittest import mock
@@ -20,12 +22,14 @@ from qwen3_moe_jax.convert.ggml_types import GGMLType
 from qwen3_moe_jax.convert.layouts.gpu_tiles import to_gpu_tiles
 from qwen3_moe_jax.convert.packed import PackedTensor
 from qwen3_moe_jax.convert.tensor_names import tensor_specs
+from qwen3_moe_jax.jax_backend import decode_path, sharding
 from qwen3_moe_jax.jax_backend.decode_path import few_launches
 from qwen3_moe_jax.jax_backend.kv_cache import KVCache, Span
 from qwen3_moe_jax.jax_backend.params import GPU_ROLES, abstract_params, is_tiled, plan_layers, tiled_params
 from qwen3_moe_jax.jax_backend.qwen3_moe import Intervention, Qwen3Moe
 from qwen3_moe_jax.kernels_pallas.decode_layers import api, kernel_sm90
 from qwen3_moe_jax.kernels_pallas.decode_layers import row_steps as steps
+from qwen3_moe_jax.kernels_pallas.decode_step.exchange import ONE_DEVICE, Split
 from qwen3_moe_jax.kernels_pallas.gpu import grouped_matmul_config as matmul_config
 from qwen3_moe_jax.kernels_pallas.gpu import grouped_matmul_sm90 as matmul_sm90
 from qwen3_moe_jax.kernels_pallas.gpu.activations import SWIGLU_SCALE, WEIGHT_SCALE, float16_operand
@@ -188,7 +192,7 @@ def test_choice_is_the_routers(rng):
     """Ties go to the lower id; every pair lies in a tile of its expert, in order; none chose expert 5."""
     logits = np.round(rng.normal(size=(20, 16)), 1).astype(np.float32)
     logits[:, 5] = -50
-    routes = steps.choose(jnp.asarray(logits), 3, 8)
+    routes = steps.choose(jnp.asarray(logits), 3, 8, steps.Share(ONE_DEVICE, 16))
     by_hand = np.argsort(-logits, axis=1, kind="stable")[:, :3]
     np.testing.assert_array_equal(routes.expert_ids, by_hand)
     weights = choose_experts(jnp.asarray(logits), 3, None)[2]
@@ -208,11 +212,72 @@ def test_choice_is_the_routers(rng):
     np.testing.assert_allclose(np.asarray(routes.factors)[held], factors, rtol=1e-6)
 
 
+def test_each_device_sorts_the_pairs_of_its_own_experts(rng):
+    """All devices choose alike; the pairs of others have no row, and what nobody wrote counts as zero."""
+    logits = jnp.asarray(rng.normal(size=(20, 16)), jnp.float32)
+    ids = np.asarray(choose_experts(logits, 3, None)[1]).reshape(-1)
+    share, seen = steps.Share(Split(ep=4), 4), []
+    for device in range(4):
+        with mock.patch.object(steps.lax, "axis_index", return_value=device):
+            routes = steps.choose(logits, 3, 8, share)
+            pairs = np.asarray(routes.pairs)
+            pairs = pairs[pairs >= 0]
+            written = jnp.full((60, 2), jnp.nan).at[pairs].set(1.0).reshape(20, 3, 2)
+            own = share.own(written, routes.expert_ids)
+        np.testing.assert_array_equal(np.asarray(routes.expert_ids).reshape(-1), ids)
+        assert (ids[pairs] // 4 == device).all()
+        assert int(routes.tiles.rows.sum()) == sum(-(-n // 8) * 8 for n in np.bincount(ids[pairs]))
+        np.testing.assert_array_equal(own.reshape(60, 2)[:, 0], ids // 4 == device)
+        seen += pairs.tolist()
+    assert sorted(seen) == list(range(60))
+
+
+LOWER = """
+import jax, jax.numpy as jnp, numpy as np
+from functools import partial
+from unittest import mock
+from jax.sharding import PartitionSpec as P
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 4)
+from qwen3_moe_jax.kernels_pallas.decode_layers.sum_sm90 import sum_of_devices
+from qwen3_moe_jax.kernels_pallas.decode_step.exchange import DEVICE_AXES, Split
+mesh = jax.sharding.Mesh(np.asarray(jax.devices()).reshape(2, 2), DEVICE_AXES)
+run = partial(sum_of_devices, mesh=Split(2, 2))
+split = jax.shard_map(run, mesh=mesh, in_specs=P(DEVICE_AXES), out_specs=P(), check_vma=False)
+with mock.patch("jax.experimental.mosaic.gpu.utils._infer_arch", return_value=(9, 0)):
+    traced = jax.jit(split).trace(jax.ShapeDtypeStruct((256, 2048), jnp.float32))
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+print(text.count("custom_call @mosaic_gpu"), "all_reduce" in text)
+"""
+
+
+def test_a_sum_by_stores_lowers_without_a_collective():
+    """Of four devices. Right it was on two H200: its bits were those of XLA's sum (the log has the run)."""
+    command = [sys.executable, "-c", LOWER]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.stdout.split() == ["1", "False"], done.stderr[-2000:]
+
+
+def test_who_adds_by_stores():
+    """Not where the devices are of several processes, nor by other kernels."""
+    from tests.model.test_mesh import shards
+
+    model = Qwen3Moe(CONFIG, jnp.bfloat16, kernels="hopper")
+    assert not decode_path._adds_by_stores(model)
+    with mock.patch.object(sharding, "without_peer_access", return_value=None):
+        split = model.clone(shards=shards("tp=1,ep=2"))
+        assert decode_path._adds_by_stores(split)
+        assert not decode_path._adds_by_stores(split.clone(kernels="portable"))
+        assert not decode_path._adds_by_stores(model.clone(shards=shards("tp=1,ep=2", processes=2)))
+    with mock.patch.object(sharding, "without_peer_access", return_value=(0, 1)):
+        assert not decode_path._adds_by_stores(split)
+
+
 def test_choice_of_a_row_that_is_not_finite(rng):
     """Its weights are NaN, whatever it chose; the others' are not."""
     logits = np.array(rng.normal(size=(32, 16)), np.float32)
     logits[3, 7] = np.inf
-    routes = steps.choose(jnp.asarray(logits), 3, 8)
+    routes = steps.choose(jnp.asarray(logits), 3, 8, steps.Share(ONE_DEVICE, 16))
     factors, pairs = np.asarray(routes.factors), np.asarray(routes.pairs)
     assert np.asarray(routes.expert_ids).max() < 16
     of_row = (pairs >= 0) & (np.asarray(routes.rows) == 3)
@@ -228,7 +293,7 @@ def test_norm_and_operand(rng):
     parts = rng.normal(size=(3, 32, 768)).astype(np.float32)
     parts[:, 3] = 0
     weight = rng.uniform(0.5, 1.5, 768).astype(np.float32)
-    total = steps.add_parts(jnp.asarray(x), jnp.asarray(parts))
+    total = jnp.asarray(x) + steps.sum_parts(jnp.asarray(parts), len(x))
     exact = x + parts.astype(np.float64)[:, :5].sum(axis=0)
     np.testing.assert_allclose(total, exact, rtol=1e-5, atol=1e-6)
     out = steps.norm(total, jnp.asarray(weight), 1e-6, 32)

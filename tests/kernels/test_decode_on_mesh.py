@@ -1,4 +1,4 @@
-"""The decode kernel over the devices of a mesh, against the float32 reference.
+"""The decode kernels over the devices of a mesh, against the float32 reference.
 
 Pallas' interpreter has no semaphores and no memory of other devices: a call of the host stands for both
 (``emulated.exchange``). All else is the code that runs on the GPUs of a host. The model has four KV heads.
@@ -57,3 +57,27 @@ def test_every_device_has_the_references_logits(tmp_path):
         np.testing.assert_array_equal(other, first)
     a, b = first.astype(np.float64), expected.logits[-1].astype(np.float64)
     assert a @ b / np.sqrt((a @ a) * (b @ b)) > 0.99999
+
+
+TOKENS = (3, 5, 9, 11)
+"""Of as many sequences."""
+
+
+def test_few_launches_have_the_references_logits_on_every_device(tmp_path):
+    """Of the pairs of a token and an expert, each device computes those of its own experts."""
+    path, arrays = tmp_path / "model.gguf", tmp_path / "found.npz"
+    write_random_gguf(path, replace(CONFIG, num_hidden_layers=2), seed=7)
+    script = Path(__file__).with_name("run_layers_on_mesh.py")
+    command = [sys.executable, script, path, "ep=2", arrays, *map(str, TOKENS)]
+    environment = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    subprocess.run(command, check=True, env=environment, timeout=900)
+    with open_model(path) as source:
+        runner = make_runner(source, "reference", max_context=64)
+        expected = [runner.forward([token]) for token in TOKENS]
+    with np.load(arrays) as found:
+        logits, experts = found["logits"], found["experts"]
+    np.testing.assert_array_equal(logits[0], logits[1])
+    for b, one in enumerate(expected):
+        np.testing.assert_array_equal(experts[:, b].reshape(-1), np.asarray(one.expert_ids).reshape(-1))
+        x, y = logits[0, b].astype(np.float64), one.logits[-1].astype(np.float64)
+        assert x @ y / np.sqrt((x @ x) * (y @ y)) > 0.99999

@@ -143,6 +143,25 @@ def test_moe_mlp_of_few_tokens(rng, routing, tokens, blocks, types):
     check(out, moe_oracle(x, stacks, ids, weights), tolerances.MOE_FLOAT16_NMSE, routing)
 
 
+@pytest.mark.parametrize("is_sorted", [False, True])
+def test_moe_mlp_of_experts_of_which_some_are_elsewhere(rng, is_sorted):
+    """Three of six are here: pairs of the others add nothing, and no matrix is read for them."""
+    ids = np.stack([rng.permutation([0, 2, 4, 5])[:2] for _ in range(9)]).astype(np.int32)
+    ids[4] = [5, 4]  # a token of which nothing is here
+    ids = np.minimum(ids, 3)
+    stacks = [random_weights(rng, GGMLType.Q4_K, (3, 256, 256)) for _ in range(3)]
+    given = [tiled(poison(w, np.array([0, 2]))) for w in stacks]
+    x = rng.standard_normal((9, 256)).astype(np.float32)
+    weights = rng.uniform(size=ids.shape).astype(np.float32)
+    config = SMALL if is_sorted else replace(few_config(9), warpgroups=2, blocks=3)
+    out = moe_sm90.moe_mlp(
+        x, *given, ids, weights, BFLOAT16, all_experts=6, config=config, interpret=interpret()
+    )
+    expected = moe_oracle(x, stacks, np.minimum(ids, 2), np.where(ids < 3, weights, 0))
+    check(out, expected, tolerances.MOE_FLOAT16_NMSE, is_sorted)
+    assert not np.asarray(out)[4].any()
+
+
 @pytest.mark.parametrize(("tokens", "blocks"), [(3, 11), (17, 12), (24, 13)])
 def test_a_matrix_summed_in_parts(rng, tokens, blocks):
     """12 items: 3 blocks of rows, 4 parts of K; with fewer blocks, as many and more."""
