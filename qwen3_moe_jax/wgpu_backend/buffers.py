@@ -10,12 +10,10 @@ from qwen3_moe_jax.core.rope import rope_tables
 from qwen3_moe_jax.core.stages import StageKey
 from qwen3_moe_jax.wgpu_backend.device import Device
 from qwen3_moe_jax.wgpu_backend.plan import Workspace
+from qwen3_moe_jax.wgpu_backend.room import ALIGNMENT
 
 EMITTED_WORD = 4
 """Index of ``emitted`` in ``Step`` of common.wgsl."""
-
-OFFSET_ALIGNMENT = 256
-"""What every adapter accepts as the offset of a binding."""
 
 
 def step_words(
@@ -48,9 +46,7 @@ class Buffers:
     def __init__(self, device: Device, config: Qwen3MoeConfig, workspace: Workspace, max_context: int):
         self.workspace = workspace
         layers = config.num_hidden_layers
-        self._layer_ids = (
-            -(-4 * workspace.chunk * config.num_experts_per_tok // OFFSET_ALIGNMENT) * OFFSET_ALIGNMENT
-        )
+        self._layer_ids = -(-4 * workspace.chunk * config.num_experts_per_tok // ALIGNMENT) * ALIGNMENT
         sizes = dict(workspace.nbytes)
         sizes["ids"] = sizes["replay"] = self._layer_ids * layers
         key_bytes, value_bytes = sizes.pop("keys"), sizes.pop("values")

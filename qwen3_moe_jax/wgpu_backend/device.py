@@ -7,20 +7,19 @@ in one place, and a closed device refuses work. Who shares a device between
 threads keeps ``close`` from other calls, as ``WgpuRunner`` does with a lock.
 """
 
+import os
 import re
 import struct
+import threading
 import weakref
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
+from functools import cached_property
 from typing import Any, cast
 
-import jinja2
 import numpy as np
 
-from qwen3_moe_jax.convert.formats.iq4 import VALUES as IQ4_VALUES
-from qwen3_moe_jax.convert.formats.mxfp4 import FP4_VALUES
 from qwen3_moe_jax.core.errors import BackendUnavailableError, MemoryPlanError
 from qwen3_moe_jax.wgpu_backend.adapter import (
     MAX_SHARED_BYTES,
@@ -30,8 +29,9 @@ from qwen3_moe_jax.wgpu_backend.adapter import (
     probe,
     tuning_for,
 )
-from qwen3_moe_jax.wgpu_backend.layout import GRID_OFFSETS, WORD_FORMATS, grid_words, reads_grids
+from qwen3_moe_jax.wgpu_backend.layout import grid_words
 from qwen3_moe_jax.wgpu_backend.mapped import Readback, Shared
+from qwen3_moe_jax.wgpu_backend.wgsl import render
 
 UPLOAD_PIECE = 16 << 20
 """Bytes a write; submitting after each bounds what waits in staging memory, and is twice as fast."""
@@ -57,52 +57,26 @@ _BINDING = re.compile(r"@binding\((\d+)\) var<(uniform|storage, read|storage, re
 _BUFFER_TYPES = {"uniform": "uniform", "storage, read": "read-only-storage", "storage, read_write": "storage"}
 
 
+COMPILERS = 4
+"""Threads that compile kernels for hardware: 16 are slower. A software adapter has no cores to spare."""
+
 GRIDS_BINDING = 8
 """Where kernels of types whose weights are points of a grid find the table of points."""
 
 
-@cache
-def _templates() -> jinja2.Environment:
-    return jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent / "shaders"),
-        line_statement_prefix="//%",
-        line_comment_prefix="//#",
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-        autoescape=False,  # the output is WGSL
-    )
-
-
-def render(name: str, **constants: Any) -> str:
-    """The WGSL source of ``shaders/<name>.wgsl`` with its constants filled in."""
-    kinds = {type.name: layout.kind for type, layout in WORD_FORMATS.items()}
-    units = {type.name: layout.unit for type, layout in WORD_FORMATS.items()}
-    facts = {
-        "KINDS": kinds,
-        "UNITS": units,
-        "IQ4": _words(IQ4_VALUES),
-        "FP4": _words(FP4_VALUES),
-        "GRIDS": GRID_OFFSETS,
-    }
-    names = [*constants.get("TYPES", ()), *([constants["TYPE"]] if "TYPE" in constants else ())]
-    facts["READS_GRIDS"] = any(map(reads_grids, names))
-    return _templates().get_template(f"{name}.wgsl").render(**facts, **constants)
-
-
-def _words(values: Sequence[int]) -> list[str]:
-    """Sixteen values of eight bits as four words of WGSL."""
-    return [f"{word:#x}u" for word in np.array(values, np.int8).view("<u4").tolist()]
-
-
 @dataclass(frozen=True, eq=False)
 class Kernel:
-    """A compiled kernel and the layout of its bindings (binding number to buffer type)."""
+    """A kernel that is compiled beside, and the layout of its bindings (binding number to buffer type)."""
 
     name: str
-    pipeline: Any
     layout: Any
     bindings: dict[int, str]
+    compiled: Future[Any]
+
+    @cached_property
+    def pipeline(self) -> Any:
+        """What is compiled; waits for it."""
+        return self.compiled.result()
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,7 +98,8 @@ class Device:
       report: what the adapter is.
       tuning: settings for its kind.
       subgroups: lanes may exchange values directly: every subgroup has 32 of them.
-      max_bytes: the largest buffer that one binding can show.
+      max_bytes: the largest part of a buffer that one binding can show.
+      max_buffer_bytes: the largest buffer.
       shared_bytes: of a workgroup's memory.
       unchecked: kernels go without wgpu's checks of indices and loops.
       timestamps: ``run_timed`` can be called: they were asked for, and the adapter writes them inside passes.
@@ -167,9 +142,13 @@ class Device:
         self.unchecked = not self.report.software if unchecked is None else unchecked
         largest = min(limits["max-storage-buffer-binding-size"], limits["max-buffer-size"])
         self.max_bytes = min(max_bytes or largest, largest) & ~255
+        self.max_buffer_bytes = limits["max-buffer-size"]
         self.shared_bytes = limits["max-compute-workgroup-storage-size"]
         self.timestamps = timestamps and set(TIMESTAMPS) <= set(features)
         self._kernels: dict[tuple, Kernel] = {}
+        self._naming = threading.Lock()
+        count = 1 if self.report.software else min(COMPILERS, os.cpu_count() or 1)
+        self._compilers = ThreadPoolExecutor(count, thread_name_prefix="compile")
         self._buffers: weakref.WeakSet[Any] = weakref.WeakSet()
         self._grid_table: Any = None
         self._open = True
@@ -177,6 +156,7 @@ class Device:
     def close(self) -> None:
         """Destroys every buffer, whoever still names it, and refuses further work."""
         self._open = False
+        self._compilers.shutdown(cancel_futures=True)  # what is begun ends on a device that is still there
         self._kernels.clear()
         for buffer in list(self._buffers):
             buffer.destroy()
@@ -244,14 +224,26 @@ class Device:
         return np.frombuffer(data, dtype).copy()
 
     def kernel(self, name: str, **constants: Any) -> Kernel:
-        """The kernel of one shader and one set of constants, compiled once."""
+        """The kernel of one shader and one set of constants, compiled once, by another thread."""
         self._check_open()
         key = (name, *sorted((k, str(v)) for k, v in constants.items()))
-        if key not in self._kernels:
-            self._kernels[key] = self._compile(name, constants)
-        return self._kernels[key]
+        with self._naming:
+            if key not in self._kernels:
+                self._kernels[key] = self._begin(name, constants)
+            return self._kernels[key]
 
-    def _compile(self, name: str, constants: dict[str, Any]) -> Kernel:
+    def finish_kernels(self) -> None:
+        """Waits until every kernel is compiled.
+
+        Raises:
+          GPUError: of wgpu, for the first kernel that is wrong.
+        """
+        with self._naming:
+            wanted = list(self._kernels.values())
+        for kernel in wanted:
+            _ = kernel.pipeline
+
+    def _begin(self, name: str, constants: dict[str, Any]) -> Kernel:
         import wgpu
 
         code = render(name, **constants)
@@ -261,15 +253,14 @@ class Device:
             for i, type in sorted(bindings.items())
         ]
         layout = self._device.create_bind_group_layout(entries=entries, label=name)
-        pipeline = self._device.create_compute_pipeline(
+        return Kernel(name, layout, bindings, self._compilers.submit(self._compile, name, code, layout))
+
+    def _compile(self, name: str, code: str, layout: Any) -> Any:
+        return self._device.create_compute_pipeline(
             label=name,
             layout=self._device.create_pipeline_layout(bind_group_layouts=[layout]),
-            compute={
-                "module": self._module(code, name),
-                "entry_point": "main",
-            },
+            compute={"module": self._module(code, name), "entry_point": "main"},
         )
-        return Kernel(name, pipeline, layout, bindings)
 
     def _module(self, code: str, name: str) -> Any:
         """A shader; for hardware without a check around every index and a count of every loop's turns."""

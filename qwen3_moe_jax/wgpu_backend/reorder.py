@@ -13,6 +13,7 @@ import numpy as np
 from qwen3_moe_jax.convert.ggml_types import GGMLType
 from qwen3_moe_jax.wgpu_backend.device import Device, Launch, Shared
 from qwen3_moe_jax.wgpu_backend.layout import byte_order
+from qwen3_moe_jax.wgpu_backend.room import ALIGNMENT
 from qwen3_moe_jax.wgpu_backend.staging import Copy
 
 WORKGROUP = 256
@@ -58,7 +59,9 @@ class Reorder:
         """
         order, words = self._orders[type], nbytes // 4
         at = piece.bytes.size - PARAMS_NBYTES
-        piece.bytes[at:].view(np.uint32)[:3] = words, offset // 4, order.size // 4
+        begin = offset // ALIGNMENT * ALIGNMENT  # a binding may not show all of a buffer that tensors share
+        piece.bytes[at:].view(np.uint32)[:3] = words, (offset - begin) // 4, order.size // 4
         copies = [(0, self._raw, 0, nbytes), (at, self._params, 0, PARAMS_NBYTES)]
-        dispatch = self._device.bind(self._kernel, {0: self._params, 1: self._raw, 2: order, 3: target})
+        window = target, begin, offset - begin + nbytes
+        dispatch = self._device.bind(self._kernel, {0: self._params, 1: self._raw, 2: order, 3: window})
         return copies, [(dispatch, -(-words // WORKGROUP), 1, 1)]

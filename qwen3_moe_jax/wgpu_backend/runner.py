@@ -133,7 +133,7 @@ class WgpuRunner(OneAtATime):
         built.result()
 
     def _build(self) -> None:
-        """Kernels and their bindings, for the device's settings."""
+        """Kernels, compiled, and their bindings, for the device's settings."""
         b = self._buffers
         self._spare: list[Readback] = []
         tuning = self._device.tuning
@@ -159,6 +159,7 @@ class WgpuRunner(OneAtATime):
             )
             for sampled in (False, True)
         }
+        self._device.finish_kernels()  # no prompt waits for one
 
     def _prefill_of(self, tokens: int) -> Program:
         """The kernels that suit a chunk of so many tokens."""

@@ -25,6 +25,7 @@ from qwen3_moe_jax.wgpu_backend.layout import (
     items_per_window,
 )
 from qwen3_moe_jax.wgpu_backend.reorder import Reorder
+from qwen3_moe_jax.wgpu_backend.room import Room, Window
 
 MAX_ROWS = 65535 * 8
 """Rows of one dispatch: a grid has at most 65,535 workgroups per dimension, of at least 8 rows each."""
@@ -105,6 +106,9 @@ class Upload:
         self._progress = progress
         self._done = 0
         self._wanted: list[Rows] = []
+        # Before any other kernel: the first pieces need it.
+        by_device = isinstance(source, BlockSource) and not device.report.software
+        self._reorder = Reorder(device) if by_device else None
         self.weights = self._model()
 
     def fill(self) -> None:
@@ -118,9 +122,8 @@ class Upload:
 
     def _model(self) -> ModelWeights:
         config = self._source.config
+        self._room = self._room_of("embed_tokens", "lm_head")
         embed = self._stack("embed_tokens", config.vocab_size, 1, max_items=MAX_ROWS)
-        layers = [self._layer(f"layers.{i}") for i in range(config.num_hidden_layers)]
-        norm = self._norms("norm")
         if config.tie_word_embeddings:
             head = [
                 DenseBuffer(w.buffer, (Segment(w.type, w.end - w.begin, w.columns, 0, w.begin),))
@@ -128,10 +131,13 @@ class Upload:
             ]
         else:
             head = self._dense("lm_head")
+        layers = [self._layer(f"layers.{i}") for i in range(config.num_hidden_layers)]
+        norm = self._norms("norm")
         return ModelWeights(embed, layers, norm, head)
 
     def _layer(self, prefix: str) -> LayerBuffers:
         attention, experts = f"{prefix}.self_attn", f"{prefix}.mlp.experts"
+        self._room = self._room_of(f"{prefix}.")
         return LayerBuffers(
             self._norms(f"{prefix}.input_layernorm"),
             self._norms(f"{attention}.q_norm", f"{attention}.k_norm"),
@@ -142,6 +148,13 @@ class Upload:
             self._gate_up(f"{experts}.gate_proj", f"{experts}.up_proj"),
             self._experts(f"{experts}.down_proj"),
         )
+
+    def _room_of(self, *prefixes: str) -> Room:
+        """Place for the matrices whose paths begin so."""
+        specs, types = self._source.specs, self._source.types
+        wanted = [p for p, s in specs.items() if p.startswith(prefixes) and len(s.shape) > 1]
+        nbytes = sum(device_nbytes(types[p], int(np.prod(specs[p].shape))) for p in wanted)
+        return Room(self._device, nbytes, prefixes[0])
 
     def _tensor(self, path: str) -> PackedTensor:
         tensor = self._source.tensor(path)
@@ -167,15 +180,15 @@ class Upload:
         return buffers
 
     def _side_by_side(self, paths: Sequence[str], sizes: Sequence[int]) -> DenseBuffer:
-        buffer = self._device.buffer(sum(sizes), paths[0])
+        window = self._room.window(sum(sizes), paths[0])
         segments, at, y = [], 0, 0
         for path, size in zip(paths, sizes, strict=True):
             rows, columns = self._source.specs[path].shape
-            self._write(path, 0, rows, buffer, at)
+            self._write(path, 0, rows, window, at)
             segments.append(Segment(self._source.types[path], rows, columns, at // 16, y))
             at += size
             y += rows
-        return DenseBuffer(buffer, tuple(segments))
+        return DenseBuffer(window, tuple(segments))
 
     def _experts(self, path: str, stride: int = 1, max_items: int = MAX_ROWS) -> list[ExpertBuffer]:
         experts, rows, _ = self._source.specs[path].shape
@@ -206,18 +219,18 @@ class Upload:
         found = []
         for begin in range(0, items, count):
             end = min(begin + count, items)
-            buffer = self._device.buffer(device_nbytes(type, (end - begin) * rows * columns), path)
-            self._write(path, begin * rows, (end - begin) * rows, buffer, 0)
-            found.append(ExpertBuffer(buffer, type, begin, end, rows, columns))
+            window = self._room.window(device_nbytes(type, (end - begin) * rows * columns), path)
+            self._write(path, begin * rows, (end - begin) * rows, window, 0)
+            found.append(ExpertBuffer(window, type, begin, end, rows, columns))
         return found
 
-    def _write(self, path: str, first: int, count: int, buffer: object, offset: int) -> None:
-        self._wanted.append(Rows(path, first, count, buffer, offset))
+    def _write(self, path: str, first: int, count: int, window: Window, offset: int) -> None:
+        buffer, begin, _ = window
+        self._wanted.append(Rows(path, first, count, buffer, begin + offset))
 
     def _write_wanted(self) -> None:
         if isinstance(self._source, BlockSource):
-            reorder = None if self._device.report.software else Reorder(self._device)
-            for nbytes in write_all(self._device, self._source, self._wanted, reorder):
+            for nbytes in write_all(self._device, self._source, self._wanted, self._reorder):
                 self._tell(nbytes)
             return
         for path, parts in groupby(self._wanted, lambda rows: rows.path):
