@@ -36,7 +36,7 @@ class Tiles:
     Attributes:
       rows, tokens: of the tile of one workgroup, of 32 columns at a time.
       lane_rows, lane_tokens: of the block whose sums one lane keeps in registers.
-      attention_tokens: tokens that a workgroup of attention takes together.
+      attention_tokens: tokens that a workgroup of attention.wgsl takes; attend_tile.wgsl has its own.
       from_tokens: chunks of fewer tokens are left to the kernel of narrow tiles.
     """
 
@@ -46,6 +46,11 @@ class Tiles:
     lane_tokens: int
     attention_tokens: int = 1
     from_tokens: int = 64
+
+    @property
+    def lanes(self) -> int:
+        """Of a workgroup: subgroups of 8 blocks in rows by 4 in tokens."""
+        return self.rows // self.lane_rows * (self.tokens // self.lane_tokens)
 
     @property
     def nbytes(self) -> int:
@@ -134,7 +139,7 @@ _GPU = Tuning(
     prefill_span=1 << 20,
     tokens_per_submit=2,
     submits_in_flight=3,
-    tiles=Tiles(rows=128, tokens=64, lane_rows=8, lane_tokens=4, attention_tokens=4),
+    tiles=Tiles(rows=128, tokens=64, lane_rows=4, lane_tokens=8, attention_tokens=4),
     vectors=Vectors(),
 )
 

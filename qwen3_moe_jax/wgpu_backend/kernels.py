@@ -1,10 +1,12 @@
 """Every kernel with its parameters: what to bind, and how large its grid is."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from qwen3_moe_jax.convert.ggml_types import GGMLType
+from qwen3_moe_jax.wgpu_backend.adapter import Tiles
 from qwen3_moe_jax.wgpu_backend.device import Device, Dispatch
 from qwen3_moe_jax.wgpu_backend.layout import WORD_FORMATS, device_nbytes
 from qwen3_moe_jax.wgpu_backend.sites import Site
@@ -70,10 +72,13 @@ def suits_tiles(types: Sequence[GGMLType], columns: int) -> bool:
     return columns % TILE_COLUMNS == 0 and len({_OWN_ORDER.get(t, 0) for t in types}) == 1
 
 
-def _tile_constants(device: Device) -> dict[str, Any]:
-    tiles = device.tuning.tiles
-    assert tiles is not None
+_ASKED_AHEAD = frozenset({GGMLType.Q4_K, GGMLType.Q6_K})
+"""Types whose next step tile.wgsl asks for before it computes, where a lane unpacks half a row's step."""
+
+
+def _tile_constants(tiles: Tiles, types: Sequence[GGMLType]) -> dict[str, Any]:
     return {
+        "AHEAD": tiles.lanes == 2 * tiles.rows and _ASKED_AHEAD.issuperset(types),
         "ROWS": tiles.rows,
         "TOKENS": tiles.tokens,
         "LANE_ROWS": tiles.lane_rows,
@@ -172,7 +177,7 @@ def dense_site(
     ):
         tokens = device.tuning.prefill_tokens
     if tiles and tokens == tiles.tokens:
-        name, constants, rows_a_group = "tile", _tile_constants(device), tiles.rows
+        name, constants, rows_a_group = "tile", _tile_constants(tiles, types), tiles.rows
     else:
         name, constants = "matmul", _matmul_constants(device, segments[0].type, columns, tokens)
         rows_a_group = constants["WG"] // constants["LANES"] * constants["ROWS"]
@@ -207,7 +212,8 @@ def expert_site(
     dual = len(weights) == 2
     tiles = device.tuning.tiles
     if tiles and tokens == tiles.tokens:
-        name, constants, rows_a_group = "tile", _tile_constants(device), tiles.rows // len(weights)
+        types = [w.type for w in weights]
+        name, constants, rows_a_group = "tile", _tile_constants(tiles, types), tiles.rows // len(weights)
     else:
         name, constants = "matmul", _matmul_constants(device, first.type, first.columns, tokens)
         if dual:
@@ -312,6 +318,23 @@ def _attention_bytes(device: Device, tokens: int, group: int, head_dim: int) -> 
     return 4 * group * (tokens * of_query + max(1, 4 * lanes // head_dim) * head_dim)
 
 
+TILED_QUERIES = 32
+"""Of a workgroup of attend_tile.wgsl: query heads of one KV head times tokens."""
+
+
+def _tiled_bytes(head_dim: int) -> int:
+    """Shared memory of attend_tile.wgsl: queries, keys or values, scores, and what their rows share."""
+    vectors = TILED_QUERIES * head_dim // 4 + max(64 * 8, 16 * head_dim // 4) + TILED_QUERIES * 17
+    return 16 * vectors + 4 * (128 + 2 * TILED_QUERIES)
+
+
+def _tiled_group(device: Device, per_kv_head: int, head_dim: int) -> int:
+    """Query heads that a workgroup of attend_tile.wgsl takes together; 0 where it does not suit."""
+    if head_dim % 64 or _tiled_bytes(head_dim) > device.shared_bytes:
+        return 0
+    return math.gcd(per_kv_head, 8)
+
+
 def attention_sites(
     device: Device,
     step: Any,
@@ -332,18 +355,23 @@ def attention_sites(
 ) -> list[Site]:
     """Attention over the cache, by ``tokens`` per workgroup, and the merge of its spans."""
     per_kv_head = heads // kv_heads
-    group = max(g for g in range(1, device.tuning.heads + 1) if per_kv_head % g == 0)
-    while tokens > 1 and _attention_bytes(device, tokens, group, head_dim) > device.shared_bytes:
-        tokens //= 2
-    kernel = device.kernel(
-        "attention",
-        HEAD_DIM=head_dim,
-        GROUP=group,
-        TOKENS=tokens,
-        TILE=ATTENTION_TILE,
-        WG=device.tuning.head_workgroup,
-        KV_F16=f16,
-    )
+    tiled = _tiled_group(device, per_kv_head, head_dim) if tokens > 1 else 0
+    if tiled:
+        group, tokens = tiled, TILED_QUERIES // tiled
+        kernel = device.kernel("attend_tile", HEAD_DIM=head_dim, GROUP=group, KV_F16=f16)
+    else:
+        group = max(g for g in range(1, device.tuning.heads + 1) if per_kv_head % g == 0)
+        while tokens > 1 and _attention_bytes(device, tokens, group, head_dim) > device.shared_bytes:
+            tokens //= 2
+        kernel = device.kernel(
+            "attention",
+            HEAD_DIM=head_dim,
+            GROUP=group,
+            TOKENS=tokens,
+            TILE=ATTENTION_TILE,
+            WG=device.tuning.head_workgroup,
+            KV_F16=f16,
+        )
     params = device.uniform(heads, kv_heads, capacity, span, float(head_dim**-0.5))
     attend = device.bind(kernel, {0: params, 1: step, 2: roped, 3: keys, 4: values, 5: output, 6: parts})
     merge = device.bind(

@@ -87,15 +87,15 @@ def test_every_stage_on_hardware(gpu, long_prompt, reference_runner, on):
     ("on", "token", "prompt"),
     [
         ("own", set(), set()),
-        ("hardware", {"vector", "attend", "join"}, {"tile"}),
-        ("subgroups", {"vector", "attend", "join"}, {"tile"}),
+        ("hardware", {"vector", "attend", "join"}, {"tile", "attend_tile"}),
+        ("subgroups", {"vector", "attend", "join"}, {"tile", "attend_tile"}),
         ("plain", set(), set()),
         ("small bindings", set(), set()),
     ],
 )
 def test_which_kernels_run(gpu, on, token, prompt):
     found = gpu(gpu_work.kernels_of, EMBEDDED, on)
-    own = {"vector", "attend", "join", "tile"}
+    own = {"vector", "attend", "join", "tile", "attend_tile"}
     assert (found[0] & own, found[1] & own) == (token, prompt)
 
 

@@ -6,13 +6,19 @@
 //# of unit `u` for several rows at once and hands its caller, four weights at a
 //# time, `w0`, `w1`, ... (one vec4 per row) with the index of the matching vec4 of x.
 //# `rows` is a list of (storage array, first vec4, first superblock or block of the row). `turns` of the K-quants:
-//# from which to before which turn of the loop, each of them 32 weights (16 of Q2_K and Q3_K).
+//# from which to before which turn of the loop, each of them 32 weights (16 of Q2_K and Q3_K). `pair` of the K-quants
+//# of four bits and more: which two of a turn's four words, 0u or 1u; all of them where it is empty.
 //#
 //# Bit layouts: ggml-common.h and ggml-quants.c (dequantize_row_*) of llama.cpp at
 //# commit 0c1e57098. Six-bit scales are decoded four at a time inside a word.
 
 //% from "blocks.wgsl" import place, half_of
 //% from "grids.wgsl" import units as more_units with context
+
+//# The words of a turn that are wanted.
+//% macro words(all, pair)
+{% if pair %}select({{ all }}.xy, {{ all }}.zw, {{ pair }} == 1u){% else %}{{ all }}{% endif %}
+//% endmacro
 
 //% macro k_scales(r)
 let sc{{r}} = select(h{{r}}.y & 0x3f3f3f3fu, (h{{r}}.w & 0x0f0f0f0fu) | ((h{{r}}.y >> 2u) & 0x30303030u), j > 1u) >> ((j & 1u) * 16u);
@@ -24,7 +30,7 @@ let lo_min{{r}} = d{{r}}.y * f32(mn{{r}} & 0xffu);
 let hi_min{{r}} = d{{r}}.y * f32((mn{{r}} >> 8u) & 0xffu);
 //% endmacro
 
-//% macro unit_Q4_K(rows, turns=("0u", "2u"))
+//% macro unit_Q4_K(rows, turns=("0u", "2u"), pair="")
 let sb = u >> 2u;
 let j = u & 3u;
 //% for w, base, start in rows
@@ -34,10 +40,11 @@ let h{{loop.index0}} = {{w}}[a{{loop.index0}}];
 //% endfor
 for (var half = {{ turns[0] }}; half < {{ turns[1] }}; half++) {
   //% for w, base, start in rows
-  let q{{loop.index0}} = {{w}}[a{{loop.index0}} + 1u + 2u * j + half];
+  let all{{loop.index0}} = {{w}}[a{{loop.index0}} + 1u + 2u * j + half];
+  let q{{loop.index0}} = {{ words("all%d" % loop.index0, pair) }};
   //% endfor
-  let at = sb * 64u + j * 16u + half * 4u;
-  //% for c in "xyzw"
+  let at = sb * 64u + j * 16u + half * 4u{% if pair %} + {{ pair }} * 2u{% endif %};
+  //% for c in ("xy" if pair else "xyzw")
   {
     //% for _ in rows
     let w{{loop.index0}} = lo_scale{{loop.index0}} * vec4<f32>(unpack4xU8(q{{loop.index0}}.{{c}} & 0x0f0f0f0fu)) - lo_min{{loop.index0}};
@@ -54,7 +61,7 @@ for (var half = {{ turns[0] }}; half < {{ turns[1] }}; half++) {
 }
 //% endmacro
 
-//% macro unit_Q5_K(rows, turns=("0u", "2u"))
+//% macro unit_Q5_K(rows, turns=("0u", "2u"), pair="")
 let sb = u >> 2u;
 let j = u & 3u;
 //% for w, base, start in rows
@@ -64,11 +71,13 @@ let h{{loop.index0}} = {{w}}[a{{loop.index0}}];
 //% endfor
 for (var half = {{ turns[0] }}; half < {{ turns[1] }}; half++) {
   //% for w, base, start in rows
-  let b{{loop.index0}} = {{w}}[a{{loop.index0}} + 1u + half] >> vec4<u32>(2u * j);
-  let q{{loop.index0}} = {{w}}[a{{loop.index0}} + 3u + 2u * j + half];
+  let high{{loop.index0}} = {{w}}[a{{loop.index0}} + 1u + half] >> vec4<u32>(2u * j);
+  let all{{loop.index0}} = {{w}}[a{{loop.index0}} + 3u + 2u * j + half];
+  let b{{loop.index0}} = {{ words("high%d" % loop.index0, pair) }};
+  let q{{loop.index0}} = {{ words("all%d" % loop.index0, pair) }};
   //% endfor
-  let at = sb * 64u + j * 16u + half * 4u;
-  //% for c in "xyzw"
+  let at = sb * 64u + j * 16u + half * 4u{% if pair %} + {{ pair }} * 2u{% endif %};
+  //% for c in ("xy" if pair else "xyzw")
   {
     //% for _ in rows
     let w{{loop.index0}} = lo_scale{{loop.index0}} * vec4<f32>(unpack4xU8((q{{loop.index0}}.{{c}} & 0x0f0f0f0fu) | ((b{{loop.index0}}.{{c}} & 0x01010101u) << 4u))) - lo_min{{loop.index0}};
@@ -86,7 +95,8 @@ for (var half = {{ turns[0] }}; half < {{ turns[1] }}; half++) {
 //% endmacro
 
 //# Eight superblocks share one vec4 of eight superblock scales, so that nothing is padded.
-//% macro unit_Q6_K(rows, turns=("0u", "2u"))
+//% macro unit_Q6_K(rows, turns=("0u", "2u"), pair="")
+//% set vector = "vec2<u32>" if pair else "vec4<u32>"
 let sb = u >> 2u;
 let upper = (u >> 1u) & 1u;
 let part = u & 1u;
@@ -102,21 +112,22 @@ let sc_hi{{r}} = select(sc{{r}}.y, sc{{r}}.w, upper == 1u) >> (part * 8u);
 let scales{{r}} = d{{r}} * vec4<f32>(
     f32((sc_lo{{r}} << 24u) >> 24u), f32((sc_lo{{r}} << 8u) >> 24u),
     f32((sc_hi{{r}} << 24u) >> 24u), f32((sc_hi{{r}} << 8u) >> 24u));
-let l{{r}} = {{w}}[a{{r}} + upper * 4u + part];
-let m{{r}} = {{w}}[a{{r}} + upper * 4u + 2u + part];
-let b{{r}} = {{w}}[a{{r}} + 8u + upper * 2u + part];
+//% for name, at in (("l", "upper * 4u"), ("m", "upper * 4u + 2u"), ("b", "8u + upper * 2u"))
+let all_{{name}}{{r}} = {{w}}[a{{r}} + {{at}} + part];
+let {{name}}{{r}} = {{ words("all_%s%d" % (name, r), pair) }};
+//% endfor
 //% endfor
 for (var high = {{ turns[0] }}; high < {{ turns[1] }}; high++) {
   //% for w, base, start in rows
   //% set r = loop.index0
   let near{{r}} = select(scales{{r}}.x, scales{{r}}.z, high == 1u);
   let far{{r}} = select(scales{{r}}.y, scales{{r}}.w, high == 1u);
-  let ln{{r}} = (l{{r}} >> vec4<u32>(high * 4u)) & vec4<u32>(0x0f0f0f0fu);
-  let mn{{r}} = (m{{r}} >> vec4<u32>(high * 4u)) & vec4<u32>(0x0f0f0f0fu);
-  let bn{{r}} = b{{r}} >> vec4<u32>(high * 4u);
+  let ln{{r}} = (l{{r}} >> {{vector}}(high * 4u)) & {{vector}}(0x0f0f0f0fu);
+  let mn{{r}} = (m{{r}} >> {{vector}}(high * 4u)) & {{vector}}(0x0f0f0f0fu);
+  let bn{{r}} = b{{r}} >> {{vector}}(high * 4u);
   //% endfor
-  let at = sb * 64u + upper * 32u + part * 4u + high * 16u;
-  //% for c in "xyzw"
+  let at = sb * 64u + upper * 32u + part * 4u + high * 16u{% if pair %} + {{ pair }} * 2u{% endif %};
+  //% for c in ("xy" if pair else "xyzw")
   {
     //% for _ in rows
     //% set r = loop.index0
