@@ -9,14 +9,19 @@ the first token; the best of --repeats runs, after one that compiles. The share 
 is the bytes of weights and cache that a token reads, times tokens/s, over what a shader that
 only reads gets from the memory, measured here. --parity runs the NumPy reference on
 a prompt of three tokens and exits with 1 where the cosine of any position is below 0.99999 with
-the same experts. --kernels times each kernel of a decode step; --sweep tries other settings of
-the matrix kernels. The last line is one JSON object.
+the same experts. --peer FILE takes what another program measured on the same card: JSON with its "name",
+"prefill_tokens_per_s" and "decode_tokens_per_s"; ours over its stand in the result. On an NVIDIA card
+the memory that the model took of it stands beside the bytes of file and cache. --kernels times each
+kernel of a decode step; --sweep tries other settings of the matrix kernels. The last line is one JSON
+object.
 """
 
 import argparse
 import json
 import os
 import platform
+import shutil
+import subprocess
 import sys
 import time
 from collections import defaultdict
@@ -45,6 +50,7 @@ SWEEP_TOKENS = 48
 
 def main() -> int:
     args = _arguments()
+    used = _used_memory()
     began = time.perf_counter()
     with open_model(args.model) as source:
         with show_progress("upload") as progress:
@@ -59,7 +65,10 @@ def main() -> int:
         print(f"{result['device']}: {result['memory']}, loaded in {result['load_s']:.1f} s", flush=True)
         prompt = np.random.default_rng(PROMPT_SEED).integers(0, source.config.vocab_size, args.prompt_tokens)
         result |= measure(runner, prompt, args.new_tokens, args.repeats)
+        result |= memory(runner, source, used)
         result |= bandwidth(runner, source, result["decode_tokens_per_s"], args.prompt_tokens)
+        if args.peer:
+            result |= beside(result, json.loads(args.peer.read_text()))
         _show(result)
         if args.kernels:
             result["kernels_ms"] = kernel_times(runner, args.prompt_tokens)
@@ -76,6 +85,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--parity", action="store_true", help="compare three tokens with the reference")
+    parser.add_argument("--peer", type=Path, help="JSON of another program's measurement on this card")
     parser.add_argument("--kernels", action="store_true", help="time each kernel of a decode step")
     parser.add_argument("--sweep", action="store_true", help="try other settings of the matrix kernels")
     return parser.parse_args()
@@ -130,6 +140,32 @@ def bandwidth(runner: WgpuRunner, source: ModelSource, rate: float, position: in
         "read_gb_per_s": best / 1e9,
         "share_of_bandwidth": read * rate / best,
     }
+
+
+def _used_memory() -> int | None:
+    """Bytes of the one NVIDIA card that programs hold; None where there is none, or several."""
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return None
+    asked = [program, "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+    told = subprocess.run(asked, capture_output=True, text=True, check=False, timeout=20).stdout.split()
+    return int(told[0]) << 20 if len(told) == 1 and told[0].isdecimal() else None
+
+
+def memory(runner: WgpuRunner, source: ModelSource, before: int | None) -> dict[str, Any]:
+    """Bytes of the card that the process holds, driver and all, beside what file and cache take."""
+    after = _used_memory()
+    if before is None or after is None:
+        return {}
+    needed = source.nbytes + runner.cache_nbytes
+    used = after - before
+    return {"gpu_bytes": used, "file_and_cache_bytes": needed, "gpu_bytes_over_needed": used / needed}
+
+
+def beside(own: dict[str, Any], peer: dict[str, Any]) -> dict[str, Any]:
+    """Another program's rates, and ours over them."""
+    rates = ("prefill_tokens_per_s", "decode_tokens_per_s")
+    return {"peer": peer, **{f"{name}_of_peer": own[name] / peer[name] for name in rates}}
 
 
 def kernel_times(runner: WgpuRunner, position: int, repeats: int = 5) -> dict[str, float]:
@@ -205,6 +241,17 @@ def _show(result: dict[str, Any]) -> None:
         f"{result['share_of_bandwidth']:.1%} of the {result['read_gb_per_s']:.0f} GB/s that a shader reads",
         flush=True,
     )
+    if "gpu_bytes" in result:
+        print(
+            f"memory {result['gpu_bytes'] / 1e9:9.2f} GB of the card, "
+            f"{result['gpu_bytes_over_needed']:.3f} of what file and cache take"
+        )
+    if "peer" in result:
+        print(
+            f"of {result['peer']['name']}: prefill {result['prefill_tokens_per_s_of_peer']:.2f}, "
+            f"decode {result['decode_tokens_per_s_of_peer']:.2f}",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":
