@@ -17,9 +17,7 @@ from qwen3_moe_jax.convert.source import ModelSource
 from qwen3_moe_jax.core.errors import NumericalError
 from qwen3_moe_jax.core.likelihood import target_log_likelihoods
 from qwen3_moe_jax.core.lookup import PromptLookup
-from qwen3_moe_jax.core.one_at_a_time import (
-    OneAtATime,
-)
+from qwen3_moe_jax.core.one_at_a_time import OneAtATime
 from qwen3_moe_jax.core.runner import (
     Forward,
     ForwardOptions,
