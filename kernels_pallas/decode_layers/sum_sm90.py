@@ -5,8 +5,10 @@ it 7. Each row is a block. It says to all devices that it has begun, for other a
 before; waits until its fellows on all devices have; writes its part into the memory of all; says so; waits
 for the parts of all; and adds them in the order of the devices, so that all have the same bits, always.
 
-A block has two counts of its own, which it leaves at zero. They cannot be mistaken: who signals the second
-has seen all signals of the first, and who begins again has seen all signals of the second.
+A wait that lasts too long ends the program with an error (``sync.grid_wait``): a device that is not there
+must not hang the others. A block has two counts of its own, which it leaves at zero. They cannot be
+mistaken: who signals the second has seen all signals of the first, and who begins again has seen all signals
+of the second.
 """
 
 import jax
@@ -16,6 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from qwen3_moe_jax.kernels_pallas.decode_step.exchange import DEVICE_AXES, Split
+from qwen3_moe_jax.kernels_pallas.decode_step.primitives.sync import wait_devices
 
 WIDTH = 512
 """Values that a block moves at a time."""
@@ -41,7 +44,8 @@ def sum_of_devices(x: jax.Array, mesh: Split) -> jax.Array:
                 pl.semaphore_signal(
                     semaphore.at[row], device_id=number, device_id_type=pl.DeviceIdType.LOGICAL
                 )
-            plgpu.semaphore_wait(semaphore.at[row], mesh.devices)
+            wait_devices(semaphore.at[row], jnp.int32(mesh.devices))  # not for ever
+            plgpu.semaphore_wait(semaphore.at[row], mesh.devices)  # takes them off: it is at zero again
 
         meet(begun)
         for first in range(0, width, WIDTH):
