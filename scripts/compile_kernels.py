@@ -22,12 +22,14 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["MOSAIC_GPU_DUMP_PTXAS"] = "1"
 
 import jax
+import jax.numpy as jnp
 
 from qwen3_moe_jax.convert.config import PRESETS
 from qwen3_moe_jax.kernels_pallas.decode_step import api
@@ -65,7 +67,9 @@ def wanted(
     for preset in presets:
         for kernels in ("hopper", "portable") if target.version == "9.0" else ("portable",):
             for batch in batches:
-                yield start | {"kernel": f"decode_step {kernels}", "preset": preset, "batch": batch}
+                own = start | {"preset": preset, "batch": batch}
+                for cache in ("", " int8"):
+                    yield own | {"kernel": f"decode_step {kernels}{cache}"}
             for kernel, tile in _prompt_kernels.names(kernels) if prompts else ():
                 yield start | {"kernel": kernel, "preset": preset, "batch": tile}
 
@@ -75,16 +79,17 @@ def compiled(target: cards.Capability, row: dict) -> dict:
     if not row["kernel"].startswith("decode_step"):
         return _prompt_kernels.compiled(target, row)
     cores = _absent_gpu.first_card(target)[1]
-    kernels = row["kernel"].split()[1]
+    _, kernels, *cache = row["kernel"].split()
+    options = {"cache_dtype": jnp.dtype(jnp.int8), "prefetches": False} if cache else {}
     device = api.Device.of_cores(cores, kernels=kernels, shared_memory=target.shared_memory)
     config, batch = PRESETS[row["preset"]], row["batch"]
     largest = api.kernel_batch(config, device)
     if batch > largest:
         return row | {"skipped": f"takes kernels of {largest}"}
-    shape = api.shape_config(config, batch, device)
+    shape = replace(api.shape_config(config, batch, device), **options)
     sharding = _absent_gpu.sharding_of(target)
     with _absent_gpu.compiling_for(target), captured_output() as lines:
-        traced = trace_step(config, batch=batch, device=device, sharding=sharding)
+        traced = trace_step(config, batch=batch, device=device, sharding=sharding, **options)
         traced.lower(lowering_platforms=("cuda",)).compile()
     memory = sum(shared_memory_budget(shape).values())
     return row | {

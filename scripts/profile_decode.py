@@ -45,7 +45,6 @@ from qwen3_moe_jax.convert.config import PRESETS
 from qwen3_moe_jax.convert.ggml_types import GGMLType
 from qwen3_moe_jax.convert.packed import PackedTensor
 from qwen3_moe_jax.convert.tensor_names import q4_k_m_types
-from qwen3_moe_jax.jax_backend.kv_cache import KVCache, whole_tiles
 from qwen3_moe_jax.jax_backend.params import GPU_ROLES
 from qwen3_moe_jax.kernels_pallas.decode_step import api
 from qwen3_moe_jax.kernels_pallas.decode_step.activations import Activations
@@ -62,6 +61,7 @@ from qwen3_moe_jax.kernels_pallas.gpu.interpreter import interpreter
 from qwen3_moe_jax.kernels_pallas.norm_rope.api import rope, rope_tables
 from qwen3_moe_jax.kernels_pallas.packed.dequantize import dequantize
 from qwen3_moe_jax.kernels_pallas.packed.stacks import rows_per_unit
+from scripts._decode_caches import after, random_cache, real_values, step
 from scripts._random_params import random_params
 
 
@@ -193,34 +193,27 @@ def cosine(a, b) -> float:
     return float(a @ b / (np.linalg.norm(a) * np.linalg.norm(b)))
 
 
-def random_cache(config, batch, length, dtype, seed=3) -> tuple[jax.Array, jax.Array]:
-    """Keys and values."""
-    shape = jax.eval_shape(lambda: KVCache.create(config, batch, whole_tiles(length), dtype)).k.shape
-    key = jax.random.key(seed)
-    return tuple(jax.random.normal(jax.random.fold_in(key, k), shape, dtype) for k in range(2))
-
-
 @partial(jax.jit, static_argnames=("config", "device", "one_sequence"))
 def one_step(w, config, device, tokens, positions, cache, one_sequence=False):
-    return api.decode_step(w, config, tokens, positions, *cache, one_sequence=one_sequence, device=device)
+    return step(w, config, tokens, positions, cache, one_sequence=one_sequence, device=device)
 
 
 def check_rows(w, config, rows, depth, *, device, dtype) -> dict:
     """Equality of bits: of tokens of one sequence at once and one after the other, and of two runs."""
     tokens = jnp.asarray(np.random.default_rng(5).integers(0, config.vocab_size, rows), jnp.int32)
     positions = depth + jnp.arange(rows, dtype=jnp.int32)
-    cache, step = random_cache(config, 1, depth + 64, dtype), partial(one_step, w, config, device)
-    one, two = (step(tokens, positions, cache, one_sequence=True) for _ in range(2))
+    cache, run = random_cache(config, 1, depth + 64, dtype), partial(one_step, w, config, device)
+    one, two = (run(tokens, positions, cache, one_sequence=True) for _ in range(2))
     same = []
     for row in range(rows):
-        alone = step(tokens[row : row + 1], positions[row : row + 1], cache)
-        cache = alone.k, alone.v
+        alone = run(tokens[row : row + 1], positions[row : row + 1], cache)
+        cache = after(alone)
         same.append(bool((alone.logits[0] == one.logits[row]).all()))
     return {
         "rows": rows, "depth": depth,
         "same_bits": bool((one.logits == two.logits).all()),
         "same_bits_as_alone": same,
-        "same_cache": all(bool((a == b).all()) for a, b in zip((one.k, one.v), cache, strict=True)),
+        "same_cache": all(bool((a == b).all()) for a, b in zip(after(one), cache, strict=True)),
     }  # fmt: skip
 
 
@@ -231,22 +224,22 @@ def check(w, config, batch, depth, *, device, dtype) -> dict:
     tokens = jnp.asarray(rng.integers(0, config.vocab_size, batch), jnp.int32)
     positions = jnp.asarray([max(depth - 7 * i, 0) for i in range(batch)], jnp.int32)
     cache = random_cache(config, batch, depth + 64, dtype)
-    step = partial(one_step, w, config, device)
+    run = partial(one_step, w, config, device)
     start = time.perf_counter()
-    one = jax.block_until_ready(step(tokens, positions, cache))
+    one = jax.block_until_ready(run(tokens, positions, cache))
     seconds = time.perf_counter() - start
-    two = step(tokens, positions, cache)
+    two = run(tokens, positions, cache)
     out = {
         "batch": batch, "depth": depth, "compile_s": round(seconds, 1),
         "finite": bool(jnp.isfinite(one.logits).all()),
         "same_bits": bool((one.logits == two.logits).all()),
     }  # fmt: skip
     if batch > 1:
-        alone = step(tokens[:1], positions[:1], tuple(a[:, :1] for a in cache))
+        alone = run(tokens[:1], positions[:1], tuple(a[:, :1] for a in cache))
         out["same_bits_as_batch_1"] = bool((alone.logits[0] == one.logits[0]).all())
     print(json.dumps(out), flush=True)
     start = time.perf_counter()
-    keys, values = (a[:, 0] for a in cache)
+    keys, values = real_values(tuple(a[:, 0] for a in cache))
     expected, moved = reference(w, config, tokens[0], positions[0], keys, values, one.expert_ids[:, 0])
     return out | {
         "cosine_replayed": round(cosine(one.logits[0], expected), 7),
@@ -313,10 +306,10 @@ def decode_many(w, config, tokens, positions, cache, steps: int, device, expert_
     def one(i, carry):
         written, last, cache = carry
         options = {"expert_ids": expert_ids, "one_sequence": one_sequence, "device": device}
-        out = api.decode_step(w, config, last, positions + i, *cache, **options)
+        out = step(w, config, last, positions + i, cache, **options)
         chosen = jnp.argmax(out.logits, axis=-1).astype(jnp.int32)
         last = chosen if expert_ids is None else jnp.where(chosen < 0, chosen, last)
-        return lax.dynamic_update_slice(written, last[None], (i, 0)), last, (out.k, out.v)
+        return lax.dynamic_update_slice(written, last[None], (i, 0)), last, after(out)
 
     written = jnp.zeros((steps, len(tokens)), jnp.int32)
     written, _, cache = lax.fori_loop(0, steps, one, (written, tokens, cache))
@@ -357,8 +350,7 @@ def trace(w, config, batch, depth, *, device, dtype, folder) -> dict:
     cache = random_cache(config, batch, depth + 64, dtype)
     tokens, positions = jnp.full((batch,), 17, jnp.int32), jnp.full((batch,), depth, jnp.int32)
     device = replace(device, trace_folder=folder)
-    step = jax.jit(lambda w, t, p, kv: api.decode_step(w, config, t, p, *kv, device=device))
-    step(w, tokens, positions, cache).logits.block_until_ready()
+    one_step(w, config, device, tokens, positions, cache).logits.block_until_ready()
     jax.effects_barrier()
     return {"batch": batch, "depth": depth, "folder": folder}
 
@@ -377,7 +369,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--vocab", type=int, default=151936)
     parser.add_argument("--types", choices=sorted(TYPES), default="q4_k_m")
     parser.add_argument("--shape", choices=sorted(SHAPES), default="full")
-    parser.add_argument("--cache-dtype", choices=("float16", "bfloat16"), default="float16")
+    parser.add_argument("--cache-dtype", choices=("float16", "bfloat16", "int8"), default="float16")
     parser.add_argument("--check", nargs="*", default=["1:100"], help="batch:depth")
     parser.add_argument("--speed", nargs="*", default=["1:0", "1:4096", "8:0", "16:0"], help="batch:depth")
     blocks = "blocks of the grid, a multiple of 4; the device's multiprocessors by default"

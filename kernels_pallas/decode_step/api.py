@@ -62,12 +62,14 @@ class StepOutput(NamedTuple):
       logits: float32 [B, V].
       k, v: the updated cache.
       expert_ids: int32 [L, B, X], most probable first.
+      scales: the updated scales, or None.
     """
 
     logits: jax.Array
     k: jax.Array
     v: jax.Array
     expert_ids: jax.Array
+    scales: tuple[jax.Array, jax.Array] | None = None
 
 
 @dataclass(frozen=True)
@@ -235,8 +237,10 @@ def step_config(
     check_supported(config, types, batch)
     length = cache.shape[2]
     _require(length % CACHE_TILE == 0, "cache length", length, f"need a multiple of {CACHE_TILE}")
+    shapes = shape_config(config, batch, device)
     return replace(
-        shape_config(config, batch, device),
+        shapes,
+        prefetches=shapes.prefetches and cache.dtype != jnp.int8,  # bytes cannot be copied as 16 bits
         cache_length=length,
         qkv_types=types["qkv"],
         qkv_always=weights.qkv_always,
@@ -295,6 +299,7 @@ def decode_step(
     k: jax.Array,
     v: jax.Array,
     *,
+    scales: tuple[jax.Array, jax.Array] | None = None,
     expert_ids: jax.Array | None = None,
     active: jax.Array | None = None,
     one_sequence: bool = False,
@@ -313,9 +318,11 @@ def decode_step(
       config: the model's ``Qwen3MoeConfig``.
       token_ids: int32 [B].
       positions: int32 [B], the tokens already in each sequence's cache; less than S.
-      k: keys of the earlier tokens, after RoPE: bfloat16 or float16 [L, B, S, K, H], S a multiple of 64.
-        The token's own are written at ``positions``.
+      k: keys of the earlier tokens, after RoPE: bfloat16, float16 or int8 [L, B, S, K, H], S a multiple of
+        64. The token's own are written at ``positions``.
       v: values, as k.
+      scales: where these are int8, what each vector of H is multiplied by: float32 [L, B, S, K] of keys, and
+        of values. Attention has the new token's key and value as they are written.
       expert_ids: int32 [L, B, X] forces these experts; their weights are still the model's own.
       active: bool [B], whose results are wanted; None for all. Where none of a kernel's sequences is, it
         ends at once: logits are then anything, and the cache is as it was.
@@ -340,7 +347,12 @@ def decode_step(
     )
     x = embedding_lookup(params["embed_tokens"], token_ids)
     rope = jnp.stack(rope_tables(positions, whole.head_dim, config.rope_theta, config.rope_scaling), axis=1)
-    k_cache, v_cache = jax.new_ref(k), jax.new_ref(v)
+    if (scales is not None) != whole.has_scales:
+        raise ValueError(f"a cache of {k.dtype} {'has' if scales else 'needs'} scales: int8 alone has them")
+    caches = {"k_cache_gmem": k, "v_cache_gmem": v}
+    if scales is not None:
+        caches |= dict(zip(("k_scale_gmem", "v_scale_gmem"), scales, strict=True))
+    refs = {name: jax.new_ref(array) for name, array in caches.items()}
     outputs = []
     size = kernel_batch(config, device)
     for first in range(0, batch, size):
@@ -350,12 +362,13 @@ def decode_step(
         forced = expert_ids[:, here] if replay else jnp.zeros((1, 1, 1), jnp.int32)
         wanted = jnp.ones(c.batch, jnp.int32) if active is None else active[here].astype(jnp.int32)
         operands = _operands(c, params, weights, x[here], positions[here], wanted, rope[here], forced)
-        operands = operands._replace(k_cache_gmem=k_cache, v_cache_gmem=v_cache)
+        operands = operands._replace(**refs)
         outputs.append((c, kernel.decode_step(c, operands, interpret=device.interpret)))
-    k, v = jax.freeze(k_cache), jax.freeze(v_cache)
+    k, v, *rest = (jax.freeze(ref) for ref in refs.values())
     logits = [_rows_in_order(c, out.logits_gmem) for c, out in outputs]
     chosen = [out.expert_ids_gmem for _, out in outputs]
-    return StepOutput(jnp.concatenate(logits), k, v, jnp.concatenate(chosen, axis=1))
+    chosen = jnp.concatenate(chosen, axis=1)
+    return StepOutput(jnp.concatenate(logits), k, v, chosen, tuple(rest) or None)
 
 
 def _rows_in_order(c: kernel_config.StepConfig, logits: jax.Array) -> jax.Array:

@@ -103,7 +103,7 @@ class StepConfig:
     lm_head_type: GGMLType
     blocks: int
     splits: int
-    cache_dtype: Any = jnp.bfloat16
+    cache_dtype: Any = jnp.bfloat16  # int8: with a float32 scale for each position and head
     replay: bool = False
     kernels: str = "hopper"
     emulate: bool = False
@@ -120,6 +120,16 @@ class StepConfig:
     def prim(self) -> Primitives:
         """The primitives."""
         return primitives.choose(self.kernels, emulate=self.emulate)
+
+    @property
+    def tile_dtype(self) -> Any:
+        """Of queries, keys and values as attention multiplies them: int8 are exact in float16."""
+        return jnp.dtype(jnp.float16 if self.has_scales else self.cache_dtype)
+
+    @property
+    def has_scales(self) -> bool:
+        """Whether keys and values are int8."""
+        return jnp.dtype(self.cache_dtype) == jnp.int8
 
     @property
     def kv_tile(self) -> int:
@@ -300,6 +310,7 @@ class Operands(NamedTuple):
       weights_gmem: for each role, one dictionary of arrays per type.
       state_gmem: float32 [:func:`state_shape`].
       k_cache_gmem, v_cache_gmem: [L, batch, S, K, head_dim].
+      k_scale_gmem, v_scale_gmem: float32 [L, batch, S, K] where these are int8, else None.
     """
 
     scalars_gmem: Any
@@ -315,6 +326,8 @@ class Operands(NamedTuple):
     state_gmem: Any
     k_cache_gmem: Any
     v_cache_gmem: Any
+    k_scale_gmem: Any = None
+    v_scale_gmem: Any = None
 
 
 class Outputs(NamedTuple):

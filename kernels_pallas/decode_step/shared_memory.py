@@ -50,7 +50,7 @@ class Scratch(NamedTuple):
       split_plan_smem: int32 [padded batch + 4, 4] (``Attention.plan_splits``).
       reduce_smem: scratch of ``Grid.totals``.
       scalars_smem: a copy of ``scalars_gmem``.
-      split_weight_smem: float32 [warpgroups, MAX_SPLITS].
+      split_weight_smem: float32 [warpgroups, MAX_SPLITS]; in attention over int8 a tile's scales.
       squares_smem: float32 [warpgroups, padded batch], sums of squares of the residual stream.
       x_scale_smem, x_sums_smem, x_words_smem: activations that this block multiplies (:class:`Quantized`).
       zeros_smem: int32 [16] of zeros.
@@ -106,12 +106,12 @@ def scratch_types(c: StepConfig) -> Scratch:
     x = quantized_types(c.batch, _superblocks(c))
     tables = (c.padded_batch, c.num_experts_per_tok)
     row = c.head_dim + TILE_PADDING[c.kernels]
-    tiles = [c.prim.tile_memory((WARPGROUPS, c.kv_tile, row), c.cache_dtype)] * 2
+    tiles = [c.prim.tile_memory((WARPGROUPS, c.kv_tile, row), c.tile_dtype)] * 2
     return Scratch(
         barrier=plgpu.Barrier(num_arrivals=WARPGROUPS),
         sums_or_tiles_smem=plgpu.RefUnion(
             shared((max(2, c.batch), STORE_GROUP, parts + 1, 8), jnp.float32),
-            [shared((WARPGROUPS, c.query_rows, row), c.cache_dtype), *([] if c.prefetches else tiles)],
+            [shared((WARPGROUPS, c.query_rows, row), c.tile_dtype), *([] if c.prefetches else tiles)],
         ),
         ids_smem=shared(tables, jnp.int32),
         new_score_smem=shared((WARPGROUPS, 64), jnp.float32),

@@ -254,8 +254,8 @@ class OneKernel:
             return "it shows and changes no stages, and runs all layers"
         if jnp.dtype(model.compute_dtype) != jnp.bfloat16:
             return f"it multiplies operands of 16 bits, and compute_dtype is {jnp.dtype(model.compute_dtype)}"
-        if cache.k.dtype not in (jnp.bfloat16, jnp.float16):
-            return f"it reads a KV cache of 16 bits, and it is {cache.k.dtype}"
+        if cache.k.dtype not in (jnp.bfloat16, jnp.float16, jnp.int8):
+            return f"it reads a KV cache of 16 bits or int8, and it is {cache.k.dtype}"
         if batch not in self.batches:
             return f"it is for {self.batches[0]} to {self.batches[-1]} sequences, not {batch}"
         return _refusal(lambda: _decode_step().check(model.config, params, batch, mesh=_split(model)))
@@ -278,8 +278,10 @@ class OneKernel:
             run = partial(on_all_devices, run, model.shards)
         forced = None if expert_ids is None else expert_ids[:, :, 0]
         args = (params, config, token_ids[:, 0], start, cache.k, cache.v)
-        logits, k, v, chosen = run(*args, expert_ids=forced, active=active)
-        return Step(logits[:, None], replace(cache, k=k, v=v), chosen[:, :, None], {})
+        logits, k, v, chosen, scales = run(*args, scales=cache.scales, expert_ids=forced, active=active)
+        k_scale, v_scale = scales or (None, None)
+        cache = replace(cache, k=k, v=v, k_scale=k_scale, v_scale=v_scale)
+        return Step(logits[:, None], cache, chosen[:, :, None], {})
 
     def consecutive(
         self, model: Qwen3Moe, params: Params, token_ids: jax.Array, start: jax.Array, cache: KVCache

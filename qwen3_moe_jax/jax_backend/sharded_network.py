@@ -131,23 +131,26 @@ def on_all_devices(
     k: jax.Array,
     v: jax.Array,
     *,
+    scales: tuple[jax.Array, jax.Array] | None,
     expert_ids: jax.Array | None,
     active: jax.Array | None,
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, tuple[jax.Array, jax.Array] | None]:
     """``decode_step`` on each device's part of the parameters and of the cache: its results.
 
     Args:
       step: ``decode_step.api.decode_step`` of the mesh; the other arguments are as its own.
     """
 
-    def on_device(params: Any, ids: Any, start: Any, k: Any, v: Any, experts: Any, active: Any) -> Any:
-        return tuple(step(params, config, ids, start, k, v, expert_ids=experts, active=active))
+    def on_device(params: Any, ids: Any, start: Any, cache: Any, experts: Any, active: Any) -> Any:
+        k, v, scales = cache
+        out = step(params, config, ids, start, k, v, scales=scales, expert_ids=experts, active=active)
+        return tuple(out)
 
     run = jax.shard_map(
         on_device,
         mesh=shards.mesh,
-        in_specs=(shards.param_specs(params), P(), P(), CACHE_SPEC, CACHE_SPEC, P(), P()),
-        out_specs=(P(), CACHE_SPEC, CACHE_SPEC, P()),
+        in_specs=(shards.param_specs(params), P(), P(), CACHE_SPEC, P(), P()),
+        out_specs=(P(), CACHE_SPEC, CACHE_SPEC, P(), CACHE_SPEC),
         check_vma=False,  # a kernel has no rule for it
     )
-    return run(params, token_ids, start, k, v, expert_ids, active)
+    return run(params, token_ids, start, (k, v, scales), expert_ids, active)

@@ -29,6 +29,7 @@ def operands(c: StepConfig) -> Operands:
     f32 = lambda *shape: Array(shape, jnp.float32)
     width, layers = (c.hidden_size // 32, 2, 4, 4), c.num_hidden_layers
     cache = Array((layers, c.batch, c.cache_length, c.num_key_value_heads, c.head_dim), c.cache_dtype)
+    scale = f32(*cache.shape[:-1]) if c.has_scales else None
     stacks = lambda types, tiles, columns: [_stack(type, tiles, columns) for type in types]
     experts = layers * c.num_experts
     gate_up = (c.gate_up_types, experts * c.moe_intermediate_size // 8, c.hidden_size)
@@ -53,6 +54,8 @@ def operands(c: StepConfig) -> Operands:
         state_gmem=f32(*state_shape(c)),
         k_cache_gmem=cache,
         v_cache_gmem=cache,
+        k_scale_gmem=scale,
+        v_scale_gmem=scale,
     )
 
 
@@ -68,7 +71,8 @@ def trace_step(
     c = replace(api.shape_config(config, batch, device), **options)
 
     def step(operands: Operands) -> Any:
-        written = ("state_gmem", "k_cache_gmem", "v_cache_gmem")
+        written = ["state_gmem", "k_cache_gmem", "v_cache_gmem"]
+        written += ["k_scale_gmem", "v_scale_gmem"] if c.has_scales else []
         refs = {name: jax.new_ref(getattr(operands, name)) for name in written}
         return kernel.decode_step(c, operands._replace(**refs)).logits_gmem
 

@@ -32,7 +32,8 @@ def step(path: str, shape: MeshShape, token: int) -> dict[str, np.ndarray]:
     run = jax.jit(partial(on_all_devices, partial(api.decode_step, device=device), shards), static_argnums=1)
     cache = KVCache.create(config, 1, 64, jnp.float16, shards.of_cache, shards.cache_heads)
     ids, start = jnp.full(1, token, jnp.int32), jnp.zeros(1, jnp.int32)
-    logits, k, _, chosen = run(params, config, ids, start, cache.k, cache.v, expert_ids=None, active=None)
+    options = {"scales": cache.scales, "expert_ids": None, "active": None}
+    logits, k, _, chosen, _ = run(params, config, ids, start, cache.k, cache.v, **options)
     whole = np.stack([np.asarray(part.data)[0] for part in logits.addressable_shards])
     return {"logits": whole, "experts": np.asarray(chosen)[:, 0], "keys": np.asarray(k)[:, 0, 0]}
 

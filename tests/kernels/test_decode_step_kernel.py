@@ -167,8 +167,11 @@ def rope(x, position):
     return np.concatenate([a * np.cos(angle) - b * np.sin(angle), b * np.cos(angle) + a * np.sin(angle)], -1)
 
 
-def reference(model, token, position, keys, values, expert_ids=None):
-    """(logits, new keys [L, K, H], new values, expert ids) in float64 from float32 weights."""
+def reference(model, token, position, keys, values, expert_ids=None, kept=lambda new: new):
+    """(logits, new keys [L, K, H], new values, expert ids) in float64 from float32 weights.
+
+    ``kept``: what the cache keeps of a new key or value.
+    """
     c, w = model.config, model.plain
     heads, kv, head = c.num_attention_heads, c.num_key_value_heads, c.head_dim
     x = w["embed_tokens"][token].astype(np.float64)
@@ -178,6 +181,7 @@ def reference(model, token, position, keys, values, expert_ids=None):
         h = rms(x, p("input_layernorm"))
         q, k, v = ((p(f"self_attn.{n}_proj") @ h).reshape(-1, head) for n in "qkv")
         q, k = rope(rms(q, p("self_attn.q_norm")), position), rope(rms(k, p("self_attn.k_norm")), position)
+        k, v = kept(k), kept(v)
         new_keys.append(k)
         new_values.append(v)
         ks = np.concatenate([keys[i, :position], k[None]])
@@ -209,6 +213,7 @@ def cosine(a, b):
 
 
 def run(model, tokens, positions, cache, expert_ids=None, active=None, **options):
+    """``cache``: keys and values; and of int8 the scales of each."""
     active = jnp.ones(len(tokens), bool) if active is None else active  # one program for both
     tokens, positions = jnp.asarray(tokens), jnp.asarray(positions)
     options = {"kernels": "hopper", "splits": 2, "one_sequence": False} | options
@@ -219,8 +224,9 @@ def run(model, tokens, positions, cache, expert_ids=None, active=None, **options
 @partial(jax.jit, static_argnames=("config", "kernels", "splits", "one_sequence"))
 def step(weights, tokens, positions, cache, expert_ids, active, config, kernels, splits, one_sequence):
     device = api.Device(blocks=1, splits=splits, kernels=kernels, emulate=True, interpret=interpreter())
-    options = {"expert_ids": expert_ids, "active": active, "one_sequence": one_sequence}
-    return api.decode_step(weights, config, tokens, positions, *cache, **options, device=device)
+    k, v, *scales = cache
+    options = {"expert_ids": expert_ids, "active": active, "one_sequence": one_sequence, "device": device}
+    return api.decode_step(weights, config, tokens, positions, k, v, scales=tuple(scales) or None, **options)
 
 
 def random_cache(config, batch, length=192, dtype=jnp.bfloat16):

@@ -74,7 +74,7 @@ def recorded(batch: int, mesh: Split) -> list[tuple[str, str]]:
     patches = [(owner, method, phase(n, getattr(owner, method))) for n, (owner, method) in PHASES.items()]
     events = ("wait", "wait_for_devices", "signal")
     patches += [(Grid, what, event(what, getattr(Grid, what))) for what in events]
-    patches.append((attention._Item, "prefetch", event("prefetch", attention._Item.prefetch)))
+    patches.append((attention.Attending, "prefetch", event("prefetch", attention.Attending.prefetch)))
     with ExitStack() as stack:
         for owner, name, value in patches:
             stack.enter_context(mock.patch.object(owner, name, value))

@@ -97,15 +97,28 @@ def test_an_h100_has_all_ways(params, on_hopper):
     }
 
 
-@pytest.mark.parametrize(("batch", "op"), [(1, "decode_step"), (17, "decode_layers"), (65, "moe_mlp")])
-def test_what_runs_is_what_was_told(params, on_hopper, batch, op):
+@pytest.mark.parametrize(
+    ("batch", "dtype", "op"),
+    [
+        (1, jnp.float16, "decode_step"),
+        (17, jnp.float16, "decode_layers"),
+        (65, jnp.float16, "moe_mlp"),
+        (2, jnp.int8, "decode_step"),
+        (17, jnp.int8, "moe_mlp"),
+    ],
+)
+def test_what_runs_is_what_was_told(params, on_hopper, batch, dtype, op):
     """The operation of each way notes itself where it runs; ``describe`` is what people were told."""
-    decoder = choose(MODEL, params, H100, jnp.float16)
-    shape = partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
+    decoder = choose(MODEL, params, H100, dtype)
+    shape, cache = partial(jax.ShapeDtypeStruct, dtype=jnp.int32), cache_of(batch, dtype)
     with implementations.recording() as record:
-        jax.eval_shape(decoder.step, params, shape((batch, 1)), shape((batch,)), cache_of(batch))
+        step = jax.eval_shape(decoder.step, params, shape((batch, 1)), shape((batch,)), cache)
+    assert jax.tree.map(lambda a: (a.shape, a.dtype), step.cache) == jax.tree.map(
+        lambda a: (a.shape, a.dtype), cache
+    )
     ran = {ran.op for ran in record} & {"decode_step", "decode_layers", "moe_mlp"}
-    told = [name for name, sequences in decoder.describe().items() if _is_for(batch, sequences)]
+    left = [name for name in decoder.describe() if name not in dict(decoder.refused)]
+    told = [name for name in left if _is_for(batch, decoder.describe()[name])]
     assert (ran, told[0]) == ({op}, NAMES[("decode_step", "decode_layers", "moe_mlp").index(op)])
 
 
@@ -121,7 +134,8 @@ def _is_for(batch: int, sequences: str) -> bool:
         ({"compute_capability": "7.5"}, jnp.float16, jnp.bfloat16, ["compute capability 7.5"]),
         ({"core_count": 3}, jnp.float16, jnp.bfloat16, ["multiprocessors 3"]),
         ({"shared_memory_per_block_optin": 60_000}, jnp.float16, jnp.bfloat16, ["shared memory"]),
-        ({}, jnp.int8, jnp.bfloat16, ["KV cache of 16 bits, and it is int8"] * 2),
+        ({}, jnp.int8, jnp.bfloat16, ["KV cache of 16 bits, and it is int8"]),
+        ({}, jnp.float32, jnp.bfloat16, ["16 bits or int8, and it is float32", "16-bit caches, not float32"]),
         ({}, jnp.float16, jnp.float32, ["compute_dtype is float32"] * 2),
     ],
 )

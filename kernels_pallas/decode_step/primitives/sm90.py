@@ -16,7 +16,12 @@ from qwen3_moe_jax.kernels_pallas.decode_step.primitives.choice import (
     weigh_experts,
 )
 from qwen3_moe_jax.kernels_pallas.decode_step.primitives.inline import const as _const
-from qwen3_moe_jax.kernels_pallas.decode_step.primitives.loads import load_clamped, load_rows
+from qwen3_moe_jax.kernels_pallas.decode_step.primitives.loads import (
+    load_clamped,
+    load_pair,
+    load_rows,
+    to_halves,
+)
 from qwen3_moe_jax.kernels_pallas.decode_step.primitives.products import (
     dot_floats,
     dot_tiles,
