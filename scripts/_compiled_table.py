@@ -6,7 +6,9 @@ from scripts._receipts import receipt, table
 
 NAMES = {
     "decode_step hopper": "decode, Hopper's",
+    "decode_step hopper int8": "decode, int8 cache, Hopper's",
     "decode_step portable": "decode, portable",
+    "decode_step portable int8": "decode, int8 cache, portable",
     "grouped_matmul hopper IQ4_XS swiglu": "product with SwiGLU, IQ4_XS, Hopper's",
     "grouped_matmul portable IQ4_XS swiglu": "product with SwiGLU, IQ4_XS, portable",
     "grouped_matmul hopper Q4_K swiglu": "product with SwiGLU, Q4_K, Hopper's",

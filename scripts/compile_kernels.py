@@ -68,7 +68,7 @@ def wanted(
         for kernels in ("hopper", "portable") if target.version == "9.0" else ("portable",):
             for batch in batches:
                 own = start | {"preset": preset, "batch": batch}
-                for cache in ("", " int8"):
+                for cache in ("", " int8") if batch == 1 else ("",):
                     yield own | {"kernel": f"decode_step {kernels}{cache}"}
             for kernel, tile in _prompt_kernels.names(kernels) if prompts else ():
                 yield start | {"kernel": kernel, "preset": preset, "batch": tile}

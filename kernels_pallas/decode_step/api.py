@@ -368,7 +368,7 @@ def decode_step(
     logits = [_rows_in_order(c, out.logits_gmem) for c, out in outputs]
     chosen = [out.expert_ids_gmem for _, out in outputs]
     chosen = jnp.concatenate(chosen, axis=1)
-    return StepOutput(jnp.concatenate(logits), k, v, chosen, tuple(rest) or None)
+    return StepOutput(jnp.concatenate(logits), k, v, chosen, (rest[0], rest[1]) if rest else None)
 
 
 def _rows_in_order(c: kernel_config.StepConfig, logits: jax.Array) -> jax.Array:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
@@ -13,9 +13,6 @@ from qwen3_moe_jax.kernels_pallas.decode_step.attention_join import NO_SCORE
 from qwen3_moe_jax.kernels_pallas.decode_step.config import PIECE, padded
 from qwen3_moe_jax.kernels_pallas.decode_step.grid import fori
 from qwen3_moe_jax.kernels_pallas.decode_step.primitives.layouts import LOG2E, full, lanes, load
-
-if TYPE_CHECKING:
-    from qwen3_moe_jax.kernels_pallas.decode_step.attention import Attention
 
 Array = Any
 INT8_MAX = 127
@@ -71,7 +68,7 @@ class _Scales(NamedTuple):
 class Attending:
     """One warpgroup's work on an :class:`Item`. Everything is loaded up front."""
 
-    def __init__(self, attention: "Attention", item: Item, heads: list, norms: list):
+    def __init__(self, attention: Any, item: Item, heads: list, norms: list):
         self.a, self.c, self.prim, self.i = attention, attention.c, attention.prim, item
         self.q_head, self.k_head, self.v_head = heads
         self.q_norm, self.k_norm = norms
@@ -133,7 +130,7 @@ class Attending:
 
     def rounded(self, key: list, value: list) -> tuple["_Kept", "_Kept"]:
         """The new key, normed and rotated, and the value, as the cache holds them."""
-        return self.kept(self.a.rotated(self.i.b, key, self.k_norm, 1.0, None)), self.kept(value)
+        return self.kept(list(self.a.rotated(self.i.b, key, self.k_norm, 1.0, None))), self.kept(value)
 
     def kept(self, halves: list) -> "_Kept":
         """A new key or value as the cache holds it."""

@@ -279,9 +279,7 @@ class OneKernel:
         forced = None if expert_ids is None else expert_ids[:, :, 0]
         args = (params, config, token_ids[:, 0], start, cache.k, cache.v)
         logits, k, v, chosen, scales = run(*args, scales=cache.scales, expert_ids=forced, active=active)
-        k_scale, v_scale = scales or (None, None)
-        cache = replace(cache, k=k, v=v, k_scale=k_scale, v_scale=v_scale)
-        return Step(logits[:, None], cache, chosen[:, :, None], {})
+        return Step(logits[:, None], _replaced(cache, k, v, scales), chosen[:, :, None], {})
 
     def consecutive(
         self, model: Qwen3Moe, params: Params, token_ids: jax.Array, start: jax.Array, cache: KVCache
@@ -289,8 +287,18 @@ class OneKernel:
         """T tokens of one sequence, int32 [1, T] from position ``start`` [1] on, as rows of one kernel."""
         positions = start + jnp.arange(token_ids.shape[1])
         args = (params, model.config, token_ids[0], positions, cache.k, cache.v)
-        out = _decode_step().decode_step(*args, one_sequence=True, kernels=_named(model))
-        return Step(out.logits[None], replace(cache, k=out.k, v=out.v), out.expert_ids[:, None], {})
+        options = {"scales": cache.scales, "one_sequence": True, "kernels": _named(model)}
+        out = _decode_step().decode_step(*args, **options)
+        cache = _replaced(cache, out.k, out.v, out.scales)
+        return Step(out.logits[None], cache, out.expert_ids[:, None], {})
+
+
+def _replaced(
+    cache: KVCache, k: jax.Array, v: jax.Array, scales: tuple[jax.Array, jax.Array] | None
+) -> KVCache:
+    """The cache with what a kernel has left of it; ``scales``: of int8."""
+    k_scale, v_scale = scales or (None, None)
+    return replace(cache, k=k, v=v, k_scale=k_scale, v_scale=v_scale)
 
 
 def _split(model: Qwen3Moe) -> Split:
