@@ -38,8 +38,9 @@ def reason_against(decoder: Decoder, params: Params, rows: int, cache: KVCache) 
     if decoder.shards is not None:
         return "the model is split over several devices"
     if isinstance(decoder.path(params, rows, cache), OneKernel):
-        is_portable = decoder.model.kernels == "portable"
-        return "with the portable decode kernel it has not run on a GPU" if is_portable else None
+        if decoder.model.kernels == "portable":
+            return "with the portable decode kernel it has not run on a GPU"
+        return None if cache.scales is None else "with an int8 cache it has not run on a GPU"
     if decoder.model.kernels != NATIVE:
         why = dict(decoder.refused).get(OneKernel.name, "as asked")
         return f"neither a GPU's decode kernel ({why}) nor the CPU's native kernels run"

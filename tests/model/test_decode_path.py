@@ -210,12 +210,19 @@ def test_the_doctor_says_how_a_token_is_decoded_on_a_gpu(monkeypatch):
     assert found.text.endswith("layer by layer: everything else")
 
 
-@pytest.mark.parametrize(("kernels", "reason"), [("hopper", None), ("portable", "has not run on a GPU")])
-def test_tokens_at_once_are_for_kernels_that_have_run_them(kernels, reason):
+@pytest.mark.parametrize(
+    ("kernels", "dtype", "reason"),
+    [
+        ("hopper", jnp.float16, None),
+        ("portable", jnp.float16, "portable decode kernel it has not run on a GPU"),
+        ("hopper", jnp.int8, "int8 cache it has not run on a GPU"),
+    ],
+)
+def test_tokens_at_once_are_for_kernels_that_have_run_them(kernels, dtype, reason):
     """Prompt lookup on a GPU that is not there: what is not known to keep the bits is refused."""
     types = q4_k_m_types(CONFIG)
     decoder = plan_decoding(CONFIG, types, H100, kernels)
     params = tiled_params(abstract_params(CONFIG, types, GPU_ROLES))
-    cache = jax.eval_shape(lambda: KVCache.create(CONFIG, 1, CACHE_TILE, jnp.float16))
+    cache = jax.eval_shape(lambda: KVCache.create(CONFIG, 1, CACHE_TILE, dtype))
     found = consecutive.reason_against(decoder, params, 8, cache)
     assert found is None if reason is None else reason in found

@@ -65,9 +65,17 @@ def test_every_kernel_of_a_set_is_compiled(monkeypatch):
     rows = list(compile_kernels.wanted(cards.capabilities()["9.0"], ["Qwen3-30B-A3B"], [1]))
     for kernels in ("hopper", "portable"):
         mine = [row["kernel"].split()[0] for row in rows if kernels in row["kernel"]]
-        assert mine == ["decode_step"] + ["grouped_matmul"] * 9 + ["attention"] * 2
+        assert mine == ["decode_step"] * 2 + ["grouped_matmul"] * 9 + ["attention"] * 2
     monkeypatch.setattr(compile_kernels._prompt_kernels, "compiled", lambda target, row: row | {"blocks": 1})
-    assert compile_kernels.compiled(cards.capabilities()["8.9"], rows[1])["blocks"] == 1
+    prompts = next(row for row in rows if row["kernel"].startswith("grouped_matmul"))
+    assert compile_kernels.compiled(cards.capabilities()["8.9"], prompts)["blocks"] == 1
+
+
+def test_an_int8_cache_is_compiled_for_one_sequence():
+    rows = list(compile_kernels.wanted(cards.capabilities()["8.9"], ["Qwen3-30B-A3B"], [1, 4], prompts=False))
+    found = [(row["kernel"], row["batch"]) for row in rows]
+    plain = "decode_step portable"
+    assert found == [(plain, 1), (f"{plain} int8", 1), (plain, 4)]
 
 
 def test_without_a_compiler_it_says_so(monkeypatch, capsys, tmp_path):
