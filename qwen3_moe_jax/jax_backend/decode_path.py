@@ -256,6 +256,8 @@ class OneKernel:
             return f"it multiplies operands of 16 bits, and compute_dtype is {jnp.dtype(model.compute_dtype)}"
         if cache.k.dtype not in (jnp.bfloat16, jnp.float16, jnp.int8):
             return f"it reads a KV cache of 16 bits or int8, and it is {cache.k.dtype}"
+        if model.shards is not None and cache.scales is not None:
+            return "over several GPUs it has not run with a KV cache of int8"
         if batch not in self.batches:
             return f"it is for {self.batches[0]} to {self.batches[-1]} sequences, not {batch}"
         return _refusal(lambda: _decode_step().check(model.config, params, batch, mesh=_split(model)))

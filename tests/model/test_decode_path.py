@@ -146,6 +146,15 @@ def test_what_keeps_a_gpu_from_a_way_is_named(params, on_hopper, device, dtype, 
         assert reason in said
 
 
+@pytest.mark.parametrize(("dtype", "reason"), [(jnp.float16, None), (jnp.int8, "over several GPUs")])
+def test_a_cache_that_has_not_run_on_a_mesh_is_refused_there(params, on_hopper, dtype, reason):
+    from tests.model.test_mesh import shards
+
+    model = MODEL.clone(kernels="hopper", shards=shards("tp=1,ep=2"))
+    found = OneKernel().reason_against(model, params, 1, cache_of(1, dtype))
+    assert found is None if reason is None else reason in found
+
+
 @pytest.mark.parametrize(("type", "reason"), [(GGMLType.IQ3_S, "type of o IQ3_S"), (GGMLType.F16, None)])
 def test_a_type_that_a_kernel_lacks_leaves_the_rest_to_kernels(on_hopper, type, reason):
     """Then each operation runs by itself, and this type's alone by XLA."""
