@@ -19,6 +19,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from qwen3_moe_jax.kernels_pallas.decode_step.exchange import DEVICE_AXES, Split
 from qwen3_moe_jax.kernels_pallas.decode_step.primitives.sync import wait_devices
+from qwen3_moe_jax.kernels_pallas.gpu.interpreter import interpreter_option
 
 WIDTH = 512
 """Values that a block moves at a time."""
@@ -77,5 +78,6 @@ def sum_of_devices(x: jax.Array, mesh: Split) -> jax.Array:
         grid_names=("row",),
         kernel_name="qwen3_moe_sum_of_devices",
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
+        **interpreter_option(None, 1),  # never interpreted: see above
     )
     return kernel(x)[1]

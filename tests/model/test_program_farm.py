@@ -250,7 +250,7 @@ def test_with_spares_this_process_compiles_nothing(f16_file, store, farm, monkey
     monkeypatch.setattr(spare_workers, "count", lambda: 5)
     monkeypatch.setattr(Farm, "start", lambda self, count, hello: order.append(f"start {count}"))
     monkeypatch.setattr(Farm, "count", 5)
-    monkeypatch.setattr(Session, "of", lambda *arguments: order.append("plan") or of(*arguments))
+    monkeypatch.setattr(Session, "of", lambda *args, **kwargs: order.append("plan") or of(*args, **kwargs))
     begin = lambda self, first, *, compiles, may_be_here=True: order.append((compiles, may_be_here))
     monkeypatch.setattr(Preparation, "begin", begin)
     monkeypatch.setattr(
