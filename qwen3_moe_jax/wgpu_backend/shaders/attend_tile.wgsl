@@ -4,26 +4,10 @@
 // time. Keys and values go through workgroup memory a part at a time, so that neighbouring lanes load neighbouring
 // words, and each lane keeps a block of sums: first of 4 queries x 4 positions, then of 4 queries x EACH vectors of
 // the head. With several spans of the grid each leaves its maximum, sum and weighted values; merge.wgsl joins them.
-{% from "cache.wgsl" import cache_type, cache_unpack, cache_functions %}
+{% from "cache.wgsl" import cache_unpack %}
 {% include "common.wgsl" %}
 
-struct Params {
-  heads: u32,
-  kv_heads: u32,
-  capacity: u32,
-  span: u32,      // positions a workgroup; a multiple of SPAN
-  scale: f32,
-}
-
-@group(0) @binding(0) var<uniform> p: Params;
-@group(0) @binding(1) var<uniform> step: Step;
-@group(0) @binding(2) var<storage, read> roped: array<vec4<f32>>;
-@group(0) @binding(3) var<storage, read> keys: array<{{ cache_type(KV_F16) }}>;
-@group(0) @binding(4) var<storage, read> values: array<{{ cache_type(KV_F16) }}>;
-@group(0) @binding(5) var<storage, read_write> output: array<vec4<f32>>;
-@group(0) @binding(6) var<storage, read_write> parts: array<vec4<f32>>;
-
-{{ cache_functions(KV_F16) }}
+{% include "spans.wgsl" %}
 
 //% set H4 = HEAD_DIM // 4
 //% set WG = 128

@@ -4,26 +4,10 @@
 // One workgroup a (GROUP query heads of one KV head, TOKENS tokens, span of positions). With one
 // span the output is final; with several each leaves its maximum, sum and weighted
 // values in `parts`, and merge.wgsl joins them.
-{% from "cache.wgsl" import cache_type, cache_unpack, cache_functions %}
+{% from "cache.wgsl" import cache_unpack %}
 {% include "common.wgsl" %}
 
-struct Params {
-  heads: u32,
-  kv_heads: u32,
-  capacity: u32,
-  span: u32,      // positions a workgroup; a multiple of TILE
-  scale: f32,
-}
-
-@group(0) @binding(0) var<uniform> p: Params;
-@group(0) @binding(1) var<uniform> step: Step;
-@group(0) @binding(2) var<storage, read> roped: array<vec4<f32>>;
-@group(0) @binding(3) var<storage, read> keys: array<{{ cache_type(KV_F16) }}>;
-@group(0) @binding(4) var<storage, read> values: array<{{ cache_type(KV_F16) }}>;
-@group(0) @binding(5) var<storage, read_write> output: array<vec4<f32>>;
-@group(0) @binding(6) var<storage, read_write> parts: array<vec4<f32>>;
-
-{{ cache_functions(KV_F16) }}
+{% include "spans.wgsl" %}
 
 //% set H4 = HEAD_DIM // 4
 //% set DIMS = (H4 + WG - 1) // WG
