@@ -10,8 +10,8 @@ is the bytes of weights and cache that a token reads, times tokens/s, over what 
 only reads gets from the memory, measured here. --parity runs the NumPy reference on
 a prompt of three tokens and exits with 1 where the cosine of any position is below 0.99999 with
 the same experts. --peer FILE takes what another program measured on the same card: JSON with its "name",
-"prefill_tokens_per_s" and "decode_tokens_per_s"; ours over its stand in the result. On an NVIDIA card
-the memory that the model took of it stands beside the bytes of file and cache. --kernels times each
+"prefill_tokens_per_s" and "decode_tokens_per_s"; ours over its stand in the result. On NVIDIA cards
+the memory that the process holds stands beside the bytes of file and cache. --kernels times each
 kernel of a decode step; --sweep tries other settings of the matrix kernels. The last line is one JSON
 object.
 """
@@ -142,24 +142,43 @@ def bandwidth(runner: WgpuRunner, source: ModelSource, rate: float, position: in
     }
 
 
-def _used_memory() -> int | None:
-    """Bytes of the one NVIDIA card that programs hold; None where there is none, or several."""
+def _told(question: str) -> list[list[str]]:
+    """What nvidia-smi answers, line by line; nothing where there is none."""
     program = shutil.which("nvidia-smi")
     if program is None:
-        return None
-    asked = [program, "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
-    told = subprocess.run(asked, capture_output=True, text=True, check=False, timeout=20).stdout.split()
-    return int(told[0]) << 20 if len(told) == 1 and told[0].isdecimal() else None
+        return []
+    asked = [program, question, "--format=csv,noheader,nounits"]
+    told = subprocess.run(asked, capture_output=True, text=True, check=False, timeout=20).stdout
+    return [line.split(", ") for line in told.splitlines()]
+
+
+def _used_memory() -> int | None:
+    """Bytes of the one NVIDIA card that programs hold; None where there is none, or several."""
+    told = _told("--query-gpu=memory.used")
+    return int(told[0][0]) << 20 if len(told) == 1 and told[0][0].isdecimal() else None
+
+
+def _own_memory() -> int | None:
+    """Bytes of NVIDIA cards that this process holds; None where the driver does not tell."""
+    told = _told("--query-compute-apps=pid,used_memory")
+    own = [int(line[1]) << 20 for line in told if line[0] == str(os.getpid()) and line[1].isdecimal()]
+    return sum(own) if own else None
 
 
 def memory(runner: WgpuRunner, source: ModelSource, before: int | None) -> dict[str, Any]:
-    """Bytes of the card that the process holds, driver and all, beside what file and cache take."""
-    after = _used_memory()
-    if before is None or after is None:
+    """Bytes of NVIDIA cards that the process holds, driver and all, beside what file and cache take.
+
+    ``gpu_bytes`` is what the driver says of this process; where it is silent, the rise of what the one card
+    has in use.
+    """
+    own, after = _own_memory(), _used_memory()
+    risen = after - before if before is not None and after is not None else None
+    used = own if own is not None else risen
+    if used is None:
         return {}
     needed = source.nbytes + runner.cache_nbytes
-    used = after - before
-    return {"gpu_bytes": used, "file_and_cache_bytes": needed, "gpu_bytes_over_needed": used / needed}
+    found = {"gpu_bytes": used, "file_and_cache_bytes": needed, "gpu_bytes_over_needed": used / needed}
+    return found if risen is None else {**found, "card_bytes": risen}
 
 
 def beside(own: dict[str, Any], peer: dict[str, Any]) -> dict[str, Any]:
