@@ -335,8 +335,12 @@ def wgpu() -> str:
         (f"prompt of {r['prompt_tokens']}", f"{whole(r['prefill_tokens_per_s'])} tokens/s"),
         ("weights and cache read per second of decode", f"{whole(r['decode_gb_per_s'])} GB"),
         (
-            "over llama.cpp through Vulkan, another run: decode; prompt",
+            "over llama.cpp through Vulkan, the same card: decode; prompt",
             f"{r['decode_tokens_per_s_of_peer']:.2f}; {r['prefill_tokens_per_s_of_peer']:.2f}",
+        ),
+        (
+            "memory of the card; over file and cache",
+            f"{r['gpu_bytes'] / 1e9:.1f} GB; {r['gpu_bytes_over_needed']:.3f}",
         ),
         ("minimum cosine to the float32 reference", below_one(min(r["parity"]["parity_cosine"]))),
     ]
