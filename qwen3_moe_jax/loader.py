@@ -4,6 +4,7 @@ import math
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -328,7 +329,8 @@ def fitting_context(
 
     All of the model's own where its cache takes at most a share of what the weights leave; else the
     power of two below that (few lengths, so that few are compiled). DEFAULT_CONTEXT, or what fits, where
-    that share is less. WebGPU does not tell how much memory is free: DEFAULT_CONTEXT there.
+    that share is less. WebGPU does not tell how much memory is free, and beside weights that stay in a file
+    memory is for these: DEFAULT_CONTEXT there.
     """
     maximum = source.config.max_position_embeddings
     minimum = min(DEFAULT_CONTEXT, maximum)
@@ -336,6 +338,9 @@ def fitting_context(
     if free is None or free.nbytes is None:
         return minimum
     plan = _plan(source, maximum, itemsize, mesh)
+    usual = replace(plan, cache=plan.cache * (minimum + SLACK_TOKENS) // maximum)
+    if backend == "jax" and mesh is None and usual.settled(free).is_mapped:
+        return minimum  # a longer cache pushes weights out of memory
     left = free.nbytes - plan.weights - plan.working
     fits = lambda share: int(left * share) * maximum // plan.cache - SLACK_TOKENS
     found = fits(SHARE_OF_MAIN if free.where == MAIN_MEMORY else SHARE_OF_CARD)

@@ -308,7 +308,7 @@ def load_model(
 
 
 def banner(model: "Model") -> tuple[str, ...]:
-    """Two lines: what the model is, and what it runs on; a third on the mesh that it is split over."""
+    """Two lines: what the model is, and what it runs on; a third on its mesh, or on its weights' file."""
     c, source = model.config, model.source
     name = source.metadata.get("general.name", source.path.name)
     kinds = ", ".join(sorted({t.name for t in source.types.values()}))
@@ -318,12 +318,14 @@ def banner(model: "Model") -> tuple[str, ...]:
     implementations = ", ".join(f"{t}: {i}" for t, i in found.items())
     kernels = f"{facts['kernels']} kernels ({facts['kernels_reason']}), " if _has_choice(facts) else ""
     mesh = (f"mesh {facts['mesh']}",) if "mesh" in facts else ()
+    weights = (f"weights {facts['weights']}",) if "weights" in facts else ()
     device = f"{facts['backend']} on {facts['device']} ({model.backend_reason})"
     return (
         f"{name}: {c.num_hidden_layers} layers, {c.num_experts} experts ({c.num_experts_per_tok} used), "
         f"{kinds}, {source.nbytes / 1e9:.3g} GB",
         f"{device}, {kernels}{facts['compute_dtype']}, context {model.runner.max_context}, {implementations}",
         *mesh,
+        *weights,
     )
 
 

@@ -94,6 +94,7 @@ def _print_here(here: dict[str, Any]) -> None:
 
 def _context(row: dict[str, Any]) -> str:
     fits = {True: "fits", False: "does not fit", None: "unknown"}[row["fits"]]
+    fits = "from a file" if row["fits"] and row["weights_in_a_file"] else fits
     rate = row["estimated_tokens_per_second"]
     speed = (
         "rate not known"

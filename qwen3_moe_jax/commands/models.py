@@ -14,6 +14,7 @@ from qwen3_moe_jax.core import terminal
 from qwen3_moe_jax.core.exit_codes import ExitCode
 from qwen3_moe_jax.hub.cached import Found, hub_cache, in_folders, in_hub_cache, unfinished
 from qwen3_moe_jax.machine.estimate import Place, place_of
+from qwen3_moe_jax.machine.kept_weights import all_kept
 from qwen3_moe_jax.machine.memory import MemoryPlan
 
 
@@ -35,11 +36,15 @@ def run(args: argparse.Namespace) -> int:
     place = place_of(loader.choose_backend().backend)
     rows = [_row(one, place) for one in found]
     rest = [{"repo": repo, "nbytes": nbytes} for repo, nbytes in unfinished()]
+    mapped = [
+        {"folder": str(folder), "model": kept and kept.source, "nbytes": kept.nbytes if kept else None}
+        for folder, kept in all_kept()
+    ]
     if args.json:
         report = {"cache": str(hub_cache()), "backend": place.backend, "models": rows, "unfinished": rest}
-        terminal.show_json(report, indent=2)
+        terminal.show_json({**report, "mapped_weights": mapped}, indent=2)
     else:
-        _print(rows, rest, place)
+        _print(rows, rest, mapped, place)
     return ExitCode.DONE
 
 
@@ -49,34 +54,41 @@ def _row(one: Found, place: Place) -> dict[str, Any]:
     try:
         with open_model(one.path) as source:
             context = min(loader.DEFAULT_CONTEXT, source.config.max_position_embeddings)
-            needed = MemoryPlan.of(source, context, place.itemsize).total
+            plan = place.settled(MemoryPlan.of(source, context, place.itemsize))
             free = place.memory.nbytes
-            fits = free is None or needed <= free
-            why = "" if fits else f"needs {needed / 1e9:.1f} GB, {place.memory}"
-            rate = place.rate(source, 0) if fits else None
+            fits = free is None or plan.needed <= free
+            why = "" if fits else f"needs {plan.needed / 1e9:.1f} GB, {place.memory}"
+            if fits and plan.is_mapped:
+                why = f"weights in a file, {plan.share:.0%} fit memory"
+            rate = place.rate(source, 0) if fits and not plan.is_mapped else None
             types = sorted({t.name for t in source.types.values()})
             return {**row, "types": types, "runs": fits, "why": why, "estimated_tokens_per_second": rate}
     except ModelFileError as error:
         return {**row, "types": [], "runs": False, "why": str(error), "estimated_tokens_per_second": None}
 
 
-def _print(rows: list[dict[str, Any]], rest: Iterable[dict[str, Any]], place: Place) -> None:
+def _print(
+    rows: list[dict[str, Any]], rest: Iterable[dict[str, Any]], mapped: Iterable[dict[str, Any]], place: Place
+) -> None:
     width = max(len(row["name"]) for row in rows)
     for row in rows:
         rate = row["estimated_tokens_per_second"]
-        speed = "runs" + (
-            f", about {rate:.2g} tokens/s"
-            if rate and rate < 100
-            else f", about {rate:.0f} tokens/s"
-            if rate
-            else ""
-        )
+        digits = ".2g" if rate and rate < 100 else ".0f"
+        about = f", about {rate:{digits}} tokens/s" if rate else ""
+        speed = "runs" + (f", {row['why']}" if row["why"] else about)
         state = speed if row["runs"] else f"does not run: {row['why']}"
         terminal.show(f"{row['name']:{width}}  {format_bytes(row['nbytes']):>9}  {row['kind']:10}  {state}")
     for one in rest:
         terminal.show(
             f"hf:{one['repo']}: {format_bytes(one['nbytes'])} of an unfinished download; pull goes on"
         )
+    for one in mapped:
+        what = (
+            f"{format_bytes(one['nbytes'])} of {one['model']}"
+            if one["model"]
+            else "damaged, or being written"
+        )
+        terminal.show(f"{one['folder']}: mapped weights, {what}; delete the folder to remove them")
     terminal.show(
         f"Rates are estimates for {place.backend}: the bytes that a token reads, and {place.origin}. "
         f"Cache: {hub_cache()}"

@@ -203,10 +203,10 @@ class Runner(Protocol):
     def describe(self) -> dict[str, object]:
         """What runs where, for the banner and for receipts.
 
-        Keys: backend, device, compute_dtype; implementations, one name for each
-        quantization type; fallbacks, a line for each part that runs on less than
-        this backend's best implementation; batch_invariant, whether decoding gives a
-        sequence the same bits whatever other sequences (up to 15) run in its batch.
+        Keys: backend, device, compute_dtype; weights, where these are mapped from a file;
+        implementations, one name for each quantization type; fallbacks, a line for each
+        part that runs on less than this backend's best implementation; batch_invariant,
+        whether decoding gives a sequence the same bits whatever other sequences (up to 15) run in its batch.
         """
         ...
 

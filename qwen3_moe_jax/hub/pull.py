@@ -178,7 +178,10 @@ def _prospect(listing: Listing, variant: Variant, seen: Seen | None) -> list[str
     if seen is not None and seen.plan is not None:
         fit = "" if free.nbytes is None else "fits " if seen.plan.total <= free.nbytes else "does not fit "
         needs = f"needs {seen.plan.total / 1e9:.1f} GB with {seen.plan.context:,} tokens of context"
-        return [f"{', '.join(seen.types)}; {needs}: {fit}{free}"]
+        plan = seen.plan.settled(free)
+        is_mapped = plan.is_mapped and free.nbytes is not None and plan.needed <= free.nbytes
+        aid = f"; jax on a CPU maps its weights from a file, {plan.share:.0%} fit memory" if is_mapped else ""
+        return [f"{', '.join(seen.types)}; {needs}: {fit}{free}{aid}"]
     if not runs(variant.quant):
         return [f"note: {variant.label} is not known to run here; {listing.offer()}"]
     if not fits(variant, free):

@@ -158,15 +158,16 @@ def implementation(place: Place, type_name: str) -> str:
 
 
 def _at(source: ModelSource, place: Place, context: int) -> dict[str, Any]:
-    plan = MemoryPlan.of(source, context, place.itemsize)
+    plan = place.settled(MemoryPlan.of(source, context, place.itemsize))
     free = place.memory.nbytes
     return {
         "context": context,
         "weights": plan.weights,
         "cache": plan.cache,
         "total": plan.total,
-        "fits": None if free is None else plan.total <= free,
-        "estimated_tokens_per_second": place.rate(source, context),
+        "fits": None if free is None else plan.needed <= free,
+        "weights_in_a_file": plan.is_mapped,
+        "estimated_tokens_per_second": None if plan.is_mapped else place.rate(source, context),
     }
 
 

@@ -1,8 +1,8 @@
 """From a model source to the parameter tree on a device, in the layout that the device reads best.
 
-On the CPU every stack is one NumPy array that JAX uses in place. On a GPU the bytes go up as the file has
-them and are unpacked and re-arranged there (``device_load``), into stacks that were allocated first; nothing
-is on the host or on the device twice.
+On the CPU every stack is one NumPy array that JAX uses in place, of memory or of a file that is mapped. On a
+GPU the bytes go up as the file has them and are unpacked and re-arranged there (``device_load``), into stacks
+that were allocated first; nothing is on the host or on the device twice.
 """
 
 import math
@@ -28,10 +28,12 @@ from qwen3_moe_jax.jax_backend import host_load
 from qwen3_moe_jax.jax_backend.device import Device
 from qwen3_moe_jax.jax_backend.device_load import Target, allocate, load_stacks, wanted_programs
 from qwen3_moe_jax.jax_backend.host_load import HostLoader, Value
+from qwen3_moe_jax.jax_backend.mapped_weights import load_mapped
 from qwen3_moe_jax.jax_backend.settings import own_settings
 from qwen3_moe_jax.jax_backend.wanted import Wanted
 from qwen3_moe_jax.kernels_pallas import LayerTable
 from qwen3_moe_jax.kernels_pallas.packed.stacks import Roles, abstract_packed
+from qwen3_moe_jax.machine.memory import MemoryPlan
 from qwen3_moe_jax.machine.threads import SHORT_TURN, shares_the_lock
 
 Params = dict[str, Any]
@@ -161,21 +163,51 @@ def device_params(
 
 
 def load_params(
-    source: ModelSource, roles: Roles, device: Device, progress: ProgressCallback | None = None
+    source: ModelSource,
+    roles: Roles,
+    device: Device,
+    progress: ProgressCallback | None = None,
+    plan: MemoryPlan | None = None,
 ) -> Params:
     """Every tensor of ``source`` on ``device``, as the model's parameters.
 
     Norm weights become float32 vectors, everything else stays packed.
+
+    Args:
+      source: the model.
+      roles: of the tensors that share stacks.
+      device: where they go.
+      progress: told how far it is.
+      plan: says whether a CPU's weights stay in a file; None is no.
+
+    Raises:
+      MemoryPlanError: they would, and the disk cannot have the file.
     """
-    load = load_on_host if device.platform == "cpu" else load_on_device
-    return load(source, roles, device, progress)
+    if device.platform == "cpu":
+        return load_on_host(source, roles, device, progress, plan)
+    return load_on_device(source, roles, device, progress)
 
 
 def load_on_host(
-    source: ModelSource, roles: Roles, device: Device, progress: ProgressCallback | None = None
+    source: ModelSource,
+    roles: Roles,
+    device: Device,
+    progress: ProgressCallback | None = None,
+    plan: MemoryPlan | None = None,
 ) -> Params:
     """NumPy arrays that JAX's CPU backend uses without a copy, sixteen rows side by side where possible."""
-    params = host_load.allocate(laned_params(abstract_params(source.config, source.types, roles)))
+    shapes = laned_params(abstract_params(source.config, source.types, roles))
+    fill = partial(fill_on_host, source, progress=progress)
+    if plan is not None and plan.is_mapped:
+        params = load_mapped(source, plan, shapes, fill, progress)
+    else:
+        params = host_load.allocate(shapes)
+        fill(params)
+    return jax.tree.map(partial(jax.device_put, device=device, may_alias=True), params)
+
+
+def fill_on_host(source: ModelSource, params: Params, progress: ProgressCallback | None = None) -> None:
+    """Writes every tensor to its place in arrays of ``laned_params``, of memory or of a file."""
     table, done = params["layers"], 0
     tensors = {tensor.name: tensor for tensor in table.tensors}
     with HostLoader(source) as loader:
@@ -192,7 +224,6 @@ def load_on_host(
             done += source.tensor_nbytes(path)
             if progress:
                 progress(done, source.nbytes)
-    return jax.tree.map(partial(jax.device_put, device=device, may_alias=True), params)
 
 
 def load_on_device(

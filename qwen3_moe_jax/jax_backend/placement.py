@@ -93,6 +93,8 @@ class Placement:
     def plan(self, source: ModelSource, length: int, itemsize: int) -> MemoryPlan:
         """What one device is going to hold; all of this process on a CPU, whose devices share main memory.
 
+        One CPU's weights stay in a file where its memory does not hold them.
+
         Args:
           length: positions of the cache, of ``itemsize`` bytes per value.
 
@@ -101,7 +103,9 @@ class Placement:
         """
         plan, advice = self.planned(source, length, itemsize), ADVICE
         if self.shards is None:
-            plan.check(available_memory(self.device))
+            free = available_memory(self.device)
+            plan = plan.settled(free)
+            plan.check(free)
             return plan
         for device in self.shards.own_devices if self.is_gpu else [self.device]:
             plan.check(available_memory(device), advice=advice)
@@ -123,10 +127,10 @@ class Placement:
         nbytes = device_nbytes(self.shards, source.types)
         return f"{self.shards.describe()}, {nbytes / 1e9:.3g} GB of weights per device"
 
-    def load(self, source: ModelSource, progress: ProgressCallback | None) -> Params:
-        """The parameters, on every device what it has of them."""
+    def load(self, source: ModelSource, plan: MemoryPlan, progress: ProgressCallback | None) -> Params:
+        """The parameters, on every device what it has of them; ``plan`` is what :meth:`plan` gave."""
         if self.shards is None:
-            return load_params(source, GPU_ROLES if self.is_gpu else {}, self.device, progress)
+            return load_params(source, GPU_ROLES if self.is_gpu else {}, self.device, progress, plan)
         params = load_sharded(source, self.shards, self.device, progress)
         if self.shards.processes > 1:
             connect(self.shards)

@@ -45,6 +45,7 @@ from qwen3_moe_jax.jax_backend.forward import forward
 from qwen3_moe_jax.jax_backend.generate import chunk_lengths
 from qwen3_moe_jax.jax_backend.kv_cache import KVCache, whole_tiles
 from qwen3_moe_jax.jax_backend.likelihood import Scored, token_scores
+from qwen3_moe_jax.jax_backend.mapped_weights import describe_mapped
 from qwen3_moe_jax.jax_backend.native import NATIVE_DTYPE, Native
 from qwen3_moe_jax.jax_backend.placement import Placement
 from qwen3_moe_jax.jax_backend.preparation import Preparation
@@ -146,6 +147,7 @@ class JaxRunner:
         self.compute_dtype, self.cache_dtype = dtypes_on(self.device, compute_dtype, cache_dtype)
         self._types, self._mesh = dict(source.types), place.describe(source)
         self.plan = place.plan(source, cache_length(self.max_context), self.cache_dtype.itemsize)
+        self._weights = describe_mapped(source, self.plan)
         has_spares = first_prompt is not None and self._take_spare_workers()
         is_split = place.shards is not None
         native = Native.begin(self.device, kernels, compute_dtype is not None, is_split=is_split)
@@ -154,7 +156,7 @@ class JaxRunner:
         self.params = load_beside(
             partial(self._get_ready, first_prompt, first_forward, has_spares, others_follow),
             lambda stored: self.preparation.begin(stored, compiles=False),
-            partial(place.load, source),
+            partial(place.load, source, self.plan),
             progress,
             undo=lambda: self.preparation.close(),
             is_beside=place.is_gpu,
@@ -215,7 +217,7 @@ class JaxRunner:
 
     def free_nbytes(self) -> int | None:
         farm().end_idle()  # whose memory is free then
-        return available_memory(self.device).nbytes
+        return self.plan.beside(available_memory(self.device).nbytes)
 
     def set_max_context(self, tokens: int) -> None:
         self.max_context = tokens
@@ -236,6 +238,7 @@ class JaxRunner:
             "compute_dtype": NATIVE_DTYPE if self.kernels.name == NATIVE else self.compute_dtype.name,
             "cache_dtype": self.cache_dtype.name,
             **({"mesh": self._mesh} if self._mesh else {}),
+            **({"weights": self._weights} if self._weights else {}),
             "implementations": {t.name: found for t, found in implementations.items() if found},
             "refused": record.refusals(),
             "decode": self.decoder.describe(),

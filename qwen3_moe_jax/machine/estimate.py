@@ -17,6 +17,7 @@ from qwen3_moe_jax.machine.datasheets import peak_bandwidth
 from qwen3_moe_jax.machine.headroom import Headroom, main_memory
 from qwen3_moe_jax.machine.kernels import AUTO, NATIVE, choose_kernels, installed_jax
 from qwen3_moe_jax.machine.limits import read_bandwidth, step_nbytes
+from qwen3_moe_jax.machine.memory import MemoryPlan
 from qwen3_moe_jax.machine.nvidia import NvidiaGpu, nvidia_gpus
 from qwen3_moe_jax.machine.probe import cards_are_hidden_by
 
@@ -58,6 +59,10 @@ class Place:
         if self.backend != "jax":
             return self.backend
         return f"jax {self.kernels if self.on_gpu else 'cpu'}"
+
+    def settled(self, plan: MemoryPlan) -> MemoryPlan:
+        """What a load does with a plan: jax lets a CPU's weights that do not fit stay in a file."""
+        return plan.settled(self.memory) if self.backend == "jax" else plan
 
     def rate(self, source: ModelSource, depth: int) -> float | None:
         """Expected tokens/s of one sequence with ``depth`` tokens in its cache; None where unknown."""

@@ -45,12 +45,14 @@ class Headroom:
       where: the place's name.
       origin: the limit that sets the figure; "" for all that the place has.
       kept: bytes that were free too, and are kept for what a compiler takes for a while.
+      addresses: bytes of address space that are left, which files that are mapped take too; None is no limit.
     """
 
     nbytes: int | None
     where: str = MAIN_MEMORY
     origin: str = ""
     kept: int = 0
+    addresses: int | None = None
 
     def __str__(self) -> str:
         free = "an unknown size" if self.nbytes is None else f"{self.nbytes / 1e9:.2f} GB free"
@@ -133,7 +135,9 @@ def main_memory(
     if compiles:
         found = [place.keeping(COMPILER_BYTES) for place in found]
         by_limit = {name: place.keeping(_kept_of(name)) for name, place in by_limit.items()}
-    return _minimum([*found, *by_limit.values()]) or Headroom(None)
+    space = by_limit.get("RLIMIT_AS")
+    minimum = _minimum([*found, *by_limit.values()]) or Headroom(None)
+    return replace(minimum, addresses=space and space.nbytes)
 
 
 def _kept_of(limit: str) -> int:

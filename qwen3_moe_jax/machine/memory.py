@@ -1,6 +1,12 @@
-"""What a loaded model takes of a device's memory, worked out before anything is read."""
+"""What a loaded model takes of a device's memory, worked out before anything is read.
 
-from dataclasses import dataclass
+Where main memory does not hold it, a CPU's weights stay in a file that is mapped (``kept_weights``): a limit
+on memory counts the file's pages as well, but the system drops them before it refuses memory to a program.
+Source: https://docs.kernel.org/admin-guide/cgroup-v2.html (memory.stat, file and inactive_file).
+"""
+
+import os
+from dataclasses import dataclass, replace
 
 from qwen3_moe_jax.convert.config import Qwen3MoeConfig
 from qwen3_moe_jax.convert.packed import packed_nbytes
@@ -16,6 +22,10 @@ MIN_POSITIONS = 1024
 
 MIN_CONTEXT = 16
 """A shorter context is not advised."""
+
+MIN_SHARE = 1 / 8
+"""Of weights in a file, what has to fit the memory. A token of a 30B model reads a ninth of them: with less,
+each one is read from the disk again and again."""
 
 
 def cache_nbytes(config: Qwen3MoeConfig, length: int, itemsize: int, batch: int = 1) -> int:
@@ -71,12 +81,15 @@ class MemoryPlan:
       cache: the KV cache.
       context: tokens that the cache holds.
       working: everything else.
+      room: of weights that stay in a file which is mapped: memory that is left for them; None where memory
+        holds them.
     """
 
     weights: int
     cache: int
     context: int
     working: int = WORKING_BYTES
+    room: int | None = None
 
     @classmethod
     def of(cls, source: ModelSource, context: int, itemsize: int) -> "MemoryPlan":
@@ -84,18 +97,56 @@ class MemoryPlan:
         return cls(weights_nbytes(source), cache_nbytes(source.config, context, itemsize), context)
 
     @property
+    def is_mapped(self) -> bool:
+        """Whether the weights stay in a file."""
+        return self.room is not None
+
+    @property
     def total(self) -> int:
+        """Bytes in memory and in a file."""
         return self.weights + self.cache + self.working
 
+    @property
+    def needed(self) -> int:
+        """Bytes that have to be free in memory."""
+        return self._held() + self.cache + self.working
+
+    def _held(self) -> int:
+        return int(self.weights * MIN_SHARE) if self.is_mapped else self.weights
+
     def __str__(self) -> str:
+        place = "" if self.room is None else f" in a file ({self.share:.0%} of them fit memory)"
         return (
-            f"weights {self.weights / 1e9:.2f} GB + KV cache of {self.context} tokens "
+            f"weights {self.weights / 1e9:.2f} GB{place} + KV cache of {self.context} tokens "
             f"{self.cache / 1e9:.2f} GB + working memory {self.working / 1e9:.2f} GB"
         )
 
+    @property
+    def share(self) -> float:
+        """Of the weights, what memory has room for."""
+        return 1.0 if self.room is None else min(1.0, self.room / max(1, self.weights))
+
+    def settled(self, free: Headroom) -> "MemoryPlan":
+        """What a CPU does: this plan, or where it does not fit and a file can be mapped, that."""
+        beside = self.cache + self.working
+        has_addresses = free.addresses is None or self.weights + beside <= free.addresses
+        is_cpu = free.where == MAIN_MEMORY and os.name == "posix"
+        if free.nbytes is None or self.needed <= free.nbytes or not (is_cpu and has_addresses):
+            return self
+        mapped = replace(self, room=max(0, free.nbytes - beside))
+        would_fit = self.fitting_context(free.nbytes), mapped.fitting_context(free.nbytes)
+        helps = mapped.needed <= free.nbytes or would_fit[0] < MIN_CONTEXT <= would_fit[1]
+        return mapped if helps else self
+
+    def beside(self, available: int | None) -> int | None:
+        """Of bytes that are free with the model loaded: those that push no weights out of memory."""
+        if available is None or not self.is_mapped:
+            return available
+        return max(self.cache + self.working, available - self.weights)
+
     def fitting_context(self, available: int) -> int:
         """Tokens of KV cache that ``available`` bytes leave room for; 0 where not even the weights fit."""
-        left = available - self.weights - self.working
+        left = available - self._held() - self.working
         return max(0, left * self.context // max(1, self.cache))
 
     def check(self, free: Headroom, advice: str = "") -> None:
@@ -105,7 +156,7 @@ class MemoryPlan:
           free: of the memory that is to hold the model.
           advice: what to do where no context would fit.
         """
-        if free.nbytes is None or self.total <= free.nbytes:
+        if free.nbytes is None or self.needed <= free.nbytes:
             return
         is_limited = free.where == MAIN_MEMORY and free.origin
         advice = advice or f"use a machine with more memory{', or raise that limit' if is_limited else ''}"

@@ -10,6 +10,7 @@ from typing import Protocol
 
 from qwen3_moe_jax.core.errors import BackendUnavailableError, MemoryPlanError
 from qwen3_moe_jax.machine import environment
+from qwen3_moe_jax.machine.folders import CACHE_VARIABLE, cache_folder
 from qwen3_moe_jax.machine.headroom import Headroom, available_memory, main_memory
 from qwen3_moe_jax.machine.jax_devices import (
     CARDS_VARIABLE,
@@ -275,6 +276,7 @@ def _judge_wgpu(machine: Machine) -> Diagnosis:
 
 def judge_memory(machine: Machine, plan: MemoryPlan) -> Diagnosis:
     """Whether a model fits what is free, as a load would judge it, and which limit sets that."""
+    plan = plan.settled(machine.memory)
     try:
         plan.check(machine.memory)
     except MemoryPlanError as error:
@@ -282,4 +284,10 @@ def judge_memory(machine: Machine, plan: MemoryPlan) -> Diagnosis:
         return Diagnosis("problem", "memory", what, advice)
     if machine.memory.nbytes is None:
         return Diagnosis("note", "memory", f"{plan}; this system does not say how much it has")
+    if plan.is_mapped:
+        what = f"{plan} fit {machine.memory}: what memory does not hold is read from the disk when it is used"
+        if (folder := cache_folder()) is None:
+            return Diagnosis("problem", "memory", what, f"{CACHE_VARIABLE} names a folder for that file")
+        advice = f"a load writes the file once, {plan.weights / 1e9:.2f} GB, to {folder}"
+        return Diagnosis("note", "memory", what, advice)
     return Diagnosis("ok", "memory", f"{plan} fit {machine.memory}")

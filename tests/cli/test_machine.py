@@ -100,7 +100,8 @@ def test_each_fault_has_its_line_and_one_thing_to_do(machine, subject, level, te
         (GOOD, 18.6, 80.0, "problem", "max_context"),
         (GOOD, 142.0, 1.0, "problem", "more memory"),
         (replace(CPU_ONLY, memory=Headroom(24 << 30)), 18.6, 0.8, "ok", ""),
-        (replace(CPU_ONLY, memory=Headroom(16 << 30)), 18.6, 0.8, "problem", "more memory"),
+        (replace(CPU_ONLY, memory=Headroom(16 << 30)), 18.6, 0.8, "note", "writes the file once, 18.60 GB"),
+        (replace(CPU_ONLY, memory=Headroom(2 << 30)), 18.6, 0.8, "problem", "more memory"),
         (replace(CPU_ONLY, memory=Headroom(None)), 18.6, 0.8, "note", ""),
     ],
 )
