@@ -123,6 +123,10 @@ class Batch(Protocol):
         """Takes those programs that are on disk into memory, and returns when they are there."""
         ...
 
+    def use_ready_programs(self) -> None:
+        """Lets no later step wait for a program where a smaller one that is there does the work."""
+        ...
+
     def row_length(self, slot: int) -> int:
         """Tokens of a slot's sequence that its row of the cache holds."""
         ...

@@ -19,17 +19,16 @@ from qwen3_moe_jax.jax_backend.asked import Asked, Written, merged, prompt_array
 from qwen3_moe_jax.jax_backend.decode_path import Decoder
 from qwen3_moe_jax.jax_backend.generate import (
     MAX_STEPS,
-    PREFILL_CHUNKS,
     PREFILL_TOKENS,
     DecodeState,
     StepResult,
-    chunk_lengths,
 )
 from qwen3_moe_jax.jax_backend.kv_cache import KVCache
 from qwen3_moe_jax.jax_backend.params import Params
 from qwen3_moe_jax.jax_backend.preparation import Preparation
+from qwen3_moe_jax.jax_backend.reading import Reader
 from qwen3_moe_jax.jax_backend.settings import own_settings
-from qwen3_moe_jax.jax_backend.step_sizes import check_invariant, prompt_counts, row_counts, rows_beside
+from qwen3_moe_jax.jax_backend.step_sizes import check_invariant, row_counts
 from qwen3_moe_jax.jax_backend.token_choice import WIDE, SamplingArrays, work_for
 
 TOKENS_PER_DISPATCH = 8
@@ -74,12 +73,14 @@ class Batch:
         self._sequences: dict[int, Written] = {}
         self._asked: deque[Asked] = deque()
         self._closed = False
+        self._reader = Reader(decoder, params, self.slots)
 
     def close(self) -> None:
         """Deletes the cache and all else on the device; later calls raise ModelClosedError."""
         self._closed = True
         self.preparation.close()
         self._sequences, self._params = {}, {}
+        self._reader.close()
         self._asked.clear()
         for array in jax.tree.leaves(self._state):
             if not array.is_deleted():
@@ -102,6 +103,12 @@ class Batch:
     def load_programs(self) -> None:
         """Takes those that are on disk into memory, and returns when they are there."""
         self.preparation.load_stored()
+
+    def use_ready_programs(self) -> None:
+        """From now on no step waits for a program that reads several prompts: until it was made beside the
+        work, which waits for a pause, they are read one by one. Where nothing is made so, nothing changes."""
+        if self.preparation.makes_the_rest:
+            self._reader.use_ready_programs()
 
     def _check_open(self) -> None:
         if self._closed:
@@ -400,20 +407,11 @@ class Batch:
         if self.is_invariant:
             waiting, maximum = waiting[:1], PREFILL_TOKENS
         remaining = {slot: self._sequences[slot].length - self._sequences[slot].filled for slot in waiting}
-        sizes = [size for size in PREFILL_CHUNKS if size <= maximum] or PREFILL_CHUNKS[:1]
-        chunk = chunk_lengths(remaining[waiting[0]], sizes)[0]
-        counts = prompt_counts(len(waiting), chunk, maximum, has_kernel=self._has_kernel)
-        slots = waiting[: counts[-1]]
+        scored = self._is_scored
+        chunk, count = self._reader.choose(self._state, list(remaining.values()), maximum, is_scored=scored)
+        slots = waiting[:count]
         beside = [] if self._has_kernel else [n for n, s in self._sequences.items() if s.is_ready]
-        self._state, result = generate.prefill(
-            self._decoder,
-            self._params,
-            self._state,
-            np.asarray(slots, np.int32),
-            chunk=chunk,
-            rows=rows_beside(self.slots, self._has_kernel),
-            scored=self._is_scored,
-        )
+        self._state, result = self._reader.read(self._state, slots, chunk, is_scored=scored)
         self.read_tokens = chunk * len(slots)
         for slot in slots:
             self._sequences[slot].filled += min(chunk, remaining[slot])

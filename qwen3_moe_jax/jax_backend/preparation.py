@@ -150,9 +150,14 @@ class Preparation:
         with suppress(RuntimeError):  # closed meanwhile
             return None if self._is_closed else self._first.submit(self._make, wanted, compiles, may_be_here)
 
+    @property
+    def makes_the_rest(self) -> bool:
+        """Whether ``go_on`` makes programs: a later process must find them on disk."""
+        return bool(self.goes_on and self.wanted and self.are_kept and programs.keeps_on_disk())
+
     def go_on(self) -> None:
-        """The first token is there: the others may be made, if a later process will find them on disk."""
-        if not (self.goes_on and self.wanted and self.are_kept and programs.keeps_on_disk()):
+        """The first token is there: the others may be made."""
+        if not self.makes_the_rest:
             return
         with self._changed:  # the first tokens of two streams may come at once
             if self._worker is None:

@@ -110,7 +110,7 @@ class FakeBatch:
     def make_programs(self) -> None:
         """Does nothing: it has none."""
 
-    load_programs = make_programs
+    load_programs = use_ready_programs = make_programs
 
     def free(self, slot: int) -> None:
         """Gives a slot back; its row stays."""

@@ -13,6 +13,7 @@ from qwen3_moe_jax.core.sampling import Sampling
 from qwen3_moe_jax.jax_backend import generate, slots, step_sizes
 from qwen3_moe_jax.jax_backend.generate import COMPILER_OPTIONS
 from qwen3_moe_jax.jax_backend.kv_cache import KVCache, Span
+from qwen3_moe_jax.jax_backend.preparation import Preparation
 from qwen3_moe_jax.jax_backend.requests import Request, run_all
 from qwen3_moe_jax.jax_backend.runner import JaxRunner
 from tests import tolerances
@@ -25,7 +26,7 @@ SLOTS, CONTEXT = 4, 256
 @pytest.fixture(autouse=True)
 def one_length_of_chunks(monkeypatch):
     """Prompts take several steps, and fewer programs are compiled."""
-    monkeypatch.setattr("qwen3_moe_jax.jax_backend.batching.PREFILL_CHUNKS", (16,))
+    monkeypatch.setattr("qwen3_moe_jax.jax_backend.reading.PREFILL_CHUNKS", (16,))
 
 
 @pytest.fixture
@@ -109,7 +110,7 @@ def test_a_sequence_that_comes_while_others_are_written(batch, golden, greedy, m
     ("budget", "chunk", "together"), [(2048, 128, 1), (128, 128, 1), (127, 16, 1), (31, 16, 1), (1, 16, 1)]
 )
 def test_a_step_reads_no_more_than_it_is_asked_to(batch, golden, monkeypatch, budget, chunk, together):
-    monkeypatch.setattr("qwen3_moe_jax.jax_backend.batching.PREFILL_CHUNKS", generate.PREFILL_CHUNKS)
+    monkeypatch.setattr("qwen3_moe_jax.jax_backend.reading.PREFILL_CHUNKS", generate.PREFILL_CHUNKS)
     asked = []
 
     def spy(model, params, state, slots, **options):
@@ -130,6 +131,38 @@ def test_few_numbers_of_prompts_are_read_together(has_kernel, counts):
     assert step_sizes.prompt_counts(20, 512, 2048, has_kernel=has_kernel) == [n for n in counts if n <= 4]
     assert step_sizes.prompt_counts(3, 16, 2048, has_kernel=has_kernel) == [n for n in counts if n <= 3]
     assert step_sizes.prompt_counts(1, 512, 16, has_kernel=has_kernel) == [1]
+
+
+@pytest.mark.parametrize("is_made_beside", [True, False])
+def test_no_step_waits_for_a_program_that_others_can_do_without(
+    batch, golden, greedy, monkeypatch, is_made_beside
+):
+    """Prompts are read one by one until the program for four is there; together where nobody makes it."""
+    monkeypatch.setattr(Preparation, "makes_the_rest", is_made_beside)
+    asked, ready = [], set()
+    real = generate.prefill
+
+    class Spy:
+        def __call__(self, *args, **options):
+            asked.append(len(args[3]))
+            return real(*args, **options)
+
+        def is_ready(self, *args, **options):
+            return len(args[3]) in ready
+
+    monkeypatch.setattr(generate, "prefill", Spy())
+    batch.use_ready_programs()
+    order = (0, 1, 2, 0)
+    for number in order:
+        admit(batch, golden, number)
+    texts: dict[int, list[int]] = {}
+    for count in (1, 4):
+        ready.add(count)
+        for p in batch.step(prompt_tokens=2048):
+            texts.setdefault(p.slot, []).extend(p.tokens)
+    assert asked == ([1, 4] if is_made_beside else [4, 4])
+    texts, _ = finish(batch, texts)
+    assert texts == {slot: greedy[number] for slot, number in enumerate(order)}
 
 
 def test_a_seed_gives_the_same_text_alone_and_beside_other_settings(jax_runner, batch, golden):

@@ -16,7 +16,7 @@ from tests.model.test_batching import CONTEXT, SLOTS, admit, finish
 @pytest.fixture(autouse=True)
 def one_length_of_chunks(monkeypatch):
     """Prompts take several steps, and fewer programs are compiled."""
-    monkeypatch.setattr("qwen3_moe_jax.jax_backend.batching.PREFILL_CHUNKS", (16,))
+    monkeypatch.setattr("qwen3_moe_jax.jax_backend.reading.PREFILL_CHUNKS", (16,))
 
 
 @pytest.fixture

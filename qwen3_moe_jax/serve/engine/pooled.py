@@ -121,6 +121,11 @@ class PooledBatch:
         for batch in self.batches:
             batch.load_programs()
 
+    def use_ready_programs(self) -> None:
+        """As ``Batch.use_ready_programs``."""
+        for batch in self.batches:
+            batch.use_ready_programs()
+
     # -- rows
 
     def row_length(self, slot: int) -> int:

@@ -52,6 +52,9 @@ class SingleBatch:
     def load_programs(self) -> None:
         """Does nothing, for the same reason."""
 
+    def use_ready_programs(self) -> None:
+        """Does nothing, for the same reason."""
+
     def admit(
         self,
         token_ids: Sequence[int],

@@ -180,6 +180,8 @@ class Engine:
             if self.device_kind == "gpu":
                 self.reading |= _reading_times(batch, range(first, first + row.slots), row.context - 8)
             first += row.slots
+        if processes.count() == 1:  # several must run the same programs at the same time
+            batch.use_ready_programs()
 
     def turn(self, *, prompt_tokens: int, max_step: int) -> list[Event]:
         """A turn of the scheduler; arguments as its own.
