@@ -39,6 +39,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,10 @@ from scripts import ROOT, _serve_alone
 from scripts._load_generator import ask, quantile, talks, wave, within
 from scripts._serve_alone import chats, prompts
 from scripts._serve_bits import COUNT, compare
+
+PROGRAMS = 'qwen3_moe_engine{name="programs"}'
+SETTLED_SECONDS = 5.0
+"""A server that has made no program for so long has all: longer than a pause and a compilation take."""
 
 PARTS = ("ratio", "steady", "front", "mixed", "overload", "cold", "shared", "bits", "turn", "replicas")
 CPU_PARTS = ("ratio", "steady", "front", "mixed", "overload", "bits", "turn")
@@ -129,7 +134,7 @@ def server(args: argparse.Namespace, *, context: int, fake: bool = False, **opti
         command += [args.model] if args.model else []
         given = {} if args.batch_invariant else {"slots": args.clients}  # it knows how many keep their bits
         options = {**given, "context": context, **options}
-        command += ["--no-page", *(["--batch-invariant"] if args.batch_invariant else [])]
+        command += ["--no-page", "--metrics", *(["--batch-invariant"] if args.batch_invariant else [])]
         command += [
             word for key, value in options.items() for word in (f"--{key.replace('_', '-')}", str(value))
         ]
@@ -163,6 +168,20 @@ async def until_healthy(port: int, process: subprocess.Popen) -> None:
                 return
         await asyncio.sleep(0.2)
     raise RuntimeError("the server did not start")
+
+
+def settle(args: argparse.Namespace, port: int) -> None:
+    """Waits until the server has made what no request waits for: on a CPU it does so in pauses."""
+    made = -1.0
+    while True:
+        wave(args, port, prompts(args, 90, count=1), 1)
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=30) as reply:
+            lines = reply.read().decode().splitlines()
+        now = next(float(line.split()[-1]) for line in lines if line.startswith(PROGRAMS))
+        if now == made:
+            return
+        made = now
+        time.sleep(SETTLED_SECONDS)
 
 
 # -- parts: those of one server, in an order in which none spoils the next
@@ -299,6 +318,8 @@ def with_one_server(args: argparse.Namespace, figures: Figures) -> None:
         return
     try:
         with server(args, context=args.context, max_queue=args.clients) as port:
+            if not args.h100:  # a GPU's server has made all before it is ready
+                settle(args, port)
             for name in parts:
                 figures.take(name, lambda name=name: SHARING[name](args, port))
     except (RuntimeError, TimeoutError) as error:
