@@ -22,7 +22,9 @@ def random_cache(config, batch, length, dtype, seed=3) -> tuple[jax.Array, ...]:
 def real_values(cache: tuple[jax.Array, ...]) -> list[jax.Array]:
     """Keys and values as attention has them."""
     keys_and_values, scales = cache[:2], cache[2:]
-    return [a * s[..., None] for a, s in zip(keys_and_values, scales, strict=True)] or list(keys_and_values)
+    if not scales:
+        return list(keys_and_values)
+    return [a * s[..., None] for a, s in zip(keys_and_values, scales, strict=True)]
 
 
 def step(w, config, tokens, positions, cache, **options) -> api.StepOutput:
