@@ -1,9 +1,13 @@
 """The batch without a server, for the same work as ``scripts.bench_serve``'s clients ask for."""
 
 import argparse
+import contextlib
+import json
 import random
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 from scripts._load_generator import quantile
@@ -30,48 +34,61 @@ def chats(args: argparse.Namespace, seed: int) -> list[list[Ask]]:
     return [[(next(ids), length()) for _ in range(args.asks)] for _ in range(args.clients)]
 
 
-def alone(args: argparse.Namespace) -> dict[str, float]:
+def alone(args: argparse.Namespace) -> dict[str, float | None]:
     """The batch without a server: every prompt at once."""
-    runs = _runs(args, [[[(ids, args.tokens)] for ids in prompts(args, n)] for n in range(args.rounds + 1)])
+    with _open(args) as do:
+        runs = [do([[(ids, args.tokens)] for ids in prompts(args, n)]) for n in range(args.rounds + 1)]
     best = max(runs[1:])
     return {"tokens_per_second": best[0], "first_p50": best[1], "first_p95": best[2]}
 
 
-def steady_alone(args: argparse.Namespace) -> dict[str, float]:
+def steady_alone(args: argparse.Namespace) -> dict[str, float | None]:
     """The batch without a server: the next prompt of a client when its last has been answered."""
-    runs = _runs(args, [chats(args, 60 + n) for n in range(args.rounds + 1)])
+    with _open(args) as do:
+        runs = [do(chats(args, 60 + n)) for n in range(args.rounds + 1)]
     return {"tokens_per_second": max(runs[1:])[0]}
 
 
-def _runs(args: argparse.Namespace, works: Sequence[list[list[Ask]]]) -> list[tuple[float, ...]]:
-    """Of each work the tokens per second, and the median and the 95th percentile of the times to a first
-    token, since its start."""
+def turns(args: argparse.Namespace) -> None:
+    """Works when it is asked to: lines of JSON, ``["prompts" or "chats", seed]``, until the end of the input;
+    answers what ``run`` gives."""
+    with _open(args) as do:
+        for line in sys.stdin:
+            kind, seed = json.loads(line)
+            asks = [[(ids, args.tokens)] for ids in prompts(args, seed)]
+            print(json.dumps(do(asks if kind == "prompts" else chats(args, seed))), flush=True)
+
+
+@contextlib.contextmanager
+def _open(args: argparse.Namespace) -> Iterator[Callable[[list[list[Ask]]], tuple[float | None, ...]]]:
+    """Opens the batch; gives ``run`` of it."""
     from qwen3_moe_jax.api import load
 
-    found = []
     with load(args.model, backend="jax", gate=False) as model:
         batch = model.runner.open_batch(args.clients, context=args.context)
-        for work in works:
-            began, first, count = time.perf_counter(), [], 0
-            started: set[int] = set()
-            clients = [list(reversed(asks)) for asks in work]
-            running = {
-                _admit(batch, asks): asks for asks in clients
-            }  # slots, and what is left of their clients
-            while running:
-                tokens = 1 if batch.waiting else 8
-                for p in batch.step(tokens, ahead=tokens):
-                    if p.slot not in started:
-                        started.add(p.slot)
-                        first.append(time.perf_counter() - began)
-                    count += len(p.tokens)
-                    if p.finish_reason:
-                        batch.free(p.slot)
-                        if asks := running.pop(p.slot):
-                            running[_admit(batch, asks)] = asks
-            rate = count / (time.perf_counter() - began)
-            found.append((rate, quantile(first, 0.5), quantile(first, 0.95)))
-    return found
+        yield partial(run, batch)
+
+
+def run(batch: Any, work: list[list[Ask]]) -> tuple[float | None, ...]:
+    """Tokens per second, and the median and the 95th percentile of the times to a first token, since the
+    start."""
+    began, first, count = time.perf_counter(), [], 0
+    started: set[int] = set()
+    clients = [list(reversed(asks)) for asks in work]
+    running = {_admit(batch, asks): asks for asks in clients}  # slots, and what is left of their clients
+    while running:
+        tokens = 1 if batch.waiting else 8
+        for p in batch.step(tokens, ahead=tokens):
+            if p.slot not in started:
+                started.add(p.slot)
+                first.append(time.perf_counter() - began)
+            count += len(p.tokens)
+            if p.finish_reason:
+                batch.free(p.slot)
+                if asks := running.pop(p.slot):
+                    running[_admit(batch, asks)] = asks
+    rate = count / (time.perf_counter() - began)
+    return rate, quantile(first, 0.5), quantile(first, 0.95)
 
 
 def _admit(batch: Any, asks: list[Ask]) -> int:

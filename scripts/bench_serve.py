@@ -1,14 +1,14 @@
 """How fast the server is beside its own engine: one run measures the batch alone, then clients over HTTP.
 
-    python -m scripts.bench_serve [--model FILE] [--clients 16] [--prompt 64] [--tokens 64] [--rounds 2]
+    python -m scripts.bench_serve [--model FILE] [--clients 16] [--prompt 64] [--tokens 64] [--rounds 5]
     python -m scripts.bench_serve --parts all --receipt docs/receipts/serve_cpu.json
     python -m scripts.bench_serve --h100 --model FILE --receipt docs/receipts/serve_h100.json
 
 Both do the same work with the same number of slots. The load generator is this process, the server is a
 child: clients of one event loop on sockets of their own. ``--h100`` asks for what a GPU must show. Parts:
 
-ratio     tokens per second over HTTP beside the batch alone, times to the first token, CPU seconds of the
-          front per request
+ratio     tokens per second over HTTP beside the batch alone, in turns on a CPU, one after the other on a GPU;
+          times to the first token, CPU seconds of the front per request
 steady    the same where each client asks --asks times, one after the other, for answers of several lengths
 front     events per second that the front streams without an engine
 mixed     gaps between tokens of running streams while a long prompt is read
@@ -44,14 +44,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from qwen3_moe_jax.convert.open_model import open_model
 from qwen3_moe_jax.loader import embedded_model
 from scripts import ROOT, _serve_alone
 from scripts._load_generator import ask, quantile, talks, wave, within
 from scripts._serve_alone import chats, prompts
 from scripts._serve_bits import COUNT, compare
+from scripts._serve_turns import TURNS, batch_alone, first_of_one, in_child
 
 PROGRAMS = 'qwen3_moe_engine{name="programs"}'
 SETTLED_SECONDS = 5.0
@@ -74,7 +73,12 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--batch-invariant", action="store_true", help="serve with it (part bits)")
     parser.add_argument("--asks", type=int, default=6, help="requests of a client (part steady)")
-    parser.add_argument("--rounds", type=int, default=2, help="the best counts")
+    parser.add_argument(
+        "--rounds",
+        type=int,
+        default=5,
+        help="pairs of server and batch alone, whose median counts; --h100: the best",
+    )
     parser.add_argument("--replicas", type=int, default=2, help="engines of the part that is called so")
     parser.add_argument("--parts", nargs="+", choices=(*PARTS, "all"), help="ratio; --h100: of one server")
     parser.add_argument(
@@ -98,23 +102,6 @@ def parse() -> argparse.Namespace:
 def vocabulary(path: str | None) -> int:
     with open_model(path or embedded_model()) as source:
         return source.config.vocab_size
-
-
-# -- the engine alone, in a child that ends before the server starts
-
-
-def in_child(name: str, args: argparse.Namespace) -> dict[str, float]:
-    """What a function of this module gives in a process of its own: its memory is free afterwards."""
-    command = [
-        sys.executable,
-        "-m",
-        "scripts.bench_serve",
-        "--child",
-        name,
-        json.dumps(vars(args), default=str),
-    ]
-    done = subprocess.run(command, stdout=subprocess.PIPE, check=True, cwd=ROOT, timeout=args.part_seconds)
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 # -- the server, in a child
@@ -194,26 +181,16 @@ def cold(args: argparse.Namespace, port: int) -> dict[str, Any]:
 
 
 def ratio(args: argparse.Namespace, port: int) -> dict[str, Any]:
-    """The best wave, and single requests of two tokens."""
-    wave(args, port, prompts(args, 0), args.tokens)
-    began = front_seconds()
-    waves = [wave(args, port, prompts(args, n + 1), args.tokens) for n in range(args.rounds)]
-    cpu = (front_seconds() - began) / (args.rounds * args.clients)
-    best = max(waves, key=lambda w: w["tokens_per_second"])
-    one = [wave(args, port, prompts(args, 50 + n, count=1), 2)["first_p50"] for n in range(20)]
-    first = {"p50": quantile(one, 0.5), "p95": quantile(one, 0.95)}
-    return {"served": best, "front_cpu_per_request": cpu, "first_token_of_one": first}
+    """The best of ``args.rounds`` waves."""
+    waves = [wave(args, port, prompts(args, n), args.tokens) for n in range(args.rounds + 1)]
+    best = max(waves[1:], key=lambda w: w["tokens_per_second"])
+    return {"served": best, "first_token_of_one": first_of_one(args, port)}
 
 
 def steady(args: argparse.Namespace, port: int) -> dict[str, Any]:
     """The best round of clients that ask again when they have been answered."""
     found = [talks(args, port, chats(args, 60 + n)) for n in range(args.rounds + 1)]
     return {"served": max(found[1:], key=lambda w: w["tokens_per_second"])}
-
-
-def front_seconds() -> float:
-    """CPU seconds of the server's front so far: of this process' children, without theirs."""
-    return sum(sum(process.cpu_times()[:2]) for process in psutil.Process().children())
 
 
 def overload(args: argparse.Namespace, port: int) -> dict[str, Any]:
@@ -312,7 +289,7 @@ class Figures:
 
 
 def with_one_server(args: argparse.Namespace, figures: Figures) -> None:
-    """All parts that share a server. Then the batch alone: what it needs has been compiled."""
+    """All parts that share a server."""
     parts = [name for name in SHARING if name in args.parts]
     if not parts:
         return
@@ -320,12 +297,28 @@ def with_one_server(args: argparse.Namespace, figures: Figures) -> None:
         with server(args, context=args.context, max_queue=args.clients) as port:
             if not args.h100:  # a GPU's server has made all before it is ready
                 settle(args, port)
+                in_turns(args, figures, port)
+                parts = [name for name in parts if name not in TURNS]
             for name in parts:
                 figures.take(name, lambda name=name: SHARING[name](args, port))
     except (RuntimeError, TimeoutError) as error:
         figures.take("server", lambda error=error: {"failed": f"{type(error).__name__}: {error}"})
+    if args.h100:
+        apart(args, figures)
+
+
+def in_turns(args: argparse.Namespace, figures: Figures, port: int) -> None:
+    """Parts in which the batch alone takes turns with the server."""
+    if parts := [name for name in TURNS if name in args.parts]:
+        with batch_alone(args) as alone:
+            for name in parts:
+                figures.take(name, lambda name=name: TURNS[name](args, port, alone))
+
+
+def apart(args: argparse.Namespace, figures: Figures) -> None:
+    """The batch alone on a GPU, whose memory does not hold both: after the server."""
     for part, name in (("ratio", "alone"), ("steady", "steady_alone")):
-        if part not in parts:
+        if part not in args.parts:
             continue
         figures.take(name, lambda name=name: in_child(name, args))
         with contextlib.suppress(KeyError):
@@ -421,6 +414,9 @@ def child(name: str, text: str) -> None:
     values = json.loads(text)
     if name == "null_server":
         null_server(**values)
+        return
+    if name == "turns":
+        _serve_alone.turns(argparse.Namespace(**values))
         return
     print(json.dumps(getattr(_serve_alone, name)(argparse.Namespace(**values))))
 
