@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 
+from qwen3_moe_jax.convert.progress import format_bytes
 from scripts import ROOT
 
 RECEIPTS = ROOT / "docs" / "receipts"
@@ -109,17 +110,26 @@ def quantization_loss() -> str:
 
 
 def memory_16g() -> str:
-    """A 30B model under a limit of 16 GiB: what was planned, and what happened."""
+    """A 30B model under a limit of 16 GiB: where its weights are, its starts, and what they took."""
     rows = []
     for run in receipt("memory_16g_cpu")["runs"]:
         name = f"{run['mix']}, context {run['context']:,}, {run['kv_cache']} cache"
-        planned = f"{run['plan']['total'] / 1e9:.2f} GB"
-        if run["rc"]:
-            rows.append((name, planned, "refused by the plan", "", ""))
-        else:
-            peak, rate = f"{run['peak_resident'] / 1e9:.2f} GB", f"{run['tokens_per_s']:.1f} tokens/s"
-            rows.append((name, planned, f"{run['load_s']:.0f} s", peak, rate))
-    return table("model | planned | load | peak | decode", rows)
+        *before, last = run["starts"]
+        place = f"a file, {format_bytes(run['plan']['weights'])}" if last["weights"] else "memory"
+        rate = f"{last['tokens_per_s']:.1f}"
+        if held := last.get("resident"):
+            rate += f"; {held['tokens_per_s']:.1f} with {held['share']:.0%} resident"
+        is_first = not run.get("had_file", False)
+        first = f"{run['starts'][0]['load_s']:.0f} s" if is_first else "file was there"
+        again = f"{last['load_s']:.0f} s" if before else ""
+        anonymous = max((start.get("peak_anonymous", 0) for start in run["starts"]), default=0)
+        peak = format_bytes(anonymous) if anonymous else f"{format_bytes(last['peak_resident'])} resident"
+        busy = run.get("load_average", "")
+        rows.append((name, format_bytes(run["plan"]["total"]), place, first, again, peak, rate, busy))
+    head = (
+        "model | planned | weights in | first load | second load | anonymous, peak | tokens/s | load average"
+    )
+    return table(head, rows)
 
 
 def receipts() -> str:
