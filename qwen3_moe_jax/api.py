@@ -339,7 +339,8 @@ def load(
       max_context: tokens of the KV cache; None is 4,096, or the model's own, if less; "fit" is what the
         file and the memory allow.
       dtype: "float32" or "bfloat16" operands (jax); None is bfloat16 on a GPU; on a CPU it is activations of
-        15 bits where the native kernels run, else float32.
+        15 bits where the native kernels run, else float32. wgpu computes in float32, but rounds the
+        activations of long prompts to 16 bits on NVIDIA GPUs, unless "float32" is asked for.
       kv_cache: "float32", "float16", "bfloat16" or "int8" keys and values (jax); None is float16 on a
         GPU, float32 on the CPU. int8 takes about a quarter of float32's memory.
       kernels: "hopper", "portable", "native" or "xla" (jax); "auto" is the fastest that the device has.

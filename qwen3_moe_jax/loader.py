@@ -235,8 +235,8 @@ def make_runner(
       source: an open model.
       backend: one of BACKENDS.
       max_context: tokens of KV cache, as ``Context``.
-      dtype: matrix operands on jax, one of DTYPES, or None for what suits the device; wgpu and
-        reference compute in float32.
+      dtype: matrix operands on jax, one of DTYPES, or None for what suits the device; reference computes in
+        float32, and so does wgpu but for long prompts on NVIDIA GPUs, where "float32" asks for it.
       kv_cache: dtype of the KV cache on jax, one of KV_CACHES, or None for what suits the device.
       kernels: of the jax backend, one of ``machine.kernels.CHOICES``.
       adapter: part of a WebGPU adapter's name.
@@ -393,7 +393,8 @@ def _make_wgpu(source, max_context, dtype, _kv_cache, _kernels, adapter, progres
     _only_float32("wgpu", dtype)
     from qwen3_moe_jax.wgpu_backend.runner import WgpuRunner
 
-    return WgpuRunner(source, max_context=max_context, adapter=adapter, progress=progress)
+    exact = dtype is not None
+    return WgpuRunner(source, max_context=max_context, adapter=adapter, exact=exact, progress=progress)
 
 
 def _make_reference(source, max_context, dtype, _kv_cache, _kernels, _adapter, _progress, _first) -> Runner:

@@ -50,6 +50,13 @@ ROPE_TABLES = 1e-6
 # measured up to 3e-13 (5e-13 with heavy tails). The bar leaves room for other drivers' contractions.
 WGPU_NMSE = 1e-10
 WGPU_ATTENTION_NMSE = 1e-10
+# Activations of long prompts are whole numbers up to 32639, times a scale for 32 of them: each is off by at
+# most half a scale, which is at most sqrt(32) / 32639 of the block's root mean square. So the error has
+# 32 / (12 * 32639^2) of its power. Uniform ones have a tenth of it, 2.3e-10 measured; their SwiGLU 4e-10.
+WGPU_TOP = 32639
+WGPU_DOTS_NMSE = 32 / (12 * WGPU_TOP**2)
+# Six layers of four such products each, whose errors add up, and as much again for what norms make of them.
+WGPU_DOTS_STAGE_NMSE = 48 * WGPU_DOTS_NMSE
 # exp to a few units in the last place, and a sum of up to 288 of them.
 WGPU_ROUTER_WEIGHTS = 1e-5
 # The whole embedded model in float32: measured 1 - cosine 2e-12 and NMSE 1e-12.

@@ -43,7 +43,8 @@ def add_exact(parser: argparse._ActionsContainer) -> None:
         action="store_const",
         const="float32",
         dest="dtype",
-        help="float32 products, as --dtype float32 (jax; native kernels round activations to 15 bits)",
+        help="float32 products, as --dtype float32; else native kernels round activations to 15 bits, and "
+        "long prompts in wgpu on NVIDIA GPUs to 16",
     )
 
 

@@ -11,12 +11,12 @@ import numpy as np
 
 from qwen3_moe_jax.convert.packed import PackedTensor
 from qwen3_moe_jax.core.sampling import Sampling
-from qwen3_moe_jax.wgpu_backend import kernels
-from qwen3_moe_jax.wgpu_backend.buffers import step_words
+from qwen3_moe_jax.wgpu_backend import kernels, tiles
+from qwen3_moe_jax.wgpu_backend.buffers import sampling_words, step_words
 from qwen3_moe_jax.wgpu_backend.device import Device
 from qwen3_moe_jax.wgpu_backend.kernels import DenseBuffer, ExpertBuffer, Segment
 from qwen3_moe_jax.wgpu_backend.layout import device_nbytes, granule, items_per_window
-from qwen3_moe_jax.wgpu_backend.runner import NONFINITE, sampling_words
+from qwen3_moe_jax.wgpu_backend.runner import NONFINITE
 from qwen3_moe_jax.wgpu_backend.sites import Shape, Site, max_tiles
 from qwen3_moe_jax.wgpu_backend.weights import write_rows
 
@@ -90,11 +90,21 @@ class Ops:
             return np.concatenate([self.matmul(row[None], *weights, decode=True) for row in x])
         y = self._out(tokens * rows)
         self._set_step(tokens)
+        tile, inputs = self._tile(decode, wide), self._in(x)
+        name, _ = tiles.dense_kernel(self.device.tuning.tiles, segments, wide=wide)
+        sites, rounded = self._rounding(name, inputs, columns, tokens)
         site = kernels.dense_site(
-            self.device, dense, self._in(x), y, self._step, tokens=self._tile(decode, wide), y_stride=rows
+            self.device, dense, inputs, y, self._step, tokens=tile, y_stride=rows, rounded=rounded
         )
-        self._run([site], self._shape(1, 1), tokens)
+        self._run([*sites, site], self._shape(1, 1), tokens)
         return self._get(y, tokens, rows)
+
+    def _rounding(self, name: str, x: Any, values: int, tokens: int) -> tuple[list[Site], Any]:
+        """What rounds x, ``values`` of each token, for the kernel of this name, and where to."""
+        if name != "tile_bytes":
+            return [], None
+        rounded = self._out(tiles.rounded_nbytes(tokens * values) // 4)
+        return [tiles.rounding_site(self.device, x, rounded, self._step, values)], rounded
 
     def _shape(self, experts: int, chosen: int) -> Shape:
         return Shape(experts, chosen)
@@ -123,7 +133,10 @@ class Ops:
         x_div = chosen if x.ndim == 2 else 1
         y = self._out(tokens * chosen * rows)
         self._set_step(tokens)
+        windows = list(zip(*(self._stack_windows(w, weights) for w in weights), strict=True))
         tile, shape = self._tile(decode, wide), self._shape(experts, chosen)
+        if wide:
+            tile = tiles.expert_tile(self.device.tuning, windows[:1])
         routing = {
             "ids": self._in(expert_ids, np.uint32),
             "tiles": self._out(4 * (1 + max_tiles(expert_ids.size, experts, tile))),
@@ -144,10 +157,21 @@ class Ops:
                     tokens=tile,
                 )
             )
-        for stacks in zip(*(self._stack_windows(w, weights) for w in weights), strict=True):
+        name, _ = tiles.expert_kernel(self.device.tuning.tiles, windows[0], tile)
+        rounding, rounded = self._rounding(name, inputs, x.size // tokens, tokens)
+        sites += rounding
+        for stacks in windows:
             sites.append(
                 kernels.expert_site(
-                    self.device, stacks, inputs, y, self._step, routing, tokens=tile, x_div=x_div
+                    self.device,
+                    stacks,
+                    inputs,
+                    y,
+                    self._step,
+                    routing,
+                    tokens=tile,
+                    x_div=x_div,
+                    rounded=rounded,
                 )
             )
         self._run(sites, shape, tokens)

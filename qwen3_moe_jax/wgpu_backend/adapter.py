@@ -30,27 +30,39 @@ _KINDS = {
 
 
 @dataclass(frozen=True)
-class Tiles:
-    """Sizes of tile.wgsl, which computes long prompts.
+class Block:
+    """Sizes of a kernel of tiles.
 
     Attributes:
-      rows, tokens: of the tile of one workgroup, of 32 columns at a time.
+      rows, tokens: of the tile of one workgroup.
       lane_rows, lane_tokens: of the block whose sums one lane keeps in registers.
-      attention_tokens: tokens that a workgroup of attention.wgsl takes; attend_tile.wgsl has its own.
-      from_tokens: chunks of fewer tokens are left to the kernel of narrow tiles.
     """
 
     rows: int
     tokens: int
     lane_rows: int
     lane_tokens: int
-    attention_tokens: int = 1
-    from_tokens: int = 64
 
     @property
     def lanes(self) -> int:
         """Of a workgroup: subgroups of 8 blocks in rows by 4 in tokens."""
         return self.rows // self.lane_rows * (self.tokens // self.lane_tokens)
+
+
+@dataclass(frozen=True)
+class Tiles(Block):
+    """Sizes of tile.wgsl, which computes long prompts, and what is chosen with them.
+
+    Attributes:
+      attention_tokens: tokens that a workgroup of attention.wgsl takes; attend_tile.wgsl has its own.
+      from_tokens: chunks of fewer tokens are left to the kernel of narrow tiles.
+      dots: of tile_bytes.wgsl, which multiplies Q4_K, Q5_K and Q6_K by dots of four bytes, with activations
+        that are rounded to 16 bits; None leaves them to tile.wgsl, in float32.
+    """
+
+    attention_tokens: int = 1
+    from_tokens: int = 64
+    dots: Block | None = None
 
     @property
     def nbytes(self) -> int:
@@ -124,6 +136,8 @@ class Tuning:
     vectors: Vectors | None = None
 
 
+_DOTS = Block(rows=64, tokens=32, lane_rows=4, lane_tokens=4)
+
 _GPU = Tuning(
     workgroup=64,
     lanes=16,
@@ -139,7 +153,7 @@ _GPU = Tuning(
     prefill_span=1 << 20,
     tokens_per_submit=2,
     submits_in_flight=3,
-    tiles=Tiles(rows=128, tokens=64, lane_rows=4, lane_tokens=8, attention_tokens=4),
+    tiles=Tiles(rows=128, tokens=64, lane_rows=4, lane_tokens=8, attention_tokens=4, dots=_DOTS),
     vectors=Vectors(),
 )
 
@@ -171,8 +185,12 @@ SHARED_BYTES = 16384
 MAX_SHARED_BYTES = 49152
 """The most that kernels ask for where an adapter offers more."""
 
-SMALL_TILES = Tiles(rows=64, tokens=64, lane_rows=4, lane_tokens=8, attention_tokens=2)
+SMALL_TILES = Tiles(rows=64, tokens=64, lane_rows=4, lane_tokens=8, attention_tokens=2, dots=_DOTS)
 """What SHARED_BYTES hold."""
+
+
+VENDORS_OF_DOTS = (0x10DE,)
+"""PCI's number of NVIDIA, whose GPUs have an instruction for dots of four bytes; others were not measured."""
 
 
 @dataclass(frozen=True)
@@ -186,6 +204,7 @@ class AdapterReport:
       api: "Vulkan", "Metal", "D3D12" or "OpenGL".
       driver: the driver's description.
       software: whether it runs on the CPU.
+      vendor: PCI's number of who made it.
       limits: the limits that this backend looks at.
       features: native and WebGPU features.
     """
@@ -196,6 +215,7 @@ class AdapterReport:
     api: str
     driver: str
     software: bool
+    vendor: int
     limits: dict[str, int]
     features: tuple[str, ...]
 
@@ -213,13 +233,20 @@ class AdapterReport:
         return {f.name: getattr(self, f.name) for f in fields(self)}
 
 
-def tuning_for(report: AdapterReport) -> Tuning:
-    """The settings of an adapter: those of its kind, with tiles that its shared memory holds."""
+def tuning_for(report: AdapterReport, *, exact: bool = False) -> Tuning:
+    """The settings of an adapter: those of its kind, with tiles that its shared memory holds.
+
+    WebGPU has dots of bytes everywhere and does not tell where they are one instruction: the vendor does.
+    ``exact`` leaves them out.
+    """
     tuning = TUNINGS.get(report.type, TUNINGS["Unknown"])
     tiles = tuning.tiles
-    if tiles and tiles.nbytes > report.limits["max-compute-workgroup-storage-size"]:
-        return replace(tuning, tiles=SMALL_TILES)
-    return tuning
+    if not tiles:
+        return tuning
+    if tiles.nbytes > report.limits["max-compute-workgroup-storage-size"]:
+        tiles = SMALL_TILES
+    has_dots = report.vendor in VENDORS_OF_DOTS and not exact
+    return replace(tuning, tiles=replace(tiles, dots=tiles.dots if has_dots else None))
 
 
 _LIMITS = (
@@ -243,6 +270,7 @@ def report_on(adapter: Any) -> AdapterReport:
         api=str(info["backend_type"]),
         driver=str(info["description"]),
         software=info["adapter_type"] == "CPU",
+        vendor=int(info.get("vendor_id", 0)),
         limits={name: int(adapter.limits[name]) for name in _LIMITS},
         features=tuple(sorted(adapter.features)),
     )

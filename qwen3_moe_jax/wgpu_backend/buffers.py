@@ -7,6 +7,7 @@ import numpy as np
 
 from qwen3_moe_jax.convert.config import Qwen3MoeConfig
 from qwen3_moe_jax.core.rope import rope_tables
+from qwen3_moe_jax.core.sampling import Sampling
 from qwen3_moe_jax.core.stages import StageKey
 from qwen3_moe_jax.wgpu_backend.device import Device
 from qwen3_moe_jax.wgpu_backend.plan import Workspace
@@ -21,6 +22,19 @@ def step_words(
 ) -> np.ndarray:
     """``Step`` of common.wgsl before a pass: uint32 [8], padded."""
     return np.asarray([position, tokens, head_row, replay, 0, record, 0, 0], np.uint32)
+
+
+def sampling_words(sampling: Sampling, vocab_size: int) -> np.ndarray:
+    """``Choice`` of sample.wgsl: uint32 [8]."""
+    ints = np.asarray([vocab_size, sampling.top_k, sampling.seed], np.uint32)
+    floats = (
+        sampling.temperature,
+        sampling.top_p,
+        sampling.min_p,
+        sampling.repetition_penalty,
+        sampling.presence_penalty,
+    )
+    return np.concatenate([ints, np.asarray(floats, np.float32).view(np.uint32)])
 
 
 @dataclass(frozen=True, eq=False)

@@ -114,6 +114,7 @@ class Device:
         max_bytes: int | None = None,
         timestamps: bool = False,
         unchecked: bool | None = None,
+        exact: bool = False,
     ):
         """Opens an adapter.
 
@@ -122,13 +123,14 @@ class Device:
           tuning, subgroups: in place of what suits the adapter.
           max_bytes: largest binding, in place of the adapter's limit.
           unchecked: whether kernels go without wgpu's checks of indices and loops; default on hardware.
+          exact: no kernel rounds activations.
           timestamps: asks for what ``run_timed`` needs, where the adapter offers it.
 
         Raises:
           BackendUnavailableError: no such adapter, or it lacks what every kernel needs.
         """
         gpu_adapter, self.report = probe(adapter)
-        self.tuning = tuning or tuning_for(self.report)
+        self.tuning = tuning or tuning_for(self.report, exact=exact)
         self.subgroups = _fixed_subgroups(gpu_adapter) if subgroups is None else subgroups
         limits = _device_limits(self.report)
         wanted = ("subgroup", *(TIMESTAMPS if timestamps else ()))

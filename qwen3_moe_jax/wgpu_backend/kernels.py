@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qwen3_moe_jax.convert.ggml_types import GGMLType
-from qwen3_moe_jax.wgpu_backend.adapter import Tiles
+from qwen3_moe_jax.wgpu_backend import tiles as tiling
 from qwen3_moe_jax.wgpu_backend.device import Device, Dispatch
 from qwen3_moe_jax.wgpu_backend.layout import WORD_FORMATS, device_nbytes
 from qwen3_moe_jax.wgpu_backend.sites import Site
@@ -16,8 +16,6 @@ GROUP_WORDS = 3
 """Of shared memory for each expert in group.wgsl, beside one for each of its lanes."""
 ROUTER_LANES = 64
 """Invocations that choose the experts of a token: each walks over the maxima of all."""
-MIN_TILES = 8
-"""Tiles of rows below which matrices go to matmul.wgsl: too few workgroups would keep a device busy."""
 FULL_LANES = 0.75
 """Lanes are halved until at least this share of them has work."""
 
@@ -61,31 +59,6 @@ def shared_lanes(type: GGMLType, columns: int, maximum: int) -> int:
     return lanes
 
 
-TILE_COLUMNS = 32
-"""Columns of a step of tile.wgsl."""
-_OWN_ORDER = {GGMLType.Q4_K: 1, GGMLType.Q5_K: 1, GGMLType.Q6_K: 2}
-"""Types that tile.wgsl reads in another order of columns than one after the other."""
-
-
-def suits_tiles(types: Sequence[GGMLType], columns: int) -> bool:
-    """Whether tile.wgsl computes products of these matrices; two of them share the activations' order."""
-    return columns % TILE_COLUMNS == 0 and len({_OWN_ORDER.get(t, 0) for t in types}) == 1
-
-
-_ASKED_AHEAD = frozenset({GGMLType.Q4_K, GGMLType.Q6_K})
-"""Types whose next step tile.wgsl asks for before it computes, where a lane unpacks half a row's step."""
-
-
-def _tile_constants(tiles: Tiles, types: Sequence[GGMLType]) -> dict[str, Any]:
-    return {
-        "AHEAD": tiles.lanes == 2 * tiles.rows and _ASKED_AHEAD.issuperset(types),
-        "ROWS": tiles.rows,
-        "TOKENS": tiles.tokens,
-        "LANE_ROWS": tiles.lane_rows,
-        "LANE_TOKENS": tiles.lane_tokens,
-    }
-
-
 def _matmul_constants(device: Device, type: GGMLType, columns: int, tokens: int) -> dict[str, Any]:
     tuning = device.tuning
     rows = tuning.decode_rows if tokens == 1 else tuning.prefill_rows
@@ -119,7 +92,7 @@ def params_of(
     device: Device,
     words: Sequence[int],
     *,
-    columns: int,
+    x_vectors: int,
     y_stride: int,
     segments: int,
     head: bool = False,
@@ -129,7 +102,7 @@ def params_of(
     eps: float = 0.0,
 ) -> Any:
     """``Params`` of products.wgsl."""
-    own = (columns // 4, y_stride, int(head), x_div, *experts, plane, segments, float(eps), 0, 0, 0)
+    own = (x_vectors, y_stride, int(head), x_div, *experts, plane, segments, float(eps), 0, 0, 0)
     return device.uniform(*own, *words, *[0] * (24 - len(words)))
 
 
@@ -162,29 +135,38 @@ def dense_site(
     *,
     tokens: int,
     y_stride: int,
+    rounded: Any = None,
     head: bool = False,
     taps: tuple[Any, ...] = (),
 ) -> Site:
-    """``y[t] = W x[t]``; ``tokens`` a tile, ``head`` starts at the step's head_row."""
+    """``y[t] = W x[t]``; ``tokens`` a tile, ``head`` starts at the step's head_row.
+
+    Args:
+      rounded: x after ``tiles.rounding_site``, for the kernel that reads it.
+    """
     segments = weights.segments
     columns = segments[0].columns
     types = sorted({s.type for s in segments})
     tiles = device.tuning.tiles
-    if (
-        tiles
-        and tokens == tiles.tokens
-        and (columns % TILE_COLUMNS or sum(s.rows for s in segments) < MIN_TILES * tiles.rows)
-    ):
-        tokens = device.tuning.prefill_tokens
-    if tiles and tokens == tiles.tokens:
-        name, constants, rows_a_group = "tile", _tile_constants(tiles, types), tiles.rows
+    name, block = tiling.dense_kernel(tiles, segments, wide=bool(tiles and tokens == tiles.tokens))
+    if block:
+        constants, rows_a_group, tokens = tiling.constants(block), block.rows, block.tokens
     else:
-        name, constants = "matmul", _matmul_constants(device, segments[0].type, columns, tokens)
+        tokens = 1 if tokens == 1 else device.tuning.prefill_tokens
+        constants = _matmul_constants(device, segments[0].type, columns, tokens)
         rows_a_group = constants["WG"] // constants["LANES"] * constants["ROWS"]
     kernel = device.kernel(name, MODE="dense", DUAL=False, TYPES=[t.name for t in types], **constants)
     words, groups = dense_words(segments, rows_a_group)
-    params = params_of(device, words, columns=columns, y_stride=y_stride, head=head, segments=len(segments))
-    dispatch = device.bind(kernel, {0: params, 1: step, 2: weights.buffer, 3: x, 4: y})
+    params = params_of(
+        device,
+        words,
+        x_vectors=tiling.vectors_of_row(name, columns),
+        y_stride=y_stride,
+        head=head,
+        segments=len(segments),
+    )
+    inputs = rounded if name == "tile_bytes" else x
+    dispatch = device.bind(kernel, {0: params, 1: step, 2: weights.buffer, 3: inputs, 4: y})
     follows = "once" if tokens == 1 else "head tiles" if head else "token tiles"
     return Site(dispatch, groups, follows, tokens, nbytes=nbytes_of(segments), taps=taps)
 
@@ -199,6 +181,7 @@ def expert_site(
     *,
     tokens: int,
     x_div: int,
+    rounded: Any = None,
     plane: int = 0,
     taps: tuple[Any, ...] = (),
 ) -> Site:
@@ -206,16 +189,16 @@ def expert_site(
 
     Args:
       routing: buffers "ids", and for tiles of tokens "tiles" and "order".
+      rounded: x after ``tiles.rounding_site``, for the kernel that reads it.
       plane: floats between y and the recorded gate and up.
     """
     first = weights[0]
     dual = len(weights) == 2
-    tiles = device.tuning.tiles
-    if tiles and tokens == tiles.tokens:
-        types = [w.type for w in weights]
-        name, constants, rows_a_group = "tile", _tile_constants(tiles, types), tiles.rows // len(weights)
+    name, block = tiling.expert_kernel(device.tuning.tiles, weights, tokens)
+    if block:
+        constants, rows_a_group = tiling.constants(block), block.rows // len(weights)
     else:
-        name, constants = "matmul", _matmul_constants(device, first.type, first.columns, tokens)
+        constants = _matmul_constants(device, first.type, first.columns, tokens)
         if dual:
             constants["ROWS"] = max(1, constants["ROWS"] // 2)
         rows_a_group = constants["WG"] // constants["LANES"] * constants["ROWS"]
@@ -229,14 +212,14 @@ def expert_site(
     params = params_of(
         device,
         stack_words(weights),
-        columns=first.columns,
+        x_vectors=tiling.vectors_of_row(name, first.columns),
         y_stride=first.rows,
         x_div=x_div,
         experts=(first.begin, first.end),
         plane=plane,
         segments=len(weights),
     )
-    resources = {0: params, 1: step, 2: first.buffer, 3: x, 4: y}
+    resources = {0: params, 1: step, 2: first.buffer, 3: rounded if name == "tile_bytes" else x, 4: y}
     if tokens == 1:
         resources[5] = routing["ids"]
     else:

@@ -14,6 +14,7 @@ from qwen3_moe_jax.machine.memory import MemoryPlan
 from qwen3_moe_jax.machine.nvidia import nvidia_gpus
 from qwen3_moe_jax.wgpu_backend.adapter import AdapterReport, Tuning
 from qwen3_moe_jax.wgpu_backend.sites import max_tiles
+from qwen3_moe_jax.wgpu_backend.tiles import rounded_nbytes
 from qwen3_moe_jax.wgpu_backend.weights import weight_nbytes
 
 MAX_LOGIT_BYTES = 40 << 20
@@ -102,6 +103,9 @@ def _sizes(
         "keys": cache,
         "values": cache,
     }
+    if tuning.tiles and tuning.tiles.dots:
+        widest = max(chunk * max(c.hidden_size, heads * head_dim), pairs * c.moe_intermediate_size)
+        nbytes["rounded"] = rounded_nbytes(widest)
     return Workspace(max_context, chunk, logit_rows, decode_spans, nbytes)
 
 

@@ -6,17 +6,17 @@ and SwiGLU; down; weighted sum, residual and the next norm. Prefill adds the
 grouping of tokens by expert.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from qwen3_moe_jax.convert.config import Qwen3MoeConfig
 from qwen3_moe_jax.core.stages import StageKey
-from qwen3_moe_jax.wgpu_backend import kernels, vectors
+from qwen3_moe_jax.wgpu_backend import kernels, tiles, vectors
 from qwen3_moe_jax.wgpu_backend.buffers import Buffers, Tap
 from qwen3_moe_jax.wgpu_backend.device import Device, Launch
-from qwen3_moe_jax.wgpu_backend.kernels import DenseBuffer, suits_tiles
+from qwen3_moe_jax.wgpu_backend.kernels import DenseBuffer, ExpertBuffer
 from qwen3_moe_jax.wgpu_backend.sites import Shape, Site
 from qwen3_moe_jax.wgpu_backend.weights import LayerBuffers, ModelWeights
 
@@ -52,19 +52,9 @@ class Program:
         self._weights = weights
         self._joins = tokens == 1 and vectors.suits(device, config, weights.layers)
         self.body = self.body_of(range(config.num_hidden_layers))
-        self.head = [
-            kernels.dense_site(
-                device,
-                w,
-                buffers["h"],
-                buffers["logits"],
-                buffers.step,
-                tokens=tokens,
-                y_stride=config.vocab_size,
-                head=True,
-            )
-            for w in weights.lm_head
-        ]
+        self.head = list(
+            self._dense(weights.lm_head, buffers["h"], buffers["logits"], config.vocab_size, head=True)
+        )
 
     def launches(self, sites: list[Site], position: int, tokens: int, head_rows: int = 1) -> list[Launch]:
         """The grids of a pass over ``tokens`` tokens from ``position``."""
@@ -209,9 +199,25 @@ class Program:
             taps=taps,
         )
 
+    def _rounding(self, x: Any, values: int, names: Iterable[str]) -> Iterator[Site]:
+        """Rounds x, ``values`` of each token, where a kernel of these names reads it so."""
+        if "tile_bytes" in names:
+            b = self._buffers
+            yield tiles.rounding_site(self._device, x, b["rounded"], b.step, values)
+
     def _dense(
-        self, weights: list, x: Any, y: Any, y_stride: int, taps: tuple[Tap, ...] = ()
+        self,
+        weights: Sequence[DenseBuffer],
+        x: Any,
+        y: Any,
+        y_stride: int,
+        taps: tuple[Tap, ...] = (),
+        *,
+        head: bool = False,
     ) -> Iterator[Site]:
+        tuned, columns = self._device.tuning.tiles, weights[0].segments[0].columns
+        names = [tiles.dense_kernel(tuned, w.segments, wide=self._is_wide)[0] for w in weights]
+        yield from self._rounding(x, columns, names)
         for i, buffer in enumerate(weights):
             yield kernels.dense_site(
                 self._device,
@@ -221,6 +227,8 @@ class Program:
                 self._buffers.step,
                 tokens=self._tokens,
                 y_stride=y_stride,
+                rounded=self._buffers.named.get("rounded"),
+                head=head,
                 taps=taps if i + 1 == len(weights) else (),
             )
 
@@ -249,8 +257,13 @@ class Program:
     @property
     def _attention_tokens(self) -> int:
         """Tokens of a long prompt that a workgroup of attention takes together."""
-        tiles = self._device.tuning.tiles
-        return tiles.attention_tokens if tiles and self._tokens == tiles.tokens else 1
+        tuned = self._device.tuning.tiles
+        return tuned.attention_tokens if tuned and self._is_wide else 1
+
+    @property
+    def _is_wide(self) -> bool:
+        tuned = self._device.tuning.tiles
+        return tuned is not None and self._tokens == tuned.tokens
 
     @property
     def _head_shape(self) -> dict[str, Any]:
@@ -308,11 +321,15 @@ class Program:
         return self._buffers.workspace.nbytes["rope_table"] // (4 * self._config.head_dim)
 
     def _expert_tile(self, layer: LayerBuffers) -> int:
-        """Pairs of a tile: narrow ones where a stack does not suit the kernel of wide ones."""
-        groups = [*(pair for pair in layer.gate_up), *((stack,) for stack in layer.down)]
+        """Pairs of a tile."""
         tuning = self._device.tuning
-        suited = all(suits_tiles([s.type for s in g], g[0].columns) for g in groups)
-        return self._tokens if suited else min(self._tokens, tuning.prefill_tokens)
+        if not self._is_wide:
+            return self._tokens
+        return tiles.expert_tile(tuning, [*layer.gate_up, *((stack,) for stack in layer.down)])
+
+    def _expert_kernels(self, groups: Sequence[Sequence[ExpertBuffer]], tile: int) -> list[str]:
+        tuned = self._device.tuning.tiles
+        return [tiles.expert_kernel(tuned, group, tile)[0] for group in groups]
 
     @property
     def _plane(self) -> int:
@@ -369,6 +386,7 @@ class Program:
                 chosen=chosen,
                 tokens=tile,
             )
+        yield from self._rounding(b["h"], c.hidden_size, self._expert_kernels(layer.gate_up, tile))
         for n, pair in enumerate(layer.gate_up):
             yield kernels.expert_site(
                 self._device,
@@ -379,9 +397,14 @@ class Program:
                 routing,
                 tokens=tile,
                 x_div=chosen,
+                rounded=b.named.get("rounded"),
                 plane=self._plane,
                 taps=taps["gated"] if n + 1 == len(layer.gate_up) else (),
             )
+        downs = [(stack,) for stack in layer.down]
+        yield from self._rounding(
+            b["act"], chosen * c.moe_intermediate_size, self._expert_kernels(downs, tile)
+        )
         for n, stack in enumerate(layer.down):
             yield kernels.expert_site(
                 self._device,
@@ -392,5 +415,6 @@ class Program:
                 routing,
                 tokens=tile,
                 x_div=1,
+                rounded=b.named.get("rounded"),
                 taps=taps["down"] if n + 1 == len(layer.down) else (),
             )

@@ -34,7 +34,7 @@ from qwen3_moe_jax.core.sampling import Sampling
 from qwen3_moe_jax.core.stages import StageKey
 from qwen3_moe_jax.wgpu_backend import kernels
 from qwen3_moe_jax.wgpu_backend.adapter import Tuning
-from qwen3_moe_jax.wgpu_backend.buffers import EMITTED_WORD, Buffers, step_words
+from qwen3_moe_jax.wgpu_backend.buffers import EMITTED_WORD, Buffers, sampling_words, step_words
 from qwen3_moe_jax.wgpu_backend.device import Device, Launch, Readback
 from qwen3_moe_jax.wgpu_backend.plan import check_memory, plan_memory, plan_workspace
 from qwen3_moe_jax.wgpu_backend.program import Program
@@ -43,19 +43,6 @@ from qwen3_moe_jax.wgpu_backend.weights import Upload, check_shapes
 
 NONFINITE = 0xFFFFFFFF
 """What sample.wgsl emits in place of a token."""
-
-
-def sampling_words(sampling: Sampling, vocab_size: int) -> np.ndarray:
-    """``Choice`` of sample.wgsl: uint32 [8]."""
-    ints = np.asarray([vocab_size, sampling.top_k, sampling.seed], np.uint32)
-    floats = (
-        sampling.temperature,
-        sampling.top_p,
-        sampling.min_p,
-        sampling.repetition_penalty,
-        sampling.presence_penalty,
-    )
-    return np.concatenate([ints, np.asarray(floats, np.float32).view(np.uint32)])
 
 
 class WgpuRunner(OneAtATime):
@@ -76,6 +63,7 @@ class WgpuRunner(OneAtATime):
         max_context: int | None = None,
         adapter: str | None = None,
         f16_cache: bool = False,
+        exact: bool = False,
         device: Device | None = None,
         progress: ProgressCallback | None = None,
     ):
@@ -86,6 +74,7 @@ class WgpuRunner(OneAtATime):
           max_context: tokens that the KV cache holds; default the model's own limit.
           adapter: part of the wanted adapter's summary.
           f16_cache: half the cache's memory, at an error of about 1e-4 in the logits.
+          exact: float32 products in long prompts too, where kernels else round activations to 16 bits.
           device: an open device, in place of a new one on ``adapter``.
           progress: told of the bytes that are uploaded.
 
@@ -101,7 +90,7 @@ class WgpuRunner(OneAtATime):
         self.max_context = source.config.max_position_embeddings if max_context is None else max_context
         check_shapes(self.config, source.types)
         self._owns_device = device is None
-        self._device = device or Device(adapter)
+        self._device = device or Device(adapter, exact=exact)
         self.platform: Platform = "cpu" if self._device.report.software else "gpu"
         self._types = sorted(
             {t.name for path, t in source.types.items() if "norm" not in path.split(".")[-1]}
@@ -144,6 +133,8 @@ class WgpuRunner(OneAtATime):
             self._wide = Program(
                 self._device, self.config, self._weights, b, tokens=tuning.tiles.tokens, f16_cache=self._f16
             )
+        rounds = any(site.dispatch.kernel.name == "tile_bytes" for site in self._wide.body)
+        self._compute_dtype = "int15" if rounds else "float32"  # parity's word; 16 bits are within it
         self._sample = {
             sampled: kernels.sample_site(
                 self._device,
@@ -213,7 +204,7 @@ class WgpuRunner(OneAtATime):
             "device": report.summary,
             "software": report.software,
             "driver": report.driver,
-            "compute_dtype": "float32",
+            "compute_dtype": self._compute_dtype,
             "cache_dtype": "float16" if self._f16 else "float32",
             "implementations": dict.fromkeys(self._types, "wgsl"),
             "fallbacks": [],

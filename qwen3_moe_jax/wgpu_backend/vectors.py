@@ -118,7 +118,7 @@ def dense_site(
     constants |= {"NORMED": norm is not None, "KEEPS": keeps, "ADDED": sums is not None}
     kernel = device.kernel("vector", MODE="dense", TYPES=[t.name for t in types], **constants)
     words, groups = dense_words(segments, workgroup // constants["LANES"] * rows)
-    params = params_of(device, words, columns=columns, y_stride=0, segments=len(segments), eps=eps)
+    params = params_of(device, words, x_vectors=columns // 4, y_stride=0, segments=len(segments), eps=eps)
     resources = {0: params, 1: step, 2: weights.buffer, 3: x, 4: y}
     if norm is not None:
         resources |= {5: norm[0], 6: norm[1]}
@@ -149,7 +149,7 @@ def expert_site(
     params = params_of(
         device,
         stack_words(pair),
-        columns=first.columns,
+        x_vectors=first.columns // 4,
         y_stride=first.rows,
         experts=(first.begin, first.end),
         plane=plane,
@@ -178,7 +178,7 @@ def down_site(
     constants = _constants(device, lanes, v.team_rows, stack.columns, chosen * v.team, chosen)
     constants |= {"ADDED": True}
     kernel = device.kernel("vector", MODE="summed", TYPES=[stack.type.name], **constants)
-    params = params_of(device, stack_words([stack]), columns=stack.columns, y_stride=0, segments=1)
+    params = params_of(device, stack_words([stack]), x_vectors=stack.columns // 4, y_stride=0, segments=1)
     dispatch = device.bind(kernel, {0: params, 1: step, 2: stack.buffer, 3: x, 4: y, **buffers})
     per_group = v.team // constants["LANES"] * v.team_rows
     return Site(dispatch, -(-stack.rows // per_group), nbytes=chosen * nbytes_of([stack]), taps=taps)

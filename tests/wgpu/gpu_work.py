@@ -38,7 +38,8 @@ from scripts import profile_wgpu
 EMBEDDED = Path(__file__).parents[2] / "qwen3_moe_jax" / "assets" / "tiny-coder-Q4_K_M.gguf"
 CONTEXT = 512
 
-_HARDWARE = replace(TUNINGS["DiscreteGPU"], chunk=96, prefill_span=256, tiles=SMALL_TILES)
+_FLOATS = replace(SMALL_TILES, dots=None)
+_HARDWARE = replace(TUNINGS["DiscreteGPU"], chunk=96, prefill_span=256, tiles=_FLOATS)
 _EIGHT_LANES = Vectors(lanes=8, router_lanes=8, subgroup=8, tile=32, parts=3)
 
 DEVICES: dict[str, dict[str, Any]] = {
@@ -49,10 +50,12 @@ DEVICES: dict[str, dict[str, Any]] = {
     # The same without wgpu's checks, with values exchanged inside a subgroup; llvmpipe's have 8 lanes.
     # Attention's parts take several tiles each.
     "subgroups": {
-        "tuning": replace(_HARDWARE, lanes=8, vectors=_EIGHT_LANES, tiles=replace(SMALL_TILES, lane_rows=8)),
+        "tuning": replace(_HARDWARE, lanes=8, vectors=_EIGHT_LANES, tiles=replace(_FLOATS, lane_rows=8)),
         "subgroups": True,
         "unchecked": True,
     },
+    # Hardware with an instruction for dots of bytes.
+    "dots": {"tuning": replace(_HARDWARE, tiles=SMALL_TILES), "subgroups": False},
     # Hardware whose adapter or model suits neither: the kernels that every one can run.
     "plain": {"tuning": replace(_HARDWARE, tiles=None, vectors=None, decode_span=128), "subgroups": False},
     # A binding limit so small that every large tensor is cut into windows.
@@ -147,6 +150,10 @@ def kernels_of(model: str, on: str) -> tuple[set[str], set[str]]:
     programs = loaded._decode, loaded._prefill_of(64)
     token, prompt = ({site.dispatch.kernel.name for site in program.body} for program in programs)
     return token, prompt
+
+
+def described(model: str, on: str) -> dict[str, object]:
+    return runner(model, on).describe()
 
 
 def log_likelihoods(model: str, tokens: Sequence[int], first: int, on: str = "own") -> np.ndarray:

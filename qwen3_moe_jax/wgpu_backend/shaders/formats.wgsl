@@ -20,130 +20,110 @@
 {% if pair %}select({{ all }}.xy, {{ all }}.zw, {{ pair }} == 1u){% else %}{{ all }}{% endif %}
 //% endmacro
 
-//% macro k_scales(r)
-let sc{{r}} = select(h{{r}}.y & 0x3f3f3f3fu, (h{{r}}.w & 0x0f0f0f0fu) | ((h{{r}}.y >> 2u) & 0x30303030u), j > 1u) >> ((j & 1u) * 16u);
-let mn{{r}} = select(h{{r}}.z & 0x3f3f3f3fu, ((h{{r}}.w >> 4u) & 0x0f0f0f0fu) | ((h{{r}}.z >> 2u) & 0x30303030u), j > 1u) >> ((j & 1u) * 16u);
+//# Q4_K, Q5_K and Q6_K. A superblock has four units of 64 weights, and a unit two turns (`half`). In a turn four words give
+//# 16 weights, and 16 others 32 columns on (four vectors of x are between them): the near and the far ones.
+//# Eight superblocks of Q6_K share one vec4 of eight superblock scales, so that nothing is padded.
+
+//# Where the superblock of unit `u` begins.
+//% macro superblock(type, r, base, start)
+//% if type == "Q6_K"
+let s{{r}} = {{start}} + (u >> 2u);
+let g{{r}} = {{base}} + (s{{r}} >> 3u) * 105u;
+let a{{r}} = g{{r}} + 1u + (s{{r}} & 7u) * 13u;
+//% else
+let a{{r}} = {{base}} + ({{start}} + (u >> 2u)) * {{ 9 if type == "Q4_K" else 11 }}u;
+//% endif
+//% endmacro
+
+//# The vectors that a turn reads, by name: scales first, then words.
+//% set OF_SCALES = {"Q4_K": {"h": "a%s"}, "Q5_K": {"h": "a%s"}, "Q6_K": {"d": "g%s", "c": "a%s + 12u"}}
+//% set OF_WORDS = {
+  "Q4_K": {"q": "a%s + 1u + 2u * (u & 3u) + half"},
+  "Q5_K": {"q": "a%s + 3u + 2u * (u & 3u) + half", "b": "a%s + 1u + half"},
+  "Q6_K": {"q": "a%s + ((u >> 1u) & 1u) * 4u + (u & 1u)", "m": "a%s + ((u >> 1u) & 1u) * 4u + 2u + (u & 1u)", "b": "a%s + 8u + ((u >> 1u) & 1u) * 2u + (u & 1u)"},
+}
+
+//# From the vectors of scales: of the near and the far weights, and their minimums; for Q6_K of both turns.
+//% macro scales_of(type, r)
+//% if type == "Q6_K"
+let both{{r}} = select(bitcast<vec4<i32>>(c{{r}}).xy, bitcast<vec4<i32>>(c{{r}}).zw, ((u >> 1u) & 1u) == 1u) >> vec2<u32>((u & 1u) * 8u);
+let scales{{r}} = unpack2x16float(d{{r}}[(s{{r}} & 7u) >> 1u] >> ((s{{r}} & 1u) * 16u)).x * vec4<f32>(
+    f32((both{{r}}.x << 24u) >> 24u), f32((both{{r}}.x << 8u) >> 24u),
+    f32((both{{r}}.y << 24u) >> 24u), f32((both{{r}}.y << 8u) >> 24u));
+//% else
+let upper{{r}} = (u & 2u) == 2u;
+let sc{{r}} = select(h{{r}}.y & 0x3f3f3f3fu, (h{{r}}.w & 0x0f0f0f0fu) | ((h{{r}}.y >> 2u) & 0x30303030u), upper{{r}}) >> ((u & 1u) * 16u);
+let mn{{r}} = select(h{{r}}.z & 0x3f3f3f3fu, ((h{{r}}.w >> 4u) & 0x0f0f0f0fu) | ((h{{r}}.z >> 2u) & 0x30303030u), upper{{r}}) >> ((u & 1u) * 16u);
 let d{{r}} = unpack2x16float(h{{r}}.x);
-let lo_scale{{r}} = d{{r}}.x * f32(sc{{r}} & 0xffu);
-let hi_scale{{r}} = d{{r}}.x * f32((sc{{r}} >> 8u) & 0xffu);
-let lo_min{{r}} = d{{r}}.y * f32(mn{{r}} & 0xffu);
-let hi_min{{r}} = d{{r}}.y * f32((mn{{r}} >> 8u) & 0xffu);
+let scales{{r}} = vec4<f32>(d{{r}}.x * f32(sc{{r}} & 0xffu), d{{r}}.y * f32(mn{{r}} & 0xffu), d{{r}}.x * f32((sc{{r}} >> 8u) & 0xffu), d{{r}}.y * f32((mn{{r}} >> 8u) & 0xffu));
+//% endif
+//% endmacro
+
+//# Component `c` of a turn's words as four whole numbers of 8 bits; those of Q6_K are 32 too large.
+//% macro bytes_of(type, r, c, far)
+//% if type == "Q4_K"
+{{ "((q%s.%s >> 4u) & 0x0f0f0f0fu)" % (r, c) if far else "(q%s.%s & 0x0f0f0f0fu)" % (r, c) }}
+//%- elif type == "Q5_K"
+{{ "(((q%s.%s >> 4u) & 0x0f0f0f0fu) | (((b%s.%s >> (2u * (u & 3u))) & 0x02020202u) << 3u))" % (r, c, r, c) if far else "((q%s.%s & 0x0f0f0f0fu) | (((b%s.%s >> (2u * (u & 3u))) & 0x01010101u) << 4u))" % (r, c, r, c) }}
+//%- else
+{{ "(((m%s.%s >> (half * 4u)) & 0x0f0f0f0fu) | (((b%s.%s >> (half * 4u)) & 0x0c0c0c0cu) << 2u))" % (r, c, r, c) if far else "(((q%s.%s >> (half * 4u)) & 0x0f0f0f0fu) | (((b%s.%s >> (half * 4u)) & 0x03030303u) << 4u))" % (r, c, r, c) }}
+//%- endif
+//% endmacro
+
+//% macro weights_of(type, r, c, far)
+//% if type == "Q6_K"
+{{ "far" if far else "near" }}{{r}} * (vec4<f32>(unpack4xU8({{ bytes_of(type, r, c, far) }})) - 32.0)
+//%- else
+scales{{r}}.{{ "z" if far else "x" }} * vec4<f32>(unpack4xU8({{ bytes_of(type, r, c, far) }})) - scales{{r}}.{{ "w" if far else "y" }}
+//%- endif
+//% endmacro
+
+//% macro unit_of_superblock(emit, type, rows, turns, pair)
+//% for w, base, start in rows
+//% set r = loop.index0
+{{ superblock(type, r, base, start) }}
+//% for name, index in OF_SCALES[type].items()
+let {{name}}{{r}} = {{w}}[{{ index % r }}];
+//% endfor
+{{ scales_of(type, r) }}
+//% endfor
+for (var half = {{ turns[0] }}; half < {{ turns[1] }}; half++) {
+  //% for w, base, start in rows
+  //% set r = loop.index0
+  //% for name, index in OF_WORDS[type].items()
+  let all_{{name}}{{r}} = {{w}}[{{ index % r }}];
+  let {{name}}{{r}} = {{ words("all_%s%d" % (name, r), pair) }};
+  //% endfor
+  //% if type == "Q6_K"
+  let near{{r}} = select(scales{{r}}.x, scales{{r}}.z, half == 1u);
+  let far{{r}} = select(scales{{r}}.y, scales{{r}}.w, half == 1u);
+  //% endif
+  //% endfor
+  let at = {{ "(u >> 1u) * 32u + (u & 1u) * 4u + half * 16u" if type == "Q6_K" else "u * 16u + half * 4u" }}{% if pair %} + {{ pair }} * 2u{% endif %};
+  //% for c in ("xy" if pair else "xyzw")
+  //% set i = loop.index0
+  //% for far in (False, True)
+  {
+    //% for _ in rows
+    let w{{loop.index0}} = {{ weights_of(type, loop.index0, c, far) }};
+    //% endfor
+    {{ emit("at + %du" % (i + (8 if far else 0))) }}
+  }
+  //% endfor
+  //% endfor
+}
 //% endmacro
 
 //% macro unit_Q4_K(rows, turns=("0u", "2u"), pair="")
-let sb = u >> 2u;
-let j = u & 3u;
-//% for w, base, start in rows
-let a{{loop.index0}} = {{base}} + ({{start}} + sb) * 9u;
-let h{{loop.index0}} = {{w}}[a{{loop.index0}}];
-{{ k_scales(loop.index0) }}
-//% endfor
-for (var half = {{ turns[0] }}; half < {{ turns[1] }}; half++) {
-  //% for w, base, start in rows
-  let all{{loop.index0}} = {{w}}[a{{loop.index0}} + 1u + 2u * j + half];
-  let q{{loop.index0}} = {{ words("all%d" % loop.index0, pair) }};
-  //% endfor
-  let at = sb * 64u + j * 16u + half * 4u{% if pair %} + {{ pair }} * 2u{% endif %};
-  //% for c in ("xy" if pair else "xyzw")
-  {
-    //% for _ in rows
-    let w{{loop.index0}} = lo_scale{{loop.index0}} * vec4<f32>(unpack4xU8(q{{loop.index0}}.{{c}} & 0x0f0f0f0fu)) - lo_min{{loop.index0}};
-    //% endfor
-    {{ caller("at + %du" % loop.index0) }}
-  }
-  {
-    //% for _ in rows
-    let w{{loop.index0}} = hi_scale{{loop.index0}} * vec4<f32>(unpack4xU8((q{{loop.index0}}.{{c}} >> 4u) & 0x0f0f0f0fu)) - hi_min{{loop.index0}};
-    //% endfor
-    {{ caller("at + %du" % (loop.index0 + 8)) }}
-  }
-  //% endfor
-}
+{{ unit_of_superblock(caller, "Q4_K", rows, turns, pair) }}
 //% endmacro
 
 //% macro unit_Q5_K(rows, turns=("0u", "2u"), pair="")
-let sb = u >> 2u;
-let j = u & 3u;
-//% for w, base, start in rows
-let a{{loop.index0}} = {{base}} + ({{start}} + sb) * 11u;
-let h{{loop.index0}} = {{w}}[a{{loop.index0}}];
-{{ k_scales(loop.index0) }}
-//% endfor
-for (var half = {{ turns[0] }}; half < {{ turns[1] }}; half++) {
-  //% for w, base, start in rows
-  let high{{loop.index0}} = {{w}}[a{{loop.index0}} + 1u + half] >> vec4<u32>(2u * j);
-  let all{{loop.index0}} = {{w}}[a{{loop.index0}} + 3u + 2u * j + half];
-  let b{{loop.index0}} = {{ words("high%d" % loop.index0, pair) }};
-  let q{{loop.index0}} = {{ words("all%d" % loop.index0, pair) }};
-  //% endfor
-  let at = sb * 64u + j * 16u + half * 4u{% if pair %} + {{ pair }} * 2u{% endif %};
-  //% for c in ("xy" if pair else "xyzw")
-  {
-    //% for _ in rows
-    let w{{loop.index0}} = lo_scale{{loop.index0}} * vec4<f32>(unpack4xU8((q{{loop.index0}}.{{c}} & 0x0f0f0f0fu) | ((b{{loop.index0}}.{{c}} & 0x01010101u) << 4u))) - lo_min{{loop.index0}};
-    //% endfor
-    {{ caller("at + %du" % loop.index0) }}
-  }
-  {
-    //% for _ in rows
-    let w{{loop.index0}} = hi_scale{{loop.index0}} * vec4<f32>(unpack4xU8(((q{{loop.index0}}.{{c}} >> 4u) & 0x0f0f0f0fu) | ((b{{loop.index0}}.{{c}} & 0x02020202u) << 3u))) - hi_min{{loop.index0}};
-    //% endfor
-    {{ caller("at + %du" % (loop.index0 + 8)) }}
-  }
-  //% endfor
-}
+{{ unit_of_superblock(caller, "Q5_K", rows, turns, pair) }}
 //% endmacro
 
-//# Eight superblocks share one vec4 of eight superblock scales, so that nothing is padded.
 //% macro unit_Q6_K(rows, turns=("0u", "2u"), pair="")
-//% set vector = "vec2<u32>" if pair else "vec4<u32>"
-let sb = u >> 2u;
-let upper = (u >> 1u) & 1u;
-let part = u & 1u;
-//% for w, base, start in rows
-//% set r = loop.index0
-let s{{r}} = {{start}} + sb;
-let g{{r}} = {{base}} + (s{{r}} >> 3u) * 105u;
-let a{{r}} = g{{r}} + 1u + (s{{r}} & 7u) * 13u;
-let d{{r}} = unpack2x16float({{w}}[g{{r}}][(s{{r}} & 7u) >> 1u] >> ((s{{r}} & 1u) * 16u)).x;
-let sc{{r}} = bitcast<vec4<i32>>({{w}}[a{{r}} + 12u]);
-let sc_lo{{r}} = select(sc{{r}}.x, sc{{r}}.z, upper == 1u) >> (part * 8u);
-let sc_hi{{r}} = select(sc{{r}}.y, sc{{r}}.w, upper == 1u) >> (part * 8u);
-let scales{{r}} = d{{r}} * vec4<f32>(
-    f32((sc_lo{{r}} << 24u) >> 24u), f32((sc_lo{{r}} << 8u) >> 24u),
-    f32((sc_hi{{r}} << 24u) >> 24u), f32((sc_hi{{r}} << 8u) >> 24u));
-//% for name, at in (("l", "upper * 4u"), ("m", "upper * 4u + 2u"), ("b", "8u + upper * 2u"))
-let all_{{name}}{{r}} = {{w}}[a{{r}} + {{at}} + part];
-let {{name}}{{r}} = {{ words("all_%s%d" % (name, r), pair) }};
-//% endfor
-//% endfor
-for (var high = {{ turns[0] }}; high < {{ turns[1] }}; high++) {
-  //% for w, base, start in rows
-  //% set r = loop.index0
-  let near{{r}} = select(scales{{r}}.x, scales{{r}}.z, high == 1u);
-  let far{{r}} = select(scales{{r}}.y, scales{{r}}.w, high == 1u);
-  let ln{{r}} = (l{{r}} >> {{vector}}(high * 4u)) & {{vector}}(0x0f0f0f0fu);
-  let mn{{r}} = (m{{r}} >> {{vector}}(high * 4u)) & {{vector}}(0x0f0f0f0fu);
-  let bn{{r}} = b{{r}} >> {{vector}}(high * 4u);
-  //% endfor
-  let at = sb * 64u + upper * 32u + part * 4u + high * 16u{% if pair %} + {{ pair }} * 2u{% endif %};
-  //% for c in ("xy" if pair else "xyzw")
-  {
-    //% for _ in rows
-    //% set r = loop.index0
-    let w{{r}} = near{{r}} * (vec4<f32>(unpack4xU8(ln{{r}}.{{c}} | ((bn{{r}}.{{c}} & 0x03030303u) << 4u))) - 32.0);
-    //% endfor
-    {{ caller("at + %du" % loop.index0) }}
-  }
-  {
-    //% for _ in rows
-    //% set r = loop.index0
-    let w{{r}} = far{{r}} * (vec4<f32>(unpack4xU8(mn{{r}}.{{c}} | ((bn{{r}}.{{c}} & 0x0c0c0c0cu) << 2u))) - 32.0);
-    //% endfor
-    {{ caller("at + %du" % (loop.index0 + 8)) }}
-  }
-  //% endfor
-}
+{{ unit_of_superblock(caller, "Q6_K", rows, turns, pair) }}
 //% endmacro
 
 //# Eight blocks share one vec4 of eight scales.

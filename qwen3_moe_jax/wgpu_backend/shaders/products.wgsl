@@ -30,7 +30,7 @@ struct Params {
 @group(0) @binding(0) var<uniform> p: Params;
 @group(0) @binding(1) var<uniform> step: Step;
 @group(0) @binding(2) var<storage, read> w: array<vec4<u32>>;
-@group(0) @binding(3) var<storage, read> x: array<vec4<f32>>;
+@group(0) @binding(3) var<storage, read> x: array<vec4<{{ "u32" if BYTES is defined else "f32" }}>>;
 @group(0) @binding(4) var<storage, read_write> y: array<f32>;
 //% if DUAL
 @group(0) @binding(7) var<storage, read> w_up: array<vec4<u32>>;
