@@ -5,7 +5,14 @@ import os
 
 from qwen3_moe_jax import loader
 from qwen3_moe_jax.commands import options
-from qwen3_moe_jax.commands.common import add_adapter, add_kernels, add_mesh, add_model, runner_options
+from qwen3_moe_jax.commands.common import (
+    add_adapter,
+    add_kernels,
+    add_mesh,
+    add_model,
+    dtype_of,
+    runner_options,
+)
 from qwen3_moe_jax.convert.open_model import open_model
 from qwen3_moe_jax.convert.source import ModelSource
 from qwen3_moe_jax.core import terminal
@@ -18,7 +25,7 @@ from qwen3_moe_jax.parity.recorded import parity_text
 from qwen3_moe_jax.text.tokenizer import Tokenizer
 
 REFERENCE = "reference"
-TARGETS = (REFERENCE, "jax", "jax:bfloat16", "wgpu")
+TARGETS = (REFERENCE, "jax", "jax:bfloat16", "wgpu", "wgpu:float32")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -77,10 +84,10 @@ def _recorded(side: str) -> Trace | None:
 
 
 def _runner(source: ModelSource, side: str, args: argparse.Namespace) -> Runner:
-    backend, _, dtype = side.partition(":")
+    backend = side.partition(":")[0]
     context = min(1024, source.config.max_position_embeddings)
     options = runner_options(backend, args)
-    return loader.make_runner(source, backend, max_context=context, dtype=dtype or "float32", **options)
+    return loader.make_runner(source, backend, max_context=context, dtype=dtype_of(side), **options)
 
 
 def _parting(

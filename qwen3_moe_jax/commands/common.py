@@ -48,6 +48,12 @@ def add_exact(parser: argparse._ActionsContainer) -> None:
     )
 
 
+def dtype_of(target: str) -> str | None:
+    """The dtype of a target's operands; None is the backend's own choice, which wgpu has."""
+    backend, _, dtype = target.partition(":")
+    return dtype or (None if backend == "wgpu" else "float32")
+
+
 def add_adapter(parser: argparse._ActionsContainer) -> None:
     """--adapter alone."""
     parser.add_argument(

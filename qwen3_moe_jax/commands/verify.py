@@ -15,6 +15,7 @@ from qwen3_moe_jax.commands.common import (
     add_mesh,
     add_model,
     add_processes,
+    dtype_of,
     runner_options,
 )
 from qwen3_moe_jax.convert.open_model import open_model
@@ -30,7 +31,7 @@ from qwen3_moe_jax.parity.evidence import PROMPT_TOKENS
 from qwen3_moe_jax.parity.gate import first_forward
 from qwen3_moe_jax.parity.verify import MIN_TOKENS, TEXT_TOKENS, Report, Unloaded, verify
 
-TARGETS = ("reference", "jax", "jax:bfloat16", "jax:native", "wgpu")
+TARGETS = ("reference", "jax", "jax:bfloat16", "jax:native", "wgpu", "wgpu:float32")
 
 MARKS = {PASSED: ("pass", "green"), FAILED: ("FAIL", "bold red"), NOT_APPLICABLE: ("n/a", "dim")}
 
@@ -151,7 +152,7 @@ def unloaded_runners(source: ModelSource, targets: Sequence[str], args: argparse
     runners = []
     for target in dict.fromkeys(targets):
         backend, _, dtype = target.partition(":")
-        options = {"max_context": context, "dtype": dtype or "float32", **runner_options(backend, args)}
+        options = {"max_context": context, "dtype": dtype_of(target), **runner_options(backend, args)}
         if dtype == NATIVE:
             options |= {"dtype": None, "kernels": NATIVE}
         on_gpu = backend == "jax" and loader.jax_sees_gpu()

@@ -6,6 +6,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from qwen3_moe_jax.commands.common import dtype_of
+from qwen3_moe_jax.commands.verify import TARGETS
 from qwen3_moe_jax.convert.ggml_types import GGMLType
 from qwen3_moe_jax.core.stages import STAGES
 from qwen3_moe_jax.wgpu_backend.adapter import TUNINGS, tuning_for
@@ -152,3 +154,12 @@ def test_who_gets_dots(vendor, exact, shared, dots):
     assert tuning.tiles.nbytes <= shared
     assert replace(tuning, tiles=None) == replace(TUNINGS["DiscreteGPU"], tiles=None)
     assert tuning_for(SimpleNamespace(type="CPU", vendor=vendor, limits=limits)) == TUNINGS["CPU"]
+
+
+@pytest.mark.parametrize(
+    ("target", "dtype"),
+    [("wgpu", None), ("wgpu:float32", "float32"), ("jax", "float32"), ("jax:bfloat16", "bfloat16")],
+)
+def test_what_is_verified_is_what_runs_unless_float32_is_named(target, dtype):
+    assert dtype_of(target) == dtype
+    assert target in TARGETS
