@@ -11,7 +11,9 @@ if jax.__version_info__ < (0, 11):
 
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from qwen3_moe_jax.convert.ggml_types import GGMLType
 from qwen3_moe_jax.convert.layouts.gpu_tiles import to_gpu_tiles
+from qwen3_moe_jax.convert.packed import PackedTensor
 from qwen3_moe_jax.convert.unpack import dequantize
 from qwen3_moe_jax.kernels_pallas.decode_step.formats import TILE_FORMATS
 from qwen3_moe_jax.kernels_pallas.decode_step.primitives import emulated
@@ -34,8 +36,12 @@ CASES = [
 
 
 def quantized(rng) -> tuple:
-    """Activations as the kernel holds them, and float64 [4, 256]; after the row they have scale 0."""
+    """Activations as the kernel holds them, and float64 [4, 256]; after the row they have scale 0.
+
+    The first lane's are as large as they can be.
+    """
     q = rng.integers(-16256, 16257, (4, 4, 2, 2, 16))  # superblock, group, s, h, number
+    q[0, 0] = 16256
     high = (q + 64) >> 7
     parts = np.stack([high, q - (high << 7)])
     words = np.ascontiguousarray(parts.astype(np.int8)).view(np.int32)
@@ -49,13 +55,24 @@ def quantized(rng) -> tuple:
     )
 
 
+def extreme_weights(rng, kind, shape):
+    """Random ones; the first row that is multiplied has the largest integers and scales in two bits."""
+    weights = random_weights(rng, kind, shape)
+    if kind is GGMLType.Q2_K:
+        arrays = {name: array.copy() for name, array in weights.arrays.items()}
+        for name in ("q", "scales"):
+            arrays[name][8] = 0xFF
+        weights = PackedTensor(arrays, kind)
+    return weights
+
+
 @pytest.fixture(scope="module")
 def products():
     """By case: the kernel's [4 superblocks, 8 rows, 4 groups], and NumPy's in float64. One kernel for all."""
     print(f"seed {SEED}")
     rng = np.random.default_rng(SEED)
     words, scale, sums, x = quantized(rng)
-    packed = [random_weights(rng, kind, (16, SUPERBLOCKS * 256)) for kind, _, _ in CASES]
+    packed = [extreme_weights(rng, kind, (16, SUPERBLOCKS * 256)) for kind, _, _ in CASES]
     held = [to_gpu_tiles(w) if lies == "tiles" else w for w, (_, lies, _) in zip(packed, CASES, strict=True)]
     arrays = [{n: jnp.asarray(a) for n, a in w.arrays.items()} for w in held]
     leaves, tree = jax.tree.flatten(arrays)
@@ -95,4 +112,8 @@ def products():
 def test_products_are_those_of_the_dequantized_weights(products, case):
     """Each lane's 64 weights; float32 sums of exact integer dots. Nothing of a superblock after the last."""
     found, expected = (values[case] for values in products)
-    np.testing.assert_allclose(found, expected, rtol=0, atol=2e-6 * np.abs(expected).max())
+    large = np.zeros(expected.shape, bool)
+    large[0, :, 0] = True  # the first lanes
+    for part in (large, ~large):
+        atol = 2e-6 * np.abs(expected[part]).max()
+        np.testing.assert_allclose(found[part], expected[part], rtol=0, atol=atol)
