@@ -273,8 +273,9 @@ def only_signal(self, layer, count) -> None:
     self.g.signal()
 
 
-def only_signal_of_owners(self, norm_ref, count) -> None:
-    self.g.for_own(0, self.c.batch, lambda b: only_signal(self, None, count))
+def only_signal_of_owners(self, norm_ref, layer, count) -> None:
+    del norm_ref
+    self.g.for_own(0, self.c.batch, lambda b: only_signal(self, layer, count))
 
 
 WITHOUT = {

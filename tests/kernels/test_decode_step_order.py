@@ -1,5 +1,8 @@
 """The decode kernel's docstring says which phase waits for which: held against what the kernel does."""
 
+import importlib
+import inspect
+import os
 import re
 from contextlib import ExitStack
 from types import SimpleNamespace
@@ -198,3 +201,18 @@ def test_every_part_is_added_once_and_none_is_overwritten_before(devices, parts)
             for part in range(parts):
                 state[slots.down(device, part)] = value = rng.integers(1, 100)
                 total += value
+
+
+@pytest.mark.parametrize(("name", "phase"), [("router", PHASES["router"]), ("norm", PHASES["norm"])])
+def test_what_a_measurement_puts_in_a_phase_s_place_takes_its_arguments(monkeypatch, name, phase):
+    """``profile_decode --without``: otherwise the kernel is not even traced."""
+    monkeypatch.setenv("XLA_FLAGS", os.environ.get("XLA_FLAGS", ""))  # the import changes it
+    profile_decode = importlib.import_module("scripts.profile_decode")
+    owner, method = phase
+    original = getattr(owner, method)
+    arguments = [None] * len(inspect.signature(original).parameters)
+    with mock.patch.object(owner, method, original):
+        profile_decode.WITHOUT[name]()
+        instead = getattr(owner, method)
+    assert instead is not original
+    inspect.signature(instead).bind(*arguments)
