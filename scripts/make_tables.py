@@ -342,7 +342,14 @@ def wgpu() -> str:
             "memory of the card; over file and cache",
             f"{r['gpu_bytes'] / 1e9:.1f} GB; {r['gpu_bytes_over_needed']:.3f}",
         ),
-        ("minimum cosine to the float32 reference", below_one(min(r["parity"]["parity_cosine"]))),
+        (
+            "minimum cosine to the float32 reference, three tokens",
+            below_one(min(r["parity"]["parity_cosine"])),
+        ),
+        (
+            "96 tokens by dots of bytes against float32 kernels, NMSE",
+            f"{r['prompt_kernels_by_dots']['variants']['dots 64x32 4x4']['nmse']:.1e}",
+        ),
     ]
     return table("what | measured", rows)
 
