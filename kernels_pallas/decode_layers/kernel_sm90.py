@@ -21,6 +21,8 @@ from qwen3_moe_jax.convert.packed import ROWS
 from qwen3_moe_jax.kernels_pallas.attention import kernel_sm80 as attention_sm80
 from qwen3_moe_jax.kernels_pallas.attention import kernel_sm90 as attention
 from qwen3_moe_jax.kernels_pallas.decode_layers import row_steps as steps
+from qwen3_moe_jax.kernels_pallas.decode_layers.pair_kernels import PairKernels
+from qwen3_moe_jax.kernels_pallas.decode_layers.row_kernels import Lookup, RowKernels, Sizes
 from qwen3_moe_jax.kernels_pallas.decode_layers.sum_sm90 import WIDTH, sum_of_devices
 from qwen3_moe_jax.kernels_pallas.decode_step.exchange import ONE_DEVICE, Split
 from qwen3_moe_jax.kernels_pallas.gpu import products
@@ -32,6 +34,7 @@ from qwen3_moe_jax.kernels_pallas.gpu.grouped_matmul_config import (
     experts_config,
 )
 from qwen3_moe_jax.kernels_pallas.gpu.sorting import dense_tiles
+from qwen3_moe_jax.kernels_pallas.packed.dequantize import plain_numbers
 from qwen3_moe_jax.kernels_pallas.packed.stacks import LayerTable, LayerTensor, Matrices
 from qwen3_moe_jax.kernels_pallas.quantized_matmul.xla import quantized_matmul
 
@@ -52,6 +55,7 @@ class Kernels(NamedTuple):
       may_read_beyond: copies give zeros beyond the end of an array, as TMA's do. Queries, keys and values
         are one matrix then in layers, too, whose values are of another type: the rows after their keys are
         the next layer's, and after the last layer's there are none.
+      joins_steps: what stands between the products is in kernels, too, where the sizes fit.
     """
 
     product: products.Product
@@ -59,9 +63,12 @@ class Kernels(NamedTuple):
     make: Callable[..., Any]
     max_head_dim: int
     may_read_beyond: bool
+    joins_steps: bool = False
 
 
-HOPPER = Kernels(products.HOPPER, attention.ONE_QUERY, attention.make_kernel, 256, may_read_beyond=True)
+HOPPER = Kernels(
+    products.HOPPER, attention.ONE_QUERY, attention.make_kernel, 256, may_read_beyond=True, joins_steps=True
+)
 PORTABLE = Kernels(
     products.PORTABLE,
     attention_sm80.ONE_QUERY,
@@ -192,14 +199,15 @@ def decode_layers(
     share = steps.Share(mesh, weights.gate_proj.shape[0])
     if by_stores and interpret is None and x.shape[1] % WIDTH == 0:
         share = share._replace(add=partial(sum_of_devices, mesh=mesh))
-    run = _OneLayer(table, weights, tokens, share, rows, tile, eps, on_logits, kernels, interpret)
+    sizes = Sizes.of(weights, cache_k, rows, tile, num_experts_per_tok, eps)
+    run = _OneLayer(table, weights, tokens, share, sizes, on_logits, kernels, interpret)
     shape = (rows, num_experts_per_tok, x.shape[1])
     first = _State(
         x=x.astype(jnp.float32),
         results=tuple(jnp.zeros(shape, jnp.float32) for _ in weights.down_proj.options),
         cache_k=cache_k,
         cache_v=cache_v,
-        expert_ids=jnp.zeros((layers, rows, num_experts_per_tok), jnp.int32),
+        expert_ids=jnp.zeros((layers, tile, num_experts_per_tok), jnp.int32),
     )
     # A loop by hand: a scan's layer would be picked from an array, by a launch.
     last = lax.while_loop(
@@ -208,7 +216,7 @@ def decode_layers(
         (jnp.int32(0), first),
     )[1]
     out = last.x + run.added(jnp.int32(layers), last)
-    return out, last.cache_k, last.cache_v, last.expert_ids
+    return out, last.cache_k, last.cache_v, last.expert_ids[:, :rows]
 
 
 class _Tokens(NamedTuple):
@@ -228,7 +236,7 @@ class _State(NamedTuple):
       x: float32 [B, D], without what the experts of the last layer add.
       results: float32 [B, X, D] for each type of down_proj; that of the last layer's is to be added.
       cache_k, cache_v: [L, C, S, K, H].
-      expert_ids: int32 [L, B, X].
+      expert_ids: int32 [L, tile, X], those of the first B rows count.
     """
 
     x: jax.Array
@@ -247,16 +255,17 @@ class _OneLayer:
         weights: _Weights,
         tokens: _Tokens,
         share: steps.Share,
-        rows: int,
-        tile: int,
-        eps: float,
+        sizes: Sizes,
         on_logits: Callable[[jax.Array, jax.Array], jax.Array] | None,
         kernels: Kernels,
         interpret: Any,
     ):
         self.weights, self.tokens, self.share = weights, tokens, share
-        self.rows, self.tile, self.eps, self.on_logits = rows, tile, eps, on_logits
+        self.rows, self.tile, self.eps, self.on_logits = sizes.rows, sizes.tile, sizes.eps, on_logits
         self.kernels, self.interpret, self.sizes = kernels, interpret, experts_config()
+        self.between: tuple[RowKernels, PairKernels] | None = None
+        if kernels.joins_steps and sizes.fit:
+            self.between = RowKernels(sizes, interpret), PairKernels(sizes, interpret)
         w = weights
         self.order: list[tuple[int, ...]] = []
         self.v_at, self.down_at = self.column(w.v_which), self.column(w.down_proj.which)
@@ -273,36 +282,84 @@ class _OneLayer:
         return self.order.index(of_layers) * len(of_layers)
 
     def __call__(self, layer: jax.Array, state: _State) -> _State:
+        if self.between is None:
+            return self.by_steps(layer, state)
+        return self.by_kernels(layer, state, *self.between)
+
+    def by_kernels(self, layer: jax.Array, state: _State, between: RowKernels, pairs: PairKernels) -> _State:
+        """All of it in kernels, but for the router's product."""
+        w, tokens, at = self.weights, self.tokens, layer[0]
+        if self.share.mesh.devices == 1:
+            before = Lookup(layer, self.table, self.down_at, back=1)
+            x, top = between.norm(state.x, state.results, w.input_layernorm, layer, by_row=True, which=before)
+        else:
+            added = self.added(at, state)[None]
+            x, top = between.norm(state.x, (added,), w.input_layernorm, layer, by_row=False)
+        qkv = self.dense(top.operand, top.scale, w.qkv, 0, layer)
+        inside = (qkv, w.qkv.shape[0] - w.v_proj.shape[0])
+        values = {0: inside} if 0 in w.v_which else {}
+        for number, option in enumerate(w.other_v, 1):
+            values[number] = (self.dense(top.operand, top.scale, w.v_proj, option, layer), 0)
+        q, cache_k, cache_v = between.rotate(
+            qkv,
+            [values[number] for number in sorted(values)],
+            Lookup(layer, self.table, self.v_at, first=min(values)),
+            (w.q_norm, w.k_norm),
+            tokens.rope,
+            (state.cache_k, state.cache_v),
+            tokens.slots,
+            tokens.positions,
+            self.kernels.attention.tile,
+        )
+        operand, scale = between.attention_operand(self.attend(q, cache_k, cache_v, layer))
+        parts = self.dense(operand, scale, w.o_proj, 0, layer)
+        if self.share.mesh.devices > 1:
+            parts = self.share.summed(steps.sum_parts(parts, self.rows))[None]
+        x, mid = between.norm(x, (parts,), w.post_attention_layernorm, layer, by_row=False)
+        logits = self.changed(pairs.logits(mid.normed, plain_numbers(w.router.options[0]), layer), at)
+        ids, routes, operand, scale = pairs.choose(
+            logits, state.expert_ids, layer, mid, self.sizes.tile, self.share
+        )
+        results = self.experts(operand, scale, routes, layer, ids.shape[2])
+        return _State(x, results, cache_k, cache_v, ids)
+
+    def by_steps(self, layer: jax.Array, state: _State) -> _State:
+        """What stands between the products by XLA: where there are no kernels of it."""
         w, at = self.weights, layer[0]
         x = state.x + self.added(at, state)
         top = steps.norm(x, w.input_layernorm[at], self.eps, self.tile)
         q, cache_k, cache_v = self.queries(top, layer, state)
-        out = attention.attend_rows(
-            q,
-            cache_k,
-            cache_v,
-            self.tokens.row_positions,
-            self.tokens.bounds,
-            layer,
-            self.tokens.slots,
-            self.kernels.attention,
-            self.interpret,
-            self.kernels.make,
-        )
+        out = self.attend(q, cache_k, cache_v, layer)
         heads = w.q_proj.shape[0] // out.shape[2]
         operand, scale = steps.attention_operand(out, self.rows, heads, self.tile)
         x = x + self.share.summed(steps.sum_parts(self.dense(operand, scale, w.o_proj, 0, layer), self.rows))
         mid = steps.norm(x, w.post_attention_layernorm[at], self.eps, self.tile)
         choices = state.expert_ids.shape[2]
         routes = steps.choose(self.router_logits(mid.normed, at), choices, self.sizes.tile, self.share)
-        ids = state.expert_ids.at[at].set(routes.expert_ids)
-        return _State(x, self.experts(mid, routes, layer, choices), cache_k, cache_v, ids)
+        ids = state.expert_ids.at[at, : self.rows].set(routes.expert_ids)
+        operand, scale = mid.operand[routes.rows], mid.scale[routes.rows]
+        return _State(x, self.experts(operand, scale, routes, layer, choices), cache_k, cache_v, ids)
+
+    def attend(self, q: jax.Array, cache_k: jax.Array, cache_v: jax.Array, layer: jax.Array) -> jax.Array:
+        tokens = self.tokens
+        return attention.attend_rows(
+            q,
+            cache_k,
+            cache_v,
+            tokens.row_positions,
+            tokens.bounds,
+            layer,
+            tokens.slots,
+            self.kernels.attention,
+            self.interpret,
+            self.kernels.make,
+        )
 
     def added(self, layer: jax.Array, state: _State) -> jax.Array:
         """What the experts of the layer before add: float32 [B, D]."""
         before = jnp.maximum(layer - 1, 0)
         parts = steps.pick(state.results, self.table[self.down_at + before])
-        parts = self.share.own(parts, state.expert_ids[before])
+        parts = self.share.own(parts, state.expert_ids[before, : self.rows])
         return self.share.summed(functools.reduce(jnp.add, [parts[:, c] for c in range(parts.shape[1])]))
 
     def queries(
@@ -330,8 +387,13 @@ class _OneLayer:
         """float32 [B, E], changed where the caller changes them."""
         router = self.weights.router
         w = Matrices(router.options[0], layer * router.rows, router.shape)
-        logits = quantized_matmul(x, w, jnp.dtype(jnp.float32))
-        return logits if self.on_logits is None else self.on_logits(logits, layer)
+        return self.changed(quantized_matmul(x, w, jnp.dtype(jnp.float32)), layer)
+
+    def changed(self, logits: jax.Array, layer: jax.Array) -> jax.Array:
+        """The router's logits as the caller changes them, of the rows that are sequences."""
+        if self.on_logits is None:
+            return logits
+        return logits.at[: self.rows].set(self.on_logits(logits[: self.rows], layer))
 
     def of_layer(self, layer: jax.Array, weights: tuple[LayerTensor, ...], option: int) -> OfLayer:
         firsts = tuple(self.column(w.first) for w in weights)
@@ -355,13 +417,12 @@ class _OneLayer:
         return out.reshape(splits, self.tile, -1)
 
     def experts(
-        self, x: steps.NormedRows, routes: steps.Routes, layer: jax.Array, choices: int
+        self, operand: jax.Array, scale: jax.Array, routes: steps.Routes, layer: jax.Array, choices: int
     ) -> tuple[jax.Array, ...]:
         """Weighted results of each row's experts, float32 [R, X, D]; of down_proj's types one is written."""
         gate, up, down = self.weights.gate_proj, self.weights.up_proj, self.weights.down_proj
         run = partial(self.kernels.product.multiply, config=self.sizes, interpret=self.interpret)
         both = (_matrices(gate, 0), _matrices(up, 0))
-        operand, scale = x.operand[routes.rows], x.scale[routes.rows]
         inner = run(operand, scale, routes.tiles, both, of_layer=self.of_layer(layer, (gate, up), 0))
         out = [
             run(

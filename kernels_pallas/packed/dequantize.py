@@ -38,12 +38,14 @@ def dequantize(w: PackedTensor, dtype: DTypeLike = jnp.float32) -> jax.Array:
     return _BY_TYPE[w.type](w).astype(dtype)
 
 
+def plain_numbers(w: PackedTensor) -> jax.Array:
+    """Weights that are numbers in the file (F32, F16, BF16) as an array of their dtype."""
+    numbers = w.arrays["w"]
+    return jax.lax.bitcast_convert_type(numbers, jnp.bfloat16) if w.type is GGMLType.BF16 else numbers
+
+
 def _plain(w: PackedTensor) -> jax.Array:
-    return w.arrays["w"].astype(_F32)
-
-
-def _bf16(w: PackedTensor) -> jax.Array:
-    return jax.lax.bitcast_convert_type(w.arrays["w"], jnp.bfloat16).astype(_F32)
+    return plain_numbers(w).astype(_F32)
 
 
 def _q8_0(w: PackedTensor) -> jax.Array:
@@ -170,7 +172,7 @@ def _q5_1(w: PackedTensor) -> jax.Array:
 _BY_TYPE = {
     GGMLType.F32: _plain,
     GGMLType.F16: _plain,
-    GGMLType.BF16: _bf16,
+    GGMLType.BF16: _plain,
     GGMLType.Q8_0: _q8_0,
     GGMLType.Q4_K: _q4_k,
     GGMLType.Q5_K: _q5_k,

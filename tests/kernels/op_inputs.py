@@ -43,14 +43,21 @@ EXPERT_SHAPES = (
 )
 
 
-def needs_hopper_gpu(test):
-    """Marks a test or a class of them as one for Hopper GPUs, which alone is skipped without one."""
+def hopper_marks() -> tuple:
+    """Of what needs a Hopper GPU, and is skipped without one."""
     reason = ""
     try:
         require_hopper()
     except NotImplementedError as error:
         reason = str(error)
-    return pytest.mark.gpu(pytest.mark.skipif(bool(reason), reason=reason or "runs here")(test))
+    return pytest.mark.skipif(bool(reason), reason=reason or "runs here"), pytest.mark.gpu
+
+
+def needs_hopper_gpu(test):
+    """Marks a test or a class of them as one for Hopper GPUs, which alone is skipped without one."""
+    for mark in hopper_marks():
+        test = mark(test)
+    return test
 
 
 @pytest.fixture

@@ -28,7 +28,10 @@ from qwen3_moe_jax.kernels_pallas.gpu.interpreter import interpreter
 
 
 def step(path: str, shape: MeshShape, tokens: list[int]) -> dict[str, np.ndarray]:
-    """The first token's logits as each device has them [devices, B, V], and experts [L, B, X]."""
+    """The first token's logits as each device has them [devices, B, V], and experts [L, B, X].
+
+    Also whether what stands between the products was in kernels.
+    """
     with open_model(path) as source:
         config, shards = source.config, Shards.of(shape, source.config, jax.devices())
         params = load_sharded(source, shards, SimpleNamespace(platform="gpu"))
@@ -47,10 +50,14 @@ def step(path: str, shape: MeshShape, tokens: list[int]) -> dict[str, np.ndarray
             (SharedMemory, "assert_no_barriers_allocated", lambda self: None),
         ):
             patches.enter_context(mock.patch.object(where, name, value))
+        joined = patches.enter_context(
+            mock.patch.object(kernel_sm90, "RowKernels", wraps=kernel_sm90.RowKernels)
+        )
         run_step = jax.jit(partial(FewLaunches().step, model))
         out = jax.block_until_ready(run_step(params, ids, start, cache))
     whole = np.stack([np.asarray(part.data)[:, 0] for part in out.logits.addressable_shards])
-    return {"logits": whole, "experts": np.asarray(out.expert_ids)[:, :, 0]}
+    experts = np.asarray(out.expert_ids)[:, :, 0]
+    return {"logits": whole, "experts": experts, "joined": np.asarray(joined.called)}
 
 
 def main() -> None:

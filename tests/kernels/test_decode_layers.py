@@ -48,11 +48,11 @@ CONFIG = replace(
     PRESETS["Qwen3-30B-A3B"],
     num_hidden_layers=2,
     hidden_size=512,
-    num_attention_heads=4,
+    num_attention_heads=16,
     num_key_value_heads=2,
     head_dim=64,
     num_experts=16,
-    num_experts_per_tok=3,
+    num_experts_per_tok=4,
     moe_intermediate_size=256,
     vocab_size=64,
 )

@@ -63,10 +63,15 @@ TOKENS = (3, 5, 9, 11)
 """Of as many sequences."""
 
 
-def test_few_launches_have_the_references_logits_on_every_device(tmp_path):
+JOINED = {"hidden_size": 512, "num_attention_heads": 16, "num_key_value_heads": 2, "head_dim": 64}
+"""Sizes for which there are kernels between the products, too."""
+
+
+@pytest.mark.parametrize("sizes", [{}, JOINED], ids=["products", "all"])
+def test_few_launches_have_the_references_logits_on_every_device(tmp_path, sizes):
     """Of the pairs of a token and an expert, each device computes those of its own experts."""
     path, arrays = tmp_path / "model.gguf", tmp_path / "found.npz"
-    write_random_gguf(path, replace(CONFIG, num_hidden_layers=2), seed=7)
+    write_random_gguf(path, replace(CONFIG, num_hidden_layers=2, **sizes), seed=7)
     script = Path(__file__).with_name("run_layers_on_mesh.py")
     command = [sys.executable, script, path, "ep=2", arrays, *map(str, TOKENS)]
     environment = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
@@ -76,6 +81,7 @@ def test_few_launches_have_the_references_logits_on_every_device(tmp_path):
         expected = [runner.forward([token]) for token in TOKENS]
     with np.load(arrays) as found:
         logits, experts = found["logits"], found["experts"]
+        assert found["joined"] == bool(sizes)
     np.testing.assert_array_equal(logits[0], logits[1])
     for b, one in enumerate(expected):
         np.testing.assert_array_equal(experts[:, b].reshape(-1), np.asarray(one.expert_ids).reshape(-1))
