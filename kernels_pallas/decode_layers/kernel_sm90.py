@@ -1,9 +1,10 @@
-"""decode_layers on NVIDIA GPUs: products and attention in kernels, what stands between them in XLA.
+"""decode_layers on NVIDIA GPUs: products and attention in kernels, and what stands between them.
 
 Queries, keys and values are one product of the matrices that lie together in their stack. Between the
 products of ``gpu.grouped_matmul_sm90`` and the kernel of ``attention.kernel_sm90``, or from Ampere on those
-of the modules that end in ``sm80``, stand the steps of ``row_steps``. The kernels find the layer's weights by
-its number, on the device, in one table. What experts add to a row is summed by the next layer first.
+of the modules that end in ``sm80``, stand the kernels of ``row_kernels`` and ``pair_kernels``, or where these
+do not fit the steps of ``row_steps`` by XLA. Kernels find the layer's weights by its number, on the device,
+in one table. What experts add to a row is summed by the next layer first.
 """
 
 import functools

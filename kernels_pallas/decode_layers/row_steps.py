@@ -1,6 +1,7 @@
 """The steps of ``decode_layers`` between its products, on one row per sequence, in plain jnp.
 
-XLA makes a few launches of each. Nothing in them depends on the other rows.
+XLA makes a few launches of each. Nothing in them depends on the other rows. The kernels of ``row_kernels``
+and ``pair_kernels`` do the same in one launch each, where their sizes fit.
 """
 
 import functools
