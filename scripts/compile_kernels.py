@@ -22,7 +22,6 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -80,13 +79,14 @@ def compiled(target: cards.Capability, row: dict) -> dict:
         return _prompt_kernels.compiled(target, row)
     cores = _absent_gpu.first_card(target)[1]
     _, kernels, *cache = row["kernel"].split()
-    options = {"cache_dtype": jnp.dtype(jnp.int8), "prefetches": False} if cache else {}
+    dtype = jnp.dtype(*cache or ["float16"])
     device = api.Device.of_cores(cores, kernels=kernels, shared_memory=target.shared_memory)
     config, batch = PRESETS[row["preset"]], row["batch"]
     largest = api.kernel_batch(config, device)
     if batch > largest:
         return row | {"skipped": f"takes kernels of {largest}"}
-    shape = replace(api.shape_config(config, batch, device), **options)
+    shape = api.shape_config(config, batch, device, dtype)
+    options = {"cache_dtype": dtype, "prefetches": shape.prefetches}
     sharding = _absent_gpu.sharding_of(target)
     with _absent_gpu.compiling_for(target), captured_output() as lines:
         traced = trace_step(config, batch=batch, device=device, sharding=sharding, **options)

@@ -237,10 +237,8 @@ def step_config(
     check_supported(config, types, batch)
     length = cache.shape[2]
     _require(length % CACHE_TILE == 0, "cache length", length, f"need a multiple of {CACHE_TILE}")
-    shapes = shape_config(config, batch, device)
     return replace(
-        shapes,
-        prefetches=shapes.prefetches and cache.dtype != jnp.int8,  # bytes cannot be copied as 16 bits
+        shape_config(config, batch, device, cache.dtype),
         cache_length=length,
         qkv_types=types["qkv"],
         qkv_always=weights.qkv_always,
@@ -249,13 +247,14 @@ def step_config(
         down_types=types["down"],
         lm_head_type=types["lm_head"][0],
         lm_head_tiled=weights.lm_head_tiled,
-        cache_dtype=cache.dtype,
         replay=replay,
     )
 
 
-def shape_config(config: Any, batch: int, device: Device) -> kernel_config.StepConfig:
-    """The static configuration of a Q4_K_M file with a float16 cache; memory depends on the model alone.
+def shape_config(
+    config: Any, batch: int, device: Device, cache_dtype: Any = jnp.float16
+) -> kernel_config.StepConfig:
+    """The static configuration of a Q4_K_M file; memory depends on the model and the cache's type alone.
 
     One sequence's first tiles are asked for early where shared memory has room for them. In batches a
     warpgroup has several tiles, and gains less than a copy of each through shared memory costs.
@@ -276,7 +275,7 @@ def shape_config(config: Any, batch: int, device: Device) -> kernel_config.StepC
         gate_up_types=(q4,),
         down_types=(q4, q6),
         lm_head_type=q6,
-        cache_dtype=jnp.dtype(jnp.float16),
+        cache_dtype=jnp.dtype(cache_dtype),
         blocks=device.blocks,
         splits=_splits(config, device),
         mesh=device.mesh,

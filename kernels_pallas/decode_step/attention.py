@@ -24,10 +24,6 @@ class Attention(SplitsJoined):
 
     def __init__(self, grid: Grid, activations: Activations):
         super().__init__(grid, activations)
-        _, (self.q_smem, *tiles) = self.shared.sums_or_tiles_smem
-        if self.c.prefetches:
-            (tiles,) = self.shared.tiles_smem
-        self.k_smem, self.v_smem = tiles
         self.half = self.c.head_dim // 2
         self.halves = head_halves(self.c.head_dim)
         self.one_head = self.halves.reduce(0)
@@ -70,6 +66,10 @@ class Attention(SplitsJoined):
         c = self.c
         heads = [self.g.table(layer, f"{n}_head") for n in "qkv"]
         norms = [self.norm_halves(ref, layer) for ref in (self.inputs.q_norm_gmem, self.inputs.k_norm_gmem)]
+        begun = None
+        if self.has_one_item and not c.one_sequence:
+            begun = Attending(self, self.item(layer, 0), heads, norms)
+            begun.begin()
         self.g.wait(count)
         if c.one_sequence:
             self.write_rows(layer, heads, norms)
@@ -77,6 +77,9 @@ class Attention(SplitsJoined):
             self.g.wait(count + c.blocks)
 
         def one(i):
+            if begun is not None:
+                begun.run()
+                return
             item = Attending(self, self.item(layer, i), heads, norms)
             if c.prefetches and not isinstance(i, int):
 
@@ -85,6 +88,7 @@ class Attention(SplitsJoined):
                     self.g.sync_warpgroup()  # the last item is done with its tiles
                     item.prefetch()
 
+            item.begin()
             item.run()
 
         self.for_items(one)
@@ -115,6 +119,12 @@ class Attention(SplitsJoined):
             item = Attending(self, self.item(layer, 0), [None] * 3, [None] * 2)
             pl.when(self.own_items() > 0)(item.prefetch)
 
+    @property
+    def has_one_item(self) -> bool:
+        """Whether no warpgroup has more than one item."""
+        c = self.c
+        return c.batch * c.num_key_value_heads * c.splits <= WARPGROUPS * c.blocks
+
     def own_items(self) -> Array:
         """The number of this warpgroup's items."""
         workers, own = WARPGROUPS * self.c.blocks, self.g.wg * self.c.blocks + self.g.block
@@ -122,8 +132,7 @@ class Attention(SplitsJoined):
 
     def for_items(self, body: Callable) -> None:
         """``body(i)`` for this warpgroup's items; with a number where no warpgroup has more than one."""
-        c = self.c
-        if c.batch * c.num_key_value_heads * c.splits <= WARPGROUPS * c.blocks:
+        if self.has_one_item:
             pl.when(self.own_items() > 0)(lambda: body(0))
         else:
             fori(self.own_items(), body)

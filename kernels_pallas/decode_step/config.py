@@ -11,7 +11,7 @@ from qwen3_moe_jax.convert.ggml_types import SUPERBLOCK, GGMLType
 from qwen3_moe_jax.kernels_pallas.decode_step import primitives
 from qwen3_moe_jax.kernels_pallas.decode_step.exchange import ONE_DEVICE, Slots, Split
 from qwen3_moe_jax.kernels_pallas.decode_step.formats import format_of
-from qwen3_moe_jax.kernels_pallas.decode_step.primitives.layouts import RANKED
+from qwen3_moe_jax.kernels_pallas.decode_step.primitives.layouts import CHUNK, RANKED
 from qwen3_moe_jax.kernels_pallas.decode_step.primitives.names import Primitives
 from qwen3_moe_jax.kernels_pallas.decode_step.weights import column_names
 
@@ -30,8 +30,6 @@ PASS_UNIT = 4
 """Experts of one of several passes of down are a multiple of this: widths are multiples of 256, so that the
 activations of a pass are whole pieces, and each warpgroup has as many experts."""
 MAX_SPLITS = 128
-KV_TILE = {"hopper": 64, "portable": 32}
-"""Tokens of a tile of keys or values."""
 
 
 def ceil_div(a: int, b: int) -> int:
@@ -133,13 +131,13 @@ class StepConfig:
 
     @property
     def kv_tile(self) -> int:
-        """Tokens of a tile of keys or values."""
-        return KV_TILE[self.kernels]
+        """Tokens of a tile of keys or values: of int8 twice as many, as many bytes."""
+        return CHUNK * (2 if self.has_scales else 1)
 
     @property
-    def query_rows(self) -> int:
-        """Rows of a KV head's queries in shared memory: ``wgmma`` reads 64, ``mma`` 16."""
-        return 64 if self.kernels == "hopper" else ceil_div(self.group_heads, 16) * 16
+    def query_columns(self) -> int:
+        """Columns of a KV head's queries in attention's products."""
+        return ceil_div(self.group_heads, 8) * 8
 
     @property
     def attention_signals(self) -> int:

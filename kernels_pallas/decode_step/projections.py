@@ -44,7 +44,7 @@ class Products(Phases):
     def __init__(self, grid: Grid, activations: Activations):
         super().__init__(grid)
         self.x = activations
-        self.sums_smem, _ = self.shared.sums_or_tiles_smem
+        self.sums_smem, _ = self.shared.sums_or_attention_smem
 
     def place(self, tile: Array, span: Array, columns: int) -> FourTiles:
         """This warpgroup's four superblocks of a span of a tile's ``columns``."""

@@ -32,9 +32,8 @@ SHARED_ALIGN = 1024
 """Each buffer begins at a multiple of this many bytes."""
 REDUCTION_BYTES = 2048
 """What Pallas reserves for reductions across warps (its default)."""
-TILE_PADDING = {"hopper": 0, "portable": 8}
-"""Elements after a row of queries, keys or values in shared memory: 8 rows of an operand of ``mma`` then lie
-in different banks. ``wgmma`` reads swizzled tiles, and needs none."""
+PADDING_BYTES = 16
+"""After a row of queries, keys or values in shared memory: 8 rows then lie in different banks."""
 
 
 class Scratch(NamedTuple):
@@ -42,15 +41,18 @@ class Scratch(NamedTuple):
 
     Attributes:
       barrier: of both warpgroups.
-      sums_or_tiles_smem: (sums, (q, k, v)): attention needs no sums of products, and the rest no tiles.
-        Without k and v where ``tiles_smem`` has them.
+      sums_or_attention_smem: (sums, (q, stats, outputs)): attention needs no sums of products, and the rest
+        not what attention has here: queries [warpgroups, columns, head_dim]; of its warps the largest scores
+        and the sums, float32 [warpgroups, 2, 4 warps, columns], and outputs of 8 columns, float32
+        [warpgroups, 4, 8, head_dim].
       ids_smem, routing_smem: int32 and float32 [padded batch, X], the chosen experts and their weights.
-      new_score_smem, new_value_smem: the new token's scores [warpgroups, 64], value [warpgroups, head_dim].
+      new_score_smem, new_value_smem: the new token's scores, float32 [warpgroups, columns], and value
+        [warpgroups, head_dim].
       pair_order_smem: int32 [pairs], pairs in the order of their experts.
       split_plan_smem: int32 [padded batch + 4, 4] (``Attention.plan_splits``).
       reduce_smem: scratch of ``Grid.totals``.
       scalars_smem: a copy of ``scalars_gmem``.
-      split_weight_smem: float32 [warpgroups, MAX_SPLITS]; in attention over int8 a tile's scales.
+      split_weight_smem: float32 [warpgroups, MAX_SPLITS].
       squares_smem: float32 [warpgroups, padded batch], sums of squares of the residual stream.
       x_scale_smem, x_sums_smem, x_words_smem: activations that this block multiplies (:class:`Quantized`).
       zeros_smem: int32 [16] of zeros.
@@ -60,7 +62,7 @@ class Scratch(NamedTuple):
     """
 
     barrier: Any
-    sums_or_tiles_smem: Any
+    sums_or_attention_smem: Any
     ids_smem: Any
     new_score_smem: Any
     new_value_smem: Any
@@ -105,16 +107,21 @@ def scratch_types(c: StepConfig) -> Scratch:
     shared = plgpu.SMEM
     x = quantized_types(c.batch, _superblocks(c))
     tables = (c.padded_batch, c.num_experts_per_tok)
-    row = c.head_dim + TILE_PADDING[c.kernels]
-    tiles = [c.prim.tile_memory((WARPGROUPS, c.kv_tile, row), c.tile_dtype)] * 2
+    row = lambda dtype: c.head_dim + PADDING_BYTES // jnp.dtype(dtype).itemsize
+    tile = shared((WARPGROUPS, c.kv_tile, row(c.cache_dtype)), c.cache_dtype)
+    attention = [
+        shared((WARPGROUPS, c.query_columns, row(c.tile_dtype)), c.tile_dtype),
+        shared((WARPGROUPS, 2, 4, c.query_columns), jnp.float32),
+        shared((WARPGROUPS, 4, 8, c.head_dim), jnp.float32),
+    ]
     return Scratch(
         barrier=plgpu.Barrier(num_arrivals=WARPGROUPS),
-        sums_or_tiles_smem=plgpu.RefUnion(
+        sums_or_attention_smem=plgpu.RefUnion(
             shared((max(2, c.batch), STORE_GROUP, parts + 1, 8), jnp.float32),
-            [shared((WARPGROUPS, c.query_rows, row), c.tile_dtype), *([] if c.prefetches else tiles)],
+            attention,
         ),
         ids_smem=shared(tables, jnp.int32),
-        new_score_smem=shared((WARPGROUPS, 64), jnp.float32),
+        new_score_smem=shared((WARPGROUPS, c.query_columns), jnp.float32),
         new_value_smem=shared((WARPGROUPS, c.head_dim), jnp.float32),
         pair_order_smem=shared((c.pairs,), jnp.int32),
         split_plan_smem=shared((c.padded_batch + 4, 4), jnp.int32),
@@ -129,7 +136,7 @@ def scratch_types(c: StepConfig) -> Scratch:
         zeros_smem=shared((16,), jnp.int32),
         rank_smem=shared((WARPGROUPS, RANK_WORDS), jnp.int32) if c.ranks_experts else None,
         best_smem=shared((c.num_experts_per_tok,), jnp.float32) if c.ranks_experts else None,
-        tiles_smem=plgpu.RefUnion(tiles) if c.prefetches else None,
+        tiles_smem=plgpu.RefUnion([tile] * 2) if c.prefetches else None,
     )
 
 

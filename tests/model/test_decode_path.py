@@ -197,10 +197,10 @@ def test_what_is_to_be_seen_chooses_the_way(params, on_hopper, settings, is_forc
 def test_the_kernels_limits_are_the_ways():
     api = pytest.importorskip("qwen3_moe_jax.kernels_pallas.decode_step.api", reason="needs JAX 0.11")
     from qwen3_moe_jax.kernels_pallas.decode_layers import kernel_sm90
-    from qwen3_moe_jax.kernels_pallas.decode_step import config
+    from qwen3_moe_jax.kernels_pallas.decode_step.primitives.layouts import CHUNK
 
     assert OneKernel.batches == range(1, api.MAX_BATCH + 1)
-    assert all(CACHE_TILE % tile == 0 for tile in config.KV_TILE.values())
+    assert CACHE_TILE % CHUNK == 0
     assert FewLaunches.batches == range(kernel_sm90._MIN_ROWS, kernel_sm90.MAX_FEW_ROWS + 1)
 
 

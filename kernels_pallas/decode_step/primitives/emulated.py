@@ -101,16 +101,6 @@ def load_rows(ref, tile, superblock, where, *, shared: bool):
     return words if where.count == 16 else words[..., 0]
 
 
-def load_pair(refs: list):
-    both = jnp.concatenate([ref[...] for ref in refs])
-    return jnp.concatenate([both] * (128 // both.size))
-
-
-def to_halves(x, layout):
-    del layout
-    return x.astype(jnp.float16)
-
-
 def as_new(value):
     return value
 
@@ -209,27 +199,68 @@ def warpgroup_reduce(arrays: list, layout, operation: str, scratch) -> list:
     return [jnp.sum(x) if operation == "add" else jnp.max(x) for x in arrays]
 
 
-def store_first_rows(ref, values) -> None:
+def load_keys(refs: list, wanted=None):
+    del wanted
+    return jnp.concatenate([ref[...] for ref in refs])
+
+
+load_values = load_keys
+
+
+def load_scales(ref):
+    return ref[...]
+
+
+def load_queries(ref, *, of_bytes: bool):
+    del of_bytes
+    return ref[...]
+
+
+def scores(keys, queries, chunks: int, columns: int, dtype, *, of_bytes: bool) -> list:
+    del columns, dtype, of_bytes
+    s = jnp.dot(keys.astype(jnp.float32), queries.astype(jnp.float32).T, precision=lax.Precision.HIGHEST)
+    return jnp.split(s, chunks)
+
+
+def warp_columns(arrays: list, operation: str):
+    joined = jnp.stack(arrays)
+    joined = joined.reshape(len(arrays), 4, 16, -1)
+    joined = joined.sum((0, 2)) if operation == "add" else joined.max((0, 2))
+    return jnp.repeat(joined, 16, axis=0)
+
+
+def weigh(values, weights: list, out, decay, dtype, *, of_bytes: bool):
+    """Row 64 m + 16 w + i is warp w's value 16 m + i."""
+    del of_bytes
+    columns, size = out.shape[1], values.shape[1]
+    p = jnp.stack(weights).astype(dtype).astype(jnp.float32).reshape(-1, 4, 16, columns)
+    v = values.astype(jnp.float32).reshape(-1, 4, 16, size // 16, 16)
+    added = jnp.einsum("cwtmi,cwtn->mwin", v, p, precision=lax.Precision.HIGHEST)
+    decay = jnp.tile(decay, (size // 16, 1))
+    return out * decay + added.reshape(out.shape)
+
+
+def start_outputs(ref, wanted, columns: int, *, of_bytes: bool):
+    del of_bytes
+    own = jnp.where(wanted, jnp.repeat(ref[...][:, None], columns, axis=1), 0.0)
+    others = ((0, 0), (0, 3), (0, 0), (0, 0))  # the first warp's alone
+    return jnp.pad(own.reshape(-1, 1, 16, columns), others).reshape(-1, columns)
+
+
+def put_columns(ref, values) -> None:
+    ref[...] = values[::16]
+
+
+def put_outputs(ref, out, factor, group: int, *, of_bytes: bool) -> None:
+    del of_bytes
+    _, columns, size = ref.shape
+    scaled = (out * jnp.tile(factor, (size // 16, 1))).reshape(-1, 4, 16, out.shape[1])
+    own = scaled[..., columns * group : columns * (group + 1)]
+    ref[...] = own.transpose(1, 3, 0, 2).reshape(ref.shape)
+
+
+def store_columns(ref, values) -> None:
     ref[...] = values[: ref.shape[0]]
-
-
-def tile_memory(shape: tuple[int, ...], dtype: Any) -> Any:
-    return plgpu.SMEM(shape, dtype)
-
-
-def publish_tiles() -> None:
-    """Stores are seen at once."""
-
-
-def load_queries(ref):
-    q = ref[...]
-    return jnp.concatenate([q] * (64 // q.shape[0]))
-
-
-def matmul(a, ref, columns: int, *, transposed: bool):
-    del columns
-    b = ref[...].astype(jnp.float32)
-    return jnp.dot(a.astype(jnp.float32), b.T if transposed else b, precision=lax.Precision.HIGHEST)
 
 
 class View:
@@ -281,7 +312,7 @@ def copy_to_shared(ref, source) -> None:
     ref[...] = source[...]
 
 
-def copy_tile(ref, source) -> None:
+def copy_rows(ref, source) -> None:
     ref[...] = source[...]
 
 

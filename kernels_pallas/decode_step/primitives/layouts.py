@@ -32,6 +32,8 @@ SCALAR = plgpu.Layout.WG_SPLAT(())
 
 WARPGROUP = 128
 """Threads of a warpgroup."""
+CHUNK = 64
+"""Tokens of attention that a warpgroup takes at a time: 16 per warp."""
 RANKED = 128
 """Experts that ``rank_experts`` ranks."""
 RANK_WORDS = RANKED + 4

@@ -13,7 +13,6 @@ from jaxlib.mlir.dialects import arith, llvm
 from qwen3_moe_jax.convert.layouts.gpu_tiles import TILE_ROWS
 from qwen3_moe_jax.kernels_pallas.decode_step.primitives.inline import (
     const,
-    equal,
     lane_and_warp,
     one_per_lane,
 )
@@ -21,8 +20,6 @@ from qwen3_moe_jax.kernels_pallas.decode_step.primitives.layouts import (
     SCALAR,
     TILE_LANES,
     TILE_WORDS,
-    WARPGROUP,
-    lanes,
 )
 
 
@@ -131,75 +128,3 @@ def load_rows(ref: Any, tile: Any, superblock: Any, where: RowBytes, *, shared: 
         return one_per_lane(shape, TILE_LANES, value, is_signed=None if is_half else True)
 
     return load(ref, tile, superblock)
-
-
-def load_pair(refs: list) -> Any:
-    """float32 [128], one per lane: the first reference's elements, then the second's, and again.
-
-    Args:
-      refs: two of float32 [n] in global memory, at any distance; n divides 64.
-    """
-    (n,), layout, shape = refs[0].shape, lanes(WARPGROUP), (WARPGROUP,)
-
-    @plgpu.inline_mgpu(
-        arg_types=([plgpu.RefType()] * 2,),
-        return_type=plgpu.ShapeDtypeStruct(shape, jnp.float32, layout=layout),
-    )
-    def load(ctx, refs):
-        del ctx
-        f32 = ir.F32Type.get()
-        thread = arith.remui(mgpu.utils.thread_idx(), const(WARPGROUP))
-        element, which = arith.remui(thread, const(n)), arith.remui(arith.divui(thread, const(n)), const(2))
-        first, second = (
-            mgpu.utils.getelementptr(
-                mgpu.utils.memref_ptr(ref),
-                [arith.muli(element, const(ref.type.get_strides_and_offset()[0][0]))],
-                f32,
-            )
-            for ref in refs
-        )
-        value = llvm.load(f32, arith.select(equal(which, const(0)), first, second))
-        return one_per_lane(shape, layout, value, is_signed=None)
-
-    return load(list(refs))
-
-
-def to_halves(x: Any, layout: Any) -> Any:
-    """int8 as float16, which has them all; by bytes, where an instruction that converts one number is slow.
-
-    A byte below the upper byte of 1024 is a float16 that is as much more than 1024.
-
-    Args:
-      x: int8 of layout ``layout``, a multiple of four in each register.
-    """
-
-    @plgpu.inline_mgpu(
-        arg_types=(layout,), return_type=plgpu.ShapeDtypeStruct(x.shape, jnp.float16, layout=layout)
-    )
-    def convert(ctx, x):
-        del ctx
-        i32, f16 = ir.IntegerType.get_signless(32), ir.F16Type.get()
-        pair = ir.VectorType.get((2,), f16)
-        offset = arith.constant(pair, ir.DenseElementsAttr.get_splat(pair, ir.FloatAttr.get(f16, 1152.0)))
-        registers = np.full(x.registers.shape, None, object)
-        for place, register in np.ndenumerate(x.registers):
-            (size,) = register.type.shape
-            words = mgpu.utils.bitcast(register, ir.VectorType.get((size // 4,), i32))
-            pairs = llvm.mlir_undef(ir.VectorType.get((size // 2,), i32))
-            for i in range(size // 4):
-                word = arith.xori(llvm.extractelement(words, const(i)), const(-0x7F7F7F80))  # 0 to 255
-                for half, by in enumerate((0x4140, 0x4342)):
-                    above = mgpu.utils.inline_ptx(
-                        "prmt.b32 $0, $1, $2, $3;",
-                        word,
-                        const(0x64646464),
-                        const(by),
-                        result_types=i32,
-                        has_side_effects=False,
-                    )
-                    value = arith.subf(mgpu.utils.bitcast(above, pair), offset)
-                    pairs = llvm.insertelement(pairs, mgpu.utils.bitcast(value, i32), const(2 * i + half))
-            registers[place] = mgpu.utils.bitcast(pairs, ir.VectorType.get((size,), f16))
-        return mgpu.FragmentedArray(_registers=registers, _layout=x.layout, _is_signed=None)
-
-    return convert(x)

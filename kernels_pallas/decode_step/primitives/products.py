@@ -5,7 +5,7 @@ import numpy as np
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm, scf
+from jaxlib.mlir.dialects import arith, llvm
 
 from qwen3_moe_jax.kernels_pallas.decode_step.primitives.inline import (
     const,
@@ -13,7 +13,7 @@ from qwen3_moe_jax.kernels_pallas.decode_step.primitives.inline import (
     lane_and_warp,
     one_per_lane,
 )
-from qwen3_moe_jax.kernels_pallas.decode_step.primitives.layouts import TILE_LANES, TILE_WORDS, WARPGROUP
+from qwen3_moe_jax.kernels_pallas.decode_step.primitives.layouts import TILE_LANES, TILE_WORDS
 
 
 def load_fragments(words, zeros, *, shared: bool) -> list:
@@ -225,51 +225,3 @@ def look_up(words, table: tuple[int, ...], *, in_order: bool) -> list:
         return arrays
 
     return choose(words)
-
-
-def store_first_rows(ref, values) -> None:
-    """Stores the first rows, at most 16, of 64 of an attention product, or one value of each.
-
-    Args:
-      ref: float32 [rows, n] in global memory, contiguous; or [rows], at any distance.
-      values: float32 [64, n] of layout WGMMA; or [64] of that layout without its second axis.
-    """
-    (rows, *inner), layout = ref.shape, plgpu.Layout.WGMMA
-    layout = layout if inner else layout.reduce(1)
-
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), layout))
-    def store(ctx, ref, values):
-        del ctx
-        f32 = ir.F32Type.get()
-        base, (stride, *_) = mgpu.utils.memref_ptr(ref), ref.type.get_strides_and_offset()[0]
-        lane = arith.remui(mgpu.utils.thread_idx(), const(WARPGROUP))
-        row, quarter = arith.divui(lane, const(4)), arith.remui(lane, const(4))
-        holds = arith.cmpi(arith.CmpIPredicate.ult, lane, const(32))
-        if not inner:  # four lanes have the same value
-            holds = arith.andi(holds, equal(quarter, const(0)))
-        offset = arith.addi(arith.muli(row, const(stride)), arith.muli(quarter, const(2)))
-
-        def put(value, half: int, column: int) -> None:
-            at = arith.addi(offset, const(half * 8 * stride + column))
-            llvm.store(value, mgpu.utils.getelementptr(base, [at], f32))
-
-        def store_half(half: int) -> None:
-            if inner:
-                for j in range(inner[0] // 8):
-                    (pair,) = values.registers[0, j, :, :, half].flat
-                    put(pair, half, j * 8)
-            else:
-                put(values.registers.flat[half], half, 0)
-
-        branch = scf.IfOp(holds)
-        with ir.InsertionPoint(branch.then_block):
-            for half in range(rows // 8):
-                store_half(half)
-            if rows % 8:
-                inside = scf.IfOp(arith.cmpi(arith.CmpIPredicate.ult, row, const(rows % 8)))
-                with ir.InsertionPoint(inside.then_block):
-                    store_half(rows // 8)
-                    scf.yield_([])
-            scf.yield_([])
-
-    store(ref, values)

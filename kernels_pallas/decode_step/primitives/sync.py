@@ -1,7 +1,5 @@
 """Barriers of a warpgroup, a block and the grid, and copies to shared memory."""
 
-from collections.abc import Callable
-
 import numpy as np
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -62,19 +60,17 @@ def row_bytes(array) -> int:
     return strides[0] * mgpu.utils.bitwidth(array.type.element_type) // 8
 
 
-def copy_rows(ref, source, offset_of: Callable, *, transforms: tuple = ()) -> None:
+def copy_rows(ref, source) -> None:
     """Begins to copy rows to shared memory; run by a whole warpgroup (:func:`wait_for_copies`).
 
     Args:
-      ref: in shared memory, with its ``transforms``.
-      source: [rows, columns] in global memory, the last axis contiguous, a multiple of 16 bytes long.
-      offset_of: ``offset_of(row, piece, stride)``: where in ``ref``, in bytes, the 16 bytes of that number of
-        a row lie; ``stride``, a Python number, is the bytes from one row of ``ref`` to the next. int32.
+      ref: [rows, columns] in shared memory; the last axis contiguous, rows at any distance.
+      source: as many in global memory; a row is 64, 128 or 256 bytes long.
     """
     rows, columns = source.shape
     pieces = columns * source.dtype.itemsize // 16
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(transforms), plgpu.RefType()))
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType()))
     def copy(ctx, ref, source):
         del ctx
         i8, i32 = (ir.IntegerType.get_signless(n) for n in (8, 32))
@@ -84,11 +80,13 @@ def copy_rows(ref, source, offset_of: Callable, *, transforms: tuple = ()) -> No
         first, piece = arith.divui(thread, const(pieces)), arith.remui(thread, const(pieces))
         for more in range(0, rows, WARPGROUP // pieces):
             row = arith.addi(first, const(more))
-            at = arith.addi(arith.muli(row, const(stride)), arith.muli(piece, const(16)))
+            at = lambda stride, row=row: arith.addi(
+                arith.muli(row, const(stride)), arith.muli(piece, const(16))
+            )
             mgpu.utils.inline_ptx(
                 "cp.async.cg.shared.global [$0], [$1], 16;",
-                llvm.ptrtoint(i32, mgpu.utils.getelementptr(to, [offset_of(row, piece, to_stride)], i8)),
-                mgpu.utils.getelementptr(begin, [at], i8),
+                llvm.ptrtoint(i32, mgpu.utils.getelementptr(to, [at(to_stride)], i8)),
+                mgpu.utils.getelementptr(begin, [at(stride)], i8),
                 has_side_effects=True,
             )
 
