@@ -265,7 +265,8 @@ class Attending:
         keys = ahead(lambda: self.prim.load_keys(self.chunks_of(i + 1, inputs.k_cache_gmem)[0]), keys)
         token = plgpu.broadcasted_iota(jnp.int32, (CHUNK, columns), 0, layout=ROWS) + i * c.kv_tile
         inside = [token + n * CHUNK < self.i.position for n in self.chunks]
-        s = [x * spread_rows(scales[0][n], columns) for n, x in enumerate(s)] if of_bytes else s
+        if of_bytes:
+            s = [self.prim.as_rounded(x * spread_rows(scales[0][n], columns)) for n, x in enumerate(s)]
         s = [jnp.where(own, x, MASKED) for own, x in zip(inside, s, strict=True)]
         # A value's scale is a part of its weight: what is largest is the weight, 1.
         weight = s
@@ -276,7 +277,7 @@ class Attending:
         new = jnp.maximum(largest, self.prim.warp_columns(weight, "max"))
         decay = jnp.exp2(largest - new)
         p = [jnp.exp2(x - new) for x in s]
-        total = total * decay
+        total = self.prim.as_rounded(total * decay)
         for x in p:
             total += x
         weight = [jnp.exp2(x - new) for x in weight] if of_bytes else p
@@ -293,7 +294,7 @@ class Attending:
         self.a.g.sync_warpgroup()
         warps = [[load(self.stats_smem.at[n, w], ROWS.reduce(0)) for w in range(4)] for n in range(2)]
         joined = jnp.maximum(jnp.maximum(warps[0][0], warps[0][1]), jnp.maximum(warps[0][2], warps[0][3]))
-        total = sum(t * jnp.exp2(x - joined) for x, t in zip(*warps, strict=True))
+        total = sum(self.prim.as_rounded(t * jnp.exp2(x - joined)) for x, t in zip(*warps, strict=True))
         factor = jnp.exp2(largest - spread_columns(joined)) * spread_columns(1.0 / total)
         for group in range(c.query_columns // 8):
             if group:

@@ -161,6 +161,15 @@ def warp_columns(arrays: list, operation: str) -> Array:
     return reduce(list(arrays))
 
 
+def as_rounded(x: Array) -> Array:
+    """A product, which a sum with it does not take in without rounding it first.
+
+    XLA on a CPU does that in some programs and not in others, so that the interpreter's bits would depend on
+    what stands around: there it is held apart. Of GPUs ``scripts.profile_decode --check`` compares the bits.
+    """
+    return x
+
+
 def _value_rows(words: np.ndarray, m: int, *, of_bytes: bool) -> list:
     """Product m's words of the first operand: each two tokens of one of the head's values.
 

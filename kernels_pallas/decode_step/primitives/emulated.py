@@ -236,8 +236,11 @@ def weigh(values, weights: list, out, decay, dtype, *, of_bytes: bool):
     p = jnp.stack(weights).astype(dtype).astype(jnp.float32).reshape(-1, 4, 16, columns)
     v = values.astype(jnp.float32).reshape(-1, 4, 16, size // 16, 16)
     added = jnp.einsum("cwtmi,cwtn->mwin", v, p, precision=lax.Precision.HIGHEST)
-    decay = jnp.tile(decay, (size // 16, 1))
-    return out * decay + added.reshape(out.shape)
+    return as_rounded(out * jnp.tile(decay, (size // 16, 1))) + added.reshape(out.shape)
+
+
+def as_rounded(x):
+    return lax.optimization_barrier(x)
 
 
 def start_outputs(ref, wanted, columns: int, *, of_bytes: bool):

@@ -17,6 +17,7 @@ from qwen3_moe_jax.kernels_pallas.decode_step.primitives.column_operands import 
     load_values,
 )
 from qwen3_moe_jax.kernels_pallas.decode_step.primitives.columns import (
+    as_rounded,
     put_columns,
     put_outputs,
     scores,
