@@ -66,6 +66,7 @@ def _open(args: argparse.Namespace) -> Iterator[Callable[[list[list[Ask]]], tupl
 
     with load(args.model, backend="jax", gate=False) as model:
         batch = model.runner.open_batch(args.clients, context=args.context)
+        batch.make_programs()  # as the server has them: none is made in a pause, which is another one's turn
         yield partial(run, batch)
 
 

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from qwen3_moe_jax import cli
+from qwen3_moe_jax.jax_backend.step_sizes import row_counts
 from qwen3_moe_jax.serve import run as serve_run
 from qwen3_moe_jax.serve.engine import worker
 from qwen3_moe_jax.serve.engine.client import MAX_RESTARTS, EngineClient
@@ -118,6 +119,27 @@ def test_a_gpu_has_all_programs_before_it_is_ready(kind, made):
     engine.rows = ()
     engine._warm_up()
     assert log == made
+
+
+@pytest.mark.parametrize("slots", [1, 4, 16, 20])
+def test_a_warm_server_has_written_for_every_number_of_rows(slots):
+    """A step's program is that of its last row; one that is missing would be compiled beside answers."""
+    numbers, reads = set(), set()
+
+    class Spy(FakeBatch):
+        def step(self, tokens=1, *, prompt_tokens=16, ahead=0):
+            if not self.waiting:
+                running = [slot for slot, s in self.sequences.items() if s.finish_reason is None]
+                numbers.add(next(n for n in row_counts(slots) if n > max(running)))
+            found = super().step(tokens, prompt_tokens=prompt_tokens, ahead=ahead)
+            reads.add(self.read_tokens)
+            return found
+
+    batch = Spy(slots=slots, capacity=1024, chunk=512)
+    worker._warm_up_rows(batch, range(slots), 1000)
+    assert numbers == set(row_counts(slots))
+    assert reads >= {7, 99, 499}
+    assert not batch.sequences
 
 
 def test_what_a_compiler_took_is_given_back_once(monkeypatch):

@@ -264,13 +264,16 @@ def _warm_up_rows(batch: Any, slots: range, room: int) -> None:
                 batch.step(1, prompt_tokens=2048)
             batch.step(1)
             batch.free(slots[0])
-    for slot in slots:
-        batch.admit([0] * min(8, room), max_tokens=8, slot=slot)
-    while batch.waiting:
-        batch.step(1, prompt_tokens=16)
-    for slot in reversed(slots):
+    if len(slots) == 1:
+        return
+    from qwen3_moe_jax.jax_backend.step_sizes import row_counts
+
+    for count in row_counts(len(slots)):  # a sequence in the last of so many rows
+        batch.admit([0] * min(8, room), max_tokens=4, slot=slots[count - 1])
+        while batch.waiting:
+            batch.step(1, prompt_tokens=16)
         batch.step(1)
-        batch.free(slot)
+        batch.free(slots[count - 1])
 
 
 def _reading_times(batch: Any, slots: range, room: int) -> dict[int, float]:
