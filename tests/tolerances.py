@@ -19,6 +19,9 @@ LOGITS_OF_FLOAT32 = 1e-12
 # square (half a step of 1/16256 of the largest of 32), and a float16 cache 2^-12: 1 - cosine is half of the
 # squares' sum, some 1e-8 per product. The bar leaves room for a hundred; a wrong part is at 0.9 or below.
 DECODE_STEP_COSINE = 0.99999
+# The same step in company and alone, where one number of a row rounds otherwise: its integer of 15 bits moves
+# by a step, 5e-5 of the root mean square, and so do some that follow. Seen: 1e-4 of logits, 5e-9 of a cosine.
+DECODE_STEP_IN_COMPANY = 0.9999998
 
 # --- a model that is split over devices -----------------------------------------------------------
 # The same float32 products, their sums in another order: as chunks, a few units in the fifth digit of logits.
