@@ -28,7 +28,7 @@ from qwen3_moe_jax.kernels_pallas.decode_step.primitives.column_operands import 
     times,
     words_of,
 )
-from qwen3_moe_jax.kernels_pallas.decode_step.primitives.inline import const, equal
+from qwen3_moe_jax.kernels_pallas.decode_step.primitives.inline import const, equal, multiply_halves
 from qwen3_moe_jax.kernels_pallas.decode_step.primitives.layouts import CHUNK, SCALAR, lanes
 from qwen3_moe_jax.kernels_pallas.decode_step.primitives.sync import row_bytes
 
@@ -59,20 +59,6 @@ def _halves(word: ir.Value, by: int) -> ir.Value:
 def _unsigned(word: ir.Value) -> ir.Value:
     """Four int8, plus 128."""
     return arith.xori(word, const(-0x7F7F7F80))
-
-
-def _multiply(dtype: Any, rows: list, columns: list, sums: list) -> list:
-    """One ``mma``: four words of the first operand, two of the second, and four sums of float32."""
-    f32, kind = ir.F32Type.get(), "bf16" if dtype == jnp.bfloat16 else "f16"
-    code = f"mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32 "
-    code += "{$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, {$10, $11, $12, $13};"
-    out = llvm.inline_asm(
-        llvm.StructType.get_literal([f32] * 4),
-        [*rows, *columns, *sums],
-        code,
-        "=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f",
-    )
-    return [llvm.extractvalue(f32, out, [i]) for i in range(4)]
 
 
 def _pairs(array: mgpu.FragmentedArray, m: int, g: int) -> list:
@@ -121,7 +107,7 @@ def scores(keys: Array, queries: Array, chunks: int, columns: int, dtype: Any, *
             for step in range(queries.shape[1]):
                 a = [rows[half][2 * step + i] for i in range(2) for half in range(2)]
                 for g, own in enumerate(queries):
-                    sums[g] = _multiply(dtype, a, list(own[step]), sums[g])
+                    sums[g] = multiply_halves(dtype, a, list(own[step]), sums[g])
             pairs = [_pair(of[2 * half : 2 * half + 2]) for of in sums for half in range(2)]
             found.append(in_layout(LAYOUT, shape, pairs))
         return found
@@ -225,7 +211,7 @@ def weigh(values: Array, weights: list, out: Array, decay: Array, dtype: Any, *,
                 sums.append([x for pair in _pairs(out, m, g) for x in _elements(arith.mulf(pair, by))])
             for chunk in range(chunks):
                 a = _value_rows(words[chunk], m, of_bytes=of_bytes)
-                sums = [_multiply(dtype, a, turned[chunk][g], of) for g, of in enumerate(sums)]
+                sums = [multiply_halves(dtype, a, turned[chunk][g], of) for g, of in enumerate(sums)]
             found += [_pair(of[2 * i : 2 * i + 2]) for of in sums for i in range(2)]
         return in_layout(LAYOUT, out.shape, found)
 

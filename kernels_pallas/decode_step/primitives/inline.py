@@ -1,7 +1,9 @@
 """Small pieces of MLIR of which the primitives are made."""
 
 from collections.abc import Callable
+from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -50,3 +52,22 @@ def emit_code(emit: Callable[[], None]) -> None:
         emit()
 
     code()
+
+
+def multiply_halves(dtype: Any, rows: list, columns: list, sums: list) -> list:
+    """One ``mma m16n8k16`` of float16 or bfloat16: sums and the product's, float32.
+
+    Args:
+      rows, columns: four words of the first operand, two of the second.
+      sums: four.
+    """
+    f32, kind = ir.F32Type.get(), "bf16" if dtype == jnp.bfloat16 else "f16"
+    code = f"mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32 "
+    code += "{$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, {$10, $11, $12, $13};"
+    out = llvm.inline_asm(
+        llvm.StructType.get_literal([f32] * 4),
+        [*rows, *columns, *sums],
+        code,
+        "=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f",
+    )
+    return [llvm.extractvalue(f32, out, [i]) for i in range(4)]

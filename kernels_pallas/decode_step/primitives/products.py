@@ -11,6 +11,7 @@ from qwen3_moe_jax.kernels_pallas.decode_step.primitives.inline import (
     const,
     equal,
     lane_and_warp,
+    multiply_halves,
     one_per_lane,
 )
 from qwen3_moe_jax.kernels_pallas.decode_step.primitives.layouts import TILE_LANES, TILE_WORDS
@@ -126,9 +127,6 @@ def dot_floats(tiles: list, fragments: list, *, dtype) -> list:
     Returns:
       float32 [4, 8, 4] of layout ``TILE_LANES`` for each tile: 128 * high + low.
     """
-    kind = "f16" if dtype == jnp.float16 else "bf16"
-    operation = f"mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32 "
-    operation += "{$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, {$10, $11, $12, $13};"
     shape = plgpu.ShapeDtypeStruct((4, 8, 4), jnp.float32, layout=TILE_LANES)
 
     @plgpu.inline_mgpu(
@@ -138,8 +136,7 @@ def dot_floats(tiles: list, fragments: list, *, dtype) -> list:
     def dot(ctx, tiles, fragments):
         del ctx
         i32, f32 = ir.IntegerType.get_signless(32), ir.F32Type.get()
-        number = ir.F16Type.get() if kind == "f16" else ir.BF16Type.get()
-        result = llvm.StructType.get_literal([f32] * 4)
+        number = ir.F16Type.get() if dtype == jnp.float16 else ir.BF16Type.get()
         element = lambda array, i: llvm.extractelement(array.registers.flat[0], const(i))
 
         def two(word, first: int):
@@ -159,13 +156,7 @@ def dot_floats(tiles: list, fragments: list, *, dtype) -> list:
                     rows += [element(tile[half][j // 2], 2 * (j % 2) + i) for tile in tiles]
                     rows += [const(0)] * (2 - len(tiles))
                 word = element(fragment, j)
-                out = llvm.inline_asm(
-                    result,
-                    [*rows, two(word, 0), two(word, 2), *sums],
-                    operation,
-                    "=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f",
-                )
-                sums = [llvm.extractvalue(f32, out, [i]) for i in range(4)]
+                sums = multiply_halves(dtype, rows, [two(word, 0), two(word, 2)], sums)
         high = arith.constant(f32, 128.0)
         totals = [arith.addf(arith.mulf(sums[i], high), sums[i + 1]) for i in (0, 2)]
         return [one_per_lane((4, 8, 4), TILE_LANES, total, is_signed=None) for total in totals[: len(tiles)]]
