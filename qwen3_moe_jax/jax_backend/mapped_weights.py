@@ -78,14 +78,14 @@ def load_mapped(
       MemoryPlanError: the disk cannot have the file.
       ModelFileError: as ``fill``.
     """
+    rows, nbytes = rows_of(shapes)
     folder = kept_weights.folder_of(source)
     kept = folder and Manifest.read(folder)
-    if folder and kept and (kept.arrays, kept.nbytes) == rows_of(shapes) and kept.identity == source.identity:
-        mapped = _map(folder / ARRAYS, kept.nbytes)
+    if folder and kept and (kept.arrays, kept.nbytes) == (rows, nbytes) and kept.identity == source.identity:
+        mapped = _map(folder / ARRAYS, nbytes)
         if _digests(mapped, progress) == kept.sha256:
-            return _views(shapes, kept.arrays, mapped)
+            return _views(shapes, rows, mapped)
         kept_weights.log.warning(f"{folder} is damaged: it is written again")
-    rows, nbytes = rows_of(shapes)
     with kept_weights.new_folder(source, plan, nbytes) as temporary:
         mapped = _written(temporary / ARRAYS, shapes, rows, nbytes, fill)
         digests = _digests(mapped)

@@ -79,13 +79,7 @@ fn main(@builtin(workgroup_id) wg: vec3<u32>, @builtin(local_invocation_index) l
   let y{{t}} = first + min({{t}}u, count - 1u);
   let x{{t}} = (y{{t}} + p.x_head * step.head_row) * p.x_stride;
   //% endfor
-  var seg = p.segs[0];
-  if (p.segments > 1u && wg.x >= p.segs[1].group_begin) {
-    seg = p.segs[1];
-  }
-  if (p.segments > 2u && wg.x >= p.segs[2].group_begin) {
-    seg = p.segs[2];
-  }
+{% include "segment.wgsl" %}
   let expert = 0u;
   //% else
   //% if MODE == "indexed"

@@ -11,13 +11,7 @@
   //% if MODE == "dense"
   let first = wg.y * {{ TOKENS }}u;
   let count = min(step.tokens - p.x_head * step.head_row - first, {{ TOKENS }}u);
-  var seg = p.segs[0];
-  if (p.segments > 1u && wg.x >= p.segs[1].group_begin) {
-    seg = p.segs[1];
-  }
-  if (p.segments > 2u && wg.x >= p.segs[2].group_begin) {
-    seg = p.segs[2];
-  }
+{% include "segment.wgsl" %}
   let expert = 0u;
   //% else
   if (wg.y >= tiles[0].x) {
