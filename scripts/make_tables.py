@@ -56,6 +56,7 @@ def readme() -> str:
     """The README's six rows."""
     decode, prompts, batch, peer = decode_rows(), prefill_rows(), batch_rows(), receipt("llamacpp")["h100"]
     wgpu = receipt("wgpu_h200")
+    beside_wgpu = wgpu["peer"]
     parity = finding("verify_embedded_cpu", "PARITY-001", "jax float32")["figure"]
     rows = [
         (
@@ -79,7 +80,7 @@ def readme() -> str:
             f"wgpu: decode; prompt of {wgpu['prompt_tokens']}",
             "H200 through Vulkan, full size",
             f"{whole(wgpu['decode_tokens_per_s'])}; {whole(wgpu['prefill_tokens_per_s'])} tokens/s",
-            "",
+            f"{whole(beside_wgpu['decode_tokens_per_s'])}; {whole(beside_wgpu['prefill_tokens_per_s'])}",
             _link("wgpu_h200"),
         ),
         *(
